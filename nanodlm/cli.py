@@ -1,0 +1,514 @@
+"""The command line. Each command is a function; what it needs is imported when it runs, so `--help` is quick.
+
+    nanodlm run demo --train.lr 1e-3
+"""
+
+import contextlib
+import io
+import json
+import os
+import re
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
+
+from nanodlm.errors import NanodlmError, Stopped, UsageError
+
+if TYPE_CHECKING:
+    from nanodlm.config import Config
+    from nanodlm.store import Artifact, Store
+
+COMMANDS = {
+    "run": "text to samples: build what the store lacks, stage by stage",
+    "plan": "say what `run` would build or reuse, and why",
+    "train": "the train stage alone, without Prefect",
+    "evaluate": "the evaluate stage alone",
+    "sample": "the sample stage alone",
+    "ls": "list the store's artifacts",
+    "show": "one artifact: where it came from, what it holds",
+    "verify": "check artifacts against their manifests",
+    "gc": "remove what abandoned attempts left behind",
+    "doctor": "check this machine and the store",
+}
+HELP = f"""usage: nanodlm COMMAND [PRESET] [--store URL] [flags]
+
+Diffusion language models, from text to samples.
+
+commands:
+{chr(10).join(f"  {name:<10} {text}" for name, text in COMMANDS.items())}
+
+PRESET is demo (the default), owt, or a config.json that a run has written.
+`nanodlm COMMAND --help` lists a command's flags. The store is --store, else $NANODLM_STORE, else data/store.
+"""
+
+
+def main(argv: list[str] | None = None) -> NoReturn:
+    """Run one command and exit: 0 done, 1 failed, 2 bad usage, 75 stopped by a signal after saving."""
+    argv = sys.argv[1:] if argv is None else argv
+    debug = "--debug" in argv
+    argv = [a for a in argv if a != "--debug"]
+    try:
+        if not argv or argv[0] in ("-h", "--help"):
+            print(HELP, end="")
+            sys.exit(0 if argv else 2)
+        if argv[0] == "--version":
+            from importlib.metadata import version
+
+            print(version("nanodlm"))
+            sys.exit(0)
+        if argv[0] not in COMMANDS:
+            raise UsageError(f"unknown command {argv[0]!r}: choose one of {', '.join(COMMANDS)}")
+        globals()[argv[0]](argv[1:])
+        sys.exit(0)
+    except NanodlmError as error:
+        if debug:
+            traceback.print_exc()
+        print(f"nanodlm: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("nanodlm: interrupted; finished stages and parts are kept: run again to continue", file=sys.stderr)
+        sys.exit(Stopped.exit_code)
+    except BrokenPipeError:  # the reader of our output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        text = " ".join(str(error).split())[:500]
+        hint = "" if debug else " (add --debug for the traceback)"
+        print(f"nanodlm: {type(error).__name__}: {text}{hint}", file=sys.stderr)
+        sys.exit(1)
+
+
+# Arguments
+
+
+def _parse(command: str, argv: list[str], fields: dict[str, Any], *, configured: bool) -> tuple["Config | None", Any]:
+    """Parse a command's arguments with tyro: its own `fields`, and the groups of the configuration.
+
+    Returns:
+        The configuration (None unless `configured`) and an object with the other fields.
+
+    Raises:
+        UsageError: One line on what is wrong.
+    """
+    import tyro
+    from pydantic import create_model
+
+    from nanodlm.config import Config, Group, load_config
+
+    if configured:
+        preset = argv.pop(0) if argv and not argv[0].startswith("-") else "demo"
+        default = load_config(preset)
+        model = create_model("Arguments", __base__=Config, **fields)
+        start: Any = model(**dict(default))
+    else:
+        model = create_model("Arguments", __base__=Group, **fields)
+        start = None
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            values = tyro.cli(
+                model,
+                args=argv,
+                default=start if configured else tyro.MISSING_NONPROP,
+                prog=f"nanodlm {command}" + (" [PRESET]" if configured else ""),
+                description=COMMANDS[command][0].upper() + COMMANDS[command][1:] + ".",
+                use_underscores=True,
+                config=(tyro.conf.FlagCreatePairsOff,),
+            )
+    except SystemExit as exit_:
+        if exit_.code in (0, None):
+            raise
+        raise UsageError(f"{_one_line(said.getvalue())} (nanodlm {command} --help lists the flags)") from None
+    groups = {name: getattr(values, name) for name in Config.model_fields} if configured else {}
+    return (Config(**groups) if configured else None), values
+
+
+def _one_line(box: str) -> str:
+    """The message inside one of tyro's boxes, without its frame, advice and pydantic's links."""
+    lines = [line.strip(" │\n") for line in box.splitlines()]
+    lines = [line for line in lines if line and not line.startswith("╭") and not line.startswith("╰")]
+    rules = [i for i, line in enumerate(lines) if set(line) == {"─"}]
+    text = " ".join(lines[: rules[0]] if rules else lines)
+    if "Perhaps you meant:" in lines and len(rules) > 1:
+        text += f"; perhaps you meant {lines[rules[0] + 2].split()[0]}"
+    text = re.sub(r"\s*\[type=.*?(https?://\S+|$)", "", text)
+    return re.sub(r"\d+ validation errors? for \w+ ", "", text).replace("Value error, ", "")
+
+
+def _flag(text: str, default: Any = False, kind: Any = bool) -> tuple[Any, Any]:
+    from pydantic import Field
+
+    return kind, Field(default, description=text)
+
+
+def _store_flag() -> tuple[Any, Any]:
+    from nanodlm.stages import default_store
+
+    return _flag("Where artifacts lie: a folder or an fsspec URL.", default_store(), str)
+
+
+def _positional(text: str, default: Any = "") -> tuple[Any, Any]:
+    from pydantic import Field
+    from tyro.conf import Positional
+
+    return Positional[str], Field(default, description=text)
+
+
+def _json_flag() -> tuple[Any, Any]:
+    from typing import Annotated
+
+    import tyro
+
+    return _flag("Print one JSON object as the last line of standard output.", False, Annotated[bool, tyro.conf.arg(name="json")])
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, sort_keys=True))
+
+
+# The pipeline
+
+
+def run(argv: list[str]) -> None:
+    """Text to samples."""
+    from nanodlm import stages
+    from nanodlm.console import Console
+    from nanodlm.store import Store
+
+    stage = Literal[stages.NAMES]  # type: ignore[valid-type]
+    config, args = _parse(
+        "run",
+        argv,
+        {
+            "store": _store_flag(),
+            "until": _flag("Last stage to run.", "sample", stage),
+            "rebuild": _flag("A stage to build again even though the store holds it.", None, stage | None),
+            "as_json": _json_flag(),
+            "verbose": _flag("Show Prefect's own log."),
+        },
+        configured=True,
+    )
+    assert config is not None
+    _load_accelerator_quietly()
+    console = Console(sys.stderr if args.as_json else sys.stdout)
+    store = Store(args.store)
+    lookups = list(stages.look_up(config, store, args.until, args.rebuild))
+    if args.until == "sample":
+        lookups = list(stages.look_up(config, store, rebuild=args.rebuild))
+    if args.rebuild is None and all(lookup.artifact for lookup in lookups):
+        artifacts = [lookup.artifact for lookup in lookups if lookup.artifact]
+        records = [stages.record(artifact, "cached", 0.0) for artifact in artifacts]
+        for artifact, record in zip(artifacts, records, strict=True):
+            console.done(artifact, record)
+    else:
+        for name in ("PREFECT_SERVER_ANALYTICS_ENABLED", "PREFECT_SERVER_EPHEMERAL_ENABLED"):
+            os.environ.setdefault(name, "false")
+        os.environ.setdefault("DO_NOT_TRACK", "1")
+        os.environ.setdefault("PREFECT_LOGGING_LEVEL", "INFO" if args.verbose else "CRITICAL")
+        console.line("[dim]starting the local Prefect server[/dim]" if not os.environ.get("PREFECT_API_URL") else "")
+        from flows.pipeline import run_pipeline
+
+        records = run_pipeline(config, args.store, args.until, args.rebuild, console, args.verbose)
+        artifacts = [store.open(record["uri"]) for record in records]
+    by_stage = {artifact.stage: artifact for artifact in artifacts}
+    console.finish(by_stage)
+    if args.as_json:
+        _print_json(_result(records, by_stage))
+
+
+def _load_accelerator_quietly() -> None:
+    """Nothing in this process uses JAX; keep libraries that look for one from printing about it."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+
+def _result(records: list[dict[str, Any]], artifacts: dict[str, "Artifact"]) -> dict[str, Any]:
+    """The object that `--json` prints."""
+    metrics: dict[str, Any] = {}
+    for artifact in artifacts.values():
+        metrics.update({k: v for k, v in artifact.metrics.items() if k != "first_sample"})
+    report = artifacts.get("report")
+    return {
+        "stages": [r for r in records if r["stage"] != "report"],
+        "metrics": metrics,
+        "report": f"{report.uri}" if report else None,
+    }
+
+
+def plan(argv: list[str]) -> None:
+    """What `run` would do."""
+    from nanodlm import stages
+    from nanodlm.store import Store
+
+    stage = Literal[stages.NAMES]  # type: ignore[valid-type]
+    config, args = _parse(
+        "plan",
+        argv,
+        {
+            "store": _store_flag(),
+            "until": _flag("Last stage to look at.", "sample", stage),
+            "rebuild": _flag("A stage that `run` would be told to build again.", None, stage | None),
+            "as_json": _json_flag(),
+        },
+        configured=True,
+    )
+    assert config is not None
+    store = Store(args.store)
+    rows = []
+    for lookup in stages.look_up(config, store, args.until, args.rebuild):
+        if lookup.stage.name not in stages.NAMES:
+            continue
+        again = lookup.stage.name == args.rebuild
+        action = "reuse" if lookup.artifact and not again else "build"
+        reason = "asked for" if again else "" if lookup.artifact else stages.why(lookup, store)
+        rows.append({"stage": lookup.stage.name, "action": action, "fingerprint": lookup.fingerprint, "why": reason})
+    if args.as_json:
+        _print_json({"stages": rows})
+        return
+    for row in rows:
+        print(f"{row['stage']:<10} {row['action']:<6} {(row['fingerprint'] or '')[:12]:<12}  {row['why']}".rstrip())
+
+
+def _one_stage(name: str, argv: list[str]) -> None:
+    from nanodlm import launch, stages
+    from nanodlm.console import Console
+    from nanodlm.metrics import EventLog
+    from nanodlm.store import Store
+
+    config, args = _parse(
+        name,
+        argv,
+        {
+            "store": _store_flag(),
+            "rebuild": _flag("Build again even though the store holds it."),
+            "events": _flag("File to which progress is written as JSON lines.", "", str),
+            "as_json": _json_flag(),
+        },
+        configured=True,
+    )
+    assert config is not None
+    launch.end_with_parent()
+    console = Console(sys.stderr if args.as_json else sys.stdout)
+    if args.events:
+        emit: Callable[..., None] = EventLog(Path(args.events))
+    else:
+        console.start(name)
+        emit = console.emit
+    try:
+        artifact, record = stages.run(name, config, Store(args.store), rebuild=args.rebuild, emit=emit)
+    finally:
+        console.end()
+    console.done(artifact, record)
+    console.line(artifact.uri)
+    if args.as_json:
+        _print_json(_result([record], {name: artifact}))
+
+
+def train(argv: list[str]) -> None:
+    """The train stage alone."""
+    _one_stage("train", argv)
+
+
+def evaluate(argv: list[str]) -> None:
+    """The evaluate stage alone."""
+    _one_stage("evaluate", argv)
+
+
+def sample(argv: list[str]) -> None:
+    """The sample stage alone."""
+    _one_stage("sample", argv)
+
+
+# The store
+
+
+def _open(argv: list[str], command: str, **fields: Any) -> tuple["Store", Any]:
+    from nanodlm.store import Store
+
+    _, args = _parse(command, argv, {**fields, "store": _store_flag(), "as_json": _json_flag()}, configured=False)
+    return Store(args.store), args
+
+
+def ls(argv: list[str]) -> None:
+    """List artifacts, in the order of the stages."""
+    from nanodlm import stages
+
+    store, args = _open(argv, "ls")
+    order = list(stages.STAGES)
+    rows = []
+    for stage, fingerprint in sorted(store, key=lambda item: order.index(item[0]) if item[0] in order else 99):
+        artifact = store.find(stage, fingerprint)
+        assert artifact is not None
+        size = sum(file["size"] for file in artifact.manifest["files"])
+        created = artifact.manifest["created"]
+        rows.append({"stage": stage, "uri": artifact.uri, "bytes": size, "created": created})
+        if not args.as_json:
+            print(f"{stage:<10} {created}  {size / 1e6:9.2f} MB  {artifact.uri}")
+    if args.as_json:
+        _print_json({"artifacts": rows})
+    elif not rows:
+        print(f"no artifacts in {store.uri()}")
+
+
+def show(argv: list[str]) -> None:
+    """Print a manifest: identity, inputs, files, metrics, versions."""
+    from nanodlm.store import Store
+
+    _, args = _parse("show", argv, {"uri": _positional("Artifact, as `nanodlm ls` prints it."), "store": _store_flag(), "as_json": _json_flag()}, configured=False)  # fmt: skip
+    artifact = _artifact(Store(args.store), args.uri)
+    if args.as_json:
+        _print_json({"uri": artifact.uri, **artifact.manifest})
+        return
+    m = artifact.manifest
+    print(f"{artifact.uri}\nmade    {m['created']} in {m['seconds']} s\ndigest  {m['digest']}")
+    for title, values in (("inputs", {n: i["digest"] for n, i in m["inputs"].items()}), ("parameters", m["parameters"]),
+                          ("metrics", m["metrics"]), ("packages", m["packages"])):  # fmt: skip
+        print(f"\n{title}")
+        for key, value in values.items():
+            print(f"  {key:<28} {json.dumps(value) if not isinstance(value, str) else value}")
+    print("\nfiles")
+    for file in m["files"]:
+        print(f"  {file['size']:>12,}  {file['sha256'][:12]}  {artifact.remote(file['path'])}")
+
+
+def _artifact(store: "Store", uri: str) -> "Artifact":
+    """The artifact at a URI: of another store, or in the given one."""
+    from nanodlm.store import Store
+
+    parts = uri.rstrip("/").removesuffix("/manifest.json").rsplit("/", 2)
+    return (Store(parts[0]) if len(parts) == 3 else store).open(uri)
+
+
+def verify(argv: list[str]) -> None:
+    """Check artifacts; with `--repair` set damaged ones aside, so that the next run rebuilds what is bad."""
+    store, args = _open(
+        argv,
+        "verify",
+        uri=_positional("Artifact to check; all by default."),
+        deep=_flag("Read every file and compare its sha256, not only its size."),
+        repair=_flag("Set damaged artifacts aside: the next run rebuilds their bad parts."),
+    )
+    from nanodlm.errors import Damaged
+    from nanodlm.store import Store
+
+    targets = list(store)
+    if args.uri:
+        parts = args.uri.rstrip("/").removesuffix("/manifest.json").rsplit("/", 2)
+        store = Store(parts[0]) if len(parts) == 3 else store
+        targets = [(parts[-2], parts[-1])] if len(parts) > 1 else []
+        if targets and targets[0] not in list(store):
+            raise NanodlmError(f"no artifact at {args.uri}: `nanodlm ls` shows what is there")
+    rows, bad = [], 0
+    for stage, fingerprint in targets:
+        try:
+            artifact = store.find(stage, fingerprint)
+            problems = artifact.problems(deep=args.deep) if artifact else []
+        except Damaged as error:
+            problems = [str(error)]
+        if problems and args.repair:
+            store.retire((stage, fingerprint))
+        bad += bool(problems)
+        uri = store.uri(stage, fingerprint)
+        rows.append({"uri": uri, "problems": problems, "repaired": bool(problems and args.repair)})
+        if not args.as_json:
+            print(f"{'DAMAGED' if problems else 'ok':<8} {uri}")
+            for line in problems:
+                print(f"         {line}")
+    if args.as_json:
+        _print_json({"artifacts": rows, "damaged": bad})
+    elif not rows:
+        print(f"no artifacts in {store.uri()}")
+    if bad and args.repair:
+        print(f"set {bad} aside; `nanodlm run` rebuilds what is bad", file=sys.stderr)
+    elif bad:
+        raise NanodlmError(f"{bad} of {len(rows)} artifacts are damaged: add --repair to set them aside for rebuilding")
+
+
+def gc(argv: list[str]) -> None:
+    """Remove attempts that no manifest names, an hour after they last changed."""
+    store, args = _open(argv, "gc", dry_run=_flag("Only say what would be removed."))
+    removed = []
+    for attempt, size in store.abandoned(older_than=3600.0):
+        removed.append({"uri": store.uri(attempt), "bytes": size})
+        if not args.dry_run:
+            store.fs.rm(store.path(attempt), recursive=True)
+        if not args.as_json:
+            print(f"{'would remove' if args.dry_run else 'removed'} {size / 1e6:9.2f} MB  {store.uri(attempt)}")
+    if args.as_json:
+        _print_json({"removed": removed, "dry_run": args.dry_run})
+    elif not removed:
+        print("nothing to remove")
+
+
+def doctor(argv: list[str]) -> None:
+    """Check that this machine can do the job: packages, devices, store, corpora, encodings."""
+    store, args = _open(argv, "doctor")
+    checks: list[tuple[str, bool, str]] = []
+
+    def check(name: str, test: Callable[[], str]) -> None:
+        try:
+            checks.append((name, True, test()))
+        except Exception as error:
+            checks.append((name, False, " ".join(str(error).split())[:200] or type(error).__name__))
+        if not args.as_json:
+            name, ok, text = checks[-1]
+            print(f"{'ok' if ok else 'FAILED':<7} {name:<10} {text}")
+
+    check("python", lambda: sys.version.split()[0])
+    check("packages", _packages)
+    check("devices", _devices)
+    check("store", lambda: _store_writable(store))
+    check("corpus", _corpus)
+    check("gpt2", lambda: f"{_gpt2():,} entries")
+    failed = [name for name, ok, _ in checks if not ok]
+    if args.as_json:
+        _print_json({"checks": [{"name": n, "ok": ok, "text": text} for n, ok, text in checks], "ok": not failed})
+    if failed:
+        raise NanodlmError(f"{len(failed)} of {len(checks)} checks failed: {', '.join(failed)}")
+
+
+def _packages() -> str:
+    from importlib.metadata import version
+
+    from packaging.version import Version
+
+    for name, below in (("fastapi", "0.151"), ("sqlalchemy", "2.1"), ("prefect", "3.9")):
+        if Version(version(name)) >= Version(below):
+            raise NanodlmError(f"{name} {version(name)} does not work here: pip install '{name}<{below}'")
+    return ", ".join(f"{name} {version(name)}" for name in ("jax", "flax", "orbax-checkpoint", "grain", "prefect"))
+
+
+def _devices() -> str:
+    import jax
+
+    return ", ".join(f"{d.platform} {d.device_kind}" for d in jax.devices())
+
+
+def _store_writable(store: "Store") -> str:
+    probe = store.path(f".doctor-{os.getpid()}-{time.time_ns()}.json")
+    try:
+        if not store.write_json(probe, {}, create_only=True) or store.write_json(probe, {}, create_only=True):
+            raise NanodlmError(f"{store.uri()} has no create-only writes, which commits rely on: use another store")
+    except OSError as error:
+        raise NanodlmError(f"cannot write to {store.uri()}: {error.strerror or error}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            store.fs.rm_file(probe)
+    return f"{store.uri()} can be written"
+
+
+def _corpus() -> str:
+    from nanodlm.config import DataConfig
+    from nanodlm.corpus import source_files
+
+    return f"{len(source_files(DataConfig()))} built-in documents"
+
+
+def _gpt2() -> int:
+    from nanodlm.tokenizer import gpt2
+
+    return gpt2().n_vocab

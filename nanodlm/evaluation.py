@@ -1,0 +1,100 @@
+"""The evaluate stage: the bound on held-out text, with its standard error, beside the unigram entropy."""
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int, Key
+
+from nanodlm import losses, sharding, shards, tokenizer, training
+from nanodlm.checkpoint import load_trained
+from nanodlm.config import Config, load_config
+from nanodlm.metrics import bits_per_byte
+from nanodlm.schedules import make_schedule
+from nanodlm.store import Artifact, Attempt
+
+
+def unigram_nats(tokens: Int[np.ndarray, "N"]) -> float:
+    """Entropy of the tokens' own frequencies, in nats per token: what the best model without context scores.
+
+    >>> round(unigram_nats(np.array([0, 1, 0, 1])), 4)
+    0.6931
+    """
+    counts = np.bincount(tokens)
+    p = counts[counts > 0] / len(tokens)
+    return float(-(p * np.log(p)).sum())
+
+
+def evaluate(
+    config: Config, inputs: dict[str, Artifact], attempt: Attempt, emit: Callable[..., None] = lambda *_, **__: None
+) -> dict[str, Any]:
+    """Stage: score the validation rows with the count form of the bound (see nanodlm/losses.py).
+
+    Every row is scored by itself: its bound is on -log p of its tokens without the text before it. Each row gets
+    `eval.repeats` draws of noise. The standard error is that of the mean over rows, taken as independent; counts of
+    low discrepancy make it a little too large rather than too small.
+
+    Returns:
+        `val_nats_per_token`, `val_bits_per_byte`, `val_bits_per_byte_stderr`, `val_unigram_bits_per_byte` and counts.
+        Bits per byte divide by the bytes of the text; end-of-text marks add nats but no bytes.
+    """
+    trained = load_config(str(inputs["train"].local() / "config.json"))
+    model, encoding = load_trained(inputs["train"])
+    folder = inputs["shard"].local()
+    rows = shards.read(folder / "validation.arrayrecord", inputs["shard"].metrics["dtype"])[: config.eval.max_rows]
+    schedule = make_schedule(trained.schedule.kind, exponent=trained.schedule.exponent)
+    mask_id = encoding.n_vocab
+    graphdef, params = nnx.split(model)
+
+    @jax.jit
+    def nats_per_row(params: Any, x_0: Int[Array, "B L"], key: Key[Array, ""]) -> Float[Array, "B"]:
+        segment_ids = training.segments(x_0, encoding.eot_token) if trained.data.isolate_documents else None
+        denoise = nnx.merge(graphdef, params)
+        return losses.nelbo(
+            lambda x_t, t: denoise(x_t, t, segment_ids), x_0, key, schedule=schedule, mask_id=mask_id, estimator="count"
+        )
+
+    mesh = sharding.make_mesh(config.eval.batch_size)
+    params = jax.device_put(params, sharding.replicated(mesh))
+    key = jax.random.key(config.eval.seed)
+    nats = np.zeros(len(rows))
+    for repeat in range(config.eval.repeats):
+        done = 0
+        for batch in _batches(rows, config.eval.batch_size):
+            # A short last batch is filled up by repeating its rows; the copies' results are not used.
+            filled = np.resize(np.stack(batch), (config.eval.batch_size, len(batch[0])))
+            noise = jax.random.fold_in(jax.random.fold_in(key, repeat), done)
+            scored = nats_per_row(params, sharding.put_rows(mesh, filled), noise)
+            nats[done : done + len(batch)] += np.asarray(scored)[: len(batch)] / config.eval.repeats
+            done += len(batch)
+            if done // config.eval.batch_size % 20 == 0 or done == len(rows):
+                emit("progress", done=done + repeat * len(rows), total=len(rows) * config.eval.repeats, unit="rows")
+    tokens = np.concatenate(rows)
+    n_bytes = int(np.array(tokenizer.token_bytes(encoding))[tokens].sum())
+    stderr = float(nats.std(ddof=1)) * math.sqrt(len(rows))
+    metrics = {
+        "val_nats_per_token": float(nats.sum()) / len(tokens),
+        "val_nats_per_token_stderr": stderr / len(tokens),
+        "val_bits_per_byte": bits_per_byte(float(nats.sum()), n_bytes),
+        "val_bits_per_byte_stderr": bits_per_byte(stderr, n_bytes),
+        "val_unigram_nats_per_token": unigram_nats(tokens),
+        "val_unigram_bits_per_byte": bits_per_byte(unigram_nats(tokens) * len(tokens), n_bytes),
+        "val_tokens": len(tokens),
+        "val_bytes": n_bytes,
+        "val_rows": len(rows),
+    }
+    (attempt.path / "metrics.json").write_text(json.dumps(metrics, indent=1))
+    return metrics
+
+
+def _batches(rows: list[np.ndarray], size: int) -> Iterator[list[np.ndarray]]:
+    """Batches of rows of equal length; the validation's short last row comes alone."""
+    whole = [row for row in rows if len(row) == len(rows[0])]
+    for i in range(0, len(whole), size):
+        yield whole[i : i + size]
+    if len(whole) < len(rows):
+        yield rows[len(whole) :]

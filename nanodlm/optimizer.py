@@ -1,0 +1,69 @@
+"""AdamW, its learning-rate schedules, clipping."""
+
+from typing import Any
+
+import jax
+import optax
+
+from nanodlm.config import TrainConfig
+
+
+def learning_rate(train: TrainConfig) -> optax.Schedule:
+    """Learning rate as a function of the number of updates done.
+
+    | lr_schedule | after a linear rise from 0 over warmup_steps |
+    |---|---|
+    | warmup_cosine | a half cosine from lr to min_lr at max_steps |
+    | warmup_stable_decay | lr, then a line to min_lr over the last cooldown_steps |
+    | warmup_constant | lr |
+    | none | lr from the first update on, without the rise |
+
+    >>> schedule = learning_rate(TrainConfig(lr=1.0, lr_schedule="warmup_constant", warmup_steps=4, max_steps=9))
+    >>> [round(float(schedule(i)), 2) for i in (0, 1, 3, 4, 8)]
+    [0.25, 0.5, 1.0, 1.0, 1.0]
+    """
+    if train.lr_schedule == "none":
+        return optax.constant_schedule(train.lr)
+    left = max(1, train.max_steps - train.warmup_steps)
+    if train.lr_schedule == "warmup_cosine":
+        after = optax.cosine_decay_schedule(train.lr, left, alpha=train.min_lr / train.lr)
+    elif train.lr_schedule == "warmup_stable_decay":
+        stable = left - train.cooldown_steps
+        decay = optax.linear_schedule(train.lr, train.min_lr, max(1, train.cooldown_steps))
+        after = optax.join_schedules([optax.constant_schedule(train.lr), decay], [stable])
+    else:
+        after = optax.constant_schedule(train.lr)
+    if not train.warmup_steps:
+        return after
+    # The first update has a rate of lr / warmup_steps, not 0, so that no update is wasted.
+    rise = optax.linear_schedule(train.lr / train.warmup_steps, train.lr, max(1, train.warmup_steps - 1))
+    return optax.join_schedules([rise, after], [train.warmup_steps])
+
+
+def make_optimizer(train: TrainConfig) -> optax.GradientTransformation:
+    """Clip by global norm, then AdamW with weight decay on the blocks' and the head's matrices.
+
+    Source: arXiv:1711.05101, algorithm 2.
+
+    >>> isinstance(make_optimizer(TrainConfig()), optax.GradientTransformation)
+    True
+    """
+    adamw = optax.adamw(
+        learning_rate(train),
+        b1=train.beta1,
+        b2=train.beta2,
+        eps=train.eps,
+        weight_decay=train.weight_decay,
+        mask=decays,
+    )
+    return optax.chain(optax.clip_by_global_norm(train.clip_grad_norm), adamw) if train.clip_grad_norm else adamw
+
+
+def decays(params: Any) -> Any:
+    """Which parameters weight decay applies to: kernels of linear layers, not norms, embeddings or convolutions."""
+
+    def is_matrix(path: tuple[Any, ...], leaf: jax.Array) -> bool:
+        names = [getattr(p, "key", None) for p in path]
+        return names[-1] == "kernel" and "conv" not in names and leaf.ndim == 2
+
+    return jax.tree_util.tree_map_with_path(is_matrix, params)

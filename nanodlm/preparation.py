@@ -1,0 +1,244 @@
+"""The stages between text and training: which documents are held out, the tokenizer, the shards of token rows.
+
+What is held out is decided by content alone. Units (documents, or rows of pre-tokenised data) are sorted by a
+keyed hash; the front gives exactly `val_tokens` validation tokens, the rest of the unit where the budget ends is
+dropped, and every unit with a larger key is for training. Equal documents have equal keys, so duplicates stay on one
+side, and new data moves units only at the budget's edge.
+"""
+
+import hashlib
+import heapq
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tiktoken
+
+from nanodlm import corpus, shards, tokenizer
+from nanodlm.config import Config
+from nanodlm.errors import NanodlmError
+from nanodlm.store import Artifact, Attempt
+
+MAX_BPE_BYTES = 200_000_000
+BYTES_PER_TOKEN = 4.0  # first guess at how much text the validation split takes; corrected by counting
+
+
+def document_key(content: str | list[int], seed: int) -> str:
+    """Key of a unit: 32 hex digits, uniform over contents, a function of content and seed only.
+
+    >>> document_key("a", 0) == document_key("a", 0) != document_key("a", 1)
+    True
+    """
+    data = content.encode() if isinstance(content, str) else np.asarray(content, "<i4").tobytes()
+    return hashlib.blake2b(data, key=seed.to_bytes(8, "little"), digest_size=16).hexdigest()
+
+
+def _keyed_documents(folder: Path, seed: int) -> Iterator[tuple[str, Any]]:
+    for part in sorted(folder.glob("part-*.parquet")):
+        for document in corpus.documents(part):
+            yield document_key(document, seed), document
+
+
+def build_tokenizer(
+    config: Config, inputs: dict[str, Artifact], attempt: Attempt, emit: Callable[..., None]
+) -> dict[str, Any]:
+    """Stage: make the encoding. A trained one sees only documents that the split cannot hold out.
+
+    How many documents the split takes depends on the encoding. So first a zone at the front of their order is set
+    aside, the encoding is trained on the rest, and the zone is counted with it; if that gives fewer than
+    `val_tokens` tokens, the zone grows and the training starts over.
+
+    Raises:
+        NanodlmError: When the corpus is too small for the validation split.
+    """
+    data = config.data
+    if data.tokenizer != "bpe":
+        fixed = tokenizer.gpt2() if data.tokenizer == "gpt2" else tokenizer.plain_bytes()
+        tokenizer.save(fixed, attempt.path)
+        return {"n_vocab": fixed.n_vocab}
+    folder = inputs["download"].local()
+    order = sorted((key, len(text.encode())) for key, text in _keyed_documents(folder, data.split_seed))
+    target = data.val_tokens * BYTES_PER_TOKEN
+    while True:
+        zone_end, zone_bytes = "", 0
+        for key, size in order:
+            if zone_bytes >= target:
+                break
+            zone_end, zone_bytes = key, zone_bytes + size
+        if zone_end == order[-1][0]:
+            raise _too_small(data.val_tokens, f"{sum(size for _, size in order) / 1e6:.2f} MB", len(order))
+        emit("message", text=f"training BPE on the documents after the first {zone_bytes / 1e6:.1f} MB")
+        after_zone = (text for key, text in _keyed_documents(folder, data.split_seed) if key > zone_end)
+        encoding = tokenizer.train_bpe(_up_to(MAX_BPE_BYTES, after_zone), data.vocab_size)
+        zone = (text for key, text in _keyed_documents(folder, data.split_seed) if key <= zone_end)
+        tokens = sum(len(encoding.encode_ordinary(text)) + 1 for text in zone)
+        if tokens >= data.val_tokens:
+            break
+        target = zone_bytes * 1.1 * data.val_tokens / tokens
+    tokenizer.save(encoding, attempt.path)
+    return {"n_vocab": encoding.n_vocab, "zone_end": zone_end, "zone_bytes": zone_bytes, "zone_tokens": tokens}
+
+
+def _too_small(val_tokens: int, size: str, units: int) -> NanodlmError:
+    return NanodlmError(
+        f"the corpus is smaller than the validation split: {size} in {units:,} documents cannot give "
+        f"{val_tokens:,} validation tokens and leave some to train on; add text, lower --data.val_tokens, "
+        "or cut long .txt files up with --data.sample_by paragraph"
+    )
+
+
+def _up_to(limit: int, texts: Iterable[str]) -> Iterator[str]:
+    for text in texts:
+        if limit <= 0:
+            return
+        limit -= len(text)
+        yield text
+
+
+def build_split(
+    config: Config, inputs: dict[str, Artifact], attempt: Attempt, emit: Callable[..., None]
+) -> dict[str, Any]:
+    """Stage: choose the held-out units and write their tokens (`validation.npy`) and the cut (`split.json`).
+
+    One pass keeps the units with the smallest keys, just as many as the budget needs, so memory does not grow with
+    the corpus.
+
+    Raises:
+        NanodlmError: When the corpus has too few tokens, or a row has ids that the tokenizer lacks.
+    """
+    data = config.data
+    encoding = tokenizer.load(inputs["tokenizer"].local())
+    chosen: list[tuple[int, Any]] = []  # a heap with the largest key on top
+    total = units = 0
+    for key, document in _keyed_documents(inputs["download"].local(), data.split_seed):
+        units += 1
+        if total >= data.val_tokens and int(key, 16) > -chosen[0][0]:
+            continue
+        tokens = tokenise(encoding, document)
+        heapq.heappush(chosen, (-int(key, 16), tokens))
+        total += len(tokens)
+        while total - len(chosen[0][1]) >= data.val_tokens:
+            total -= len(heapq.heappop(chosen)[1])
+    if total < data.val_tokens or units <= len(chosen):
+        raise _too_small(data.val_tokens, f"{total:,} tokens", units)
+    chosen.sort(key=lambda item: -item[0])
+    validation = np.concatenate([tokens for _, tokens in chosen])[: data.val_tokens]
+    lengths = np.array(tokenizer.token_bytes(encoding))
+    cut = f"{-chosen[-1][0]:032x}"
+    if zone_end := inputs["tokenizer"].metrics.get("zone_end"):
+        assert cut <= zone_end, "the tokenizer was trained on a held-out document"
+    np.save(attempt.path / "validation.npy", validation.astype(shards.dtype_for(encoding.n_vocab + 1)))
+    (attempt.path / "split.json").write_text(json.dumps({"cut": cut, "seed": data.split_seed}, indent=1))
+    return {
+        "val_tokens": len(validation),
+        "val_bytes": int(lengths[validation].sum()),
+        "val_documents": len(chosen),
+        "documents": units,
+        "dropped_tokens": total - len(validation),
+        "cut": cut,
+    }
+
+
+def tokenise(encoding: tiktoken.Encoding, document: str | list[int]) -> np.ndarray:
+    """Token ids (int64) of a document, with the end-of-text mark after a text; rows of ids are only checked.
+
+    Raises:
+        NanodlmError: For ids outside the encoding.
+
+    >>> tokenise(tokenizer.plain_bytes(), "Hi").tolist()
+    [72, 105, 256]
+    """
+    if isinstance(document, str):
+        return np.array([*encoding.encode_ordinary(document), encoding.eot_token])
+    ids = np.asarray(document)
+    if ids.min() < 0 or ids.max() >= encoding.n_vocab:
+        raise NanodlmError(
+            f"a row holds token id {ids.max() if ids.max() >= encoding.n_vocab else ids.min()}, but {encoding.name} "
+            f"has ids 0 to {encoding.n_vocab - 1}: check --data.tokenizer and --data.column"
+        )
+    return ids
+
+
+def build_shards(
+    config: Config, inputs: dict[str, Artifact], attempt: Attempt, emit: Callable[..., None]
+) -> dict[str, Any]:
+    """Stage: write rows of `seq_len` tokens as ArrayRecord, one training shard per corpus part, and the validation.
+
+    Documents follow each other with an end-of-text mark after each, and are cut into rows; what is left of a part
+    after its last whole row is dropped. The validation's last row may be shorter.
+
+    Raises:
+        NanodlmError: When there is not one whole row to train on.
+    """
+    data, length = config.data, config.model.seq_len
+    encoding = tokenizer.load(inputs["tokenizer"].local())
+    split = json.loads((inputs["split"].local() / "split.json").read_text())
+    dtype = shards.dtype_for(encoding.n_vocab + 1)
+    parts = sorted(inputs["download"].local().glob("part-*.parquet"))
+    totals = {"train_rows": 0, "train_tokens": 0, "train_documents": 0, "dropped_tokens": 0, "dropped_documents": 0}
+    first_key = "f" * 32
+    for i, part in enumerate(parts):
+        name = f"train-{i:05d}.arrayrecord"
+        info = attempt.adopt(name)
+        if info is None:
+            kept, dropped, smallest = [], 0, "f" * 32
+            for document in corpus.documents(part):
+                key = document_key(document, data.split_seed)
+                if key > split["cut"]:
+                    kept.append(document)
+                    smallest = min(smallest, key)
+                else:
+                    dropped += key == split["cut"]
+            rows, left = _rows(encoding, kept, length, data.pretokenized)
+            shards.write(attempt.path / name, rows.astype(dtype))
+            info = {
+                "train_rows": len(rows),
+                "train_tokens": rows.size,
+                "train_documents": len(kept),
+                "dropped_tokens": left,
+                "dropped_documents": dropped,
+                "first_key": smallest,
+            }
+            attempt.finish(name, [name], **info)
+        for field in totals:
+            totals[field] += info[field]
+        first_key = min(first_key, info["first_key"])
+        emit("progress", done=i + 1, total=len(parts), unit="shards")
+    if totals["train_rows"] == 0:
+        raise NanodlmError(
+            f"no training row: the documents left after the validation split have fewer than seq_len ({length}) tokens; "
+            "add text, or lower --model.seq_len or --data.val_tokens"
+        )
+    assert first_key > split["cut"], "a held-out document is among the training documents"
+    validation = np.load(inputs["split"].local() / "validation.npy", allow_pickle=False)
+    val_rows = [validation[i : i + length] for i in range(0, len(validation), length)]
+    shards.write(attempt.path / "validation.arrayrecord", val_rows)
+    return {
+        **totals,
+        "val_tokens": len(validation),
+        "val_rows": len(val_rows),
+        "val_bytes": inputs["split"].metrics["val_bytes"],
+        "seq_len": length,
+        "n_vocab": encoding.n_vocab,
+        "dtype": np.dtype(dtype).name,
+        # Validation keys are at most the first of these, training keys at least the second: the sides are disjoint.
+        "largest_validation_key": split["cut"],
+        "smallest_training_key": first_key,
+    }
+
+
+def _rows(
+    encoding: tiktoken.Encoding, documents: list[Any], length: int, pretokenized: bool
+) -> tuple[np.ndarray, int]:
+    """Rows (N, length), and the number of tokens left over."""
+    if pretokenized:
+        streams = [tokenise(encoding, ids) for ids in documents]
+    else:
+        texts = encoding.encode_ordinary_batch(documents, num_threads=os.cpu_count() or 1)
+        streams = [np.concatenate([np.array([*ids, encoding.eot_token]) for ids in texts])] if texts else []
+    whole = [stream[: len(stream) // length * length].reshape(-1, length) for stream in streams]
+    rows = np.concatenate(whole) if whole else np.empty((0, length), np.int64)
+    return rows, sum(len(stream) for stream in streams) - rows.size

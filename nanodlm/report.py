@@ -1,0 +1,87 @@
+"""The report: one HTML page and one Markdown file with a run's numbers, its loss curve and its samples."""
+
+import html
+import json
+from collections.abc import Callable
+from typing import Any
+
+from nanodlm.config import Config
+from nanodlm.store import Artifact, Attempt
+
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 52rem; margin: 2rem auto; padding: 0 1rem; color: #1c2430 }
+table { border-collapse: collapse; margin: 1rem 0 } td, th { text-align: left; padding: .25rem 1.5rem .25rem 0 }
+tr { border-bottom: 1px solid #e3e7ec } blockquote { background: #f5f7f9; margin: .8rem 0; padding: .8rem 1rem;
+border-left: 3px solid #3b73c4; white-space: pre-wrap } svg { width: 100%; height: auto } .note { color: #5b6776 }
+"""
+
+
+def build(config: Config, inputs: dict[str, Artifact], attempt: Attempt, emit: Callable[..., None]) -> dict[str, Any]:
+    """Gather the results of train, evaluate and sample into `report.html` and `report.md`."""
+    train, evaluate, sample = (inputs[name] for name in ("train", "evaluate", "sample"))
+    m, t = evaluate.metrics, train.metrics
+    below = 100 * (1 - m["val_bits_per_byte"] / m["val_unigram_bits_per_byte"])
+    rows = [
+        ("validation bound", f"{m['val_bits_per_byte']:.4f} ± {m['val_bits_per_byte_stderr']:.4f} bits per byte"),
+        ("", f"{m['val_nats_per_token']:.4f} ± {m['val_nats_per_token_stderr']:.4f} nats per token"),
+        ("unigram entropy", f"{m['val_unigram_bits_per_byte']:.4f} bits per byte: the bound is {below:.1f}% below it"),
+        ("validation text", f"{m['val_tokens']:,} tokens, {m['val_bytes']:,} bytes"),
+        ("trained on", f"{t['train_tokens']:,} tokens in {t['updates']:,} updates"),
+        ("speed", f"{t['train_tokens_per_second']:,.0f} tokens/s on {t['devices']} {t['device']}"),
+        ("parameters", f"{t['parameters']:,}, sha256 {t['parameters_sha256'][:16]}…"),
+        *((name, artifact.uri) for name, artifact in inputs.items()),
+    ]
+    logs = json.loads((train.local() / "logs.json").read_text())
+    texts = [json.loads(line)["text"] for line in (sample.local() / "samples.jsonl").read_text().splitlines()]
+    title = config.exp.run_name or "nanodlm"
+    curve = loss_curve([(r["step"], r["nats_per_token"]) for r in logs], m["val_unigram_nats_per_token"])
+    page = [
+        f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title><style>{STYLE}</style>",
+        f"<h1>{html.escape(title)}</h1><table>",
+        *(f"<tr><th>{name}<td>{html.escape(value)}" for name, value in rows),
+        "</table><h2>Training</h2>",
+        curve,
+        "<h2>Samples</h2>",
+        *(f"<blockquote>{html.escape(text)}</blockquote>" for text in texts),
+        "</html>\n",
+    ]
+    (attempt.path / "report.html").write_text("\n".join(page))
+    lines = [f"# {title}", "", "| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows), ""]
+    quoted = ("\n".join("> " + line for line in text.splitlines()) + "\n" for text in texts)
+    (attempt.path / "report.md").write_text("\n".join([*lines, "## Samples", "", *quoted]))
+    return {"below_unigram_percent": round(below, 2)}
+
+
+def loss_curve(points: list[tuple[int, float]], level: float) -> str:
+    """An SVG of the training bound in nats per token over updates, with the unigram entropy as a dashed line.
+
+    Each point is the mean of up to 1/50 of the records, because the bound of one batch is noisy.
+    """
+    size = max(1, len(points) // 50)
+    groups = [points[i : i + size] for i in range(0, len(points), size)]
+    means = [(sum(s for s, _ in g) / len(g), sum(v for _, v in g) / len(g)) for g in groups]
+    left, right, top, bottom = 56, 700, 12, 240
+    last = max(s for s, _ in means)
+    low, high = min(level, *(v for _, v in means)) * 0.97, max(level, *(v for _, v in means)) * 1.02
+
+    def x(step: float) -> float:
+        return left + (right - left) * step / last
+
+    def y(value: float) -> float:
+        return bottom - (bottom - top) * (value - low) / (high - low)
+
+    line = " ".join(f"{x(s):.1f},{y(v):.1f}" for s, v in means)
+    ticks = [low + (high - low) * i / 4 for i in range(5)]
+    grid = "".join(
+        f'<line x1="{left}" x2="{right}" y1="{y(v):.1f}" y2="{y(v):.1f}" stroke="#e3e7ec"/>'
+        f'<text x="{left - 8}" y="{y(v) + 4:.1f}" text-anchor="end">{v:.2f}</text>'
+        for v in ticks
+    )
+    return (
+        f'<svg viewBox="0 0 720 290" font-size="12" fill="#5b6776" role="img" aria-label="training bound">{grid}'
+        f'<line x1="{left}" x2="{right}" y1="{y(level):.1f}" y2="{y(level):.1f}" stroke="#c2571a" stroke-dasharray="5 4"/>'
+        f'<text x="{right}" y="{y(level) - 6:.1f}" text-anchor="end" fill="#c2571a">unigram entropy</text>'
+        f'<polyline points="{line}" fill="none" stroke="#3b73c4" stroke-width="2"/>'
+        f'<text x="{left}" y="{bottom + 20}">0</text><text x="{right}" y="{bottom + 20}" text-anchor="end">{last:,.0f}</text>'
+        f'<text x="{(left + right) / 2}" y="{bottom + 38}" text-anchor="middle">update; bound in nats per token</text></svg>'
+    )

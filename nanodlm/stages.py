@@ -1,0 +1,311 @@
+"""The seven stages as data, and the one way to run any of them: look it up, else build it.
+
+    download -> tokenizer -> split -> shard -> train -> evaluate -> sample   (a report gathers them)
+
+Each stage is a function from verified input artifacts and its own part of the configuration to files in a folder.
+Its fingerprint covers just those, so a changed setting rebuilds what depends on it and nothing else.
+"""
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from nanodlm.config import Config
+from nanodlm.errors import Damaged, NanodlmError
+from nanodlm.store import SCHEMA, Artifact, Store, fingerprint_of
+
+Emit = Callable[..., None]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of the pipeline.
+
+    Attributes:
+        name: Also the name of its folder in the store.
+        build: `module:function` that does the work; imported when it runs.
+        inputs: Stages whose artifacts it reads.
+        parameters: The settings that determine its bytes, given the inputs.
+        version: Raised when the function's output changes for equal inputs.
+        own_process: Whether it uses JAX, and so runs in a process of its own beside an orchestrator.
+        volatile: Prefixes of its files that hold times or logs.
+    """
+
+    name: str
+    build: str
+    inputs: Callable[[Config], tuple[str, ...]]
+    parameters: Callable[[Config], dict[str, Any]]
+    version: int = 1
+    own_process: bool = False
+    volatile: tuple[str, ...] = ()
+
+
+def _source(config: Config) -> dict[str, Any]:
+    from nanodlm import corpus
+
+    return corpus.identity(config.data)
+
+
+def _tokenizer_parameters(config: Config) -> dict[str, Any]:
+    fields = {"tokenizer", "vocab_size", "val_tokens", "split_seed"}
+    return config.data.model_dump(include=fields if config.data.tokenizer == "bpe" else {"tokenizer"})
+
+
+def _train_parameters(config: Config) -> dict[str, Any]:
+    return {
+        **config.model_dump(include={"model", "schedule", "objective", "train"}),
+        "data": config.data.model_dump(include={"shuffle_seed", "isolate_documents"}),
+    }
+
+
+STAGES: dict[str, Stage] = {
+    stage.name: stage
+    for stage in (
+        Stage("download", "nanodlm.corpus:download", lambda c: (), _source),
+        Stage(
+            "tokenizer",
+            "nanodlm.preparation:build_tokenizer",
+            lambda c: ("download",) if c.data.tokenizer == "bpe" else (),
+            _tokenizer_parameters,
+        ),
+        Stage(
+            "split",
+            "nanodlm.preparation:build_split",
+            lambda c: ("download", "tokenizer"),
+            lambda c: c.data.model_dump(include={"val_tokens", "split_seed"}),
+        ),
+        Stage(
+            "shard",
+            "nanodlm.preparation:build_shards",
+            lambda c: ("download", "tokenizer", "split"),
+            lambda c: c.model.model_dump(include={"seq_len"}),
+        ),
+        Stage(
+            "train",
+            "nanodlm.training:train",
+            lambda c: ("shard", "tokenizer"),
+            _train_parameters,
+            own_process=True,
+            volatile=("checkpoints/", "config.json", "logs.json"),
+        ),
+        Stage(
+            "evaluate",
+            "nanodlm.evaluation:evaluate",
+            lambda c: ("shard", "train"),
+            lambda c: c.eval.model_dump(),
+            own_process=True,
+        ),
+        Stage(
+            "sample",
+            "nanodlm.generation:generate",
+            lambda c: ("train",),
+            lambda c: c.sample.model_dump(),
+            own_process=True,
+        ),
+        Stage("report", "nanodlm.report:build", lambda c: ("train", "evaluate", "sample"), lambda c: {}),
+    )
+}
+NAMES = tuple(name for name in STAGES if name != "report")
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """What the store says about a stage: its artifact, or why there is none yet.
+
+    `fingerprint` is None while an input is missing, for then it cannot be known.
+    """
+
+    stage: Stage
+    identity: dict[str, Any] | None
+    fingerprint: str | None
+    artifact: Artifact | None
+
+
+def look_up(config: Config, store: Store, until: str = "report", rebuild: str | None = None) -> Iterator[Lookup]:
+    """Look up every stage up to `until`, in order; that of `rebuild` may be damaged.
+
+    Raises:
+        Damaged: When an artifact's files are missing or have other sizes than its manifest says.
+    """
+    found: dict[str, Artifact] = {}
+    for stage in STAGES.values():
+        missing = [name for name in stage.inputs(config) if name not in found]
+        if missing:
+            yield Lookup(stage, None, None, None)
+        else:
+            identity = _identity(stage, config, found)
+            fingerprint = fingerprint_of(identity)
+            try:
+                artifact = store.find(stage.name, fingerprint)
+                if artifact:
+                    found[stage.name] = artifact.check()
+            except Damaged:
+                if stage.name != rebuild:
+                    raise
+                artifact = None
+            yield Lookup(stage, identity, fingerprint, artifact)
+        if stage.name == until:
+            return
+
+
+def _identity(stage: Stage, config: Config, found: dict[str, Artifact]) -> dict[str, Any]:
+    inputs = {name: found[name] for name in stage.inputs(config)}
+    return {
+        "schema": SCHEMA,
+        "stage": stage.name,
+        "version": stage.version,
+        "parameters": stage.parameters(config),
+        "inputs": {name: artifact.digest for name, artifact in inputs.items()},
+    }
+
+
+def ready(
+    name: str, config: Config, store: Store, *, rebuild: bool = False
+) -> tuple[Lookup, dict[str, Artifact]]:
+    """A stage's lookup and its input artifacts.
+
+    Raises:
+        NanodlmError: When an input has not been built.
+    """
+    found: dict[str, Artifact] = {}
+    for lookup in look_up(config, store, until=name, rebuild=name if rebuild else None):
+        if lookup.stage.name == name:
+            inputs = lookup.stage.inputs(config)
+            if lookup.identity is None:
+                lacking = ", ".join(i for i in inputs if i not in found)
+                raise NanodlmError(
+                    f"{name} needs {lacking}, which {store.uri()} does not hold for this configuration: "
+                    f"run `nanodlm run --until {inputs[-1] if inputs[-1] not in found else inputs[0]}` first"
+                )
+            return lookup, {i: found[i] for i in inputs}
+        if lookup.artifact:
+            found[lookup.stage.name] = lookup.artifact
+    raise KeyError(name)
+
+
+def run(
+    name: str, config: Config, store: Store, *, rebuild: bool = False, emit: Emit = lambda *_, **__: None
+) -> tuple[Artifact, dict[str, Any]]:
+    """Find a stage's artifact or build it, here and now, its inputs being there.
+
+    When another process is building the same artifact, wait for it.
+
+    Args:
+        name: One of `STAGES`.
+        config: The run's configuration.
+        store: Where artifacts lie.
+        rebuild: Build even when the artifact exists; equal bytes leave the old manifest in place.
+        emit: Called as `emit(kind, **fields)` with progress.
+
+    Returns:
+        The artifact, and a record with `stage`, `status` (built or cached), `uri`, `fingerprint`, `seconds`.
+    """
+    started = time.monotonic()
+    lookup, inputs = ready(name, config, store, rebuild=rebuild)
+    assert lookup.identity is not None
+    assert lookup.fingerprint is not None
+    stage, artifact, status = lookup.stage, lookup.artifact, "cached"
+    if artifact is None:
+        store.wait_for_lease(name, lookup.fingerprint, notify=lambda text: emit("message", text=text))
+        artifact = None if rebuild else store.find(name, lookup.fingerprint)
+    if artifact is None or rebuild:
+        module, function = stage.build.split(":")
+        with store.attempt(name, lookup.fingerprint, afresh=rebuild) as attempt:
+            metrics = getattr(import_module(module), function)(config, inputs, attempt, emit)
+            # Beside the digests that are part of the identity, the fingerprints tell where the inputs lie.
+            lineage = {n: {"digest": a.digest, "fingerprint": a.fingerprint} for n, a in inputs.items()}
+            artifact = attempt.commit(
+                identity={**lookup.identity, "inputs": lineage},
+                metrics=metrics,
+                volatile=stage.volatile,
+                replace=rebuild,
+            )
+        status = "built"
+    return artifact, record(artifact, status, time.monotonic() - started)
+
+
+def record(artifact: Artifact, status: str, seconds: float) -> dict[str, Any]:
+    """What `--json` and the flows say of a stage."""
+    return {
+        "stage": artifact.stage,
+        "status": status,
+        "uri": artifact.uri,
+        "fingerprint": artifact.fingerprint,
+        "seconds": round(seconds, 3),
+    }
+
+
+def why(lookup: Lookup, store: Store) -> str:
+    """Why a stage would be built: which settings and inputs differ from the most similar artifact there is."""
+    if lookup.identity is None:
+        return "an input is not built yet"
+    wanted = _flat(_comparable(lookup.identity))
+    best: list[str] | None = None
+    for stage, fingerprint in store:
+        if stage != lookup.stage.name or not (other := store.find(stage, fingerprint)):
+            continue
+        has = _flat(_comparable({k: other.manifest[k] for k in lookup.identity}))
+        differences = [
+            f"{key}: {_short(has.get(key))} -> {_short(wanted.get(key))}"
+            for key in sorted(wanted.keys() | has.keys())
+            if wanted.get(key) != has.get(key)
+        ]
+        if best is None or len(differences) < len(best):
+            best = [*differences, f"(against {fingerprint[:12]})"]
+    return "; ".join(best) if best else "nothing like it has been built yet"
+
+
+def _comparable(identity: dict[str, Any]) -> dict[str, Any]:
+    """Inputs by digest alone, with the settings at the top."""
+    inputs = {n: i["digest"] if isinstance(i, dict) else i for n, i in identity["inputs"].items()}
+    return {**identity["parameters"], "input": inputs, "version": identity["version"], "schema": identity["schema"]}
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    return {k: v for key, item in value.items() for k, v in _flat(item, f"{prefix}.{key}".lstrip(".")).items()}
+
+
+def _short(value: Any) -> str:
+    text = "absent" if value is None else str(value)
+    return text if len(text) <= 40 else f"{text[:12]}…"
+
+
+def until(last: str) -> tuple[str, ...]:
+    """Names of the stages up to one; the report comes with the samples.
+
+    >>> until("split")
+    ('download', 'tokenizer', 'split')
+    """
+    return tuple(STAGES) if last == "sample" else NAMES[: NAMES.index(last) + 1]
+
+
+def train(config: Config, store: str | None = None) -> Artifact:
+    """Train a model, first building whatever data it needs, all in this process.
+
+    A finished run is found rather than repeated, and an interrupted one continues from its last checkpoint.
+
+    Args:
+        config: The run's configuration.
+        store: Folder or fsspec URL of the artifacts; by default `$NANODLM_STORE`, else `data/store`.
+
+    Returns:
+        The train artifact: `.uri` is what `nanodlm.load` takes, `.metrics` what was measured.
+
+    Example:
+        run = nanodlm.train(nanodlm.PRESETS["demo"])
+        print(run.uri, run.metrics["train_nats_per_token"])
+    """
+    opened = Store(store or default_store())
+    for name in until("train"):
+        artifact, _ = run(name, config, opened)
+    return artifact  # type: ignore[possibly-unbound]
+
+
+def default_store() -> str:
+    """`$NANODLM_STORE`, else `data/store`."""
+    return os.environ.get("NANODLM_STORE") or "data/store"
