@@ -1,7 +1,7 @@
 """The pipeline flow: one task per stage. A stage that the store already holds ends as `Cached`.
 
-    nanodlm run                              # on a server of its own
-    python -m flows.pipeline                 # on the server that PREFECT_API_URL names
+nanodlm run                              # on a server of its own
+python -m flows.pipeline                 # on the server that PREFECT_API_URL names
 """
 
 import time
@@ -28,10 +28,10 @@ LOG_SECONDS = 30.0  # between progress lines in Prefect's log
 class Watcher(Protocol):
     """Whoever shows the stages to a person; `nanodlm.console.Console` is one."""
 
-    def start(self, stage: str) -> None: ...  # noqa: D102
-    def emit(self, kind: str, **fields: Any) -> None: ...  # noqa: D102
-    def end(self) -> None: ...  # noqa: D102
-    def done(self, artifact: Artifact, record: dict[str, Any]) -> None: ...  # noqa: D102
+    def start(self, stage: str) -> None: ...
+    def emit(self, kind: str, **fields: Any) -> None: ...
+    def end(self) -> None: ...
+    def done(self, artifact: Artifact, record: dict[str, Any]) -> None: ...
 
 
 class _Log:

@@ -1,6 +1,6 @@
 """A Prefect server for one `nanodlm run`: loopback only, gone when its parent is, even after SIGKILL.
 
-    python -m flows.server PORT
+python -m flows.server PORT
 """
 
 import contextlib

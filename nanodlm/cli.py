@@ -1,6 +1,6 @@
 """The command line. Each command is a function; what it needs is imported when it runs, so `--help` is quick.
 
-    nanodlm run demo --train.lr 1e-3
+nanodlm run demo --train.lr 1e-3
 """
 
 import contextlib
@@ -164,7 +164,9 @@ def _json_flag() -> tuple[Any, Any]:
 
     import tyro
 
-    return _flag("Print one JSON object as the last line of standard output.", False, Annotated[bool, tyro.conf.arg(name="json")])
+    return _flag(
+        "Print one JSON object as the last line of standard output.", False, Annotated[bool, tyro.conf.arg(name="json")]
+    )
 
 
 def _print_json(value: Any) -> None:
@@ -356,10 +358,8 @@ def ls(argv: list[str]) -> None:
 
 def show(argv: list[str]) -> None:
     """Print a manifest: identity, inputs, files, metrics, versions."""
-    from nanodlm.store import Store
-
-    _, args = _parse("show", argv, {"uri": _positional("Artifact, as `nanodlm ls` prints it."), "store": _store_flag(), "as_json": _json_flag()}, configured=False)  # fmt: skip
-    artifact = _artifact(Store(args.store), args.uri)
+    store, args = _open(argv, "show", uri=_positional("Artifact, as `nanodlm ls` prints it."))
+    artifact = _artifact(store, args.uri)
     if args.as_json:
         _print_json({"uri": artifact.uri, **artifact.manifest})
         return

@@ -54,7 +54,6 @@ class DataConfig(Group):
     isolate_documents: Switch = False
     """Whether attention and convolution stop at the document edges inside a row."""
 
-
     @model_validator(mode="after")
     def _check_source(self) -> Self:
         if not self.source.strip():
@@ -62,9 +61,7 @@ class DataConfig(Group):
         if self.source.startswith("hf://") != bool(self.revision):
             raise ValueError("a hf:// source, and only that, needs a pinned commit: set --data.revision")
         if self.pretokenized and self.tokenizer == "bpe":
-            raise ValueError(
-                "pretokenized rows need the tokenizer that made them: set --data.tokenizer gpt2 or bytes"
-            )
+            raise ValueError("pretokenized rows need the tokenizer that made them: set --data.tokenizer gpt2 or bytes")
         return self
 
 
@@ -87,6 +84,8 @@ class ModelConfig(Group):
     """Width of a depthwise convolution before attention, odd; 0 is none."""
     time_conditioning: Switch = False
     """Whether blocks are modulated by the diffusion time (AdaLN, zero-initialised)."""
+    tie_embeddings: Switch = False
+    """Whether the output layer is the transpose of the embedding."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of matrix products; parameters, losses and reductions stay float32."""
 
@@ -133,10 +132,12 @@ class TrainConfig(Group):
     """Micro-batches per update."""
     max_steps: int = Field(1000, ge=1)
     """Updates."""
-    optimizer: Literal["adamw"] = "adamw"
-    """Optimizer."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """`muon` orthogonalises the updates of the blocks' matrices and leaves the rest to AdamW."""
     lr: float = Field(4e-3, gt=0)
-    """Peak learning rate."""
+    """Peak learning rate of AdamW."""
+    muon_lr: float = Field(0.02, gt=0)
+    """Peak learning rate of Muon, with the same shape over updates."""
     min_lr: float = Field(0.0, ge=0)
     """Learning rate at the end of a decay."""
     lr_schedule: Literal["warmup_cosine", "warmup_stable_decay", "warmup_constant", "none"] = "warmup_cosine"
@@ -244,9 +245,18 @@ class Config(Group):
 
 _DEMO = Config(
     data=DataConfig(part_mb=2.0),
-    model=ModelConfig(seq_len=64, n_layers=3, n_heads=4, d_model=128, d_ff=512, conv_width=5),
+    model=ModelConfig(seq_len=64, n_layers=3, n_heads=4, d_model=128, d_ff=256, conv_width=5, tie_embeddings=True),
     objective=ObjectiveConfig(weighting="uniform"),
-    train=TrainConfig(batch_size=16, max_steps=2500, lr=4e-3, warmup_steps=100),
+    train=TrainConfig(
+        batch_size=8,
+        max_steps=1500,
+        optimizer="muon",
+        lr=8e-3,
+        lr_schedule="warmup_stable_decay",
+        warmup_steps=50,
+        cooldown_steps=1450,
+        weight_decay=0.0,
+    ),
     sample=SampleConfig(num_steps=64, temperature=0.8),
 )
 

@@ -49,7 +49,9 @@ class Console:
         elif kind == "progress":
             text = self._describe(fields)
             if self._progress is not None:
-                self._progress.update(self._task, completed=fields["done"], total=fields.get("total"), text=escape(text))
+                self._progress.update(
+                    self._task, completed=fields["done"], total=fields.get("total"), text=escape(text)
+                )
             elif time.monotonic() - self._printed >= PLAIN_SECONDS:
                 self._printed = time.monotonic()
                 self.line(f"{self._stage:<10} {escape(text)}")
@@ -79,7 +81,9 @@ class Console:
     def done(self, artifact: Artifact, record: dict[str, Any]) -> None:
         """Print the line of a finished stage."""
         self.end()
-        status = f"[green]{record['status']}[/green]" if record["status"] == "built" else f"[cyan]{record['status']}[/cyan]"
+        status = (
+            f"[green]{record['status']}[/green]" if record["status"] == "built" else f"[cyan]{record['status']}[/cyan]"
+        )
         seconds = f"{record['seconds']:7.1f} s" if record["status"] == "built" else " " * 9
         self.line(f"[bold]{record['stage']:<10}[/bold] {status:<6} {seconds}  {escape(summary(artifact))}")
 
@@ -91,8 +95,8 @@ class Console:
             m = artifacts["evaluate"].metrics
             below = 100 * (1 - m["val_bits_per_byte"] / m["val_unigram_bits_per_byte"])
             self.line(
-                f"validation bound [bold]{m['val_bits_per_byte']:.3f}[/bold] ± {m['val_bits_per_byte_stderr']:.3f} bits per "
-                f"byte, {below:.1f}% below the unigram entropy of {m['val_unigram_bits_per_byte']:.3f}"
+                f"validation bound [bold]{m['val_bits_per_byte']:.3f}[/bold] ± {m['val_bits_per_byte_stderr']:.3f} bits "
+                f"per byte, {below:.1f}% below the unigram entropy of {m['val_unigram_bits_per_byte']:.3f}"
             )
         if "sample" in artifacts:
             self.line(f"[dim]a sample:[/dim] {escape(' '.join(artifacts['sample'].metrics['first_sample'].split()))}")
@@ -120,8 +124,8 @@ def summary(artifact: Artifact) -> str:
             return f"{m['train_rows']:,} training rows of {m['seq_len']} tokens, {m['val_rows']:,} for validation"
         case "train":
             return (
-                f"{m['updates']:,} updates, {m['train_tokens']:,} tokens at {m['train_tokens_per_second']:,.0f} tokens/s, "
-                f"{m['parameters'] / 1e6:.2f}M parameters"
+                f"{m['updates']:,} updates, {m['train_tokens']:,} tokens at {m['train_tokens_per_second']:,.0f} tokens/s,"
+                f" {m['parameters'] / 1e6:.2f}M parameters"
             )
         case "evaluate":
             return f"{m['val_bits_per_byte']:.4f} ± {m['val_bits_per_byte_stderr']:.4f} bits per byte"

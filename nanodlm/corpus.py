@@ -45,7 +45,9 @@ def source_files(data: DataConfig) -> list[str]:
         except (OSError, ValueError, ImportError) as error:
             raise NanodlmError(f"cannot list {pattern}: {error}") from error
         if not urls and not data.source.startswith("hf://"):
-            raise NanodlmError(f"no file matches {pattern!r}: check --data.source (a folder needs a glob, as in dir/*.txt)")
+            raise NanodlmError(
+                f"no file matches {pattern!r}: check --data.source (a folder needs a glob, as in dir/*.txt)"
+            )
         files.update(urls)
     if not files:
         raise NanodlmError(f"{data.source} holds no .txt, .jsonl or .parquet files")
@@ -90,7 +92,9 @@ def _snapshot(data: DataConfig) -> Path:
             commits = huggingface_hub.HfApi().list_repo_commits(name, repo_type="dataset")
             matches = [c.commit_id for c in commits if c.commit_id.startswith(revision)]
             if len(matches) != 1:
-                raise NanodlmError(f"{len(matches)} commits of {name} begin with {revision}: give --data.revision in full")
+                raise NanodlmError(
+                    f"{len(matches)} commits of {name} begin with {revision}: give --data.revision in full"
+                )
             revision = matches[0]
         patterns = [f"*{suffix}" for suffix in READERS if suffix != ".md"]
         return Path(
@@ -103,7 +107,9 @@ def _snapshot(data: DataConfig) -> Path:
         ) from error
 
 
-def download(config: Config, inputs: dict[str, Artifact], attempt: Attempt, emit: Callable[..., None]) -> dict[str, Any]:
+def download(
+    config: Config, inputs: dict[str, Artifact], attempt: Attempt, emit: Callable[..., None]
+) -> dict[str, Any]:
     """Stage: copy the source's documents into parquet parts of about `data.part_mb` megabytes each.
 
     Raises:

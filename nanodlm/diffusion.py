@@ -12,7 +12,7 @@ from nanodlm.schedules import Schedule
 
 
 def low_discrepancy(key: Key[Array, ""], n: int) -> Float[Array, "n"]:
-    """n uniform numbers in (0, 1], one in each interval of length 1/n, sharing one random offset.
+    """N uniform numbers in (0, 1], one in each interval of length 1/n, sharing one random offset.
 
     Each is uniform by itself, so averages stay unbiased; together they cover the interval evenly, which
     lowers the variance. Source: Variational Diffusion Models, arXiv:2107.00630, appendix I.1.
@@ -55,13 +55,12 @@ def mask_subset(
     return jnp.where(rank < count[:, None], mask_id, x_0)
 
 
-def unmask_probability(
-    schedule: Schedule, t: Float[Array, "..."], s: Float[Array, "..."]
-) -> Float[Array, "..."]:
+def unmask_probability(schedule: Schedule, t: Float[Array, "..."], s: Float[Array, "..."]) -> Float[Array, "..."]:
     """Probability (alpha_s - alpha_t) / (1 - alpha_t) that a token masked at t is unmasked at s < t.
 
     It is exactly 1 at s = 0. Source: MDLM, arXiv:2406.07524, equation 7.
 
+    >>> from nanodlm.schedules import make_schedule
     >>> float(unmask_probability(make_schedule("linear"), jnp.float32(0.5), jnp.float32(0.25)))
     0.5
     """
@@ -74,5 +73,5 @@ def predictable(logits: Float[Array, "... V"], *, mask_id: int) -> Float[Array, 
     >>> predictable(jnp.zeros((1, 4)), mask_id=2).tolist()
     [[0.0, 0.0, -inf, -inf]]
     """
-    real: Bool[Array, "V"] = jnp.arange(logits.shape[-1]) < mask_id
+    real: Bool[Array, V] = jnp.arange(logits.shape[-1]) < mask_id
     return jnp.where(real, logits.astype(jnp.float32), -jnp.inf)

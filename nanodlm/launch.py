@@ -42,7 +42,17 @@ def run_stage(name: str, config: Config, store_url: str, *, rebuild: bool = Fals
         config_file, events, errors = (Path(folder) / n for n in ("config.json", "events.jsonl", "stderr.txt"))
         config_file.write_text(config.model_dump_json())
         events.touch()
-        command = [sys.executable, "-m", "nanodlm", name, str(config_file), "--store", store_url, "--events", str(events)]
+        command = [
+            sys.executable,
+            "-m",
+            "nanodlm",
+            name,
+            str(config_file),
+            "--store",
+            store_url,
+            "--events",
+            str(events),
+        ]
         with errors.open("wb") as stderr, events.open() as feed:
             child = subprocess.Popen(
                 [*command, *(["--rebuild"] if rebuild else [])],

@@ -132,8 +132,6 @@ def nelbo(
     >>> [round(float(v), 3) for v in nats]  # 8 log 2
     [5.545, 5.545, 5.545, 5.545]
     """
-    noised = corrupt(
-        x_0, key, schedule=schedule, mask_id=mask_id, estimator=estimator, num_timesteps=num_timesteps
-    )
+    noised = corrupt(x_0, key, schedule=schedule, mask_id=mask_id, estimator=estimator, num_timesteps=num_timesteps)
     nats = masked_cross_entropy(denoise(noised.x_t, noised.t), x_0, noised.x_t, mask_id=mask_id)
     return noised.weight * nats

@@ -1,9 +1,10 @@
-"""AdamW, its learning-rate schedules, clipping."""
+"""AdamW and Muon, their learning-rate schedules, clipping."""
 
 from typing import Any
 
 import jax
 import optax
+import optax.contrib
 
 from nanodlm.config import TrainConfig
 
@@ -41,29 +42,48 @@ def learning_rate(train: TrainConfig) -> optax.Schedule:
 
 
 def make_optimizer(train: TrainConfig) -> optax.GradientTransformation:
-    """Clip by global norm, then AdamW with weight decay on the blocks' and the head's matrices.
+    """Clip by global norm, then AdamW, or Muon for the blocks' matrices and AdamW for the rest.
 
-    Source: arXiv:1711.05101, algorithm 2.
+    Weight decay acts on the matrices of linear layers only. Sources: AdamW, arXiv:1711.05101, algorithm 2; Muon,
+    arXiv:2502.16982, equation 1.
 
     >>> isinstance(make_optimizer(TrainConfig()), optax.GradientTransformation)
     True
     """
-    adamw = optax.adamw(
-        learning_rate(train),
-        b1=train.beta1,
-        b2=train.beta2,
-        eps=train.eps,
-        weight_decay=train.weight_decay,
-        mask=decays,
-    )
-    return optax.chain(optax.clip_by_global_norm(train.clip_grad_norm), adamw) if train.clip_grad_norm else adamw
+    schedule = learning_rate(train)
+    if train.optimizer == "adamw":
+        optimizer = optax.adamw(
+            schedule, b1=train.beta1, b2=train.beta2, eps=train.eps, weight_decay=train.weight_decay, mask=is_matrix
+        )
+    else:
+        optimizer = optax.contrib.muon(
+            lambda count: schedule(count) * train.muon_lr / train.lr,
+            ns_steps=3,
+            weight_decay=train.weight_decay,
+            adam_b1=train.beta1,
+            adam_b2=train.beta2,
+            adam_learning_rate=schedule,
+            muon_weight_dimension_numbers=_muon_dimensions,
+        )
+    if not train.clip_grad_norm:
+        return optimizer
+    return optax.chain(optax.clip_by_global_norm(train.clip_grad_norm), optimizer)
 
 
-def decays(params: Any) -> Any:
-    """Which parameters weight decay applies to: kernels of linear layers, not norms, embeddings or convolutions."""
+def is_matrix(params: Any) -> Any:
+    """Which parameters are kernels of linear layers: not norms, embeddings, biases or convolutions."""
 
-    def is_matrix(path: tuple[Any, ...], leaf: jax.Array) -> bool:
+    def test(path: tuple[Any, ...], leaf: jax.Array) -> bool:
         names = [getattr(p, "key", None) for p in path]
         return names[-1] == "kernel" and "conv" not in names and leaf.ndim == 2
 
-    return jax.tree_util.tree_map_with_path(is_matrix, params)
+    return jax.tree_util.tree_map_with_path(test, params)
+
+
+def _muon_dimensions(params: Any) -> Any:
+    """Muon takes the matrices inside blocks; the output layer is an embedding of sorts and goes with AdamW."""
+
+    def dimensions(path: tuple[Any, ...], matrix: bool) -> Any:
+        return optax.contrib.MuonDimensionNumbers() if matrix and path[0].key == "blocks" else None
+
+    return jax.tree_util.tree_map_with_path(dimensions, is_matrix(params))

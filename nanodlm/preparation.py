@@ -209,8 +209,8 @@ def build_shards(
         emit("progress", done=i + 1, total=len(parts), unit="shards")
     if totals["train_rows"] == 0:
         raise NanodlmError(
-            f"no training row: the documents left after the validation split have fewer than seq_len ({length}) tokens; "
-            "add text, or lower --model.seq_len or --data.val_tokens"
+            f"no training row: the documents left after the validation split have fewer than seq_len ({length}) "
+            "tokens; add text, or lower --model.seq_len or --data.val_tokens"
         )
     assert first_key > split["cut"], "a held-out document is among the training documents"
     validation = np.load(inputs["split"].local() / "validation.npy", allow_pickle=False)
@@ -230,9 +230,7 @@ def build_shards(
     }
 
 
-def _rows(
-    encoding: tiktoken.Encoding, documents: list[Any], length: int, pretokenized: bool
-) -> tuple[np.ndarray, int]:
+def _rows(encoding: tiktoken.Encoding, documents: list[Any], length: int, pretokenized: bool) -> tuple[np.ndarray, int]:
     """Rows (N, length), and the number of tokens left over."""
     if pretokenized:
         streams = [tokenise(encoding, ids) for ids in documents]

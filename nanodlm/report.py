@@ -77,11 +77,13 @@ def loss_curve(points: list[tuple[int, float]], level: float) -> str:
         f'<text x="{left - 8}" y="{y(v) + 4:.1f}" text-anchor="end">{v:.2f}</text>'
         for v in ticks
     )
+    middle, below = (left + right) / 2, bottom + 20
+    level_y = f'y1="{y(level):.1f}" y2="{y(level):.1f}"'
     return (
         f'<svg viewBox="0 0 720 290" font-size="12" fill="#5b6776" role="img" aria-label="training bound">{grid}'
-        f'<line x1="{left}" x2="{right}" y1="{y(level):.1f}" y2="{y(level):.1f}" stroke="#c2571a" stroke-dasharray="5 4"/>'
+        f'<line x1="{left}" x2="{right}" {level_y} stroke="#c2571a" stroke-dasharray="5 4"/>'
         f'<text x="{right}" y="{y(level) - 6:.1f}" text-anchor="end" fill="#c2571a">unigram entropy</text>'
         f'<polyline points="{line}" fill="none" stroke="#3b73c4" stroke-width="2"/>'
-        f'<text x="{left}" y="{bottom + 20}">0</text><text x="{right}" y="{bottom + 20}" text-anchor="end">{last:,.0f}</text>'
-        f'<text x="{(left + right) / 2}" y="{bottom + 38}" text-anchor="middle">update; bound in nats per token</text></svg>'
+        f'<text x="{left}" y="{below}">0</text><text x="{right}" y="{below}" text-anchor="end">{last:,.0f}</text>'
+        f'<text x="{middle}" y="{below + 18}" text-anchor="middle">update; bound in nats per token</text></svg>'
     )

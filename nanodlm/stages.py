@@ -162,9 +162,7 @@ def _identity(stage: Stage, config: Config, found: dict[str, Artifact]) -> dict[
     }
 
 
-def ready(
-    name: str, config: Config, store: Store, *, rebuild: bool = False
-) -> tuple[Lookup, dict[str, Artifact]]:
+def ready(name: str, config: Config, store: Store, *, rebuild: bool = False) -> tuple[Lookup, dict[str, Artifact]]:
     """A stage's lookup and its input artifacts.
 
     Raises:

@@ -68,7 +68,7 @@ def fingerprint_of(identity: dict[str, Any]) -> str:
     """sha256 of the canonical JSON of everything that determines an artifact's bytes, in hex.
 
     >>> fingerprint_of({"stage": "shard"})[:8]
-    '9e1d5b4f'
+    'a8c0b4ff'
     """
     return hashlib.sha256(canonical_json(identity).encode()).hexdigest()
 
@@ -219,7 +219,9 @@ class Store:
                 "and the next run rebuilds it"
             )
         if manifest["digest"] != _digest(manifest["files"], manifest["volatile"]):
-            raise Damaged(f"{self.uri(stage, fingerprint)}/manifest.json has been altered: its digest is not its files'")
+            raise Damaged(
+                f"{self.uri(stage, fingerprint)}/manifest.json has been altered: its digest is not its files'"
+            )
         return Artifact(self, stage, fingerprint, manifest)
 
     def open(self, uri: str) -> Artifact:
@@ -415,7 +417,8 @@ class Attempt:
             **info: Anything JSON can hold that whoever adopts it will want to know.
         """
         listed = [
-            {"path": f, "size": (self.path / f).stat().st_size, "sha256": sha256_of(self.path / f)} for f in sorted(files)
+            {"path": f, "size": (self.path / f).stat().st_size, "sha256": sha256_of(self.path / f)}
+            for f in sorted(files)
         ]
         self._record(name, {"files": listed, "info": info})
 

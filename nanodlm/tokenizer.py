@@ -91,7 +91,9 @@ def _bytes_of_characters() -> dict[str, int]:
 def save(encoding: tiktoken.Encoding, folder: Path) -> None:
     """Write `ranks.tiktoken` (tiktoken's own format) and `tokenizer.json`."""
     ranks = encoding._mergeable_ranks
-    lines = (f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in sorted(ranks.items(), key=lambda i: i[1]))
+    lines = (
+        f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in sorted(ranks.items(), key=lambda i: i[1])
+    )
     (folder / "ranks.tiktoken").write_text("".join(lines))
     description = {"name": encoding.name, "n_vocab": encoding.n_vocab, "end_of_text": encoding.eot_token}
     (folder / "tokenizer.json").write_text(json.dumps(description, indent=1))

@@ -86,7 +86,7 @@ def train_step(
         return jax.tree.map(lambda t, v: t + v / n_micro, total, (loss, bound, grads)), None
 
     zero = jax.tree.map(jnp.zeros_like, (jnp.float32(0), jnp.float32(0), state["model_state"]))
-    (loss, bound, grads), _ = jax.lax.scan(accumulate, zero, (rows, micro))
+    (loss, bound, grads), _ = jax.lax.scan(accumulate, zero, (rows, micro), unroll=n_micro == 1)
     updates, optimizer_state = optimizer.update(grads, state["optimizer_state"], state["model_state"])
     params = optax.apply_updates(state["model_state"], updates)
     new = {"model_state": params, "optimizer_state": optimizer_state, "step": state["step"] + 1}
@@ -204,7 +204,9 @@ def train(
 class _Logger:
     """Fetches scalars one record late, so that the loop never waits for the device."""
 
-    def __init__(self, config: Config, records: list[dict[str, Any]], first: int, emit: Callable[..., None], tracker: Tracker):
+    def __init__(
+        self, config: Config, records: list[dict[str, Any]], first: int, emit: Callable[..., None], tracker: Tracker
+    ):
         self.records = list(records)
         self.tokens_per_second = 0.0
         self._config, self._emit, self._tracker = config, emit, tracker
