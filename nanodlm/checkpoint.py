@@ -164,6 +164,7 @@ def load_folder(folder: Path, step: str = "") -> tuple[Transformer, tiktoken.Enc
 def parameters_sha256(params: Any) -> str:
     """sha256 over the bytes of all parameters, in the order of their sorted paths.
 
+    >>> import jax.numpy as jnp
     >>> parameters_sha256({"a": jnp.zeros(1)}) == parameters_sha256({"a": jnp.ones(1)})
     False
     """

@@ -13,7 +13,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, Optional
 
 from nanodlm.errors import NanodlmError, Stopped, UsageError
 
@@ -189,7 +189,7 @@ def run(argv: list[str]) -> None:
         {
             "store": _store_flag(),
             "until": _flag("Last stage to run.", "sample", stage),
-            "rebuild": _flag("A stage to build again even though the store holds it.", None, stage | None),
+            "rebuild": _flag("A stage to build again even though the store holds it.", None, Optional[stage]),
             "as_json": _json_flag(),
             "verbose": _flag("Show Prefect's own log."),
         },
@@ -253,7 +253,7 @@ def plan(argv: list[str]) -> None:
         {
             "store": _store_flag(),
             "until": _flag("Last stage to look at.", "sample", stage),
-            "rebuild": _flag("A stage that `run` would be told to build again.", None, stage | None),
+            "rebuild": _flag("A stage that `run` would be told to build again.", None, Optional[stage]),
             "as_json": _json_flag(),
         },
         configured=True,

@@ -31,7 +31,7 @@ class DataConfig(Group):
     source: str = "sotu"
     """Corpus: `sotu` (built in), `hf://OWNER/NAME` (a Hugging Face data set), or files: a path, glob or fsspec
     URL of .txt, .jsonl or .parquet, several separated by commas."""
-    revision: str = Field("", pattern=r"^([0-9a-f]{7,40})?$")
+    revision: str = Field(default="", pattern=r"^([0-9a-f]{7,40})?$")
     """Commit of a `hf://` data set, 7 to 40 hex digits, so that its bytes are pinned; other sources have none."""
     column: str = "text"
     """Field of JSONL and parquet rows that holds the text, or the token ids."""
@@ -41,15 +41,15 @@ class DataConfig(Group):
     """What one document is in .txt files: the whole file, a paragraph or a line."""
     tokenizer: Literal["bpe", "gpt2", "bytes"] = "bpe"
     """`bpe` is trained on the training documents; `gpt2` and `bytes` are fixed."""
-    vocab_size: int = Field(4095, ge=257)
+    vocab_size: int = Field(default=4095, ge=257)
     """Entries of a trained `bpe`, the 256 bytes and the end-of-text mark included; with the mask one more."""
-    val_tokens: int = Field(1_000_000, gt=0)
+    val_tokens: int = Field(default=1_000_000, gt=0)
     """Tokens of the validation split, exactly."""
-    split_seed: int = Field(0, ge=0, lt=2**63)
+    split_seed: int = Field(default=0, ge=0, lt=2**63)
     """Key of the hash that decides which documents are held out."""
-    shuffle_seed: int = Field(123, ge=0, lt=2**31)
+    shuffle_seed: int = Field(default=123, ge=0, lt=2**31)
     """Seed of the order in which training rows are visited."""
-    part_mb: float = Field(64.0, gt=0)
+    part_mb: float = Field(default=64.0, gt=0)
     """Megabytes of source text (or token ids) per file of the prepared corpus, and so per training shard."""
     isolate_documents: Switch = False
     """Whether attention and convolution stop at the document edges inside a row."""
@@ -68,19 +68,19 @@ class DataConfig(Group):
 class ModelConfig(Group):
     """Shape of the transformer."""
 
-    init_seed: int = Field(123, ge=0, lt=2**31)
+    init_seed: int = Field(default=123, ge=0, lt=2**31)
     """Seed of the initial parameters."""
-    seq_len: int = Field(64, ge=2)
+    seq_len: int = Field(default=64, ge=2)
     """Tokens per row, L."""
-    n_layers: int = Field(3, ge=1)
+    n_layers: int = Field(default=3, ge=1)
     """Transformer blocks."""
-    n_heads: int = Field(4, ge=1)
+    n_heads: int = Field(default=4, ge=1)
     """Attention heads; must divide d_model into even parts."""
-    d_model: int = Field(128, ge=2)
+    d_model: int = Field(default=128, ge=2)
     """Width of the residual stream."""
-    d_ff: int = Field(512, ge=1)
+    d_ff: int = Field(default=512, ge=1)
     """Width of the feed-forward layer."""
-    conv_width: int = Field(0, ge=0)
+    conv_width: int = Field(default=0, ge=0)
     """Width of a depthwise convolution before attention, odd; 0 is none."""
     time_conditioning: Switch = False
     """Whether blocks are modulated by the diffusion time (AdaLN, zero-initialised)."""
@@ -106,7 +106,7 @@ class ScheduleConfig(Group):
 
     kind: Literal["linear", "cosine", "sqrt", "poly"] = "linear"
     """Name of the schedule."""
-    exponent: float = Field(2.0, gt=0)
+    exponent: float = Field(default=2.0, gt=0)
     """Power of the `poly` schedule; the others have none."""
 
 
@@ -115,7 +115,7 @@ class ObjectiveConfig(Group):
 
     estimator: Literal["continuous", "discrete", "count"] = "count"
     """Estimator of the bound; see nanodlm/losses.py."""
-    num_timesteps: int = Field(1000, ge=1)
+    num_timesteps: int = Field(default=1000, ge=1)
     """T of the discrete estimator."""
     weighting: Literal["bound", "uniform"] = "bound"
     """`bound` trains on the NELBO itself; `uniform` gives each masked token the same weight (training only)."""
@@ -124,39 +124,39 @@ class ObjectiveConfig(Group):
 class TrainConfig(Group):
     """Batches, optimizer and learning-rate schedule."""
 
-    seed: int = Field(123, ge=0, lt=2**31)
+    seed: int = Field(default=123, ge=0, lt=2**31)
     """Seed of the training noise."""
-    batch_size: int = Field(16, ge=1)
+    batch_size: int = Field(default=16, ge=1)
     """Sequences per micro-batch, over all devices."""
-    grad_acc_steps: int = Field(1, ge=1)
+    grad_acc_steps: int = Field(default=1, ge=1)
     """Micro-batches per update."""
-    max_steps: int = Field(1000, ge=1)
+    max_steps: int = Field(default=1000, ge=1)
     """Updates."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """`muon` orthogonalises the updates of the blocks' matrices and leaves the rest to AdamW."""
-    lr: float = Field(4e-3, gt=0)
+    lr: float = Field(default=4e-3, gt=0)
     """Peak learning rate of AdamW."""
-    muon_lr: float = Field(0.02, gt=0)
+    muon_lr: float = Field(default=0.02, gt=0)
     """Peak learning rate of Muon, with the same shape over updates."""
-    min_lr: float = Field(0.0, ge=0)
+    min_lr: float = Field(default=0.0, ge=0)
     """Learning rate at the end of a decay."""
     lr_schedule: Literal["warmup_cosine", "warmup_stable_decay", "warmup_constant", "none"] = "warmup_cosine"
     """Shape of the learning rate over updates; `none` is `lr` throughout."""
-    warmup_steps: int = Field(100, ge=0)
+    warmup_steps: int = Field(default=100, ge=0)
     """Updates over which the learning rate rises linearly from 0."""
-    cooldown_steps: int = Field(0, ge=0)
+    cooldown_steps: int = Field(default=0, ge=0)
     """Updates at the end over which `warmup_stable_decay` falls linearly to `min_lr`."""
-    beta1: float = Field(0.9, ge=0, lt=1)
+    beta1: float = Field(default=0.9, ge=0, lt=1)
     """Decay of AdamW's first moment."""
-    beta2: float = Field(0.98, ge=0, lt=1)
+    beta2: float = Field(default=0.98, ge=0, lt=1)
     """Decay of AdamW's second moment."""
-    eps: float = Field(1e-8, gt=0)
+    eps: float = Field(default=1e-8, gt=0)
     """Added to AdamW's denominator."""
-    weight_decay: float = Field(0.1, ge=0)
+    weight_decay: float = Field(default=0.1, ge=0)
     """Decoupled weight decay, on matrices only."""
-    clip_grad_norm: float = Field(1.0, ge=0)
+    clip_grad_norm: float = Field(default=1.0, ge=0)
     """Global gradient norm above which gradients are scaled down; 0 is off."""
-    ema_decay: float = Field(0.0, ge=0, lt=1)
+    ema_decay: float = Field(default=0.0, ge=0, lt=1)
     """Decay of an exponential moving average of the parameters, which then are the result; 0 is off."""
 
     @model_validator(mode="after")
@@ -172,30 +172,30 @@ class TrainConfig(Group):
 class EvalConfig(Group):
     """How the validation bound is measured."""
 
-    batch_size: int = Field(64, ge=1)
+    batch_size: int = Field(default=64, ge=1)
     """Rows per forward pass, over all devices."""
-    repeats: int = Field(1, ge=1)
+    repeats: int = Field(default=1, ge=1)
     """Noise draws per row."""
-    max_rows: int | None = Field(None, ge=2)
+    max_rows: int | None = Field(default=None, ge=2)
     """Rows to score, from the front; none scores the whole validation split."""
-    seed: int = Field(0, ge=0, lt=2**31)
+    seed: int = Field(default=0, ge=0, lt=2**31)
     """Seed of the noise."""
 
 
 class SampleConfig(Group):
     """What is generated at the end."""
 
-    num_samples: int = Field(8, ge=1)
+    num_samples: int = Field(default=8, ge=1)
     """Number of texts."""
-    num_steps: int = Field(128, ge=1)
+    num_steps: int = Field(default=128, ge=1)
     """Denoising steps."""
     sampler: Literal["ancestral"] = "ancestral"
     """Sampling algorithm; see nanodlm/samplers.py."""
-    temperature: float = Field(1.0, ge=0)
+    temperature: float = Field(default=1.0, ge=0)
     """Divides the logits; 0 takes the most likely token."""
     prompt: str = ""
     """Text every sample begins with."""
-    seed: int = Field(0, ge=0, lt=2**31)
+    seed: int = Field(default=0, ge=0, lt=2**31)
     """Seed of the draw."""
 
 
@@ -204,11 +204,11 @@ class ExpConfig(Group):
 
     run_name: str = ""
     """A name for people; shown in reports and trackers."""
-    log_every: int = Field(10, ge=1)
+    log_every: int = Field(default=10, ge=1)
     """Updates between log records."""
-    save_every: int = Field(100, ge=1)
+    save_every: int = Field(default=100, ge=1)
     """Updates between checkpoints."""
-    keep: int = Field(2, ge=1)
+    keep: int = Field(default=2, ge=1)
     """Checkpoints kept while training; the last one always is."""
     use_wandb: Switch = False
     """Whether to send the log records to Weights & Biases as well (`pip install nanodlm[wandb]`)."""

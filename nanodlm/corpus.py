@@ -154,7 +154,7 @@ def _read(data: DataConfig) -> Iterator[pa.Array]:
     """The source's documents as Arrow arrays of strings or of int32 lists, empty ones left out."""
     import datasets
 
-    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # reading local files tells nobody
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # type: ignore[attr-defined]  # reading local files tells nobody
     datasets.disable_progress_bars()
     datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)
     wanted = pa.list_(pa.int32()) if data.pretokenized else pa.string()
@@ -162,7 +162,7 @@ def _read(data: DataConfig) -> Iterator[pa.Array]:
         reader = READERS[Path(url).suffix]
         if fsspec.url_to_fs(url)[0].size(url) == 0:
             raise NanodlmError(f"{url} is empty: remove it, or leave it out of --data.source")
-        options = {"sample_by": data.sample_by} if reader == "text" else {}
+        options: dict[str, Any] = {"sample_by": data.sample_by} if reader == "text" else {}
         column = "text" if reader == "text" else data.column
         try:
             rows = datasets.load_dataset(reader, data_files=[url], split="train", streaming=True, **options)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import grain.python as grain
 import numpy as np
@@ -33,7 +34,7 @@ def train_batches(
         int32 rows, (rows_per_step / processes, L).
     """
     source = grain.ArrayRecordDataSource([str(p) for p in sorted(folder.glob("train-*.arrayrecord"))])
-    rows = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
+    rows = grain.MapDataset.source(cast(Any, source)).seed(seed).shuffle().repeat()
     batches = (
         rows[first_step * rows_per_step :][process::processes]
         .map(lambda record: np.frombuffer(record, dtype).astype(np.int32))

@@ -43,8 +43,9 @@ def time_embedding(t: Float[Array, "B"], dim: int) -> Float[Array, "B D"]:
 class Linear(nnx.Linear):
     """A linear layer without bias that multiplies in two dimensions, which XLA's CPU backend does faster."""
 
-    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... E"]:
+    def __call__(self, inputs: Float[Array, "... D"], out_sharding: None = None) -> Float[Array, "... E"]:
         """Map the last axis."""
+        x = inputs
         return super().__call__(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
 
 
@@ -111,7 +112,7 @@ class Block(nnx.Module):
         """One block; `condition` modulates it by AdaLN (Source: DiT, arXiv:2212.09748, section 3.2)."""
         # Zero at the start, so that a conditioned network begins as the plain one.
         modulation = [jnp.zeros((), x.dtype)] * 6
-        if self.modulation is not None:
+        if self.modulation is not None and condition is not None:
             modulation = jnp.split(self.modulation(condition)[:, None], 6, axis=-1)
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation
         if self.conv is not None and self.conv_norm is not None:
