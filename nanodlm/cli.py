@@ -13,7 +13,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, Optional
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from nanodlm.errors import NanodlmError, Stopped, UsageError
 
@@ -183,13 +183,14 @@ def run(argv: list[str]) -> None:
     from nanodlm.store import Store
 
     stage = Literal[stages.NAMES]  # type: ignore[valid-type]
+    stage_or_none: Any = Literal[(*stages.NAMES, None)]  # type: ignore[valid-type]
     config, args = _parse(
         "run",
         argv,
         {
             "store": _store_flag(),
             "until": _flag("Last stage to run.", "sample", stage),
-            "rebuild": _flag("A stage to build again even though the store holds it.", None, Optional[stage]),
+            "rebuild": _flag("A stage to build again even though the store holds it.", None, stage_or_none),
             "as_json": _json_flag(),
             "verbose": _flag("Show Prefect's own log."),
         },
@@ -247,13 +248,14 @@ def plan(argv: list[str]) -> None:
     from nanodlm.store import Store
 
     stage = Literal[stages.NAMES]  # type: ignore[valid-type]
+    stage_or_none: Any = Literal[(*stages.NAMES, None)]  # type: ignore[valid-type]
     config, args = _parse(
         "plan",
         argv,
         {
             "store": _store_flag(),
             "until": _flag("Last stage to look at.", "sample", stage),
-            "rebuild": _flag("A stage that `run` would be told to build again.", None, Optional[stage]),
+            "rebuild": _flag("A stage that `run` would be told to build again.", None, stage_or_none),
             "as_json": _json_flag(),
         },
         configured=True,

