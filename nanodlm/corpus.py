@@ -4,6 +4,7 @@
 """
 
 import hashlib
+import re
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -164,12 +165,19 @@ def _read(data: DataConfig) -> Iterator[pa.Array]:
             raise NanodlmError(f"{url} is empty: remove it, or leave it out of --data.source")
         options: dict[str, Any] = {"sample_by": data.sample_by} if reader == "text" else {}
         column = "text" if reader == "text" else data.column
+        # `datasets` takes a name for a pattern, and then leaves out a file whose name holds a bracket.
+        exact = url if url.startswith("http") else re.sub(r"([*?[])", r"[\1]", url)
         try:
-            rows = datasets.load_dataset(reader, data_files=[url], split="train", streaming=True, **options)
+            rows = datasets.load_dataset(reader, data_files=[exact], split="train", streaming=True, **options)
             for table in cast(Any, rows).with_format("arrow").iter(batch_size=BATCH):
                 if column not in table.column_names:
                     raise NanodlmError(f"{url} has no column {column!r} but {table.column_names}: set --data.column")
+                if isinstance(table[column].type, pa.BaseExtensionType):  # else texts would turn into their JSON
+                    raise NanodlmError(
+                        f"cannot read {url}: {column!r} holds values of several kinds; make them all one"
+                    )
                 array = table[column].combine_chunks().cast(wanted).drop_null()
+                array.validate(full=True)  # no reader but that of .txt checks for UTF-8
                 lengths = pa.compute.list_value_length(array) if data.pretokenized else pa.compute.binary_length(array)  # type: ignore[attr-defined]
                 array = array.filter(pa.compute.greater(lengths, 0))  # type: ignore[attr-defined]
                 if len(array):

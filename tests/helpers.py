@@ -24,9 +24,15 @@ def prose(documents: int, seed: int = 0, words: int = 40) -> list[str]:
     return texts
 
 
-def tiny_config(source: Path | str = "unused", *, model: dict | None = None, **data: object) -> Config:
+def tiny_config(source: Path | str | list[str] = "unused", *, model: dict | None = None, **data: object) -> Config:
     """A configuration whose data stages take a fraction of a second."""
-    fields = {"source": str(source), "tokenizer": "bytes", "val_tokens": 1000, "part_mb": 0.01, **data}
+    fields = {
+        "source": source if isinstance(source, list) else str(source),
+        "tokenizer": "bytes",
+        "val_tokens": 1000,
+        "part_mb": 0.01,
+        **data,
+    }
     return Config().replace(data=fields, model={"seq_len": 32, **(model or {})})
 
 
