@@ -38,6 +38,6 @@ def train_batches(
     batches = (
         rows[first_step * rows_per_step :][process::processes]
         .map(lambda record: np.frombuffer(record, dtype).astype(np.int32))
-        .batch(rows_per_step // processes)
+        .batch(rows_per_step // processes, drop_remainder=True)  # endless; rounding up would overflow at 1
     )
     return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=16)))

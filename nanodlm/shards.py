@@ -35,9 +35,9 @@ def read(path: Path, dtype: str) -> list[np.ndarray]:
         Damaged: When it is not a whole ArrayRecord file (the reader itself would be silent).
     """
     reader = ArrayRecordReader(str(path))
+    if not reader.ok():  # not to be closed: that raises what is wrong in the reader's own words
+        raise Damaged(f"{path} is not a whole ArrayRecord file: rebuild it with --rebuild shard")
     try:
-        if not reader.ok():
-            raise Damaged(f"{path} is not a whole ArrayRecord file: rebuild it with --rebuild shard")
         return [np.frombuffer(record, dtype).astype(np.int32) for record in reader.read_all()]
     finally:
         reader.close()
