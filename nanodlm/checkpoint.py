@@ -7,7 +7,6 @@ A checkpoint counts once its files are recorded with their sha256 (`Attempt.fini
 
 import hashlib
 import logging
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +46,11 @@ class Checkpoints:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._checkpointer.close()
+        """Record the save under way, even when the training failed after it."""
+        try:
+            self.finish()
+        finally:
+            self._checkpointer.close()
 
     def save(self, state: State, step: int, **info: Any) -> None:
         """Start saving after update `step`; the save before it is finished first.
@@ -75,7 +78,6 @@ class Checkpoints:
         self._kept.append(name)
         for old in self._kept[: -self._keep]:
             self._attempt.forget(old)
-            shutil.rmtree(self._attempt.path / old, ignore_errors=True)
         self._kept = self._kept[-self._keep :]
 
     def restore(self, abstract: State) -> tuple[State, dict[str, Any]] | None:

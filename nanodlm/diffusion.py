@@ -64,7 +64,9 @@ def unmask_probability(schedule: Schedule, t: Float[Array, "..."], s: Float[Arra
     >>> float(unmask_probability(make_schedule("linear"), jnp.float32(0.5), jnp.float32(0.25)))
     0.5
     """
-    return 1.0 - schedule.mask_rate(s) / schedule.mask_rate(t)
+    masked_s, masked_t = schedule.mask_rate(s), schedule.mask_rate(t)
+    # The rates of a steep schedule underflow to 0 while t and s are not.
+    return 1.0 - jnp.where(masked_s > 0, masked_s / masked_t, 0.0)
 
 
 def predictable(logits: Float[Array, "... V"], *, mask_id: int) -> Float[Array, "... V"]:

@@ -59,6 +59,7 @@ def make_optimizer(train: TrainConfig) -> optax.GradientTransformation:
         optimizer = optax.contrib.muon(
             lambda count: schedule(count) * train.muon_lr / train.lr,
             ns_steps=3,
+            eps=train.eps,
             weight_decay=train.weight_decay,
             adam_b1=train.beta1,
             adam_b2=train.beta2,

@@ -59,7 +59,9 @@ class Schedule:
         >>> float(make_schedule("linear").weight(jnp.float32(0.25)))
         4.0
         """
-        return self.dmask_rate(t) / self.mask_rate(t)
+        mask_rate = self.mask_rate(t)
+        # Where a steep schedule's rate underflows to 0, no token is masked and 0 / 0 would spoil the sum.
+        return jnp.where(mask_rate > 0, self.dmask_rate(t) / mask_rate, 0.0)
 
 
 def make_schedule(kind: str, *, exponent: float = 2.0) -> Schedule:
@@ -86,7 +88,7 @@ def make_schedule(kind: str, *, exponent: float = 2.0) -> Schedule:
         return Schedule(
             kind,
             mask_rate=lambda t: jnp.where(t >= 1, 1.0, jnp.sin(math.pi / 2 * t)),
-            dmask_rate=lambda t: math.pi / 2 * jnp.cos(math.pi / 2 * t),
+            dmask_rate=lambda t: math.pi / 2 * jnp.sin(math.pi / 2 * (1 - t)),  # cos(pi/2 t) is negative at t = 1
             time_of=lambda m: jnp.arcsin(m) * 2 / math.pi,
         )
     powers = {"linear": 1.0, "sqrt": 0.5, "poly": exponent}

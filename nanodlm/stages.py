@@ -173,10 +173,10 @@ def ready(name: str, config: Config, store: Store, *, rebuild: bool = False) -> 
         if lookup.stage.name == name:
             inputs = lookup.stage.inputs(config)
             if lookup.identity is None:
-                lacking = ", ".join(i for i in inputs if i not in found)
+                lacking = sorted((i for i in inputs if i not in found), key=NAMES.index)
                 raise NanodlmError(
-                    f"{name} needs {lacking}, which {store.uri()} does not hold for this configuration: "
-                    f"run `nanodlm run --until {inputs[-1] if inputs[-1] not in found else inputs[0]}` first"
+                    f"{name} needs {' and '.join(lacking)}, which {store.uri()} does not hold for this configuration: "
+                    f"run `nanodlm run --until {lacking[-1]}` with the same flags first"
                 )
             return lookup, {i: found[i] for i in inputs}
         if lookup.artifact:

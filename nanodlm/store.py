@@ -441,10 +441,9 @@ class Attempt:
         part = self._parts.pop(name)
         with contextlib.suppress(FileNotFoundError):
             self.store.fs.rm_file(self._remote("parts", f"{name}.json"))
-        for file in part["files"]:
-            with contextlib.suppress(FileNotFoundError):
-                (self.path / file["path"]).unlink()
-            if not self.store.is_local:
+        self._unlink(part)
+        if not self.store.is_local:
+            for file in part["files"]:
                 with contextlib.suppress(FileNotFoundError):
                     self.store.fs.rm_file(self._remote(file["path"]))
 
@@ -475,9 +474,19 @@ class Attempt:
             ):
                 self._record(name, part)
                 return part["info"]
-            for file in part["files"] if isinstance(part, dict) else ():  # half a part must not be committed
-                (self.path / file["path"]).unlink(missing_ok=True)
+            if isinstance(part, dict):
+                self._unlink(part)  # half a part must not be committed
         return None
+
+    def _unlink(self, part: dict[str, Any]) -> None:
+        """Remove a part's local files and the folders that this leaves empty."""
+        for file in part["files"]:
+            path = self.path / _safe(file["path"])
+            path.unlink(missing_ok=True)
+            for folder in path.parents:
+                if folder == self.path or not folder.is_dir() or any(folder.iterdir()):
+                    break
+                folder.rmdir()
 
     def _copy(self, source: str, file: dict[str, Any]) -> bool:
         target = self.path / file["path"]

@@ -97,7 +97,7 @@ def train_step(
     scalars = {
         "loss": loss,
         "nats_per_token": bound,
-        "grad_norm": optax.global_norm(grads),
+        "grad_norm": optax.tree.norm(grads),
         "lr": learning_rate(config.train)(state["step"]),
     }
     return new, scalars
@@ -174,7 +174,7 @@ def train(
                 logger.add(step, scalars)
             if step % config.exp.save_every == 0 or last or stop.is_set():
                 logger.flush()
-                checkpoints.save(state, step, logs=logger.records)
+                checkpoints.save(state, step, logs=list(logger.records))
                 emit("checkpoint", step=step)
             if stop.is_set() and not last:
                 checkpoints.finish()

@@ -68,9 +68,7 @@ def test_prefect_shows_hits_as_cached_and_a_new_learning_rate_rebuilds_only_what
     undisturbed: tuple[Path, dict], server: dict[str, str]
 ) -> None:
     store, _ = undisturbed
-    result = result_of(
-        nanodlm("run", "--store", str(store), "--json", *tiny_flags(), "--train.lr", "0.002", **server)
-    )
+    result = result_of(nanodlm("run", "--store", str(store), "--json", *tiny_flags(), "--train.lr", "0.002", **server))
     assert statuses(result) == ALL_CACHED | dict.fromkeys(("train", "evaluate", "sample"), "built")
     request = urllib.request.Request(
         server["PREFECT_API_URL"] + "/task_runs/filter",
@@ -87,9 +85,7 @@ def test_rebuilding_a_stage_with_the_same_bytes_leaves_what_follows_cached(
     undisturbed: tuple[Path, dict], server: dict[str, str]
 ) -> None:
     store, _ = undisturbed
-    result = result_of(
-        nanodlm("run", "--store", str(store), "--json", "--rebuild", "shard", *tiny_flags(), **server)
-    )
+    result = result_of(nanodlm("run", "--store", str(store), "--json", "--rebuild", "shard", *tiny_flags(), **server))
     assert statuses(result) == ALL_CACHED | {"shard": "built"}
 
 

@@ -1,0 +1,83 @@
+"""Small probability laws over token sequences whose every conditional is known exactly.
+
+Tokens are 0, 1 and 2; 3 is the mask and 4 is padding, so `VOCAB` has one id of each kind that is never predicted.
+"""
+
+from itertools import combinations
+from math import comb
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nanodlm.losses import Denoise
+
+TOKENS, MASK_ID, VOCAB = 3, 3, 5
+INITIAL = np.array([0.5, 0.3, 0.2])
+TRANSITION = np.array([[0.7, 0.2, 0.1], [0.1, 0.6, 0.3], [0.35, 0.05, 0.6]])
+FORBIDDEN_LOGIT = 7.0  # what denoisers here claim for mask and padding: far above every real logit
+
+
+def markov_table(length: int) -> np.ndarray:
+    """Probability of every sequence of the chain, shape (3,) * length."""
+    table = INITIAL
+    for _ in range(length - 1):
+        table = table[..., None] * TRANSITION
+    return table
+
+
+def rough_table(length: int, seed: int = 0) -> np.ndarray:
+    """A law without any structure, positive everywhere."""
+    weights = np.exp(1.5 * np.random.default_rng(seed).normal(size=(TOKENS,) * length))
+    return weights / weights.sum()
+
+
+def sequences(length: int) -> np.ndarray:
+    """All sequences in the order of a table's entries, (3^length, length)."""
+    return np.stack(np.unravel_index(np.arange(TOKENS**length), (TOKENS,) * length), axis=1).astype(np.int32)
+
+
+def entropy(table: np.ndarray) -> float:
+    """Entropy in nats."""
+    return float(-(table * np.log(table)).sum())
+
+
+def residuals(table: np.ndarray) -> np.ndarray:
+    """Entry n: the sum over n masked positions of H(token | unmasked tokens), averaged over all n-subsets."""
+    length = table.ndim
+    everything = frozenset(range(length))
+    subsets = [frozenset(s) for n in range(length + 1) for s in combinations(range(length), n)]
+    of = {kept: entropy(table.sum(axis=tuple(everything - kept))) for kept in subsets}
+    total = np.zeros(length + 1)
+    for masked in subsets:
+        kept = everything - masked
+        total[len(masked)] += sum(of[kept | {i}] - of[kept] for i in masked)
+    return total / [comb(length, n) for n in range(length + 1)]
+
+
+def mean_residual(table: np.ndarray, mask_rate: np.ndarray) -> np.ndarray:
+    """The same sum when each position is masked by itself with the given probabilities."""
+    length = table.ndim
+    n = np.arange(length + 1)
+    ways = np.array([comb(length, k) for k in n])
+    m = np.asarray(mask_rate, np.float64)[:, None]
+    return (ways * m**n * (1 - m) ** (length - n)) @ residuals(table)
+
+
+def exact_denoiser(table: np.ndarray) -> Denoise:
+    """The law's own p(x_0[i] | unmasked tokens) at masked positions i."""
+    length = table.ndim
+    # Entry 3 of each axis is the sum over its tokens: the probability of any pattern of tokens and masks.
+    marginals = table
+    for axis in range(length):
+        marginals = np.concatenate([marginals, marginals.sum(axis=axis, keepdims=True)], axis=axis)
+    log_p = jnp.asarray(np.log(marginals).reshape(-1), jnp.float32)
+    place = jnp.asarray((MASK_ID + 1) ** np.arange(length)[::-1], jnp.int32)
+
+    def denoise(x_t: jax.Array, t: jax.Array) -> jax.Array:
+        others = (x_t * place).sum(axis=-1, keepdims=True) - x_t * place
+        logits = log_p[others[..., None] + place[:, None] * jnp.arange(TOKENS)]
+        forbidden = jnp.full((*x_t.shape, VOCAB - TOKENS), FORBIDDEN_LOGIT)
+        return jnp.concatenate([logits, forbidden], axis=-1)
+
+    return denoise

@@ -1,0 +1,160 @@
+"""The command line: its exit codes and the one line it says when something is wrong."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from nanodlm.stages import NAMES
+from tests.commands import nanodlm, result_of, speeches
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store with the data stages of the tiny configuration, built without Prefect."""
+    from nanodlm import stages
+    from nanodlm.config import PRESETS
+    from nanodlm.store import Store
+
+    path = tmp_path_factory.mktemp("store")
+    config = PRESETS["demo"].replace(
+        data={"source": speeches(6), "val_tokens": 20000, "tokenizer": "bytes", "part_mb": 0.05},
+        model={"seq_len": 32},
+    )
+    for name in stages.until("shard"):
+        stages.run(name, config, Store(str(path)))
+    return path
+
+
+PREPARED = ["--data.source", *speeches(6), "--data.val_tokens", "20000", "--data.tokenizer", "bytes"]
+PREPARED += ["--data.part_mb", "0.05", "--model.seq_len", "32"]
+
+
+def _fails(code: int, *args: str, says: tuple[str, ...]) -> None:
+    done = nanodlm(*args)
+    assert done.returncode == code, done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    for words in says:
+        assert words in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["frobnicate"], ("unknown command 'frobnicate'", "run")),
+        (["run", "nope"], ("unknown preset 'nope'", "demo", "owt")),
+        (["run", "--train.lrr", "3"], ("--train.lrr", "perhaps you meant --train.lr")),
+        (["run", "--train.lr", "abc"], ("--train.lr", "abc")),
+        (["run", "--train.lr", "-1"], ("lr", "greater than 0")),
+        (["run", "--schedule.kind", "quadratic"], ("quadratic", "linear", "cosine", "sqrt")),
+        (["run", "--until", "nowhere"], ("nowhere", "shard")),
+        (["run", "--model.d_model", "100", "--model.n_heads", "8"], ("d_model (100)", "n_heads (8)", "try")),
+        (["run", "--train.warmup_steps", "2000"], ("warmup_steps", "max_steps")),
+        (["run", "owt", "--data.tokenizer", "bpe"], ("pretokenized", "gpt2")),
+        (["run", "--data.source", "hf://a/b"], ("pinned commit", "--data.revision")),
+        (["run", "--store", "nothing://x"], ("nothing",)),
+        (["train", "missing/config.json"], ("missing/config.json", "No such file")),
+    ],
+)
+def test_bad_usage_is_one_line_and_exit_code_2(args: list[str], says: tuple[str, ...]) -> None:
+    _fails(2, *args, says=says)
+
+
+def test_help_and_version_exit_with_0() -> None:
+    assert "nanodlm COMMAND" in nanodlm("--help").stdout
+    assert nanodlm("--version").stdout.strip()
+    assert "--train.lr" in nanodlm("run", "--help").stdout
+
+
+def test_a_stage_alone_names_the_input_that_is_missing(tmp_path: Path) -> None:
+    _fails(1, "train", "--store", str(tmp_path), says=("train needs tokenizer and shard", "nanodlm run --until shard"))
+
+
+def test_a_store_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("not a folder")
+    _fails(1, "run", "--store", str(blocked / "store"), "--until", "download", says=("cannot write", "--store"))
+
+
+def test_plan_says_field_by_field_why_a_stage_would_be_built(prepared: Path) -> None:
+    done = nanodlm("plan", "--store", str(prepared), *PREPARED, "--data.val_tokens", "30000", "--json")
+    rows = {row["stage"]: row for row in result_of(done)["stages"]}
+    assert list(rows) == list(NAMES)
+    assert [rows[name]["action"] for name in ("download", "tokenizer", "split", "shard")] == [
+        "reuse",
+        "reuse",
+        "build",
+        "build",
+    ]
+    assert "val_tokens: 20000 -> 30000" in rows["split"]["why"]
+    assert rows["shard"]["fingerprint"] is None
+
+
+def test_plan_does_nothing(tmp_path: Path) -> None:
+    assert nanodlm("plan", "--store", str(tmp_path / "new")).returncode == 0
+    assert not (tmp_path / "new").exists()
+
+
+def test_ls_and_show_list_what_there_is(prepared: Path) -> None:
+    rows = result_of(nanodlm("ls", "--store", str(prepared), "--json"))["artifacts"]
+    assert [row["stage"] for row in rows] == ["download", "tokenizer", "split", "shard"]
+    shown = result_of(nanodlm("show", rows[3]["uri"], "--json"))
+    assert shown["metrics"]["val_tokens"] == 20000
+    assert set(shown["inputs"]) == {"download", "tokenizer", "split"}
+    text = nanodlm("show", rows[3]["uri"]).stdout
+    assert "train-00000.arrayrecord" in text
+    assert "seq_len" in text
+
+
+def test_verify_deep_finds_a_flipped_byte_and_repair_sets_the_artifact_aside(prepared: Path) -> None:
+    assert nanodlm("verify", "--store", str(prepared), "--deep").returncode == 0
+    shard = next(prepared.glob("shard/*/attempts/*/train-00001.arrayrecord"))
+    original = shard.read_bytes()
+    shard.write_bytes(original[:-1] + bytes([original[-1] ^ 1]))
+    try:
+        assert nanodlm("verify", "--store", str(prepared)).returncode == 0, "sizes alone cannot tell"
+        bad = nanodlm("verify", "--store", str(prepared), "--deep")
+        assert bad.returncode == 1
+        assert "train-00001.arrayrecord has been altered" in bad.stdout
+        # Nothing is trained on it.
+        _fails(1, "train", "--store", str(prepared), *PREPARED, says=("train-00001.arrayrecord", "--repair"))
+        uri = str(shard.parents[2])
+        mended = nanodlm("verify", uri, "--deep", "--repair", "--json")
+        assert json.loads(mended.stdout.splitlines()[-1])["damaged"] == 1
+        assert not (shard.parents[2] / "manifest.json").exists()
+        plan = result_of(nanodlm("plan", "--store", str(prepared), *PREPARED, "--json"))["stages"]
+        assert next(row for row in plan if row["stage"] == "shard")["action"] == "build"
+    finally:
+        shard.write_bytes(original)
+
+
+def test_gc_leaves_fresh_attempts_alone(tmp_path: Path) -> None:
+    (tmp_path / "shard" / "f" / "attempts" / "x").mkdir(parents=True)
+    (tmp_path / "shard" / "f" / "attempts" / "x" / "file").write_text("young")
+    assert result_of(nanodlm("gc", "--store", str(tmp_path), "--json"))["removed"] == []
+
+
+def test_doctor_checks_this_machine_and_the_store(tmp_path: Path) -> None:
+    checks = result_of(nanodlm("doctor", "--store", str(tmp_path / "s"), "--json"))
+    assert checks["ok"]
+    assert {c["name"] for c in checks["checks"]} == {"python", "packages", "devices", "store", "corpus", "gpt2"}
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    done = nanodlm("doctor", "--store", str(blocked / "s"))
+    assert done.returncode == 1
+    assert "checks failed: store" in done.stderr
+
+
+def test_the_corpus_must_be_larger_than_the_validation_split(tmp_path: Path) -> None:
+    config = ["--data.source", speeches(1)[0], "--data.tokenizer", "bytes"]
+    _fails(
+        1,
+        "run",
+        "--store",
+        str(tmp_path),
+        "--until",
+        "split",
+        *config,
+        says=("smaller than the validation split", "--data.val_tokens"),
+    )

@@ -1,0 +1,290 @@
+"""The train, evaluate and sample stages as functions: their numbers, their artifacts, resuming."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import nanodlm
+from nanodlm import evaluation, generation, stages, tokenizer
+from nanodlm.checkpoint import parameters_sha256
+from nanodlm.config import PRESETS, Config
+from nanodlm.errors import NanodlmError, UsageError
+from nanodlm.store import Artifact, Store
+from tests.commands import environment, speeches
+
+
+def tiny(**groups: dict[str, Any]) -> Config:
+    base = PRESETS["demo"].replace(
+        data={"source": speeches(6), "val_tokens": 5000, "tokenizer": "bytes"},
+        model={"seq_len": 32, "n_layers": 1, "n_heads": 2, "d_model": 16, "d_ff": 32},
+        train={"optimizer": "adamw", "max_steps": 12, "warmup_steps": 2, "cooldown_steps": 4, "batch_size": 4},
+        eval={"max_rows": 20, "batch_size": 8},
+        sample={"num_samples": 2, "num_steps": 4},
+        exp={"save_every": 5, "log_every": 3},
+    )
+    return base.replace(**groups)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    return Store(str(tmp_path_factory.mktemp("store")))
+
+
+@pytest.fixture(scope="module")
+def trained(store: Store) -> Artifact:
+    return nanodlm.train(tiny(), store.uri())
+
+
+def test_train_leaves_checkpoints_with_config_and_logs_beside_them(trained: Artifact) -> None:
+    folder = trained.local()
+    steps = sorted(p.name for p in (folder / "checkpoints").iterdir())
+    assert steps == ["step_000010", "step_000012"]
+    assert (folder / "checkpoints" / "step_000012" / "model_state").is_dir()
+    assert (folder / "checkpoints" / "step_000012" / "optimizer_state").is_dir()
+    assert json.loads((folder / "config.json").read_text())["train"]["max_steps"] == 12
+    assert [record["step"] for record in json.loads((folder / "logs.json").read_text())] == [3, 6, 9, 12]
+
+
+def test_train_finds_a_finished_run_again(trained: Artifact, store: Store) -> None:
+    assert nanodlm.train(tiny(), store.uri()).manifest == trained.manifest
+
+
+def test_load_gives_back_the_parameters_that_were_recorded(trained: Artifact) -> None:
+    from flax import nnx
+
+    model, encoding = nanodlm.load(trained.uri)
+    assert parameters_sha256(nnx.to_pure_dict(nnx.state(model))) == trained.metrics["parameters_sha256"]
+    assert encoding.n_vocab == 257
+    logits = model(jnp.full((1, 32), 257), jnp.ones(1))
+    assert logits.shape == (1, 32, 384)
+
+
+def test_load_takes_a_checkpoint_folder_and_refuses_what_is_no_model(trained: Artifact, store: Store) -> None:
+    early, _ = nanodlm.load(str(trained.local() / "checkpoints" / "step_000010"))
+    final, _ = nanodlm.load(trained.uri)
+    assert not np.array_equal(early.embedding.embedding[...], final.embedding.embedding[...])
+    with pytest.raises(NanodlmError, match="no model"):
+        nanodlm.load("nonsense")
+    download = next(fingerprint for stage, fingerprint in store if stage == "download")
+    with pytest.raises(NanodlmError, match="made before any model"):
+        nanodlm.load(store.uri("download", download))
+
+
+def test_the_average_of_the_parameters_is_what_load_returns(store: Store) -> None:
+    from flax import nnx
+
+    run = nanodlm.train(tiny(train={"ema_decay": 0.9}), store.uri())
+    model, _ = nanodlm.load(run.uri)
+    assert (next((run.local() / "checkpoints").iterdir()) / "ema_state").is_dir()
+    assert parameters_sha256(nnx.to_pure_dict(nnx.state(model))) == run.metrics["parameters_sha256"]
+
+
+def test_an_interrupted_run_continues_from_its_last_checkpoint_to_the_same_bits(
+    trained: Artifact, tmp_path: Path
+) -> None:
+    store, config = Store(str(tmp_path)), tiny()
+    for name in stages.until("shard"):
+        stages.run(name, config, store)
+
+    class Cut(Exception):
+        pass
+
+    def cut(kind: str, **fields: Any) -> None:
+        if kind == "progress" and fields["done"] == 12:
+            raise Cut
+
+    with pytest.raises(Cut):
+        stages.run("train", config, store, emit=cut)
+    assert store.find("train", stages.ready("train", config, store)[0].fingerprint or "") is None
+    resumed, _ = stages.run("train", config, store)
+    assert resumed.metrics["resumed_from_update"] == 10
+    assert resumed.metrics["parameters_sha256"] == trained.metrics["parameters_sha256"]
+    logs = json.loads((resumed.local() / "logs.json").read_text())
+    assert [record["step"] for record in logs] == [3, 6, 9, 12]
+    assert resumed.digest == trained.digest
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(trained: Artifact, tmp_path: Path) -> None:
+    store, config = Store(str(tmp_path)), tiny(exp={"save_every": 4, "keep": 3})
+    run = nanodlm.train(config, str(tmp_path))
+    for file in (run.local() / "checkpoints" / "step_000012").rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"")
+    store.retire(("train", run.fingerprint))
+    again = nanodlm.train(config, str(tmp_path))
+    assert again.metrics["resumed_from_update"] == 8
+    assert again.metrics["parameters_sha256"] == trained.metrics["parameters_sha256"]
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path: Path) -> None:
+    config = tiny(train={"lr": 1e30, "clip_grad_norm": 0.0}, exp={"log_every": 1})
+    with pytest.raises(NanodlmError, match="not a number at update"):
+        nanodlm.train(config, str(tmp_path))
+
+
+def test_a_batch_that_devices_cannot_share_is_refused_by_name(tmp_path: Path) -> None:
+    code = (
+        "import nanodlm, sys; from tests.test_training import tiny; from nanodlm.errors import UsageError\n"
+        f"try: nanodlm.train(tiny(train={{'batch_size': 6}}), {str(tmp_path)!r})\n"
+        "except UsageError as error: print(error)"
+    )
+    done = _on_devices(4, code)
+    assert "6 rows cannot be shared by 4 devices" in done, done
+
+
+def test_four_devices_train_as_one_does(tmp_path: Path) -> None:
+    code = (
+        "import json, nanodlm; from tests.test_training import tiny\n"
+        f"run = nanodlm.train(tiny(train={{'grad_acc_steps': 2}}), {str(tmp_path)!r} + '/DEVICES')\n"
+        "print(json.dumps({'devices': run.metrics['devices'], 'uri': run.uri}))"
+    )
+    losses = {}
+    for devices in (1, 4):
+        said = json.loads(_on_devices(devices, code.replace("DEVICES", str(devices))).splitlines()[-1])
+        assert said["devices"] == devices
+        folder = Store(str(tmp_path / str(devices))).open(said["uri"]).local()
+        losses[devices] = [record["loss"] for record in json.loads((folder / "logs.json").read_text())]
+    np.testing.assert_allclose(losses[1], losses[4], rtol=2e-4)
+
+
+def _on_devices(count: int, code: str) -> str:
+    """Run code on virtual CPU devices; NPROC keeps their collectives from waiting for threads that are not there."""
+    env = environment(NPROC="16", XLA_FLAGS=f"--xla_force_host_platform_device_count={count}")
+    root = Path(nanodlm.__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", code], env=env, cwd=root, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_owt_path_trains_on_pretokenised_parquet_rows_of_gpt2_ids(tmp_path: Path) -> None:
+    """The same code as preset owt, on local files of the hub data set's schema: uint16 rows of 1024 ids."""
+    encoding = tokenizer.gpt2()
+    ids = [i for path in speeches(3) for i in [*encoding.encode_ordinary(Path(path).read_text()), encoding.eot_token]]
+    rows = np.array(ids[: len(ids) // 1024 * 1024], np.uint16).reshape(-1, 1024)
+    for part, chunk in enumerate(np.array_split(rows, 2)):
+        column = pa.array(list(chunk), pa.list_(pa.uint16()))
+        pq.write_table(pa.table({"tokens": column}), tmp_path / f"train-{part:05d}-of-00002.parquet")
+    config = PRESETS["owt"].replace(
+        data={"source": str(tmp_path / "*.parquet"), "revision": "", "val_tokens": 2000},
+        model={"n_layers": 1, "n_heads": 2, "d_model": 8, "d_ff": 16},
+        train={"batch_size": 2, "grad_acc_steps": 2, "max_steps": 2, "warmup_steps": 1, "ema_decay": 0.5},
+        eval={"batch_size": 2},
+    )
+    store = Store(str(tmp_path / "store"))
+    run = nanodlm.train(config, store.uri())
+    model, loaded = nanodlm.load(run.uri)
+    assert loaded.n_vocab == 50257
+    assert model.embedding.num_embeddings == 50304
+    shard = store.open(f"shard/{run.manifest['inputs']['shard']['fingerprint']}")
+    assert shard.metrics["val_tokens"] == 2000
+    assert shard.metrics["val_rows"] == 2, "one whole row of 1024 and one of 976"
+    result, _ = stages.run("evaluate", config, store)
+    # Two updates leave the output layer close to its start at zero, where every token has probability 1/50257.
+    assert math.isclose(result.metrics["val_nats_per_token"], math.log(50257), rel_tol=0.02)
+    assert result.metrics["val_tokens"] == 2000
+
+
+def test_evaluation_of_an_untrained_model_is_the_uniform_bound(store: Store) -> None:
+    config = tiny(model={"tie_embeddings": False}, train={"lr": 1e-12})
+    nanodlm.train(config, store.uri())
+    artifact, _ = stages.run("evaluate", config, store)
+    # The output layer starts at zero: log 257 nats per token, whatever the noise.
+    assert math.isclose(artifact.metrics["val_nats_per_token"], math.log(257), rel_tol=1e-4)
+    assert artifact.metrics["val_rows"] == 20
+    assert artifact.metrics["val_tokens"] == 640
+
+
+def test_units_are_converted_by_the_bytes_of_the_same_tokens(trained: Artifact, store: Store) -> None:
+    artifact, _ = stages.run("evaluate", tiny(), store)
+    m = artifact.metrics
+    bits = m["val_nats_per_token"] * m["val_tokens"] / math.log(2) / m["val_bytes"]
+    assert math.isclose(m["val_bits_per_byte"], bits)
+    assert m["val_bits_per_byte_stderr"] > 0
+    assert m["val_unigram_nats_per_token"] < math.log(257)
+
+
+def test_more_noise_draws_shrink_the_standard_error(trained: Artifact, store: Store) -> None:
+    one, _ = stages.run("evaluate", tiny(eval={"max_rows": None}), store)
+    many, _ = stages.run("evaluate", tiny(eval={"max_rows": None, "repeats": 4}), store)
+    assert many.metrics["val_bits_per_byte_stderr"] < one.metrics["val_bits_per_byte_stderr"]
+    difference = abs(many.metrics["val_nats_per_token"] - one.metrics["val_nats_per_token"])
+    assert difference < 5 * one.metrics["val_nats_per_token_stderr"]
+
+
+def test_unigram_entropy_of_a_known_distribution() -> None:
+    tokens = np.array([0] * 2 + [1] * 1 + [2] * 1)
+    assert math.isclose(evaluation.unigram_nats(tokens), 1.5 * math.log(2))
+
+
+def test_samples_begin_with_the_prompt_and_repeat_for_a_seed(trained: Artifact, store: Store) -> None:
+    config = tiny(sample={"prompt": "The people"})
+    artifact, _ = stages.run("sample", config, store)
+    texts = [json.loads(line)["text"] for line in (artifact.local() / "samples.jsonl").read_text().splitlines()]
+    assert len(texts) == 2
+    assert all(text.startswith("The people") for text in texts)
+    again, _ = stages.run("sample", config, store, rebuild=True)
+    assert again.digest == artifact.digest
+    other, _ = stages.run("sample", tiny(sample={"prompt": "The people", "seed": 1}), store)
+    assert other.digest != artifact.digest
+
+
+def test_a_prompt_as_long_as_a_row_is_refused(trained: Artifact, store: Store) -> None:
+    with pytest.raises(UsageError, match=r"shorten --sample\.prompt"):
+        stages.run("sample", tiny(sample={"prompt": "x" * 32}), store)
+
+
+def test_the_report_shows_numbers_curve_and_escaped_samples(trained: Artifact, store: Store) -> None:
+    config = tiny(sample={"prompt": "<b>&"})
+    for name in ("evaluate", "sample", "report"):
+        artifact, _ = stages.run(name, config, store)
+    page = (artifact.local() / "report.html").read_text()  # type: ignore[possibly-unbound]
+    assert "<svg" in page
+    assert "&lt;b&gt;&amp;" in page
+    assert "<b>&" not in page
+    assert "bits per byte" in page
+    assert "> <b>&" in (artifact.local() / "report.md").read_text()  # type: ignore[possibly-unbound]
+
+
+def test_isolated_documents_train_and_evaluate(store: Store) -> None:
+    config = tiny(data={"isolate_documents": True, "source": speeches(6)})
+    run = nanodlm.train(config, store.uri())
+    plain = nanodlm.train(tiny(), store.uri())
+    assert run.metrics["parameters_sha256"] != plain.metrics["parameters_sha256"]
+    artifact, _ = stages.run("evaluate", config, store)
+    assert 0 < artifact.metrics["val_nats_per_token"] < 10
+
+
+def test_time_conditioning_and_bfloat16_train(store: Store) -> None:
+    run = nanodlm.train(tiny(model={"time_conditioning": True, "dtype": "bfloat16"}, train={"optimizer": "muon"}), store.uri())
+    model, _ = nanodlm.load(run.uri)
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(model))
+
+
+@pytest.mark.parametrize(
+    ("estimator", "weighting"), [("continuous", "bound"), ("discrete", "uniform"), ("count", "bound")]
+)
+def test_every_estimator_and_weighting_trains(store: Store, estimator: str, weighting: str) -> None:
+    run = nanodlm.train(tiny(objective={"estimator": estimator, "weighting": weighting}), store.uri())
+    logs = json.loads((run.local() / "logs.json").read_text())
+    assert all((r["loss"] == r["nats_per_token"]) == (weighting == "bound") for r in logs)
+
+
+def test_generation_decodes_only_real_tokens(trained: Artifact, store: Store) -> None:
+    artifact, _ = stages.run("sample", tiny(), store)
+    assert np.load(artifact.local() / "tokens.npy", allow_pickle=False).max() < 257
+    assert generation.generate.__doc__
+
+
+def test_no_training_process_is_left_behind() -> None:
+    assert "NANODLM_PARENT_PID" not in os.environ
