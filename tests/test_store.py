@@ -558,9 +558,15 @@ def test_a_second_process_waits_until_the_holder_is_done(store: Store, holder: s
     assert not Path(store.path("shard", "f0", "lease.json")).exists()
 
 
-def test_the_lease_of_a_killed_process_holds_nobody_up(store: Store, holder: subprocess.Popen[str]) -> None:
+def test_the_lease_of_a_killed_process_holds_nobody_up(
+    store: Store, holder: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: float) -> None:
+        raise AssertionError("waited for a process that has ended")
+
     holder.kill()
     holder.wait()
+    monkeypatch.setattr(store_module.time, "sleep", refuse)
     lease = Path(store.path("shard", "f0", "lease.json"))
     before = lease.read_bytes()
     store.wait_for_lease("shard", "f0")
