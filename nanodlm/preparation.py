@@ -167,8 +167,8 @@ def build_shards(
 ) -> dict[str, Any]:
     """Stage: write rows of `seq_len` tokens as ArrayRecord, one training shard per corpus part, and the validation.
 
-    Documents follow each other with an end-of-text mark after each, and are cut into rows; what is left of a part
-    after its last whole row is dropped. The validation's last row may be shorter.
+    Texts follow each other with an end-of-text mark after each, and are cut into rows; what is left of a part after
+    its last whole row is dropped. Pre-tokenised rows are cut one by one. The validation's last row may be shorter.
 
     Raises:
         NanodlmError: When there is not one whole row to train on.

@@ -10,7 +10,8 @@ from nanodlm.store import Artifact, Attempt
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 52rem; margin: 2rem auto; padding: 0 1rem; color: #1c2430 }
-table { border-collapse: collapse; margin: 1rem 0 } td, th { text-align: left; padding: .25rem 1.5rem .25rem 0 }
+table { border-collapse: collapse; margin: 1rem 0 } th { white-space: nowrap; vertical-align: top }
+td, th { text-align: left; padding: .25rem 1.5rem .25rem 0; overflow-wrap: anywhere }
 tr { border-bottom: 1px solid #e3e7ec } blockquote { background: #f5f7f9; margin: .8rem 0; padding: .8rem 1rem;
 border-left: 3px solid #3b73c4; white-space: pre-wrap } svg { width: 100%; height: auto } .note { color: #5b6776 }
 """
@@ -61,7 +62,7 @@ def loss_curve(points: list[tuple[int, float]], level: float) -> str:
     groups = [points[i : i + size] for i in range(0, len(points), size)]
     means = [(sum(s for s, _ in g) / len(g), sum(v for _, v in g) / len(g)) for g in groups]
     left, right, top, bottom = 56, 700, 12, 240
-    last = max(s for s, _ in means)
+    last = points[-1][0]
     low, high = min(level, *(v for _, v in means)) * 0.97, max(level, *(v for _, v in means)) * 1.02
 
     def x(step: float) -> float:

@@ -272,7 +272,10 @@ class Store:
                 groups.setdefault("/".join(parts[:4]), []).append(info)
         for attempt, files in groups.items():
             stage, fingerprint, _, id_ = attempt.split("/")
-            artifact = self.find(stage, fingerprint)
+            try:
+                artifact = self.find(stage, fingerprint)
+            except Damaged:
+                continue  # its manifest may have named this attempt
             if artifact and artifact.manifest["attempt"] == id_:
                 continue
             if time.time() - max(_changed(info) for info in files) > older_than:

@@ -3,16 +3,20 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+import fsspec
 import pytest
 
+import flows
 from flows.server import ephemeral_server
 from nanodlm.stages import NAMES, STAGES
-from tests.commands import nanodlm, result_of, started, statuses, tiny_flags
+from tests.commands import environment, nanodlm, result_of, started, statuses, tiny_flags
 
 ALL_CACHED = dict.fromkeys(NAMES, "cached")
 
@@ -157,3 +161,41 @@ def _children(pid: int) -> list[int]:
     """Processes started by one (Linux)."""
     found = Path(f"/proc/{pid}/task").glob("*/children")
     return [int(child) for path in found for child in path.read_text().split()]
+
+
+def test_the_whole_pipeline_runs_on_s3(server: dict[str, str], s3_environment: None, tmp_path: Path) -> None:
+    fsspec.filesystem("s3").mkdir("pipeline")
+    arguments = ("run", "--store", "s3://pipeline/runs", "--json", *tiny_flags(), "--train.max_steps", "40")
+    result = result_of(nanodlm(*arguments, **server))
+    assert statuses(result) == dict.fromkeys(NAMES, "built")
+    assert statuses(result_of(nanodlm(*arguments))) == ALL_CACHED
+    found = result_of(nanodlm("verify", "--store", "s3://pipeline/runs", "--deep", "--json"))
+    assert (len(found["artifacts"]), found["damaged"]) == (len(STAGES), 0)
+    assert not (tmp_path / "s3:").exists()
+
+
+def test_the_deployment_of_prefect_yaml_is_accepted_by_a_server(server: dict[str, str]) -> None:
+    root = Path(flows.__file__).parents[1]
+    for command in (["work-pool", "create", "default", "--type", "process"], ["--no-prompt", "deploy", "--all"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "prefect", *command],
+            cwd=root,
+            env=environment(**server),
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+    with urllib.request.urlopen(f"{server['PREFECT_API_URL']}/deployments/name/pipeline/demo", timeout=30) as answer:
+        deployment = json.load(answer)
+    assert deployment["parameter_openapi_schema"]["properties"]["config"]
+    assert deployment["pull_steps"][0]["prefect.deployments.steps.set_working_directory"]["directory"] == str(root)
+
+
+def test_a_flow_of_a_bad_configuration_is_refused_in_one_line(server: dict[str, str], tmp_path: Path) -> None:
+    text = tmp_path / "short.txt"
+    text.write_text("too short")
+    done = nanodlm("run", "--store", str(tmp_path / "s"), "--data.source", str(text), **server)
+    assert done.returncode == 1
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert "smaller than the validation split" in done.stderr

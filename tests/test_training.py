@@ -266,7 +266,9 @@ def test_isolated_documents_train_and_evaluate(store: Store) -> None:
 
 
 def test_time_conditioning_and_bfloat16_train(store: Store) -> None:
-    run = nanodlm.train(tiny(model={"time_conditioning": True, "dtype": "bfloat16"}, train={"optimizer": "muon"}), store.uri())
+    run = nanodlm.train(
+        tiny(model={"time_conditioning": True, "dtype": "bfloat16"}, train={"optimizer": "muon"}), store.uri()
+    )
     model, _ = nanodlm.load(run.uri)
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(model))
 
