@@ -282,7 +282,7 @@ def until(last: str) -> tuple[str, ...]:
     return tuple(STAGES) if last == "sample" else NAMES[: NAMES.index(last) + 1]
 
 
-def train(config: Config, store: str | None = None) -> Artifact:
+def train(config: Config, store: str | None = None, emit: Emit = lambda *_, **__: None) -> Artifact:
     """Train a model, first building whatever data it needs, all in this process.
 
     A finished run is found rather than repeated, and an interrupted one continues from its last checkpoint.
@@ -290,6 +290,7 @@ def train(config: Config, store: str | None = None) -> Artifact:
     Args:
         config: The run's configuration.
         store: Folder or fsspec URL of the artifacts; by default `$NANODLM_STORE`, else `data/store`.
+        emit: Called as `emit(kind, **fields)` with progress; `nanodlm.console.Console(sys.stderr).emit` shows it.
 
     Returns:
         The train artifact: `.uri` is what `nanodlm.load` takes, `.metrics` what was measured.
@@ -300,7 +301,7 @@ def train(config: Config, store: str | None = None) -> Artifact:
     """
     opened = Store(store or default_store())
     for name in until("train"):
-        artifact, _ = run(name, config, opened)
+        artifact, _ = run(name, config, opened, emit=emit)
     return artifact  # type: ignore[possibly-unbound]
 
 

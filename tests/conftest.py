@@ -1,9 +1,12 @@
 """Shared set-up: shapes and types are checked while tests run, and nothing reaches a network or a user's folders."""
 
+import atexit
 import os
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -13,6 +16,10 @@ import pytest
 
 os.environ.update(JAX_PLATFORMS="cpu", HF_HUB_OFFLINE="1", DO_NOT_TRACK="1")
 os.environ.pop("NANODLM_STORE", None)
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # workers and child processes share what one has compiled
+    compiled = tempfile.mkdtemp(prefix="nanodlm-tests-")
+    atexit.register(shutil.rmtree, compiled, ignore_errors=True)
+    os.environ.update(JAX_COMPILATION_CACHE_DIR=compiled, JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0.2")
 
 from jaxtyping import install_import_hook
 
@@ -54,3 +61,13 @@ def s3_environment(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+
+
+@pytest.fixture
+def quick_compilation() -> Iterator[None]:
+    """Compile fast rather than well: tests of small functions spend most of their time in the compiler."""
+    import jax
+
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
