@@ -7,6 +7,8 @@ from hypothesis import strategies as st
 
 from nanodlm.schedules import KINDS, Schedule, make_schedule
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 SCHEDULES = [("linear", 2.0), ("cosine", 2.0), ("sqrt", 2.0), ("poly", 2.0), ("poly", 0.3), ("poly", 3.5)]
 every_schedule = pytest.mark.parametrize(("kind", "exponent"), SCHEDULES)
 
