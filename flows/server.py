@@ -31,9 +31,11 @@ def ephemeral_server() -> Iterator[str]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     url = f"http://127.0.0.1:{port}/api"
+    for name in ("NO_PROXY", "no_proxy"):  # a proxy of the environment is not asked for this machine's own server
+        os.environ[name] = ",".join(filter(None, (os.environ.get(name), "127.0.0.1")))
     with tempfile.TemporaryFile() as log:
         child = subprocess.Popen(
-            [sys.executable, "-m", "flows.server", str(port)],
+            [sys.executable, "-P", "-m", "flows.server", str(port)],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,

@@ -20,7 +20,7 @@ from nanodlm import tokenizer
 from nanodlm.config import Config, load_config
 from nanodlm.errors import NanodlmError
 from nanodlm.model import Transformer
-from nanodlm.store import Artifact, Attempt, Store
+from nanodlm.store import Attempt, Store
 
 logging.getLogger("absl").setLevel(logging.ERROR)
 
@@ -86,12 +86,18 @@ class Checkpoints:
         Args:
             abstract: Shapes, types and shardings of the state, as `jax.eval_shape` gives them.
         """
-        for name in sorted((n for n in self._attempt.earlier if n.startswith("checkpoints/")), reverse=True):
+        names = [name for name in self._attempt.earlier if name.startswith("checkpoints/")]
+        for name in sorted(names, key=_step_of, reverse=True):
             info = self._attempt.adopt(name)
             if info is not None:
                 self._kept.append(name)
                 return _restore(self._checkpointer, self._attempt.path / name, abstract), info
         return None
+
+
+def _step_of(name: str) -> int:
+    """Updates done at `…step_000100`."""
+    return int(name.rpartition("_")[2])
 
 
 def _restore(checkpointer: ocp.AsyncCheckpointer, folder: Path, abstract: State) -> State:
@@ -135,11 +141,6 @@ def load(uri: str) -> tuple[Transformer, tiktoken.Encoding]:
         if "train" not in artifact.manifest["inputs"]:
             raise NanodlmError(f"{uri} is a {artifact.stage} artifact, made before any model")
         artifact = artifact.store.open(f"train/{artifact.manifest['inputs']['train']['fingerprint']}")
-    return load_trained(artifact)
-
-
-def load_trained(artifact: Artifact) -> tuple[Transformer, tiktoken.Encoding]:
-    """The final model of a train artifact, every file checked first."""
     return load_folder(artifact.local())
 
 
@@ -147,7 +148,7 @@ def load_folder(folder: Path, step: str = "") -> tuple[Transformer, tiktoken.Enc
     """The model of one checkpoint (the last by default) in a run's folder, beside its config and tokenizer."""
     config = load_config(str(folder / "config.json"))
     encoding = tokenizer.load(folder / "tokenizer")
-    steps = sorted((folder / "checkpoints").glob(step or "step_*"))
+    steps = sorted((folder / "checkpoints").glob(step or "step_*"), key=lambda path: _step_of(path.name))
     if not steps:
         raise NanodlmError(f"no checkpoint {step} in {folder}/checkpoints")
     graphdef, abstract = nnx.split(nnx.eval_shape(lambda: make_model(config, encoding)))

@@ -197,12 +197,10 @@ def run(argv: list[str]) -> None:
         configured=True,
     )
     assert config is not None
-    _load_accelerator_quietly()
+    _check_rebuild(args)
     console = Console(sys.stderr if args.as_json else sys.stdout)
     store = Store(args.store)
-    lookups = list(stages.look_up(config, store, args.until, args.rebuild))
-    if args.until == "sample":
-        lookups = list(stages.look_up(config, store, rebuild=args.rebuild))
+    lookups = list(stages.look_up(config, store, stages.until(args.until)[-1], args.rebuild))
     if args.rebuild is None and all(lookup.artifact for lookup in lookups):
         artifacts = [lookup.artifact for lookup in lookups if lookup.artifact]
         records = [stages.record(artifact, "cached", 0.0) for artifact in artifacts]
@@ -224,9 +222,11 @@ def run(argv: list[str]) -> None:
         _print_json(_result(records, by_stage))
 
 
-def _load_accelerator_quietly() -> None:
-    """Nothing in this process uses JAX; keep libraries that look for one from printing about it."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+def _check_rebuild(args: Any) -> None:
+    from nanodlm import stages
+
+    if args.rebuild is not None and args.rebuild not in stages.until(args.until):
+        raise UsageError(f"--rebuild {args.rebuild} comes after --until {args.until}: nothing would be rebuilt")
 
 
 def _result(records: list[dict[str, Any]], artifacts: dict[str, "Artifact"]) -> dict[str, Any]:
@@ -261,6 +261,7 @@ def plan(argv: list[str]) -> None:
         configured=True,
     )
     assert config is not None
+    _check_rebuild(args)
     store = Store(args.store)
     rows = []
     for lookup in stages.look_up(config, store, args.until, args.rebuild):
@@ -340,12 +341,17 @@ def _open(argv: list[str], command: str, **fields: Any) -> tuple["Store", Any]:
 def ls(argv: list[str]) -> None:
     """List artifacts, in the order of the stages."""
     from nanodlm import stages
+    from nanodlm.errors import Damaged
 
     store, args = _open(argv, "ls")
     order = list(stages.STAGES)
     rows = []
     for stage, fingerprint in sorted(store, key=lambda item: order.index(item[0]) if item[0] in order else 99):
-        artifact = store.find(stage, fingerprint)
+        try:
+            artifact = store.find(stage, fingerprint)
+        except Damaged as error:
+            print(f"nanodlm: {error}", file=sys.stderr)
+            continue
         assert artifact is not None
         size = sum(file["size"] for file in artifact.manifest["files"])
         created = artifact.manifest["created"]

@@ -22,7 +22,7 @@ Switch = Annotated[bool, tyro.conf.FlagConversionOff]  # `--exp.use_wandb True`,
 class Group(BaseModel):
     """Base of all settings: frozen, and an unknown field is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class DataConfig(Group):
@@ -153,7 +153,7 @@ class TrainConfig(Group):
     warmup_steps: int = Field(default=100, ge=0)
     """Updates over which the learning rate rises linearly from 0."""
     cooldown_steps: int = Field(default=0, ge=0)
-    """Updates at the end over which `warmup_stable_decay` falls linearly to `min_lr`."""
+    """Updates at the end over which `warmup_stable_decay` falls linearly to `min_lr`; at most those after the rise."""
     beta1: float = Field(default=0.9, ge=0, lt=1)
     """Decay of AdamW's first moment."""
     beta2: float = Field(default=0.98, ge=0, lt=1)
@@ -168,12 +168,9 @@ class TrainConfig(Group):
     """Decay of an exponential moving average of the parameters, which then are the result; 0 is off."""
 
     @model_validator(mode="after")
-    def _check_steps(self) -> Self:
-        if self.lr_schedule != "none" and self.warmup_steps + self.cooldown_steps > self.max_steps:
-            raise ValueError(
-                f"warmup_steps ({self.warmup_steps}) + cooldown_steps ({self.cooldown_steps}) exceed max_steps "
-                f"({self.max_steps}): lower them or raise --train.max_steps"
-            )
+    def _check_rates(self) -> Self:
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr ({self.min_lr}) is larger than lr ({self.lr}): a decay must not rise")
         return self
 
 

@@ -124,7 +124,7 @@ def summary(artifact: Artifact) -> str:
             return f"{m['train_rows']:,} training rows of {m['seq_len']} tokens, {m['val_rows']:,} for validation"
         case "train":
             return (
-                f"{m['updates']:,} updates, {m['train_tokens']:,} tokens at {m['train_tokens_per_second']:,.0f} "
+                f"{m['updates']:,} updates, {m['trained_tokens']:,} tokens at {m['train_tokens_per_second']:,.0f} "
                 f"tokens/s, {m['parameters'] / 1e6:.2f}M parameters"
             )
         case "evaluate":

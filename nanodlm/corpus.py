@@ -4,8 +4,10 @@
 """
 
 import hashlib
+import os
 import re
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
@@ -71,15 +73,27 @@ def identity(data: DataConfig) -> dict[str, Any]:
 
 
 def _content(url: str) -> str:
-    """sha256 of a local file; the store's own checksum (an ETag, a generation) of a remote one."""
-    fs, path = fsspec.url_to_fs(url)
+    """What tells a file's content from another: sha256, or for a remote one the checksum that its server keeps."""
+    fs, path = fsspec.url_to_fs(url, use_listings_cache=False)
     try:
-        if not isinstance(fs, LocalFileSystem):
-            return str(fs.ukey(path))
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        if isinstance(fs, LocalFileSystem):
+            status = os.stat(path)
+            return _sha256(path, status.st_size, status.st_mtime_ns)
+        info = fs.info(path)
+        for name in ("ETag", "md5Hash", "content_md5", "crc32c"):
+            if info.get(name):
+                return f"{name}:{info[name]}"
+        with fs.open(path, "rb") as file:
+            return hashlib.file_digest(cast(Any, file), "sha256").hexdigest()
     except OSError as error:
         raise NanodlmError(f"cannot read {url}: {error.strerror or error}") from error
+
+
+@lru_cache(maxsize=100_000)
+def _sha256(path: str, _size: int, _changed: int) -> str:
+    """sha256 of a local file, read again only when its size or time of change differ."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _snapshot(data: DataConfig) -> Path:
@@ -118,6 +132,7 @@ def download(
         NanodlmError: For a file that is empty, unreadable, or lacks the column.
     """
     data = config.data
+    before = identity(data)
     column = "tokens" if data.pretokenized else "text"
     done = {"documents": 0, "bytes": 0}
     part = 0
@@ -147,6 +162,8 @@ def download(
             flush()
     if pending:
         flush()
+    if identity(data) != before:
+        raise NanodlmError("the source's files changed while they were read: run again")
     if part == 0:
         raise NanodlmError(f"{data.source[0]} holds no documents: every one is empty")
     return {"parts": part, **done}

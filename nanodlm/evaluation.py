@@ -10,9 +10,10 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
-from nanodlm import losses, sharding, shards, tokenizer, training
-from nanodlm.checkpoint import load_trained
+from nanodlm import losses, sharding, shards, tokenizer
+from nanodlm.checkpoint import load_folder
 from nanodlm.config import Config, load_config
+from nanodlm.errors import NanodlmError
 from nanodlm.metrics import bits_per_byte
 from nanodlm.schedules import make_schedule
 from nanodlm.store import Artifact, Attempt
@@ -35,28 +36,33 @@ def evaluate(
     """Stage: score the validation rows with the count form of the bound (see nanodlm/losses.py).
 
     Every row is scored by itself: its bound is on -log p of its tokens without the text before it. Each row gets
-    `eval.repeats` draws of noise. The standard error is that of the mean over rows, taken as independent; counts of
-    low discrepancy make it a little too large rather than too small.
+    `eval.repeats` draws of noise. The standard error is that of the mean over rows taken as independent: it covers
+    the noise and the choice of rows, not that rows of one document resemble each other.
+
+    Raises:
+        NanodlmError: When there are fewer than two rows, which have no standard error.
 
     Returns:
         `val_nats_per_token`, `val_bits_per_byte`, `val_bits_per_byte_stderr`, `val_unigram_bits_per_byte` and counts.
         Bits per byte divide by the bytes of the text; end-of-text marks add nats but no bytes.
     """
-    trained = load_config(str(inputs["train"].local() / "config.json"))
-    model, encoding = load_trained(inputs["train"])
-    folder = inputs["shard"].local()
+    run = inputs["train"].local()
+    trained = load_config(str(run / "config.json"))
+    model, encoding = load_folder(run)
+    folder = inputs["shard"].local(only="validation")
     rows = shards.read(folder / "validation.arrayrecord", inputs["shard"].metrics["dtype"])[: config.eval.max_rows]
+    if len(rows) < 2:
+        raise NanodlmError("one validation row has no standard error: raise --data.val_tokens or lower --model.seq_len")
     schedule = make_schedule(trained.schedule.kind, exponent=trained.schedule.exponent)
     mask_id = encoding.n_vocab
     graphdef, params = nnx.split(model)
 
     @jax.jit
     def nats_per_row(params: Any, x_0: Int[Array, "B L"], key: Key[Array, ""]) -> Float[Array, "B"]:
-        segment_ids = training.segments(x_0, encoding.eot_token) if trained.data.isolate_documents else None
+        # No document edges are given, even to a model trained with them: they would tell where the masked
+        # end-of-text marks are, and the number would not be a bound.
         denoise = nnx.merge(graphdef, params)
-        return losses.nelbo(
-            lambda x_t, t: denoise(x_t, t, segment_ids), x_0, key, schedule=schedule, mask_id=mask_id, estimator="count"
-        )
+        return losses.nelbo(denoise, x_0, key, schedule=schedule, mask_id=mask_id, estimator="count")
 
     mesh = sharding.make_mesh(config.eval.batch_size)
     params = jax.device_put(params, sharding.replicated(mesh))
@@ -83,9 +89,9 @@ def evaluate(
         "val_bits_per_byte_stderr": bits_per_byte(stderr, n_bytes),
         "val_unigram_nats_per_token": unigram_nats(tokens),
         "val_unigram_bits_per_byte": bits_per_byte(unigram_nats(tokens) * len(tokens), n_bytes),
-        "val_tokens": len(tokens),
-        "val_bytes": n_bytes,
-        "val_rows": len(rows),
+        "scored_tokens": len(tokens),
+        "scored_bytes": n_bytes,
+        "scored_rows": len(rows),
     }
     (attempt.path / "metrics.json").write_text(json.dumps(metrics, indent=1))
     return metrics

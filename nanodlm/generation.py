@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nanodlm import samplers, tokenizer
-from nanodlm.checkpoint import load_trained
+from nanodlm.checkpoint import load_folder
 from nanodlm.config import Config, load_config
 from nanodlm.errors import UsageError
 from nanodlm.schedules import make_schedule
@@ -26,8 +26,9 @@ def generate(
         UsageError: When the prompt leaves no room to write.
     """
     options = config.sample
-    trained = load_config(str(inputs["train"].local() / "config.json"))
-    model, encoding = load_trained(inputs["train"])
+    run = inputs["train"].local()
+    trained = load_config(str(run / "config.json"))
+    model, encoding = load_folder(run)
     length = trained.model.seq_len
     prompt = np.array(encoding.encode_ordinary(options.prompt), np.int32)
     if len(prompt) >= length:

@@ -44,6 +44,7 @@ def run_stage(name: str, config: Config, store_url: str, *, rebuild: bool = Fals
         events.touch()
         command = [
             sys.executable,
+            "-P",
             "-m",
             "nanodlm",
             name,

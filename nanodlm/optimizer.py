@@ -19,26 +19,29 @@ def learning_rate(train: TrainConfig) -> optax.Schedule:
     | warmup_constant | lr |
     | none | lr from the first update on, without the rise |
 
+    A run too short for both gives the rise its updates first, and the decay what is left.
+
     >>> schedule = learning_rate(TrainConfig(lr=1.0, lr_schedule="warmup_constant", warmup_steps=4, max_steps=9))
     >>> [round(float(schedule(i)), 2) for i in (0, 1, 3, 4, 8)]
     [0.25, 0.5, 1.0, 1.0, 1.0]
     """
     if train.lr_schedule == "none":
         return optax.constant_schedule(train.lr)
-    left = max(1, train.max_steps - train.warmup_steps)
+    warmup = min(train.warmup_steps, train.max_steps)
+    left = max(1, train.max_steps - warmup)
+    cooldown = min(train.cooldown_steps, left)
     if train.lr_schedule == "warmup_cosine":
         after = optax.cosine_decay_schedule(train.lr, left, alpha=train.min_lr / train.lr)
     elif train.lr_schedule == "warmup_stable_decay":
-        stable = left - train.cooldown_steps
-        decay = optax.linear_schedule(train.lr, train.min_lr, max(1, train.cooldown_steps))
-        after = optax.join_schedules([optax.constant_schedule(train.lr), decay], [stable])
+        decay = optax.linear_schedule(train.lr, train.min_lr, max(1, cooldown))
+        after = optax.join_schedules([optax.constant_schedule(train.lr), decay], [left - cooldown])
     else:
         after = optax.constant_schedule(train.lr)
-    if not train.warmup_steps:
+    if not warmup:
         return after
     # The first update has a rate of lr / warmup_steps, not 0, so that no update is wasted.
-    rise = optax.linear_schedule(train.lr / train.warmup_steps, train.lr, max(1, train.warmup_steps - 1))
-    return optax.join_schedules([rise, after], [train.warmup_steps])
+    rise = optax.linear_schedule(train.lr / warmup, train.lr, max(1, warmup - 1))
+    return optax.join_schedules([rise, after], [warmup])
 
 
 def make_optimizer(train: TrainConfig) -> optax.GradientTransformation:

@@ -23,7 +23,6 @@ from nanodlm.errors import NanodlmError
 from nanodlm.store import Artifact, Attempt
 
 MAX_BPE_BYTES = 200_000_000
-BYTES_PER_TOKEN = 4.0  # first guess at how much text the validation split takes; corrected by counting
 
 
 def document_key(content: str | list[int], seed: int) -> str:
@@ -61,7 +60,7 @@ def build_tokenizer(
         return {"n_vocab": fixed.n_vocab}
     folder = inputs["download"].local()
     order = sorted((key, len(text.encode())) for key, text in _keyed_documents(folder, data.split_seed))
-    target = data.val_tokens * BYTES_PER_TOKEN
+    target = float(data.val_tokens)  # a token has at least one byte; corrected by counting
     while True:
         zone_end, zone_bytes = "", 0
         for key, size in order:
@@ -77,7 +76,7 @@ def build_tokenizer(
         tokens = sum(len(encoding.encode_ordinary(text)) + 1 for text in zone)
         if tokens >= data.val_tokens:
             break
-        target = zone_bytes * 1.1 * data.val_tokens / tokens
+        target = zone_bytes * 1.02 * data.val_tokens / tokens
     tokenizer.save(encoding, attempt.path)
     return {"n_vocab": encoding.n_vocab, "zone_end": zone_end, "zone_bytes": zone_bytes, "zone_tokens": tokens}
 

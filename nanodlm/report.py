@@ -26,11 +26,11 @@ def build(config: Config, inputs: dict[str, Artifact], attempt: Attempt, emit: C
         ("validation bound", f"{m['val_bits_per_byte']:.4f} ± {m['val_bits_per_byte_stderr']:.4f} bits per byte"),
         ("", f"{m['val_nats_per_token']:.4f} ± {m['val_nats_per_token_stderr']:.4f} nats per token"),
         ("unigram entropy", f"{m['val_unigram_bits_per_byte']:.4f} bits per byte: the bound is {below:.1f}% below it"),
-        ("validation text", f"{m['val_tokens']:,} tokens, {m['val_bytes']:,} bytes"),
-        ("trained on", f"{t['train_tokens']:,} tokens in {t['updates']:,} updates"),
+        ("validation text", f"{m['scored_tokens']:,} tokens, {m['scored_bytes']:,} bytes"),
+        ("trained on", f"{t['trained_tokens']:,} tokens in {t['updates']:,} updates"),
         ("speed", f"{t['train_tokens_per_second']:,.0f} tokens/s on {t['devices']} {t['device']}"),
         ("parameters", f"{t['parameters']:,}, sha256 {t['parameters_sha256'][:16]}…"),
-        *((name, artifact.uri) for name, artifact in inputs.items()),
+        *((name, artifact.fingerprint) for name, artifact in inputs.items()),
     ]
     logs = json.loads((train.local() / "logs.json").read_text())
     texts = [json.loads(line)["text"] for line in (sample.local() / "samples.jsonl").read_text().splitlines()]

@@ -105,7 +105,12 @@ STAGES: dict[str, Stage] = {
             lambda c: c.sample.model_dump(),
             own_process=True,
         ),
-        Stage("report", "nanodlm.report:build", lambda c: ("train", "evaluate", "sample"), lambda c: {}),
+        Stage(
+            "report",
+            "nanodlm.report:build",
+            lambda c: ("train", "evaluate", "sample"),
+            lambda c: c.exp.model_dump(include={"run_name"}),
+        ),
     )
 }
 NAMES = tuple(name for name in STAGES if name != "report")
@@ -141,6 +146,8 @@ def look_up(config: Config, store: Store, until: str = "report", rebuild: str | 
             try:
                 artifact = store.find(stage.name, fingerprint)
                 if artifact:
+                    if _comparable({k: artifact.manifest[k] for k in identity}) != _comparable(identity):
+                        raise Damaged(artifact.remedy("its manifest is that of other settings or inputs"))
                     found[stage.name] = artifact.check()
             except Damaged:
                 if stage.name != rebuild:
@@ -211,7 +218,8 @@ def run(
         artifact = None if rebuild else store.find(name, lookup.fingerprint)
     if artifact is None or rebuild:
         module, function = stage.build.split(":")
-        with store.attempt(name, lookup.fingerprint, afresh=rebuild) as attempt:
+        afresh = rebuild and lookup.artifact is not None
+        with store.attempt(name, lookup.fingerprint, afresh=afresh) as attempt:
             metrics = getattr(import_module(module), function)(config, inputs, attempt, emit)
             # Beside the digests that are part of the identity, the fingerprints tell where the inputs lie.
             lineage = {n: {"digest": a.digest, "fingerprint": a.fingerprint} for n, a in inputs.items()}
@@ -243,7 +251,13 @@ def why(lookup: Lookup, store: Store) -> str:
     wanted = _flat(_comparable(lookup.identity))
     best: tuple[list[str], str] | None = None
     for stage, fingerprint in store:
-        if stage != lookup.stage.name or not (other := store.find(stage, fingerprint)):
+        if stage != lookup.stage.name:
+            continue
+        try:
+            other = store.find(stage, fingerprint)
+        except Damaged:
+            continue
+        if other is None:
             continue
         has = _flat(_comparable({k: other.manifest[k] for k in lookup.identity}))
         differences = [

@@ -22,7 +22,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path, PurePosixPath
@@ -120,13 +120,21 @@ class Artifact:
         """Path of one file on the store's file system."""
         return self.store.path(self.stage, self.fingerprint, "attempts", self.manifest["attempt"], _safe(relative))
 
-    def problems(self, *, deep: bool = False) -> list[str]:
-        """What is wrong with its files, one line each: sizes, or with `deep` also their sha256."""
+    def problems(self, *, deep: bool = False, only: str = "") -> list[str]:
+        """What is wrong with its files, one line each: names and sizes, or with `deep` also their sha256.
+
+        Args:
+            deep: Whether to read the files.
+            only: Prefix of the files to look at.
+        """
         base = self.remote("parts").rsplit("/", 1)[0]
-        found = self.store.sizes(base)
-        lines = []
+        found = {path: size for path, size in self.store.sizes(base).items() if not path.startswith("parts/")}
+        listed = {_safe(file["path"]) for file in self.manifest["files"]}
+        lines = [f"{path} is not in its manifest" for path in sorted(found.keys() - listed)]
         for file in self.manifest["files"]:
-            size = found.get(_safe(file["path"]))
+            if not file["path"].startswith(only):
+                continue
+            size = found.get(file["path"])
             if size is None:
                 lines.append(f"{file['path']} is missing")
             elif size != file["size"]:
@@ -135,33 +143,41 @@ class Artifact:
                 lines.append(f"{file['path']} has been altered: its sha256 differs from the manifest's")
         return lines
 
-    def check(self, *, deep: bool = False) -> "Artifact":
+    def check(self, *, deep: bool = False, only: str = "") -> "Artifact":
         """Return self, or raise.
 
         Raises:
             Damaged: Naming the first bad file and the remedy.
         """
-        if lines := self.problems(deep=deep):
+        if lines := self.problems(deep=deep, only=only):
             more = f" (and {len(lines) - 1} more)" if len(lines) > 1 else ""
-            raise Damaged(
-                f"the {self.stage} artifact is damaged: {lines[0]}{more}; "
-                f"`nanodlm verify {self.uri} {'--deep ' if deep else ''}--repair` sets it aside, "
-                "and the next run rebuilds it"
-            )
+            raise Damaged(self.remedy(f"{lines[0]}{more}", deep=deep))
         return self
 
-    def local(self) -> Path:
-        """A local folder with all its files, each checked against its sha256.
+    def remedy(self, problem: str, *, deep: bool = False) -> str:
+        """The line that says what is wrong with it and what to do."""
+        return (
+            f"the {self.stage} artifact is damaged: {problem}; `nanodlm verify {self.uri} "
+            f"{'--deep ' if deep else ''}--repair` sets it aside, and the next run rebuilds it"
+        )
+
+    def local(self, only: str = "") -> Path:
+        """A local folder with its files, each checked against its sha256.
+
+        Args:
+            only: Prefix of the files that are needed; by default all are.
 
         Raises:
             Damaged: When a file is missing, truncated, swapped or altered.
         """
         if self.store.is_local:
-            self.check(deep=True)
+            self.check(deep=True, only=only)
             return Path(self.remote("parts")).parent
         self.check()
         folder = cache_dir() / "artifacts" / self.stage / f"{self.fingerprint}-{self.digest[:16]}"
         for file in self.manifest["files"]:
+            if not file["path"].startswith(only):
+                continue
             target = folder / file["path"]
             if not (target.exists() and target.stat().st_size == file["size"] and sha256_of(target) == file["sha256"]):
                 target.parent.mkdir(parents=True, exist_ok=True)
@@ -169,10 +185,7 @@ class Artifact:
                 self.store.fs.get_file(self.remote(file["path"]), str(partial))
                 if sha256_of(partial) != file["sha256"]:
                     partial.unlink()
-                    raise Damaged(
-                        f"the {self.stage} artifact is damaged: {file['path']} has been altered; "
-                        f"`nanodlm verify {self.uri} --deep --repair` sets it aside, and the next run rebuilds it"
-                    )
+                    raise Damaged(self.remedy(f"{file['path']} has been altered", deep=True))
                 partial.replace(target)
         return folder
 
@@ -224,6 +237,11 @@ class Store:
                 f"{uri}/manifest.json has been altered: its digest is not its files': "
                 f"`nanodlm verify {uri} --repair` sets it aside, and the next run rebuilds it"
             )
+        if (manifest.get("stage"), manifest.get("fingerprint")) != (stage, fingerprint):
+            raise Damaged(
+                f"{uri}/manifest.json belongs to {manifest.get('stage')}/{manifest.get('fingerprint')}: "
+                f"`nanodlm verify {uri} --repair` sets it aside, and the next run rebuilds it"
+            )
         return Artifact(self, stage, fingerprint, manifest)
 
     def open(self, uri: str) -> Artifact:
@@ -260,23 +278,33 @@ class Store:
             return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
 
     def abandoned(self, older_than: float) -> Iterator[tuple[str, int]]:
-        """Attempts that no manifest names and no file of which changed lately: relative path and size in bytes.
+        """Attempts that nobody needs: relative path and size in bytes.
+
+        Those are the ones that no manifest names and no file of which changed lately. Kept are all attempts at what
+        has a lease, and the newest with a finished part of what has no manifest, from which a run would continue.
 
         Args:
             older_than: Seconds since the last change, by the clock of whoever asks.
         """
         groups: dict[str, list[dict[str, Any]]] = {}
-        for path, info in self._below(self.root).items():
+        leased, resumable = set(), {}
+        for path, info in sorted(self._below(self.root).items()):
             parts = path.split("/")
             if len(parts) > 4 and parts[2] == "attempts":
                 groups.setdefault("/".join(parts[:4]), []).append(info)
+                if parts[4] == "parts":
+                    resumable[tuple(parts[:2])] = parts[3]  # the newest with a finished part
+            elif parts[2:] == ["lease.json"]:
+                leased.add(tuple(parts[:2]))
         for attempt, files in groups.items():
             stage, fingerprint, _, id_ = attempt.split("/")
+            if (stage, fingerprint) in leased:
+                continue  # somebody may be at work
             try:
                 artifact = self.find(stage, fingerprint)
             except Damaged:
                 continue  # its manifest may have named this attempt
-            if artifact and artifact.manifest["attempt"] == id_:
+            if artifact.manifest["attempt"] == id_ if artifact else resumable.get((stage, fingerprint)) == id_:
                 continue
             if time.time() - max(_changed(info) for info in files) > older_than:
                 yield attempt, sum(int(info["size"]) for info in files)
@@ -290,7 +318,8 @@ class Store:
         Args:
             stage: The artifact's stage.
             fingerprint: Its fingerprint.
-            afresh: Whether to leave aside what earlier attempts finished.
+            afresh: Whether to leave aside what was finished before the artifact was committed: then only an
+                interrupted rebuild is continued.
 
         Raises:
             NanodlmError: When the store cannot be written.
@@ -375,6 +404,7 @@ class Store:
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=target.parent, prefix=".", delete=False) as file:
+            os.chmod(file.name, 0o644)  # a store is shared
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -396,7 +426,7 @@ class Attempt:
     def __init__(self, store: Store, stage: str, fingerprint: str, afresh: bool = False):
         """Make a new, empty attempt."""
         self.store, self.stage, self.fingerprint, self.afresh = store, stage, fingerprint, afresh
-        self.id = time.strftime("%Y%m%dT%H%M%S", time.gmtime()) + "-" + secrets.token_hex(4)
+        self.id = f"{datetime.now(UTC):%Y%m%dT%H%M%S%f}-{secrets.token_hex(4)}"  # sorts by time
         self.started = time.monotonic()
         self._parts: dict[str, dict[str, Any]] = {}
         self._scratch: Path | None = None
@@ -454,12 +484,14 @@ class Attempt:
     def earlier(self) -> dict[str, list[str]]:
         """Names of the parts that earlier attempts finished, each with the attempts that did, newest first."""
         found: dict[str, list[str]] = {}
+        since = ""
         if self.afresh:
-            return found
+            artifact = self.store.find(self.stage, self.fingerprint)
+            since = artifact.manifest["attempt"] if artifact else self.id
         attempts = self.store.path(self.stage, self.fingerprint, "attempts")
         for relative in sorted(self.store.sizes(attempts), reverse=True):
             attempt, _, rest = relative.partition("/")
-            if attempt != self.id and rest.startswith("parts/") and rest.endswith(".json"):
+            if since < attempt != self.id and rest.startswith("parts/") and rest.endswith(".json"):
                 found.setdefault(rest.removeprefix("parts/").removesuffix(".json"), []).append(attempt)
         return found
 
@@ -472,13 +504,12 @@ class Attempt:
         for attempt in self.earlier.get(name, ()):
             base = (self.stage, self.fingerprint, "attempts", attempt)
             part = self.store._read_json(self.store.path(*base, "parts", f"{name}.json"))
-            if isinstance(part, dict) and all(
-                self._copy(self.store.path(*base, _safe(file["path"])), file) for file in part["files"]
-            ):
+            if not isinstance(part, dict) or not part.keys() >= {"files", "info"}:
+                continue
+            if all(self._copy(self.store.path(*base, _safe(file["path"])), file) for file in part["files"]):
                 self._record(name, part)
                 return part["info"]
-            if isinstance(part, dict):
-                self._unlink(part)  # half a part must not be committed
+            self._unlink(part)  # half a part must not be committed
         return None
 
     def _unlink(self, part: dict[str, Any]) -> None:
@@ -560,6 +591,8 @@ class Attempt:
             except Damaged:
                 existing = None
             if existing and not (replace and (existing.digest != manifest["digest"] or existing.problems(deep=True))):
+                with contextlib.suppress(OSError):
+                    self.store.fs.rm(self._remote(), recursive=True)  # nobody needs the same twice
                 return existing
             self.store.write_json(target, manifest)
         return Artifact(self.store, self.stage, self.fingerprint, manifest)

@@ -6,12 +6,14 @@
 Step k's rows and noise depend on the seeds and k alone, so a resumed run repeats an uninterrupted one bit for bit.
 """
 
+import contextlib
 import json
+import math
 import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -143,9 +145,8 @@ def train(
     (attempt.path / "config.json").write_text(config.model_dump_json(indent=1))
     (attempt.path / "tokenizer").mkdir()
     tokenizer.save(encoding, attempt.path / "tokenizer")
-    stop = _catch_signals()
     tracker = Tracker(config)
-    with Checkpoints(attempt, config.exp.keep) as checkpoints:
+    with _catch_signals() as stop, Checkpoints(attempt, config.exp.keep) as checkpoints:
         target = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding.replicated(mesh)),
             jax.eval_shape(initialise),
@@ -163,12 +164,15 @@ def train(
             process=jax.process_index(),
             processes=jax.process_count(),
         )
-        logger = _Logger(config, logs, first, emit, tracker)
+        logger = _Logger(config, logs, emit, tracker)
         key = jax.random.key(config.train.seed)
         for step in range(first + 1, config.train.max_steps + 1):
             rows = next(batches)
             rows = rows.reshape(config.train.grad_acc_steps, -1, rows.shape[-1])
             state, scalars = step_fn(state, sharding.put_rows(mesh, rows, axis=1), key)
+            if step == first + 1:
+                jax.block_until_ready(scalars)  # compiled; from here on the clock runs
+                logger.start(step)
             last = step == config.train.max_steps
             if step % config.exp.log_every == 0 or last:
                 logger.add(step, scalars)
@@ -179,6 +183,7 @@ def train(
             if stop.is_set() and not last:
                 checkpoints.finish()
                 raise Stopped(f"stopped by a signal after update {step}; a checkpoint is saved: run again to continue")
+        logger.stop(config.train.max_steps)
         checkpoints.finish()
         tracker.close()
     (attempt.path / "logs.json").write_text(json.dumps(logger.records, indent=1))
@@ -191,7 +196,7 @@ def train(
     return {
         **result,
         "parameters": count_parameters(nnx.merge(graphdef, abstract)),
-        "train_tokens": config.train.max_steps * rows_per_step * config.model.seq_len,
+        "trained_tokens": config.train.max_steps * rows_per_step * config.model.seq_len,
         "train_tokens_per_second": round(logger.tokens_per_second, 1),
         "train_loss": logger.records[-1]["loss"],
         "train_nats_per_token": logger.records[-1]["nats_per_token"],
@@ -204,56 +209,67 @@ def train(
 class _Logger:
     """Fetches scalars one record late, so that the loop never waits for the device."""
 
-    def __init__(
-        self, config: Config, records: list[dict[str, Any]], first: int, emit: Callable[..., None], tracker: Tracker
-    ):
+    def __init__(self, config: Config, records: list[dict[str, Any]], emit: Callable[..., None], tracker: Tracker):
         self.records = list(records)
-        self.tokens_per_second = 0.0
+        self.tokens_per_second: float = records[-1]["tokens_per_second"] if records else 0.0
         self._config, self._emit, self._tracker = config, emit, tracker
-        self._waiting: tuple[int, dict[str, Array]] | None = None
-        self._clock: tuple[int, float] | None = None  # update and time at the first record: compilation is over
-        self._last = first
+        self._waiting: tuple[int, dict[str, Array], float] | None = None
+        self._clock: tuple[int, float] | None = None
+
+    def start(self, step: int) -> None:
+        """Start the clock: update `step` is done."""
+        self._clock = (step, time.monotonic())
+
+    def stop(self, step: int) -> None:
+        """Stop the clock: update `step` is done, and with it all before."""
+        self._measure(step, time.monotonic())
+
+    def _measure(self, step: int, now: float) -> None:
+        if self._clock and step > self._clock[0]:
+            train = self._config.train
+            per_update = train.batch_size * train.grad_acc_steps * self._config.model.seq_len
+            self.tokens_per_second = (step - self._clock[0]) * per_update / (now - self._clock[1])
 
     def add(self, step: int, scalars: dict[str, Array]) -> None:
         """Record the scalars of an update; those of the record before are fetched now."""
         self.flush()
-        self._waiting = (step, scalars)
+        self._waiting = (step, scalars, time.monotonic())
 
     def flush(self) -> None:
         """Fetch and write the waiting record.
 
         Raises:
-            NanodlmError: When its loss is not finite.
+            NanodlmError: When one of its numbers is not finite.
         """
         if self._waiting is None:
             return
-        (step, scalars), self._waiting = self._waiting, None
+        (step, scalars, now), self._waiting = self._waiting, None
         values = {name: float(value) for name, value in scalars.items()}
-        if not all(map(jnp.isfinite, values.values())):
+        if not all(map(math.isfinite, values.values())):
             raise NanodlmError(
                 f"the loss is not a number at update {step} ({values}): lower --train.lr or --train.clip_grad_norm; "
                 "the checkpoints before it are kept"
             )
-        now = time.monotonic()
-        train = self._config.train
-        per_update = train.batch_size * train.grad_acc_steps * self._config.model.seq_len
-        if self._clock is None:
-            self._clock = (step, now)
-        elif step > self._clock[0]:
-            self.tokens_per_second = (step - self._clock[0]) * per_update / (now - self._clock[1])
+        self._measure(step, now)
         record = {"step": step, **values, "tokens_per_second": round(self.tokens_per_second, 1)}
         self.records.append(record)
         self._tracker.log(record)
-        self._emit("progress", done=step, total=train.max_steps, unit="updates", **record)
+        self._emit("progress", done=step, total=self._config.train.max_steps, unit="updates", **record)
 
 
-def _catch_signals() -> threading.Event:
-    """An event that SIGTERM or SIGUSR1 sets; it stays unset outside the main thread, where none can be caught."""
+@contextlib.contextmanager
+def _catch_signals() -> Iterator[threading.Event]:
+    """Yield an event that SIGTERM or SIGUSR1 sets; outside the main thread, where none can be caught, nothing does."""
     stop = threading.Event()
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, lambda *_: stop.set())
-    return stop
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _describe(config: Config, parameters: int, first: int) -> str:

@@ -35,8 +35,8 @@ LAYERS = {
         "sharding", "store", "tokenizer",
     },
     "evaluation": {
-        "checkpoint", "config", "losses", "metrics", "schedules", "sharding", "shards", "store", "tokenizer",
-        "training",
+        "checkpoint", "config", "errors", "losses", "metrics", "schedules", "sharding", "shards", "store",
+        "tokenizer",
     },
     "generation": {"checkpoint", "config", "errors", "samplers", "schedules", "store", "tokenizer"},
     "report": {"config", "store"},

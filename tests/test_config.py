@@ -118,11 +118,8 @@ def test_rows_of_token_ids_need_the_tokenizer_that_made_them() -> None:
     assert PRESETS["demo"].replace(data={"pretokenized": True, "tokenizer": "gpt2"}).data.pretokenized
 
 
-def test_a_learning_rate_schedule_longer_than_the_run_is_refused() -> None:
-    steps = {"warmup_steps": 60, "cooldown_steps": 50, "max_steps": 100}
-    assert "warmup_steps (60) + cooldown_steps (50) exceed max_steps (100)" in refusal(train=steps)
-    assert PRESETS["demo"].replace(train={**steps, "lr_schedule": "none"}).train.max_steps == 100
-    assert PRESETS["demo"].replace(train={**steps, "max_steps": 110}).train.max_steps == 110
+def test_a_decay_that_would_rise_is_refused() -> None:
+    assert "min_lr (0.5) is larger than lr (0.1)" in refusal(train={"lr": 0.1, "min_lr": 0.5})
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,11 @@ def test_no_schedule_is_lr_from_the_first_update_on() -> None:
     assert rates([0, 5, 110], lr_schedule="none") == [2.0] * 3
 
 
+def test_a_short_run_gives_the_rise_its_updates_first_and_the_decay_what_is_left() -> None:
+    short = TrainConfig(lr=2.0, lr_schedule="warmup_stable_decay", warmup_steps=2, cooldown_steps=100, max_steps=6)
+    assert [float(learning_rate(short)(i)) for i in range(6)] == pytest.approx([1.0, 2.0, 2.0, 1.5, 1.0, 0.5])
+
+
 @pytest.mark.parametrize("kind", ["warmup_cosine", "warmup_stable_decay", "warmup_constant"])
 @pytest.mark.parametrize("warmup_steps", [0, 1])
 def test_without_a_warmup_the_first_update_has_the_full_rate(kind: str, warmup_steps: int) -> None:

@@ -598,8 +598,17 @@ def test_only_attempts_that_no_manifest_names_are_abandoned(store: Store) -> Non
     assert found == {f"shard/f0/attempts/{killed}": parts + 5}
 
 
+def test_what_a_run_would_continue_or_somebody_works_on_is_not_abandoned(store: Store) -> None:
+    old = killed_attempt(store, {"a": {"a.bin": b"aa"}})
+    newest = killed_attempt(store, {"a": {"a.bin": b"aa"}})
+    assert [attempt for attempt, _ in store.abandoned(-1.0)] == [f"shard/f0/attempts/{old}"]
+    assert newest not in str(list(store.abandoned(-1.0)))
+    with store.attempt("shard", "f0"):
+        assert list(store.abandoned(-1.0)) == []
+
+
 def test_an_attempt_that_changed_lately_is_not_abandoned(store: Store) -> None:
-    killed = killed_attempt(store, {"a": {"a.bin": b"aa"}}, unfinished={"b.bin": b"bbb"})
+    killed = killed_attempt(store, {}, unfinished={"a.bin": b"aa", "b.bin": b"bbb"})
     folder = Path(store.path("shard", "f0", "attempts", killed))
     assert list(store.abandoned(older_than=600)) == []
     old = time.time() - 3600
@@ -702,6 +711,7 @@ def test_a_part_forgotten_in_a_remote_store_is_gone_there_too(remote_store: Stor
 
 def test_abandoned_attempts_are_found_in_a_remote_store(remote_store: Store) -> None:
     killed = killed_attempt(remote_store, {"a": {"a.bin": b"aa"}})
+    killed_attempt(remote_store, {"a": {"a.bin": b"aa"}})
     committed(remote_store, FILES, fingerprint="f1")
     found = dict(remote_store.abandoned(older_than=-60.0))
     assert list(found) == [f"shard/f0/attempts/{killed}"]
@@ -715,3 +725,51 @@ def test_a_torn_remote_manifest_is_refused_and_can_be_retired(remote_store: Stor
         remote_store.find("shard", "f0")
     remote_store.retire(("shard", "f0"))
     assert remote_store.find("shard", "f0") is None
+
+
+# What may stand at an address
+
+
+def test_two_artifacts_that_changed_places_are_refused(store: Store) -> None:
+    one, other = committed(store, FILES, fingerprint="f1"), committed(store, {"c.bin": b"c"}, fingerprint="f2")
+    first, second = Path(one.uri), Path(other.uri)
+    first.rename(first.with_name("x"))
+    second.rename(first)
+    first.with_name("x").rename(second)
+    with pytest.raises(Damaged, match="belongs to shard/f2"):
+        store.find("shard", "f1")
+
+
+def test_a_file_that_the_manifest_does_not_list_is_named_and_refused(store: Store) -> None:
+    artifact = committed(store, FILES)
+    (attempt_folder(artifact) / "train-99999.arrayrecord").write_bytes(b"stray")
+    assert artifact.problems() == ["train-99999.arrayrecord is not in its manifest"]
+    with pytest.raises(Damaged, match="train-99999"):
+        artifact.local()
+
+
+def test_an_interrupted_rebuild_is_continued_but_not_what_was_there_before(store: Store) -> None:
+    with store.attempt("shard", "f0") as attempt:
+        fill(attempt, FILES)
+        attempt.finish("a", ["a.bin"])
+        attempt.commit(identity=identity(), metrics={})
+    with pytest.raises(Killed), store.attempt("shard", "f0", afresh=True) as rebuild:
+        assert rebuild.adopt("a") is None
+        fill(rebuild, FILES)
+        rebuild.finish("a", ["a.bin"])
+        raise Killed
+    with store.attempt("shard", "f0", afresh=True) as again:
+        assert again.earlier == {"a": [rebuild.id]}
+
+
+def test_a_rebuild_to_the_same_bytes_leaves_no_second_copy(store: Store) -> None:
+    artifact = committed(store, FILES)
+    with store.attempt("shard", "f0", afresh=True) as attempt:
+        fill(attempt, FILES)
+        assert attempt.commit(identity=identity(), metrics={}, replace=True).manifest == artifact.manifest
+    assert not attempt.path.exists()
+
+
+def test_a_manifest_can_be_read_by_others(store: Store) -> None:
+    committed(store, FILES)
+    assert manifest_path(store).stat().st_mode & 0o777 == 0o644

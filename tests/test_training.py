@@ -192,7 +192,7 @@ def test_the_owt_path_trains_on_pretokenised_parquet_rows_of_gpt2_ids(tmp_path: 
     result, _ = stages.run("evaluate", config, store)
     # Two updates leave the output layer close to its start at zero, where every token has probability 1/50257.
     assert math.isclose(result.metrics["val_nats_per_token"], math.log(50257), rel_tol=0.02)
-    assert result.metrics["val_tokens"] == 2000
+    assert result.metrics["scored_tokens"] == 2000
 
 
 def test_evaluation_of_an_untrained_model_is_the_uniform_bound(store: Store) -> None:
@@ -201,14 +201,14 @@ def test_evaluation_of_an_untrained_model_is_the_uniform_bound(store: Store) -> 
     artifact, _ = stages.run("evaluate", config, store)
     # The output layer starts at zero: log 257 nats per token, whatever the noise.
     assert math.isclose(artifact.metrics["val_nats_per_token"], math.log(257), rel_tol=1e-4)
-    assert artifact.metrics["val_rows"] == 20
-    assert artifact.metrics["val_tokens"] == 640
+    assert artifact.metrics["scored_rows"] == 20
+    assert artifact.metrics["scored_tokens"] == 640
 
 
 def test_units_are_converted_by_the_bytes_of_the_same_tokens(trained: Artifact, store: Store) -> None:
     artifact, _ = stages.run("evaluate", tiny(), store)
     m = artifact.metrics
-    bits = m["val_nats_per_token"] * m["val_tokens"] / math.log(2) / m["val_bytes"]
+    bits = m["val_nats_per_token"] * m["scored_tokens"] / math.log(2) / m["scored_bytes"]
     assert math.isclose(m["val_bits_per_byte"], bits)
     assert m["val_bits_per_byte_stderr"] > 0
     assert m["val_unigram_nats_per_token"] < math.log(257)
