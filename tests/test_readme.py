@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import fsspec
@@ -49,7 +50,9 @@ def test_every_snippet_works_in_a_fresh_clone_and_the_demo_reaches_its_bound(
     }
 
     def run(command: list[str]) -> str:
+        began = time.monotonic()
         done = subprocess.run(command, cwd=clone, env=env, capture_output=True, text=True, timeout=1500)
+        print(f"$ {command[-1]}\n{done.stdout}({time.monotonic() - began:.0f} s)\n")  # `pytest -rA` shows it
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
         return done.stdout
 
