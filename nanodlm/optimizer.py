@@ -47,8 +47,8 @@ def learning_rate(train: TrainConfig) -> optax.Schedule:
 def make_optimizer(train: TrainConfig) -> optax.GradientTransformation:
     """Clip by global norm, then AdamW, or Muon for the blocks' matrices and AdamW for the rest.
 
-    Weight decay acts on the matrices of linear layers only. Sources: AdamW, arXiv:1711.05101, algorithm 2; Muon,
-    arXiv:2502.16982, equation 1.
+    Weight decay acts on the matrices of linear layers only. With Muon the rest is optax's Adam with Nesterov momentum
+    and no decay. Sources: AdamW, arXiv:1711.05101, algorithm 2; Muon, arXiv:2502.16982, equation 1.
 
     >>> isinstance(make_optimizer(TrainConfig()), optax.GradientTransformation)
     True
