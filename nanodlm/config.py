@@ -262,7 +262,7 @@ _DEMO = Config(
         cooldown_steps=1150,
         weight_decay=0.0,
     ),
-    sample=SampleConfig(num_steps=64, temperature=0.8),
+    sample=SampleConfig(num_steps=128, temperature=0.6),
 )
 
 PRESETS: dict[str, Config] = {
