@@ -354,7 +354,7 @@ def print_steps_on_one_and_all_devices() -> None:
         "difference": max(jax.tree.leaves(difference["model_state"])),
         "moved": max(jax.tree.leaves(moved)),
     }
-    print(json.dumps(report))  # noqa: T201
+    print(json.dumps(report))
 
 
 def test_four_devices_take_the_same_step_as_one() -> None:
