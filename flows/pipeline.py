@@ -52,7 +52,7 @@ class _Log:
             self._logger.info("%s", shown)
 
     def end(self) -> None:
-        pass
+        """Leave the log as it is: there is no bar to take away."""
 
     def done(self, artifact: Artifact, record: dict[str, Any]) -> None:
         self._logger.info("%(stage)s: %(status)s in %(seconds)s s, %(uri)s", record)

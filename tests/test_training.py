@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import nanodlm
-from nanodlm import evaluation, generation, stages, tokenizer
+from nanodlm import evaluation, stages, tokenizer
 from nanodlm.checkpoint import parameters_sha256
 from nanodlm.config import PRESETS, Config
 from nanodlm.errors import NanodlmError, UsageError
@@ -285,8 +284,3 @@ def test_every_estimator_and_weighting_trains(store: Store, estimator: str, weig
 def test_generation_decodes_only_real_tokens(trained: Artifact, store: Store) -> None:
     artifact, _ = stages.run("sample", tiny(), store)
     assert np.load(artifact.local() / "tokens.npy", allow_pickle=False).max() < 257
-    assert generation.generate.__doc__
-
-
-def test_no_training_process_is_left_behind() -> None:
-    assert "NANODLM_PARENT_PID" not in os.environ
