@@ -1,4 +1,4 @@
-"""Masking schedules: how the probability that a token is still unmasked falls from 1 (t=0) to 0 (t=1).
+"""Noise schedules: how the probability that a token is still unmasked falls from 1 (t=0) to 0 (t=1).
 
 schedule = make_schedule("linear")
 schedule.alpha(0.25)   # 0.75 of the tokens are unmasked
@@ -13,27 +13,33 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-KINDS = ("linear", "cosine", "sqrt", "poly")
+Rate = Callable[[Float[Array, "..."]], Float[Array, "..."]]
+KINDS = ("linear", "cosine", "sqrt", "poly", "loglinear", "linear_clipped", "cosine_clipped", "sqrt_clipped")
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """A schedule with alpha(0) = 1 and alpha(1) = 0, so that neither end adds a term to the bound.
+    """A schedule, held through the mask rate m(t) = 1 - alpha(t).
 
-    It is held through the mask rate m(t) = 1 - alpha(t), which stays exact in float32 near t = 0, where
-    1 - alpha(t) would cancel.
+    m stays exact in float32 near t = 0, where 1 - alpha(t) would cancel. Schedules whose m does not run from 0 to 1
+    jump the rest at their ends: a token masked at t = 0 is unmasked there, and what is unmasked just before t = 1 is
+    masked there. `losses.corrupt` and the samplers account for both jumps, so that the bound stays one.
 
     Attributes:
         kind: Its name.
-        mask_rate: m(t), increasing from 0 to 1.
+        mask_rate: m(t), not decreasing, from `start` to `end`.
         dmask_rate: m'(t) >= 0; it may be infinite at t = 0.
-        time_of: The inverse of m: the time at which a given share of tokens is masked.
+        time_of: The inverse of m: the time at which a given share of tokens is masked, in [0, 1].
+        start: m just after t = 0; 0 for all but the clipped forms.
+        end: m just before t = 1; 1 for all but the clipped forms and `loglinear`.
     """
 
     kind: str
-    mask_rate: Callable[[Float[Array, "..."]], Float[Array, "..."]]
-    dmask_rate: Callable[[Float[Array, "..."]], Float[Array, "..."]]
-    time_of: Callable[[Float[Array, "..."]], Float[Array, "..."]]
+    mask_rate: Rate
+    dmask_rate: Rate
+    time_of: Rate
+    start: float = 0.0
+    end: float = 1.0
 
     def alpha(self, t: Float[Array, "..."] | float) -> Float[Array, "..."]:
         """Probability that a token is unmasked at time t, in [0, 1].
@@ -64,7 +70,7 @@ class Schedule:
         return jnp.where(mask_rate > 0, self.dmask_rate(t) / mask_rate, 0.0)
 
 
-def make_schedule(kind: str, *, exponent: float = 2.0) -> Schedule:
+def make_schedule(kind: str, *, exponent: float = 2.0, eps: float | None = None) -> Schedule:
     """Build a schedule by name.
 
     | kind | alpha(t) | source |
@@ -73,17 +79,30 @@ def make_schedule(kind: str, *, exponent: float = 2.0) -> Schedule:
     | cosine | 1 - cos(pi/2 (1 - t)) | MaskGIT, arXiv:2202.04200; MD4, arXiv:2406.04329, table 4 |
     | sqrt | 1 - sqrt(t) | Diffusion-LM, arXiv:2205.14217, appendix A |
     | poly | 1 - t^exponent | MD4, arXiv:2406.04329, table 4 |
+    | loglinear | 1 - (1 - eps) t, eps = 1e-3 | MDLM, arXiv:2406.07524, appendix E.1: exp(-sigma(t)) of SEDD's noise |
+    | linear_clipped | 1 - (1 - eps) t, eps = 1e-4 | nano-dlm |
+    | cosine_clipped | cos^2(phi(t)) / cos^2(phi(0)) within [eps, 1 - eps], eps = 1e-4 | nano-dlm |
+    | sqrt_clipped | 1 - sqrt(t + eps) within [eps, 1 - eps], eps = 1e-4 | nano-dlm |
+
+    with phi(t) = pi/2 (t + 0.008) / 1.008, after improved DDPM, arXiv:2102.09672, equation 17.
 
     Args:
         kind: One of `KINDS`.
         exponent: The power of `poly`, > 0; the others have none.
+        eps: What `loglinear` and the clipped forms keep from their ends, in (0, 0.5); by default as in the table.
 
     Raises:
-        ValueError: For an unknown kind or an exponent that is not positive.
+        ValueError: For an unknown kind, an exponent that is not positive, or an eps out of range.
 
     >>> float(make_schedule("poly", exponent=3.0).alpha(0.5))
     0.875
     """
+    if kind not in KINDS:
+        raise ValueError(f"unknown schedule {kind!r}: choose one of {', '.join(KINDS)}")
+    if eps is None:
+        eps = 1e-3 if kind == "loglinear" else 1e-4
+    if not 0 < eps < 0.5:
+        raise ValueError(f"the eps of a schedule must lie between 0 and 0.5, not at {eps}")
     if kind == "cosine":
         return Schedule(
             kind,
@@ -91,10 +110,35 @@ def make_schedule(kind: str, *, exponent: float = 2.0) -> Schedule:
             dmask_rate=lambda t: math.pi / 2 * jnp.sin(math.pi / 2 * (1 - t)),  # cos(pi/2 t) is negative at t = 1
             time_of=lambda m: jnp.arcsin(m) * 2 / math.pi,
         )
-    powers = {"linear": 1.0, "sqrt": 0.5, "poly": exponent}
-    if kind not in powers:
-        raise ValueError(f"unknown schedule {kind!r}: choose one of {', '.join(KINDS)}")
-    power = powers[kind]
+    if kind in ("loglinear", "linear_clipped"):
+        return Schedule(
+            kind,
+            mask_rate=lambda t: (1 - eps) * t,
+            dmask_rate=lambda t: jnp.full_like(t, 1 - eps),
+            time_of=lambda m: jnp.clip(m / (1 - eps), 0, 1),
+            end=1 - eps,
+        )
+    if kind == "sqrt_clipped":
+        return _clipped(
+            kind,
+            eps,
+            mask_rate=lambda t: jnp.sqrt(t + eps),
+            dmask_rate=lambda t: 0.5 * jax.lax.rsqrt(t + eps),
+            time_of=lambda m: m**2 - eps,
+            start=math.sqrt(eps),
+        )
+    if kind == "cosine_clipped":
+        scale, first = math.pi / 2 / 1.008, math.pi / 2 * 0.008 / 1.008
+        cos_first = math.cos(first)
+        return _clipped(
+            kind,
+            eps,
+            # 1 - cos^2(phi) / cos^2(first), without its cancellation near t = 0
+            mask_rate=lambda t: jnp.sin(scale * t) * jnp.sin(scale * t + 2 * first) / cos_first**2,
+            dmask_rate=lambda t: scale * jnp.sin(2 * (scale * t + first)) / cos_first**2,
+            time_of=lambda m: (jnp.arccos(jnp.sqrt(1 - m) * cos_first) - first) / scale,
+        )
+    power = {"linear": 1.0, "sqrt": 0.5, "poly": exponent}[kind]
     if power <= 0:
         raise ValueError(f"the exponent of a poly schedule must be positive, not {power}")
     return Schedule(
@@ -102,6 +146,25 @@ def make_schedule(kind: str, *, exponent: float = 2.0) -> Schedule:
         mask_rate=lambda t: _power(t, power),
         dmask_rate=lambda t: power * _power(t, power - 1),
         time_of=lambda m: _power(m, 1 / power),
+    )
+
+
+def _clipped(
+    kind: str, eps: float, *, mask_rate: Rate, dmask_rate: Rate, time_of: Rate, start: float = 0.0
+) -> Schedule:
+    """A schedule whose mask rate is held within [eps, 1 - eps], flat where it is clipped."""
+
+    def slope(t: Float[Array, "..."]) -> Float[Array, "..."]:
+        rate = mask_rate(t)
+        return jnp.where((rate > eps) & (rate < 1 - eps), dmask_rate(t), 0.0)
+
+    return Schedule(
+        kind,
+        mask_rate=lambda t: jnp.clip(mask_rate(t), eps, 1 - eps),
+        dmask_rate=slope,
+        time_of=lambda m: jnp.clip(time_of(jnp.clip(m, eps, 1 - eps)), 0, 1),
+        start=max(start, eps),
+        end=1 - eps,
     )
 
 
