@@ -119,8 +119,8 @@ def sample(
         rates=schedule.mask_rate(times).at[0].set(1.0).at[-1].set(0.0),  # whatever the schedule does at its ends
         mask_id=mask_id,
         predict=predict,
-        limit=partial(_limit, temperature=temperature, top_k=top_k, top_p=top_p),
-        row_keys=jax.random.split(token_key, shape[0]),
+        limit=partial(limited, temperature=temperature, top_k=top_k, top_p=top_p),
+        key=token_key,
     )
     if uniform_share > 0:
         return _denoise_mixed(walk, start_key, uniform_share)
@@ -154,24 +154,23 @@ def _times(num_steps: int, grid: str, loop_time: float | None = None) -> Float[A
     [1.0, 0.55, 0.1, 0.1, 0.1, 0.05, 0.0]
     """
 
-    def spaced(n: int) -> Float[Array, "m"]:
-        i = jnp.arange(n + 1)
-        return (n - i) / max(n, 1) if grid == "uniform" else jnp.cos(math.pi / 2 * i / max(n, 1))
+    def spaced(n: int) -> list[float]:
+        return [(n - i) / n if grid == "uniform" else math.cos(math.pi / 2 * i / n) for i in range(n + 1)]
 
     times = spaced(num_steps)
     if loop_time is not None:
         first, still, last = ((num_steps + k) // 3 for k in (1, 0, 2))  # they add up to num_steps
-        first_times = loop_time + (1 - loop_time) * spaced(first)[:first]
-        times = jnp.concatenate([first_times, jnp.full(still, loop_time), loop_time * spaced(last)])
-    return times.at[0].set(1.0).at[-1].set(0.0)
+        before = [loop_time + (1 - loop_time) * t for t in spaced(max(first, 1))[:first]]
+        times = before + [loop_time] * still + [loop_time * t for t in spaced(last)]
+    return jnp.array([1.0, *times[1:-1], 0.0], jnp.float32)
 
 
-def _limit(logits: Float[Array, "B L V"], temperature: float, top_k: int, top_p: float) -> Float[Array, "B L V"]:
+def limited(logits: Float[Array, "B L V"], temperature: float, top_k: int, top_p: float) -> Float[Array, "B L V"]:
     """Logits of the distribution that tokens are drawn from: sharpened, then cut to the k best, then to the nucleus.
 
     Source of the nucleus: arXiv:1904.09751, section 3.1.
 
-    >>> jax.nn.softmax(_limit(jnp.log(jnp.array([[[0.2, 0.5, 0.3]]])), 1.0, 0, 0.6))[0, 0].tolist()  # 0.5 < 0.6
+    >>> jax.nn.softmax(limited(jnp.log(jnp.array([[[0.2, 0.5, 0.3]]])), 1.0, 0, 0.6))[0, 0].tolist()  # 0.5 < 0.6
     [0.0, 0.625, 0.375]
     """
     _require(temperature >= 0, f"temperature must not be negative, not {temperature}")
@@ -194,14 +193,15 @@ def _limit(logits: Float[Array, "B L V"], temperature: float, top_k: int, top_p:
 
 
 def _categorical(
-    row_keys: Key[Array, "B"], step: Int[Array, "B"] | Int[Array, ""], logits: Float[Array, "B L V"]
+    key: Key[Array, ""], step: Int[Array, "B"] | Int[Array, ""], logits: Float[Array, "B L V"]
 ) -> Int[Array, "B L"]:
-    """Draw by Gumbel-max, with noise that depends on the row and its step alone, so that rows need not go together.
+    """Draw by Gumbel-max, with noise of each row and its step, so that rows need not be at the same step.
 
     The noise is of high precision: that of one 32-bit number stops at 16, which starves rare tokens and acts as a
     lower temperature (arXiv:2409.02908, on inaccurate categorical sampling).
     """
-    keys = jax.vmap(jax.random.fold_in)(row_keys, jnp.broadcast_to(step, row_keys.shape))
+    n_rows = len(logits)
+    keys = jax.vmap(partial(jax.random.fold_in, key))(step * n_rows + jnp.arange(n_rows))
     return jax.vmap(partial(jax.random.categorical, mode="high"))(keys, logits).astype(jnp.int32)
 
 
@@ -214,10 +214,10 @@ class _Walk(NamedTuple):
     mask_id: int
     predict: Denoise
     limit: Callable[[Float[Array, "B L V"]], Float[Array, "B L V"]]
-    row_keys: Key[Array, "B"]
+    key: Key[Array, ""]
 
     def tokens(self, logits: Float[Array, "B L V"], step: Int[Array, "B"] | Int[Array, ""]) -> Int[Array, "B L"]:
-        return _categorical(self.row_keys, step, self.limit(logits))
+        return _categorical(self.key, step, self.limit(logits))
 
     def everywhere(self, value: Float[Array, ""]) -> Float[Array, "B"]:
         return jnp.full(len(self.start), value)
@@ -385,7 +385,7 @@ def _denoise_mixed(walk: _Walk, key: Key[Array, ""], uniform_share: float) -> In
         noise = jnp.where(x_t == walk.mask_id, t.masked - a * s.masked, (t.uniform - a * s.uniform) / walk.mask_id)
         # Rounding must not make noise negative; a little of it leaves something to draw where rates underflow.
         back = jnp.maximum(noise, TINY)[..., None] + a * jax.nn.one_hot(x_t, walk.mask_id + 1)
-        return jnp.where(given, x_t, _categorical(walk.row_keys, i, jnp.log(q_s) + jnp.log(back)))
+        return jnp.where(given, x_t, _categorical(walk.key, i, jnp.log(q_s) + jnp.log(back)))
 
     return jax.lax.fori_loop(0, len(walk.rates) - 1, body, prior)
 
@@ -493,15 +493,14 @@ def sample_autoregressive(
     >>> sample_autoregressive(after, jax.random.key(0), shape=(1, 5), mask_id=8, prompt=jnp.array([8, 8, 5])).tolist()
     [[0, 1, 5, 6, 7]]
     """
-    row_keys = jax.random.split(key, shape[0])
 
     def step(
         state: tuple[Any, Int[Array, "B"]], inputs: tuple[Int[Array, ""], Int[Array, "B"]]
     ) -> tuple[tuple[Any, Int[Array, "B"]], Int[Array, "B"]]:
         (cache, before), (i, given) = state, inputs
         logits, cache = decoder.extend(cache, before[:, None])
-        logits = _limit(predictable(logits, mask_id=mask_id), temperature, top_k, top_p)
-        token = jnp.where(given == mask_id, _categorical(row_keys, i, logits)[:, 0], given)
+        logits = limited(predictable(logits, mask_id=mask_id), temperature, top_k, top_p)
+        token = jnp.where(given == mask_id, _categorical(key, i, logits)[:, 0], given)
         return (cache, token), token
 
     begin = (decoder.init(shape[0]), jnp.full(shape[0], mask_id, jnp.int32))

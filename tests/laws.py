@@ -10,7 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from nanodlm.diffusion import shares
 from nanodlm.losses import Denoise
+from nanodlm.schedules import Schedule
 
 TOKENS, MASK_ID, VOCAB = 3, 3, 5
 INITIAL = np.array([0.5, 0.3, 0.2])
@@ -79,5 +81,25 @@ def exact_denoiser(table: np.ndarray) -> Denoise:
         logits = log_p[others[..., None] + place[:, None] * jnp.arange(TOKENS)]
         forbidden = jnp.full((*x_t.shape, VOCAB - TOKENS), FORBIDDEN_LOGIT)
         return jnp.concatenate([logits, forbidden], axis=-1)
+
+    return denoise
+
+
+def exact_mixed_denoiser(table: np.ndarray, schedule: Schedule, uniform_share: float) -> Denoise:
+    """The law's p(x_0[i] | x_t at the other positions) under mixed noise; those reveal nothing of noise at i itself."""
+    length = table.ndim
+    every = jnp.asarray(sequences(length))
+    is_token = jax.nn.one_hot(every, TOKENS)  # (S, L, 3)
+    log_p = jnp.asarray(np.log(table.reshape(-1)), jnp.float32)
+
+    def denoise(x_t: jax.Array, t: jax.Array) -> jax.Array:
+        kept, masked, uniform = (v[:, None, None] for v in shares(schedule.mask_rate(t), uniform_share))
+        same = kept * (x_t[:, None] == every) + uniform / TOKENS
+        likelihood = jnp.where(x_t[:, None] == MASK_ID, masked, same)
+        likelihood = jnp.log(jnp.maximum(likelihood, 1e-37))  # (B, S, L)
+        others = log_p[:, None] + likelihood.sum(axis=-1, keepdims=True) - likelihood
+        p = jnp.einsum("bsl,slv->blv", jax.nn.softmax(others, axis=1), is_token)
+        forbidden = jnp.full((*x_t.shape, VOCAB - TOKENS), FORBIDDEN_LOGIT)
+        return jnp.concatenate([jnp.log(p), forbidden], axis=-1)
 
     return denoise
