@@ -19,7 +19,9 @@ from flax import nnx
 from nanodlm import tokenizer
 from nanodlm.config import Config, load_config
 from nanodlm.errors import NanodlmError
+from nanodlm.losses import Objective
 from nanodlm.model import Transformer
+from nanodlm.schedules import make_schedule
 from nanodlm.store import Attempt, Store
 
 logging.getLogger("absl").setLevel(logging.ERROR)
@@ -110,7 +112,15 @@ def _restore(checkpointer: ocp.AsyncCheckpointer, folder: Path, abstract: State)
 def make_model(config: Config, encoding: tiktoken.Encoding) -> Transformer:
     """A freshly initialised network for a configuration and a tokenizer."""
     shape = config.model.model_dump(exclude={"init_seed", "seq_len"})
-    return Transformer(vocab_size=tokenizer.padded_vocab_size(encoding), **shape, rngs=nnx.Rngs(config.model.init_seed))
+    block_size = {"block": config.objective.block_size, "autoregressive": 1}.get(config.objective.kind, 0)
+    rngs = nnx.Rngs(config.model.init_seed)
+    return Transformer(vocab_size=tokenizer.padded_vocab_size(encoding), block_size=block_size, **shape, rngs=rngs)
+
+
+def make_objective(config: Config, encoding: tiktoken.Encoding) -> Objective:
+    """The objective that a configuration trains on."""
+    schedule = make_schedule(**config.schedule.model_dump())
+    return Objective(schedule, encoding.n_vocab, **config.objective.model_dump())
 
 
 def load(uri: str) -> tuple[Transformer, tiktoken.Encoding]:

@@ -112,21 +112,50 @@ class ModelConfig(Group):
 class ScheduleConfig(Group):
     """How fast tokens are masked over time; see nanodlm/schedules.py for the formulae."""
 
-    kind: Literal["linear", "cosine", "sqrt", "poly"] = "linear"
+    kind: Literal[
+        "linear", "cosine", "sqrt", "poly", "loglinear", "linear_clipped", "cosine_clipped", "sqrt_clipped"
+    ] = "linear"
     """Name of the schedule."""
     exponent: float = Field(default=2.0, gt=0)
     """Power of the `poly` schedule; the others have none."""
+    eps: float | None = Field(default=None, gt=0, lt=0.5)
+    """What `loglinear` and the clipped schedules keep from their ends; none is 1e-3 and 1e-4."""
 
 
 class ObjectiveConfig(Group):
     """What training minimises. Reported numbers are always the bound."""
 
-    estimator: Literal["continuous", "discrete", "count"] = "count"
-    """Estimator of the bound; see nanodlm/losses.py."""
+    kind: Literal["absorbing", "uniform", "hybrid", "block", "autoregressive"] = "absorbing"
+    """`absorbing` masks tokens, `uniform` replaces them by random ones, `hybrid` does both, `block` masks within blocks
+    that are written one after the other, `autoregressive` predicts each token from those before."""
+    estimator: Literal["continuous", "discrete", "count", "constant_count"] = "count"
+    """Estimator of the bound; see nanodlm/losses.py. `uniform` and `hybrid` have `continuous` and `count`;
+    `autoregressive` needs none."""
     num_timesteps: int = Field(default=1000, ge=1)
     """T of the discrete estimator."""
-    weighting: Literal["bound", "uniform"] = "bound"
-    """`bound` trains on the NELBO itself; `uniform` gives each masked token the same weight (training only)."""
+    times: Literal["systematic", "stratified", "independent"] = "systematic"
+    """How times or counts are spread over the rows of an update."""
+    block_size: int = Field(default=16, ge=1)
+    """Tokens per block, of `block`; at most seq_len."""
+    uniform_share: float = Field(default=0.1, gt=0, lt=1)
+    """Share of random tokens when half is noise, of `hybrid`."""
+    weighting: Literal["bound", "clipped", "uniform"] = "bound"
+    """`bound` trains on the NELBO itself, `clipped` on its weights up to `max_weight`, `uniform` on plain
+    cross-entropy (training only; `autoregressive` has no weights)."""
+    max_weight: float = Field(default=10.0, gt=0)
+    """Where `clipped` clips."""
+
+    @model_validator(mode="after")
+    def _check_estimator(self) -> Self:
+        masks = self.kind in ("absorbing", "block")
+        if not (
+            masks or self.estimator == "count" or (self.estimator == "continuous" and self.kind != "autoregressive")
+        ):
+            raise ValueError(
+                f"{self.kind} has no {self.estimator} estimator: leave --objective.estimator out, "
+                "or set --objective.kind absorbing or block"
+            )
+        return self
 
 
 class TrainConfig(Group):
@@ -192,12 +221,39 @@ class SampleConfig(Group):
 
     num_samples: int = Field(default=8, ge=1)
     """Number of texts."""
+    length: int | None = Field(default=None, ge=2)
+    """Tokens per text; none is the model's seq_len. Only `block` and `autoregressive` models write more than that."""
     num_steps: int = Field(default=128, ge=1)
-    """Denoising steps."""
-    sampler: Literal["ancestral"] = "ancestral"
-    """Sampling algorithm; see nanodlm/samplers.py."""
+    """Denoising steps, of each block when there are blocks."""
+    sampler: Literal[
+        "ancestral",
+        "ancestral_skip",
+        "first_hitting",
+        "confidence",
+        "margin",
+        "entropy",
+        "remdm_cap",
+        "remdm_rescale",
+        "remdm_conf",
+        "remdm_loop",
+    ] = "ancestral"
+    """Sampling algorithm; see nanodlm/samplers.py. Uniform and hybrid models have `ancestral` only."""
+    grid: Literal["uniform", "cosine"] = "uniform"
+    """Spacing of the steps' times."""
     temperature: float = Field(default=1.0, ge=0)
     """Divides the logits; 0 takes the most likely token."""
+    top_k: int = Field(default=0, ge=0)
+    """Draw from the k most likely tokens only; 0 is off."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Draw from the fewest tokens that have this much probability; 1 is off."""
+    guidance: float = Field(default=0.0, ge=0)
+    """Weight of classifier-free guidance against the same text without its prompt; 0 is off."""
+    entropy_bound: float = Field(default=0.1, ge=0)
+    """Nats that the tokens unmasked in one step of `entropy` may share at most."""
+    remask: float = Field(default=0.02, ge=0, le=1)
+    """Remasking probability (`remdm_cap`, `remdm_loop`), or its share of the largest one (`remdm_rescale`)."""
+    loop_time: float = Field(default=0.05, gt=0, lt=1)
+    """Time at which `remdm_loop` remasks."""
     prompt: str = ""
     """Text every sample begins with."""
     seed: int = Field(default=0, ge=0, lt=2**31)
@@ -232,6 +288,34 @@ class Config(Group):
     eval: EvalConfig = EvalConfig()
     sample: SampleConfig = SampleConfig()
     exp: ExpConfig = ExpConfig()
+
+    @model_validator(mode="after")
+    def _check_objective(self) -> Self:
+        kind, rows = self.objective.kind, self.train.batch_size * self.train.grad_acc_steps
+        if kind == "block":
+            if self.objective.block_size > self.model.seq_len:
+                raise ValueError(
+                    f"objective.block_size ({self.objective.block_size}) is larger than model.seq_len "
+                    f"({self.model.seq_len})"
+                )
+            rows *= -(-self.model.seq_len // self.objective.block_size)
+        if self.objective.estimator == "constant_count" and rows % 2:
+            raise ValueError(f"constant_count pairs rows, and an update has {rows}: use an even --train.batch_size")
+        sample = self.sample
+        if kind not in ("absorbing", "block") and sample.sampler != "ancestral":
+            raise ValueError(f"{kind} models have no {sample.sampler} sampler: leave --sample.sampler out")
+        if kind in ("block", "autoregressive"):
+            if sample.guidance:
+                raise ValueError(f"{kind} models are sampled without guidance: leave --sample.guidance out")
+        elif sample.length and sample.length > self.model.seq_len:
+            raise ValueError(
+                f"{kind} models write at most model.seq_len ({self.model.seq_len}) tokens: lower sample.length, or "
+                "set --objective.kind block"
+            )
+        clipped = self.schedule.kind == "loglinear" or self.schedule.kind.endswith("_clipped")
+        if kind in ("uniform", "hybrid") and clipped:
+            raise ValueError(f"{kind} noise needs a schedule from 0 to 1, not {self.schedule.kind}: try linear")
+        return self
 
     def replace(self, **groups: dict[str, Any]) -> "Config":
         """Return a copy with some fields of some groups changed, validated as a whole.

@@ -66,9 +66,14 @@ def mask_subset(
     >>> x.sum(axis=1).tolist()
     [3, 8]
     """
-    noise = jnp.where(x_0 < mask_id, jax.random.uniform(key, x_0.shape), jnp.inf)
-    rank = jnp.argsort(jnp.argsort(noise, axis=1), axis=1)  # a uniformly random permutation of each row's tokens
-    return jnp.where(rank < count[:, None], mask_id, x_0)
+    return jnp.where(_subset(x_0 < mask_id, count, key), mask_id, x_0)
+
+
+def _subset(real: Bool[Array, "B L"], count: Int[Array, "B"], key: Key[Array, ""]) -> Bool[Array, "B L"]:
+    """A uniformly random subset of `count` of each row's real positions."""
+    noise = jnp.where(real, jax.random.uniform(key, real.shape), jnp.inf)
+    rank = jnp.argsort(jnp.argsort(noise, axis=1), axis=1)  # a uniformly random permutation of each row's positions
+    return rank < count[:, None]
 
 
 def unmask_probability(schedule: Schedule, t: Float[Array, "..."], s: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -116,7 +121,29 @@ def shares(mask_rate: Float[Array, "..."], uniform_share: float) -> Shares:
     return Shares((1 - m) / (1 + c), m / (1 + c), c / (1 + c))
 
 
-def q_sample_mixed(x_0: Int[Array, "B L"], at: Shares, key: Key[Array, ""], *, mask_id: int) -> Int[Array, "B L"]:
+def mask_rate_of(noise: Float[Array, "..."], uniform_share: float) -> Float[Array, "..."]:
+    """The m at which a share `noise` < 1 of the tokens is noise of either sort: the inverse of 1 - shares(m, p).kept.
+
+    With T = sqrt(m / (1 - m)) that equation is T^2 + c T = noise / (1 - noise), c = 2p/(1-p).
+
+    >>> round(float(mask_rate_of(jnp.float32(0.6), 0.2)), 4)
+    0.5
+    """
+    if uniform_share == 1:
+        return noise
+    c, odds = 2 * uniform_share / (1 - uniform_share), noise / (1 - noise)
+    root = 2 * odds / (c + jnp.sqrt(c**2 + 4 * odds))
+    return root**2 / (1 + root**2)
+
+
+def q_sample_mixed(
+    x_0: Int[Array, "B L"],
+    at: Shares,
+    key: Key[Array, ""],
+    *,
+    mask_id: int,
+    count: Int[Array, "B"] | None = None,
+) -> Int[Array, "B L"]:
     """Sample x_t from a mixed q(x_t | x_0); padding, ids from `mask_id` on, stays as it is.
 
     Args:
@@ -124,16 +151,22 @@ def q_sample_mixed(x_0: Int[Array, "B L"], at: Shares, key: Key[Array, ""], *, m
         at: Each row's shares, (B,).
         key: Randomness.
         mask_id: The id of a masked token, and the number of real tokens that uniform noise draws from.
+        count: When given, exactly so many positions of each row become noise, a uniformly random subset.
 
     >>> uniform_noise = Shares(*jnp.float32([[0], [0], [1]]))
-    >>> bool((q_sample_mixed(jnp.array([[5, 6, 7]]), uniform_noise, jax.random.key(0), mask_id=3) < 3).all())
+    >>> bool((q_sample_mixed(jnp.array([[0, 1, 2]]), uniform_noise, jax.random.key(0), mask_id=3) < 3).all())
     True
     """
-    which_key, token_key = jax.random.split(key)
-    u = jax.random.uniform(which_key, x_0.shape)
+    where_key, which_key, token_key = jax.random.split(key, 3)
+    share = at.masked + at.uniform
+    real = x_0 < mask_id
+    if count is None:
+        is_noise = real & (jax.random.uniform(where_key, x_0.shape) < share[:, None])
+    else:
+        is_noise = _subset(real, count, where_key)
+    is_mask = jax.random.uniform(which_key, x_0.shape) < (at.masked / jnp.maximum(share, 1e-30))[:, None]
     random = jax.random.randint(token_key, x_0.shape, 0, mask_id, x_0.dtype)
-    noise = jnp.where(u < at.masked[:, None], mask_id, random)
-    return jnp.where((u < (at.masked + at.uniform)[:, None]) & (x_0 < mask_id), noise, x_0)
+    return jnp.where(is_noise, jnp.where(is_mask, mask_id, random), x_0)
 
 
 def predictable(logits: Float[Array, "... V"], *, mask_id: int) -> Float[Array, "... V"]:

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -10,12 +11,11 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
-from nanodlm import losses, sharding, shards, tokenizer
-from nanodlm.checkpoint import load_folder
+from nanodlm import sharding, shards, tokenizer
+from nanodlm.checkpoint import load_folder, make_objective
 from nanodlm.config import Config, load_config
 from nanodlm.errors import NanodlmError
 from nanodlm.metrics import bits_per_byte
-from nanodlm.schedules import make_schedule
 from nanodlm.store import Artifact, Attempt
 
 
@@ -33,7 +33,10 @@ def unigram_nats(tokens: Int[np.ndarray, "N"]) -> float:
 def evaluate(
     config: Config, inputs: dict[str, Artifact], attempt: Attempt, emit: Callable[..., None] = lambda *_, **__: None
 ) -> dict[str, Any]:
-    """Stage: score the validation rows with the count form of the bound (see nanodlm/losses.py).
+    """Stage: score the validation rows with the bound of the objective they were trained on (see nanodlm/losses.py).
+
+    Noise takes the count form, which has the least variance and no schedule in it; the autoregressive likelihood has no
+    noise.
 
     Every row is scored by itself: its bound is on -log p of its tokens without the text before it. Each row gets
     `eval.repeats` draws of noise. The standard error is that of the mean over rows taken as independent: it covers
@@ -53,16 +56,16 @@ def evaluate(
     rows = shards.read(folder / "validation.arrayrecord", inputs["shard"].metrics["dtype"])[: config.eval.max_rows]
     if len(rows) < 2:
         raise NanodlmError("one validation row has no standard error: raise --data.val_tokens or lower --model.seq_len")
-    schedule = make_schedule(trained.schedule.kind, exponent=trained.schedule.exponent)
-    mask_id = encoding.n_vocab
+    objective = replace(make_objective(trained, encoding), estimator="count", times="systematic", weighting="bound")
     graphdef, params = nnx.split(model)
 
     @jax.jit
     def nats_per_row(params: Any, x_0: Int[Array, "B L"], key: Key[Array, ""]) -> Float[Array, "B"]:
         # No document edges are given, even to a model trained with them: they would tell where the masked
         # end-of-text marks are, and the number would not be a bound.
-        denoise = nnx.merge(graphdef, params)
-        return losses.nelbo(denoise, x_0, key, schedule=schedule, mask_id=mask_id, estimator="count")
+        model = nnx.merge(graphdef, params)
+        noised = objective.corrupt(x_0, key)
+        return objective.row_nats(objective.logits(model, x_0, noised), x_0, noised).bound
 
     mesh = sharding.make_mesh(config.eval.batch_size)
     params = jax.device_put(params, sharding.replicated(mesh))

@@ -1,104 +1,345 @@
-"""The negative evidence lower bound (NELBO) of masked diffusion, in three estimators of one number.
+"""The negative evidence lower bound (NELBO) on the log-likelihood, for every objective, in nats.
 
-For a model that predicts the distribution of each masked token, the bound is an average of weighted
-cross-entropies over masked positions. `corrupt` draws the noise and the weight, `nelbo` puts them together:
+    kind            what the network is given          the bound is a mean of weighted
+    absorbing       masked rows                        cross-entropies at masked positions
+    block           masked blocks, clean ones before   the same within each block, summed over blocks
+    autoregressive  the tokens before                  cross-entropies at all positions: -log p itself
+    uniform         rows with random tokens            divergences between the true and the model's reverse step
+    hybrid          rows with both                     the same
 
-    estimator    noise                                         weight of the row's summed cross-entropy
-    continuous   t ~ U(0, 1], each token masked at 1-alpha_t   -alpha'_t / (1 - alpha_t)
-    discrete     t ~ U{1/T .. 1}, likewise                     T (alpha_s - alpha_t) / (1 - alpha_t), s = t - 1/T
-    count        n ~ U{1 .. L}, a uniform n-subset masked      L / n
+Masking, of rows or blocks of L tokens, has three estimators of one number, and a variant of the third:
 
-The first and the last have the same expectation under every schedule; the discrete one is larger and falls
-to it as T grows.
+    estimator       noise                                         weight of the summed cross-entropy
+    continuous      t ~ U(0, 1], each token masked at 1-alpha_t   -alpha'_t / (1 - alpha_t)
+    discrete        t ~ U{1/T .. 1}, likewise                     T (alpha_s - alpha_t) / (1 - alpha_t), s = t - 1/T
+    count           n ~ U{1 .. L}, a uniform n-subset masked      L / n
+    constant_count  the same in pairs of rows, n and L + 1 - n    L / n
+
+The discrete bound is larger than the others and falls to them as T grows. Uniform and hybrid noise have the first, and
+a count form of their own; see `Objective.corrupt`. An `Objective` puts it together in three
+steps, so that a trainer can draw the noise of all its micro-batches at once: `corrupt`, `logits`, `row_nats`.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
-from nanodlm.diffusion import low_discrepancy, mask_subset, predictable, q_sample, unmask_probability
+from nanodlm.diffusion import (
+    Times,
+    low_discrepancy,
+    mask_rate_of,
+    mask_subset,
+    predictable,
+    q_sample,
+    q_sample_mixed,
+    shares,
+    unmask_probability,
+)
 from nanodlm.schedules import Schedule
 
-Denoise = Callable[[Int[Array, "B L"], Float[Array, "B"]], Float[Array, "B L V"]]
-Estimator = Literal["continuous", "discrete", "count"]
+Denoise = Callable[..., Float[Array, "B L V"]]  # of x_t (B, L) and t (B,); for blocks t is (B, K)
+Estimator = Literal["continuous", "discrete", "count", "constant_count"]
+Kind = Literal["absorbing", "uniform", "hybrid", "block", "autoregressive"]
+Weighting = Literal["bound", "clipped", "uniform"]
 
 
 class Corruption(NamedTuple):
-    """Noised rows: `x_t`, their times `t` in (0, 1], and the weight that makes the bound unbiased."""
+    """Noised rows `x_t`, their times `t` in [0, 1], and the `weight` that makes the bound unbiased.
+
+    Times and weights have shape (B,), or (B, K) when each of a row's K blocks has its own.
+    """
 
     x_t: Int[Array, "B L"]
-    t: Float[Array, "B"]
-    weight: Float[Array, "B"]
+    t: Float[Array, "B *K"]
+    weight: Float[Array, "B *K"]
 
 
-def corrupt(
-    x_0: Int[Array, "B L"],
-    key: Key[Array, ""],
-    *,
-    schedule: Schedule,
-    mask_id: int,
-    estimator: Estimator = "continuous",
-    num_timesteps: int = 1000,
-) -> Corruption:
-    """Draw noise for a batch, with times (or counts) of low discrepancy across all its rows.
+class RowNats(NamedTuple):
+    """Of each row, in nats per sequence: the `bound`, and the `loss` that its weighting makes of it."""
 
-    Args:
-        x_0: Token ids, all below `mask_id`.
-        key: Randomness.
-        schedule: The masking schedule; `count` uses it only to tell the network the time.
-        mask_id: The id of a masked token.
-        estimator: Which estimator of the bound; see the module's table.
+    loss: Float[Array, "B"]
+    bound: Float[Array, "B"]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is minimised, and the bound that is reported whatever is minimised.
+
+    Attributes:
+        schedule: The noise schedule; counts use it only to tell the network the time.
+        mask_id: The id of a masked token; it and larger ids (padding) are never predicted, masked or scored.
+        kind: See the module's first table.
+        estimator: See its second table; uniform and hybrid noise have `continuous` and `count`.
         num_timesteps: T of the discrete estimator.
+        times: How times or counts are spread over the rows of a batch; see `diffusion.low_discrepancy`.
+        block_size: Tokens per block, for `block`; the last one may be shorter.
+        uniform_share: Share of uniform noise at m = 1/2, for `hybrid`; see `diffusion.shares`.
+        weighting: Of the loss: the `bound`'s weights, those `clipped` at `max_weight`, or `uniform` ones: plain
+            cross-entropy, at masked positions times 2, one over their mean share, so that the scale stays.
+        max_weight: Where `clipped` clips.
 
     Raises:
-        ValueError: For an unknown estimator.
-
-    Source: MD4, arXiv:2406.04329, equations 4 (continuous) and 6 (discrete); LLaDA, arXiv:2502.09992,
-    equation 6, and RADD, arXiv:2406.03736, appendix C (count).
-
-    >>> from nanodlm.schedules import make_schedule
-    >>> c = corrupt(jnp.zeros((4, 8), int), jax.random.key(0), schedule=make_schedule("linear"), mask_id=1,
-    ...             estimator="count")
-    >>> bool(jnp.allclose(c.weight * (c.x_t == 1).sum(1), 8.0))
-    True
+        ValueError: For a combination that has no bound.
     """
-    n_rows, length = x_0.shape
-    time_key, mask_key = jax.random.split(key)
-    u = low_discrepancy(time_key, n_rows)
-    if estimator == "count":
-        count = jnp.clip(jnp.ceil(u * length).astype(jnp.int32), 1, length)
-        x_t = mask_subset(x_0, count, mask_key, mask_id=mask_id)
-        return Corruption(x_t, schedule.time_of(count / length), length / count)
-    if estimator == "continuous":
-        t = u
-        weight = schedule.weight(t)
-    elif estimator == "discrete":
-        step = jnp.clip(jnp.ceil(u * num_timesteps), 1, num_timesteps)
-        t, s = step / num_timesteps, (step - 1) / num_timesteps
-        weight = num_timesteps * unmask_probability(schedule, t, s)
-    else:
-        raise ValueError(f"unknown estimator {estimator!r}: choose continuous, discrete or count")
-    return Corruption(q_sample(x_0, schedule.mask_rate(t), mask_key, mask_id=mask_id), t, weight)
+
+    schedule: Schedule
+    mask_id: int
+    kind: Kind = "absorbing"
+    estimator: Estimator = "continuous"
+    num_timesteps: int = 1000
+    times: Times = "systematic"
+    block_size: int = 1
+    uniform_share: float = 0.1
+    weighting: Weighting = "bound"
+    max_weight: float = 10.0
+
+    def __post_init__(self) -> None:
+        for value, choices in ((self.estimator, Estimator), (self.kind, Kind), (self.weighting, Weighting)):
+            names = choices.__args__  # type: ignore[attr-defined]
+            if value not in names:
+                raise ValueError(f"unknown name {value!r}: choose {', '.join(names[:-1])} or {names[-1]}")
+        whole = (self.schedule.start, self.schedule.end) == (0, 1)
+        if self.mixed and not (whole and self.estimator in ("continuous", "count")):
+            raise ValueError(
+                f"{self.kind} noise needs the continuous or count estimator and a schedule from 0 to 1, "
+                f"not {self.estimator} with {self.schedule.kind}"
+            )
+
+    @property
+    def mixed(self) -> bool:
+        """Whether noise replaces tokens by random ones."""
+        return self.kind in ("uniform", "hybrid")
+
+    @property
+    def noise_share(self) -> float:
+        """The uniform share of the process: 1 for uniform noise, 0 for masks alone."""
+        return {"uniform": 1.0, "hybrid": self.uniform_share}.get(self.kind, 0.0)
+
+    def corrupt(
+        self, x_0: Int[Array, "B L"], key: Key[Array, ""], segment_ids: Int[Array, "B L"] | None = None
+    ) -> Corruption:
+        """Draw noise for a whole batch, its times (or counts) spread evenly over all rows in random order.
+
+        Args:
+            x_0: Token ids.
+            key: Randomness.
+            segment_ids: Which document of its row each token belongs to, for `autoregressive`: the first token of
+                each is predicted from the begin token.
+
+        Raises:
+            ValueError: For an odd number of rows (or blocks) under `constant_count`.
+
+        Of uniform and hybrid noise with `count`, n of L positions are noise, n ~ U{0 .. L}, and the share b of noise is
+        drawn given n, from Beta(max(n, 1), L + 1 - n). That is the joint law of b ~ U(0, 1) and n ~ Binomial(L, b), but
+        with density b / n instead of 1 where n > 0, so the weight is (L + 1) b / n there and 1 at n = 0, times dm / db.
+        It has finite variance, which continuous times have not under a linear schedule.
+
+        Source: MD4, arXiv:2406.04329, equations 4 (continuous) and 6 (discrete); LLaDA, arXiv:2502.09992,
+        equation 6, and RADD, arXiv:2406.03736, appendix C (count); BD3-LM, arXiv:2503.09573, equation 8 (blocks).
+
+        >>> from nanodlm.schedules import make_schedule
+        >>> objective = Objective(make_schedule("linear"), mask_id=1, estimator="constant_count")
+        >>> int((objective.corrupt(jnp.zeros((4, 8), int), jax.random.key(0)).x_t == 1).sum())  # always 4 * 9 / 2
+        18
+        """
+        n_rows, length = x_0.shape
+        if self.kind == "autoregressive":
+            ones = jnp.ones(n_rows)
+            return Corruption(shift_right(x_0, segment_ids, begin_id=self.mask_id), 0 * ones, ones)
+        if self.kind == "block":
+            n_blocks = -(-length // self.block_size)
+            # The last block is filled up with padding, which is never masked.
+            filled = jnp.pad(x_0, ((0, 0), (0, n_blocks * self.block_size - length)), constant_values=self.mask_id)
+            x_t, t, weight = self._mask(filled.reshape(-1, self.block_size), key)
+            per_row = (n_rows, n_blocks)
+            return Corruption(x_t.reshape(n_rows, -1)[:, :length], t.reshape(per_row), weight.reshape(per_row))
+        return self._mix(x_0, key) if self.mixed else self._mask(x_0, key)
+
+    def _mix(self, x_0: Int[Array, "B L"], key: Key[Array, ""]) -> Corruption:
+        """Noise rows with masks and random tokens."""
+        order_key, time_key, share_key, noise_key = jax.random.split(key, 4)
+        u = jax.random.permutation(order_key, low_discrepancy(time_key, len(x_0), self.times))
+        if self.estimator == "continuous":
+            at = shares(self.schedule.mask_rate(u), self.noise_share)
+            x_t = q_sample_mixed(x_0, at, noise_key, mask_id=self.mask_id)
+            return Corruption(x_t, u, self.schedule.dmask_rate(u))
+        length = (x_0 < self.mask_id).sum(axis=1)
+        count = jnp.clip(jnp.ceil(u * (length + 1)).astype(jnp.int32) - 1, 0, length)
+        noise = jax.random.beta(share_key, jnp.maximum(count, 1), length + 1 - count)
+        noise = jnp.clip(noise, 1e-30, 1 - 2**-20)
+        m, slope = jax.jvp(lambda b: mask_rate_of(b, self.noise_share), (noise,), (jnp.ones_like(noise),))
+        x_t = q_sample_mixed(x_0, shares(m, self.noise_share), noise_key, mask_id=self.mask_id, count=count)
+        weight = slope * jnp.where(count > 0, (length + 1) * noise / jnp.maximum(count, 1), 1.0)
+        return Corruption(x_t, self.schedule.time_of(m), weight)
+
+    def _mask(self, x_0: Int[Array, "B L"], key: Key[Array, ""]) -> Corruption:
+        """Mask rows, of which those that are all padding get weight 0."""
+        n_rows = x_0.shape[0]
+        order_key, time_key, mask_key = jax.random.split(key, 3)
+        if self.estimator in ("count", "constant_count"):
+            length = (x_0 < self.mask_id).sum(axis=1)
+            if self.estimator == "count":
+                u = jax.random.permutation(order_key, low_discrepancy(time_key, n_rows, self.times))
+                count = jnp.ceil(u * length).astype(jnp.int32)
+            else:
+                count = self._paired_counts(length, order_key, time_key)
+            count = jnp.clip(count, jnp.minimum(1, length), length)
+            x_t = mask_subset(x_0, count, mask_key, mask_id=self.mask_id)
+            share = count / jnp.maximum(length, 1)
+            return Corruption(x_t, self.schedule.time_of(share), jnp.where(count > 0, 1 / share, 0.0))
+        u = jax.random.permutation(order_key, low_discrepancy(time_key, n_rows, self.times))
+        if self.estimator == "continuous":
+            t, mask_rate, weight = _continuous_noise(u, self.schedule)
+        else:
+            step = jnp.clip(jnp.ceil(u * self.num_timesteps), 1, self.num_timesteps)
+            t, s = step / self.num_timesteps, (step - 1) / self.num_timesteps
+            mask_rate = jnp.where(t >= 1, 1.0, self.schedule.mask_rate(t))
+            weight = self.num_timesteps * unmask_probability(self.schedule, t, s)
+        return Corruption(q_sample(x_0, mask_rate, mask_key, mask_id=self.mask_id), t, weight)
+
+    def _paired_counts(
+        self, length: Int[Array, "B"], order_key: Key[Array, ""], time_key: Key[Array, ""]
+    ) -> Int[Array, "B"]:
+        """Counts n and L + 1 - n for each two neighbouring rows: each is uniform on 1..L, their sum is fixed."""
+        if len(length) % 2:
+            raise ValueError(f"constant_count pairs rows: {len(length)} is odd, use an even number of rows or blocks")
+        half = low_discrepancy(time_key, len(length) // 2, self.times) / 2  # in (0, 1/2]
+        pair_key, swap_key = jax.random.split(order_key)
+        u = jnp.repeat(jax.random.permutation(pair_key, half), 2)
+        swap = jnp.repeat(jax.random.bernoulli(swap_key, shape=half.shape), 2)
+        count = jnp.ceil(u * length).astype(jnp.int32)
+        second = (jnp.arange(len(length)) % 2 == 1) != swap
+        return jnp.where(second, length + 1 - count, count)
+
+    def logits(self, denoise: Denoise, x_0: Int[Array, "B L"], noised: Corruption) -> Float[Array, "B L V"]:
+        """Call the network on noised rows; only a block network is given x_0, of which it may read earlier blocks."""
+        if self.kind == "block":
+            return denoise(noised.x_t, noised.t, context=x_0)
+        return denoise(noised.x_t, noised.t)
+
+    def row_nats(self, logits: Float[Array, "B L V"], x_0: Int[Array, "B L"], noised: Corruption) -> RowNats:
+        """Loss and bound of each row from the network's logits, in nats per sequence."""
+        weight = noised.weight.reshape(len(x_0), -1)
+        scored = x_0 < self.mask_id
+        if self.mixed:
+            mask_rate = self.schedule.mask_rate(noised.t)
+            options = {"mask_id": self.mask_id, "uniform_share": self.noise_share}
+            rate, nats = mixed_divergence(logits, x_0, noised.x_t, mask_rate, **options)
+            weight = weight * rate
+        else:
+            if self.kind == "block":
+                weight = jnp.repeat(weight, self.block_size, axis=1)[:, : x_0.shape[1]]
+            if self.kind != "autoregressive":
+                scored &= noised.x_t == self.mask_id
+            nats = cross_entropy(logits, x_0, scored, mask_id=self.mask_id)
+        bound = jnp.where(scored, weight * nats, 0.0).sum(axis=1)
+        if self.weighting == "bound" or self.kind == "autoregressive":
+            return RowNats(bound, bound)
+        if self.weighting == "clipped":
+            return RowNats(jnp.where(scored, jnp.minimum(weight, self.max_weight) * nats, 0.0).sum(axis=1), bound)
+        if self.mixed:
+            nats = cross_entropy(logits, x_0, scored, mask_id=self.mask_id)
+        return RowNats((1.0 if self.mixed else 2.0) * nats.sum(axis=1), bound)
 
 
-def masked_cross_entropy(
-    logits: Float[Array, "B L V"], x_0: Int[Array, "B L"], x_t: Int[Array, "B L"], *, mask_id: int
-) -> Float[Array, "B"]:
-    """Sum over a row's masked positions of -log p(x_0 | x_t), in nats, from a float32 log-softmax.
+def _continuous_noise(
+    u: Float[Array, "B"], schedule: Schedule
+) -> tuple[Float[Array, "B"], Float[Array, "B"], Float[Array, "B"]]:
+    """Times, mask rates and weights for u ~ U(0, 1].
+
+    A schedule whose mask rate only runs from a to b jumps from 0 to a at t = 0 and from b to 1 at t = 1. Each jump is
+    drawn as often as it is high, and adds its step of the bound: the cross-entropy at rate a, and (1 - b) times that
+    of an all-masked row.
+    """
+    a, b = schedule.start, schedule.end
+    if (a, b) == (0, 1):
+        return u, schedule.mask_rate(u), schedule.weight(u)
+    t = jnp.clip((u - a) / (b - a), 0, 1)
+    first, last = u <= a, u > b
+    mask_rate = jnp.where(first, a, jnp.where(last, 1.0, schedule.mask_rate(t)))
+    inner = schedule.weight(t) / (b - a)
+    return t, mask_rate, jnp.where(first, 1 / max(a, 1e-30), jnp.where(last, 1.0, inner))
+
+
+def shift_right(
+    x_0: Int[Array, "B L"], segment_ids: Int[Array, "B L"] | None = None, *, begin_id: int
+) -> Int[Array, "B L"]:
+    """The token before each position, `begin_id` before a row's (or a document's) first.
+
+    >>> shift_right(jnp.array([[5, 6, 7]]), begin_id=9).tolist()
+    [[9, 5, 6]]
+    """
+    before = jnp.pad(x_0[:, :-1], ((0, 0), (1, 0)), constant_values=begin_id)
+    if segment_ids is None:
+        return before
+    return jnp.where(
+        segment_ids == jnp.pad(segment_ids[:, :-1], ((0, 0), (1, 0)), constant_values=-1), before, begin_id
+    )
+
+
+def cross_entropy(
+    logits: Float[Array, "B L V"], x_0: Int[Array, "B L"], scored: Bool[Array, "B L"], *, mask_id: int
+) -> Float[Array, "B L"]:
+    """-log p(x_0 | x_t) at the scored positions and 0 at others, in nats, from a softmax in at least float32.
 
     Ids from `mask_id` on have probability 0 (zero masking probabilities, MDLM, arXiv:2406.07524, section 3.2.3).
 
-    >>> ce = masked_cross_entropy(jnp.zeros((1, 2, 3)), jnp.array([[0, 1]]), jnp.array([[2, 1]]), mask_id=2)
-    >>> round(float(ce[0]), 4)  # one masked position, two possible tokens: log 2
-    0.6931
+    >>> ce = cross_entropy(jnp.zeros((1, 2, 3)), jnp.array([[0, 1]]), jnp.array([[True, False]]), mask_id=2)
+    >>> [round(float(v), 4) for v in ce[0]]  # two possible tokens: log 2
+    [0.6931, 0.0]
     """
     logits = predictable(logits, mask_id=mask_id)
-    true_logit = jnp.take_along_axis(logits, x_0[..., None], axis=-1)[..., 0]
-    nats = jax.nn.logsumexp(logits, axis=-1) - true_logit
-    return jnp.where(x_t == mask_id, nats, 0.0).sum(axis=-1)
+    target = jnp.where(scored, x_0, 0)
+    true_logit = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
+    return jnp.where(scored, jax.nn.logsumexp(logits, axis=-1) - true_logit, 0.0)
+
+
+def mixed_divergence(
+    logits: Float[Array, "B L V"],
+    x_0: Int[Array, "B L"],
+    x_t: Int[Array, "B L"],
+    mask_rate: Float[Array, "B"],
+    *,
+    mask_id: int,
+    uniform_share: float,
+) -> tuple[Float[Array, "B L"], Float[Array, "B L"]]:
+    """Weight and divergence of each position; their product's integral over the mask rate m is the bound.
+
+    With q the law of x_t given x_0, q^ its mean over the model's x_0, z the token at hand and g_z the rate, per unit
+    of m, at which noise turns other tokens into z, the weight is g_z / q_z and the divergence
+
+        KL(q || q^) + q_z / q^_z - log(q_z / q^_z) - 1 = sum_j q_j (x_j - 1 - log x_j),
+
+    where x_j = (q^_j q_z) / (q_j q^_z). The right-hand side is what is computed: its terms are not negative, and do
+    not cancel where little of x_0 is left. For uniform noise it is UDLM's bound, for masks alone that of MDLM. It is
+    tight for a model that predicts x_0 at a position from the *other* positions of x_t: what x_t says there enters
+    through q. Source: GIDD, arXiv:2503.04482, theorem 3.1; UDLM, arXiv:2412.10193, equation 14.
+
+    >>> weight, nats = mixed_divergence(jnp.zeros((1, 1, 3)), jnp.array([[0]]), jnp.array([[1]]), jnp.array([0.5]),
+    ...                                 mask_id=2, uniform_share=1.0)
+    >>> round(float(nats[0, 0]), 4)  # q = (3/4, 1/4), q^ = (1/2, 1/2): KL 0.1308, the rest 0.1931
+    0.324
+    """
+    m = jnp.clip(mask_rate, 1e-30, 1 - 2**-20)[:, None]  # at the very ends the product's limit is 0
+    at, slope = jax.jvp(lambda m: shares(m, uniform_share), (m,), (jnp.ones_like(m),))
+    decay = slope.kept / at.kept
+    to_mask = slope.masked - decay * at.masked
+    to_token = (slope.uniform - decay * at.uniform) / mask_id
+    noise = (at.uniform / mask_id)[..., None]
+    q = at.kept[..., None] * jax.nn.one_hot(x_0, mask_id, dtype=m.dtype) + noise
+    p = at.kept[..., None] * jax.nn.softmax(predictable(logits, mask_id=mask_id), axis=-1)[..., :mask_id] + noise
+    is_mask = x_t == mask_id
+    token = jnp.minimum(x_t, mask_id - 1)[..., None]
+    q_z, p_z = (jnp.where(is_mask, at.masked, jnp.take_along_axis(of, token, axis=-1)[..., 0]) for of in (q, p))
+    ratio = p / q * (q_z / p_z)[..., None]
+    ratio_mask = q_z / p_z  # of the mask, which the model cannot be wrong about
+    divergence = (q * (ratio - 1 - jnp.log(ratio))).sum(axis=-1)
+    divergence += at.masked * (ratio_mask - 1 - jnp.log(ratio_mask))
+    return jnp.where(is_mask, to_mask, to_token) / q_z, divergence
 
 
 def nelbo(
@@ -110,20 +351,35 @@ def nelbo(
     mask_id: int,
     estimator: Estimator = "continuous",
     num_timesteps: int = 1000,
+    objective: Kind = "absorbing",
+    times: Times = "systematic",
+    block_size: int = 1,
+    uniform_share: float = 0.1,
+    segment_ids: Int[Array, "B L"] | None = None,
 ) -> Float[Array, "B"]:
-    """One unbiased estimate per row of the bound on -log p(x_0), in nats per sequence.
+    """One unbiased estimate per row of the bound on -log p(x_0), in nats per sequence; of -log p, autoregressively.
 
     Args:
-        denoise: Maps x_t (B, L) and t (B,) to logits (B, L, V), V > mask_id.
-        x_0: Token ids, all below `mask_id`.
+        denoise: Maps x_t (B, L) and t (B,) to logits (B, L, V), V > mask_id. For `block` it is called with t (B, K) and
+            `context=x_0`, of which logits in a block may depend on earlier blocks only. For `autoregressive`, x_t is
+            x_0 shifted right behind `mask_id` as begin token, and logits at i may depend on x_t up to i only.
+        x_0: Token ids; those from `mask_id` on are padding, which is never scored.
         key: Randomness.
-        schedule: The masking schedule.
+        schedule: The noise schedule.
         mask_id: The id of a masked token; it and larger ids are never predicted.
-        estimator: `continuous`, `discrete` or `count`.
+        estimator: `continuous`, `discrete`, `count` or `constant_count`; uniform and hybrid noise have first and third.
         num_timesteps: T of the discrete estimator.
+        objective: `absorbing`, `uniform`, `hybrid`, `block` or `autoregressive`.
+        times: `systematic`, `stratified` or `independent`.
+        block_size: Tokens per block, of `block`.
+        uniform_share: Share of uniform noise at m = 1/2, of `hybrid`.
+        segment_ids: Documents of a row, of `autoregressive`.
 
     Returns:
         Nats per sequence, (B,). Divide the mean by L for nats per token.
+
+    Raises:
+        ValueError: For an unknown name, or a combination that has no bound.
 
     >>> from nanodlm.schedules import make_schedule
     >>> uniform = lambda x_t, t: jnp.zeros((*x_t.shape, 3))
@@ -132,6 +388,15 @@ def nelbo(
     >>> [round(float(v), 3) for v in nats]  # 8 log 2
     [5.545, 5.545, 5.545, 5.545]
     """
-    noised = corrupt(x_0, key, schedule=schedule, mask_id=mask_id, estimator=estimator, num_timesteps=num_timesteps)
-    nats = masked_cross_entropy(denoise(noised.x_t, noised.t), x_0, noised.x_t, mask_id=mask_id)
-    return noised.weight * nats
+    chosen = Objective(
+        schedule,
+        mask_id,
+        kind=objective,
+        estimator=estimator,
+        num_timesteps=num_timesteps,
+        times=times,
+        block_size=block_size,
+        uniform_share=uniform_share,
+    )
+    noised = chosen.corrupt(x_0, key, segment_ids)
+    return chosen.row_nats(chosen.logits(denoise, x_0, noised), x_0, noised).bound

@@ -153,19 +153,17 @@ def _clipped(
     kind: str, eps: float, *, mask_rate: Rate, dmask_rate: Rate, time_of: Rate, start: float = 0.0
 ) -> Schedule:
     """A schedule whose mask rate is held within [eps, 1 - eps], flat where it is clipped."""
+    start, end = max(start, eps), 1 - eps
 
     def slope(t: Float[Array, "..."]) -> Float[Array, "..."]:
         rate = mask_rate(t)
-        return jnp.where((rate > eps) & (rate < 1 - eps), dmask_rate(t), 0.0)
+        return jnp.where((rate > eps) & (rate < end), dmask_rate(t), 0.0)
 
-    return Schedule(
-        kind,
-        mask_rate=lambda t: jnp.clip(mask_rate(t), eps, 1 - eps),
-        dmask_rate=slope,
-        time_of=lambda m: jnp.clip(time_of(jnp.clip(m, eps, 1 - eps)), 0, 1),
-        start=max(start, eps),
-        end=1 - eps,
-    )
+    def inverse(m: Float[Array, "..."]) -> Float[Array, "..."]:
+        inside = jnp.clip(time_of(jnp.clip(m, start, end)), 0, 1)
+        return jnp.where(m <= start, 0.0, jnp.where(m >= end, 1.0, inside))
+
+    return Schedule(kind, lambda t: jnp.clip(mask_rate(t), eps, end), slope, inverse, start, end)
 
 
 def _power(t: Float[Array, "..."], p: float) -> Float[Array, "..."]:

@@ -24,16 +24,13 @@ from flax import nnx
 from jaxtyping import Array, Int, Key
 
 from nanodlm import loader, losses, sharding, tokenizer
-from nanodlm.checkpoint import Checkpoints, State, make_model, parameters_sha256
+from nanodlm.checkpoint import Checkpoints, State, make_model, make_objective, parameters_sha256
 from nanodlm.config import Config
 from nanodlm.errors import NanodlmError, Stopped
 from nanodlm.metrics import Tracker
 from nanodlm.model import count_parameters
 from nanodlm.optimizer import learning_rate, make_optimizer
-from nanodlm.schedules import make_schedule
 from nanodlm.store import Artifact, Attempt
-
-UNIFORM_WEIGHT = 2.0  # one over the mean share of masked tokens of count noise: the mean scale of the bound's L / n
 
 
 def segments(x_0: Int[Array, "B L"], end_of_text: int) -> Int[Array, "B L"]:
@@ -53,42 +50,36 @@ def train_step(
     *,
     graphdef: nnx.GraphDef,
     optimizer: optax.GradientTransformation,
+    objective: losses.Objective,
     config: Config,
-    mask_id: int,
 ) -> tuple[State, dict[str, Array]]:
     """One update from A micro-batches of B rows.
 
-    The objective is the bound in nats per token: the estimator's weighted cross-entropy over masked positions,
-    divided by all positions. With uniform weighting the weight is the constant 2 instead.
+    The loss is the objective's in nats per token: summed over a row's tokens, divided by all of them. The noise of all
+    micro-batches is drawn at once, so that its times are spread evenly over the whole update.
 
     Returns:
         The new state, and scalars: `loss` (what was minimised), `nats_per_token` (the bound), `grad_norm`, `lr`.
     """
     n_micro, n_rows, length = rows.shape
-    objective = config.objective
-    noised = losses.corrupt(
-        rows.reshape(-1, length),
-        jax.random.fold_in(key, state["step"]),
-        schedule=make_schedule(config.schedule.kind, exponent=config.schedule.exponent),
-        mask_id=mask_id,
-        estimator=objective.estimator,
-        num_timesteps=objective.num_timesteps,
-    )
-    micro = jax.tree.map(lambda a: a.reshape(n_micro, n_rows, *a.shape[1:]), noised)
+    flat = rows.reshape(-1, length)
+    segment_ids = segments(flat, objective.mask_id - 1) if config.data.isolate_documents else None
+    noised = objective.corrupt(flat, jax.random.fold_in(key, state["step"]), segment_ids)
+    micro = jax.tree.map(lambda a: a.reshape(n_micro, n_rows, *a.shape[1:]), (flat, noised, segment_ids))
 
-    def loss_fn(params: Any, x_0: Int[Array, "B L"], noised: losses.Corruption) -> tuple[Array, Array]:
-        model = nnx.merge(graphdef, params)
-        segment_ids = segments(x_0, mask_id - 1) if config.data.isolate_documents else None
-        nats = losses.masked_cross_entropy(model(noised.x_t, noised.t, segment_ids), x_0, noised.x_t, mask_id=mask_id)
-        bound = jnp.mean(noised.weight * nats) / length
-        return (bound if objective.weighting == "bound" else UNIFORM_WEIGHT * jnp.mean(nats) / length), bound
+    def loss_fn(
+        params: Any, x_0: Int[Array, "B L"], noised: losses.Corruption, segment_ids: Int[Array, "B L"] | None
+    ) -> tuple[Array, Array]:
+        model = partial(nnx.merge(graphdef, params), segment_ids=segment_ids)
+        nats = objective.row_nats(objective.logits(model, x_0, noised), x_0, noised)
+        return jnp.mean(nats.loss) / length, jnp.mean(nats.bound) / length
 
-    def accumulate(total: Any, batch: tuple[Array, losses.Corruption]) -> tuple[Any, None]:
+    def accumulate(total: Any, batch: tuple[Array, losses.Corruption, Array | None]) -> tuple[Any, None]:
         (loss, bound), grads = jax.value_and_grad(loss_fn, has_aux=True)(state["model_state"], *batch)
         return jax.tree.map(lambda t, v: t + v / n_micro, total, (loss, bound, grads)), None
 
     zero = jax.tree.map(jnp.zeros_like, (jnp.float32(0), jnp.float32(0), state["model_state"]))
-    (loss, bound, grads), _ = jax.lax.scan(accumulate, zero, (rows, micro), unroll=n_micro == 1)
+    (loss, bound, grads), _ = jax.lax.scan(accumulate, zero, micro, unroll=n_micro == 1)
     updates, optimizer_state = optimizer.update(grads, state["optimizer_state"], state["model_state"])
     params = optax.apply_updates(state["model_state"], updates)
     new = {"model_state": params, "optimizer_state": optimizer_state, "step": state["step"] + 1}
@@ -139,7 +130,13 @@ def train(
         return init_state(config, params, optimizer)
 
     step_fn = jax.jit(
-        partial(train_step, graphdef=graphdef, optimizer=optimizer, config=config, mask_id=encoding.n_vocab),
+        partial(
+            train_step,
+            graphdef=graphdef,
+            optimizer=optimizer,
+            objective=make_objective(config, encoding),
+            config=config,
+        ),
         donate_argnums=0,
     )
     (attempt.path / "config.json").write_text(config.model_dump_json(indent=1))
@@ -189,7 +186,7 @@ def train(
     (attempt.path / "logs.json").write_text(json.dumps(logger.records, indent=1))
     final = state.get("ema_state", state["model_state"])
     result = {"parameters_sha256": parameters_sha256(final), "updates": config.train.max_steps}
-    identity = {**result, **config.model_dump(include={"model", "schedule"})}
+    identity = {**result, **config.model_dump(include={"model", "schedule", "objective"})}
     (attempt.path / "parameters.json").write_text(json.dumps(identity, indent=1))
     for leftover in (attempt.path / "checkpoints").glob("*.orbax-checkpoint-tmp*"):
         shutil.rmtree(leftover)

@@ -28,17 +28,16 @@ LAYERS = {
     "metrics": {"config", "errors"},
     "optimizer": {"config"},
     "corpus": {"config", "errors", "store"},
-    "checkpoint": {"config", "errors", "model", "store", "tokenizer"},
+    "checkpoint": {"config", "errors", "losses", "model", "schedules", "store", "tokenizer"},
     "preparation": {"config", "corpus", "errors", "shards", "store", "tokenizer"},
     "training": {
-        "checkpoint", "config", "errors", "loader", "losses", "metrics", "model", "optimizer", "schedules",
-        "sharding", "store", "tokenizer",
-    },
-    "evaluation": {
-        "checkpoint", "config", "errors", "losses", "metrics", "schedules", "sharding", "shards", "store",
+        "checkpoint", "config", "errors", "loader", "losses", "metrics", "model", "optimizer", "sharding", "store",
         "tokenizer",
     },
-    "generation": {"checkpoint", "config", "errors", "samplers", "schedules", "store", "tokenizer"},
+    "evaluation": {
+        "checkpoint", "config", "errors", "metrics", "schedules", "sharding", "shards", "store", "tokenizer",
+    },
+    "generation": {"checkpoint", "config", "errors", "losses", "model", "samplers", "store", "tokenizer"},
     "report": {"config", "store"},
     "stages": {"config", "corpus", "errors", "store"},
     "launch": {"config", "errors"},

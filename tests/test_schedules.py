@@ -9,20 +9,43 @@ from nanodlm.schedules import KINDS, Schedule, make_schedule
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-SCHEDULES = [("linear", 2.0), ("cosine", 2.0), ("sqrt", 2.0), ("poly", 2.0), ("poly", 0.3), ("poly", 3.5)]
+POWERS = [("linear", 2.0), ("cosine", 2.0), ("sqrt", 2.0), ("poly", 2.0), ("poly", 0.3), ("poly", 3.5)]
+JUMPING = [("loglinear", 2.0), ("linear_clipped", 2.0), ("cosine_clipped", 2.0), ("sqrt_clipped", 2.0)]
+SCHEDULES = POWERS + JUMPING
+EPS = {"loglinear": 1e-3}
 every_schedule = pytest.mark.parametrize(("kind", "exponent"), SCHEDULES)
 
 
 def exact_mask_rate(kind: str, exponent: float, t: np.ndarray) -> np.ndarray:
     """1 - alpha(t) in float64, from the table in the docstring."""
-    power = {"linear": 1.0, "sqrt": 0.5, "poly": exponent}
-    return np.sin(np.pi / 2 * t) if kind == "cosine" else t ** power[kind]
+    power, eps = {"linear": 1.0, "sqrt": 0.5, "poly": exponent}, EPS.get(kind, 1e-4)
+    if kind == "cosine":
+        return np.sin(np.pi / 2 * t)
+    if kind in ("loglinear", "linear_clipped"):
+        return t * (1 - eps)
+    if kind == "sqrt_clipped":
+        return np.clip(np.sqrt(t + eps), eps, 1 - eps)
+    if kind == "cosine_clipped":
+        f = np.cos((t + 0.008) / 1.008 * np.pi / 2) ** 2
+        return np.clip(1 - f / np.cos(0.008 / 1.008 * np.pi / 2) ** 2, eps, 1 - eps)
+    return t ** power[kind]
 
 
 def exact_slope(kind: str, exponent: float, t: np.ndarray) -> np.ndarray:
     """Its derivative in float64."""
-    power = {"linear": 1.0, "sqrt": 0.5, "poly": exponent}
-    return np.pi / 2 * np.cos(np.pi / 2 * t) if kind == "cosine" else power[kind] * t ** (power[kind] - 1)
+    power, eps = {"linear": 1.0, "sqrt": 0.5, "poly": exponent}, EPS.get(kind, 1e-4)
+    if kind == "cosine":
+        return np.pi / 2 * np.cos(np.pi / 2 * t)
+    if kind in ("loglinear", "linear_clipped"):
+        return np.full_like(t, 1 - eps)
+    rate = exact_mask_rate(kind, exponent, t)
+    inside = (rate > eps) & (rate < 1 - eps)
+    if kind == "sqrt_clipped":
+        return np.where(inside, 0.5 / np.sqrt(t + eps), 0)
+    if kind == "cosine_clipped":
+        angle, first = (t + 0.008) / 1.008 * np.pi / 2, 0.008 / 1.008 * np.pi / 2
+        return np.where(inside, np.pi / 2 / 1.008 * np.sin(2 * angle) / np.cos(first) ** 2, 0)
+    return power[kind] * t ** (power[kind] - 1)
 
 
 def schedule_of(kind: str, exponent: float) -> Schedule:
@@ -33,12 +56,28 @@ def test_every_named_kind_is_covered_here() -> None:
     assert {kind for kind, _ in SCHEDULES} == set(KINDS)
 
 
-@every_schedule
+@pytest.mark.parametrize(("kind", "exponent"), POWERS)
 def test_alpha_is_exactly_one_at_time_zero_and_zero_at_time_one(kind: str, exponent: float) -> None:
     schedule = schedule_of(kind, exponent)
     assert float(schedule.alpha(0.0)) == 1.0
     assert float(schedule.alpha(1.0)) == 0.0
     assert schedule.kind == kind
+
+
+@pytest.mark.parametrize(("kind", "exponent"), JUMPING)
+def test_the_ends_of_a_schedule_that_jumps_are_those_it_names(kind: str, exponent: float) -> None:
+    schedule = schedule_of(kind, exponent)
+    np.testing.assert_allclose(schedule.mask_rate(jnp.float32(0)), schedule.start, rtol=1e-5)
+    np.testing.assert_allclose(schedule.mask_rate(jnp.float32(1)), schedule.end, rtol=1e-6)
+    assert schedule.start == pytest.approx(exact_mask_rate(kind, exponent, np.float64(0)))
+    assert schedule.end == pytest.approx(exact_mask_rate(kind, exponent, np.float64(1)))
+    assert schedule.end < 1 - 5e-5
+
+
+@pytest.mark.parametrize("eps", [0.0, 0.5, -1e-3])
+def test_an_eps_out_of_range_is_refused(eps: float) -> None:
+    with pytest.raises(ValueError, match="eps of a schedule must lie between 0 and 0.5"):
+        make_schedule("loglinear", eps=eps)
 
 
 @every_schedule
@@ -56,7 +95,7 @@ def test_alpha_follows_its_formula(kind: str, exponent: float) -> None:
     np.testing.assert_allclose(
         schedule_of(kind, exponent).alpha(jnp.asarray(t, jnp.float32)),
         1 - exact_mask_rate(kind, exponent, t),
-        atol=3e-7,
+        atol=4e-7,
     )
 
 
@@ -110,7 +149,8 @@ def test_time_of_inverts_the_mask_rate(which: tuple[str, float], share: float) -
     schedule = schedule_of(*which)
     t = schedule.time_of(jnp.float32(share))
     assert 0 <= float(t) <= 1
-    assert float(schedule.mask_rate(t)) == pytest.approx(share, abs=2e-6)
+    reached = min(max(share, schedule.start), schedule.end)
+    assert float(schedule.mask_rate(t)) == pytest.approx(reached, abs=2e-6)
 
 
 @every_schedule
