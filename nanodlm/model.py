@@ -1,12 +1,20 @@
-"""The network: a bidirectional pre-norm transformer with RoPE and RMSNorm that predicts x_0 from x_t.
+"""The network: a pre-norm transformer with RoPE and RMSNorm that predicts x_0 from x_t.
 
     model = Transformer(vocab_size=4096, n_layers=3, n_heads=4, d_model=128, d_ff=512, rngs=nnx.Rngs(0))
     logits = model(x_t, t)    # (B, L) ids, (B,) times -> (B, L, V) float32
 
-It knows nothing of diffusion: the mask is one more token.
+It knows nothing of diffusion: the mask is one more token. It reads the whole row, or with a `block_size` only the
+blocks up to a position's own, so that one network serves three kinds of language model:
+
+    diffusion            block_size=0    model(x_t, t)
+    block diffusion      block_size=b    model(x_t, t, context=x_0); sampling: new_cache, extend, denoise_block
+    autoregression       block_size=1    model(x_0, t) scores the next token; sampling: new_cache, extend
 """
 
 import math
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,14 +24,58 @@ from jaxtyping import Array, Bool, Float, Int
 NORMAL = nnx.initializers.normal
 
 
-def rope(x: Float[Array, "B L H D"]) -> Float[Array, "B L H D"]:
+class Past(NamedTuple):
+    """What one layer keeps of P clean positions for others to read."""
+
+    keys: Float[Array, "B P H E"]
+    """After RoPE."""
+    values: Float[Array, "B P H E"]
+    inputs: Float[Array, "B P D"]
+    """The convolution's; D is 0 when there is none."""
+
+
+class Cache(NamedTuple):
+    """The last clean positions of each row: a pytree of constant shapes, fit to be carried by `jax.lax.scan`."""
+
+    layers: tuple[Past, ...]
+    """Of the positions count - window to count - 1; those below 0 are not written yet and never read."""
+    count: Int[Array, ""]  # type: ignore[reportIncompatibleMethodOverride]
+    """Tokens seen so far, the same for all rows."""
+
+
+class Reads(NamedTuple):
+    """What Q positions read of K: masks, whose first axis is 1 when all rows are alike."""
+
+    attention: Bool[Array, "#B Q K"]
+    convolution: Sequence[Bool[Array, "#B Q"]]
+    """For each offset of the convolution, whether a position reads that neighbour."""
+
+
+class View(NamedTuple):
+    """What the Q positions of a stream read."""
+
+    positions: Int[Array, "Q"]
+    own: Reads | None = None
+    """Of the stream itself; None is everything."""
+    past: Reads | None = None
+    """Of the `Past` it is given."""
+    start: int = 0
+    """The place, in that past, of the stream's first position."""
+
+
+def rope(x: Float[Array, "B L H D"], positions: Int[Array, "L"] | None = None) -> Float[Array, "B L H D"]:
     """Rotate pairs of channels by angles proportional to the position. Source: RoFormer, arXiv:2104.09864, eq. 34.
+
+    Args:
+        x: Queries or keys.
+        positions: Of the second axis; 0 to L - 1 by default.
 
     >>> rope(jnp.ones((1, 2, 1, 4))).shape
     (1, 2, 1, 4)
     """
-    length, half = x.shape[1], x.shape[-1] // 2
-    angles = jnp.arange(length)[:, None] / 10_000 ** (jnp.arange(half) / half)  # (L, D/2)
+    half = x.shape[-1] // 2
+    positions = jnp.arange(x.shape[1]) if positions is None else positions
+    angles = positions[:, None] / 10_000 ** (jnp.arange(half) / half)  # (L, D/2)
     cos, sin = jnp.cos(angles)[:, None], jnp.sin(angles)[:, None]
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1).astype(x.dtype)
@@ -50,25 +102,30 @@ class Linear(nnx.Linear):
 
 
 class ShortConvolution(nnx.Module):
-    """A depthwise convolution over neighbouring positions that never reads another document."""
+    """A depthwise convolution over neighbouring positions."""
 
     def __init__(self, width: int, dim: int, rngs: nnx.Rngs):
         self.kernel = nnx.Param(NORMAL(0.3)(rngs.params(), (width, dim)))
 
-    def __call__(self, x: Float[Array, "B L D"], segment_ids: Int[Array, "B L"] | None = None) -> Float[Array, "B L D"]:
-        """Sum over offsets o of kernel[o] * x[position + o], the edges padded with zeros."""
+    def __call__(
+        self, x: Float[Array, "B K D"], near: Sequence[Bool[Array, "#B Q"]] | None = None, start: int = 0
+    ) -> Float[Array, "B Q D"]:
+        """For each position i, sum over offsets o of kernel[o] * x[start + i + o], zero outside x.
+
+        Args:
+            x: What is read.
+            near: For each offset, whether position i may read that neighbour; None is always, with Q = K.
+            start: The place of position 0 in x.
+        """
         kernel = self.kernel[...].astype(x.dtype)
         reach = len(kernel) // 2
-        length = x.shape[1]
-        padded = jnp.pad(x, ((0, 0), (reach, reach), (0, 0)))
-        if segment_ids is not None:
-            padded_ids = jnp.pad(segment_ids, ((0, 0), (reach, reach)), constant_values=-1)
-        out = jnp.zeros_like(x)
+        batch, size, dim = x.shape
+        length = size if near is None else near[0].shape[1]
+        padded = jnp.pad(x, ((0, 0), (reach, reach + max(0, start + length - size)), (0, 0)))
+        out = jnp.zeros((batch, length, dim), x.dtype)
         for offset in range(len(kernel)):
-            term = padded[:, offset : offset + length] * kernel[offset]
-            if segment_ids is not None:
-                term *= (padded_ids[:, offset : offset + length] == segment_ids)[..., None]  # type: ignore[possibly-unbound]
-            out += term
+            term = padded[:, start + offset : start + offset + length] * kernel[offset]
+            out += term if near is None else term * near[offset][..., None]
         return out
 
 
@@ -105,31 +162,52 @@ class Block(nnx.Module):
 
     def __call__(
         self,
-        x: Float[Array, "B L D"],
-        condition: Float[Array, "B D"] | None = None,
-        segment_ids: Int[Array, "B L"] | None = None,
-    ) -> Float[Array, "B L D"]:
-        """One block; `condition` modulates it by AdaLN (Source: DiT, arXiv:2212.09748, section 3.2)."""
+        x: Float[Array, "B Q D"],
+        view: View,
+        condition: Float[Array, "B #Q D"] | None = None,
+        past: Past | None = None,
+    ) -> tuple[Float[Array, "B Q D"], Past]:
+        """One block, and what it would keep of these positions.
+
+        Args:
+            x: The residual stream.
+            view: What each position reads.
+            condition: Modulates the block by AdaLN (Source: DiT, arXiv:2212.09748, section 3.2).
+            past: Positions outside the stream that it reads as well.
+        """
         # Zero at the start, so that a conditioned network begins as the plain one.
         modulation = [jnp.zeros((), x.dtype)] * 6
         if self.modulation is not None and condition is not None:
-            modulation = jnp.split(self.modulation(condition)[:, None], 6, axis=-1)
+            modulation = jnp.split(self.modulation(condition), 6, axis=-1)
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation
+        inputs = x[..., :0]
         if self.conv is not None and self.conv_norm is not None:
-            x = x + self.conv(self.conv_norm(x), segment_ids)
+            inputs = self.conv_norm(x)
+            x = x + self.conv(inputs, view.own.convolution if view.own else None)
+            if past is not None and view.past is not None:
+                x = x + self.conv(past.inputs, view.past.convolution, view.start)
         h = self.attention_norm(x) * (1 + scale_a) + shift_a
-        x = x + self._attend(h, segment_ids) * (1 + gate_a)
+        q, k, v = jnp.split(self.qkv(h).reshape(*h.shape[:2], 3 * self.n_heads, -1), 3, axis=2)
+        q, k = rope(self.query_norm(q), view.positions), rope(self.key_norm(k), view.positions)
+        x = x + self._attend(q, k, v, view, past) * (1 + gate_a)
         h = self.mlp_norm(x) * (1 + scale_m) + shift_m
-        return x + self.mlp_out(jnp.square(jax.nn.relu(self.mlp_in(h)))) * (1 + gate_m)
+        x = x + self.mlp_out(jnp.square(jax.nn.relu(self.mlp_in(h)))) * (1 + gate_m)
+        return x, Past(k, v, inputs)
 
-    def _attend(self, h: Float[Array, "B L D"], segment_ids: Int[Array, "B L"] | None) -> Float[Array, "B L D"]:
-        batch, length, _ = h.shape
-        q, k, v = jnp.split(self.qkv(h).reshape(batch, length, 3 * self.n_heads, -1), 3, axis=2)
-        same: Bool[Array, "B 1 L L"] | None = None
-        if segment_ids is not None:
-            same = (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
-        out = jax.nn.dot_product_attention(rope(self.query_norm(q)), rope(self.key_norm(k)), v, mask=same)
-        return self.attention_out(out.reshape(h.shape))
+    def _attend(
+        self,
+        q: Float[Array, "B Q H E"],
+        k: Float[Array, "B Q H E"],
+        v: Float[Array, "B Q H E"],
+        view: View,
+        past: Past | None,
+    ) -> Float[Array, "B Q D"]:
+        if past is not None:
+            k, v = jnp.concatenate([past.keys, k], axis=1), jnp.concatenate([past.values, v], axis=1)
+        masks = [reads.attention for reads in (view.past, view.own) if reads is not None]
+        mask = jnp.concatenate(masks, axis=2)[:, None] if masks else None
+        out = jax.nn.dot_product_attention(q, k, v, mask=mask)
+        return self.attention_out(out.reshape(*q.shape[:2], -1))
 
 
 class Transformer(nnx.Module):
@@ -144,12 +222,17 @@ class Transformer(nnx.Module):
         conv_width: Width of each block's depthwise convolution, odd; 0 is none.
         time_conditioning: Whether blocks see the time t.
         tie_embeddings: Whether the output layer is the embedding's transpose.
+        block_size: Positions in a block, of which none reads a later one; 0 lets every position read the whole row.
+            It changes no parameter.
         dtype: Precision of matrix products; parameters and logits are float32.
         rngs: Initialisation.
 
     >>> model = Transformer(vocab_size=32, n_layers=1, n_heads=2, d_model=8, d_ff=16, rngs=nnx.Rngs(0))
     >>> model(jnp.zeros((2, 5), int), jnp.ones(2)).shape
     (2, 5, 32)
+
+    Raises:
+        ValueError: For a block size below 0.
     """
 
     def __init__(
@@ -163,9 +246,13 @@ class Transformer(nnx.Module):
         conv_width: int = 0,
         time_conditioning: bool = False,
         tie_embeddings: bool = False,
+        block_size: int = 0,
         dtype: jnp.dtype | str = "float32",
         rngs: nnx.Rngs,
     ):
+        if block_size < 0:
+            raise ValueError(f"block_size is {block_size}, but must be 0 (no blocks) or more")
+        self.block_size, self.conv_width = block_size, conv_width
         compute = jnp.dtype(dtype)
         # As an output layer, a tied embedding must start with small logits.
         init = NORMAL(0.5 * d_model**-0.5 if tie_embeddings else 0.5)
@@ -189,22 +276,195 @@ class Transformer(nnx.Module):
         self.head = None if tie_embeddings else head
 
     def __call__(
-        self, x_t: Int[Array, "B L"], t: Float[Array, "B"], segment_ids: Int[Array, "B L"] | None = None
+        self,
+        x_t: Int[Array, "B L"],
+        t: Float[Array, "B"] | Float[Array, "B K"],
+        segment_ids: Int[Array, "B L"] | None = None,
+        context: Int[Array, "B L"] | None = None,
     ) -> Float[Array, "B L V"]:
         """Logits of x_0 at every position, in float32.
 
+        With a context, each block of x_t is seen beside the context's blocks before it, and nothing else: one call
+        scores every block of a row as if the ones before it were already known. That is the mask of block diffusion
+        (Source: BD3-LM, arXiv:2503.09573, section 3.2 and the appendix on masks), in two passes: the context reads
+        itself, block by block; then x_t reads the context. Both begin at position 0.
+
         Args:
             x_t: Token ids, masks included.
-            t: Times in [0, 1]; read only with time conditioning.
+            t: Times in [0, 1], of each row or of each of its K = ceil(L / block_size) blocks; read only with time
+                conditioning. The context's is 0.
             segment_ids: Which document each position belongs to; attention and convolution stay within one.
+            context: Clean token ids; needs a block size.
+
+        Raises:
+            ValueError: For a context without a block size, or a number of times that is not that of the blocks.
+
+        >>> shape = {"vocab_size": 32, "n_layers": 1, "n_heads": 2, "d_model": 8, "d_ff": 16}
+        >>> model = Transformer(**shape, block_size=2, rngs=nnx.Rngs(0))
+        >>> x_0, x_t = jnp.array([[5, 6, 7, 8]]), jnp.array([[5, 31, 31, 31]])
+        >>> model(x_t, jnp.array([[0.5, 1.0]]), context=x_0).shape
+        (1, 4, 32)
         """
-        x = self.embedding(x_t)
+        if context is not None and not self.block_size:
+            raise ValueError("a context needs a network with a block_size above 0")
+        length = x_t.shape[1]
+        positions = jnp.arange(length)
+        behind = partial(self._behind, positions, positions, segment_ids=segment_ids)
+        past, view = None, View(positions, behind(0, length))
+        if context is not None:
+            _, past = self._run(context, jnp.zeros_like(t, shape=t.shape[:1]), view)
+            view = View(positions, behind(0, 0), behind(1, length))
+        return self._score(self._run(x_t, t, view, past)[0])
+
+    def new_cache(self, rows: int, window: int) -> Cache:
+        """An empty cache.
+
+        Args:
+            rows: Rows it is for.
+            window: Positions before a block that the block can read, a multiple of the block size.
+
+        Raises:
+            ValueError: For a network without a block size, or another window.
+
+        >>> shape = {"vocab_size": 32, "n_layers": 1, "n_heads": 2, "d_model": 8, "d_ff": 16}
+        >>> model = Transformer(**shape, block_size=2, rngs=nnx.Rngs(0))
+        >>> _, cache = model.extend(model.new_cache(rows=1, window=8), jnp.array([[5, 6, 7, 8]]))
+        >>> int(cache.count), model.denoise_block(cache, jnp.array([[31, 31]]), jnp.ones(1)).shape
+        (4, (1, 2, 32))
+        """
+        self._check_blocks(window, "the window")
+        dtype = self.embedding.dtype
+        width = self.embedding.features
+
+        def empty(block: Block) -> Past:
+            heads = jnp.zeros((rows, window, block.n_heads, width // block.n_heads), dtype)
+            return Past(heads, heads, jnp.zeros((rows, window, width if block.conv is not None else 0), dtype))
+
+        return Cache(tuple(empty(block) for block in self.blocks), jnp.zeros((), jnp.int32))
+
+    def extend(
+        self, cache: Cache, tokens: Int[Array, "B N"], t: Float[Array, "B"] | None = None
+    ) -> tuple[Float[Array, "B N V"], Cache]:
+        """Append whole blocks of clean tokens; any number of them at a time gives the same result.
+
+        Args:
+            cache: From `new_cache` or an earlier call.
+            tokens: Token ids at the positions count to count + N - 1, where N is a multiple of the block size.
+            t: Times of the rows, 0 by default; read only with time conditioning.
+
+        Returns:
+            Logits as `__call__` gives them for one stream, but that a block reads the window before it and no more;
+            and the cache with the tokens in it.
+
+        Raises:
+            ValueError: For tokens that are not whole blocks.
+        """
+        self._check_blocks(tokens.shape[1], "the number of tokens")
+        t = jnp.zeros(len(tokens)) if t is None else t
+        x, made = self._run(tokens, t, self._view(cache, tokens.shape[1]), cache.layers)
+        window = cache.layers[0].keys.shape[1]
+        layers = jax.tree.map(lambda old, new: jnp.concatenate([old, new], 1)[:, -window:], cache.layers, made)
+        return self._score(x), Cache(layers, cache.count + tokens.shape[1])
+
+    def denoise_block(self, cache: Cache, x_t: Int[Array, "B N"], t: Float[Array, "B"]) -> Float[Array, "B N V"]:
+        """Logits of x_0 for the block that follows the cached tokens, as `__call__` gives them with a context.
+
+        Args:
+            cache: The tokens before; it stays as it is.
+            x_t: Token ids of one block, masks included: N is the block size.
+            t: Times of the rows; read only with time conditioning.
+
+        Raises:
+            ValueError: For more or less than one block.
+        """
+        if not self.block_size or x_t.shape[1] != self.block_size:
+            raise ValueError(f"one block has {self.block_size} positions, not {x_t.shape[1]}")
+        return self._score(self._run(x_t, t, self._view(cache, self.block_size), cache.layers)[0])
+
+    def _check_blocks(self, number: int, what: str) -> None:
+        if not self.block_size:
+            raise ValueError("a cache needs a network with a block_size above 0")
+        if number < 1 or number % self.block_size:
+            raise ValueError(f"{what} is {number}, but must be a multiple of the block size, {self.block_size}")
+
+    def _behind(
+        self,
+        query: Int[Array, "Q"],
+        key: Int[Array, "K"],
+        least: int,
+        most: int,
+        start: int = 0,
+        segment_ids: Int[Array, "B Q"] | None = None,
+    ) -> Reads | None:
+        """Read the positions that exist in the same document, and from `least` to `most` blocks back; None is all.
+
+        Args:
+            query: Positions that read.
+            key: Positions that are read; those below 0 do not exist.
+            least: Blocks.
+            most: Blocks; without a block size, neither counts.
+            start: The place of the first query among the keys.
+            segment_ids: Of the queries, and of the keys when those are the same positions.
+        """
+        if not self.block_size and segment_ids is None:
+            return None
+
+        none = segment_ids is None
+        query_ids = jnp.zeros((1, len(query)), jnp.int32) if none else segment_ids
+        key_ids = jnp.zeros((1, len(key)), jnp.int32) if none else segment_ids
+
+        def seen(q: Array, k: Array, q_ids: Array, k_ids: Array) -> Array:
+            if not self.block_size:
+                return q_ids == k_ids
+            blocks = q // self.block_size - k // self.block_size
+            return (k >= 0) & (least <= blocks) & (blocks <= most) & (q_ids == k_ids)
+
+        reach = self.conv_width // 2
+        beside = jnp.pad(key, (reach, reach + len(query)), constant_values=-1)
+        beside_ids = jnp.pad(key_ids, ((0, 0), (reach, reach + len(query))), constant_values=-1)
+        places = [slice(start + offset, start + offset + len(query)) for offset in range(self.conv_width)]
+        return Reads(
+            attention=seen(query[:, None], key, query_ids[:, :, None], key_ids[:, None, :]),
+            convolution=[seen(query, beside[at], query_ids, beside_ids[:, at]) for at in places],
+        )
+
+    def _view(self, cache: Cache, length: int) -> View:
+        """What the `length` positions after the cached ones read."""
+        window = cache.layers[0].keys.shape[1]
+        positions = cache.count + jnp.arange(length)
+        before = cache.count + jnp.arange(-window, 0)
+        most = window // self.block_size
+        own = self._behind(positions, positions, 0, most)
+        return View(positions, own, self._behind(positions, before, 1, most, start=window), window)
+
+    def _run(
+        self,
+        ids: Int[Array, "B Q"],
+        t: Float[Array, "B"] | Float[Array, "B K"],
+        view: View,
+        past: Sequence[Past] | None = None,
+    ) -> tuple[Float[Array, "B Q D"], tuple[Past, ...]]:
+        """All blocks over one stream: the residual stream, and what each layer would keep of it."""
+        x = self.embedding(ids)
         condition = None
+        if t.ndim == 1:
+            t = t[:, None]
+        else:
+            size = self.block_size or ids.shape[1]
+            if t.shape[1] != -(-ids.shape[1] // size):
+                raise ValueError(f"{t.shape[1]} times for {ids.shape[1]} positions in blocks of {size}")
+            t = jnp.repeat(t, size, axis=1)[:, : ids.shape[1]]
         if self.time_in is not None:
-            width = self.time_in.in_features
-            condition = jax.nn.silu(self.time_in(time_embedding(t, width))).astype(x.dtype)
-        for block in self.blocks:
-            x = block(x, condition, segment_ids)
+            embedded = time_embedding(t.reshape(-1), self.time_in.in_features)
+            condition = jax.nn.silu(self.time_in(embedded)).reshape(*t.shape, -1).astype(x.dtype)
+        made = []
+        for i, block in enumerate(self.blocks):
+            x, kept = block(x, view, condition, past[i] if past is not None else None)
+            made.append(kept)
+        return x, tuple(made)
+
+    def _score(self, x: Float[Array, "B Q D"]) -> Float[Array, "B Q V"]:
+        """Logits of the residual stream, in float32."""
         x = self.norm(x)
         logits = self.embedding.attend(x) if self.head is None else self.head(x)
         return logits.astype(jnp.float32)
