@@ -107,7 +107,7 @@ def sample(
 
     def predict(x_t: Int[Array, "B L"], t: Float[Array, "B"]) -> Float[Array, "B L V"]:
         logits = predictable(denoise(x_t, t), mask_id=mask_id)
-        if guidance == 0 or prompt is None:
+        if guidance == 0 or prompt is None or jnp.size(prompt) == 0:
             return logits
         without = predictable(denoise(jnp.where(given, mask_id, x_t), t), mask_id=mask_id)
         return jnp.where(logits > -jnp.inf, (1 + guidance) * logits - guidance * without, -jnp.inf)
@@ -200,8 +200,8 @@ def _categorical(
     The noise is of high precision: that of one 32-bit number stops at 16, which starves rare tokens and acts as a
     lower temperature (arXiv:2409.02908, on inaccurate categorical sampling).
     """
-    n_rows = len(logits)
-    keys = jax.vmap(partial(jax.random.fold_in, key))(step * n_rows + jnp.arange(n_rows))
+    rows = jnp.arange(len(logits))
+    keys = jax.vmap(partial(jax.random.fold_in, key))(step * len(rows) + rows)
     return jax.vmap(partial(jax.random.categorical, mode="high"))(keys, logits).astype(jnp.int32)
 
 
@@ -481,10 +481,10 @@ def sample_autoregressive(
         key: Randomness.
         shape: (B, L) of the result.
         mask_id: The begin token; it and larger ids are never drawn.
-        temperature: As for `sample`, and so are `top_k`, `top_p` and `prompt`.
-        top_k: ...
-        top_p: ...
-        prompt: ...
+        temperature: As for `sample`.
+        top_k: As for `sample`.
+        top_p: As for `sample`.
+        prompt: As for `sample`.
 
     Raises:
         ValueError: As `sample`.

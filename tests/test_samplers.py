@@ -295,7 +295,7 @@ FILTERED = {"temperature": 2.0, "top_k": 2, "top_p": 0.99, "guidance": 0.5}
 
 @pytest.mark.parametrize(
     ("sampler", "options"),
-    [*product(ALL, [FILTERED]), *product(["ancestral", "entropy", "remdm_conf", "uniform", "hybrid"], [COLD])],
+    [*product(ALL, [FILTERED]), *product(["entropy", "remdm_conf", "uniform"], [COLD])],
 )
 def test_every_sampler_keeps_any_prompt_and_leaves_no_mask(sampler: str, options: dict[str, Any]) -> None:
     how = options | MIXED.get(sampler, {"sampler": sampler})
@@ -516,10 +516,10 @@ def test_mixed_noise_is_taken_back_as_multiplying_out_its_reverse_steps_gives(sh
     assert total_variation(drawn, expected) < 1.5 * sampling_error(expected, ROWS)
 
 
-@pytest.mark.parametrize("share", [1.0, 0.2])
-def test_mixed_noise_is_taken_back_to_the_law_in_many_steps(share: float) -> None:
+@pytest.mark.parametrize(("share", "num_steps"), [(1.0, STEPS), (0.2, 2 * STEPS)])
+def test_mixed_noise_is_taken_back_to_the_law_in_many_steps(share: float, num_steps: int) -> None:
     denoise = exact_mixed_denoiser(SHORT, SCHEDULES["poly"], share)
-    law = frequencies(draw(denoise, ROWS, 3, num_steps=2 * STEPS, uniform_share=share, kind="poly"))
+    law = frequencies(draw(denoise, ROWS, 3, num_steps=num_steps, uniform_share=share, kind="poly"))
     assert total_variation(law, SHORT) < 1.3 * sampling_error(SHORT, ROWS)
 
 
@@ -554,7 +554,8 @@ def test_guidance_is_the_formula_of_the_model_with_and_without_the_prompt() -> N
 
 def test_guidance_without_a_prompt_changes_nothing_and_calls_nothing() -> None:
     plain, guided = Watched(EXACT), Watched(EXACT)
-    np.testing.assert_array_equal(plain.draw(), guided.draw(guidance=3.0))
+    empty = jnp.zeros(0, jnp.int32)
+    np.testing.assert_array_equal(plain.draw(), guided.draw(guidance=3.0, prompt=empty))
     assert len(plain.x) == len(guided.x)
 
 
