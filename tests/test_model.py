@@ -263,3 +263,187 @@ def test_gpt2_sizes_have_gpt2_parameter_counts(n_layers: int, n_heads: int, d_mo
     shape = {"vocab_size": 50304, "n_layers": n_layers, "n_heads": n_heads, "d_model": d_model, "d_ff": 4 * d_model}
     model = nnx.eval_shape(lambda: Transformer(**shape, tie_embeddings=True, rngs=nnx.Rngs(0)))
     assert count_parameters(model) == pytest.approx(millions * 1e6, rel=0.005)
+
+
+def tokens(seed: int, rows: int = 2, length: int = LENGTH) -> jax.Array:
+    return jax.random.randint(jax.random.key(seed), (rows, length), 0, VOCAB)
+
+
+@nnx.jit
+def beside(
+    model: Transformer, x_t: jax.Array, context: jax.Array, t: jax.Array = TIMES, segment_ids: jax.Array | None = None
+) -> jax.Array:
+    return model(x_t, t, segment_ids, context=context)
+
+
+extend = nnx.jit(lambda model, cache, ids: model.extend(cache, ids))
+denoise = nnx.jit(lambda model, cache, x_t, t: model.denoise_block(cache, x_t, t))
+close = partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-3)
+
+NOISED = tokens(5)
+BLOCKED: list[dict[str, Any]] = [
+    {"block_size": 2, "time_conditioning": True},
+    {"block_size": 3, "conv_width": 5, "time_conditioning": True},  # the last block is shorter
+    {"block_size": 1, "conv_width": 5},
+]
+
+
+def blocks(size: int, length: int = LENGTH) -> list[slice]:
+    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
+
+
+def moved_positions(before: jax.Array, after: jax.Array) -> list[int]:
+    return np.flatnonzero(np.asarray(before != after).any(axis=(0, 2))).tolist()
+
+
+@pytest.mark.parametrize("options", BLOCKED)
+def test_a_noisy_block_reads_itself_and_the_context_before_it(options: dict[str, Any]) -> None:
+    model = randomised(**options)
+    before = beside(model, NOISED, ROWS)
+    for block in blocks(options["block_size"]):
+        inside = list(range(LENGTH)[block])
+        after = list(range(block.stop, LENGTH))
+        for position in {inside[0], inside[-1]}:
+            assert moved_positions(before, beside(model, changed(NOISED, [position]), ROWS)) == inside
+            assert moved_positions(before, beside(model, NOISED, changed(ROWS, [position]))) == after
+
+
+@pytest.mark.parametrize("options", BLOCKED)
+def test_each_block_scores_as_if_it_alone_followed_its_context(options: dict[str, Any]) -> None:
+    # Times of 0, as the context always has.
+    model, t = randomised(**options), jnp.zeros(2)
+    together = beside(model, NOISED, ROWS, t)
+    for block in blocks(options["block_size"]):
+        row = ROWS.at[:, block].set(NOISED[:, block])
+        # One row is cut after its block; the rest spare a compilation each: as the next test shows, none reads on.
+        alone = logits(model, row[:, :6] if block.stop == 6 else row, t)
+        close(together[:, block], alone[:, block])
+
+
+@pytest.mark.parametrize("options", BLOCKED)
+def test_one_stream_reads_no_later_block(options: dict[str, Any]) -> None:
+    model = randomised(**options)
+    before = logits(model, ROWS)
+    for block in blocks(options["block_size"]):
+        for position in {block.start, block.stop - 1}:
+            reading = list(range(block.start, LENGTH))
+            assert moved_positions(before, logits(model, changed(ROWS, [position]))) == reading
+
+
+@pytest.mark.parametrize("conv_width", [0, 5])
+def test_a_block_as_long_as_the_row_makes_the_bidirectional_network(conv_width: int) -> None:
+    model = randomised(conv_width=conv_width, block_size=LENGTH)
+    expected = logits(randomised(conv_width=conv_width), NOISED)
+    close(logits(model, NOISED), expected)
+    close(beside(model, NOISED, ROWS), expected)
+
+
+def test_the_block_size_changes_no_parameter() -> None:
+    assert names(block_size=3, conv_width=3) == names(conv_width=3)
+
+
+@pytest.mark.parametrize("options", BLOCKED[:2])
+def test_segments_keep_documents_apart_in_blocks(options: dict[str, Any]) -> None:
+    model = randomised(**options)
+    segment_ids = jnp.tile(jnp.asarray([0, 0, 1, 1, 1, 2, 2, 2]), (2, 1))
+    inside, outside = [2, 3, 4], [0, 1, 5, 6, 7]
+    one, two = partial(logits, model, t=TIMES, segment_ids=segment_ids), partial(beside, model, NOISED)
+    two = partial(two, t=TIMES, segment_ids=segment_ids)
+    for score in (one, two):
+        own = moved_positions(score(ROWS), score(changed(ROWS, inside)))
+        assert own and set(own) <= set(inside)
+        other = moved_positions(score(ROWS), score(changed(ROWS, outside)))
+        assert other and set(other) <= set(outside)
+    other = beside(model, changed(NOISED, inside), ROWS, TIMES, segment_ids)
+    assert moved_positions(two(ROWS), other) == inside
+
+
+def test_padding_changes_nothing_in_blocks() -> None:
+    model = randomised(**BLOCKED[1])
+    segment_ids = jnp.tile(jnp.asarray([0, 0, 0, 0, 0, 9, 9, 9]), (2, 1))  # 5 tokens and padding
+    padded = beside(model, NOISED, ROWS, TIMES, segment_ids)
+    close(padded[:, :5], beside(model, NOISED[:, :5], ROWS[:, :5]))
+
+
+def test_a_time_per_block_reaches_its_block_only() -> None:
+    model = randomised(**BLOCKED[1])
+    times = jnp.float32([[0.1, 0.5, 0.9], [0.3, 0.3, 0.3]])
+    before = beside(model, NOISED, ROWS, times)
+    close(before[1], beside(model, NOISED, ROWS, jnp.full(2, 0.3))[1])
+    for k, block in enumerate(blocks(3)):
+        later = beside(model, NOISED, ROWS, times.at[:, k].add(0.05))
+        assert moved_positions(before, later) == list(range(LENGTH)[block])
+
+
+@pytest.mark.parametrize("options", BLOCKED)
+def test_a_cache_gives_the_logits_of_the_whole_row(options: dict[str, Any]) -> None:
+    model = randomised(**options)
+    size = options["block_size"]
+    cache = model.new_cache(2, LENGTH * size)
+    two, one = beside(model, NOISED, ROWS), logits(model, ROWS, jnp.zeros(2))
+    for block in blocks(size)[: LENGTH // size]:
+        close(denoise(model, cache, NOISED[:, block], TIMES), two[:, block])
+        clean, cache = extend(model, cache, ROWS[:, block])
+        close(clean, one[:, block])
+    assert int(cache.count) == LENGTH // size * size
+
+
+@pytest.mark.parametrize(("conv_width", "window"), [(0, 4), (5, 2)])
+def test_a_prompt_in_one_piece_is_the_same_as_in_blocks(conv_width: int, window: int) -> None:
+    model = randomised(block_size=2, conv_width=conv_width)
+    prompt = tokens(6, length=10)
+    whole, at_once = extend(model, model.new_cache(2, window), prompt)
+
+    def step(cache: Any, block: jax.Array) -> tuple[Any, jax.Array]:
+        clean, cache = model.extend(cache, block)
+        return cache, clean
+
+    pieces = prompt.reshape(2, 5, 2).swapaxes(0, 1)
+    carried, parts = jax.jit(lambda cache: jax.lax.scan(step, cache, pieces))(model.new_cache(2, window))
+    close(parts.swapaxes(0, 1).reshape(whole.shape), whole)
+    for ours, theirs in zip(jax.tree.leaves(carried), jax.tree.leaves(at_once), strict=True):
+        assert ours.dtype == theirs.dtype
+        close(ours, theirs)
+
+
+@pytest.mark.parametrize("conv_width", [0, 5])
+def test_one_layer_reads_the_window_and_no_further(conv_width: int) -> None:
+    model = randomised(n_layers=1, block_size=2, conv_width=conv_width)
+
+    def score(prompt: jax.Array) -> tuple[jax.Array, jax.Array]:
+        clean, cache = extend(model, model.new_cache(2, 4), prompt)
+        return clean, denoise(model, cache, NOISED[:, :2], TIMES)
+
+    clean, block = score(ROWS)
+    for position in range(LENGTH):
+        clean_after, block_after = score(changed(ROWS, [position]))
+        first, reached = position // 2 * 2, position + conv_width // 2  # a key has seen its neighbours
+        assert moved_positions(clean, clean_after) == list(range(first, min(reached // 2 * 2 + 6, LENGTH)))
+        assert moved_positions(block, block_after) == ([0, 1] if reached >= LENGTH - 4 else [])
+
+
+def test_a_cache_has_the_precision_of_the_products() -> None:
+    model = randomised(block_size=2, conv_width=3, dtype="bfloat16")
+    empty = model.new_cache(2, 4)
+    assert {leaf.dtype for leaf in jax.tree.leaves(empty.layers)} == {np.dtype(jnp.bfloat16)}
+    clean, cache = jax.eval_shape(model.extend, empty, ROWS[:, :4])
+    assert clean.dtype == jnp.float32
+    assert cache == jax.eval_shape(lambda: empty)
+
+
+def test_misuse_is_refused() -> None:
+    plain, blocked = (Transformer(**SMALL, block_size=size, rngs=nnx.Rngs(0)) for size in (0, 2))
+    with pytest.raises(ValueError, match="block_size above 0"):
+        plain(ROWS, TIMES, context=ROWS)
+    with pytest.raises(ValueError, match="block_size above 0"):
+        plain.new_cache(2, 4)
+    with pytest.raises(ValueError, match="window is 3"):
+        blocked.new_cache(2, 3)
+    with pytest.raises(ValueError, match="number of tokens is 3"):
+        blocked.extend(blocked.new_cache(2, 4), ROWS[:, :3])
+    with pytest.raises(ValueError, match="2 positions, not 4"):
+        blocked.denoise_block(blocked.new_cache(2, 4), ROWS[:, :4], TIMES)
+    with pytest.raises(ValueError, match="3 times for 8 positions in blocks of 2"):
+        blocked(ROWS, jnp.ones((2, 3)))
+    with pytest.raises(ValueError, match="block_size is -1"):
+        Transformer(**SMALL, block_size=-1, rngs=nnx.Rngs(0))
