@@ -27,6 +27,7 @@ COMMANDS = {
     "train": "the train stage alone, without Prefect",
     "evaluate": "the evaluate stage alone",
     "sample": "the sample stage alone",
+    "bench": "measure something: `bench variance`, how much the estimators of the bound vary",
     "ls": "list the store's artifacts",
     "show": "one artifact: where it came from, what it holds",
     "verify": "check artifacts against their manifests",
@@ -326,6 +327,42 @@ def evaluate(argv: list[str]) -> None:
 def sample(argv: list[str]) -> None:
     """The sample stage alone."""
     _one_stage("sample", argv)
+
+
+def bench(argv: list[str]) -> None:
+    """Measure: `variance` of the estimators of the bound and its gradient."""
+    helping = bool({"-h", "--help"} & set(argv))
+    which = argv.pop(0) if argv and not argv[0].startswith("-") else ""
+    if which != "variance" and not helping:
+        raise UsageError(f"nanodlm bench measures variance, not {which or 'nothing'}: try nanodlm bench variance demo")
+    fields = {
+        "store": _store_flag(),
+        "draws": _flag("Draws of noise for each estimator.", 1024, int),
+        "as_json": _json_flag(),
+    }
+    config, args = _parse("bench", argv, fields, configured=True)
+    assert config is not None
+    from nanodlm.bench import variance
+    from nanodlm.console import Console
+    from nanodlm.store import Store
+
+    console = Console(sys.stderr if args.as_json else sys.stdout)
+    console.start("bench")
+    try:
+        rows = variance(config, Store(args.store), draws=args.draws, emit=console.emit)
+    finally:
+        console.end()
+    first = rows[0]
+    print("| estimator | bound, nats/token | standard deviation | variance | gradient noise | relative |")
+    print("|---|---|---|---|---|---|")
+    for row in rows:
+        print(
+            f"| {row['estimator']} | {row['bound']:.3f} ± {row['bound_error']:.3f} | {row['bound_sd']:.3f} "
+            f"| {(row['bound_sd'] / first['bound_sd']) ** 2:.3f} | {row['gradient_noise']:.1f} "
+            f"| {row['gradient_noise'] / first['gradient_noise']:.3f} |"
+        )
+    if args.as_json:
+        _print_json({"variance": rows})
 
 
 # The store

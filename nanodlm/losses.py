@@ -78,8 +78,9 @@ class Objective:
         times: How times or counts are spread over the rows of a batch; see `diffusion.low_discrepancy`.
         block_size: Tokens per block, for `block`; the last one may be shorter.
         uniform_share: Share of uniform noise at m = 1/2, for `hybrid`; see `diffusion.shares`.
-        weighting: Of the loss: the `bound`'s weights, those `clipped` at `max_weight`, or `uniform` ones: plain
-            cross-entropy, at masked positions times 2, one over their mean share, so that the scale stays.
+        weighting: Of the loss: the `bound`'s weights (of rows or blocks), those `clipped` at `max_weight`, or `uniform`
+            ones: 2 for all, one over the mean share of noise, so that the scale stays. Masks then have plain
+            cross-entropy.
         max_weight: Where `clipped` clips.
 
     Raises:
@@ -102,6 +103,8 @@ class Objective:
             names = choices.__args__  # type: ignore[attr-defined]
             if value not in names:
                 raise ValueError(f"unknown name {value!r}: choose {', '.join(names[:-1])} or {names[-1]}")
+        if self.kind == "hybrid" and not 0 < self.uniform_share < 1:
+            raise ValueError(f"the uniform share of hybrid noise must lie between 0 and 1, not at {self.uniform_share}")
         whole = (self.schedule.start, self.schedule.end) == (0, 1)
         if self.mixed and not (whole and self.estimator in ("continuous", "count")):
             raise ValueError(
@@ -229,21 +232,19 @@ class Objective:
             mask_rate = self.schedule.mask_rate(noised.t)
             options = {"mask_id": self.mask_id, "uniform_share": self.noise_share}
             rate, nats = mixed_divergence(logits, x_0, noised.x_t, mask_rate, **options)
-            weight = weight * rate
+            weight, nats = weight * rate[:, None], jnp.where(scored, nats, 0.0)
         else:
             if self.kind == "block":
                 weight = jnp.repeat(weight, self.block_size, axis=1)[:, : x_0.shape[1]]
             if self.kind != "autoregressive":
                 scored &= noised.x_t == self.mask_id
             nats = cross_entropy(logits, x_0, scored, mask_id=self.mask_id)
-        bound = jnp.where(scored, weight * nats, 0.0).sum(axis=1)
+        bound = (weight * nats).sum(axis=1)
         if self.weighting == "bound" or self.kind == "autoregressive":
             return RowNats(bound, bound)
         if self.weighting == "clipped":
-            return RowNats(jnp.where(scored, jnp.minimum(weight, self.max_weight) * nats, 0.0).sum(axis=1), bound)
-        if self.mixed:
-            nats = cross_entropy(logits, x_0, scored, mask_id=self.mask_id)
-        return RowNats((1.0 if self.mixed else 2.0) * nats.sum(axis=1), bound)
+            return RowNats((jnp.minimum(weight, self.max_weight) * nats).sum(axis=1), bound)
+        return RowNats(2.0 * nats.sum(axis=1), bound)
 
 
 def _continuous_noise(
@@ -306,11 +307,11 @@ def mixed_divergence(
     *,
     mask_id: int,
     uniform_share: float,
-) -> tuple[Float[Array, "B L"], Float[Array, "B L"]]:
-    """Weight and divergence of each position; their product's integral over the mask rate m is the bound.
+) -> tuple[Float[Array, "B"], Float[Array, "B L"]]:
+    """Weight of each row and nats of each position; the integral of their product over the mask rate m is the bound.
 
     With q the law of x_t given x_0, q^ its mean over the model's x_0, z the token at hand and g_z the rate, per unit
-    of m, at which noise turns other tokens into z, the weight is g_z / q_z and the divergence
+    of m, at which noise turns other tokens into z, the product is g_z / q_z times
 
         KL(q || q^) + q_z / q^_z - log(q_z / q^_z) - 1 = sum_j q_j (x_j - 1 - log x_j),
 
@@ -319,16 +320,20 @@ def mixed_divergence(
     tight for a model that predicts x_0 at a position from the *other* positions of x_t: what x_t says there enters
     through q. Source: GIDD, arXiv:2503.04482, theorem 3.1; UDLM, arXiv:2412.10193, equation 14.
 
+    The weight is the part that only m decides, kept * sum(g) over the share of noise: 1 / m for masks or uniform
+    noise alone. A loss may scale it and still be least for the same model; scaling by z or x_0 would move that.
+
     >>> weight, nats = mixed_divergence(jnp.zeros((1, 1, 3)), jnp.array([[0]]), jnp.array([[1]]), jnp.array([0.5]),
     ...                                 mask_id=2, uniform_share=1.0)
-    >>> round(float(nats[0, 0]), 4)  # q = (3/4, 1/4), q^ = (1/2, 1/2): KL 0.1308, the rest 0.1931
-    0.324
+    >>> float(weight[0]), round(float(nats[0, 0]), 4)  # q = (3/4, 1/4), q^ = (1/2, 1/2): g/q_z (0.1308 + 0.1931) / 2
+    (2.0, 0.6479)
     """
     m = jnp.clip(mask_rate, 1e-30, 1 - 2**-20)[:, None]  # at the very ends the product's limit is 0
     at, slope = jax.jvp(lambda m: shares(m, uniform_share), (m,), (jnp.ones_like(m),))
     decay = slope.kept / at.kept
     to_mask = slope.masked - decay * at.masked
     to_token = (slope.uniform - decay * at.uniform) / mask_id
+    weight = at.kept * (to_mask + mask_id * to_token) / (at.masked + at.uniform)
     noise = (at.uniform / mask_id)[..., None]
     q = at.kept[..., None] * jax.nn.one_hot(x_0, mask_id, dtype=m.dtype) + noise
     p = at.kept[..., None] * jax.nn.softmax(predictable(logits, mask_id=mask_id), axis=-1)[..., :mask_id] + noise
@@ -339,7 +344,7 @@ def mixed_divergence(
     ratio_mask = q_z / p_z  # of the mask, which the model cannot be wrong about
     divergence = (q * (ratio - 1 - jnp.log(ratio))).sum(axis=-1)
     divergence += at.masked * (ratio_mask - 1 - jnp.log(ratio_mask))
-    return jnp.where(is_mask, to_mask, to_token) / q_z, divergence
+    return weight[:, 0], jnp.where(is_mask, to_mask, to_token) / (weight * q_z) * divergence
 
 
 def nelbo(

@@ -28,6 +28,26 @@ def markov_table(length: int) -> np.ndarray:
     return table
 
 
+def chain_rows(key: jax.Array, rows: int, length: int) -> jax.Array:
+    """Rows drawn from the chain, int32 (rows, length)."""
+    first_key, *keys = jax.random.split(key, length)
+    log_p, log_step = jnp.log(jnp.asarray(INITIAL, jnp.float32)), jnp.log(jnp.asarray(TRANSITION, jnp.float32))
+    first = jax.random.categorical(first_key, log_p, shape=(rows,))
+
+    def step(token: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        after = jax.random.categorical(key, log_step[token])
+        return after, after
+
+    _, rest = jax.lax.scan(step, first, jnp.stack(keys))
+    return jnp.concatenate([first[None], rest]).T.astype(jnp.int32)
+
+
+def chain_log_p(rows: jax.Array) -> jax.Array:
+    """Log probability of each row under the chain."""
+    steps = jnp.log(jnp.asarray(TRANSITION, jnp.float32))[rows[:, :-1], rows[:, 1:]]
+    return jnp.log(jnp.asarray(INITIAL, jnp.float32))[rows[:, 0]] + steps.sum(axis=1)
+
+
 def rough_table(length: int, seed: int = 0) -> np.ndarray:
     """A law without any structure, positive everywhere."""
     weights = np.exp(1.5 * np.random.default_rng(seed).normal(size=(TOKENS,) * length))

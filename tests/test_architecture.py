@@ -40,9 +40,10 @@ LAYERS = {
     "generation": {"checkpoint", "config", "errors", "losses", "model", "samplers", "store", "tokenizer"},
     "report": {"config", "store"},
     "stages": {"config", "corpus", "errors", "store"},
+    "bench": {"checkpoint", "config", "errors", "losses", "shards", "stages", "store"},
     "launch": {"config", "errors"},
     "console": {"store"},
-    "cli": {"config", "console", "corpus", "errors", "launch", "metrics", "stages", "store", "tokenizer"},
+    "cli": {"bench", "config", "console", "corpus", "errors", "launch", "metrics", "stages", "store", "tokenizer"},
     "__init__": {"checkpoint", "config", "losses", "samplers", "schedules", "stages"},
     "__main__": {"cli"},
 }  # fmt: skip
@@ -78,7 +79,7 @@ def test_imports_point_downward_only(name: str) -> None:
 
 @pytest.mark.parametrize("name", PURE)
 def test_pure_modules_know_only_jax_and_each_other(name: str) -> None:
-    allowed = {"jax", "jaxtyping", "collections", "dataclasses", "math", "typing", "nanodlm"}
+    allowed = {"jax", "jaxtyping", "collections", "dataclasses", "functools", "math", "typing", "nanodlm"}
     assert {n.split(".")[0] for n in _imports(ROOT / "nanodlm" / f"{name}.py")} <= allowed
 
 

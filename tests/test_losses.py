@@ -412,7 +412,7 @@ def test_mixed_noise_has_a_bound_that_is_tight_for_exact_conditionals(kind: str,
         weight, nats = mixed_divergence(denoise(x_t, rate), x_0, x_t, rate, mask_id=MASK_ID, uniform_share=share)
         kept, masked, uniform = shares(m, share)
         q = jnp.where(x_t == MASK_ID, masked, kept * (x_t == x_0) + uniform / TOKENS).prod(axis=1)
-        return jnp.where(q > 0, p * q * (weight * nats).sum(axis=1), 0).sum()
+        return jnp.where(q > 0, p * q * weight * nats.sum(axis=1), 0).sum()
 
     nodes, weights = np.polynomial.legendre.leggauss(40)
     v = (nodes + 1) / 2
@@ -602,9 +602,47 @@ def test_a_weighting_changes_the_loss_and_never_the_bound(options: dict[str, Any
         assert bool((changed.loss <= changed.bound * (1 + 1e-6)).all())
         assert float(changed.loss.sum()) < float(changed.bound.sum())
     else:
-        everywhere = jnp.ones(x_0.shape, bool) if plain.mixed else noised.x_t == MASK_ID
-        nats = cross_entropy(logits, x_0, everywhere, mask_id=MASK_ID).sum(axis=1)
-        np.testing.assert_allclose(changed.loss, nats * (1 if plain.mixed else 2), rtol=1e-5)
+        per_row = exact.bound / np.asarray(changed.loss)
+        assert per_row.std() > 0.1  # not just another scale
+        if not plain.mixed:
+            nats = cross_entropy(logits, x_0, noised.x_t == MASK_ID, mask_id=MASK_ID).sum(axis=1)
+            np.testing.assert_allclose(changed.loss, 2 * nats, rtol=1e-5)
+
+
+@pytest.mark.parametrize("weighting", ["bound", "clipped", "uniform"])
+@pytest.mark.parametrize(("kind", "share"), MIXED[:2])
+def test_under_mixed_noise_every_weighting_is_least_for_the_law_given_the_other_positions(
+    kind: Kind, share: float, weighting: Weighting
+) -> None:
+    """One token, so nothing else is known: the best prediction is its law, whatever x_t says."""
+    law = np.array([0.5, 0.3, 0.2])
+    objective = Objective(
+        make_schedule("linear"), MASK_ID, kind=kind, uniform_share=0.1, weighting=weighting, max_weight=2.0
+    )
+    states = np.array([0, 1, 2] if kind == "uniform" else [0, 1, 2, MASK_ID])
+    x_0, x_t, t = (a.reshape(-1) for a in np.meshgrid(np.arange(3), states, [0.2, 0.5, 0.9], indexing="ij"))
+    at = shares(jnp.asarray(t, jnp.float32), share)
+    chance = law[x_0] * np.where(x_t == MASK_ID, at.masked, at.kept * (x_t == x_0) + at.uniform / TOKENS)
+    noised = Corruption(jnp.asarray(x_t[:, None], jnp.int32), jnp.asarray(t, jnp.float32), jnp.ones(len(t)))
+
+    @jax.jit
+    def slope(own: jax.Array) -> jax.Array:
+        def loss(logits: jax.Array) -> jax.Array:
+            every = jnp.pad(logits[x_t], ((0, 0), (0, VOCAB - TOKENS)))[:, None]
+            return jnp.sum(chance * objective.row_nats(every, jnp.asarray(x_0[:, None], jnp.int32), noised).loss)
+
+        return jax.grad(loss)(own)
+
+    # One prediction for each x_t: all are the law itself where the loss is least.
+    best = jnp.log(jnp.tile(jnp.asarray(law, jnp.float32), (len(states), 1)))
+    np.testing.assert_allclose(slope(best), 0.0, atol=1e-5)
+    assert float(jnp.abs(slope(0 * best)).max()) > 1e-2
+
+
+def test_hybrid_noise_without_any_of_one_sort_is_refused() -> None:
+    for share in (0.0, 1.0):
+        with pytest.raises(ValueError, match="must lie between 0 and 1"):
+            Objective(make_schedule("linear"), MASK_ID, kind="hybrid", uniform_share=share)
 
 
 @each_kind_of_loss

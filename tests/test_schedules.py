@@ -76,7 +76,7 @@ def test_the_ends_of_a_schedule_that_jumps_are_those_it_names(kind: str, exponen
 
 @pytest.mark.parametrize("eps", [0.0, 0.5, -1e-3])
 def test_an_eps_out_of_range_is_refused(eps: float) -> None:
-    with pytest.raises(ValueError, match="eps of a schedule must lie between 0 and 0.5"):
+    with pytest.raises(ValueError, match=r"eps of a schedule must lie between 0 and 0\.5"):
         make_schedule("loglinear", eps=eps)
 
 

@@ -13,14 +13,21 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from flax import nnx
 
 import nanodlm
-from nanodlm import evaluation, stages, tokenizer
+from nanodlm import bench, evaluation, stages, tokenizer
 from nanodlm.checkpoint import parameters_sha256
 from nanodlm.config import PRESETS, Config
 from nanodlm.errors import NanodlmError, UsageError
+from nanodlm.losses import Objective
+from nanodlm.model import Transformer
+from nanodlm.optimizer import make_optimizer
+from nanodlm.schedules import make_schedule
 from nanodlm.store import Artifact, Store
+from nanodlm.training import init_state, train_step
 from tests.commands import environment, speeches
+from tests.laws import MASK_ID, VOCAB, chain_log_p, chain_rows
 
 
 def tiny(**groups: dict[str, Any]) -> Config:
@@ -60,8 +67,6 @@ def test_train_finds_a_finished_run_again(trained: Artifact, store: Store) -> No
 
 
 def test_load_gives_back_the_parameters_that_were_recorded(trained: Artifact) -> None:
-    from flax import nnx
-
     model, encoding = nanodlm.load(trained.uri)
     assert parameters_sha256(nnx.to_pure_dict(nnx.state(model))) == trained.metrics["parameters_sha256"]
     assert encoding.n_vocab == 257
@@ -81,8 +86,6 @@ def test_load_takes_a_checkpoint_folder_and_refuses_what_is_no_model(trained: Ar
 
 
 def test_the_average_of_the_parameters_is_what_load_returns(store: Store) -> None:
-    from flax import nnx
-
     run = nanodlm.train(tiny(train={"ema_decay": 0.9}), store.uri())
     model, _ = nanodlm.load(run.uri)
     assert (next((run.local() / "checkpoints").iterdir()) / "ema_state").is_dir()
@@ -142,6 +145,7 @@ def test_a_batch_that_devices_cannot_share_is_refused_by_name(tmp_path: Path) ->
     assert "6 rows cannot be shared by 4 devices" in done, done
 
 
+@pytest.mark.slow
 def test_four_devices_train_as_one_does(tmp_path: Path) -> None:
     code = (
         "import json, nanodlm; from tests.test_training import tiny\n"
@@ -166,6 +170,7 @@ def _on_devices(count: int, code: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_the_owt_path_trains_on_pretokenised_parquet_rows_of_gpt2_ids(tmp_path: Path) -> None:
     """The same code as preset owt, on local files of the hub data set's schema: uint16 rows of 1024 ids."""
     encoding = tokenizer.gpt2()
@@ -279,6 +284,111 @@ def test_every_estimator_and_weighting_trains(store: Store, estimator: str, weig
     run = nanodlm.train(tiny(objective={"estimator": estimator, "weighting": weighting}), store.uri())
     logs = json.loads((run.local() / "logs.json").read_text())
     assert all((r["loss"] == r["nats_per_token"]) == (weighting == "bound") for r in logs)
+
+
+KINDS = ("absorbing", "block", "autoregressive", "uniform", "hybrid")
+
+
+@pytest.mark.parametrize(
+    "kind", [kind if kind == "absorbing" else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
+)
+def test_a_tiny_network_trained_on_a_markov_chain_comes_within_two_percent_of_its_entropy(kind: str) -> None:
+    length, rows, updates = 16, 64, 300
+    config = Config().replace(
+        train={"lr": 4e-3, "max_steps": updates, "warmup_steps": 20, "batch_size": rows, "weight_decay": 0.0},
+    )
+    objective = Objective(make_schedule("linear"), MASK_ID, kind=kind, estimator="count", block_size=4)
+    graphdef, params = nnx.split(
+        Transformer(
+            vocab_size=VOCAB,
+            n_layers=2,
+            n_heads=2,
+            d_model=32,
+            d_ff=64,
+            conv_width=3,
+            time_conditioning=objective.mixed,
+            block_size={"block": 4, "autoregressive": 1}.get(kind, 0),
+            rngs=nnx.Rngs(0),
+        )
+    )
+    optimizer = make_optimizer(config.train)
+
+    @jax.jit
+    def train(state: Any, key: jax.Array) -> Any:
+        def update(state: Any, row_key: jax.Array) -> tuple[Any, jax.Array]:
+            x_0 = chain_rows(row_key, rows, length)[None]
+            state, scalars = train_step(
+                state, x_0, key, graphdef=graphdef, optimizer=optimizer, objective=objective, config=config
+            )
+            return state, scalars["nats_per_token"]
+
+        return jax.lax.scan(update, state, jax.random.split(key, updates))[0]
+
+    @jax.jit
+    def excess(params: Any, key: jax.Array) -> jax.Array:
+        """Bound minus the nats that the chain itself gives the rows, for fresh rows."""
+        x_0 = chain_rows(jax.random.fold_in(key, 1), 2048, length)
+        noised = objective.corrupt(x_0, key)
+        logits = objective.logits(nnx.merge(graphdef, params), x_0, noised)
+        return (objective.row_nats(logits, x_0, noised).bound + chain_log_p(x_0)).mean()
+
+    params = train(init_state(config, nnx.to_pure_dict(params), optimizer), jax.random.key(0))["model_state"]
+    means = np.array([excess(params, key) for key in jax.random.split(jax.random.key(1), 16)])
+    entropy = -float(jnp.mean(chain_log_p(chain_rows(jax.random.key(2), 20_000, length))))
+    error = means.std(ddof=1) / 4
+    assert -3 * error < means.mean() < 0.02 * entropy
+    assert error < 0.005 * entropy
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        {"kind": "block", "block_size": 5},
+        {"kind": "autoregressive"},
+        {"kind": "uniform"},
+        {"kind": "hybrid", "weighting": "clipped"},
+        {"kind": "absorbing", "estimator": "constant_count", "weighting": "clipped", "times": "stratified"},
+    ],
+    ids=lambda objective: objective["kind"],
+)
+def test_every_objective_trains_evaluates_and_writes_after_a_prompt(store: Store, objective: dict[str, Any]) -> None:
+    causal = objective["kind"] in ("block", "autoregressive")
+    length = 44 if causal else 32
+    sample = {"prompt": "The people of these", "length": length, "top_k": 50, "top_p": 0.95}
+    config = tiny(objective=objective, sample=sample, schedule={"kind": "cosine"})
+    run = nanodlm.train(config, store.uri())
+    assert 3 < run.metrics["train_nats_per_token"] < 8
+    result, _ = stages.run("evaluate", config, store)
+    error = result.metrics["val_nats_per_token_stderr"]
+    assert abs(result.metrics["val_nats_per_token"] - 4.2) < 0.5 + 4 * error
+    drawn, _ = stages.run("sample", config, store)
+    tokens = np.load(drawn.local() / "tokens.npy", allow_pickle=False)
+    assert tokens.shape == (2, length)
+    assert tokens.max() < 257
+    assert all(bytes(row[:19].tolist()) == b"The people of these" for row in tokens)
+
+
+def test_a_prompt_longer_than_a_row_is_taken_by_models_that_write_left_to_right(store: Store) -> None:
+    prompt = "Fellow citizens of the Senate and of the House, "
+    assert len(prompt) > 32
+    config = tiny(objective={"kind": "block", "block_size": 5}, sample={"prompt": prompt, "length": 60})
+    config = config.replace(schedule={"kind": "cosine"})
+    nanodlm.train(config, store.uri())
+    drawn, _ = stages.run("sample", config, store)
+    assert drawn.metrics["first_sample"].startswith(prompt)
+
+
+def test_the_variance_benchmark_measures_every_estimator_of_a_trained_model(store: Store) -> None:
+    nanodlm.train(tiny(), store.uri())
+    rows = bench.variance(tiny(train={"batch_size": 4}), store, draws=64)
+    assert [row["estimator"] for row in rows] == [label for label, _, _ in bench.ESTIMATORS]
+    by_name = {row["estimator"]: row for row in rows}
+    assert by_name["count, systematic"]["bound_sd"] < by_name["continuous"]["bound_sd"]
+    assert all(row["gradient_noise"] > 0 for row in rows)
+    for row in rows:  # the same number, whatever estimates it
+        assert abs(row["bound"] - rows[3]["bound"]) < 4 * math.hypot(row["bound_error"], rows[3]["bound_error"])
+    with pytest.raises(UsageError, match="no estimators to compare"):
+        bench.variance(tiny(objective={"kind": "autoregressive"}), store)
 
 
 def test_generation_decodes_only_real_tokens(trained: Artifact, store: Store) -> None:
