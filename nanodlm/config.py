@@ -252,7 +252,7 @@ class SampleConfig(Group):
     """Nats that the tokens unmasked in one step of `entropy` may share at most."""
     remask: float = Field(default=0.02, ge=0, le=1)
     """Remasking probability (`remdm_cap`, `remdm_loop`), or its share of the largest one (`remdm_rescale`)."""
-    loop_time: float = Field(default=0.05, gt=0, lt=1)
+    loop_time: float = Field(default=0.1, gt=0, lt=1)
     """Time at which `remdm_loop` remasks."""
     prompt: str = ""
     """Text every sample begins with."""
@@ -304,10 +304,10 @@ class Config(Group):
         sample = self.sample
         if kind not in ("absorbing", "block") and sample.sampler != "ancestral":
             raise ValueError(f"{kind} models have no {sample.sampler} sampler: leave --sample.sampler out")
-        if kind in ("block", "autoregressive"):
-            if sample.guidance:
-                raise ValueError(f"{kind} models are sampled without guidance: leave --sample.guidance out")
-        elif sample.length and sample.length > self.model.seq_len:
+        if kind not in ("absorbing", "hybrid") and sample.guidance:
+            raise ValueError(f"{kind} models are sampled without guidance: leave --sample.guidance out")
+        longer = sample.length and sample.length > self.model.seq_len
+        if longer and kind not in ("block", "autoregressive"):
             raise ValueError(
                 f"{kind} models write at most model.seq_len ({self.model.seq_len}) tokens: lower sample.length, or "
                 "set --objective.kind block"

@@ -193,3 +193,47 @@ def test_a_config_file_that_is_not_there_is_a_usage_error_that_names_it(tmp_path
 
 def test_a_single_source_may_be_given_as_a_text() -> None:
     assert DataConfig.model_validate({"source": "a.txt"}).source == ("a.txt",)
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        ({"objective": {"kind": "uniform", "estimator": "discrete"}}, "uniform has no discrete estimator"),
+        ({"objective": {"kind": "hybrid", "estimator": "constant_count"}}, "hybrid has no constant_count estimator"),
+        ({"objective": {"kind": "autoregressive", "estimator": "continuous"}}, "autoregressive has no continuous"),
+        ({"objective": {"kind": "block", "block_size": 65}}, "block_size (65) is larger than model.seq_len (64)"),
+        ({"objective": {"estimator": "constant_count"}, "train": {"batch_size": 3}}, "use an even --train.batch_size"),
+        ({"objective": {"kind": "uniform"}, "schedule": {"kind": "loglinear"}}, "needs a schedule from 0 to 1"),
+        ({"objective": {"kind": "hybrid"}, "sample": {"sampler": "margin"}}, "hybrid models have no margin sampler"),
+        ({"objective": {"kind": "block"}, "sample": {"guidance": 1.0}}, "sampled without guidance"),
+        ({"objective": {"kind": "uniform"}, "sample": {"guidance": 1.0}}, "sampled without guidance"),
+        ({"sample": {"length": 65}}, "absorbing models write at most model.seq_len (64) tokens"),
+    ],
+)
+def test_a_choice_that_an_objective_does_not_have_is_refused(groups: dict, message: str) -> None:
+    assert message in refusal(**groups)
+
+
+def test_every_objective_works_with_the_demo_as_it_is() -> None:
+    for kind in ("absorbing", "uniform", "hybrid", "block", "autoregressive"):
+        assert PRESETS["demo"].replace(objective={"kind": kind}).objective.estimator == "count"
+    odd = PRESETS["demo"].replace(objective={"kind": "block", "estimator": "constant_count"}, train={"batch_size": 3})
+    assert odd.train.batch_size == 3, "three rows of four blocks can be paired"
+
+
+def test_the_choices_are_those_of_the_modules_that_have_them() -> None:
+    from nanodlm import diffusion, losses, samplers, schedules
+    from nanodlm.config import ObjectiveConfig, SampleConfig, ScheduleConfig
+
+    def choices(group: type, field: str) -> tuple[str, ...]:
+        return group.model_fields[field].annotation.__args__
+
+    assert choices(ScheduleConfig, "kind") == schedules.KINDS
+    assert choices(SampleConfig, "sampler") == samplers.SAMPLERS
+    for field, names in (
+        ("kind", losses.Kind),
+        ("estimator", losses.Estimator),
+        ("weighting", losses.Weighting),
+        ("times", diffusion.Times),
+    ):
+        assert set(choices(ObjectiveConfig, field)) == set(names.__args__)
