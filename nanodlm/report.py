@@ -27,6 +27,7 @@ def build(config: Config, inputs: dict[str, Artifact], attempt: Attempt, emit: C
         ("", f"{m['val_nats_per_token']:.4f} ± {m['val_nats_per_token_stderr']:.4f} nats per token"),
         ("unigram entropy", f"{m['val_unigram_bits_per_byte']:.4f} bits per byte: the bound is {below:.1f}% below it"),
         ("validation text", f"{m['scored_tokens']:,} tokens, {m['scored_bytes']:,} bytes"),
+        ("objective", f"{config.objective.kind}, trained with {config.objective.weighting} weights"),
         ("trained on", f"{t['trained_tokens']:,} tokens in {t['updates']:,} updates"),
         ("speed", f"{t['train_tokens_per_second']:,.0f} tokens/s on {t['devices']} {t['device']}"),
         ("parameters", f"{t['parameters']:,}, sha256 {t['parameters_sha256'][:16]}…"),

@@ -163,6 +163,7 @@ def _children(pid: int) -> list[int]:
     return [int(child) for path in found for child in path.read_text().split()]
 
 
+@pytest.mark.slow
 def test_the_whole_pipeline_runs_on_s3(server: dict[str, str], s3_environment: None, tmp_path: Path) -> None:
     fsspec.filesystem("s3").mkdir("pipeline")
     arguments = ("run", "--store", "s3://pipeline/runs", "--json", *tiny_flags(), "--train.max_steps", "40")

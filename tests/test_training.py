@@ -345,9 +345,12 @@ def test_a_tiny_network_trained_on_a_markov_chain_comes_within_two_percent_of_it
     [
         {"kind": "block", "block_size": 5},
         {"kind": "autoregressive"},
-        {"kind": "uniform"},
         {"kind": "hybrid", "weighting": "clipped"},
-        {"kind": "absorbing", "estimator": "constant_count", "weighting": "clipped", "times": "stratified"},
+        pytest.param({"kind": "uniform"}, marks=pytest.mark.slow),
+        pytest.param(
+            {"kind": "absorbing", "estimator": "constant_count", "weighting": "clipped", "times": "stratified"},
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=lambda objective: objective["kind"],
 )
@@ -380,7 +383,7 @@ def test_a_prompt_longer_than_a_row_is_taken_by_models_that_write_left_to_right(
 
 def test_the_variance_benchmark_measures_every_estimator_of_a_trained_model(store: Store) -> None:
     nanodlm.train(tiny(), store.uri())
-    rows = bench.variance(tiny(train={"batch_size": 4}), store, draws=64)
+    rows = bench.variance(tiny(train={"batch_size": 4}), store, draws=48)
     assert [row["estimator"] for row in rows] == [label for label, _, _ in bench.ESTIMATORS]
     by_name = {row["estimator"]: row for row in rows}
     assert by_name["count, systematic"]["bound_sd"] < by_name["continuous"]["bound_sd"]
