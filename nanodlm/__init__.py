@@ -14,11 +14,22 @@ if TYPE_CHECKING:
     from nanodlm.checkpoint import load
     from nanodlm.config import PRESETS, Config
     from nanodlm.losses import nelbo
-    from nanodlm.samplers import sample
+    from nanodlm.samplers import Decoder, sample, sample_autoregressive, sample_blocks
     from nanodlm.schedules import make_schedule
     from nanodlm.stages import train
 
-__all__ = ["PRESETS", "Config", "load", "make_schedule", "nelbo", "sample", "train"]
+__all__ = [
+    "PRESETS",
+    "Config",
+    "Decoder",
+    "load",
+    "make_schedule",
+    "nelbo",
+    "sample",
+    "sample_autoregressive",
+    "sample_blocks",
+    "train",
+]
 
 _HOME = {
     "PRESETS": "config",
@@ -26,7 +37,10 @@ _HOME = {
     "load": "checkpoint",
     "make_schedule": "schedules",
     "nelbo": "losses",
+    "Decoder": "samplers",
     "sample": "samplers",
+    "sample_autoregressive": "samplers",
+    "sample_blocks": "samplers",
     "train": "stages",
 }
 

@@ -46,7 +46,7 @@ def variance(
         gradient g of the bound, both estimated without bias.
 
     Raises:
-        UsageError: For a model that was not trained on masked rows or blocks.
+        UsageError: For a model that was not trained on masked rows or blocks, an odd batch, or fewer than two draws.
         NanodlmError: When the run is not in the store.
 
     Example:
@@ -56,11 +56,18 @@ def variance(
         raise UsageError(
             f"{config.objective.kind} has no estimators to compare: use --objective.kind absorbing or block"
         )
+    if draws < 2:
+        raise UsageError(f"a variance takes two draws and more, not {draws}: raise --draws")
+    if config.train.batch_size % 2:
+        raise UsageError(f"constant counts pair rows: use an even --train.batch_size, not {config.train.batch_size}")
     _, inputs = stages.ready("evaluate", config, store)
     run, held_out = inputs["train"].local(), inputs["shard"].local(only="validation")
     model, encoding = load_folder(run)
     rows = shards.read(held_out / "validation.arrayrecord", inputs["shard"].metrics["dtype"])
-    x_0 = jnp.asarray(np.stack(rows[: config.train.batch_size]))
+    rows = [row for row in rows if len(row) == len(rows[0])][: config.train.batch_size]
+    if len(rows) < config.train.batch_size:
+        raise UsageError(f"the validation split has {len(rows)} whole rows: raise --data.val_tokens")
+    x_0 = jnp.asarray(np.stack(rows))
     graphdef, params = nnx.split(model)
     trained = make_objective(load_config(str(run / "config.json")), encoding)
 

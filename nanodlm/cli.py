@@ -117,7 +117,7 @@ def _parse(command: str, argv: list[str], fields: dict[str, Any], *, configured:
                 args=argv,
                 default=start if configured else tyro.MISSING_NONPROP,
                 prog=f"nanodlm {command}" + (" [PRESET]" if configured else ""),
-                description=COMMANDS[command][0].upper() + COMMANDS[command][1:] + ".",
+                description=COMMANDS[command.split()[0]].capitalize() + ".",
                 use_underscores=True,
                 config=(tyro.conf.FlagCreatePairsOff,),
             )
@@ -340,7 +340,7 @@ def bench(argv: list[str]) -> None:
         "draws": _flag("Draws of noise for each estimator.", 1024, int),
         "as_json": _json_flag(),
     }
-    config, args = _parse("bench", argv, fields, configured=True)
+    config, args = _parse("bench variance", argv, fields, configured=True)
     assert config is not None
     from nanodlm.bench import variance
     from nanodlm.console import Console

@@ -52,7 +52,8 @@ class DataConfig(Group):
     part_mb: float = Field(default=64.0, gt=0)
     """Megabytes of source text (or token ids) per file of the prepared corpus, and so per training shard."""
     isolate_documents: Switch = False
-    """Whether attention and convolution stop at the document edges inside a row."""
+    """Whether attention and convolution stop at the document edges inside a row while training. Training then reports
+    the bound of rows whose edges are known; evaluation and sampling do not know them, `autoregressive` apart."""
 
     @field_validator("source", mode="before")
     @classmethod
@@ -110,7 +111,9 @@ class ModelConfig(Group):
 
 
 class ScheduleConfig(Group):
-    """How fast tokens are masked over time; see nanodlm/schedules.py for the formulae."""
+    """How fast tokens become noise over time; see nanodlm/schedules.py for the formulae. Counts use it only to tell
+    the time to networks that are conditioned on it; `autoregressive` has none.
+    """
 
     kind: Literal[
         "linear", "cosine", "sqrt", "poly", "loglinear", "linear_clipped", "cosine_clipped", "sqrt_clipped"
@@ -224,7 +227,7 @@ class SampleConfig(Group):
     length: int | None = Field(default=None, ge=2)
     """Tokens per text; none is the model's seq_len. Only `block` and `autoregressive` models write more than that."""
     num_steps: int = Field(default=128, ge=1)
-    """Denoising steps, of each block when there are blocks."""
+    """Denoising steps, of each block when there are blocks; `first_hitting` and `autoregressive` take one per token."""
     sampler: Literal[
         "ancestral",
         "ancestral_skip",
@@ -237,9 +240,10 @@ class SampleConfig(Group):
         "remdm_conf",
         "remdm_loop",
     ] = "ancestral"
-    """Sampling algorithm; see nanodlm/samplers.py. Uniform and hybrid models have `ancestral` only."""
+    """Sampling algorithm; see nanodlm/samplers.py. Uniform, hybrid and autoregressive models have
+    `ancestral` only, each its own."""
     grid: Literal["uniform", "cosine"] = "uniform"
-    """Spacing of the steps' times."""
+    """Spacing of the steps' times; `entropy` and `first_hitting` have no grid."""
     temperature: float = Field(default=1.0, ge=0)
     """Divides the logits; 0 takes the most likely token."""
     top_k: int = Field(default=0, ge=0)
@@ -247,7 +251,8 @@ class SampleConfig(Group):
     top_p: float = Field(default=1.0, gt=0, le=1)
     """Draw from the fewest tokens that have this much probability; 1 is off."""
     guidance: float = Field(default=0.0, ge=0)
-    """Weight of classifier-free guidance against the same text without its prompt; 0 is off."""
+    """Weight of classifier-free guidance against the same text without its prompt, for absorbing and hybrid models;
+    0 is off."""
     entropy_bound: float = Field(default=0.1, ge=0)
     """Nats that the tokens unmasked in one step of `entropy` may share at most."""
     remask: float = Field(default=0.02, ge=0, le=1)
@@ -311,6 +316,11 @@ class Config(Group):
             raise ValueError(
                 f"{kind} models write at most model.seq_len ({self.model.seq_len}) tokens: lower sample.length, or "
                 "set --objective.kind block"
+            )
+        if longer and kind == "block" and 2 * self.objective.block_size > self.model.seq_len:
+            raise ValueError(
+                f"in rows of {self.model.seq_len} tokens no whole block of {self.objective.block_size} comes before "
+                "another, so texts cannot be longer: lower objective.block_size or sample.length"
             )
         clipped = self.schedule.kind == "loglinear" or self.schedule.kind.endswith("_clipped")
         if kind in ("uniform", "hybrid") and clipped:

@@ -105,7 +105,7 @@ def shares(mask_rate: Float[Array, "..."], uniform_share: float) -> Shares:
 
     Uniform share p = 1 is the uniform process: (1 - m, 0, m), ending in random tokens. Below it is the interpolation
     (1 - m, m, c) / (1 + c) with c = 2p/(1-p) sqrt(m (1 - m)), where uniform noise is p of all at m = 1/2 and both ends
-    are those of masking. Sources: UDLM, arXiv:2412.10193, section 3; GIDD, arXiv:2503.04482, section 3.3, for m = t.
+    are those of masking. Sources: UDLM, arXiv:2412.10193, section 3; GIDD, arXiv:2503.04482, section 4, for m = t.
 
     Args:
         mask_rate: m, in [0, 1].
@@ -172,8 +172,13 @@ def q_sample_mixed(
 def predictable(logits: Float[Array, "... V"], *, mask_id: int) -> Float[Array, "... V"]:
     """Logits, at least in float32, with the ids that are never predicted (mask and padding) at minus infinity.
 
+    Raises:
+        ValueError: For fewer logits than real tokens.
+
     >>> predictable(jnp.zeros((1, 4)), mask_id=2).tolist()
     [[0.0, 0.0, -inf, -inf]]
     """
+    if logits.shape[-1] < mask_id:
+        raise ValueError(f"a network that scores {logits.shape[-1]} ids cannot have {mask_id} as its mask")
     real: Bool[Array, V] = jnp.arange(logits.shape[-1]) < mask_id
     return jnp.where(real, logits.astype(jnp.promote_types(logits.dtype, jnp.float32)), -jnp.inf)

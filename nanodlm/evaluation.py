@@ -16,6 +16,7 @@ from nanodlm.checkpoint import load_folder, make_objective
 from nanodlm.config import Config, load_config
 from nanodlm.errors import NanodlmError
 from nanodlm.metrics import bits_per_byte
+from nanodlm.model import segments
 from nanodlm.store import Artifact, Attempt
 
 
@@ -61,11 +62,13 @@ def evaluate(
 
     @jax.jit
     def nats_per_row(params: Any, x_0: Int[Array, "B L"], key: Key[Array, ""]) -> Float[Array, "B"]:
-        # No document edges are given, even to a model trained with them: they would tell where the masked
-        # end-of-text marks are, and the number would not be a bound.
-        model = nnx.merge(graphdef, params)
-        noised = objective.corrupt(x_0, key)
-        return objective.row_nats(objective.logits(model, x_0, noised), x_0, noised).bound
+        # Document edges would tell where the masked end-of-text marks are, and the number would not be a bound. From
+        # left to right they are known: a mark that was read ends a document.
+        known = objective.kind == "autoregressive" and trained.data.isolate_documents
+        segment_ids = segments(x_0, objective.mask_id - 1) if known else None
+        noised = objective.corrupt(x_0, key, segment_ids)
+        logits = objective.logits(nnx.merge(graphdef, params), x_0, noised, segment_ids)
+        return objective.row_nats(logits, x_0, noised).bound
 
     mesh = sharding.make_mesh(config.eval.batch_size)
     params = jax.device_put(params, sharding.replicated(mesh))

@@ -39,7 +39,9 @@ def generate(
             remedy += " or raise --sample.length"
         raise UsageError(f"the prompt has {len(prompt)} tokens and texts have {length}: {remedy}")
     window = max(1, trained.model.seq_len // max(1, model.block_size) - 1) * model.block_size
-    draw = jax.jit(partial(_draw, config.sample, make_objective(trained, encoding), model, length, window))
+    document_end = encoding.n_vocab - 1 if trained.data.isolate_documents else None
+    objective = make_objective(trained, encoding)
+    draw = jax.jit(partial(_draw, config.sample, objective, model, length, window, document_end))
     tokens = np.asarray(draw(jax.random.key(options.seed), jnp.asarray(prompt)))
     texts = [encoding.decode(row.tolist()) for row in tokens]
     emit("progress", done=len(texts), total=len(texts), unit="samples")
@@ -56,6 +58,7 @@ def _draw(
     model: Transformer,
     length: int,
     window: int,
+    document_end: int | None,
     key: Key[Array, ""],
     prompt: Int[Array, "P"],
 ) -> Int[Array, "B L"]:
@@ -79,5 +82,5 @@ def _draw(
     decoder = samplers.Decoder(lambda rows: model.new_cache(rows, window), model.extend, model.denoise_block)
     shape = (options.num_samples, -(-length // size) * size)  # the text may end within the last block
     if objective.kind == "autoregressive":
-        return samplers.sample_autoregressive(decoder, key, shape=shape, **common)
+        return samplers.sample_autoregressive(decoder, key, shape=shape, document_end=document_end, **common)
     return samplers.sample_blocks(decoder, key, shape=shape, block_size=size, **common, **steps)[:, :length]

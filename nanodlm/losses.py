@@ -15,9 +15,10 @@ Masking, of rows or blocks of L tokens, has three estimators of one number, and 
     count           n ~ U{1 .. L}, a uniform n-subset masked      L / n
     constant_count  the same in pairs of rows, n and L + 1 - n    L / n
 
-The discrete bound is larger than the others and falls to them as T grows. Uniform and hybrid noise have the first, and
-a count form of their own; see `Objective.corrupt`. An `Objective` puts it together in three
-steps, so that a trainer can draw the noise of all its micro-batches at once: `corrupt`, `logits`, `row_nats`.
+The discrete bound is larger than the others and falls to them as T grows. The others are equal for a network that
+does not see t; one that does is told, by counts, the time at which a share n / L is masked. Uniform and hybrid noise
+have the first, and a count form of their own; see `Objective.corrupt`. An `Objective` puts it together in three steps,
+so that a trainer can draw the noise of all its micro-batches at once: `corrupt`, `logits`, `row_nats`.
 """
 
 from collections.abc import Callable
@@ -48,14 +49,24 @@ Weighting = Literal["bound", "clipped", "uniform"]
 
 
 class Corruption(NamedTuple):
-    """Noised rows `x_t`, their times `t` in [0, 1], and the `weight` that makes the bound unbiased.
+    """Noised rows, and what makes the bound of them unbiased.
 
-    Times and weights have shape (B,), or (B, K) when each of a row's K blocks has its own.
+    All but the rows have shape (B,), or (B, K) when each of a row's K blocks has its own noise.
+
+    Attributes:
+        x_t: Token ids.
+        t: The time that the network is told, in [0, 1].
+        mask_rate: m, how much is noise, in [0, 1].
+        weight: Of the bound, per unit of the times or counts drawn.
+        ratio: The part of `weight` that makes up for drawing noise in other proportions than it has: 1 but for counts
+            of mixed noise.
     """
 
     x_t: Int[Array, "B L"]
     t: Float[Array, "B *K"]
+    mask_rate: Float[Array, "B *K"]
     weight: Float[Array, "B *K"]
+    ratio: Float[Array, "B *K"]
 
 
 class RowNats(NamedTuple):
@@ -79,8 +90,7 @@ class Objective:
         block_size: Tokens per block, for `block`; the last one may be shorter.
         uniform_share: Share of uniform noise at m = 1/2, for `hybrid`; see `diffusion.shares`.
         weighting: Of the loss: the `bound`'s weights (of rows or blocks), those `clipped` at `max_weight`, or `uniform`
-            ones: 2 for all, one over the mean share of noise, so that the scale stays. Masks then have plain
-            cross-entropy.
+            ones, 2 for all, which keeps the scale where half is noise on average. Masks then have plain cross-entropy.
         max_weight: Where `clipped` clips.
 
     Raises:
@@ -99,10 +109,14 @@ class Objective:
     max_weight: float = 10.0
 
     def __post_init__(self) -> None:
-        for value, choices in ((self.estimator, Estimator), (self.kind, Kind), (self.weighting, Weighting)):
+        named = ((self.estimator, Estimator), (self.kind, Kind), (self.weighting, Weighting), (self.times, Times))
+        for value, choices in named:
             names = choices.__args__  # type: ignore[attr-defined]
             if value not in names:
                 raise ValueError(f"unknown name {value!r}: choose {', '.join(names[:-1])} or {names[-1]}")
+        for name in ("num_timesteps", "block_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.kind == "hybrid" and not 0 < self.uniform_share < 1:
             raise ValueError(f"the uniform share of hybrid noise must lie between 0 and 1, not at {self.uniform_share}")
         whole = (self.schedule.start, self.schedule.end) == (0, 1)
@@ -127,6 +141,16 @@ class Objective:
     ) -> Corruption:
         """Draw noise for a whole batch, its times (or counts) spread evenly over all rows in random order.
 
+        Of uniform and hybrid noise with `count`, n of L positions are noise, n ~ U{0 .. L}, and the share b of noise is
+        drawn given n, from Beta(max(n, 1), L + 1 - n). That is the joint law of b ~ U(0, 1) and n ~ Binomial(L, b), but
+        in other proportions where n > 0, which the ratio (L + 1) b / n makes up for; the weight is that times dm / db.
+        It has finite variance, which continuous times have not under a linear schedule.
+
+        Constant counts add up to the same for every two rows (or blocks) of equal length without padding.
+
+        Source: MD4, arXiv:2406.04329, equations 4 (continuous) and 6 (discrete); LLaDA, arXiv:2502.09992,
+        equation 6, and RADD, arXiv:2406.03736, appendix C (count); BD3-LM, arXiv:2503.09573, equation 8 (blocks).
+
         Args:
             x_0: Token ids.
             key: Randomness.
@@ -136,14 +160,6 @@ class Objective:
         Raises:
             ValueError: For an odd number of rows (or blocks) under `constant_count`.
 
-        Of uniform and hybrid noise with `count`, n of L positions are noise, n ~ U{0 .. L}, and the share b of noise is
-        drawn given n, from Beta(max(n, 1), L + 1 - n). That is the joint law of b ~ U(0, 1) and n ~ Binomial(L, b), but
-        with density b / n instead of 1 where n > 0, so the weight is (L + 1) b / n there and 1 at n = 0, times dm / db.
-        It has finite variance, which continuous times have not under a linear schedule.
-
-        Source: MD4, arXiv:2406.04329, equations 4 (continuous) and 6 (discrete); LLaDA, arXiv:2502.09992,
-        equation 6, and RADD, arXiv:2406.03736, appendix C (count); BD3-LM, arXiv:2503.09573, equation 8 (blocks).
-
         >>> from nanodlm.schedules import make_schedule
         >>> objective = Objective(make_schedule("linear"), mask_id=1, estimator="constant_count")
         >>> int((objective.corrupt(jnp.zeros((4, 8), int), jax.random.key(0)).x_t == 1).sum())  # always 4 * 9 / 2
@@ -152,14 +168,15 @@ class Objective:
         n_rows, length = x_0.shape
         if self.kind == "autoregressive":
             ones = jnp.ones(n_rows)
-            return Corruption(shift_right(x_0, segment_ids, begin_id=self.mask_id), 0 * ones, ones)
+            return Corruption(shift_right(x_0, segment_ids, begin_id=self.mask_id), 0 * ones, ones, ones, ones)
         if self.kind == "block":
             n_blocks = -(-length // self.block_size)
             # The last block is filled up with padding, which is never masked.
             filled = jnp.pad(x_0, ((0, 0), (0, n_blocks * self.block_size - length)), constant_values=self.mask_id)
-            x_t, t, weight = self._mask(filled.reshape(-1, self.block_size), key)
-            per_row = (n_rows, n_blocks)
-            return Corruption(x_t.reshape(n_rows, -1)[:, :length], t.reshape(per_row), weight.reshape(per_row))
+            x_t, *of_blocks = self._mask(filled.reshape(-1, self.block_size), key)
+            return Corruption(
+                x_t.reshape(n_rows, -1)[:, :length], *(value.reshape(n_rows, n_blocks) for value in of_blocks)
+            )
         return self._mix(x_0, key) if self.mixed else self._mask(x_0, key)
 
     def _mix(self, x_0: Int[Array, "B L"], key: Key[Array, ""]) -> Corruption:
@@ -167,17 +184,18 @@ class Objective:
         order_key, time_key, share_key, noise_key = jax.random.split(key, 4)
         u = jax.random.permutation(order_key, low_discrepancy(time_key, len(x_0), self.times))
         if self.estimator == "continuous":
-            at = shares(self.schedule.mask_rate(u), self.noise_share)
-            x_t = q_sample_mixed(x_0, at, noise_key, mask_id=self.mask_id)
-            return Corruption(x_t, u, self.schedule.dmask_rate(u))
-        length = (x_0 < self.mask_id).sum(axis=1)
-        count = jnp.clip(jnp.ceil(u * (length + 1)).astype(jnp.int32) - 1, 0, length)
-        noise = jax.random.beta(share_key, jnp.maximum(count, 1), length + 1 - count)
-        noise = jnp.clip(noise, 1e-30, 1 - 2**-20)
-        m, slope = jax.jvp(lambda b: mask_rate_of(b, self.noise_share), (noise,), (jnp.ones_like(noise),))
+            m, slope, count = self.schedule.mask_rate(u), self.schedule.dmask_rate(u), None
+            t, ratio = u, jnp.ones_like(u)
+        else:
+            length = (x_0 < self.mask_id).sum(axis=1)
+            count = jnp.clip(jnp.ceil(u * (length + 1)).astype(jnp.int32) - 1, 0, length)
+            noise = jax.random.beta(share_key, jnp.maximum(count, 1), length + 1 - count)
+            noise = jnp.clip(noise, 1e-30, 1 - 2**-20)
+            m, slope = jax.jvp(lambda b: mask_rate_of(b, self.noise_share), (noise,), (jnp.ones_like(noise),))
+            ratio = jnp.where(count > 0, (length + 1) * noise / jnp.maximum(count, 1), 1.0)
+            t = self.schedule.time_of(m)
         x_t = q_sample_mixed(x_0, shares(m, self.noise_share), noise_key, mask_id=self.mask_id, count=count)
-        weight = slope * jnp.where(count > 0, (length + 1) * noise / jnp.maximum(count, 1), 1.0)
-        return Corruption(x_t, self.schedule.time_of(m), weight)
+        return Corruption(x_t, t, m, slope * ratio, ratio)
 
     def _mask(self, x_0: Int[Array, "B L"], key: Key[Array, ""]) -> Corruption:
         """Mask rows, of which those that are all padding get weight 0."""
@@ -193,7 +211,8 @@ class Objective:
             count = jnp.clip(count, jnp.minimum(1, length), length)
             x_t = mask_subset(x_0, count, mask_key, mask_id=self.mask_id)
             share = count / jnp.maximum(length, 1)
-            return Corruption(x_t, self.schedule.time_of(share), jnp.where(count > 0, 1 / share, 0.0))
+            weight = jnp.where(count > 0, 1 / share, 0.0)
+            return Corruption(x_t, self.schedule.time_of(share), share, weight, jnp.ones_like(weight))
         u = jax.random.permutation(order_key, low_discrepancy(time_key, n_rows, self.times))
         if self.estimator == "continuous":
             t, mask_rate, weight = _continuous_noise(u, self.schedule)
@@ -202,7 +221,8 @@ class Objective:
             t, s = step / self.num_timesteps, (step - 1) / self.num_timesteps
             mask_rate = jnp.where(t >= 1, 1.0, self.schedule.mask_rate(t))
             weight = self.num_timesteps * unmask_probability(self.schedule, t, s)
-        return Corruption(q_sample(x_0, mask_rate, mask_key, mask_id=self.mask_id), t, weight)
+        x_t = q_sample(x_0, mask_rate, mask_key, mask_id=self.mask_id)
+        return Corruption(x_t, t, mask_rate, weight, jnp.ones_like(weight))
 
     def _paired_counts(
         self, length: Int[Array, "B"], order_key: Key[Array, ""], time_key: Key[Array, ""]
@@ -218,24 +238,41 @@ class Objective:
         second = (jnp.arange(len(length)) % 2 == 1) != swap
         return jnp.where(second, length + 1 - count, count)
 
-    def logits(self, denoise: Denoise, x_0: Int[Array, "B L"], noised: Corruption) -> Float[Array, "B L V"]:
-        """Call the network on noised rows; only a block network is given x_0, of which it may read earlier blocks."""
-        if self.kind == "block":
-            return denoise(noised.x_t, noised.t, context=x_0)
-        return denoise(noised.x_t, noised.t)
+    def logits(
+        self,
+        denoise: Denoise,
+        x_0: Int[Array, "B L"],
+        noised: Corruption,
+        segment_ids: Int[Array, "B L"] | None = None,
+    ) -> Float[Array, "B L V"]:
+        """Call the network on noised rows; only a block network is given x_0, of which it may read earlier blocks.
+
+        Raises:
+            ValueError: For a network that says by its `block_size` that it reads other positions than it should.
+        """
+        reads, wanted = getattr(denoise, "block_size", None), {"block": self.block_size, "autoregressive": 1}
+        if reads is not None and reads != wanted.get(self.kind, 0):
+            raise ValueError(
+                f"a network with block_size {reads} does not fit the {self.kind} objective, "
+                f"which needs {wanted.get(self.kind, 0)}"
+            )
+        options = {"context": x_0} if self.kind == "block" else {}
+        if segment_ids is not None:
+            options["segment_ids"] = segment_ids
+        return denoise(noised.x_t, noised.t, **options)
 
     def row_nats(self, logits: Float[Array, "B L V"], x_0: Int[Array, "B L"], noised: Corruption) -> RowNats:
         """Loss and bound of each row from the network's logits, in nats per sequence."""
-        weight = noised.weight.reshape(len(x_0), -1)
+        weight, ratio = (value.reshape(len(x_0), -1) for value in (noised.weight, noised.ratio))
         scored = x_0 < self.mask_id
         if self.mixed:
-            mask_rate = self.schedule.mask_rate(noised.t)
             options = {"mask_id": self.mask_id, "uniform_share": self.noise_share}
-            rate, nats = mixed_divergence(logits, x_0, noised.x_t, mask_rate, **options)
+            rate, nats = mixed_divergence(logits, x_0, noised.x_t, noised.mask_rate, **options)
             weight, nats = weight * rate[:, None], jnp.where(scored, nats, 0.0)
         else:
             if self.kind == "block":
                 weight = jnp.repeat(weight, self.block_size, axis=1)[:, : x_0.shape[1]]
+                ratio = jnp.ones_like(weight)
             if self.kind != "autoregressive":
                 scored &= noised.x_t == self.mask_id
             nats = cross_entropy(logits, x_0, scored, mask_id=self.mask_id)
@@ -243,8 +280,8 @@ class Objective:
         if self.weighting == "bound" or self.kind == "autoregressive":
             return RowNats(bound, bound)
         if self.weighting == "clipped":
-            return RowNats((jnp.minimum(weight, self.max_weight) * nats).sum(axis=1), bound)
-        return RowNats(2.0 * nats.sum(axis=1), bound)
+            return RowNats((jnp.minimum(weight, self.max_weight * ratio) * nats).sum(axis=1), bound)
+        return RowNats((2.0 * ratio * nats).sum(axis=1), bound)
 
 
 def _continuous_noise(
@@ -318,7 +355,7 @@ def mixed_divergence(
     where x_j = (q^_j q_z) / (q_j q^_z). The right-hand side is what is computed: its terms are not negative, and do
     not cancel where little of x_0 is left. For uniform noise it is UDLM's bound, for masks alone that of MDLM. It is
     tight for a model that predicts x_0 at a position from the *other* positions of x_t: what x_t says there enters
-    through q. Source: GIDD, arXiv:2503.04482, theorem 3.1; UDLM, arXiv:2412.10193, equation 14.
+    through q. Source: GIDD, arXiv:2503.04482, section 3 (continuous-time ELBO); UDLM, arXiv:2412.10193, section 3.
 
     The weight is the part that only m decides, kept * sum(g) over the share of noise: 1 / m for masks or uniform
     noise alone. A loss may scale it and still be least for the same model; scaling by z or x_0 would move that.
@@ -378,7 +415,9 @@ def nelbo(
         times: `systematic`, `stratified` or `independent`.
         block_size: Tokens per block, of `block`.
         uniform_share: Share of uniform noise at m = 1/2, of `hybrid`.
-        segment_ids: Documents of a row, of `autoregressive`.
+        segment_ids: Which document of its row each position belongs to, passed on to `denoise`. It should read no
+            other document, nor padding, which is best given a segment of its own. The bound is then that of a row of
+            which the edges are known.
 
     Returns:
         Nats per sequence, (B,). Divide the mean by L for nats per token.
@@ -404,4 +443,4 @@ def nelbo(
         uniform_share=uniform_share,
     )
     noised = chosen.corrupt(x_0, key, segment_ids)
-    return chosen.row_nats(chosen.logits(denoise, x_0, noised), x_0, noised).bound
+    return chosen.row_nats(chosen.logits(denoise, x_0, noised, segment_ids), x_0, noised).bound

@@ -470,6 +470,16 @@ class Transformer(nnx.Module):
         return logits.astype(jnp.float32)
 
 
+def segments(x_0: Int[Array, "B L"], end_of_text: int) -> Int[Array, "B L"]:
+    """Which document of its row each token belongs to; an end-of-text mark belongs to the one it ends.
+
+    >>> segments(jnp.array([[5, 9, 6, 7]]), end_of_text=9).tolist()
+    [[0, 0, 1, 1]]
+    """
+    ends = (x_0 == end_of_text).astype(jnp.int32)
+    return jnp.cumsum(ends, axis=1) - ends
+
+
 def count_parameters(model: nnx.Module) -> int:
     """Number of trained numbers.
 

@@ -56,6 +56,10 @@ def sample(
 ) -> Int[Array, "B L"]:
     """Draw sequences. No mask is left, tokens of the prompt are never altered, and a key fixes the result.
 
+    Called as it is, it is compiled anew each time. To compile once per shape, keep a jitted function:
+
+        draw = jax.jit(partial(sample, model, shape=(8, 64), mask_id=m, schedule=schedule, num_steps=64))
+
     Args:
         denoise: Maps x_t (B, L) and t (B,) to logits (B, L, V).
         key: Randomness.
@@ -91,6 +95,7 @@ def sample(
     ...        num_steps=2, prompt=jnp.array([0])).tolist()
     [[0, 1, 1, 1]]
     """
+    _require(not getattr(denoise, "block_size", 0), "this network writes left to right: choose sample_blocks")
     _require(sampler in SAMPLERS, f"unknown sampler {sampler!r}: choose one of {', '.join(SAMPLERS)}")
     _require(grid in ("uniform", "cosine"), f"unknown grid {grid!r}: choose uniform or cosine")
     _require(num_steps >= 1, f"num_steps must be at least 1, not {num_steps}")
@@ -141,7 +146,10 @@ def _start(prompt: Prompt, shape: tuple[int, int], mask_id: int) -> Int[Array, "
     x_1 = jnp.full(shape, mask_id, jnp.int32)
     if prompt is None:
         return x_1
-    prompt = jnp.atleast_2d(jnp.asarray(prompt, jnp.int32))
+    given = jnp.asarray(prompt)
+    whole = jnp.issubdtype(given.dtype, jnp.integer) or given.size == 0
+    _require(whole and given.ndim in (1, 2), "a prompt is one row of token ids, or as many as there are sequences")
+    prompt = jnp.atleast_2d(given.astype(jnp.int32))
     fits = prompt.shape[1] <= shape[1] and prompt.shape[0] in (1, shape[0])
     _require(fits, f"a prompt of shape {prompt.shape} does not fit sequences of shape {shape}")
     return x_1.at[:, : prompt.shape[1]].set(prompt)
@@ -470,6 +478,7 @@ def sample_autoregressive(
     top_k: int = 0,
     top_p: float = 1.0,
     prompt: Prompt = None,
+    document_end: int | None = None,
 ) -> Int[Array, "B L"]:
     """Draw sequences from left to right, one token per call of the network.
 
@@ -485,6 +494,8 @@ def sample_autoregressive(
         top_k: As for `sample`.
         top_p: As for `sample`.
         prompt: As for `sample`.
+        document_end: A token behind which the network is given the begin token, as one that was trained on documents
+            apart expects.
 
     Raises:
         ValueError: As `sample`.
@@ -501,7 +512,7 @@ def sample_autoregressive(
         logits, cache = decoder.extend(cache, before[:, None])
         logits = limited(predictable(logits, mask_id=mask_id), temperature, top_k, top_p)
         token = jnp.where(given == mask_id, _categorical(key, i, logits)[:, 0], given)
-        return (cache, token), token
+        return (cache, token if document_end is None else jnp.where(token == document_end, mask_id, token)), token
 
     begin = (decoder.init(shape[0]), jnp.full(shape[0], mask_id, jnp.int32))
     return jax.lax.scan(step, begin, (jnp.arange(shape[1]), _start(prompt, shape, mask_id).T))[1].T

@@ -28,19 +28,9 @@ from nanodlm.checkpoint import Checkpoints, State, make_model, make_objective, p
 from nanodlm.config import Config
 from nanodlm.errors import NanodlmError, Stopped
 from nanodlm.metrics import Tracker
-from nanodlm.model import count_parameters
+from nanodlm.model import count_parameters, segments
 from nanodlm.optimizer import learning_rate, make_optimizer
 from nanodlm.store import Artifact, Attempt
-
-
-def segments(x_0: Int[Array, "B L"], end_of_text: int) -> Int[Array, "B L"]:
-    """Which document of its row each token belongs to; an end-of-text mark belongs to the one it ends.
-
-    >>> segments(jnp.array([[5, 9, 6, 7]]), end_of_text=9).tolist()
-    [[0, 0, 1, 1]]
-    """
-    ends = (x_0 == end_of_text).astype(jnp.int32)
-    return jnp.cumsum(ends, axis=1) - ends
 
 
 def train_step(
@@ -59,7 +49,8 @@ def train_step(
     micro-batches is drawn at once, so that its times are spread evenly over the whole update.
 
     Returns:
-        The new state, and scalars: `loss` (what was minimised), `nats_per_token` (the bound), `grad_norm`, `lr`.
+        The new state, and scalars: `loss` (what was minimised), `nats_per_token` (the bound; with isolated documents
+        that of rows whose document edges are known), `grad_norm`, `lr`.
     """
     n_micro, n_rows, length = rows.shape
     flat = rows.reshape(-1, length)
@@ -70,8 +61,8 @@ def train_step(
     def loss_fn(
         params: Any, x_0: Int[Array, "B L"], noised: losses.Corruption, segment_ids: Int[Array, "B L"] | None
     ) -> tuple[Array, Array]:
-        model = partial(nnx.merge(graphdef, params), segment_ids=segment_ids)
-        nats = objective.row_nats(objective.logits(model, x_0, noised), x_0, noised)
+        logits = objective.logits(nnx.merge(graphdef, params), x_0, noised, segment_ids)
+        nats = objective.row_nats(logits, x_0, noised)
         return jnp.mean(nats.loss) / length, jnp.mean(nats.bound) / length
 
     def accumulate(total: Any, batch: tuple[Array, losses.Corruption, Array | None]) -> tuple[Any, None]:

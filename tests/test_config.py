@@ -207,6 +207,7 @@ def test_a_single_source_may_be_given_as_a_text() -> None:
         ({"objective": {"kind": "hybrid"}, "sample": {"sampler": "margin"}}, "hybrid models have no margin sampler"),
         ({"objective": {"kind": "block"}, "sample": {"guidance": 1.0}}, "sampled without guidance"),
         ({"objective": {"kind": "uniform"}, "sample": {"guidance": 1.0}}, "sampled without guidance"),
+        ({"objective": {"kind": "block", "block_size": 40}, "sample": {"length": 99}}, "texts cannot be longer"),
         ({"sample": {"length": 65}}, "absorbing models write at most model.seq_len (64) tokens"),
     ],
 )

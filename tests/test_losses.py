@@ -381,7 +381,9 @@ def test_the_loss_and_its_gradient_are_finite_when_almost_nothing_is_masked(esti
 def test_an_unknown_estimator_is_refused_with_the_choices() -> None:
     with pytest.raises(ValueError, match=r"unknown name 'exact': choose continuous, discrete, count or constant_count"):
         # Unwrapped: with types checked, the annotation would refuse it first.
-        unchecked(Objective.__post_init__)(SimpleNamespace(estimator="exact", kind="block", weighting="bound"))
+        unchecked(Objective.__post_init__)(
+            SimpleNamespace(estimator="exact", kind="block", weighting="bound", times="")
+        )
 
 
 def unchecked(function: Callable[..., object]) -> Callable[..., object]:
@@ -623,7 +625,8 @@ def test_under_mixed_noise_every_weighting_is_least_for_the_law_given_the_other_
     x_0, x_t, t = (a.reshape(-1) for a in np.meshgrid(np.arange(3), states, [0.2, 0.5, 0.9], indexing="ij"))
     at = shares(jnp.asarray(t, jnp.float32), share)
     chance = law[x_0] * np.where(x_t == MASK_ID, at.masked, at.kept * (x_t == x_0) + at.uniform / TOKENS)
-    noised = Corruption(jnp.asarray(x_t[:, None], jnp.int32), jnp.asarray(t, jnp.float32), jnp.ones(len(t)))
+    rate, ones = jnp.asarray(t, jnp.float32), jnp.ones(len(t))
+    noised = Corruption(jnp.asarray(x_t[:, None], jnp.int32), rate, rate, ones, ones)
 
     @jax.jit
     def slope(own: jax.Array) -> jax.Array:
@@ -637,6 +640,72 @@ def test_under_mixed_noise_every_weighting_is_least_for_the_law_given_the_other_
     best = jnp.log(jnp.tile(jnp.asarray(law, jnp.float32), (len(states), 1)))
     np.testing.assert_allclose(slope(best), 0.0, atol=1e-5)
     assert float(jnp.abs(slope(0 * best)).max()) > 1e-2
+
+
+@pytest.mark.parametrize("weighting", ["clipped", "uniform"])
+def test_weights_of_counted_mixed_noise_are_least_for_that_law_too(weighting: Weighting) -> None:
+    """Rows of independent tokens: what is drawn for others must not tell the best prediction of one."""
+    law = jnp.float32([0.5, 0.3, 0.2])
+    rows = jax.random.categorical(jax.random.key(0), jnp.log(law), shape=(4096, 4)).astype(jnp.int32)
+    objective = Objective(
+        make_schedule("linear"), MASK_ID, kind="uniform", estimator="count", weighting=weighting, max_weight=3.0
+    )
+
+    @jax.jit
+    def slope(own: jax.Array) -> jax.Array:
+        def loss(own: jax.Array, key: jax.Array) -> jax.Array:
+            noised = objective.corrupt(rows, key)
+            logits = jnp.pad(own, ((0, 0), (0, VOCAB - TOKENS)))[noised.x_t]
+            return objective.row_nats(logits, rows, noised).loss.mean()
+
+        return jax.lax.map(lambda key: jax.grad(loss)(own, key), jax.random.split(jax.random.key(1), 64))
+
+    slopes = np.asarray(slope(jnp.log(jnp.tile(law, (3, 1)))), np.float64)
+    error = slopes.std(axis=0, ddof=1) / 8
+    assert (np.abs(slopes.mean(axis=0)) < 4.5 * error + 1e-4).all()
+    assert error.max() < 0.01  # a weight that tells the count is off by 0.03 and more
+
+
+def test_a_network_that_reads_other_positions_than_the_objective_is_refused() -> None:
+    options = {"schedule": make_schedule("linear"), "mask_id": MASK_ID}
+    x_0 = jnp.zeros((2, LENGTH), jnp.int32)
+    causal, both_ways = randomised(vocab_size=VOCAB, block_size=1), randomised(vocab_size=VOCAB)
+    with pytest.raises(ValueError, match="block_size 1 does not fit the absorbing objective, which needs 0"):
+        nelbo(causal, x_0, jax.random.key(0), **options)
+    with pytest.raises(ValueError, match="block_size 0 does not fit the autoregressive objective, which needs 1"):
+        nelbo(both_ways, x_0, jax.random.key(0), objective="autoregressive", **options)
+
+
+@pytest.mark.parametrize("kind", ["absorbing", "hybrid", "autoregressive"])
+def test_padding_in_a_segment_of_its_own_changes_no_rows_bound(kind: Kind) -> None:
+    model = randomised(vocab_size=VOCAB + 1, conv_width=3, block_size=int(kind == "autoregressive"))
+    x_0 = jax.random.randint(jax.random.key(1), (8, 7), 0, TOKENS)
+    segment_ids = jnp.pad(jnp.zeros((8, 7), jnp.int32), ((0, 0), (0, 4)), constant_values=1)
+    options = {"schedule": make_schedule("linear"), "mask_id": MASK_ID, "objective": kind}
+    options["estimator"] = "continuous" if kind == "autoregressive" else "count"
+    run = jax.jit(lambda x_0: nelbo(model, x_0, jax.random.key(0), segment_ids=segment_ids, **options))
+    one, other = (run(jnp.pad(x_0, ((0, 0), (0, 4)), constant_values=MASK_ID + i)) for i in (1, 2))
+    np.testing.assert_array_equal(one, other)
+    if kind == "autoregressive":  # without noise, it is the number of the row alone
+        alone = nelbo(model, x_0, jax.random.key(0), **options)
+        np.testing.assert_allclose(one, alone, rtol=1e-5)
+
+
+@pytest.mark.parametrize("exponent", [0.1, 6.0])
+def test_counts_of_mixed_noise_do_not_suffer_from_a_schedule_whose_times_underflow(exponent: float) -> None:
+    rows = jnp.zeros((512, LENGTH), jnp.int32)
+    options = {"mask_id": MASK_ID, "objective": "hybrid", "estimator": "count"}
+    values = [
+        np.asarray(fast_nelbo(uniform, rows, jax.random.key(0), schedule=make_schedule("poly", exponent=e), **options))
+        for e in (1.0, exponent)
+    ]
+    np.testing.assert_allclose(values[0], values[1], rtol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"times": "stratifed"}, {"num_timesteps": 0}, {"block_size": 0, "kind": "block"}])
+def test_an_option_out_of_range_is_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"unknown name|must be at least 1"):
+        unchecked(Objective.__init__)(object.__new__(Objective), make_schedule("linear"), MASK_ID, **options)
 
 
 def test_hybrid_noise_without_any_of_one_sort_is_refused() -> None:

@@ -262,8 +262,9 @@ def expectation(objective: Objective, t: np.ndarray, weight: np.ndarray, chances
     n_times, nats = len(t), []
     t, weight = (np.pad(v, (0, -n_times % TIMES)) for v in (t, weight))
     for some in range(0, n_times, TIMES):
-        rows = (np.repeat(v[some : some + TIMES], len(PATTERNS)).astype(np.float32) for v in (t, weight))
-        nats.append(score(objective, EVERY, Corruption(jnp.asarray(EVERY_MASKED), *map(jnp.asarray, rows))))
+        of = [jnp.asarray(np.repeat(v[some : some + TIMES], len(PATTERNS)), jnp.float32) for v in (t, weight)]
+        noised = Corruption(jnp.asarray(EVERY_MASKED), of[0], of[0], of[1], jnp.ones_like(of[1]))
+        nats.append(score(objective, EVERY, noised))
     return (np.concatenate(nats).reshape(-1, len(PATTERNS))[:n_times] * chances).sum(axis=1)
 
 
@@ -456,19 +457,18 @@ def gidd_bound(of: Example, got: Scored, p_u: float) -> np.ndarray:
 
 @pytest.mark.parametrize("p_u", [0.1, 0.5])
 def test_hybrid_noise_gives_gidds_bound(p_u: float) -> None:
-    """GIDD, arXiv:2503.04482, theorem 3.1 and section 3.3: w_t(z, x) (KL(q(.|x) || q(.|x_theta)) + D_IS(q_z || q_z)).
+    """GIDD, arXiv:2503.04482, sections 3 and 4: w_t(z, x) (KL(q(.|x) || q(.|x_theta)) + D_IS(q_z || q_z)).
 
-    The theorem's beta_t pi'_t - alpha'_t / alpha_t pi_t is (beta_t pi_t)' - alpha'_t / alpha_t beta_t pi_t, since
+    Its beta_t pi'_t - alpha'_t / alpha_t pi_t is (beta_t pi_t)' - alpha'_t / alpha_t beta_t pi_t, since
     beta_t = 1 - alpha_t.
     """
     of = example(9)
-    got = scored(of, kind="linear", uniform_share=p_u, **{"kind": "hybrid"}) if False else None
     got = scored(of, make_schedule("linear"), kind="hybrid", uniform_share=p_u)
     np.testing.assert_allclose(got.bound, gidd_bound(of, got, p_u), rtol=TOLERANCE, atol=1e-4)
 
 
 def test_hybrid_noise_of_hardly_any_random_tokens_is_mdlms() -> None:
-    """GIDD, arXiv:2503.04482, section 3.3: masking alone at p_u = 0; MDLM, arXiv:2406.07524, equation 10."""
+    """GIDD, arXiv:2503.04482, section 4: masking alone at p_u = 0; MDLM, arXiv:2406.07524, equation 10."""
     of = example(10)
     got = scored(of, make_schedule("linear"), kind="hybrid", uniform_share=1e-7)
     assert (got.x_t == MASK_ID).any(axis=1).mean() > 0.5

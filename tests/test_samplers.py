@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from nanodlm import samplers
 from nanodlm.diffusion import predictable, shares
 from nanodlm.losses import Denoise
 from nanodlm.samplers import (
@@ -693,3 +694,64 @@ def test_gumbel_noise_of_low_precision_starves_rare_tokens_and_that_of_high_prec
 def test_an_argument_that_makes_no_sense_is_refused(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         draw(**options)
+
+
+def test_tokens_are_the_gumbel_maximum_of_high_precision_noise_bit_for_bit() -> None:
+    logits = jax.random.normal(jax.random.key(1), (3, 5, 200))
+    step = jnp.int32(4)
+    drawn = samplers._categorical(KEY, step, logits)
+    for row in range(3):
+        key = jax.random.fold_in(KEY, 4 * 3 + row)
+        high, low = (
+            jnp.argmax(logits[row] + jax.random.gumbel(key, (5, 200), mode=mode), axis=-1) for mode in ("high", "low")
+        )
+        np.testing.assert_array_equal(drawn[row], high)
+        assert (high != low).any()
+
+
+def test_a_jitted_sampler_is_compiled_once_for_all_keys_and_prompts() -> None:
+    traced: list[int] = []
+
+    def counted(x_t: jax.Array, t: jax.Array) -> jax.Array:
+        traced.append(1)
+        return EXACT(x_t, t)
+
+    run = jax.jit(
+        partial(sample, counted, shape=(2, LENGTH), mask_id=MASK_ID, schedule=make_schedule("linear"), num_steps=3)
+    )
+    for seed in range(3):
+        run(jax.random.key(seed), prompt=jnp.asarray([seed]))
+    once = len(traced)
+    run(jax.random.key(9), prompt=jnp.asarray([2]))
+    assert len(traced) == once <= 2
+
+
+def test_a_document_end_is_followed_by_the_begin_token_where_documents_were_trained_apart() -> None:
+    fed: list[int] = []
+
+    def extend(cache: jax.Array, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+        jax.debug.callback(lambda token: fed.append(int(token)), tokens[0, 0], ordered=True)
+        return 50 * jax.nn.one_hot((cache + 1) % 3 * jnp.ones_like(tokens), VOCAB), cache + 1
+
+    decoder = Decoder(lambda rows: jnp.int32(0), extend, lambda cache, x_t, t: jnp.zeros((*x_t.shape, VOCAB)))
+    options = {"shape": (1, 5), "mask_id": MASK_ID}
+    rows = [sample_autoregressive(decoder, KEY, document_end=end, **options).tolist() for end in (None, 2)]
+    jax.effects_barrier()
+    assert rows == [[[1, 2, 0, 1, 2]]] * 2
+    assert fed == [MASK_ID, 1, 2, 0, 1, MASK_ID, 1, MASK_ID, 0, 1]
+
+
+def test_a_network_that_writes_left_to_right_and_a_prompt_of_numbers_are_refused() -> None:
+    class Causal:
+        block_size = 2
+
+        def __call__(self, x_t: jax.Array, t: jax.Array) -> jax.Array:
+            return EXACT(x_t, t)
+
+    options = {"shape": (2, LENGTH), "mask_id": MASK_ID, "schedule": make_schedule("linear"), "num_steps": 1}
+    with pytest.raises(ValueError, match="writes left to right"):
+        sample(Causal(), KEY, **options)
+    with pytest.raises(ValueError, match="prompt is one row of token ids"):
+        sample(EXACT, KEY, prompt=3, **options)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="scores 5 ids cannot have 9"):
+        sample(EXACT, KEY, **{**options, "mask_id": 9})
