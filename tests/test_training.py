@@ -16,12 +16,12 @@ import pytest
 from flax import nnx
 
 import nanodlm
-from nanodlm import bench, evaluation, stages, tokenizer
+from nanodlm import bench, evaluation, shards, stages, tokenizer
 from nanodlm.checkpoint import parameters_sha256
 from nanodlm.config import PRESETS, Config
 from nanodlm.errors import NanodlmError, UsageError
 from nanodlm.losses import Objective
-from nanodlm.model import Transformer
+from nanodlm.model import Transformer, segments
 from nanodlm.optimizer import make_optimizer
 from nanodlm.schedules import make_schedule
 from nanodlm.store import Artifact, Store
@@ -371,6 +371,36 @@ def test_every_objective_trains_evaluates_and_writes_after_a_prompt(store: Store
     assert all(bytes(row[:19].tolist()) == b"The people of these" for row in tokens)
 
 
+@pytest.mark.parametrize("isolated", [pytest.param(False, marks=pytest.mark.slow), True])
+def test_the_evaluated_number_of_an_autoregressive_model_is_minus_log_p_of_all_rows(
+    store: Store, isolated: bool
+) -> None:
+    config = tiny(
+        data={"isolate_documents": isolated, "source": speeches(6), "val_tokens": 1010},
+        objective={"kind": "autoregressive"},
+        eval={"max_rows": None},
+    )
+    run = nanodlm.train(config, store.uri())
+    result, _ = stages.run("evaluate", config, store)
+    model, encoding = nanodlm.load(run.uri)
+    shard = store.open(f"shard/{run.manifest['inputs']['shard']['fingerprint']}")
+    rows = shards.read(shard.local() / "validation.arrayrecord", shard.metrics["dtype"])
+    assert [len(row) for row in rows[-2:]] == [32, 1010 % 32]
+    total = 0.0
+    for batch in (np.stack(rows[:-1]), rows[-1][None]):
+        x_0 = jnp.asarray(batch)
+        total += nanodlm.nelbo(
+            model,
+            x_0,
+            jax.random.key(0),
+            schedule=make_schedule("linear"),
+            mask_id=257,
+            objective="autoregressive",
+            segment_ids=segments(x_0, encoding.n_vocab - 1) if isolated else None,
+        ).sum()
+    assert result.metrics["val_nats_per_token"] == pytest.approx(float(total) / 1010, rel=1e-5)
+
+
 def test_a_prompt_longer_than_a_row_is_taken_by_models_that_write_left_to_right(store: Store) -> None:
     prompt = "Fellow citizens of the Senate and of the House, "
     assert len(prompt) > 32
@@ -381,6 +411,7 @@ def test_a_prompt_longer_than_a_row_is_taken_by_models_that_write_left_to_right(
     assert drawn.metrics["first_sample"].startswith(prompt)
 
 
+@pytest.mark.slow
 def test_the_variance_benchmark_measures_every_estimator_of_a_trained_model(store: Store) -> None:
     nanodlm.train(tiny(), store.uri())
     rows = bench.variance(tiny(train={"batch_size": 4}), store, draws=48)
@@ -390,8 +421,21 @@ def test_the_variance_benchmark_measures_every_estimator_of_a_trained_model(stor
     assert all(row["gradient_noise"] > 0 for row in rows)
     for row in rows:  # the same number, whatever estimates it
         assert abs(row["bound"] - rows[3]["bound"]) < 4 * math.hypot(row["bound_error"], rows[3]["bound_error"])
-    with pytest.raises(UsageError, match="no estimators to compare"):
-        bench.variance(tiny(objective={"kind": "autoregressive"}), store)
+
+
+@pytest.mark.parametrize(
+    ("groups", "draws", "message"),
+    [
+        ({"objective": {"kind": "autoregressive"}}, 8, "no estimators to compare"),
+        ({"train": {"batch_size": 3}}, 8, "use an even --train.batch_size"),
+        ({}, 1, "raise --draws"),
+    ],
+)
+def test_the_variance_benchmark_refuses_what_it_cannot_measure(
+    store: Store, groups: dict[str, Any], draws: int, message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        bench.variance(tiny(**groups), store, draws=draws)
 
 
 def test_generation_decodes_only_real_tokens(trained: Artifact, store: Store) -> None:
