@@ -15,6 +15,9 @@ from pathlib import Path
 import pytest
 
 os.environ.update(JAX_PLATFORMS="cpu", HF_HUB_OFFLINE="1", DO_NOT_TRACK="1")
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = (
+    "1"  # programs here are tiny: most of their time goes into compiling them
+)
 os.environ.pop("NANODLM_STORE", None)
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # workers and child processes share what one has compiled
     compiled = tempfile.mkdtemp(prefix="nanodlm-tests-")
@@ -61,13 +64,3 @@ def s3_environment(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-
-
-@pytest.fixture
-def quick_compilation() -> Iterator[None]:
-    """Compile fast rather than well: tests of small functions spend most of their time in the compiler."""
-    import jax
-
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)

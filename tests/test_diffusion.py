@@ -6,8 +6,6 @@ import pytest
 from nanodlm.diffusion import low_discrepancy, mask_subset, predictable, q_sample, unmask_probability
 from nanodlm.schedules import make_schedule
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 KEY = jax.random.key(5)
 # 49 and 98 are where arange(0, 1, 1 / n) has n + 1 values.
 SIZES = [1, 2, 7, 16, 49, 98, 512]

@@ -43,8 +43,6 @@ from tests.laws import (
 )
 from tests.test_model import randomised
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 LENGTH = 8
 TABLE = markov_table(LENGTH)
 ENTROPY = entropy(TABLE)

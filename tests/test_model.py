@@ -9,8 +9,6 @@ from flax import nnx
 
 from nanodlm.model import Transformer, count_parameters, rope, time_embedding
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 VOCAB, LENGTH = 11, 8
 SMALL = {"vocab_size": VOCAB, "n_layers": 2, "n_heads": 2, "d_model": 16, "d_ff": 24}
 TIMES = jnp.float32([0.3, 0.9])

@@ -18,8 +18,6 @@ from nanodlm.diffusion import unmask_probability
 from nanodlm.losses import Corruption, Objective
 from nanodlm.schedules import Schedule, make_schedule
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 MASK_ID, VOCAB = 6, 9  # the ids 7 and 8 are padding
 ROWS, LENGTH = 1024, 12  # the same nearly everywhere, since every shape is compiled anew
 TOLERANCE = 2e-5  # of float32 against float64

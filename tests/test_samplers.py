@@ -35,8 +35,6 @@ from tests.laws import (
     rough_table,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 LENGTH = 4
 TABLE = rough_table(LENGTH)
 SHORT = rough_table(3)

@@ -7,8 +7,6 @@ from hypothesis import strategies as st
 
 from nanodlm.schedules import KINDS, Schedule, make_schedule
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 POWERS = [("linear", 2.0), ("cosine", 2.0), ("sqrt", 2.0), ("poly", 2.0), ("poly", 0.3), ("poly", 3.5)]
 JUMPING = [("loglinear", 2.0), ("linear_clipped", 2.0), ("cosine_clipped", 2.0), ("sqrt_clipped", 2.0)]
 SCHEDULES = POWERS + JUMPING
