@@ -640,7 +640,7 @@ def test_under_mixed_noise_every_weighting_is_least_for_the_law_given_the_other_
     assert float(jnp.abs(slope(0 * best)).max()) > 1e-2
 
 
-@pytest.mark.parametrize("weighting", ["clipped", "uniform"])
+@pytest.mark.parametrize("weighting", [pytest.param("clipped", marks=pytest.mark.slow), "uniform"])
 def test_weights_of_counted_mixed_noise_are_least_for_that_law_too(weighting: Weighting) -> None:
     """Rows of independent tokens: what is drawn for others must not tell the best prediction of one."""
     law = jnp.float32([0.5, 0.3, 0.2])

@@ -249,7 +249,7 @@ def assert_trees_close(left: Any, right: Any, **tolerance: float) -> None:
         np.testing.assert_allclose(value, right[name], **tolerance, err_msg=name)
 
 
-@pytest.mark.parametrize("kind", ["absorbing", "hybrid"])
+@pytest.mark.parametrize("kind", ["absorbing", pytest.param("hybrid", marks=pytest.mark.slow)])
 def test_micro_batches_give_the_update_of_one_batch_of_their_rows(kind: str) -> None:
     # Plain gradient descent shows the gradient itself, of which Adam would show little more than the signs.
     descent = optax.sgd(0.5)
