@@ -23,7 +23,7 @@ class Schedule:
 
     m stays exact in float32 near t = 0, where 1 - alpha(t) would cancel. Schedules whose m does not run from 0 to 1
     jump the rest at their ends: a token masked at t = 0 is unmasked there, and what is unmasked just before t = 1 is
-    masked there. `losses.corrupt` and the samplers account for both jumps, so that the bound stays one.
+    masked there. `losses.Objective.corrupt` and the samplers account for both jumps, so that the bound stays one.
 
     Attributes:
         kind: Its name.

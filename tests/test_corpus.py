@@ -401,7 +401,7 @@ class Hub(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def log_message(self, *_: Any) -> None:
-        pass
+        """Keep the test's output clean."""
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ DOCUMENTS = prose(200)
 
 
 def silent(*_: object, **__: object) -> None:
-    pass
+    """Take progress and show none."""
 
 
 def build(stage: str, config: Config, store: Store, inputs: dict[str, Artifact], emit: Any = silent) -> Artifact:

@@ -101,7 +101,7 @@ def test_an_interrupted_run_continues_from_its_last_checkpoint_to_the_same_bits(
         stages.run(name, config, store)
 
     class Cut(Exception):
-        pass
+        """Stands for a kill."""
 
     def cut(kind: str, **fields: Any) -> None:
         if kind == "progress" and fields["done"] == 12:
