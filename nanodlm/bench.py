@@ -23,10 +23,10 @@ from nanodlm.store import Store
 
 # Label, estimator, and how its times or counts are spread over the rows.
 ESTIMATORS = (
-    ("continuous", "continuous", "independent"),
+    ("continuous, independent", "continuous", "independent"),
     ("continuous, stratified", "continuous", "stratified"),
     ("continuous, systematic", "continuous", "systematic"),
-    ("count", "count", "independent"),
+    ("count, independent", "count", "independent"),
     ("count, systematic", "count", "systematic"),
     ("constant count, systematic", "constant_count", "systematic"),
 )
