@@ -120,7 +120,10 @@ def make_model(config: Config, encoding: tiktoken.Encoding) -> Transformer:
 def make_objective(config: Config, encoding: tiktoken.Encoding) -> Objective:
     """The objective that a configuration trains on."""
     schedule = make_schedule(**config.schedule.model_dump())
-    return Objective(schedule, encoding.n_vocab, **config.objective.model_dump())
+    masks = config.objective.kind in ("absorbing", "block")
+    estimator = config.objective.estimator or ("constant_count" if masks else "count")
+    chosen = {**config.objective.model_dump(), "estimator": estimator}
+    return Objective(schedule, encoding.n_vocab, **chosen)
 
 
 def load(uri: str) -> tuple[Transformer, tiktoken.Encoding]:

@@ -23,7 +23,8 @@ so that a trainer can draw the noise of all its micro-batches at once: `corrupt`
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -72,8 +73,8 @@ class Corruption(NamedTuple):
 class RowNats(NamedTuple):
     """Of each row, in nats per sequence: the `bound`, and the `loss` that its weighting makes of it."""
 
-    loss: Float[Array, "B"]
-    bound: Float[Array, "B"]
+    loss: Float[Array, "B *L"]
+    bound: Float[Array, "B *L"]
 
 
 @dataclass(frozen=True)
@@ -227,15 +228,17 @@ class Objective:
     def _paired_counts(
         self, length: Int[Array, "B"], order_key: Key[Array, ""], time_key: Key[Array, ""]
     ) -> Int[Array, "B"]:
-        """Counts n and L + 1 - n for each two neighbouring rows: each is uniform on 1..L, their sum is fixed."""
-        if len(length) % 2:
-            raise ValueError(f"constant_count pairs rows: {len(length)} is odd, use an even number of rows or blocks")
-        half = low_discrepancy(time_key, len(length) // 2, self.times) / 2  # in (0, 1/2]
+        """Counts n and L + 1 - n for each two neighbouring rows: each is uniform on 1..L, their sum is fixed.
+
+        The last of an odd number of rows has no neighbour.
+        """
+        n_rows = len(length)
+        half = low_discrepancy(time_key, -(-n_rows // 2), self.times) / 2  # in (0, 1/2]
         pair_key, swap_key = jax.random.split(order_key)
-        u = jnp.repeat(jax.random.permutation(pair_key, half), 2)
-        swap = jnp.repeat(jax.random.bernoulli(swap_key, shape=half.shape), 2)
+        u = jnp.repeat(jax.random.permutation(pair_key, half), 2)[:n_rows]
+        swap = jnp.repeat(jax.random.bernoulli(swap_key, shape=half.shape), 2)[:n_rows]
         count = jnp.ceil(u * length).astype(jnp.int32)
-        second = (jnp.arange(len(length)) % 2 == 1) != swap
+        second = (jnp.arange(n_rows) % 2 == 1) != swap
         return jnp.where(second, length + 1 - count, count)
 
     def logits(
@@ -250,7 +253,8 @@ class Objective:
         Raises:
             ValueError: For a network that says by its `block_size` that it reads other positions than it should.
         """
-        reads, wanted = getattr(denoise, "block_size", None), {"block": self.block_size, "autoregressive": 1}
+        network = getattr(denoise, "__self__", denoise)  # which may be given as one of its methods
+        reads, wanted = getattr(network, "block_size", None), {"block": self.block_size, "autoregressive": 1}
         if reads is not None and reads != wanted.get(self.kind, 0):
             raise ValueError(
                 f"a network with block_size {reads} does not fit the {self.kind} objective, "
@@ -263,25 +267,66 @@ class Objective:
 
     def row_nats(self, logits: Float[Array, "B L V"], x_0: Int[Array, "B L"], noised: Corruption) -> RowNats:
         """Loss and bound of each row from the network's logits, in nats per sequence."""
-        weight, ratio = (value.reshape(len(x_0), -1) for value in (noised.weight, noised.ratio))
-        scored = x_0 < self.mask_id
         if self.mixed:
             options = {"mask_id": self.mask_id, "uniform_share": self.noise_share}
             rate, nats = mixed_divergence(logits, x_0, noised.x_t, noised.mask_rate, **options)
-            weight, nats = weight * rate[:, None], jnp.where(scored, nats, 0.0)
-        else:
-            if self.kind == "block":
-                weight = jnp.repeat(weight, self.block_size, axis=1)[:, : x_0.shape[1]]
-                ratio = jnp.ones_like(weight)
-            if self.kind != "autoregressive":
-                scored &= noised.x_t == self.mask_id
-            nats = cross_entropy(logits, x_0, scored, mask_id=self.mask_id)
-        bound = (weight * nats).sum(axis=1)
+            weight, nats = noised.weight * rate, jnp.where(x_0 < self.mask_id, nats, 0.0).sum(axis=1)
+            return RowNats(self._reweigh(weight, noised.ratio) * nats, weight * nats)
+        scored, weight = self._position_weights(x_0, noised)
+        nats = cross_entropy(logits, x_0, scored, mask_id=self.mask_id)
+        return RowNats((weight.loss * nats).sum(axis=1), (weight.bound * nats).sum(axis=1))
+
+    def fused_nats(
+        self,
+        features: Float[Array, "B L D"],
+        table: Float[Array, "V D"],
+        x_0: Int[Array, "B L"],
+        noised: Corruption,
+        *,
+        chunks: int = 1,
+    ) -> tuple[Float[Array, ""], Float[Array, ""]]:
+        """Loss and bound of all rows together, in nats, from what the output layer reads, without keeping any logits.
+
+        The output layer, often most of the work, is computed at scored positions only where their number is known
+        beforehand: `constant_count` scores K (b + 1) of each two neighbouring rows of K blocks of b tokens, at most. In
+        all other cases it is computed everywhere. Of the two results, only the loss has gradients.
+
+        Args:
+            features: What the network gives instead of logits: `Transformer.features`.
+            table: The output layer, in float32; logits are features times its transpose.
+            x_0: Token ids.
+            noised: Of kinds whose loss is a sum of cross-entropies: all but `uniform` and `hybrid`.
+            chunks: Parts to compute one after the other; more of them take less memory.
+        """
+        scored, weight = self._position_weights(x_0, noised)
+        n_rows, length = x_0.shape
+        values = (features, x_0, *weight)
+        if self.estimator == "constant_count" and self.kind != "autoregressive" and n_rows % 2 == 0:
+            pairs = [value.reshape(n_rows // 2, 2 * length, *value.shape[2:]) for value in values]
+            size = self.block_size if self.kind == "block" else length
+            capacity = -(-length // size) * (size + 1)
+            places = jnp.argsort(~scored.reshape(n_rows // 2, -1), axis=1, stable=True)[:, :capacity]
+            values = [jnp.take_along_axis(v, places[..., None] if v.ndim == 3 else places, axis=1) for v in pairs]
+        features, target, loss_weight, bound_weight = values
+        loss, nats = linear_cross_entropy(features, table, target, loss_weight, mask_id=self.mask_id, chunks=chunks)
+        return loss, (bound_weight * nats).sum()
+
+    def _position_weights(self, x_0: Int[Array, "B L"], noised: Corruption) -> tuple[Bool[Array, "B L"], RowNats]:
+        """Which positions are scored, and the weight of each one's cross-entropy in the loss and in the bound."""
+        scored = x_0 < self.mask_id
+        if self.kind != "autoregressive":
+            scored &= noised.x_t == self.mask_id
+        weight = noised.weight.reshape(len(x_0), -1)
+        if self.kind == "block":
+            weight = jnp.repeat(weight, self.block_size, axis=1)[:, : x_0.shape[1]]
+        loss = self._reweigh(weight, jnp.ones_like(weight))
+        return scored, RowNats(jnp.where(scored, loss, 0.0), jnp.where(scored, weight, 0.0))
+
+    def _reweigh(self, weight: Float[Array, "..."], ratio: Float[Array, "..."]) -> Float[Array, "..."]:
+        """The loss's weights from the bound's."""
         if self.weighting == "bound" or self.kind == "autoregressive":
-            return RowNats(bound, bound)
-        if self.weighting == "clipped":
-            return RowNats((jnp.minimum(weight, self.max_weight * ratio) * nats).sum(axis=1), bound)
-        return RowNats((2.0 * ratio * nats).sum(axis=1), bound)
+            return weight
+        return jnp.minimum(weight, self.max_weight * ratio) if self.weighting == "clipped" else 2.0 * ratio
 
 
 def _continuous_noise(
@@ -334,6 +379,111 @@ def cross_entropy(
     target = jnp.where(scored, x_0, 0)
     true_logit = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
     return jnp.where(scored, jax.nn.logsumexp(logits, axis=-1) - true_logit, 0.0)
+
+
+def linear_cross_entropy(
+    features: Float[Array, "G C D"],
+    table: Float[Array, "V D"],
+    target: Int[Array, "G C"],
+    weight: Float[Array, "G C"],
+    *,
+    mask_id: int,
+    chunks: int = 1,
+) -> tuple[Float[Array, ""], Float[Array, "G C"]]:
+    """Weighted sum of -log softmax(features table^T)[target], in nats, and the nats themselves, which have no gradient.
+
+    Positions are taken in chunks along C. The gradient of the sum is made together with it, from each chunk's
+    exponentials e and their sum s while they are there: with w the weights,
+
+        d features = w/s (e table) - w table[target],    d table = e^T (w/s features), less w features at its target.
+
+    So no logits are kept, none is computed twice, and no softmax is written out. Matrix products are done in the
+    features' precision and summed in float32; maximum, sum and logarithm are float32. Equal in value to `cross_entropy`
+    of the logits; compare Liger kernels, arXiv:2410.10989, section 3.2, and Cut Cross-Entropy, arXiv:2411.09009.
+
+    Args:
+        features: Of G groups of C positions; groups may lie on different devices.
+        table: The output layer, in float32 at least.
+        target: The true ids, below `mask_id` wherever the weight is not 0.
+        weight: Of each position, not below 0; where it is 0 so are its nats.
+        mask_id: It and larger ids have probability 0.
+        chunks: How many; the last is filled up with weights of 0.
+
+    >>> one = jnp.ones((1, 2, 1))
+    >>> loss, nats = linear_cross_entropy(one, jnp.zeros((3, 1)), jnp.array([[0, 1]]), jnp.array([[0.0, 2.0]]), mask_id=2)
+    >>> round(float(loss), 4), [round(float(v), 4) for v in nats[0]]  # two possible tokens: log 2
+    (1.3863, [0.0, 0.6931])
+    """
+    size = -(-target.shape[1] // chunks)
+    fill = size * chunks - target.shape[1]
+
+    def cut(value: Array) -> Array:
+        """From (G, C, ...) to (chunks, G, C / chunks, ...)."""
+        padded = jnp.pad(value, ((0, 0), (0, fill)) + ((0, 0),) * (value.ndim - 2))
+        return jnp.moveaxis(padded.reshape(len(value), chunks, size, *value.shape[2:]), 1, 0)
+
+    loss, nats = _chunked_cross_entropy(mask_id, table, cut(features), cut(target), cut(weight))
+    nats = jnp.moveaxis(nats, 0, 1).reshape(len(target), -1)[:, : target.shape[1]]
+    return loss, jax.lax.stop_gradient(nats)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _chunked_cross_entropy(
+    mask_id: int,
+    table: Float[Array, "V D"],
+    features: Float[Array, "N G C D"],
+    target: Int[Array, "N G C"],
+    weight: Float[Array, "N G C"],
+) -> tuple[Float[Array, ""], Float[Array, "N G C"]]:
+    """The sum and the nats of N chunks."""
+    compute = table.astype(features.dtype)
+
+    def chunk(loss: Array, inputs: tuple[Array, Array, Array]) -> tuple[Array, Array]:
+        *_, nats = _exponentials(mask_id, compute, *inputs)
+        return loss + (inputs[2] * nats).sum(), nats
+
+    return jax.lax.scan(chunk, jnp.zeros((), table.dtype), (features, target, weight))
+
+
+def _exponentials(
+    mask_id: int, table: Float[Array, "V D"], x: Float[Array, "G C D"], target: Int[Array, "G C"], weight: Array
+) -> tuple[Float[Array, "G C V"], Float[Array, "G C"], Float[Array, "G C"]]:
+    """Exponentials of logits less their maximum, their sums, and -log softmax at the targets."""
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    logits = jnp.einsum("gcd,vd->gcv", x, table, preferred_element_type=wide)
+    logits = predictable(logits, mask_id=mask_id)
+    highest = logits.max(axis=-1)
+    e = jnp.exp(logits - highest[..., None])
+    s = e.sum(axis=-1)
+    at_target = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
+    return e, s, jnp.where(weight > 0, highest + jnp.log(s) - at_target, 0.0)
+
+
+def _chunked_forward(mask_id: int, table: Array, features: Array, target: Array, weight: Array) -> Any:
+    compute = table.astype(features.dtype)
+
+    def chunk(total: tuple[Array, Array], inputs: tuple[Array, Array, Array]) -> tuple[Any, Any]:
+        loss, d_table = total
+        x, target, weight = inputs
+        e, s, nats = _exponentials(mask_id, compute, *inputs)
+        e, scale = e.astype(x.dtype), (weight / s)[..., None]
+        both = {"preferred_element_type": table.dtype}
+        d_x = scale * jnp.einsum("gcv,vd->gcd", e, compute, **both) - weight[..., None] * table[target]
+        d_table += jnp.einsum("gcv,gcd->vd", e, (scale * x).astype(x.dtype), **both)
+        d_table = d_table.at[target].add(-weight[..., None] * x)
+        return (loss + (weight * nats).sum(), d_table), (nats, d_x.astype(x.dtype))
+
+    zero = (jnp.zeros((), table.dtype), jnp.zeros_like(table))
+    (loss, d_table), (nats, d_features) = jax.lax.scan(chunk, zero, (features, target, weight))
+    return (loss, nats), (d_table, d_features, nats)
+
+
+def _chunked_backward(mask_id: int, saved: tuple[Array, Array, Array], gradient: tuple[Array, Array]) -> Any:
+    d_table, d_features, nats = saved
+    return gradient[0] * d_table, (gradient[0] * d_features).astype(d_features.dtype), None, gradient[0] * nats
+
+
+_chunked_cross_entropy.defvjp(_chunked_forward, _chunked_backward)
 
 
 def mixed_divergence(

@@ -14,7 +14,7 @@ blocks up to a position's own, so that one network serves three kinds of languag
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,21 +23,35 @@ from jaxtyping import Array, Bool, Float, Int
 
 NORMAL = nnx.initializers.normal
 
+Remat = Literal["none", "dots", "full"]
+
+# What the axes of each parameter are, by the last two names of its path; those of blocks have one for layers in front.
+# `sharding.Rules` says how each is cut. Parameters that are not listed are small and held whole.
+LOGICAL_AXES = {
+    "embedding/embedding": ("vocab", "embed"),
+    "head/embedding": ("vocab", "embed"),
+    "qkv/kernel": ("embed", "heads"),
+    "attention_out/kernel": ("heads", "embed"),
+    "mlp_in/kernel": ("embed", "mlp"),
+    "mlp_out/kernel": ("mlp", "embed"),
+    "modulation/kernel": ("embed", None),
+}
+
 
 class Past(NamedTuple):
-    """What one layer keeps of P clean positions for others to read."""
+    """What layers keep of P clean positions for others to read; those of all layers are stacked along a first axis."""
 
-    keys: Float[Array, "B P H E"]
+    keys: Float[Array, "*N B P H E"]
     """After RoPE."""
-    values: Float[Array, "B P H E"]
-    inputs: Float[Array, "B P D"]
+    values: Float[Array, "*N B P H E"]
+    inputs: Float[Array, "*N B P D"]
     """The convolution's; D is 0 when there is none."""
 
 
 class Cache(NamedTuple):
     """The last clean positions of each row: a pytree of constant shapes, fit to be carried by `jax.lax.scan`."""
 
-    layers: tuple[Past, ...]
+    layers: Past
     """Of the positions count - window to count - 1; those below 0 are not written yet and never read."""
     count: Int[Array, ""]  # type: ignore[reportIncompatibleMethodOverride]
     """Tokens seen so far, the same for all rows."""
@@ -140,6 +154,8 @@ class Block(nnx.Module):
         d_ff: int,
         conv_width: int,
         time_conditioning: bool,
+        qk_norm: bool,
+        zero_init: bool,
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ):
@@ -147,17 +163,18 @@ class Block(nnx.Module):
             return Linear(d_in, d_out, use_bias=False, kernel_init=init, dtype=dtype, rngs=rngs)
 
         zeros = nnx.initializers.zeros_init()
+        output = zeros if zero_init else NORMAL(0.02)
         self.n_heads = n_heads
         self.conv = ShortConvolution(conv_width, d_model, rngs) if conv_width else None
         self.conv_norm = nnx.RMSNorm(d_model, dtype=dtype, rngs=rngs) if conv_width else None
         self.attention_norm = nnx.RMSNorm(d_model, dtype=dtype, rngs=rngs)
         self.qkv = linear(d_model, 3 * d_model, NORMAL(d_model**-0.5))
-        self.query_norm = nnx.RMSNorm(d_model // n_heads, dtype=dtype, rngs=rngs)
-        self.key_norm = nnx.RMSNorm(d_model // n_heads, dtype=dtype, rngs=rngs)
-        self.attention_out = linear(d_model, d_model, zeros)
+        self.query_norm = nnx.RMSNorm(d_model // n_heads, dtype=dtype, rngs=rngs) if qk_norm else None
+        self.key_norm = nnx.RMSNorm(d_model // n_heads, dtype=dtype, rngs=rngs) if qk_norm else None
+        self.attention_out = linear(d_model, d_model, output)
         self.mlp_norm = nnx.RMSNorm(d_model, dtype=dtype, rngs=rngs)
         self.mlp_in = linear(d_model, d_ff, NORMAL(d_model**-0.5))
-        self.mlp_out = linear(d_ff, d_model, zeros)
+        self.mlp_out = linear(d_ff, d_model, output)
         self.modulation = linear(d_model, 6 * d_model, zeros) if time_conditioning else None
 
     def __call__(
@@ -187,8 +204,11 @@ class Block(nnx.Module):
             if past is not None and view.past is not None:
                 x = x + self.conv(past.inputs, view.past.convolution, view.start)
         h = self.attention_norm(x) * (1 + scale_a) + shift_a
-        q, k, v = jnp.split(self.qkv(h).reshape(*h.shape[:2], 3 * self.n_heads, -1), 3, axis=2)
-        q, k = rope(self.query_norm(q), view.positions), rope(self.key_norm(k), view.positions)
+        # Each head's queries, keys and values lie together, so that cutting the columns cuts between heads.
+        q, k, v = jnp.moveaxis(self.qkv(h).reshape(*h.shape[:2], self.n_heads, 3, -1), 3, 0)
+        if self.query_norm is not None and self.key_norm is not None:
+            q, k = self.query_norm(q), self.key_norm(k)
+        q, k = rope(q, view.positions), rope(k, view.positions)
         x = x + self._attend(q, k, v, view, past) * (1 + gate_a)
         h = self.mlp_norm(x) * (1 + scale_m) + shift_m
         x = x + self.mlp_out(jnp.square(jax.nn.relu(self.mlp_in(h)))) * (1 + gate_m)
@@ -206,8 +226,15 @@ class Block(nnx.Module):
             k, v = jnp.concatenate([past.keys, k], axis=1), jnp.concatenate([past.values, v], axis=1)
         masks = [reads.attention for reads in (view.past, view.own) if reads is not None]
         mask = jnp.concatenate(masks, axis=2)[:, None] if masks else None
-        out = jax.nn.dot_product_attention(q, k, v, mask=mask)
+        out = jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=_implementation(q))
         return self.attention_out(out.reshape(*q.shape[:2], -1))
+
+
+def _implementation(q: Float[Array, "B Q H E"]) -> Literal["cudnn", "xla"]:
+    """CuDNN's fused attention where it exists: half precision on a GPU, heads of up to 128 in steps of 8."""
+    half = q.dtype in (jnp.bfloat16, jnp.float16)
+    fits = half and q.shape[-1] <= 128 and q.shape[-1] % 8 == 0
+    return "cudnn" if fits and jax.default_backend() == "gpu" else "xla"
 
 
 class Transformer(nnx.Module):
@@ -222,8 +249,13 @@ class Transformer(nnx.Module):
         conv_width: Width of each block's depthwise convolution, odd; 0 is none.
         time_conditioning: Whether blocks see the time t.
         tie_embeddings: Whether the output layer is the embedding's transpose.
+        qk_norm: Whether queries and keys are normalised (Source: arXiv:2302.05442, section 2.2, with RMSNorm).
+        zero_init: Whether the layers that write to the residual stream, and an untied output layer, start at zero;
+            otherwise with a standard deviation of 0.02.
         block_size: Positions in a block, of which none reads a later one; 0 lets every position read the whole row.
             It changes no parameter.
+        remat: What the backward pass computes again instead of keeping: `none` of a block's values, all but matrix
+            products (`dots`), or the whole block (`full`). It changes memory and time, not the result.
         dtype: Precision of matrix products; parameters and logits are float32.
         rngs: Initialisation.
 
@@ -246,33 +278,41 @@ class Transformer(nnx.Module):
         conv_width: int = 0,
         time_conditioning: bool = False,
         tie_embeddings: bool = False,
+        qk_norm: bool = True,
+        zero_init: bool = True,
         block_size: int = 0,
+        remat: Remat = "none",
         dtype: jnp.dtype | str = "float32",
         rngs: nnx.Rngs,
     ):
         if block_size < 0:
             raise ValueError(f"block_size is {block_size}, but must be 0 (no blocks) or more")
-        self.block_size, self.conv_width = block_size, conv_width
+        self.block_size, self.conv_width, self.n_layers, self.remat = block_size, conv_width, n_layers, remat
         compute = jnp.dtype(dtype)
         # As an output layer, a tied embedding must start with small logits.
         init = NORMAL(0.5 * d_model**-0.5 if tie_embeddings else 0.5)
         self.embedding = nnx.Embed(vocab_size, d_model, embedding_init=init, dtype=compute, rngs=rngs)
         self.time_in = nnx.Linear(d_model, d_model, rngs=rngs) if time_conditioning else None
-        self.blocks = nnx.List(
-            Block(
+
+        @nnx.split_rngs(splits=n_layers)
+        @nnx.vmap
+        def stack(rngs: nnx.Rngs) -> Block:
+            return Block(
                 n_heads=n_heads,
                 d_model=d_model,
                 d_ff=d_ff,
                 conv_width=conv_width,
                 time_conditioning=time_conditioning,
+                qk_norm=qk_norm,
+                zero_init=zero_init,
                 dtype=compute,
                 rngs=rngs,
             )
-            for _ in range(n_layers)
-        )
+
+        self.blocks = stack(rngs)  # all layers' parameters, stacked along a first axis
         self.norm = nnx.RMSNorm(d_model, dtype=compute, rngs=rngs)
-        zeros = nnx.initializers.zeros_init()
-        head = Linear(d_model, vocab_size, use_bias=False, kernel_init=zeros, dtype=compute, rngs=rngs)
+        init = nnx.initializers.zeros_init() if zero_init else NORMAL(0.02)
+        head = nnx.Embed(vocab_size, d_model, embedding_init=init, dtype=compute, rngs=rngs)
         self.head = None if tie_embeddings else head
 
     def __call__(
@@ -282,7 +322,29 @@ class Transformer(nnx.Module):
         segment_ids: Int[Array, "B L"] | None = None,
         context: Int[Array, "B L"] | None = None,
     ) -> Float[Array, "B L V"]:
-        """Logits of x_0 at every position, in float32.
+        """Logits of x_0 at every position, in float32: the `features` times the `table`.
+
+        >>> shape = {"vocab_size": 32, "n_layers": 1, "n_heads": 2, "d_model": 8, "d_ff": 16}
+        >>> model = Transformer(**shape, block_size=2, rngs=nnx.Rngs(0))
+        >>> x_0, x_t = jnp.array([[5, 6, 7, 8]]), jnp.array([[5, 31, 31, 31]])
+        >>> model(x_t, jnp.array([[0.5, 1.0]]), context=x_0).shape
+        (1, 4, 32)
+        """
+        return self._score(self.features(x_t, t, segment_ids, context))
+
+    @property
+    def table(self) -> Float[Array, "V D"]:
+        """The output layer."""
+        return (self.head or self.embedding).embedding[...]
+
+    def features(
+        self,
+        x_t: Int[Array, "B L"],
+        t: Float[Array, "B"] | Float[Array, "B K"],
+        segment_ids: Int[Array, "B L"] | None = None,
+        context: Int[Array, "B L"] | None = None,
+    ) -> Float[Array, "B L D"]:
+        """What the output layer scores, at every position.
 
         With a context, each block of x_t is seen beside the context's blocks before it, and nothing else: one call
         scores every block of a row as if the ones before it were already known. That is the mask of block diffusion
@@ -298,12 +360,6 @@ class Transformer(nnx.Module):
 
         Raises:
             ValueError: For a context without a block size, or a number of times that is not that of the blocks.
-
-        >>> shape = {"vocab_size": 32, "n_layers": 1, "n_heads": 2, "d_model": 8, "d_ff": 16}
-        >>> model = Transformer(**shape, block_size=2, rngs=nnx.Rngs(0))
-        >>> x_0, x_t = jnp.array([[5, 6, 7, 8]]), jnp.array([[5, 31, 31, 31]])
-        >>> model(x_t, jnp.array([[0.5, 1.0]]), context=x_0).shape
-        (1, 4, 32)
         """
         if context is not None and not self.block_size:
             raise ValueError("a context needs a network with a block_size above 0")
@@ -312,9 +368,9 @@ class Transformer(nnx.Module):
         behind = partial(self._behind, positions, positions, segment_ids=segment_ids)
         past, view = None, View(positions, behind(0, length))
         if context is not None:
-            _, past = self._run(context, jnp.zeros_like(t, shape=t.shape[:1]), view)
+            _, past = self._run(context, jnp.zeros_like(t, shape=t.shape[:1]), view, keep=True)
             view = View(positions, behind(0, 0), behind(1, length))
-        return self._score(self._run(x_t, t, view, past)[0])
+        return self.norm(self._run(x_t, t, view, past)[0])
 
     def new_cache(self, rows: int, window: int) -> Cache:
         """An empty cache.
@@ -334,13 +390,10 @@ class Transformer(nnx.Module):
         """
         self._check_blocks(window, "the window")
         dtype = self.embedding.dtype
-        width = self.embedding.features
-
-        def empty(block: Block) -> Past:
-            heads = jnp.zeros((rows, window, block.n_heads, width // block.n_heads), dtype)
-            return Past(heads, heads, jnp.zeros((rows, window, width if block.conv is not None else 0), dtype))
-
-        return Cache(tuple(empty(block) for block in self.blocks), jnp.zeros((), jnp.int32))
+        width, n_heads = self.embedding.features, self.blocks.n_heads
+        heads = jnp.zeros((self.n_layers, rows, window, n_heads, width // n_heads), dtype)
+        inputs = jnp.zeros((self.n_layers, rows, window, width if self.conv_width else 0), dtype)
+        return Cache(Past(heads, heads, inputs), jnp.zeros((), jnp.int32))
 
     def extend(
         self, cache: Cache, tokens: Int[Array, "B N"], t: Float[Array, "B"] | None = None
@@ -361,10 +414,10 @@ class Transformer(nnx.Module):
         """
         self._check_blocks(tokens.shape[1], "the number of tokens")
         t = jnp.zeros(len(tokens)) if t is None else t
-        x, made = self._run(tokens, t, self._view(cache, tokens.shape[1]), cache.layers)
-        window = cache.layers[0].keys.shape[1]
-        layers = jax.tree.map(lambda old, new: jnp.concatenate([old, new], 1)[:, -window:], cache.layers, made)
-        return self._score(x), Cache(layers, cache.count + tokens.shape[1])
+        x, made = self._run(tokens, t, self._view(cache, tokens.shape[1]), cache.layers, keep=True)
+        window = cache.layers.keys.shape[2]
+        layers = jax.tree.map(lambda old, new: jnp.concatenate([old, new], 2)[:, :, -window:], cache.layers, made)
+        return self._score(self.norm(x)), Cache(layers, cache.count + tokens.shape[1])
 
     def denoise_block(self, cache: Cache, x_t: Int[Array, "B N"], t: Float[Array, "B"]) -> Float[Array, "B N V"]:
         """Logits of x_0 for the block that follows the cached tokens, as `__call__` gives them with a context.
@@ -379,7 +432,7 @@ class Transformer(nnx.Module):
         """
         if not self.block_size or x_t.shape[1] != self.block_size:
             raise ValueError(f"one block has {self.block_size} positions, not {x_t.shape[1]}")
-        return self._score(self._run(x_t, t, self._view(cache, self.block_size), cache.layers)[0])
+        return self._score(self.norm(self._run(x_t, t, self._view(cache, self.block_size), cache.layers)[0]))
 
     def _check_blocks(self, number: int, what: str) -> None:
         if not self.block_size:
@@ -430,7 +483,7 @@ class Transformer(nnx.Module):
 
     def _view(self, cache: Cache, length: int) -> View:
         """What the `length` positions after the cached ones read."""
-        window = cache.layers[0].keys.shape[1]
+        window = cache.layers.keys.shape[2]
         positions = cache.count + jnp.arange(length)
         before = cache.count + jnp.arange(-window, 0)
         most = window // self.block_size
@@ -442,9 +495,11 @@ class Transformer(nnx.Module):
         ids: Int[Array, "B Q"],
         t: Float[Array, "B"] | Float[Array, "B K"],
         view: View,
-        past: Sequence[Past] | None = None,
-    ) -> tuple[Float[Array, "B Q D"], tuple[Past, ...]]:
-        """All blocks over one stream: the residual stream, and what each layer would keep of it."""
+        past: Past | None = None,
+        *,
+        keep: bool = False,
+    ) -> tuple[Float[Array, "B Q D"], Past | None]:
+        """All blocks over one stream: the residual stream, and when asked to, what each layer keeps of it."""
         x = self.embedding(ids)
         condition = None
         if t.ndim == 1:
@@ -457,17 +512,20 @@ class Transformer(nnx.Module):
         if self.time_in is not None:
             embedded = time_embedding(t.reshape(-1), self.time_in.in_features)
             condition = jax.nn.silu(self.time_in(embedded)).reshape(*t.shape, -1).astype(x.dtype)
-        made = []
-        for i, block in enumerate(self.blocks):
-            x, kept = block(x, view, condition, past[i] if past is not None else None)
-            made.append(kept)
-        return x, tuple(made)
+        graphdef, params = nnx.split(self.blocks)
 
-    def _score(self, x: Float[Array, "B Q D"]) -> Float[Array, "B Q V"]:
-        """Logits of the residual stream, in float32."""
-        x = self.norm(x)
-        logits = self.embedding.attend(x) if self.head is None else self.head(x)
-        return logits.astype(jnp.float32)
+        def layer(x: Float[Array, "B Q D"], inputs: tuple[Any, Past | None]) -> tuple[Array, Past | None]:
+            x, kept = nnx.merge(graphdef, inputs[0])(x, view, condition, inputs[1])
+            return x, kept if keep else None
+
+        if self.remat != "none":
+            dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+            layer = jax.checkpoint(layer, policy=dots if self.remat == "dots" else None, prevent_cse=False)
+        return jax.lax.scan(layer, x, (params, past))
+
+    def _score(self, features: Float[Array, "B Q D"]) -> Float[Array, "B Q V"]:
+        """Logits, in float32."""
+        return (self.head or self.embedding).attend(features).astype(jnp.float32)
 
 
 def segments(x_0: Int[Array, "B L"], end_of_text: int) -> Int[Array, "B L"]:

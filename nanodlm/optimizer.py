@@ -75,19 +75,24 @@ def make_optimizer(train: TrainConfig) -> optax.GradientTransformation:
 
 
 def is_matrix(params: Any) -> Any:
-    """Which parameters are kernels of linear layers: not norms, embeddings, biases or convolutions."""
+    """Which parameters are matrices of linear layers, an untied output layer's too: not norms, embeddings, biases or
+    convolutions.
+
+    Those inside blocks are stacked: their first axis is the layer.
+    """
 
     def test(path: tuple[Any, ...], leaf: jax.Array) -> bool:
         names = [getattr(p, "key", None) for p in path]
-        return names[-1] == "kernel" and "conv" not in names and leaf.ndim == 2
+        return names[0] == "head" or (names[-1] == "kernel" and "conv" not in names)
 
     return jax.tree_util.tree_map_with_path(test, params)
 
 
 def _muon_dimensions(params: Any) -> Any:
-    """Muon takes the matrices inside blocks; the output layer is an embedding of sorts and goes with AdamW."""
+    """Muon takes the matrices inside blocks, layer by layer."""
 
     def dimensions(path: tuple[Any, ...], matrix: bool) -> Any:
-        return optax.contrib.MuonDimensionNumbers() if matrix and path[0].key == "blocks" else None
+        in_block = matrix and path[0].key == "blocks"
+        return optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1) if in_block else None
 
     return jax.tree_util.tree_map_with_path(dimensions, is_matrix(params))

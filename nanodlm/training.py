@@ -33,6 +33,9 @@ from nanodlm.optimizer import learning_rate, make_optimizer
 from nanodlm.store import Artifact, Attempt
 
 
+LOGITS_AT_ONCE = 2**26  # numbers; in float32, 256 MiB
+
+
 def train_step(
     state: State,
     rows: Int[Array, "A B L"],
@@ -53,6 +56,7 @@ def train_step(
         that of rows whose document edges are known), `grad_norm`, `lr`.
     """
     n_micro, n_rows, length = rows.shape
+    chunks = -(-n_rows * length * objective.mask_id // LOGITS_AT_ONCE)
     flat = rows.reshape(-1, length)
     segment_ids = segments(flat, objective.mask_id - 1) if config.data.isolate_documents else None
     noised = objective.corrupt(flat, jax.random.fold_in(key, state["step"]), segment_ids)
@@ -61,16 +65,25 @@ def train_step(
     def loss_fn(
         params: Any, x_0: Int[Array, "B L"], noised: losses.Corruption, segment_ids: Int[Array, "B L"] | None
     ) -> tuple[Array, Array]:
-        logits = objective.logits(nnx.merge(graphdef, params), x_0, noised, segment_ids)
-        nats = objective.row_nats(logits, x_0, noised)
-        return jnp.mean(nats.loss) / length, jnp.mean(nats.bound) / length
+        model = nnx.merge(graphdef, params)
+        if objective.mixed:
+            nats = objective.row_nats(objective.logits(model, x_0, noised, segment_ids), x_0, noised)
+            return jnp.mean(nats.loss) / length, jnp.mean(nats.bound) / length
+        features = objective.logits(model.features, x_0, noised, segment_ids)
+        loss, bound = objective.fused_nats(features, model.table, x_0, noised, chunks=chunks)
+        return loss / x_0.size, bound / x_0.size
+
+    def evaluate(batch: tuple[Array, losses.Corruption, Array | None]) -> tuple[Any, Any]:
+        return jax.value_and_grad(loss_fn, has_aux=True)(state["model_state"], *batch)
 
     def accumulate(total: Any, batch: tuple[Array, losses.Corruption, Array | None]) -> tuple[Any, None]:
-        (loss, bound), grads = jax.value_and_grad(loss_fn, has_aux=True)(state["model_state"], *batch)
-        return jax.tree.map(lambda t, v: t + v / n_micro, total, (loss, bound, grads)), None
+        return jax.tree.map(lambda t, v: t + v / n_micro, total, evaluate(batch)), None
 
-    zero = jax.tree.map(jnp.zeros_like, (jnp.float32(0), jnp.float32(0), state["model_state"]))
-    (loss, bound, grads), _ = jax.lax.scan(accumulate, zero, micro, unroll=n_micro == 1)
+    if n_micro == 1:
+        (loss, bound), grads = evaluate(jax.tree.map(lambda a: a[0], micro))
+    else:
+        zero = jax.tree.map(jnp.zeros_like, ((jnp.float32(0), jnp.float32(0)), state["model_state"]))
+        ((loss, bound), grads), _ = jax.lax.scan(accumulate, zero, micro)
     updates, optimizer_state = optimizer.update(grads, state["optimizer_state"], state["model_state"])
     params = optax.apply_updates(state["model_state"], updates)
     new = {"model_state": params, "optimizer_state": optimizer_state, "step": state["step"] + 1}

@@ -23,6 +23,7 @@ from nanodlm.losses import (
     RowNats,
     Weighting,
     cross_entropy,
+    linear_cross_entropy,
     mixed_divergence,
     nelbo,
     shift_right,
@@ -533,10 +534,113 @@ def test_constant_counts_sum_to_the_same_in_every_pair_and_are_uniform_by_themse
         assert ((seen - expected) ** 2 / expected).sum() < 26.2  # chi-square, 8 degrees of freedom, level 0.001
 
 
-def test_constant_counts_of_an_odd_number_of_rows_are_refused() -> None:
+def test_of_an_odd_number_of_rows_the_last_has_a_uniform_count_of_its_own() -> None:
     objective = Objective(make_schedule("linear"), MASK_ID, estimator="constant_count")
-    with pytest.raises(ValueError, match="3 is odd"):
-        objective.corrupt(jnp.zeros((3, 4), jnp.int32), jax.random.key(0))
+    x_0, draws = jnp.zeros((3, 8), jnp.int32), 6000
+    keys = jax.random.split(jax.random.key(3), draws)
+    counts = jax.jit(jax.vmap(lambda key: (objective.corrupt(x_0, key).x_t == MASK_ID).sum(axis=1)))(keys)
+    np.testing.assert_array_equal(counts[:, :2].sum(axis=1), 9)
+    seen = np.bincount(np.asarray(counts[:, 2]), minlength=9)[1:]
+    assert ((seen - draws / 8) ** 2 / (draws / 8)).sum() < 24.3  # chi-square, 7 degrees of freedom, level 0.001
+
+
+def linear_problem(rows: int, length: int, dtype: str = "float32") -> tuple[jax.Array, jax.Array]:
+    """Features and an output layer whose logits are large enough to matter."""
+    features = jax.random.normal(jax.random.key(1), (rows, length, 16)).astype(dtype)
+    return features, jax.random.normal(jax.random.key(2), (13, 16))
+
+
+FUSED = [
+    {"kind": "absorbing", "estimator": "constant_count"},
+    {"kind": "absorbing", "estimator": "constant_count", "weighting": "clipped", "max_weight": 1.5},
+    {"kind": "absorbing", "estimator": "constant_count", "weighting": "uniform"},
+    {"kind": "absorbing", "estimator": "count"},
+    {"kind": "absorbing", "estimator": "continuous", "times": "independent"},
+    {"kind": "block", "estimator": "constant_count", "block_size": 3},
+    {"kind": "block", "estimator": "constant_count", "block_size": 1},
+    {"kind": "autoregressive", "estimator": "constant_count"},
+]
+
+
+@pytest.mark.parametrize("options", FUSED, ids=str)
+@pytest.mark.parametrize(("rows", "chunks"), [(4, 3), (3, 2)])
+def test_the_fused_loss_and_its_gradients_are_those_of_all_logits(
+    options: dict[str, Any], rows: int, chunks: int
+) -> None:
+    """Row lengths that no block size divides, padding, and a number of chunks that divides nothing."""
+    objective = Objective(make_schedule("linear"), 10, **options)
+    x_0 = jax.random.randint(jax.random.key(5), (rows, 7), 0, 10).at[1, 5:].set(11)
+    features, table = linear_problem(rows, 7)
+
+    @jax.jit
+    def both(features: jax.Array, table: jax.Array, key: jax.Array) -> Any:
+        noised = objective.corrupt(x_0, key)
+
+        def plain(features: jax.Array, table: jax.Array) -> tuple[jax.Array, jax.Array]:
+            nats = objective.row_nats(features @ table.T, x_0, noised)
+            return nats.loss.sum(), nats.bound.sum()
+
+        def fused(features: jax.Array, table: jax.Array) -> tuple[jax.Array, jax.Array]:
+            return objective.fused_nats(features, table, x_0, noised, chunks=chunks)
+
+        of = partial(jax.value_and_grad, argnums=(0, 1), has_aux=True)
+        return of(plain)(features, table), of(fused)(features, table)
+
+    for seed in range(5):
+        expected, got = both(features, table, jax.random.key(seed))
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=2e-4, atol=2e-5), got, expected)
+
+
+@pytest.mark.parametrize("rows", [2, 6])
+@pytest.mark.parametrize("block_size", [1, 3, 4, 12])
+def test_pairs_of_rows_never_have_more_masks_than_the_fused_loss_has_room_for(rows: int, block_size: int) -> None:
+    """Whatever is padding; the room is less than the whole pair but for blocks of one token."""
+    objective = Objective(
+        make_schedule("linear"), 10, kind="block", estimator="constant_count", block_size=block_size
+    )
+    room = -(-12 // block_size) * (block_size + 1)
+    masks = jax.jit(lambda x_0, key: objective.corrupt(x_0, key).x_t.reshape(rows // 2, 24) == 10)
+    for seed in range(50):
+        key, pad_key = jax.random.split(jax.random.key(seed))
+        padding = jax.random.bernoulli(pad_key, seed / 50, (rows, 12))
+        assert int(masks(jnp.where(padding, 11, 3), key).sum(axis=1).max()) <= room
+    assert room < 24 or block_size == 1
+
+
+def test_the_fused_gradient_agrees_with_finite_differences_in_float64() -> None:
+    with jax.enable_x64(True):
+        features, table = (v.astype(jnp.float64) for v in linear_problem(2, 5))
+        target = jnp.arange(10).reshape(2, 5)
+        weight = jax.random.uniform(jax.random.key(0), (2, 5), jnp.float64).at[0, 2].set(0.0)
+
+        def loss(features: jax.Array, table: jax.Array, weight: jax.Array) -> jax.Array:
+            values = (jnp.asarray(v) for v in (features, table, target, weight))
+            return linear_cross_entropy(*values, mask_id=10, chunks=2)[0]
+
+        jax.test_util.check_grads(loss, (features, table, weight), order=1, modes=["rev"], rtol=1e-3)
+
+
+def test_half_precision_features_give_float32_losses_close_to_those_of_float32() -> None:
+    target, weight = jnp.arange(10).reshape(2, 5), jnp.ones((2, 5))
+
+    def loss(dtype: str) -> Any:
+        features, table = linear_problem(2, 5, dtype)
+        of = partial(linear_cross_entropy, target=target, weight=weight, mask_id=10)
+        (value, nats), grads = jax.value_and_grad(lambda f, t: of(f, t), argnums=(0, 1), has_aux=True)(features, table)
+        assert (value.dtype, nats.dtype, grads[0].dtype, grads[1].dtype) == ("float32", "float32", dtype, "float32")
+        return value, grads
+
+    half, full = loss("bfloat16"), loss("float32")
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0.03, atol=0.06), half, full)
+
+
+def test_large_logits_neither_overflow_nor_lose_the_rare_token() -> None:
+    features, table = jnp.ones((1, 2, 1)), jnp.asarray([[300.0], [-300.0], [0.0]])
+    (loss, nats), gradient = jax.value_and_grad(
+        lambda f: linear_cross_entropy(f, table, jnp.asarray([[0, 1]]), jnp.ones((1, 2)), mask_id=2), has_aux=True
+    )(features)
+    np.testing.assert_allclose(nats, [[0.0, 600.0]])
+    assert np.isfinite(gradient).all()
 
 
 OBJECTIVES: list[dict[str, Any]] = [

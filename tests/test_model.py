@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from nanodlm.model import Transformer, count_parameters, rope, time_embedding
+from nanodlm.model import ShortConvolution, Transformer, count_parameters, rope, time_embedding
 
 VOCAB, LENGTH = 11, 8
 SMALL = {"vocab_size": VOCAB, "n_layers": 2, "n_heads": 2, "d_model": 16, "d_ff": 24}
@@ -19,12 +19,13 @@ def randomised(**options: Any) -> Transformer:
     """A network all of whose parameters matter: at the start its output layers are zero."""
     model = nnx.eval_shape(lambda: Transformer(**{**SMALL, **options}, rngs=nnx.Rngs(0)))
     graphdef, abstract = nnx.split(model)
-    leaves, tree = jax.tree.flatten(abstract)
     rng = np.random.default_rng(3)
-    values = [
-        jnp.asarray(rng.normal(scale=0.5, size=leaf.shape) + (len(leaf.shape) == 1), leaf.dtype) for leaf in leaves
-    ]
-    return nnx.merge(graphdef, jax.tree.unflatten(tree, values))
+
+    def draw(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        is_scale = path[-1].key == "scale"
+        return jnp.asarray(rng.normal(scale=0.5, size=leaf.shape) + is_scale, leaf.dtype)
+
+    return nnx.merge(graphdef, jax.tree_util.tree_map_with_path(draw, nnx.to_pure_dict(abstract)))
 
 
 @nnx.jit
@@ -43,6 +44,7 @@ VARIANTS: list[dict[str, Any]] = [
     {"time_conditioning": True},
     {"tie_embeddings": True},
     {"conv_width": 3, "time_conditioning": True, "tie_embeddings": True},
+    {"qk_norm": False, "zero_init": False},
 ]
 
 
@@ -127,8 +129,9 @@ def test_a_document_scores_as_it_would_in_a_row_of_its_own() -> None:
 
 def test_the_convolution_is_the_sum_over_offsets_in_its_docstring() -> None:
     model = randomised(conv_width=5)
-    conv = model.blocks[0].conv
-    assert conv is not None
+    conv = ShortConvolution(5, 16, nnx.Rngs(0))
+    assert model.blocks.conv is not None
+    conv.kernel[...] = model.blocks.conv.kernel[0]
     x = np.random.default_rng(0).normal(size=(1, LENGTH, 16)).astype(np.float32)
     kernel = np.asarray(conv.kernel[...])
     expected = np.zeros_like(x)
@@ -143,8 +146,7 @@ def without_conditioning(model: Transformer) -> Transformer:
     """The plain network with the same weights."""
     params = nnx.to_pure_dict(nnx.split(model)[1])
     params.pop("time_in")
-    for block in params["blocks"].values():
-        block.pop("modulation")
+    params["blocks"].pop("modulation")
     graphdef, _ = nnx.split(nnx.eval_shape(lambda: Transformer(**SMALL, rngs=nnx.Rngs(0))))
     return nnx.merge(graphdef, params)
 
@@ -152,9 +154,8 @@ def without_conditioning(model: Transformer) -> Transformer:
 def test_time_conditioning_begins_as_the_plain_network() -> None:
     model = randomised(time_conditioning=True)
     fresh = Transformer(**SMALL, time_conditioning=True, rngs=nnx.Rngs(0))
-    for block, fresh_block in zip(model.blocks, fresh.blocks, strict=True):
-        assert block.modulation is not None and fresh_block.modulation is not None
-        block.modulation.kernel[...] = fresh_block.modulation.kernel[...]
+    assert model.blocks.modulation is not None and fresh.blocks.modulation is not None
+    model.blocks.modulation.kernel[...] = fresh.blocks.modulation.kernel[...]
     plain = logits(without_conditioning(model), ROWS)
     np.testing.assert_allclose(logits(model, ROWS), plain, rtol=1e-5, atol=1e-5)
     assert float(plain.std()) > 0.1
@@ -207,18 +208,17 @@ def names(**options: Any) -> set[str]:
 def test_an_option_that_is_off_has_no_parameters() -> None:
     plain = names()
     assert not [name for name in plain if "conv" in name or "modulation" in name or "time" in name]
-    assert names(conv_width=3) - plain == {
-        f"blocks/{i}/{part}" for i in range(2) for part in ("conv/kernel", "conv_norm/scale")
-    }
+    assert names(conv_width=3) - plain == {"blocks/conv/kernel", "blocks/conv_norm/scale"}
+    assert plain - names(qk_norm=False) == {"blocks/query_norm/scale", "blocks/key_norm/scale"}
     assert names(time_conditioning=True) - plain == {
-        *(f"blocks/{i}/modulation/kernel" for i in range(2)),
+        "blocks/modulation/kernel",
         "time_in/kernel",
         "time_in/bias",
     }
 
 
 def test_tied_embeddings_have_no_head() -> None:
-    assert names() - names(tie_embeddings=True) == {"head/kernel"}
+    assert names() - names(tie_embeddings=True) == {"head/embedding"}
     model = randomised(tie_embeddings=True)
     assert model.head is None
     before = logits(model, ROWS)
@@ -240,8 +240,10 @@ def expected_parameters(
     conv_width: int = 0,
     time_conditioning: bool = False,
     tie_embeddings: bool = False,
+    qk_norm: bool = True,
+    zero_init: bool = True,
 ) -> int:
-    block = 4 * d_model**2 + 2 * d_model * d_ff + 2 * d_model + 2 * d_model // n_heads
+    block = 4 * d_model**2 + 2 * d_model * d_ff + 2 * d_model + 2 * d_model // n_heads * qk_norm
     block += (conv_width + 1) * d_model * (conv_width > 0) + 6 * d_model**2 * time_conditioning
     outside = vocab_size * d_model * (2 - tie_embeddings) + d_model + (d_model + 1) * d_model * time_conditioning
     return n_layers * block + outside
@@ -261,6 +263,30 @@ def test_gpt2_sizes_have_gpt2_parameter_counts(n_layers: int, n_heads: int, d_mo
     shape = {"vocab_size": 50304, "n_layers": n_layers, "n_heads": n_heads, "d_model": d_model, "d_ff": 4 * d_model}
     model = nnx.eval_shape(lambda: Transformer(**shape, tie_embeddings=True, rngs=nnx.Rngs(0)))
     assert count_parameters(model) == pytest.approx(millions * 1e6, rel=0.005)
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_what_the_backward_pass_computes_again_changes_no_gradient(remat: str) -> None:
+    def gradient(remat: str) -> Any:
+        graphdef, params = nnx.split(randomised(remat=remat, conv_width=3))
+        return jax.jit(jax.grad(lambda params: jnp.square(nnx.merge(graphdef, params)(ROWS, TIMES)).mean()))(params)
+
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), gradient(remat), gradient("none"))
+
+
+def test_an_untrained_network_scores_all_tokens_alike_only_if_its_outputs_start_at_zero() -> None:
+    zero, drawn = (Transformer(**SMALL, zero_init=flag, rngs=nnx.Rngs(0)) for flag in (True, False))
+    assert float(jnp.abs(logits(zero, ROWS)).max()) == 0
+    assert float(logits(drawn, ROWS).std()) > 0
+    outputs = [drawn.blocks.attention_out.kernel, drawn.blocks.mlp_out.kernel, drawn.head.embedding]  # type: ignore[union-attr]
+    assert all(float(kernel[...].std()) == pytest.approx(0.02, rel=0.1) for kernel in outputs)
+
+
+def test_logits_are_the_features_times_the_table() -> None:
+    for tied in (True, False):
+        model = randomised(tie_embeddings=tied)
+        features = model.features(ROWS, TIMES)
+        np.testing.assert_allclose(features @ model.table.T, logits(model, ROWS), rtol=1e-4, atol=1e-4)
 
 
 def tokens(seed: int, rows: int = 2, length: int = LENGTH) -> jax.Array:
