@@ -279,9 +279,11 @@ class ExpConfig(Group):
     keep: int = Field(default=2, ge=1)
     """Checkpoints kept while training; the last one always is."""
     use_wandb: Switch = False
-    """Whether to send the log records to Weights & Biases as well (`pip install nanodlm[wandb]`)."""
+    """Whether to send the log records to Weights & Biases as well (`pip install 'nanodlm[wandb]'`)."""
     project_name: str = "nanodlm"
     """Project name at Weights & Biases."""
+    use_tensorboard: Switch = False
+    """Whether to write the log records for TensorBoard as well (`pip install 'nanodlm[tensorboard]'`)."""
 
 
 class Config(Group):
@@ -403,7 +405,7 @@ def load_config(name: str) -> Config:
         raise UsageError(f"{name} is not a valid config: {explain(error)}") from error
 
 
-def explain(error: Exception) -> str:
+def explain(error: BaseException) -> str:
     """One line that says what a validation error is about."""
     if not hasattr(error, "errors"):
         return " ".join(str(error).split())

@@ -30,7 +30,7 @@ from nanodlm.errors import NanodlmError, Stopped
 from nanodlm.metrics import Tracker
 from nanodlm.model import count_parameters, segments
 from nanodlm.optimizer import learning_rate, make_optimizer
-from nanodlm.store import Artifact, Attempt
+from nanodlm.store import Artifact, Attempt, cache_dir
 
 
 LOGITS_AT_ONCE = 2**26  # numbers; in float32, 256 MiB
@@ -111,7 +111,8 @@ def train(
 ) -> dict[str, Any]:
     """Stage: train for `max_steps` updates, from the newest whole checkpoint if an earlier attempt left one.
 
-    Writes `checkpoints/`, `config.json`, `logs.json`, `tokenizer/` and `parameters.json` into the attempt.
+    Writes `checkpoints/`, `config.json`, `logs.json` and, as it goes, `logs.jsonl`, `tokenizer/` and `parameters.json`
+    into the attempt.
 
     Raises:
         Stopped: After SIGTERM or SIGUSR1: the update was finished and a checkpoint saved.
@@ -146,14 +147,17 @@ def train(
     (attempt.path / "config.json").write_text(config.model_dump_json(indent=1))
     (attempt.path / "tokenizer").mkdir()
     tokenizer.save(encoding, attempt.path / "tokenizer")
-    tracker = Tracker(config)
-    with _catch_signals() as stop, Checkpoints(attempt, config.exp.keep) as checkpoints:
+    with _catch_signals() as stop, contextlib.ExitStack() as late, Checkpoints(attempt, config.exp.keep) as checkpoints:
         target = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding.replicated(mesh)),
             jax.eval_shape(initialise),
         )
         restored = checkpoints.restore(target)
-        state, logs = (restored[0], restored[1]["logs"]) if restored else (initialise(), [])
+        logs = restored[1]["logs"] if restored else []
+        run_id, file = attempt.fingerprint[:16], attempt.path / "logs.jsonl"
+        tracker = Tracker(config, file, run_id=run_id, folder=cache_dir(), records=logs, emit=emit)
+        late.enter_context(tracker)  # closed once the last checkpoint is safe
+        state = restored[0] if restored else initialise()
         first = int(state["step"])
         emit("message", text=_describe(config, count_parameters(nnx.merge(graphdef, abstract)), first))
         batches = loader.train_batches(
@@ -186,7 +190,6 @@ def train(
                 raise Stopped(f"stopped by a signal after update {step}; a checkpoint is saved: run again to continue")
         logger.stop(config.train.max_steps)
         checkpoints.finish()
-        tracker.close()
     (attempt.path / "logs.json").write_text(json.dumps(logger.records, indent=1))
     final = state.get("ema_state", state["model_state"])
     result = {"parameters_sha256": parameters_sha256(final), "updates": config.train.max_steps}
