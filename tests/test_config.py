@@ -2,7 +2,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import pytest
 from pydantic import BaseModel, ValidationError
@@ -224,7 +224,9 @@ def test_the_choices_are_those_of_the_modules_that_have_them() -> None:
     from nanodlm.config import ObjectiveConfig, SampleConfig, ScheduleConfig
 
     def choices(group: type, field: str) -> tuple[str, ...]:
-        return group.model_fields[field].annotation.__args__
+        annotation = group.model_fields[field].annotation
+        named = [part for part in get_args(annotation) if get_origin(part) is Literal]  # when None is a choice as well
+        return get_args(named[0] if named else annotation)
 
     assert choices(ScheduleConfig, "kind") == schedules.KINDS
     assert choices(SampleConfig, "sampler") == samplers.SAMPLERS
