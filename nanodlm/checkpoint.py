@@ -2,31 +2,37 @@
 
     checkpoints/step_000100/{model_state, ema_state, optimizer_state}
 
-A checkpoint counts once its files are recorded with their sha256 (`Attempt.finish`); a killed save leaves none.
+A checkpoint counts once its files are recorded with their sha256 (`Attempt.finish`); a killed save leaves none. With
+them is recorded what the run was: its settings, the digests of its data, its key, how many rows it has seen, its logs.
 """
 
 import hashlib
 import logging
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import tiktoken
 from flax import nnx
 
 from nanodlm import tokenizer
-from nanodlm.config import Config, load_config
-from nanodlm.errors import NanodlmError
+from nanodlm.config import Config, differences, load_config
+from nanodlm.errors import NanodlmError, UsageError
 from nanodlm.losses import Objective
 from nanodlm.model import Transformer
 from nanodlm.schedules import make_schedule
-from nanodlm.store import Attempt, Store
+from nanodlm.store import Attempt, Store, find_checkpoint
 
 logging.getLogger("absl").setLevel(logging.ERROR)
 
-State = dict[str, Any]  # {"model_state", "optimizer_state", "step"} and, when an average is kept, "ema_state"
+# {"model_state", "optimizer_state", "step"}; "ema_state" when an average is kept, "skipped" when updates may be.
+State = dict[str, Any]
+FIXED = ("tokenizer", "train.optimizer")  # what a checkpoint makes no sense without, like most of `model`
+FREE = ("model.init_seed", "model.seq_len", "model.dtype")  # settings of `model` that leave its arrays as they are
 
 
 def _items(state: State) -> dict[str, Any]:
@@ -35,14 +41,96 @@ def _items(state: State) -> dict[str, Any]:
     return {**items, "optimizer_state": {"optimizer": state["optimizer_state"], "step": state["step"]}}
 
 
-class Checkpoints:
-    """Saves in the background and keeps the last few; use as a context manager."""
+def describe_run(config: Config, dataset: str, encoding: str, key: jax.Array) -> dict[str, Any]:
+    """What every checkpoint of a run remembers, as JSON; it must be the same when one is continued.
 
-    def __init__(self, attempt: Attempt, keep: int):
-        self._attempt, self._keep = attempt, keep
+    Args:
+        config: The run's configuration.
+        dataset: Digest of the shard artifact.
+        encoding: Digest of the tokenizer artifact.
+        key: The key that each update's is folded from.
+    """
+    return {
+        "config": config.training(),
+        "corpus": config.data.model_dump(mode="json"),
+        "dataset": dataset,
+        "tokenizer": encoding,
+        "key": {"implementation": str(jax.random.key_impl(key)), "data": jax.random.key_data(key).tolist()},
+    }
+
+
+def check_run(saved: dict[str, Any], now: dict[str, Any], allowed: tuple[str, ...], what: str) -> None:
+    """Refuse to continue another run than the one that was saved.
+
+    Args:
+        saved: What a checkpoint remembers.
+        now: What `describe_run` says of this run.
+        allowed: Names of what may differ.
+        what: The checkpoint, for the message.
+
+    Raises:
+        UsageError: One line with every field that differs, and how to allow that.
+    """
+    if not now.keys() <= saved.keys():
+        raise UsageError(f"{what} does not say what it was trained with: train anew")
+    changed = differences(_compared(saved), _compared(now))
+    if changed.keys() <= set(allowed):
+        return
+    if "dataset" in changed:  # the settings that the data were made with tell more than two digests
+        made = differences({"data": saved["corpus"]}, {"data": now["corpus"]})
+        why = "; ".join(f"{field}: {values}" for field, values in made.items() if field not in changed)
+        changed["dataset"] += f" ({why})" if why else ""
+    fixed = [name for name in changed if name in FIXED or (name.startswith("model.") and name not in FREE)]
+    if fixed:
+        remedy = f"{' and '.join(fixed)} cannot change in mid-training: train anew, without --exp.resume_path"
+    else:
+        remedy = f"if that is meant, add --exp.allow_changed {' '.join(changed)}"
+    fields = "; ".join(f"{field}: {values}" for field, values in changed.items())
+    raise UsageError(f"{what} is of another run ({fields}): {remedy}")
+
+
+def _compared(run: dict[str, Any]) -> dict[str, Any]:
+    digests = {name: run[name] for name in ("dataset", "tokenizer")}
+    return {**run["config"], **digests, "key": run["key"]["implementation"]}
+
+
+def retained(scores: dict[int, float | None], keep: int, keep_best: int) -> set[int]:
+    """Which checkpoints stay: the latest `keep`, and the `keep_best` with the lowest scores.
+
+    Args:
+        scores: Of each checkpoint, by its step.
+        keep: At least 1, so that the latest always stays.
+        keep_best: May be 0.
+
+    >>> sorted(retained({10: 3.0, 20: 1.0, 30: 2.0, 40: None}, keep=1, keep_best=1))
+    [20, 40]
+    """
+    ranked = sorted((score, step) for step, score in scores.items() if score is not None)
+    return {*sorted(scores)[-keep:], *(step for _, step in ranked[:keep_best])}
+
+
+def score_of(info: dict[str, Any]) -> float | None:
+    """The bound that ranks a checkpoint: on validation rows, else on those trained on, else none."""
+    return info.get("val_nats_per_token", info.get("train_nats_per_token"))
+
+
+class Checkpoints:
+    """Saves in the background, and keeps the last few and the best; use as a context manager."""
+
+    def __init__(self, attempt: Attempt, run: dict[str, Any], *, keep: int, keep_best: int = 0):
+        """Work in an attempt's folder.
+
+        Args:
+            attempt: Where checkpoints become parts.
+            run: What `describe_run` says: saved with every checkpoint, compared with those that are continued.
+            keep: Latest checkpoints that stay.
+            keep_best: Best ones that stay besides.
+        """
+        self._attempt, self._run, self._keep, self._keep_best = attempt, run, keep, keep_best
         self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
-        self._pending: tuple[str, dict[str, Any]] | None = None
-        self._kept: list[str] = []
+        self._pending: tuple[int, dict[str, Any]] | None = None
+        self._scores: dict[int, float | None] = {}
+        self._origin: tuple[int, str] | None = None
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -63,38 +151,93 @@ class Checkpoints:
             **info: JSON that `restore` gives back.
         """
         self.finish()
-        name = f"checkpoints/step_{step:06d}"
         args = {key: ocp.args.StandardSave(item) for key, item in _items(state).items()}  # type: ignore[call-arg]
-        self._checkpointer.save((self._attempt.path / name).absolute(), args=ocp.args.Composite(**args))
-        self._pending = (name, info)
+        self._checkpointer.save((self._attempt.path / _name(step)).absolute(), args=ocp.args.Composite(**args))
+        counted = {"skipped": int(state["skipped"])} if "skipped" in state else {}
+        self._pending = (step, {**self._run, **counted, **info})
 
     def finish(self) -> None:
-        """Wait for the running save, record it, and drop the oldest beyond `keep`."""
+        """Wait for the running save, record it, and drop those that neither `keep` nor `keep_best` holds."""
         if self._pending is None:
             return
-        (name, info), self._pending = self._pending, None
+        (step, info), self._pending = self._pending, None
         self._checkpointer.wait_until_finished()
-        folder = self._attempt.path / name
+        folder = self._attempt.path / _name(step)
         files = [p.relative_to(self._attempt.path).as_posix() for p in folder.rglob("*") if p.is_file()]
-        self._attempt.finish(name, files, **info)
-        self._kept.append(name)
-        for old in self._kept[: -self._keep]:
-            self._attempt.forget(old)
-        self._kept = self._kept[-self._keep :]
+        self._attempt.finish(_name(step), files, **info)
+        self._scores[step] = score_of(info)
+        for old in self._scores.keys() - retained(self._scores, self._keep, self._keep_best):
+            self._attempt.forget(_name(old))
+            del self._scores[old]
 
-    def restore(self, abstract: State) -> tuple[State, dict[str, Any]] | None:
-        """The newest whole checkpoint of an earlier attempt and its info, or None.
+    def last(self, before: int) -> str:
+        """Address of the newest checkpoint of an update before this one; empty when there is none."""
+        steps = {step: self._attempt.uri(_name(step)) for step in self._scores if step < before}
+        if self._pending and self._pending[0] < before:
+            steps[self._pending[0]] = self._attempt.uri(_name(self._pending[0]))
+        if self._origin and self._origin[0] < before:
+            steps.setdefault(*self._origin)
+        return steps[max(steps)] if steps else ""
+
+    def best(self) -> int | None:
+        """The update of the best checkpoint that is kept; None when none was scored."""
+        ranked = [(score, step) for step, score in self._scores.items() if score is not None]
+        return min(ranked)[1] if ranked else None
+
+    def restore(self, abstract: State, allowed: tuple[str, ...] = ()) -> tuple[State, dict[str, Any]] | None:
+        """The newest whole checkpoint of an earlier attempt and its info, or None. The best ones are taken over too.
 
         Args:
             abstract: Shapes, types and shardings of the state, as `jax.eval_shape` gives them.
+            allowed: Names of what may differ from what the checkpoint remembers.
+
+        Raises:
+            UsageError: When it remembers another run.
         """
-        names = [name for name in self._attempt.earlier if name.startswith("checkpoints/")]
-        for name in sorted(names, key=_step_of, reverse=True):
-            info = self._attempt.adopt(name)
-            if info is not None:
-                self._kept.append(name)
-                return _restore(self._checkpointer, self._attempt.path / name, abstract), info
+        steps = sorted(_step_of(name) for name in self._attempt.earlier if name.startswith("checkpoints/"))
+        while steps:
+            step = steps.pop()
+            info = self._attempt.adopt(_name(step))
+            if info is None:
+                continue
+            check_run(info, self._run, allowed, f"the checkpoint {self._attempt.uri(_name(step))}")
+            self._scores[step] = score_of(info)
+            infos = {earlier: self._attempt.info(_name(earlier)) for earlier in steps}
+            scores = {earlier: score_of(found) for earlier, found in infos.items() if found} | self._scores
+            for best in retained(scores, 1, self._keep_best) - {step}:
+                if self._attempt.adopt(_name(best)):
+                    self._scores[best] = scores[best]
+            return _restore(self._checkpointer, self._attempt.path / _name(step), abstract, info), info
         return None
+
+    def start(self, address: str, abstract: State, allowed: tuple[str, ...] = ()) -> tuple[State, dict[str, Any]]:
+        """The checkpoint at an address, of any run, and its info.
+
+        Args:
+            address: See `store.find_checkpoint`.
+            abstract: As for `restore`.
+            allowed: As for `restore`.
+
+        Raises:
+            UsageError: When there is none, or it remembers another run, or its arrays do not fit.
+            Damaged: When its files are not what they were.
+        """
+        part = find_checkpoint(address)
+        check_run(part.info, self._run, allowed, f"the checkpoint {part.uri}")
+        self._origin = (_step_of(part.name), part.uri)
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = part.local(Path(scratch))
+            try:
+                state = _restore(self._checkpointer, folder, abstract, part.info)
+            except (ValueError, KeyError, TypeError) as error:
+                text = " ".join(str(error).split())[:200]
+                raise UsageError(f"the arrays of {part.uri} do not fit this configuration: {text}") from error
+            return state, part.info
+
+
+def _name(step: int) -> str:
+    """Of the part that holds the checkpoint of an update."""
+    return f"checkpoints/step_{step:06d}"
 
 
 def _step_of(name: str) -> int:
@@ -102,11 +245,19 @@ def _step_of(name: str) -> int:
     return int(name.rpartition("_")[2])
 
 
-def _restore(checkpointer: ocp.AsyncCheckpointer, folder: Path, abstract: State) -> State:
-    args = {key: ocp.args.StandardRestore(item) for key, item in _items(abstract).items()}  # type: ignore[call-arg]
-    items = checkpointer.restore(folder.absolute(), args=ocp.args.Composite(**args))
-    state = {key: items[key] for key in args if key != "optimizer_state"}
-    return {**state, "optimizer_state": items["optimizer_state"]["optimizer"], "step": items["optimizer_state"]["step"]}
+def _restore(checkpointer: ocp.AsyncCheckpointer, folder: Path, abstract: State, info: dict[str, Any]) -> State:
+    items = _items(abstract)
+    if not (folder / "ema_state").exists():
+        items.pop("ema_state", None)
+    args = {key: ocp.args.StandardRestore(item) for key, item in items.items()}  # type: ignore[call-arg]
+    found = checkpointer.restore(folder.absolute(), args=ocp.args.Composite(**args))
+    state = {key: found[key] for key in args if key != "optimizer_state"}
+    state |= {"optimizer_state": found["optimizer_state"]["optimizer"], "step": found["optimizer_state"]["step"]}
+    if "ema_state" in abstract:  # an average that begins now begins at the parameters
+        state.setdefault("ema_state", jax.tree.map(jnp.copy, state["model_state"]))
+    if "skipped" in abstract:
+        state["skipped"] = jax.device_put(jnp.int32(info.get("skipped", 0)), abstract["skipped"].sharding)
+    return state
 
 
 def make_model(config: Config, encoding: tiktoken.Encoding) -> Transformer:

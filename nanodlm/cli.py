@@ -106,6 +106,7 @@ def _parse(command: str, argv: list[str], fields: dict[str, Any], *, configured:
         default = load_config(preset)
         model = create_model("Arguments", __base__=Config, **fields)
         start: Any = model(**dict(default))
+        argv = _say_true(argv, Config)
     else:
         model = create_model("Arguments", __base__=Group, **fields)
         start = None
@@ -127,6 +128,22 @@ def _parse(command: str, argv: list[str], fields: dict[str, Any], *, configured:
         raise UsageError(f"{_one_line(said.getvalue())} (nanodlm {command} --help lists the flags)") from None
     groups = {name: getattr(values, name) for name in Config.model_fields} if configured else {}
     return (Config(**groups) if configured else None), values
+
+
+def _say_true(argv: list[str], config: type["Config"]) -> list[str]:
+    """Give a switch of the configuration without a value, such as `--exp.resume`, the value True."""
+    switches = {
+        f"--{group}.{name}"
+        for group, of in config.model_fields.items()
+        for name, field in of.annotation.model_fields.items()  # type: ignore[union-attr]
+        if field.annotation is bool
+    }
+    said = []
+    for word, following in zip(argv, [*argv[1:], "--"], strict=True):
+        said.append(word)
+        if word.replace("-", "_").replace("__", "--", 1) in switches and following.startswith("-"):
+            said.append("True")
+    return said
 
 
 def _one_line(box: str) -> str:

@@ -200,6 +200,9 @@ class TrainConfig(Group):
     """Global gradient norm above which gradients are scaled down; 0 is off."""
     ema_decay: float = Field(default=0.0, ge=0, lt=1)
     """Decay of an exponential moving average of the parameters, which then are the result; 0 is off."""
+    skip_nonfinite: Switch = False
+    """Whether to skip and count updates whose loss or gradient is not finite, instead of stopping. Skipped updates move
+    neither parameters nor the optimizer, its learning-rate schedule included."""
 
     @model_validator(mode="after")
     def _check_rates(self) -> Self:
@@ -277,13 +280,31 @@ class ExpConfig(Group):
     save_every: int = Field(default=100, ge=1)
     """Updates between checkpoints."""
     keep: int = Field(default=2, ge=1)
-    """Checkpoints kept while training; the last one always is."""
+    """Latest checkpoints that are kept."""
+    keep_best: int = Field(default=1, ge=0)
+    """Best checkpoints that are kept besides: those with the lowest bound on `val_rows`."""
+    val_rows: int = Field(default=64, ge=0)
+    """Rows from the front of the validation split that are scored with each checkpoint; 0 is none, and best is then
+    the lowest training bound since the checkpoint before."""
+    resume: Switch = True
+    """Whether an interrupted run continues from its last checkpoint; False starts it anew."""
+    resume_path: str = ""
+    """Checkpoint of any run to start from: `.../checkpoints/step_100` in a run's folder, or `URI/step_100` of a train
+    artifact."""
+    allow_changed: tuple[str, ...] = ()
+    """What may differ from the run of that checkpoint, by name: settings such as `train.lr`, and `dataset`, `key`."""
     use_wandb: Switch = False
     """Whether to send the log records to Weights & Biases as well (`pip install 'nanodlm[wandb]'`)."""
     project_name: str = "nanodlm"
     """Project name at Weights & Biases."""
     use_tensorboard: Switch = False
     """Whether to write the log records for TensorBoard as well (`pip install 'nanodlm[tensorboard]'`)."""
+
+    @model_validator(mode="after")
+    def _check_resume(self) -> Self:
+        if self.resume_path and not self.resume:
+            raise ValueError("resume_path names a checkpoint and resume is False: leave one of them out")
+        return self
 
 
 class Config(Group):
@@ -297,6 +318,18 @@ class Config(Group):
     eval: EvalConfig = EvalConfig()
     sample: SampleConfig = SampleConfig()
     exp: ExpConfig = ExpConfig()
+
+    @model_validator(mode="after")
+    def _check_allowed(self) -> Self:
+        for name in self.exp.allow_changed:
+            group, _, field = name.partition(".")
+            fields = getattr(type(getattr(self, group, None)), "model_fields", ())
+            if name not in ("dataset", "key") and field not in fields:
+                raise ValueError(
+                    f"exp.allow_changed names {name!r}, which is no setting: name dataset, key, or settings such as "
+                    "train.lr"
+                )
+        return self
 
     @model_validator(mode="after")
     def _check_objective(self) -> Self:
@@ -326,6 +359,15 @@ class Config(Group):
         if kind in ("uniform", "hybrid") and clipped:
             raise ValueError(f"{kind} noise needs a schedule from 0 to 1, not {self.schedule.kind}: try linear")
         return self
+
+    def training(self) -> dict[str, Any]:
+        """The settings that determine what training makes of its data."""
+        train = self.train.model_dump(exclude=None if self.train.skip_nonfinite else {"skip_nonfinite"})
+        return {
+            **self.model_dump(include={"model", "schedule", "objective"}),
+            "train": train,
+            "data": self.data.model_dump(include={"shuffle_seed", "isolate_documents"}),
+        }
 
     def replace(self, **groups: dict[str, Any]) -> "Config":
         """Return a copy with some fields of some groups changed, validated as a whole.
@@ -403,6 +445,28 @@ def load_config(name: str) -> Config:
         raise UsageError(f"cannot read config {name}: {error.strerror or error}") from error
     except ValueError as error:
         raise UsageError(f"{name} is not a valid config: {explain(error)}") from error
+
+
+def differences(saved: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
+    """The fields in which two nested dicts differ, each with its two values.
+
+    >>> differences({"train": {"lr": 0.1, "seed": 1}}, {"train": {"lr": 0.2, "seed": 1}})
+    {'train.lr': '0.1 -> 0.2'}
+    """
+    old, new = _flat(saved), _flat(now)
+    changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+    return {key: f"{_short(old.get(key))} -> {_short(new.get(key))}" for key in changed}
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    return {k: v for key, item in value.items() for k, v in _flat(item, f"{prefix}.{key}".lstrip(".")).items()}
+
+
+def _short(value: Any) -> str:
+    text = "absent" if value is None else str(value)
+    return text if len(text) <= 40 else f"{text[:12]}…"
 
 
 def explain(error: BaseException) -> str:

@@ -60,7 +60,7 @@ class Console:
         done, total = fields["done"], fields.get("total")
         count = f"{done:,.0f}/{total:,.0f}" if total else f"{done:,.1f}"
         parts = [f"{count} {fields['unit']}"]
-        if "loss" in fields:
+        if fields.get("loss") is not None:
             parts.append(f"loss {fields['loss']:.3f}")
         if fields.get("tokens_per_second"):
             parts.append(f"{fields['tokens_per_second']:,.0f} tokens/s")

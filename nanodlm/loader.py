@@ -16,6 +16,7 @@ def train_batches(
     rows_per_step: int,
     seed: int,
     first_step: int = 0,
+    shift: int = 0,
     process: int = 0,
     processes: int = 1,
 ) -> Iterator[Int[np.ndarray, "R L"]]:
@@ -27,6 +28,7 @@ def train_batches(
         rows_per_step: Rows of one update over all processes (micro-batches included).
         seed: Seed of the order.
         first_step: Updates already done.
+        shift: Rows that those took beyond `rows_per_step` each, when they were of another size.
         process: Which process this is; it gets every `processes`-th row of each step.
         processes: How many there are; must divide `rows_per_step`.
 
@@ -36,7 +38,7 @@ def train_batches(
     source = grain.ArrayRecordDataSource([str(p) for p in sorted(folder.glob("train-*.arrayrecord"))])
     rows = grain.MapDataset.source(cast(Any, source)).seed(seed).shuffle().repeat()
     batches = (
-        rows[first_step * rows_per_step :][process::processes]
+        rows[first_step * rows_per_step + shift :][process::processes]
         .map(lambda record: np.frombuffer(record, dtype).astype(np.int32))
         .batch(rows_per_step // processes, drop_remainder=True)  # endless; rounding up would overflow at 1
     )

@@ -36,7 +36,8 @@ def build(config: Config, inputs: dict[str, Artifact], attempt: Attempt, emit: C
     logs = json.loads((train.local() / "logs.json").read_text())
     texts = [json.loads(line)["text"] for line in (sample.local() / "samples.jsonl").read_text().splitlines()]
     title = config.exp.run_name or "nanodlm"
-    curve = loss_curve([(r["step"], r["nats_per_token"]) for r in logs], m["val_unigram_nats_per_token"])
+    points = [(r["step"], r["nats_per_token"]) for r in logs if r["nats_per_token"] is not None]
+    curve = loss_curve(points, m["val_unigram_nats_per_token"]) if points else ""
     page = [
         f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title><style>{STYLE}</style>",
         f"<h1>{html.escape(title)}</h1><table>",

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-from nanodlm.config import Config
+from nanodlm.config import Config, differences
 from nanodlm.errors import Damaged, NanodlmError
-from nanodlm.store import SCHEMA, Artifact, Store, fingerprint_of
+from nanodlm.store import SCHEMA, Artifact, Store, find_checkpoint, fingerprint_of
 
 Emit = Callable[..., None]
 
@@ -55,10 +55,9 @@ def _tokenizer_parameters(config: Config) -> dict[str, Any]:
 
 
 def _train_parameters(config: Config) -> dict[str, Any]:
-    return {
-        **config.model_dump(include={"model", "schedule", "objective", "train"}),
-        "data": config.data.model_dump(include={"shuffle_seed", "isolate_documents"}),
-    }
+    if not config.exp.resume_path:
+        return config.training()
+    return {**config.training(), "started_from": find_checkpoint(config.exp.resume_path).digest}
 
 
 STAGES: dict[str, Stage] = {
@@ -248,7 +247,7 @@ def why(lookup: Lookup, store: Store) -> str:
     """Why a stage would be built: which settings and inputs differ from the most similar artifact there is."""
     if lookup.identity is None:
         return "an input is not built yet"
-    wanted = _flat(_comparable(lookup.identity))
+    wanted = _comparable(lookup.identity)
     best: tuple[list[str], str] | None = None
     for stage, fingerprint in store:
         if stage != lookup.stage.name:
@@ -259,14 +258,10 @@ def why(lookup: Lookup, store: Store) -> str:
             continue
         if other is None:
             continue
-        has = _flat(_comparable({k: other.manifest[k] for k in lookup.identity}))
-        differences = [
-            f"{key}: {_short(has.get(key))} -> {_short(wanted.get(key))}"
-            for key in sorted(wanted.keys() | has.keys())
-            if wanted.get(key) != has.get(key)
-        ]
-        if best is None or len(differences) < len(best[0]):
-            best = (differences, fingerprint[:12])
+        has = _comparable({k: other.manifest[k] for k in lookup.identity})
+        reasons = [f"{field}: {values}" for field, values in differences(has, wanted).items()]
+        if best is None or len(reasons) < len(best[0]):
+            best = (reasons, fingerprint[:12])
     return f"{'; '.join(best[0])} (against {best[1]})" if best else "nothing like it has been built yet"
 
 
@@ -274,17 +269,6 @@ def _comparable(identity: dict[str, Any]) -> dict[str, Any]:
     """Inputs by digest alone, with the settings at the top."""
     inputs = {n: i["digest"] if isinstance(i, dict) else i for n, i in identity["inputs"].items()}
     return {**identity["parameters"], "input": inputs, "version": identity["version"], "schema": identity["schema"]}
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict):
-        return {prefix: value}
-    return {k: v for key, item in value.items() for k, v in _flat(item, f"{prefix}.{key}".lstrip(".")).items()}
-
-
-def _short(value: Any) -> str:
-    text = "absent" if value is None else str(value)
-    return text if len(text) <= 40 else f"{text[:12]}…"
 
 
 def until(last: str) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -77,6 +78,11 @@ def sha256_of(path: Path) -> str:
     """sha256 of a file, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _whole(path: Path, file: dict[str, Any]) -> bool:
+    """Whether a file is what its record says."""
+    return path.stat().st_size == file["size"] and sha256_of(path) == file["sha256"]
 
 
 def cache_dir() -> Path:
@@ -179,7 +185,7 @@ class Artifact:
             if not file["path"].startswith(only):
                 continue
             target = folder / file["path"]
-            if not (target.exists() and target.stat().st_size == file["size"] and sha256_of(target) == file["sha256"]):
+            if not (target.exists() and _whole(target, file)):
                 target.parent.mkdir(parents=True, exist_ok=True)
                 partial = target.with_name(f"{target.name}.{secrets.token_hex(4)}.partial")
                 self.store.fs.get_file(self.remote(file["path"]), str(partial))
@@ -188,6 +194,77 @@ class Artifact:
                     raise Damaged(self.remedy(f"{file['path']} has been altered", deep=True))
                 partial.replace(target)
         return folder
+
+
+@dataclass(frozen=True)
+class Part:
+    """A finished part of an attempt: its files, each with size and sha256, and the `info` it was finished with."""
+
+    fs: fsspec.AbstractFileSystem
+    base: str
+    name: str
+    files: list[dict[str, Any]]
+    info: dict[str, Any]
+
+    @property
+    def uri(self) -> str:
+        """Its address: a plain path on local disk, else a URL."""
+        path = f"{self.base}/{self.name}"
+        return path if isinstance(self.fs, LocalFileSystem) else self.fs.unstrip_protocol(path)
+
+    @property
+    def digest(self) -> str:
+        """sha256 over the paths, sizes and sha256 of its files."""
+        return _digest(self.files, [])
+
+    def local(self, scratch: Path) -> Path:
+        """A local folder with its files, each checked against its sha256.
+
+        Args:
+            scratch: An empty folder, for the copies of remote files.
+
+        Raises:
+            Damaged: When a file is missing, truncated, swapped or altered.
+        """
+        remote = not isinstance(self.fs, LocalFileSystem)
+        folder = scratch if remote else Path(self.base)
+        for file in self.files:
+            path = folder / _safe(file["path"])
+            if remote and self.fs.exists(f"{self.base}/{file['path']}"):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self.fs.get_file(f"{self.base}/{file['path']}", str(path))
+            problem = "is missing" if not path.is_file() else "" if _whole(path, file) else "has been altered"
+            if problem:
+                raise Damaged(f"{self.uri} is damaged: {file['path']} {problem}; start from another checkpoint")
+        return folder / self.name
+
+
+def find_checkpoint(address: str) -> Part:
+    """The checkpoint at an address; its files are not read yet.
+
+    Args:
+        address: `BASE/step_100` or `BASE/checkpoints/step_100`, the number with or without leading zeros, where BASE is
+            a run's folder (that of an attempt, finished or not) or a train artifact's URI.
+
+    Raises:
+        UsageError: When no finished checkpoint is there.
+    """
+    base, _, step = address.rstrip("/").rpartition("/")
+    if not re.fullmatch(r"step_[0-9]+", step):
+        raise UsageError(f"{address!r} names no checkpoint: it must end in step_ and a number")
+    store = Store(base or ".")
+    if store.root.endswith("/checkpoints"):
+        store = Store(store.uri().removesuffix("/checkpoints"))
+    manifest = store._read_json(store.path("manifest.json"))
+    if isinstance(manifest, dict) and "attempt" in manifest:
+        store = Store(store.uri("attempts", str(manifest["attempt"])))
+    name = f"checkpoints/step_{int(step.removeprefix('step_')):06d}"
+    part = store._read_json(store.path("parts", f"{name}.json"))
+    if not isinstance(part, dict) or not part.keys() >= {"files", "info"}:
+        finished = sorted(path.removesuffix(".json") for path in store.sizes(store.path("parts", "checkpoints")))
+        have = f"there are {', '.join(finished)}" if finished else "there are none"
+        raise UsageError(f"no finished checkpoint {step} in {store.uri()}: {have}")
+    return Part(store.fs, store.root, name, part["files"], part["info"])
 
 
 class Store:
@@ -495,22 +572,34 @@ class Attempt:
                 found.setdefault(rest.removeprefix("parts/").removesuffix(".json"), []).append(attempt)
         return found
 
+    def uri(self, name: str) -> str:
+        """Address, in the store, of a file or folder of this attempt."""
+        return self.store.uri(self.stage, self.fingerprint, "attempts", self.id, name)
+
+    def info(self, name: str) -> dict[str, Any] | None:
+        """What a part that an earlier attempt finished was finished with; its files are not looked at."""
+        return next((part["info"] for _, part in self._earlier_parts(name)), None)
+
     def adopt(self, name: str) -> dict[str, Any] | None:
         """Take over a part that an earlier attempt finished, if one's files are all still what they were.
 
         Returns:
             The `info` it was finished with, or None: then build it.
         """
-        for attempt in self.earlier.get(name, ()):
-            base = (self.stage, self.fingerprint, "attempts", attempt)
-            part = self.store._read_json(self.store.path(*base, "parts", f"{name}.json"))
-            if not isinstance(part, dict) or not part.keys() >= {"files", "info"}:
-                continue
-            if all(self._copy(self.store.path(*base, _safe(file["path"])), file) for file in part["files"]):
+        for base, part in self._earlier_parts(name):
+            if all(self._copy(f"{base}/{_safe(file['path'])}", file) for file in part["files"]):
                 self._record(name, part)
                 return part["info"]
             self._unlink(part)  # half a part must not be committed
         return None
+
+    def _earlier_parts(self, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        """The folders of earlier attempts that finished a part, and its records, newest first."""
+        for attempt in self.earlier.get(name, ()):
+            base = self.store.path(self.stage, self.fingerprint, "attempts", attempt)
+            part = self.store._read_json(f"{base}/parts/{name}.json")
+            if isinstance(part, dict) and part.keys() >= {"files", "info"}:
+                yield base, part
 
     def _unlink(self, part: dict[str, Any]) -> None:
         """Remove a part's local files and the folders that this leaves empty."""
@@ -535,7 +624,7 @@ class Attempt:
             return False
         except OSError:
             shutil.copyfile(source, target)
-        if target.stat().st_size == file["size"] and sha256_of(target) == file["sha256"]:
+        if _whole(target, file):
             return True
         target.unlink()
         return False

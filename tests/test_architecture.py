@@ -29,13 +29,14 @@ LAYERS = {
     "optimizer": {"config"},
     "corpus": {"config", "errors", "store"},
     "checkpoint": {"config", "errors", "losses", "model", "schedules", "store", "tokenizer"},
+    "scoring": {"checkpoint", "config", "model", "sharding"},
     "preparation": {"config", "corpus", "errors", "shards", "store", "tokenizer"},
     "training": {
-        "checkpoint", "config", "errors", "loader", "losses", "metrics", "model", "optimizer", "sharding", "store",
-        "tokenizer",
+        "checkpoint", "config", "errors", "loader", "losses", "metrics", "model", "optimizer", "scoring", "sharding",
+        "shards", "store", "tokenizer",
     },
     "evaluation": {
-        "checkpoint", "config", "errors", "metrics", "model", "sharding", "shards", "store", "tokenizer",
+        "checkpoint", "config", "errors", "metrics", "scoring", "sharding", "shards", "store", "tokenizer",
     },
     "generation": {"checkpoint", "config", "errors", "losses", "model", "samplers", "store", "tokenizer"},
     "report": {"config", "store"},

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from nanodlm import cli
 from nanodlm.stages import NAMES
 from tests.commands import nanodlm, result_of, speeches
 
@@ -61,6 +62,25 @@ def _fails(code: int, *args: str, says: tuple[str, ...]) -> None:
 )
 def test_bad_usage_is_one_line_and_exit_code_2(args: list[str], says: tuple[str, ...]) -> None:
     _fails(2, *args, says=says)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--exp.resume"], (True, False)),
+        (["--exp.use_wandb", "--exp.resume"], (True, True)),
+        (["--exp.use-wandb", "--exp.resume", "False"], (False, True)),
+        (["--exp.resume", "True", "--exp.use_wandb", "False"], (True, False)),
+        (["--exp.resume=False"], (False, False)),
+    ],
+)
+def test_a_switch_may_stand_alone(words: list[str], expected: tuple[bool, bool]) -> None:
+    config, _ = cli._parse("train", ["demo", *words, "--train.lr", "0.1"], {}, configured=True)
+    assert config is not None
+    assert (config.exp.resume, config.exp.use_wandb) == expected
+    config, _ = cli._parse("train", ["--train.lr", "0.1", *words], {}, configured=True)
+    assert config is not None
+    assert (config.exp.resume, config.exp.use_wandb) == expected
 
 
 def test_help_and_version_exit_with_0() -> None:

@@ -42,6 +42,13 @@ def test_a_later_first_step_gives_the_batches_of_an_uninterrupted_run(folder: Pa
     np.testing.assert_array_equal(batches(folder, 8, first_step=first_step), whole[first_step:])
 
 
+@pytest.mark.parametrize("step", [2, 5])
+def test_a_shift_continues_after_the_rows_that_steps_of_another_size_took(folder: Path, step: int) -> None:
+    whole = batches(folder, 30)[:, :, 0].ravel()
+    found = batches(folder, 3, first_step=6, rows_per_step=step, shift=6 * (STEP - step))
+    np.testing.assert_array_equal(found[:, :, 0].ravel(), whole[6 * STEP : 6 * STEP + 3 * step])
+
+
 def test_every_epoch_visits_every_row_once(folder: Path) -> None:
     visited = batches(folder, 2 * EPOCH)[..., 0].ravel()
     for epoch in visited.reshape(4, ROWS):

@@ -1,0 +1,76 @@
+"""The bound of rows under a model: what evaluation reports, and what ranks checkpoints while training."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import jax
+import numpy as np
+import tiktoken
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int, Key
+
+from nanodlm import sharding
+from nanodlm.checkpoint import make_objective
+from nanodlm.config import Config
+from nanodlm.model import segments
+
+Scorer = Callable[[Any, Int[Array, "B L"], Key[Array, ""]], Float[Array, "B"]]
+
+
+def make_scorer(config: Config, encoding: tiktoken.Encoding, graphdef: nnx.GraphDef) -> Scorer:
+    """The bound of each row, of (parameters, rows, key), in nats per sequence.
+
+    Noise takes the count form, which has the least variance and no schedule in it; the autoregressive likelihood has no
+    noise.
+
+    Args:
+        config: That of the training.
+        encoding: Its tokenizer.
+        graphdef: Its network.
+    """
+    objective = replace(make_objective(config, encoding), estimator="count", times="systematic", weighting="bound")
+
+    @jax.jit
+    def nats_per_row(params: Any, x_0: Int[Array, "B L"], key: Key[Array, ""]) -> Float[Array, "B"]:
+        # Document edges would tell where the masked end-of-text marks are, and the number would not be a bound. From
+        # left to right they are known: a mark that was read ends a document.
+        known = objective.kind == "autoregressive" and config.data.isolate_documents
+        segment_ids = segments(x_0, objective.mask_id - 1) if known else None
+        noised = objective.corrupt(x_0, key, segment_ids)
+        logits = objective.logits(nnx.merge(graphdef, params), x_0, noised, segment_ids)
+        return objective.row_nats(logits, x_0, noised).bound
+
+    return nats_per_row
+
+
+def score(
+    scorer: Scorer, params: Any, rows: list[np.ndarray], key: Key[Array, ""], *, mesh: Mesh, batch_size: int
+) -> Iterator[Float[np.ndarray, "B"]]:
+    """Nats of each row, a batch at a time: equal keys give equal noise.
+
+    Args:
+        scorer: Of the model.
+        params: Its parameters.
+        rows: Token ids; all but the last are of one length.
+        key: Randomness.
+        mesh: Where the model is.
+        batch_size: Rows per forward pass.
+    """
+    done = 0
+    for batch in _batches(rows, batch_size):
+        # A short last batch is filled up by repeating its rows; the copies' results are not used.
+        filled = np.resize(np.stack(batch), (batch_size, len(batch[0])))
+        scored = scorer(params, sharding.put_rows(mesh, filled), jax.random.fold_in(key, done))
+        yield np.asarray(scored)[: len(batch)]
+        done += len(batch)
+
+
+def _batches(rows: list[np.ndarray], size: int) -> Iterator[list[np.ndarray]]:
+    """Batches of rows of equal length; the validation's short last row comes alone."""
+    whole = [row for row in rows if len(row) == len(rows[0])]
+    for i in range(0, len(whole), size):
+        yield whole[i : i + size]
+    if len(whole) < len(rows):
+        yield rows[len(whole) :]
