@@ -95,6 +95,10 @@ class ModelConfig(Group):
     """Whether blocks are modulated by the diffusion time (AdaLN, zero-initialised)."""
     tie_embeddings: Switch = False
     """Whether the output layer is the transpose of the embedding."""
+    qk_norm: Switch = True
+    """Whether queries and keys are normalised."""
+    zero_init: Switch = True
+    """Whether each branch's last matrix, and an output layer of its own, begin at zero."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of matrix products; parameters, losses and reductions stay float32."""
 

@@ -140,6 +140,8 @@ class Block(nnx.Module):
         d_ff: int,
         conv_width: int,
         time_conditioning: bool,
+        qk_norm: bool,
+        zero_init: bool,
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ):
@@ -152,12 +154,12 @@ class Block(nnx.Module):
         self.conv_norm = nnx.RMSNorm(d_model, dtype=dtype, rngs=rngs) if conv_width else None
         self.attention_norm = nnx.RMSNorm(d_model, dtype=dtype, rngs=rngs)
         self.qkv = linear(d_model, 3 * d_model, NORMAL(d_model**-0.5))
-        self.query_norm = nnx.RMSNorm(d_model // n_heads, dtype=dtype, rngs=rngs)
-        self.key_norm = nnx.RMSNorm(d_model // n_heads, dtype=dtype, rngs=rngs)
-        self.attention_out = linear(d_model, d_model, zeros)
+        self.query_norm = nnx.RMSNorm(d_model // n_heads, dtype=dtype, rngs=rngs) if qk_norm else None
+        self.key_norm = nnx.RMSNorm(d_model // n_heads, dtype=dtype, rngs=rngs) if qk_norm else None
+        self.attention_out = linear(d_model, d_model, zeros if zero_init else NORMAL(d_model**-0.5))
         self.mlp_norm = nnx.RMSNorm(d_model, dtype=dtype, rngs=rngs)
         self.mlp_in = linear(d_model, d_ff, NORMAL(d_model**-0.5))
-        self.mlp_out = linear(d_ff, d_model, zeros)
+        self.mlp_out = linear(d_ff, d_model, zeros if zero_init else NORMAL(d_ff**-0.5))
         self.modulation = linear(d_model, 6 * d_model, zeros) if time_conditioning else None
 
     def __call__(
@@ -188,7 +190,9 @@ class Block(nnx.Module):
                 x = x + self.conv(past.inputs, view.past.convolution, view.start)
         h = self.attention_norm(x) * (1 + scale_a) + shift_a
         q, k, v = jnp.split(self.qkv(h).reshape(*h.shape[:2], 3 * self.n_heads, -1), 3, axis=2)
-        q, k = rope(self.query_norm(q), view.positions), rope(self.key_norm(k), view.positions)
+        if self.query_norm is not None and self.key_norm is not None:
+            q, k = self.query_norm(q), self.key_norm(k)
+        q, k = rope(q, view.positions), rope(k, view.positions)
         x = x + self._attend(q, k, v, view, past) * (1 + gate_a)
         h = self.mlp_norm(x) * (1 + scale_m) + shift_m
         x = x + self.mlp_out(jnp.square(jax.nn.relu(self.mlp_in(h)))) * (1 + gate_m)
@@ -222,6 +226,8 @@ class Transformer(nnx.Module):
         conv_width: Width of each block's depthwise convolution, odd; 0 is none.
         time_conditioning: Whether blocks see the time t.
         tie_embeddings: Whether the output layer is the embedding's transpose.
+        qk_norm: Whether queries and keys are normalised.
+        zero_init: Whether each branch's last matrix, and an output layer of its own, begin at zero.
         block_size: Positions in a block, of which none reads a later one; 0 lets every position read the whole row.
             It changes no parameter.
         dtype: Precision of matrix products; parameters and logits are float32.
@@ -246,6 +252,8 @@ class Transformer(nnx.Module):
         conv_width: int = 0,
         time_conditioning: bool = False,
         tie_embeddings: bool = False,
+        qk_norm: bool = True,
+        zero_init: bool = True,
         block_size: int = 0,
         dtype: jnp.dtype | str = "float32",
         rngs: nnx.Rngs,
@@ -265,14 +273,16 @@ class Transformer(nnx.Module):
                 d_ff=d_ff,
                 conv_width=conv_width,
                 time_conditioning=time_conditioning,
+                qk_norm=qk_norm,
+                zero_init=zero_init,
                 dtype=compute,
                 rngs=rngs,
             )
             for _ in range(n_layers)
         )
         self.norm = nnx.RMSNorm(d_model, dtype=compute, rngs=rngs)
-        zeros = nnx.initializers.zeros_init()
-        head = Linear(d_model, vocab_size, use_bias=False, kernel_init=zeros, dtype=compute, rngs=rngs)
+        init = nnx.initializers.zeros_init() if zero_init else NORMAL(d_model**-0.5)
+        head = Linear(d_model, vocab_size, use_bias=False, kernel_init=init, dtype=compute, rngs=rngs)
         self.head = None if tie_embeddings else head
 
     def __call__(
