@@ -8,7 +8,7 @@ A checkpoint counts once its files are recorded with their sha256 (`Attempt.fini
 import hashlib
 import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -22,7 +22,9 @@ from nanodlm.errors import NanodlmError
 from nanodlm.losses import Objective
 from nanodlm.model import Transformer
 from nanodlm.schedules import make_schedule
-from nanodlm.store import Attempt, Store
+
+if TYPE_CHECKING:
+    from nanodlm.store import Attempt
 
 logging.getLogger("absl").setLevel(logging.ERROR)
 
@@ -38,7 +40,7 @@ def _items(state: State) -> dict[str, Any]:
 class Checkpoints:
     """Saves in the background and keeps the last few; use as a context manager."""
 
-    def __init__(self, attempt: Attempt, keep: int):
+    def __init__(self, attempt: "Attempt", keep: int):
         self._attempt, self._keep = attempt, keep
         self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         self._pending: tuple[str, dict[str, Any]] | None = None
@@ -138,6 +140,8 @@ def load(uri: str) -> tuple[Transformer, tiktoken.Encoding]:
         model, tokenizer = nanodlm.load("data/store/train/3f2a…")
         logits = model(x_t, t)
     """
+    from nanodlm.store import Store
+
     base, _, tail = uri.rstrip("/").rpartition("/checkpoints/")
     if base and Path(base).is_dir():
         return load_folder(Path(base), tail)
