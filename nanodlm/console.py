@@ -22,7 +22,7 @@ class Console:
         self._task: Any = None
         self._stage = ""
         self._printed = 0.0
-        self._rate: tuple[float, float] | None = None
+        self._rate: tuple[float | None, float, float] | None = None  # total, done and time of a count's first event
 
     def line(self, text: str) -> None:
         """Print one line."""
@@ -66,10 +66,10 @@ class Console:
         if fields.get("tokens_per_second"):
             parts.append(f"{fields['tokens_per_second']:,.0f} tokens/s")
         now = time.monotonic()
-        if self._rate is None:
-            self._rate = (done, now)
-        elif total and done > self._rate[0]:
-            left = (total - done) * (now - self._rate[1]) / (done - self._rate[0])
+        if self._rate is None or self._rate[0] != total:
+            self._rate = (total, done, now)
+        elif total and done > self._rate[1]:
+            left = (total - done) * (now - self._rate[2]) / (done - self._rate[1])
             parts.append(f"{int(left) // 60}:{int(left) % 60:02d} left")
         return ", ".join(parts)
 

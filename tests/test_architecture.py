@@ -35,7 +35,7 @@ LAYERS = {
         "tokenizer",
     },
     "evaluation": {
-        "checkpoint", "config", "errors", "metrics", "model", "sharding", "shards", "store", "tokenizer",
+        "checkpoint", "config", "errors", "losses", "metrics", "model", "sharding", "shards", "store", "tokenizer",
     },
     "generation": {"checkpoint", "config", "errors", "losses", "model", "samplers", "store", "tokenizer"},
     "report": {"config", "store"},
