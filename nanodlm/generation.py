@@ -48,7 +48,7 @@ def generate(
 
 def make_draw(
     options: SampleConfig, trained: Config, encoding: tiktoken.Encoding, graphdef: nnx.GraphDef
-) -> Callable[..., Int[Array, "B L"]]:
+) -> jax.stages.Wrapped:
     """The jitted function of a network's parameters and a key that draws texts as the options say.
 
     Args:

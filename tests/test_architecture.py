@@ -40,10 +40,17 @@ LAYERS = {
     "generation": {"checkpoint", "config", "errors", "losses", "model", "samplers", "store", "tokenizer"},
     "report": {"config", "store"},
     "stages": {"config", "corpus", "errors", "store"},
-    "bench": {"checkpoint", "config", "errors", "losses", "shards", "stages", "store"},
+    "bench": {"checkpoint", "config", "errors", "generation", "loader", "shards", "tokenizer"},
+    "experiments": {
+        "checkpoint", "config", "errors", "evaluation", "losses", "model", "optimizer", "schedules", "shards", "stages",
+        "store", "tokenizer", "training",
+    },
     "launch": {"config", "errors"},
     "console": {"store"},
-    "cli": {"bench", "config", "console", "corpus", "errors", "launch", "metrics", "stages", "store", "tokenizer"},
+    "cli": {
+        "bench", "config", "console", "corpus", "errors", "experiments", "launch", "metrics", "stages", "store",
+        "tokenizer",
+    },
     "__init__": {"checkpoint", "config", "losses", "samplers", "schedules", "stages"},
     "__main__": {"cli"},
 }  # fmt: skip
