@@ -117,7 +117,7 @@ def _parse(command: str, argv: list[str], fields: dict[str, Any], *, configured:
                 args=argv,
                 default=start if configured else tyro.MISSING_NONPROP,
                 prog=f"nanodlm {command}" + (" [PRESET]" if configured else ""),
-                description=COMMANDS[command.split()[0]].capitalize() + ".",
+                description={**COMMANDS, **{f"bench {k}": v for k, v in BENCHES.items()}}[command].capitalize() + ".",
                 use_underscores=True,
                 config=(tyro.conf.FlagCreatePairsOff,),
             )
