@@ -10,7 +10,7 @@ import hashlib
 import logging
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,9 @@ from nanodlm.errors import NanodlmError, UsageError
 from nanodlm.losses import Objective
 from nanodlm.model import Transformer
 from nanodlm.schedules import make_schedule
-from nanodlm.store import Attempt, Store, find_checkpoint
+
+if TYPE_CHECKING:
+    from nanodlm.store import Attempt
 
 logging.getLogger("absl").setLevel(logging.ERROR)
 
@@ -117,7 +119,7 @@ def score_of(info: dict[str, Any]) -> float | None:
 class Checkpoints:
     """Saves in the background, and keeps the last few and the best; use as a context manager."""
 
-    def __init__(self, attempt: Attempt, run: dict[str, Any], *, keep: int, keep_best: int = 0):
+    def __init__(self, attempt: "Attempt", run: dict[str, Any], *, keep: int, keep_best: int = 0):
         """Work in an attempt's folder.
 
         Args:
@@ -222,6 +224,8 @@ class Checkpoints:
             UsageError: When there is none, or it remembers another run, or its arrays do not fit.
             Damaged: When its files are not what they were.
         """
+        from nanodlm.store import find_checkpoint
+
         part = find_checkpoint(address)
         check_run(part.info, self._run, allowed, f"the checkpoint {part.uri}")
         self._origin = (_step_of(part.name), part.uri)
@@ -292,6 +296,8 @@ def load(uri: str) -> tuple[Transformer, tiktoken.Encoding]:
         model, tokenizer = nanodlm.load("data/store/train/3f2a…")
         logits = model(x_t, t)
     """
+    from nanodlm.store import Store
+
     base, _, tail = uri.rstrip("/").rpartition("/checkpoints/")
     if base and Path(base).is_dir():
         return load_folder(Path(base), tail)

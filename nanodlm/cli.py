@@ -27,7 +27,7 @@ COMMANDS = {
     "train": "the train stage alone, without Prefect",
     "evaluate": "the evaluate stage alone",
     "sample": "the sample stage alone",
-    "bench": "measure something: `bench variance`, how much the estimators of the bound vary",
+    "bench": "measure: bench sample, loader, variance, race or ablation",
     "ls": "list the store's artifacts",
     "show": "one artifact: where it came from, what it holds",
     "verify": "check artifacts against their manifests",
@@ -118,7 +118,7 @@ def _parse(command: str, argv: list[str], fields: dict[str, Any], *, configured:
                 args=argv,
                 default=start if configured else tyro.MISSING_NONPROP,
                 prog=f"nanodlm {command}" + (" [PRESET]" if configured else ""),
-                description=COMMANDS[command.split()[0]].capitalize() + ".",
+                description={**COMMANDS, **{f"bench {k}": v for k, v in BENCHES.items()}}[command].capitalize() + ".",
                 use_underscores=True,
                 config=(tyro.conf.FlagCreatePairsOff,),
             )
@@ -346,29 +346,87 @@ def sample(argv: list[str]) -> None:
     _one_stage("sample", argv)
 
 
-def bench(argv: list[str]) -> None:
-    """Measure: `variance` of the estimators of the bound and its gradient."""
-    helping = bool({"-h", "--help"} & set(argv))
-    which = argv.pop(0) if argv and not argv[0].startswith("-") else ""
-    if which != "variance" and not helping:
-        raise UsageError(f"nanodlm bench measures variance, not {which or 'nothing'}: try nanodlm bench variance demo")
-    fields = {
-        "store": _store_flag(),
-        "draws": _flag("Draws of noise for each estimator.", 1024, int),
-        "as_json": _json_flag(),
-    }
-    config, args = _parse("bench variance", argv, fields, configured=True)
-    assert config is not None
-    from nanodlm.bench import variance
-    from nanodlm.console import Console
-    from nanodlm.store import Store
+BENCHES = {
+    "sample": "speed of the sampler, with a network that knows nothing",
+    "loader": "speed of reading training rows",
+    "variance": "how much the estimators of the bound and of its gradient vary (needs the trained run)",
+    "race": "how much sooner the preset reaches the bound of a plain recipe",
+    "ablation": "what each part of the preset is worth",
+}
 
+
+def bench(argv: list[str]) -> None:
+    """Measure something; see `BENCHES`."""
+    which = argv.pop(0) if argv and not argv[0].startswith("-") else ""
+    if not which and {"-h", "--help"} & set(argv):
+        print("usage: nanodlm bench WHAT [PRESET] [flags]\n")
+        print("\n".join(f"  {name:<10} {text}" for name, text in BENCHES.items()))
+        return
+    if which not in BENCHES:
+        raise UsageError(f"nanodlm bench cannot measure {which or 'nothing'}: choose one of {', '.join(BENCHES)}")
+    globals()[f"_bench_{which}"](argv)
+
+
+def _measure(
+    which: str, argv: list[str], fields: dict[str, Any], measure: Callable[["Config", Any, Callable[..., None]], Any]
+) -> tuple[Any, Any]:
+    """Parse a bench's arguments and take its measurement, showing progress: the result, and the arguments."""
+    from nanodlm.console import Console
+
+    config, args = _parse(f"bench {which}", argv, {**fields, "as_json": _json_flag()}, configured=True)
+    assert config is not None
     console = Console(sys.stderr if args.as_json else sys.stdout)
     console.start("bench")
     try:
-        rows = variance(config, Store(args.store), draws=args.draws, emit=console.emit)
+        return measure(config, args, console.emit), args
     finally:
         console.end()
+
+
+def _print_measured(result: dict[str, Any], as_json: bool) -> None:
+    for name, value in result.items():
+        print(f"{name:<20} {'unknown' if value is None else f'{value:,.6g}' if isinstance(value, float) else value}")
+    if as_json:
+        _print_json(result)
+
+
+def _bench_sample(argv: list[str]) -> None:
+    from nanodlm.bench import sample
+
+    fields = {"repeats": _flag("Draws to time, of sample.num_samples texts each.", 5, int)}
+    result, args = _measure(
+        "sample", argv, fields, lambda config, args, emit: sample(config, repeats=args.repeats, emit=emit)
+    )
+    _print_measured(result, args.as_json)
+
+
+def _bench_loader(argv: list[str]) -> None:
+    from nanodlm.bench import loader
+
+    fields = {
+        "batches": _flag("Batches to time.", 200, int),
+        "against": _flag("Tokens per second that a trainer takes, to compare with.", None, float | None),
+    }
+    result, args = _measure(
+        "loader",
+        argv,
+        fields,
+        lambda config, args, emit: loader(config, batches=args.batches, against=args.against, emit=emit),
+    )
+    _print_measured(result, args.as_json)
+
+
+def _bench_variance(argv: list[str]) -> None:
+    from nanodlm.experiments import variance
+    from nanodlm.store import Store
+
+    fields = {"store": _store_flag(), "draws": _flag("Draws of noise for each estimator.", 1024, int)}
+    rows, args = _measure(
+        "variance",
+        argv,
+        fields,
+        lambda config, args, emit: variance(config, Store(args.store), draws=args.draws, emit=emit),
+    )
     first = rows[0]
     print("| estimator | bound, nats/token | standard deviation | variance | gradient noise | relative |")
     print("|---|---|---|---|---|---|")
@@ -380,6 +438,79 @@ def bench(argv: list[str]) -> None:
         )
     if args.as_json:
         _print_json({"variance": rows})
+
+
+def _eval_rows_flag() -> tuple[Any, Any]:
+    return _flag("Held-out rows to score, from the front; by default eval.max_rows.", None, int | None)
+
+
+def _with_eval_rows(config: "Config", rows: int | None) -> "Config":
+    return config if rows is None else config.replace(eval={"max_rows": rows})
+
+
+def _bench_race(argv: list[str]) -> None:
+    from nanodlm.experiments import race
+    from nanodlm.store import Store
+
+    fields = {
+        "store": _store_flag(),
+        "minutes": _flag("Training time of the plain recipe.", 10.0, float),
+        "updates": _flag("Numbers of updates to try, each a whole run.", (100, 150, 200, 300, 400), tuple[int, ...]),
+        "eval_rows": _eval_rows_flag(),
+    }
+
+    def measure(config: "Config", args: Any, emit: Callable[..., None]) -> dict[str, Any]:
+        config = _with_eval_rows(config, args.eval_rows)
+        return race(config, Store(args.store), minutes=args.minutes, updates=args.updates, emit=emit)
+
+    result, args = _measure("race", argv, fields, measure)
+    print("| recipe | updates | tokens | training, s | with compilation, s | bits per byte |")
+    print("|---|---|---|---|---|---|")
+    for name, row in (("plain", result["plain"]), *(("ours", row) for row in result["ours"])):
+        print(
+            f"| {name} | {row['updates']:,} | {row['tokens']:,} | {row['seconds']:.1f} "
+            f"| {row['seconds'] + row['compile_seconds']:.1f} | {row['bits_per_byte']:.4f} ± {row['stderr']:.4f} |"
+        )
+    if result["ratio"] is None:
+        print("the plain bound was not reached: try more --updates")
+    else:
+        print(f"{result['ratio']:.1f} times sooner, {result['ratio_with_compilation']:.1f} with compilation")
+    if args.as_json:
+        _print_json(result)
+
+
+def _bench_ablation(argv: list[str]) -> None:
+    from nanodlm.experiments import ablation
+    from nanodlm.store import Store
+
+    fields = {
+        "store": _store_flag(),
+        "seeds": _flag("Runs of each variant.", 3, int),
+        "updates": _flag("Updates of each run; by default train.max_steps.", None, int | None),
+        "eval_rows": _eval_rows_flag(),
+        "only": _flag("Names of variants; none is all.", (), tuple[str, ...]),
+        "out": _flag("File to which runs are appended as JSON lines, and in which finished ones are found.", "", str),
+    }
+
+    def measure(config: "Config", args: Any, emit: Callable[..., None]) -> list[dict[str, Any]]:
+        config = _with_eval_rows(config, args.eval_rows)
+        options = {"seeds": args.seeds, "updates": args.updates, "only": args.only}
+        return ablation(config, Store(args.store), **options, out=Path(args.out) if args.out else None, emit=emit)
+
+    def number(value: float | None, form: str) -> str:
+        return "" if value is None else format(value, form)
+
+    rows, args = _measure("ablation", argv, fields, measure)
+    print("| variant | bits per byte | sd over seeds | difference | standard error | training, s |")
+    print("|---|---|---|---|---|---|")
+    for row in rows:
+        bits = "diverged" if row["bits_per_byte"] is None else f"{row['bits_per_byte']:.4f}"
+        print(
+            f"| {row['variant']} | {bits} | {number(row['sd'], '.4f')} | {number(row['difference'], '+.4f')} "
+            f"| {number(row['difference_stderr'], '.4f')} | {row['seconds']:.1f} |"
+        )
+    if args.as_json:
+        _print_json({"ablation": rows})
 
 
 # The store

@@ -1,13 +1,14 @@
 """What a person sees: a line per stage, a progress bar for long ones, and where everything lies at the end."""
 
 import time
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.console import Console as RichConsole
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from nanodlm.store import Artifact
+if TYPE_CHECKING:
+    from nanodlm.store import Artifact
 
 PLAIN_SECONDS = 10.0  # between progress lines when the output is not a terminal
 
@@ -21,7 +22,7 @@ class Console:
         self._task: Any = None
         self._stage = ""
         self._printed = 0.0
-        self._rate: tuple[float, float] | None = None
+        self._rate: tuple[float | None, float, float] | None = None  # total, done and time of a count's first event
 
     def line(self, text: str) -> None:
         """Print one line."""
@@ -65,10 +66,10 @@ class Console:
         if fields.get("tokens_per_second"):
             parts.append(f"{fields['tokens_per_second']:,.0f} tokens/s")
         now = time.monotonic()
-        if self._rate is None:
-            self._rate = (done, now)
-        elif total and done > self._rate[0]:
-            left = (total - done) * (now - self._rate[1]) / (done - self._rate[0])
+        if self._rate is None or self._rate[0] != total:
+            self._rate = (total, done, now)
+        elif total and done > self._rate[1]:
+            left = (total - done) * (now - self._rate[2]) / (done - self._rate[1])
             parts.append(f"{int(left) // 60}:{int(left) % 60:02d} left")
         return ", ".join(parts)
 
@@ -78,7 +79,7 @@ class Console:
             self._progress.stop()
             self._progress = None
 
-    def done(self, artifact: Artifact, record: dict[str, Any]) -> None:
+    def done(self, artifact: "Artifact", record: dict[str, Any]) -> None:
         """Print the line of a finished stage."""
         self.end()
         status = (
@@ -87,7 +88,7 @@ class Console:
         seconds = f"{record['seconds']:7.1f} s" if record["status"] == "built" else " " * 9
         self.line(f"[bold]{record['stage']:<10}[/bold] {status:<6} {seconds}  {escape(summary(artifact))}")
 
-    def finish(self, artifacts: dict[str, Artifact]) -> None:
+    def finish(self, artifacts: dict[str, "Artifact"]) -> None:
         """Print the results and where everything lies."""
         self.end()
         self.line("")
@@ -110,7 +111,7 @@ class Console:
         self.line(f"{'store':<12} {escape(last.store.uri())}")
 
 
-def summary(artifact: Artifact) -> str:
+def summary(artifact: "Artifact") -> str:
     """One phrase on what an artifact holds."""
     m = artifact.metrics
     match artifact.stage:

@@ -7,15 +7,18 @@ from typing import Any
 
 import jax
 import numpy as np
+import tiktoken
 from flax import nnx
 from jaxtyping import Int
 
 from nanodlm import sharding, shards, tokenizer
-from nanodlm.checkpoint import load_folder
-from nanodlm.config import Config, load_config
+from nanodlm.checkpoint import load_folder, make_objective
+from nanodlm.config import Config, EvalConfig, load_config
 from nanodlm.errors import NanodlmError
+from nanodlm.losses import Objective
 from nanodlm.metrics import bits_per_byte
-from nanodlm.scoring import make_scorer, score
+from nanodlm.model import Transformer
+from nanodlm.scoring import make_scorer, score_rows
 from nanodlm.store import Artifact, Attempt
 
 
@@ -33,11 +36,45 @@ def unigram_nats(tokens: Int[np.ndarray, "N"]) -> float:
 def evaluate(
     config: Config, inputs: dict[str, Artifact], attempt: Attempt, emit: Callable[..., None] = lambda *_, **__: None
 ) -> dict[str, Any]:
-    """Stage: score the validation rows with the bound of the objective they were trained on (see nanodlm/losses.py).
+    """Stage: `score` the validation rows with the bound of the objective they were trained on; write `metrics.json`."""
+    run = inputs["train"].local()
+    trained = load_config(str(run / "config.json"))
+    model, encoding = load_folder(run)
+    folder = inputs["shard"].local(only="validation")
+    rows = shards.read(folder / "validation.arrayrecord", inputs["shard"].metrics["dtype"])[: config.eval.max_rows]
+    objective = make_objective(trained, encoding)
+    # Document edges would tell where the masked end-of-text marks are, and the number would not be a bound. From
+    # left to right they are known: a mark that was read ends a document.
+    known = objective.kind == "autoregressive" and trained.data.isolate_documents
+    metrics = score(model, encoding, rows, objective, config.eval, edges_known=known, emit=emit)
+    (attempt.path / "metrics.json").write_text(json.dumps(metrics, indent=1))
+    return metrics
+
+
+def score(
+    model: Transformer,
+    encoding: tiktoken.Encoding,
+    rows: list[np.ndarray],
+    objective: Objective,
+    options: EvalConfig,
+    *,
+    edges_known: bool = False,
+    emit: Callable[..., None] = lambda *_, **__: None,
+) -> dict[str, Any]:
+    """The bound of rows, whatever the network was trained to minimise (see nanodlm/losses.py).
 
     Every row is scored by itself: its bound is on -log p of its tokens without the text before it. Each row gets
     `eval.repeats` draws of noise. The standard error is that of the mean over rows taken as independent: it covers
     the noise and the choice of rows, not that rows of one document resemble each other.
+
+    Args:
+        model: The network.
+        encoding: Its tokenizer.
+        rows: Token ids, of equal length but for the last row, which may be shorter.
+        objective: What the network was trained on.
+        options: Batch size, draws of noise and their seed; `max_rows` is not read.
+        edges_known: Whether the network is told where documents end.
+        emit: Called as `emit(kind, **fields)` with progress.
 
     Raises:
         NanodlmError: When there are fewer than two rows, which have no standard error.
@@ -46,31 +83,26 @@ def evaluate(
         `val_nats_per_token`, `val_bits_per_byte`, `val_bits_per_byte_stderr`, `val_unigram_bits_per_byte` and counts.
         Bits per byte divide by the bytes of the text; end-of-text marks add nats but no bytes.
     """
-    run = inputs["train"].local()
-    trained = load_config(str(run / "config.json"))
-    model, encoding = load_folder(run)
-    folder = inputs["shard"].local(only="validation")
-    rows = shards.read(folder / "validation.arrayrecord", inputs["shard"].metrics["dtype"])[: config.eval.max_rows]
     if len(rows) < 2:
         raise NanodlmError("one validation row has no standard error: raise --data.val_tokens or lower --model.seq_len")
     graphdef, params = nnx.split(model)
-    scorer = make_scorer(trained, encoding, graphdef)
-    mesh = sharding.make_mesh(config.eval.batch_size)
+    scorer = make_scorer(objective, graphdef, edges_known=edges_known)
+    mesh = sharding.make_mesh(options.batch_size)
     params = jax.device_put(params, sharding.replicated(mesh))
-    key = jax.random.key(config.eval.seed)
+    key = jax.random.key(options.seed)
     nats = np.zeros(len(rows))
-    for repeat in range(config.eval.repeats):
+    for repeat in range(options.repeats):
         done = 0
         noise = jax.random.fold_in(key, repeat)
-        for scored in score(scorer, params, rows, noise, mesh=mesh, batch_size=config.eval.batch_size):
-            nats[done : done + len(scored)] += scored / config.eval.repeats
+        for scored in score_rows(scorer, params, rows, noise, mesh=mesh, batch_size=options.batch_size):
+            nats[done : done + len(scored)] += scored / options.repeats
             done += len(scored)
-            if done // config.eval.batch_size % 20 == 0 or done == len(rows):
-                emit("progress", done=done + repeat * len(rows), total=len(rows) * config.eval.repeats, unit="rows")
+            if done // options.batch_size % 20 == 0 or done == len(rows):
+                emit("progress", done=done + repeat * len(rows), total=len(rows) * options.repeats, unit="rows")
     tokens = np.concatenate(rows)
     n_bytes = int(np.array(tokenizer.token_bytes(encoding))[tokens].sum())
     stderr = float(nats.std(ddof=1)) * math.sqrt(len(rows))
-    metrics = {
+    return {
         "val_nats_per_token": float(nats.sum()) / len(tokens),
         "val_nats_per_token_stderr": stderr / len(tokens),
         "val_bits_per_byte": bits_per_byte(float(nats.sum()), n_bytes),
@@ -81,5 +113,3 @@ def evaluate(
         "scored_bytes": n_bytes,
         "scored_rows": len(rows),
     }
-    (attempt.path / "metrics.json").write_text(json.dumps(metrics, indent=1))
-    return metrics

@@ -2,12 +2,13 @@
 
 import json
 from collections.abc import Callable
-from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tiktoken
+from flax import nnx
 from jaxtyping import Array, Int, Key
 
 from nanodlm import samplers, tokenizer
@@ -16,11 +17,13 @@ from nanodlm.config import Config, SampleConfig, load_config
 from nanodlm.errors import UsageError
 from nanodlm.losses import Objective
 from nanodlm.model import Transformer
-from nanodlm.store import Artifact, Attempt
+
+if TYPE_CHECKING:
+    from nanodlm.store import Artifact, Attempt
 
 
 def generate(
-    config: Config, inputs: dict[str, Artifact], attempt: Attempt, emit: Callable[..., None] = lambda *_, **__: None
+    config: Config, inputs: dict[str, "Artifact"], attempt: "Attempt", emit: Callable[..., None] = lambda *_, **__: None
 ) -> dict[str, Any]:
     """Stage: draw `sample.num_samples` texts; write `samples.txt`, `.jsonl` and `tokens.npy`.
 
@@ -31,18 +34,9 @@ def generate(
     run = inputs["train"].local()
     trained = load_config(str(run / "config.json"))
     model, encoding = load_folder(run)
-    length = options.length or trained.model.seq_len
-    prompt = np.array(encoding.encode_ordinary(options.prompt), np.int32)
-    if len(prompt) >= length:
-        remedy = "shorten --sample.prompt"
-        if model.block_size:
-            remedy += " or raise --sample.length"
-        raise UsageError(f"the prompt has {len(prompt)} tokens and texts have {length}: {remedy}")
-    window = max(1, trained.model.seq_len // max(1, model.block_size) - 1) * model.block_size
-    document_end = encoding.n_vocab - 1 if trained.data.isolate_documents else None
-    objective = make_objective(trained, encoding)
-    draw = jax.jit(partial(_draw, config.sample, objective, model, length, window, document_end))
-    tokens = np.asarray(draw(jax.random.key(options.seed), jnp.asarray(prompt)))
+    graphdef, params = nnx.split(model)
+    draw = make_draw(options, trained, encoding, graphdef)
+    tokens = np.asarray(draw(params, jax.random.key(options.seed)))
     texts = [encoding.decode(row.tolist()) for row in tokens]
     emit("progress", done=len(texts), total=len(texts), unit="samples")
     np.save(attempt.path / "tokens.npy", tokens)
@@ -50,6 +44,46 @@ def generate(
     rule = "\n" + "-" * 72 + "\n"
     (attempt.path / "samples.txt").write_text(rule.join(text.replace(tokenizer.END_OF_TEXT, "\n\n") for text in texts))
     return {"samples": len(texts), "sample_tokens": int(tokens.size), "first_sample": texts[0]}
+
+
+def make_draw(
+    options: SampleConfig, trained: Config, encoding: tiktoken.Encoding, graphdef: nnx.GraphDef
+) -> jax.stages.Wrapped:
+    """The jitted function of a network's parameters and a key that draws texts as the options say.
+
+    Args:
+        options: How to sample.
+        trained: What the network was trained as.
+        encoding: Its tokenizer.
+        graphdef: The network's own, from `nnx.split`.
+
+    Raises:
+        UsageError: When the prompt leaves no room to write.
+    """
+    length = options.length or trained.model.seq_len
+    prompt = np.array(encoding.encode_ordinary(options.prompt), np.int32)
+    objective = make_objective(trained, encoding)
+    size = {"block": objective.block_size, "autoregressive": 1}.get(objective.kind, 0)
+    if len(prompt) >= length:
+        remedy = "shorten --sample.prompt" + " or raise --sample.length" * bool(size)
+        raise UsageError(f"the prompt has {len(prompt)} tokens and texts have {length}: {remedy}")
+    window = cache_window(trained.model.seq_len, size)
+    document_end = encoding.n_vocab - 1 if trained.data.isolate_documents else None
+
+    def draw(params: Any, key: Key[Array, ""]) -> Int[Array, "B L"]:
+        model = nnx.merge(graphdef, params)
+        return _draw(options, objective, model, length, window, document_end, key, jnp.asarray(prompt))
+
+    return jax.jit(draw)
+
+
+def cache_window(seq_len: int, block_size: int) -> int:
+    """Tokens before a block that the block reads: whole blocks, no more than in training.
+
+    >>> cache_window(64, 16), cache_window(64, 1)
+    (48, 63)
+    """
+    return max(1, seq_len // max(1, block_size) - 1) * block_size
 
 
 def _draw(

@@ -6,38 +6,35 @@ from typing import Any
 
 import jax
 import numpy as np
-import tiktoken
 from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key
 
 from nanodlm import sharding
-from nanodlm.checkpoint import make_objective
-from nanodlm.config import Config
+from nanodlm.losses import Objective
 from nanodlm.model import segments
 
 Scorer = Callable[[Any, Int[Array, "B L"], Key[Array, ""]], Float[Array, "B"]]
 
 
-def make_scorer(config: Config, encoding: tiktoken.Encoding, graphdef: nnx.GraphDef) -> Scorer:
-    """The bound of each row, of (parameters, rows, key), in nats per sequence.
+def make_scorer(objective: Objective, graphdef: nnx.GraphDef, *, edges_known: bool = False) -> Scorer:
+    """The bound of each row, of (parameters, rows, key), in nats per sequence, whatever weights were trained on.
 
     Noise takes the count form, which has the least variance and no schedule in it; the autoregressive likelihood has no
     noise.
 
     Args:
-        config: That of the training.
-        encoding: Its tokenizer.
-        graphdef: Its network.
+        objective: What the network was trained on.
+        graphdef: The network.
+        edges_known: Whether it is told where documents end. That tells where the masked end-of-text marks are, so the
+            number is a bound for known edges only; from left to right they are known, for a mark that was read ends a
+            document.
     """
-    objective = replace(make_objective(config, encoding), estimator="count", times="systematic", weighting="bound")
+    objective = replace(objective, estimator="count", times="systematic", weighting="bound")
 
     @jax.jit
     def nats_per_row(params: Any, x_0: Int[Array, "B L"], key: Key[Array, ""]) -> Float[Array, "B"]:
-        # Document edges would tell where the masked end-of-text marks are, and the number would not be a bound. From
-        # left to right they are known: a mark that was read ends a document.
-        known = objective.kind == "autoregressive" and config.data.isolate_documents
-        segment_ids = segments(x_0, objective.mask_id - 1) if known else None
+        segment_ids = segments(x_0, objective.mask_id - 1) if edges_known else None
         noised = objective.corrupt(x_0, key, segment_ids)
         logits = objective.logits(nnx.merge(graphdef, params), x_0, noised, segment_ids)
         return objective.row_nats(logits, x_0, noised).bound
@@ -45,7 +42,7 @@ def make_scorer(config: Config, encoding: tiktoken.Encoding, graphdef: nnx.Graph
     return nats_per_row
 
 
-def score(
+def score_rows(
     scorer: Scorer, params: Any, rows: list[np.ndarray], key: Key[Array, ""], *, mesh: Mesh, batch_size: int
 ) -> Iterator[Float[np.ndarray, "B"]]:
     """Nats of each row, a batch at a time: equal keys give equal noise.

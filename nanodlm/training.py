@@ -34,7 +34,7 @@ from nanodlm.errors import NanodlmError, Stopped, UsageError
 from nanodlm.metrics import Tracker
 from nanodlm.model import count_parameters, segments
 from nanodlm.optimizer import learning_rate, make_optimizer
-from nanodlm.scoring import make_scorer, score
+from nanodlm.scoring import make_scorer, score_rows
 from nanodlm.store import Artifact, Attempt, cache_dir
 
 LOGITS_AT_ONCE = 2**26  # numbers; in float32, 256 MiB
@@ -278,11 +278,13 @@ def _validation(
     rows = [row for row in rows if len(row) == length]
     if not rows:
         return None
-    scorer, key = make_scorer(config, encoding, graphdef), jax.random.key(config.eval.seed)
+    known = config.objective.kind == "autoregressive" and config.data.isolate_documents
+    scorer = make_scorer(make_objective(config, encoding), graphdef, edges_known=known)
+    key = jax.random.key(config.eval.seed)
 
     def validate(state: State) -> dict[str, float]:
         params = state.get("ema_state", state["model_state"])
-        nats = score(scorer, params, rows, key, mesh=mesh, batch_size=config.train.batch_size)
+        nats = score_rows(scorer, params, rows, key, mesh=mesh, batch_size=config.train.batch_size)
         bound = float(sum(batch.sum() for batch in nats)) / (len(rows) * length)
         return {"val_nats_per_token": bound} if math.isfinite(bound) else {}
 

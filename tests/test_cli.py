@@ -57,6 +57,7 @@ def _fails(code: int, *args: str, says: tuple[str, ...]) -> None:
         (["run", "owt", "--data.tokenizer", "bpe"], ("pretokenized", "gpt2")),
         (["run", "--data.source", "hf://a/b"], ("pinned commit", "--data.revision")),
         (["run", "--store", "nothing://x"], ("nothing",)),
+        (["bench", "nothing"], ("cannot measure nothing", "sample, loader, variance")),
         (["train", "missing/config.json"], ("missing/config.json", "No such file")),
     ],
 )

@@ -595,9 +595,7 @@ def test_the_fused_loss_and_its_gradients_are_those_of_all_logits(
 @pytest.mark.parametrize("block_size", [1, 3, 4, 12])
 def test_pairs_of_rows_never_have_more_masks_than_the_fused_loss_has_room_for(rows: int, block_size: int) -> None:
     """Whatever is padding; the room is less than the whole pair but for blocks of one token."""
-    objective = Objective(
-        make_schedule("linear"), 10, kind="block", estimator="constant_count", block_size=block_size
-    )
+    objective = Objective(make_schedule("linear"), 10, kind="block", estimator="constant_count", block_size=block_size)
     room = -(-12 // block_size) * (block_size + 1)
     masks = jax.jit(lambda x_0, key: objective.corrupt(x_0, key).x_t.reshape(rows // 2, 24) == 10)
     for seed in range(50):

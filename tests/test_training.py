@@ -17,7 +17,7 @@ import pytest
 from flax import nnx
 
 import nanodlm
-from nanodlm import bench, evaluation, shards, stages, tokenizer
+from nanodlm import evaluation, experiments, shards, stages, tokenizer
 from nanodlm.checkpoint import parameters_sha256
 from nanodlm.config import PRESETS, Config
 from nanodlm.errors import NanodlmError, UsageError
@@ -372,8 +372,8 @@ def test_a_prompt_longer_than_a_row_is_taken_by_models_that_write_left_to_right(
 @pytest.mark.slow
 def test_the_variance_benchmark_measures_every_estimator_of_a_trained_model(store: Store) -> None:
     nanodlm.train(tiny(), store.uri())
-    rows = bench.variance(tiny(train={"batch_size": 4}), store, draws=48)
-    assert [row["estimator"] for row in rows] == [label for label, _, _ in bench.ESTIMATORS]
+    rows = experiments.variance(tiny(train={"batch_size": 4}), store, draws=48)
+    assert [row["estimator"] for row in rows] == [label for label, _, _ in experiments.ESTIMATORS]
     by_name = {row["estimator"]: row for row in rows}
     assert by_name["count, systematic"]["bound_sd"] < by_name["continuous, independent"]["bound_sd"]
     assert all(row["gradient_noise"] > 0 for row in rows)
@@ -393,7 +393,7 @@ def test_the_variance_benchmark_refuses_what_it_cannot_measure(
     store: Store, groups: dict[str, Any], draws: int, message: str
 ) -> None:
     with pytest.raises(UsageError, match=message):
-        bench.variance(tiny(**groups), store, draws=draws)
+        experiments.variance(tiny(**groups), store, draws=draws)
 
 
 def test_generation_decodes_only_real_tokens(trained: Artifact, store: Store) -> None:
