@@ -1,5 +1,6 @@
 """Speed, on synthetic tokens: what anyone can measure on a machine without data.
 
+    nanodlm bench train demo       # updates; with --baseline beside those of the plain recipe
     nanodlm bench sample demo      # drawing texts
     nanodlm bench loader demo      # reading training rows from disk
 
@@ -14,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal
@@ -22,11 +24,13 @@ import jax
 import numpy as np
 import tiktoken
 from flax import nnx
+from jaxtyping import Array, Key
 
-from nanodlm import generation, tokenizer
-from nanodlm.checkpoint import make_model
+from nanodlm import generation, plain, sharding, tokenizer
+from nanodlm.checkpoint import make_model, make_objective
 from nanodlm.config import Config, ModelConfig
 from nanodlm.errors import UsageError
+from nanodlm.update import compile_step, make_program
 
 Precision = Literal["bfloat16", "tensorfloat32", "float32"]
 
@@ -208,6 +212,95 @@ def report(
     }
 
 
+def train(
+    config: Config, *, steps: int = 10, baseline: bool = False, emit: Callable[..., None] = lambda *_, **__: None
+) -> dict[str, Any]:
+    """Time updates on random tokens, on all devices, in the training program itself.
+
+    Args:
+        config: What to train.
+        steps: Updates to time; the first, before them, is not.
+        baseline: Whether to time as many updates of `plain.plain_step`, in turn with ours: same sizes, float32, every
+            logit computed, on one device.
+        emit: Called as `emit(kind, **fields)` with progress.
+
+    Returns:
+        The fields of `report`, of the median update, and `parameters`, `state_bytes` (of one device's parameters,
+        optimizer and average), `temporary_bytes` (what the compiler plans besides). With a baseline also
+        `baseline_step_seconds`, and `speedup`, the ratio of the two medians.
+
+    Raises:
+        UsageError: When there is nothing to repeat, or devices cannot share the work.
+
+    Example:
+        train(nanodlm.PRESETS["demo"])["tokens_per_second"]
+    """
+    if steps < 1:
+        raise UsageError(f"nothing is measured in {steps} updates: raise --steps")
+    encoding, size = synthetic_encoding(config), config.train
+    mesh = sharding.make_mesh(size.batch_size, fsdp=size.fsdp, tensor=size.tensor)
+    began = time.perf_counter()
+    program = make_program(config, encoding, mesh)
+    compiled = compile_step(config, program, mesh)
+    compile_seconds = time.perf_counter() - began
+    shape = (size.grad_acc_steps, size.batch_size, config.model.seq_len)
+    tokens = np.random.default_rng(0).integers(0, encoding.n_vocab, shape, np.int32)
+    key = jax.random.key(size.seed)
+    with jax.set_mesh(mesh):
+        state = program.initialise()
+    state_bytes = sharding.bytes_per_device(state)
+
+    def ours() -> None:
+        nonlocal state
+        state, scalars = compiled(state, sharding.put_rows(mesh, tokens, axis=1), key)
+        jax.block_until_ready(scalars)
+
+    timed: list[tuple[Callable[[], None], list[float]]] = [(ours, [])]
+    if baseline:
+        timed.append((_baseline(config, encoding, tokens.reshape(1, -1, shape[-1]), key), []))
+    for step in range(steps + 1):
+        for run, seconds in timed:
+            began = time.perf_counter()
+            run()
+            seconds.append(time.perf_counter() - began)
+        emit("progress", done=step, total=steps, unit="updates")
+    medians = [median(seconds[1:]) for _, seconds in timed]
+    most = make_objective(config, encoding).most_scored(size.batch_size, shape[-1])
+    flops = tokens.size * flops_per_token(config, vocab_size(config), output_share=most / (2 * shape[-1]))
+    return {
+        **report(
+            config,
+            tokens=tokens.size,
+            flops=flops,
+            seconds=medians[0],
+            steps=1,
+            compile_seconds=compile_seconds,
+            devices=mesh.size,
+        ),
+        "parameters": program.n_parameters,
+        "state_bytes": state_bytes,
+        "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes,
+        **({"baseline_step_seconds": medians[1], "speedup": medians[1] / medians[0]} if baseline else {}),
+    }
+
+
+def _baseline(
+    config: Config, encoding: tiktoken.Encoding, tokens: np.ndarray, key: Key[Array, ""]
+) -> Callable[[], None]:
+    """Updates of the plain recipe at a configuration's sizes."""
+    shape = config.model.model_dump(include={"n_layers", "n_heads", "d_model", "d_ff"})
+    graphdef, params = nnx.split(plain.make_network(vocab_size(config), **shape))
+    step = jax.jit(partial(plain.plain_step, graphdef=graphdef, mask_id=encoding.n_vocab), donate_argnums=0)
+    state = plain.init_state(nnx.to_pure_dict(params))
+
+    def run() -> None:
+        nonlocal state
+        state, scalars = step(state, tokens, key)
+        jax.block_until_ready(scalars)
+
+    return run
+
+
 def sample(config: Config, *, repeats: int = 5, emit: Callable[..., None] = lambda *_, **__: None) -> dict[str, Any]:
     """Time the configured sampler with a freshly initialised network, on one device.
 
@@ -320,7 +413,8 @@ def loader(
         for i, part in enumerate(np.array_split(tokens.astype(dtype), 4)):
             shards.write(Path(folder) / f"train-{i:05d}.arrayrecord", part)
         began = time.perf_counter()
-        stream = train_batches(Path(folder), dtype=dtype, rows_per_step=per_step, seed=config.data.shuffle_seed)
+        size = {"batch_size": config.train.batch_size, "grad_acc_steps": config.train.grad_acc_steps}
+        stream = train_batches(Path(folder), dtype=dtype, **size, seed=config.data.shuffle_seed)
         next(stream)
         first = time.perf_counter() - began
         for _ in range(ahead):

@@ -266,7 +266,7 @@ def _restore(checkpointer: ocp.AsyncCheckpointer, folder: Path, abstract: State,
 
 def make_model(config: Config, encoding: tiktoken.Encoding) -> Transformer:
     """A freshly initialised network for a configuration and a tokenizer."""
-    shape = config.model.model_dump(exclude={"init_seed", "seq_len"})
+    shape = {**config.model.model_dump(exclude={"init_seed", "seq_len"}), "remat": config.train.remat}
     block_size = {"block": config.objective.block_size, "autoregressive": 1}.get(config.objective.kind, 0)
     rngs = nnx.Rngs(config.model.init_seed)
     return Transformer(vocab_size=tokenizer.padded_vocab_size(encoding), block_size=block_size, **shape, rngs=rngs)

@@ -347,6 +347,7 @@ def sample(argv: list[str]) -> None:
 
 
 BENCHES = {
+    "train": "speed of updates on random tokens; --baseline times the plain recipe beside them",
     "sample": "speed of the sampler, with a network that knows nothing",
     "loader": "speed of reading training rows",
     "variance": "how much the estimators of the bound and of its gradient vary (needs the trained run)",
@@ -388,6 +389,22 @@ def _print_measured(result: dict[str, Any], as_json: bool) -> None:
         print(f"{name:<20} {'unknown' if value is None else f'{value:,.6g}' if isinstance(value, float) else value}")
     if as_json:
         _print_json(result)
+
+
+def _bench_train(argv: list[str]) -> None:
+    from nanodlm.bench import train
+
+    fields = {
+        "steps": _flag("Updates to time.", 10, int),
+        "baseline": _flag("Whether to time updates of the plain recipe, of the same sizes, in turn with ours."),
+    }
+    result, args = _measure(
+        "train",
+        argv,
+        fields,
+        lambda config, args, emit: train(config, steps=args.steps, baseline=args.baseline, emit=emit),
+    )
+    _print_measured(result, args.as_json)
 
 
 def _bench_sample(argv: list[str]) -> None:

@@ -200,6 +200,13 @@ class TrainConfig(Group):
     """Global gradient norm above which gradients are scaled down; 0 is off."""
     ema_decay: float = Field(default=0.0, ge=0, lt=1)
     """Decay of an exponential moving average of the parameters, which then are the result; 0 is off."""
+    fsdp: int = Field(default=1, ge=1)
+    """Devices that share one copy of parameters, optimizer and average, each holding a part. What is left of all
+    devices, beside `tensor`, are copies that share the batch."""
+    tensor: int = Field(default=1, ge=1)
+    """Devices that share the heads, feed-forward units and vocabulary of each layer."""
+    remat: Literal["none", "dots", "full"] = "none"
+    """What the backward pass computes again to save memory: nothing, all but matrix products, or whole layers."""
     skip_nonfinite: Switch = False
     """Whether to skip and count updates whose loss or gradient is not finite, instead of stopping. Skipped updates move
     neither parameters nor the optimizer, its learning-rate schedule included."""
@@ -362,7 +369,8 @@ class Config(Group):
 
     def training(self) -> dict[str, Any]:
         """The settings that determine what training makes of its data."""
-        train = self.train.model_dump(exclude=None if self.train.skip_nonfinite else {"skip_nonfinite"})
+        how = {"fsdp", "tensor", "remat"}  # it is done says nothing of what comes out
+        train = self.train.model_dump(exclude=how if self.train.skip_nonfinite else {*how, "skip_nonfinite"})
         return {
             **self.model_dump(include={"model", "schedule", "objective"}),
             "train": train,

@@ -21,12 +21,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import tiktoken
 from flax import nnx
 from jaxtyping import Array, Int, Key
 
-from nanodlm import shards, stages, tokenizer
+from nanodlm import plain, shards, stages, tokenizer
 from nanodlm.checkpoint import State, load_folder, make_model, make_objective
 from nanodlm.config import Config, load_config
 from nanodlm.errors import UsageError
@@ -36,7 +35,7 @@ from nanodlm.model import Transformer
 from nanodlm.optimizer import make_optimizer
 from nanodlm.schedules import make_schedule
 from nanodlm.store import Store, fingerprint_of
-from nanodlm.training import init_state, train_step
+from nanodlm.update import init_state, train_step
 
 Emit = Callable[..., None]
 
@@ -252,50 +251,8 @@ def _bits(text: Text, model: Transformer, objective: Objective, config: Config, 
 
 # The race
 
-PLAIN_LENGTH, PLAIN_ROWS, PLAIN_LR = 128, 32, 3e-4
-PLAIN_ADAMW = optax.chain(optax.scale_by_adam(b1=0.9, b2=0.95), optax.add_decayed_weights(0.1))
+PLAIN_LENGTH, PLAIN_ROWS = 128, 32
 SPEED_UPDATES = 20
-
-
-def plain_network(encoding: tiktoken.Encoding) -> Transformer:
-    """A usual small transformer: every matrix and embedding N(0, 0.02), an output layer of its own."""
-    size = {"n_layers": 4, "n_heads": 4, "d_model": 128, "d_ff": 512, "qk_norm": False, "zero_init": False}
-    vocab_size = tokenizer.padded_vocab_size(encoding)
-    graphdef, params = nnx.split(Transformer(vocab_size=vocab_size, **size, rngs=nnx.Rngs(0)))
-    leaves, tree = jax.tree_util.tree_flatten_with_path(nnx.to_pure_dict(params))
-    keys = jax.random.split(jax.random.key(0), len(leaves))
-    drawn = [
-        jnp.ones_like(leaf) if path[-1].key == "scale" else 0.02 * jax.random.normal(key, leaf.shape)
-        for key, (path, leaf) in zip(keys, leaves, strict=True)
-    ]
-    return nnx.merge(graphdef, jax.tree.unflatten(tree, drawn))
-
-
-def plain_step(
-    state: State, rows: Int[Array, "1 B L"], key: Key[Array, ""], *, graphdef: nnx.GraphDef, mask_id: int
-) -> tuple[State, dict[str, Array]]:
-    """One update as textbooks have it: i.i.d. times, tokens masked with probability t, cross-entropies over t.
-
-    AdamW with a rate that falls by a cosine to 0 at `state["updates"]`.
-    """
-    x_0 = rows[0]
-    time_key, mask_key = jax.random.split(jax.random.fold_in(key, state["step"]))
-    t = 1 - jax.random.uniform(time_key, (len(x_0),))
-    masked = jax.random.uniform(mask_key, x_0.shape) < t[:, None]
-
-    def loss_fn(params: Any) -> Array:
-        logits = nnx.merge(graphdef, params)(jnp.where(masked, mask_id, x_0), t)
-        log_p = jax.nn.log_softmax(logits[..., :mask_id], axis=-1)
-        nats = -jnp.take_along_axis(log_p, x_0[..., None], axis=-1)[..., 0]
-        return jnp.mean(masked * nats / t[:, None])
-
-    params = state["model_state"]
-    loss, grads = jax.value_and_grad(loss_fn)(params)
-    updates, optimizer_state = PLAIN_ADAMW.update(grads, state["optimizer_state"], params)
-    lr = PLAIN_LR * 0.5 * (1 + jnp.cos(jnp.pi * state["step"] / state["updates"]))
-    params = jax.tree.map(lambda p, u: p - lr * u, params, updates)
-    new = {**state, "model_state": params, "optimizer_state": optimizer_state, "step": state["step"] + 1}
-    return new, {"loss": loss}
 
 
 def train_plain(text: Text, minutes: float, emit: Emit = lambda *_, **__: None) -> Trained:
@@ -306,12 +263,11 @@ def train_plain(text: Text, minutes: float, emit: Emit = lambda *_, **__: None) 
         minutes: Of training; compilation comes on top.
         emit: Called as `emit(kind, **fields)` with progress.
     """
-    graphdef, params = nnx.split(plain_network(text.encoding))
-    params, key = nnx.to_pure_dict(params), jax.random.key(0)
-    state = {"model_state": params, "optimizer_state": PLAIN_ADAMW.init(params), "step": jnp.int32(0)}
-    state["updates"] = jnp.float32(jnp.inf)
+    shape = {"n_layers": 4, "n_heads": 4, "d_model": 128, "d_ff": 512}
+    graphdef, params = nnx.split(plain.make_network(tokenizer.padded_vocab_size(text.encoding), **shape))
+    state, key = plain.init_state(nnx.to_pure_dict(params)), jax.random.key(0)
     batches = _batches(text.train, (1, PLAIN_ROWS), seed=0)
-    step = partial(plain_step, graphdef=graphdef, mask_id=text.encoding.n_vocab)
+    step = partial(plain.plain_step, graphdef=graphdef, mask_id=text.encoding.n_vocab)
     compiled, compile_seconds = _compile(step, state, next(batches), key)
     state, warm = _run(compiled, state, batches, SPEED_UPDATES, key, emit)
     updates = max(SPEED_UPDATES + 1, round(SPEED_UPDATES * 60 * minutes / warm))
@@ -332,10 +288,10 @@ def race(
 ) -> dict[str, Any]:
     """How much sooner the configuration reaches the bound that a plain recipe reaches in so many minutes.
 
-    The plain recipe: a transformer of 4 layers of width 128, rows of 128 tokens, 32 to an update, AdamW at 3e-4 with a
-    cosine to 0, float32, every logit computed and stored (`plain_step`). Then the configuration, for each number of
-    updates a whole run with a schedule of its own, until one is at least as good. Both train on the same shards and are
-    scored on the same held-out tokens, each cut into rows of its own length.
+    The plain recipe is that of nanodlm/plain.py: a transformer of 4 layers of width 128, rows of 128 tokens, 32 to an
+    update. Then the configuration, for each number of updates a whole run with a schedule of its own, until one is at
+    least as good. Both train on the same shards and are scored on the same held-out tokens, each cut into rows of its
+    own length.
 
     Args:
         config: The recipe that is to be faster.

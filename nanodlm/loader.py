@@ -13,33 +13,34 @@ def train_batches(
     folder: Path,
     *,
     dtype: str,
-    rows_per_step: int,
+    batch_size: int,
+    grad_acc_steps: int = 1,
     seed: int,
-    first_step: int = 0,
-    shift: int = 0,
-    process: int = 0,
-    processes: int = 1,
-) -> Iterator[Int[np.ndarray, "R L"]]:
-    """Endless batches of whole rows, reshuffled every epoch, from step `first_step` on.
+    first_row: int = 0,
+    share: int = 0,
+    shares: int = 1,
+) -> Iterator[Int[np.ndarray, "A R L"]]:
+    """Endless updates' rows, reshuffled every epoch.
 
     Args:
         folder: Where the `train-*.arrayrecord` files lie.
         dtype: Their token type.
-        rows_per_step: Rows of one update over all processes (micro-batches included).
+        batch_size: Rows of a micro-batch over all processes.
+        grad_acc_steps: Micro-batches of an update, A.
         seed: Seed of the order.
-        first_step: Updates already done.
-        shift: Rows that those took beyond `rows_per_step` each, when they were of another size.
-        process: Which process this is; it gets every `processes`-th row of each step.
-        processes: How many there are; must divide `rows_per_step`.
+        first_row: Rows that earlier updates took.
+        share: Which part of every micro-batch to read: the parts of all, side by side, are what one process would read.
+        shares: How many equal parts there are; must divide `batch_size`.
 
     Yields:
-        int32 rows, (rows_per_step / processes, L).
+        int32 rows, (A, batch_size / shares, L).
     """
     source = grain.ArrayRecordDataSource([str(p) for p in sorted(folder.glob("train-*.arrayrecord"))])
     rows = grain.MapDataset.source(cast(Any, source)).seed(seed).shuffle().repeat()
-    batches = (
-        rows[first_step * rows_per_step + shift :][process::processes]
+    parts = (
+        rows[first_row:]
         .map(lambda record: np.frombuffer(record, dtype).astype(np.int32))
-        .batch(rows_per_step // processes, drop_remainder=True)  # endless; rounding up would overflow at 1
+        .batch(batch_size // shares, drop_remainder=True)  # endless; rounding up would overflow at 1
     )
-    return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=16)))
+    updates = parts[share::shares].batch(grad_acc_steps, drop_remainder=True)
+    return iter(updates.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=16)))

@@ -287,9 +287,8 @@ class Objective:
     ) -> tuple[Float[Array, ""], Float[Array, ""]]:
         """Loss and bound of all rows together, in nats, from what the output layer reads, without keeping any logits.
 
-        The output layer, often most of the work, is computed at scored positions only where their number is known
-        beforehand: `constant_count` scores K (b + 1) of each two neighbouring rows of K blocks of b tokens, at most. In
-        all other cases it is computed everywhere. Of the two results, only the loss has gradients.
+        The output layer, often most of the work, is computed at no more positions than `most_scored` says. Of the two
+        results, only the loss has gradients.
 
         Args:
             features: What the network gives instead of logits: `Transformer.features`.
@@ -301,15 +300,28 @@ class Objective:
         scored, weight = self._position_weights(x_0, noised)
         n_rows, length = x_0.shape
         values = (features, x_0, *weight)
-        if self.estimator == "constant_count" and self.kind != "autoregressive" and n_rows % 2 == 0:
+        most = self.most_scored(n_rows, length)
+        if most < 2 * length:
             pairs = [value.reshape(n_rows // 2, 2 * length, *value.shape[2:]) for value in values]
-            size = self.block_size if self.kind == "block" else length
-            capacity = -(-length // size) * (size + 1)
-            places = jnp.argsort(~scored.reshape(n_rows // 2, -1), axis=1, stable=True)[:, :capacity]
+            places = jnp.argsort(~scored.reshape(n_rows // 2, -1), axis=1, stable=True)[:, :most]
             values = [jnp.take_along_axis(v, places[..., None] if v.ndim == 3 else places, axis=1) for v in pairs]
         features, target, loss_weight, bound_weight = values
         loss, nats = linear_cross_entropy(features, table, target, loss_weight, mask_id=self.mask_id, chunks=chunks)
         return loss, (bound_weight * nats).sum()
+
+    def most_scored(self, n_rows: int, length: int) -> int:
+        """The largest number of scored positions in two neighbouring rows that can be told before any noise is drawn.
+
+        Under `constant_count` it is K (b + 1) for an even number of rows of K blocks of b tokens, otherwise all.
+
+        >>> from nanodlm.schedules import make_schedule
+        >>> Objective(make_schedule("linear"), 9, estimator="constant_count").most_scored(4, 64)
+        65
+        """
+        if self.estimator != "constant_count" or self.kind not in ("absorbing", "block") or n_rows % 2:
+            return 2 * length
+        size = self.block_size if self.kind == "block" else length
+        return min(2 * length, -(-length // size) * (size + 1))
 
     def _position_weights(self, x_0: Int[Array, "B L"], noised: Corruption) -> tuple[Bool[Array, "B L"], RowNats]:
         """Which positions are scored, and the weight of each one's cross-entropy in the loss and in the bound."""
@@ -409,8 +421,8 @@ def linear_cross_entropy(
         mask_id: It and larger ids have probability 0.
         chunks: How many; the last is filled up with weights of 0.
 
-    >>> one = jnp.ones((1, 2, 1))
-    >>> loss, nats = linear_cross_entropy(one, jnp.zeros((3, 1)), jnp.array([[0, 1]]), jnp.array([[0.0, 2.0]]), mask_id=2)
+    >>> features, table, target = jnp.ones((1, 2, 1)), jnp.zeros((3, 1)), jnp.array([[0, 1]])
+    >>> loss, nats = linear_cross_entropy(features, table, target, jnp.array([[0.0, 2.0]]), mask_id=2)
     >>> round(float(loss), 4), [round(float(v), 4) for v in nats[0]]  # two possible tokens: log 2
     (1.3863, [0.0, 0.6931])
     """
@@ -422,7 +434,8 @@ def linear_cross_entropy(
         padded = jnp.pad(value, ((0, 0), (0, fill)) + ((0, 0),) * (value.ndim - 2))
         return jnp.moveaxis(padded.reshape(len(value), chunks, size, *value.shape[2:]), 1, 0)
 
-    loss, nats = _chunked_cross_entropy(mask_id, table, cut(features), cut(target), cut(weight))
+    both: Any = _chunked_cross_entropy(mask_id, table, cut(features), cut(target), cut(weight))
+    loss, nats = both
     nats = jnp.moveaxis(nats, 0, 1).reshape(len(target), -1)[:, : target.shape[1]]
     return loss, jax.lax.stop_gradient(nats)
 
@@ -467,9 +480,9 @@ def _chunked_forward(mask_id: int, table: Array, features: Array, target: Array,
         x, target, weight = inputs
         e, s, nats = _exponentials(mask_id, compute, *inputs)
         e, scale = e.astype(x.dtype), (weight / s)[..., None]
-        both = {"preferred_element_type": table.dtype}
-        d_x = scale * jnp.einsum("gcv,vd->gcd", e, compute, **both) - weight[..., None] * table[target]
-        d_table += jnp.einsum("gcv,gcd->vd", e, (scale * x).astype(x.dtype), **both)
+        product = partial(jnp.einsum, preferred_element_type=table.dtype)
+        d_x = scale * product("gcv,vd->gcd", e, compute) - weight[..., None] * table[target]
+        d_table += product("gcv,gcd->vd", e, (scale * x).astype(x.dtype))
         d_table = d_table.at[target].add(-weight[..., None] * x)
         return (loss + (weight * nats).sum(), d_table), (nats, d_x.astype(x.dtype))
 

@@ -21,6 +21,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from nanodlm.sharding import constrain
+
 NORMAL = nnx.initializers.normal
 
 Remat = Literal["none", "dots", "full"]
@@ -500,7 +502,7 @@ class Transformer(nnx.Module):
         keep: bool = False,
     ) -> tuple[Float[Array, "B Q D"], Past | None]:
         """All blocks over one stream: the residual stream, and when asked to, what each layer keeps of it."""
-        x = self.embedding(ids)
+        x = constrain(self.embedding(ids), "batch", None, None)
         condition = None
         if t.ndim == 1:
             t = t[:, None]
@@ -516,7 +518,7 @@ class Transformer(nnx.Module):
 
         def layer(x: Float[Array, "B Q D"], inputs: tuple[Any, Past | None]) -> tuple[Array, Past | None]:
             x, kept = nnx.merge(graphdef, inputs[0])(x, view, condition, inputs[1])
-            return x, kept if keep else None
+            return constrain(x, "batch", None, None), kept if keep else None
 
         if self.remat != "none":
             dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable

@@ -1,4 +1,15 @@
-"""Where arrays live: one mesh with a `data` axis; batches are cut along it, everything else is on every device."""
+"""Where arrays live: one mesh with three axes, and rules for what is cut along which.
+
+    data      rows of a batch; each group of devices has all parameters
+    fsdp      rows as well, and parameters: each device holds a part, gathered when it is needed
+    tensor    heads, feed-forward units and vocabulary of every layer
+
+Any axis may be 1. Source of the scheme: ZeRO, arXiv:1910.02054 (fsdp); Megatron-LM, arXiv:1909.08053 (tensor).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
@@ -6,26 +17,55 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from nanodlm.errors import UsageError
 
+AXES = ("data", "fsdp", "tensor")
 
-def make_mesh(rows: int) -> Mesh:
-    """A mesh over all devices.
+
+@dataclass(frozen=True)
+class Rules:
+    """Which mesh axis, or axes, each logical axis of an array is cut along; None is none.
+
+    >>> Rules().spec(("vocab", "embed"))
+    PartitionSpec('tensor', 'fsdp')
+    """
+
+    batch: tuple[str, ...] = ("data", "fsdp")
+    embed: str | None = "fsdp"
+    heads: str | None = "tensor"
+    mlp: str | None = "tensor"
+    vocab: str | None = "tensor"
+
+    def spec(self, logical: tuple[str | None, ...]) -> PartitionSpec:
+        """The cut of an array whose axes are called so."""
+        return PartitionSpec(*(getattr(self, name) if name else None for name in logical))
+
+
+def make_mesh(rows: int, *, fsdp: int = 1, tensor: int = 1) -> Mesh:
+    """A mesh over all devices of all processes; `data` is what `fsdp` and `tensor` leave.
 
     Args:
-        rows: Rows of a batch, which the devices share evenly.
+        rows: Rows of a batch, which `data` and `fsdp` share evenly.
+        fsdp: Devices that share one copy of the parameters by rows of the matrices.
+        tensor: Devices that share the work on each row.
 
     Raises:
-        UsageError: When they cannot.
+        UsageError: When the devices or the rows cannot be shared so.
 
     >>> make_mesh(rows=jax.device_count()).axis_names
-    ('data',)
+    ('data', 'fsdp', 'tensor')
     """
     devices = jax.device_count()
-    if rows % devices:
+    if devices % (fsdp * tensor):
         raise UsageError(
-            f"a batch of {rows} rows cannot be shared by {devices} devices: use a multiple of {devices}, "
-            f"such as {-(-rows // devices) * devices}"
+            f"{devices} devices cannot be shared by fsdp {fsdp} and tensor {tensor}: their product must divide {devices}"
         )
-    return jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,))
+    shares = devices // tensor
+    if rows % shares:
+        raise UsageError(
+            f"a batch of {rows} rows cannot be shared by {shares} devices: use a multiple of {shares}, "
+            f"such as {-(-rows // shares) * shares}"
+        )
+    shape = (devices // (fsdp * tensor), fsdp, tensor)
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -33,7 +73,111 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def shardings(mesh: Mesh, tree: Any, logical_axes: dict[str, tuple[str | None, ...]], rules: Rules = Rules()) -> Any:
+    """Where each array of a tree lives, by the last two names of its path: parameters, averages, optimizer states.
+
+    Args:
+        mesh: From `make_mesh`.
+        tree: Arrays, or their shapes.
+        logical_axes: Names of the last axes, such as `model.LOGICAL_AXES`; what is not listed is held whole.
+        rules: What they are cut along.
+
+    Raises:
+        UsageError: When an axis cannot be cut evenly.
+
+    >>> mesh = make_mesh(rows=jax.device_count())
+    >>> tree = {"qkv": {"kernel": jax.ShapeDtypeStruct((3, 8, 24), "float32")}}
+    >>> shardings(mesh, tree, {"qkv/kernel": ("embed", "heads")})["qkv"]["kernel"].spec
+    PartitionSpec(None, 'fsdp', 'tensor')
+    """
+
+    def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        name = "/".join(str(getattr(key, "key", key)) for key in path[-2:])
+        logical = logical_axes.get(name, ())
+        if len(leaf.shape) < len(logical):  # such as the empty places of an optimizer that leaves a parameter alone
+            return replicated(mesh)
+        spec = PartitionSpec(*(None,) * (len(leaf.shape) - len(logical)), *rules.spec(logical))
+        for size, axis in zip(leaf.shape, spec, strict=False):
+            if axis is not None and size % mesh.shape[axis]:
+                raise UsageError(
+                    f"{name} has {size} along an axis that --train.{axis} {mesh.shape[axis]} cuts: use a divisor"
+                )
+        return NamedSharding(mesh, spec if logical else PartitionSpec())
+
+    return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def batch_sharding(mesh: Mesh, axis: int = 0, rules: Rules = Rules()) -> NamedSharding:
+    """Sharding of rows, cut along `axis`."""
+    return NamedSharding(mesh, PartitionSpec(*[None] * axis, rules.batch))
+
+
 def put_rows(mesh: Mesh, rows: np.ndarray, axis: int = 0) -> jax.Array:
-    """Send rows to the devices, cut along `axis`; each process passes the rows that its devices hold."""
-    sharding = NamedSharding(mesh, PartitionSpec(*[None] * axis, "data"))
-    return jax.make_array_from_process_local_data(sharding, rows)
+    """Send rows to the devices, cut along `axis`; each process passes the rows that its devices hold.
+
+    See `my_share` for which those are.
+    """
+    share, shares = my_share(mesh)
+    shape = list(rows.shape)
+    shape[axis] *= shares
+    first = share * rows.shape[axis]
+
+    def part(index: tuple[slice, ...]) -> np.ndarray:
+        start, stop, _ = index[axis].indices(shape[axis])
+        return rows[(slice(None),) * axis + (slice(start - first, stop - first),)]
+
+    return jax.make_array_from_callback(tuple(shape), batch_sharding(mesh, axis), part)
+
+
+def my_share(mesh: Mesh) -> tuple[int, int]:
+    """Which part of every batch this process reads, and of how many equal ones.
+
+    Processes whose devices all work on the same rows, because `tensor` spans them, read the same part.
+
+    Raises:
+        UsageError: When the rows of a process's devices are not one such part.
+
+    >>> my_share(make_mesh(rows=jax.device_count()))
+    (0, 1)
+    """
+    rows = mesh.shape["data"] * mesh.shape["fsdp"]
+    held = batch_sharding(mesh).addressable_devices_indices_map((rows,))
+    mine = sorted({index[0].indices(rows)[0] for index in held.values() if index})
+    shares = rows // len(mine)
+    if rows % len(mine) or mine != list(range(mine[0], mine[0] + len(mine))) or mine[0] % len(mine):
+        raise UsageError(
+            "the devices of a process hold scattered rows: choose --train.fsdp and --train.tensor otherwise"
+        )
+    return mine[0] // len(mine), shares
+
+
+def batch_shares() -> int:
+    """Devices that share the rows of a batch, under the mesh that `jax.set_mesh` names; 1 without.
+
+    >>> batch_shares()
+    1
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def constrain(x: jax.Array, *logical: str | None, rules: Rules = Rules()) -> jax.Array:
+    """Keep an activation cut along these axes, under the mesh that `jax.set_mesh` names; without one, as it is.
+
+    >>> constrain(jax.numpy.ones((2, 3)), "batch", None).shape
+    (2, 3)
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or set(AXES) - set(mesh.axis_names):
+        return x
+    return jax.lax.with_sharding_constraint(x, rules.spec(logical))
+
+
+def bytes_per_device(tree: Any) -> int:
+    """The largest part of a tree of arrays, or of shapes that carry shardings, that one device holds.
+
+    >>> bytes_per_device({"a": jax.ShapeDtypeStruct((4, 2), "float32", sharding=replicated(make_mesh(rows=jax.device_count())))})
+    32
+    """
+    held: Callable[[Any], int] = lambda leaf: int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize
+    return sum(held(leaf) for leaf in jax.tree.leaves(tree))

@@ -1,4 +1,4 @@
-"""The train stage: from `train` to the jitted `train_step` in one hop.
+"""The train stage: the loop around the jitted `update.train_step`.
 
     nanodlm train demo --train.max_steps 200      # a laptop: a minute
     nanodlm train owt --train.batch_size 64       # one or many GPUs: the batch is shared by all devices
@@ -15,116 +15,23 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import optax
 import tiktoken
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Int, Key
+from jaxtyping import Array
 
-from nanodlm import loader, losses, sharding, shards, tokenizer
-from nanodlm.checkpoint import Checkpoints, State, describe_run, make_model, make_objective, parameters_sha256
+from nanodlm import loader, sharding, shards, tokenizer
+from nanodlm.checkpoint import Checkpoints, State, describe_run, make_objective, parameters_sha256
 from nanodlm.config import Config
 from nanodlm.errors import NanodlmError, Stopped, UsageError
 from nanodlm.metrics import Tracker
-from nanodlm.model import count_parameters, segments
-from nanodlm.optimizer import learning_rate, make_optimizer
 from nanodlm.scoring import make_scorer, score_rows
 from nanodlm.store import Artifact, Attempt, cache_dir
-
-LOGITS_AT_ONCE = 2**26  # numbers; in float32, 256 MiB
-
-
-def train_step(
-    state: State,
-    rows: Int[Array, "A B L"],
-    key: Key[Array, ""],
-    *,
-    graphdef: nnx.GraphDef,
-    optimizer: optax.GradientTransformation,
-    objective: losses.Objective,
-    config: Config,
-) -> tuple[State, dict[str, Array]]:
-    """One update from A micro-batches of B rows.
-
-    The loss is the objective's in nats per token: summed over a row's tokens, divided by all of them. The noise of all
-    micro-batches is drawn at once, so that its times are spread evenly over the whole update.
-
-    Returns:
-        The new state, and scalars: `loss` (what was minimised), `nats_per_token` (the bound; with isolated documents
-        that of rows whose document edges are known), `grad_norm`, `lr`, and `skipped` when the state counts them.
-    """
-    n_micro, n_rows, length = rows.shape
-    chunks = -(-n_rows * length * objective.mask_id // LOGITS_AT_ONCE)
-    flat = rows.reshape(-1, length)
-    segment_ids = segments(flat, objective.mask_id - 1) if config.data.isolate_documents else None
-    noised = objective.corrupt(flat, jax.random.fold_in(key, state["step"]), segment_ids)
-    micro = jax.tree.map(lambda a: a.reshape(n_micro, n_rows, *a.shape[1:]), (flat, noised, segment_ids))
-
-    def loss_fn(
-        params: Any, x_0: Int[Array, "B L"], noised: losses.Corruption, segment_ids: Int[Array, "B L"] | None
-    ) -> tuple[Array, Array]:
-        model = nnx.merge(graphdef, params)
-        if objective.mixed:
-            nats = objective.row_nats(objective.logits(model, x_0, noised, segment_ids), x_0, noised)
-            return jnp.mean(nats.loss) / length, jnp.mean(nats.bound) / length
-        features = objective.logits(model.features, x_0, noised, segment_ids)
-        loss, bound = objective.fused_nats(features, model.table, x_0, noised, chunks=chunks)
-        return loss / x_0.size, bound / x_0.size
-
-    def evaluate(batch: tuple[Array, losses.Corruption, Array | None]) -> tuple[Any, Any]:
-        return jax.value_and_grad(loss_fn, has_aux=True)(state["model_state"], *batch)
-
-    def accumulate(total: Any, batch: tuple[Array, losses.Corruption, Array | None]) -> tuple[Any, None]:
-        return jax.tree.map(lambda t, v: t + v / n_micro, total, evaluate(batch)), None
-
-    if n_micro == 1:
-        (loss, bound), grads = evaluate(jax.tree.map(lambda a: a[0], micro))
-    else:
-        zero = jax.tree.map(jnp.zeros_like, ((jnp.float32(0), jnp.float32(0)), state["model_state"]))
-        ((loss, bound), grads), _ = jax.lax.scan(accumulate, zero, micro)
-    updates, optimizer_state = optimizer.update(grads, state["optimizer_state"], state["model_state"])
-    params = optax.apply_updates(state["model_state"], updates)
-    new = {"model_state": params, "optimizer_state": optimizer_state, "step": state["step"] + 1}
-    if "ema_state" in state:
-        # The average starts as the parameters do; early on it follows them faster (arXiv:2206.00364, appendix).
-        decay = jnp.minimum(config.train.ema_decay, (1 + state["step"]) / (10 + state["step"]))
-        new["ema_state"] = optax.incremental_update(params, state["ema_state"], 1 - decay)
-    scalars = {
-        "loss": loss,
-        "nats_per_token": bound,
-        "grad_norm": optax.tree.norm(grads),
-        "lr": learning_rate(config.train)(state["step"] - state.get("skipped", 0)),
-    }
-    if "skipped" in state:
-        fine = jnp.isfinite(loss) & jnp.isfinite(scalars["grad_norm"])
-        new = jax.tree.map(partial(jnp.where, fine), new, {name: state[name] for name in new})
-        new |= {"step": state["step"] + 1, "skipped": state["skipped"] + jnp.where(fine, 0, 1)}
-        scalars["skipped"] = new["skipped"]
-    return new, scalars
-
-
-def init_state(config: Config, params: Any, optimizer: optax.GradientTransformation) -> State:
-    """The state before the first update."""
-    state = {"model_state": params, "optimizer_state": optimizer.init(params), "step": jnp.int32(0)}
-    if config.train.skip_nonfinite:
-        state["skipped"] = jnp.int32(0)
-    return {**state, "ema_state": jax.tree.map(jnp.copy, params)} if config.train.ema_decay else state
-
-
-@jax.jit
-def all_finite(tree: Any) -> Bool[Array, ""]:
-    """Whether no array of a tree holds a NaN or an infinity.
-
-    >>> bool(all_finite({"a": jnp.zeros(2), "b": jnp.log(jnp.zeros(2))}))
-    False
-    """
-    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
+from nanodlm.update import all_finite, make_program
 
 
 def train(
@@ -145,71 +52,48 @@ def train(
     tokens = inputs["shard"].metrics
     encoding = tokenizer.load(inputs["tokenizer"].local())
     rows_per_step = config.train.batch_size * config.train.grad_acc_steps
-    mesh = sharding.make_mesh(config.train.batch_size)
-    optimizer = make_optimizer(config.train)
-
-    graphdef, abstract = nnx.split(nnx.eval_shape(lambda: make_model(config, encoding)))
+    mesh = sharding.make_mesh(config.train.batch_size, fsdp=config.train.fsdp, tensor=config.train.tensor)
+    program = make_program(config, encoding, mesh)
     if tokens["n_vocab"] != encoding.n_vocab:
         raise NanodlmError("the shards were made with another tokenizer: rebuild them with --rebuild shard")
-
-    @partial(jax.jit, out_shardings=sharding.replicated(mesh))
-    def initialise() -> State:
-        params = nnx.to_pure_dict(nnx.split(make_model(config, encoding))[1])
-        return init_state(config, params, optimizer)
-
-    step_fn = jax.jit(
-        partial(
-            train_step,
-            graphdef=graphdef,
-            optimizer=optimizer,
-            objective=make_objective(config, encoding),
-            config=config,
-        ),
-        donate_argnums=0,
-    )
     (attempt.path / "config.json").write_text(config.model_dump_json(indent=1))
     (attempt.path / "tokenizer").mkdir()
     tokenizer.save(encoding, attempt.path / "tokenizer")
     key = jax.random.key(config.train.seed)
     run = describe_run(config, inputs["shard"].digest, inputs["tokenizer"].digest, key)
-    validate = _validation(config, encoding, graphdef, data, tokens["dtype"], mesh)
+    validate = _validation(config, encoding, program.graphdef, data, tokens["dtype"], mesh)
     kept = {"keep": config.exp.keep, "keep_best": config.exp.keep_best}
     with (
         _catch_signals() as stop,
         contextlib.ExitStack() as late,
         Checkpoints(attempt, run, **kept) as checkpoints,
     ):
-        target = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding.replicated(mesh)),
-            jax.eval_shape(initialise),
-        )
-        restored = _restore(config, checkpoints, target)
+        restored = _restore(config, checkpoints, program.state)
         info = restored[1] if restored else {"logs": [], "rows_seen": 0}
         run_id, file = attempt.fingerprint[:16], attempt.path / "logs.jsonl"
         tracker = Tracker(config, file, run_id=run_id, folder=cache_dir(), records=info["logs"], emit=emit)
         late.enter_context(tracker)  # closed once the last checkpoint is safe
-        state = restored[0] if restored else initialise()
+        state = restored[0] if restored else program.initialise()
         first, since = int(state["step"]), int(state["step"])
         shift = info["rows_seen"] - first * rows_per_step  # 0, unless the batch size was allowed to change
-        emit("message", text=_describe(config, count_parameters(nnx.merge(graphdef, abstract)), first))
+        emit("message", text=_describe(mesh, program.n_parameters, first))
+        share, shares = sharding.my_share(mesh)
         batches = loader.train_batches(
             data,
             dtype=tokens["dtype"],
-            rows_per_step=rows_per_step,
+            batch_size=config.train.batch_size,
+            grad_acc_steps=config.train.grad_acc_steps,
             seed=config.data.shuffle_seed,
-            first_step=first,
-            shift=shift,
-            process=jax.process_index(),
-            processes=jax.process_count(),
+            first_row=info["rows_seen"],
+            share=share,
+            shares=shares,
         )
         limit = 10 * math.log(encoding.n_vocab)
         logger = _Logger(config, info["logs"], emit, tracker, limit=limit, last_good=checkpoints.last)
         if stop.is_set():
             raise Stopped(f"stopped by a signal after update {first}, before another: run again to continue")
         for step in range(first + 1, config.train.max_steps + 1):
-            rows = next(batches)
-            rows = rows.reshape(config.train.grad_acc_steps, -1, rows.shape[-1])
-            state, scalars = step_fn(state, sharding.put_rows(mesh, rows, axis=1), key)
+            state, scalars = program.step(state, sharding.put_rows(mesh, next(batches), axis=1), key)
             if step == first + 1:
                 jax.block_until_ready(scalars)  # compiled; from here on the clock runs
                 logger.start(step)
@@ -245,7 +129,7 @@ def train(
         shutil.rmtree(leftover)
     return {
         **result,
-        "parameters": count_parameters(nnx.merge(graphdef, abstract)),
+        "parameters": program.n_parameters,
         "trained_tokens": (config.train.max_steps * rows_per_step + shift) * config.model.seq_len,
         "train_tokens_per_second": round(logger.tokens_per_second, 1),
         "train_loss": logger.records[-1]["loss"],
@@ -420,7 +304,8 @@ def _catch_signals() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
-def _describe(config: Config, parameters: int, first: int) -> str:
+def _describe(mesh: Mesh, parameters: int, first: int) -> str:
     resumed = f", continuing after update {first:,}" if first else ""
-    devices = f"{jax.device_count()} {jax.devices()[0].device_kind} device" + "s" * (jax.device_count() > 1)
-    return f"{parameters / 1e6:.2f}M parameters on {devices}{resumed}"
+    devices = f"{mesh.size} {jax.devices()[0].device_kind} device" + "s" * (mesh.size > 1)
+    axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
+    return f"{parameters / 1e6:.2f}M parameters on {devices}{f' ({axes})' if axes else ''}{resumed}"

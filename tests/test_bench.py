@@ -186,7 +186,7 @@ FLAGS = """--data.tokenizer bytes --model.seq_len 8 --model.n_layers 1 --model.n
  --model.d_ff 32 --sample.num_steps 2 --sample.num_samples 2 --json""".split()
 
 
-@pytest.mark.parametrize("which", ["sample"])
+@pytest.mark.parametrize("which", ["train", "sample"])
 def test_speed_is_measured_without_what_only_data_needs(which: str) -> None:
     code = (
         "import sys\n"

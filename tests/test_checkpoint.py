@@ -28,7 +28,8 @@ from nanodlm.model import Transformer
 from nanodlm.optimizer import make_optimizer
 from nanodlm.schedules import make_schedule
 from nanodlm.store import Artifact, Attempt, Store, find_checkpoint
-from nanodlm.training import _Logger, init_state, train_step
+from nanodlm.training import _Logger
+from nanodlm.update import init_state, train_step
 from tests.commands import started
 from tests.test_training import tiny
 

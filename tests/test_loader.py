@@ -25,8 +25,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def batches(folder: Path, count: int, **options: Any) -> np.ndarray:
     """The first `count` batches, stacked."""
-    options = {"dtype": "<u2", "rows_per_step": STEP, "seed": 0, **options}
-    return np.stack(list(islice(train_batches(folder, **options), count)))
+    options = {"dtype": "<u2", "batch_size": STEP, "seed": 0, **options}
+    return np.stack([update[0] for update in islice(train_batches(folder, **options), count)])
 
 
 def test_batches_are_whole_rows_as_int32(folder: Path) -> None:
@@ -36,17 +36,17 @@ def test_batches_are_whole_rows_as_int32(folder: Path) -> None:
     assert (found == found[..., :1]).all()
 
 
-@pytest.mark.parametrize("first_step", [1, 5, 6, 11, 40])
-def test_a_later_first_step_gives_the_batches_of_an_uninterrupted_run(folder: Path, first_step: int) -> None:
-    whole = batches(folder, first_step + 8)
-    np.testing.assert_array_equal(batches(folder, 8, first_step=first_step), whole[first_step:])
+@pytest.mark.parametrize("steps", [1, 5, 6, 11, 40])
+def test_a_later_first_row_gives_the_batches_of_an_uninterrupted_run(folder: Path, steps: int) -> None:
+    whole = batches(folder, steps + 8)
+    np.testing.assert_array_equal(batches(folder, 8, first_row=steps * STEP), whole[steps:])
 
 
-@pytest.mark.parametrize("step", [2, 5])
-def test_a_shift_continues_after_the_rows_that_steps_of_another_size_took(folder: Path, step: int) -> None:
+@pytest.mark.parametrize("size", [2, 5])
+def test_batches_of_another_size_continue_where_the_last_ones_ended(folder: Path, size: int) -> None:
     whole = batches(folder, 30)[:, :, 0].ravel()
-    found = batches(folder, 3, first_step=6, rows_per_step=step, shift=6 * (STEP - step))
-    np.testing.assert_array_equal(found[:, :, 0].ravel(), whole[6 * STEP : 6 * STEP + 3 * step])
+    found = batches(folder, 3, first_row=6 * STEP, batch_size=size)
+    np.testing.assert_array_equal(found[:, :, 0].ravel(), whole[6 * STEP : 6 * STEP + 3 * size])
 
 
 def test_every_epoch_visits_every_row_once(folder: Path) -> None:
@@ -69,31 +69,34 @@ def test_the_order_is_that_of_the_seed(folder: Path) -> None:
     assert (batches(folder, EPOCH) != batches(folder, EPOCH, seed=1)).any()
 
 
-@pytest.mark.parametrize("first_step", [0, 5])
-@pytest.mark.parametrize("processes", [2, 4])
-def test_the_processes_rows_together_are_the_batch_of_one_process(
-    folder: Path, processes: int, first_step: int
+@pytest.mark.parametrize("first_row", [0, 20])
+@pytest.mark.parametrize("shares", [2, 4])
+@pytest.mark.parametrize("micro", [1, 3])
+def test_the_shares_of_each_micro_batch_side_by_side_are_what_one_process_reads(
+    folder: Path, shares: int, micro: int, first_row: int
 ) -> None:
-    whole = batches(folder, EPOCH, first_step=first_step)
-    for process in range(processes):
-        own = batches(folder, EPOCH, first_step=first_step, process=process, processes=processes)
-        np.testing.assert_array_equal(own, whole[:, process::processes])
+    options = {"dtype": "<u2", "batch_size": STEP, "grad_acc_steps": micro, "seed": 0, "first_row": first_row}
+    whole = list(islice(train_batches(folder, **options), EPOCH))
+    assert whole[0].shape == (micro, STEP, LENGTH)
+    parts = [islice(train_batches(folder, **options, share=i, shares=shares), EPOCH) for i in range(shares)]
+    for expected, *found in zip(whole, *parts, strict=True):
+        np.testing.assert_array_equal(np.concatenate(found, axis=1), expected)
 
 
 def test_a_step_may_hold_more_rows_than_there_are(folder: Path) -> None:
-    visited = batches(folder, 2, rows_per_step=ROWS + 11)[..., 0].ravel()
+    visited = batches(folder, 2, batch_size=ROWS + 11)[..., 0].ravel()
     assert [sorted(epoch) for epoch in visited.reshape(3, ROWS)] == [list(range(ROWS))] * 3
 
 
-@pytest.mark.parametrize("rows_per_step", [1, 2, 3, 22])
-def test_batches_of_any_size_visit_the_same_rows_in_the_same_order(folder: Path, rows_per_step: int) -> None:
-    visited = batches(folder, 66 // rows_per_step, rows_per_step=rows_per_step)[..., 0].ravel()
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 22])
+def test_batches_of_any_size_visit_the_same_rows_in_the_same_order(folder: Path, batch_size: int) -> None:
+    visited = batches(folder, 66 // batch_size, batch_size=batch_size)[..., 0].ravel()
     np.testing.assert_array_equal(visited, batches(folder, 17)[..., 0].ravel()[:66])
 
 
 def test_rows_of_32_bits_keep_their_ids(tmp_path: Path) -> None:
     shards.write(tmp_path / "train-00000.arrayrecord", np.array([[70_000, 2**31 - 1]], "<u4"))
-    assert batches(tmp_path, 1, dtype="<u4", rows_per_step=1).tolist() == [[[70_000, 2**31 - 1]]]
+    assert batches(tmp_path, 1, dtype="<u4", batch_size=1).tolist() == [[[70_000, 2**31 - 1]]]
 
 
 def test_a_truncated_shard_stops_the_loader_rather_than_shrinking_the_data(folder: Path, tmp_path: Path) -> None:

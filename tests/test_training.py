@@ -26,7 +26,7 @@ from nanodlm.model import Transformer, segments
 from nanodlm.optimizer import make_optimizer
 from nanodlm.schedules import make_schedule
 from nanodlm.store import Artifact, Store
-from nanodlm.training import init_state, train_step
+from nanodlm.update import init_state, train_step
 from tests.commands import environment, speeches
 from tests.laws import MASK_ID, VOCAB, chain_log_p, chain_rows
 
