@@ -279,7 +279,7 @@ def train(
         ),
         "parameters": program.n_parameters,
         "state_bytes": state_bytes,
-        "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes,
+        "temporary_bytes": getattr(compiled.memory_analysis(), "temp_size_in_bytes", None),
         **({"baseline_step_seconds": medians[1], "speedup": medians[1] / medians[0]} if baseline else {}),
     }
 

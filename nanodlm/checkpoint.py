@@ -74,7 +74,7 @@ def check_run(saved: dict[str, Any], now: dict[str, Any], allowed: tuple[str, ..
         UsageError: One line with every field that differs, and how to allow that.
     """
     if not now.keys() <= saved.keys():
-        raise UsageError(f"{what} does not say what it was trained with: train anew")
+        raise UsageError(f"{what} does not say what it was trained with: start anew with --exp.resume False")
     changed = differences(_compared(saved), _compared(now))
     if changed.keys() <= set(allowed):
         return
@@ -234,8 +234,10 @@ class Checkpoints:
             try:
                 state = _restore(self._checkpointer, folder, abstract, part.info)
             except (ValueError, KeyError, TypeError) as error:
-                text = " ".join(str(error).split())[:200]
-                raise UsageError(f"the arrays of {part.uri} do not fit this configuration: {text}") from error
+                raise UsageError(
+                    f"the arrays of {part.uri} do not fit this configuration: one of these cannot change in "
+                    f"mid-training: {', '.join(allowed)}"
+                ) from error
             return state, part.info
 
 

@@ -7,7 +7,7 @@
 Any axis may be 1. Source of the scheme: ZeRO, arXiv:1910.02054 (fsdp); Megatron-LM, arXiv:1909.08053 (tensor).
 """
 
-from collections.abc import Callable
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,8 +24,8 @@ AXES = ("data", "fsdp", "tensor")
 class Rules:
     """Which mesh axis, or axes, each logical axis of an array is cut along; None is none.
 
-    >>> Rules().spec(("vocab", "embed"))
-    PartitionSpec('tensor', 'fsdp')
+    >>> tuple(Rules().spec(("vocab", "embed")))
+    ('tensor', 'fsdp')
     """
 
     batch: tuple[str, ...] = ("data", "fsdp")
@@ -56,7 +56,8 @@ def make_mesh(rows: int, *, fsdp: int = 1, tensor: int = 1) -> Mesh:
     devices = jax.device_count()
     if devices % (fsdp * tensor):
         raise UsageError(
-            f"{devices} devices cannot be shared by fsdp {fsdp} and tensor {tensor}: their product must divide {devices}"
+            f"{devices} devices cannot be shared by fsdp {fsdp} and tensor {tensor}: their product must divide {devices}, "
+            f"so change --train.fsdp or --train.tensor"
         )
     shares = devices // tensor
     if rows % shares:
@@ -87,8 +88,8 @@ def shardings(mesh: Mesh, tree: Any, logical_axes: dict[str, tuple[str | None, .
 
     >>> mesh = make_mesh(rows=jax.device_count())
     >>> tree = {"qkv": {"kernel": jax.ShapeDtypeStruct((3, 8, 24), "float32")}}
-    >>> shardings(mesh, tree, {"qkv/kernel": ("embed", "heads")})["qkv"]["kernel"].spec
-    PartitionSpec(None, 'fsdp', 'tensor')
+    >>> tuple(shardings(mesh, tree, {"qkv/kernel": ("embed", "heads")})["qkv"]["kernel"].spec)
+    (None, 'fsdp', 'tensor')
     """
 
     def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
@@ -99,8 +100,9 @@ def shardings(mesh: Mesh, tree: Any, logical_axes: dict[str, tuple[str | None, .
         spec = PartitionSpec(*(None,) * (len(leaf.shape) - len(logical)), *rules.spec(logical))
         for size, axis in zip(leaf.shape, spec, strict=False):
             if axis is not None and size % mesh.shape[axis]:
+                cut = f"--train.{axis} {mesh.shape[axis]}"
                 raise UsageError(
-                    f"{name} has {size} along an axis that --train.{axis} {mesh.shape[axis]} cuts: use a divisor"
+                    f"{name} has {size} along an axis that {cut} cannot cut evenly: use a divisor of {size}"
                 )
         return NamedSharding(mesh, spec if logical else PartitionSpec())
 
@@ -122,7 +124,8 @@ def put_rows(mesh: Mesh, rows: np.ndarray, axis: int = 0) -> jax.Array:
     shape[axis] *= shares
     first = share * rows.shape[axis]
 
-    def part(index: tuple[slice, ...]) -> np.ndarray:
+    def part(index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None
         start, stop, _ = index[axis].indices(shape[axis])
         return rows[(slice(None),) * axis + (slice(start - first, stop - first),)]
 
@@ -145,9 +148,7 @@ def my_share(mesh: Mesh) -> tuple[int, int]:
     mine = sorted({index[0].indices(rows)[0] for index in held.values() if index})
     shares = rows // len(mine)
     if rows % len(mine) or mine != list(range(mine[0], mine[0] + len(mine))) or mine[0] % len(mine):
-        raise UsageError(
-            "the devices of a process hold scattered rows: choose --train.fsdp and --train.tensor otherwise"
-        )
+        raise UsageError("the devices of a process hold scattered rows: change --train.fsdp or --train.tensor")
     return mine[0] // len(mine), shares
 
 
@@ -176,8 +177,8 @@ def constrain(x: jax.Array, *logical: str | None, rules: Rules = Rules()) -> jax
 def bytes_per_device(tree: Any) -> int:
     """The largest part of a tree of arrays, or of shapes that carry shardings, that one device holds.
 
-    >>> bytes_per_device({"a": jax.ShapeDtypeStruct((4, 2), "float32", sharding=replicated(make_mesh(rows=jax.device_count())))})
+    >>> bytes_per_device({"a": jax.numpy.ones((4, 2), "float32")})
     32
     """
-    held: Callable[[Any], int] = lambda leaf: int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize
-    return sum(held(leaf) for leaf in jax.tree.leaves(tree))
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)

@@ -8,6 +8,7 @@ import signal
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import fsspec
@@ -19,11 +20,10 @@ from flax import nnx
 
 import nanodlm
 from nanodlm import cli, stages
-from nanodlm.checkpoint import Checkpoints, describe_run, parameters_sha256
+from nanodlm.checkpoint import Checkpoints, check_run, describe_run, parameters_sha256
 from nanodlm.config import Config
 from nanodlm.errors import Damaged, NanodlmError, Stopped, UsageError
-from nanodlm.losses import Objective, RowNats
-from nanodlm.metrics import Tracker
+from nanodlm.losses import Corruption, Objective
 from nanodlm.model import Transformer
 from nanodlm.optimizer import make_optimizer
 from nanodlm.schedules import make_schedule
@@ -207,6 +207,15 @@ def test_what_is_allowed_by_name_may_change_and_no_row_is_skipped_or_seen_twice(
     assert parameters_sha256(nnx.to_pure_dict(nnx.state(model))) == run.metrics["parameters_sha256"]
 
 
+def test_other_randomness_is_refused_and_so_is_a_checkpoint_that_does_not_know_its_run() -> None:
+    one, other = (describe_run(tiny(), "data", "tokens", jax.random.key(0, impl=i)) for i in ("threefry2x32", "rbg"))
+    with pytest.raises(UsageError, match=r"\(key: threefry2x32 -> rbg\): .* --exp\.allow_changed key$"):
+        check_run(one, other, ("train.lr",), "it")
+    check_run(one, other, ("key",), "it")
+    with pytest.raises(UsageError, match="it does not say what it was trained with"):
+        check_run({"logs": []}, one, (), "it")
+
+
 def test_a_checkpoint_that_has_all_updates_is_refused(store: Store, fourth: str) -> None:
     exp = {"resume_path": fourth, "allow_changed": ["train.max_steps"]}
     assert "raise --train.max_steps" in refusal(store, train={"max_steps": 4}, exp=exp)
@@ -331,7 +340,8 @@ def logger(said: list[dict[str, Any]], **train: Any) -> _Logger:
     def emit(kind: str, **fields: Any) -> None:
         said.append(fields)
 
-    return _Logger(config, [], emit, Tracker(config), limit=50.0, last_good=lambda before: f"/before/{before}")
+    tracker: Any = SimpleNamespace(log=lambda record: None)
+    return _Logger(config, [], emit, tracker, limit=50.0, last_good=lambda before: f"/before/{before}")
 
 
 def scalars(bound: float) -> dict[str, Any]:
@@ -366,9 +376,9 @@ def test_records_that_are_not_finite_are_written_as_null_when_updates_are_skippe
 class Fragile(Objective):
     """Has no finite loss for rows that begin with token 0."""
 
-    def row_nats(self, logits: jax.Array, x_0: jax.Array, noised: Any) -> RowNats:
-        nats = super().row_nats(logits, x_0, noised)
-        return RowNats(nats.loss / x_0[:, 0], nats.bound / x_0[:, 0])
+    def corrupt(self, x_0: jax.Array, key: jax.Array, segment_ids: jax.Array | None = None) -> Corruption:
+        noised = super().corrupt(x_0, key, segment_ids)
+        return noised._replace(weight=noised.weight / x_0[:, 0])
 
 
 def test_an_update_that_is_not_finite_is_skipped_and_counted() -> None:
