@@ -56,8 +56,8 @@ def make_mesh(rows: int, *, fsdp: int = 1, tensor: int = 1) -> Mesh:
     devices = jax.device_count()
     if devices % (fsdp * tensor):
         raise UsageError(
-            f"{devices} devices cannot be shared by fsdp {fsdp} and tensor {tensor}: their product must divide {devices}, "
-            f"so change --train.fsdp or --train.tensor"
+            f"{devices} devices cannot be shared by fsdp {fsdp} and tensor {tensor}, whose product must divide them: "
+            "change --train.fsdp or --train.tensor"
         )
     shares = devices // tensor
     if rows % shares:
