@@ -18,8 +18,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tiktoken
 from flax import nnx
+from jax.experimental.multihost_utils import process_allgather
 
-from nanodlm import tokenizer
+from nanodlm import sharding, tokenizer
 from nanodlm.config import Config, differences, load_config
 from nanodlm.errors import NanodlmError, UsageError
 from nanodlm.losses import Objective
@@ -119,16 +120,21 @@ def score_of(info: dict[str, Any]) -> float | None:
 class Checkpoints:
     """Saves in the background, and keeps the last few and the best; use as a context manager."""
 
-    def __init__(self, attempt: "Attempt", run: dict[str, Any], *, keep: int, keep_best: int = 0):
-        """Work in an attempt's folder.
+    def __init__(self, attempt: "Attempt | None", run: dict[str, Any], *, keep: int, keep_best: int = 0):
+        """Work in an attempt's folder, which all processes must be able to write.
 
         Args:
-            attempt: Where checkpoints become parts.
+            attempt: Where checkpoints become parts; None in processes that follow the first.
             run: What `describe_run` says: saved with every checkpoint, compared with those that are continued.
             keep: Latest checkpoints that stay.
             keep_best: Best ones that stay besides.
         """
         self._attempt, self._run, self._keep, self._keep_best = attempt, run, keep, keep_best
+        places = [str(attempt.path.absolute()), attempt.uri("checkpoints")] if attempt else None
+        folder, self._uri = sharding.from_leader(places)
+        self._folder = Path(folder)
+        if not self._folder.is_dir():
+            raise NanodlmError(f"{folder} is not on every host: several hosts need a --store on a disk that they share")
         self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         self._pending: tuple[int, dict[str, Any]] | None = None
         self._scores: dict[int, float | None] = {}
@@ -154,7 +160,7 @@ class Checkpoints:
         """
         self.finish()
         args = {key: ocp.args.StandardSave(item) for key, item in _items(state).items()}  # type: ignore[call-arg]
-        self._checkpointer.save((self._attempt.path / _name(step)).absolute(), args=ocp.args.Composite(**args))
+        self._checkpointer.save(self._folder / _name(step), args=ocp.args.Composite(**args))
         counted = {"skipped": int(state["skipped"])} if "skipped" in state else {}
         self._pending = (step, {**self._run, **counted, **info})
 
@@ -164,22 +170,27 @@ class Checkpoints:
             return
         (step, info), self._pending = self._pending, None
         self._checkpointer.wait_until_finished()
-        folder = self._attempt.path / _name(step)
-        files = [p.relative_to(self._attempt.path).as_posix() for p in folder.rglob("*") if p.is_file()]
-        self._attempt.finish(_name(step), files, **info)
+        if self._attempt:
+            found = (self._folder / _name(step)).rglob("*")
+            files = [p.relative_to(self._folder).as_posix() for p in found if p.is_file()]
+            self._attempt.finish(_name(step), files, **info)
         self._scores[step] = score_of(info)
         for old in self._scores.keys() - retained(self._scores, self._keep, self._keep_best):
-            self._attempt.forget(_name(old))
+            if self._attempt:
+                self._attempt.forget(_name(old))
             del self._scores[old]
 
     def last(self, before: int) -> str:
         """Address of the newest checkpoint of an update before this one; empty when there is none."""
-        steps = {step: self._attempt.uri(_name(step)) for step in self._scores if step < before}
+        steps = {step: self._uri_of(step) for step in self._scores if step < before}
         if self._pending and self._pending[0] < before:
-            steps[self._pending[0]] = self._attempt.uri(_name(self._pending[0]))
+            steps[self._pending[0]] = self._uri_of(self._pending[0])
         if self._origin and self._origin[0] < before:
             steps.setdefault(*self._origin)
         return steps[max(steps)] if steps else ""
+
+    def _uri_of(self, step: int) -> str:
+        return f"{self._uri}/{_name(step).rpartition('/')[2]}"
 
     def best(self) -> int | None:
         """The update of the best checkpoint that is kept; None when none was scored."""
@@ -196,20 +207,26 @@ class Checkpoints:
         Raises:
             UsageError: When it remembers another run.
         """
-        steps = sorted(_step_of(name) for name in self._attempt.earlier if name.startswith("checkpoints/"))
+        found = sharding.from_leader(self._adopt(self._attempt) if self._attempt else None)
+        if found is None:
+            return None
+        step, info, scores = found
+        check_run(info, self._run, allowed, f"the checkpoint {self._uri_of(step)}")
+        self._scores = dict(scores)
+        return _restore(self._checkpointer, self._folder / _name(step), abstract, info), info
+
+    def _adopt(self, attempt: "Attempt") -> tuple[int, dict[str, Any], list[tuple[int, float | None]]] | None:
+        """Take over the newest whole checkpoint, and the best: the former's step and info, the scores of all."""
+        steps = sorted(_step_of(name) for name in attempt.earlier if name.startswith("checkpoints/"))
         while steps:
             step = steps.pop()
-            info = self._attempt.adopt(_name(step))
+            info = attempt.adopt(_name(step))
             if info is None:
                 continue
-            check_run(info, self._run, allowed, f"the checkpoint {self._attempt.uri(_name(step))}")
-            self._scores[step] = score_of(info)
-            infos = {earlier: self._attempt.info(_name(earlier)) for earlier in steps}
-            scores = {earlier: score_of(found) for earlier, found in infos.items() if found} | self._scores
-            for best in retained(scores, 1, self._keep_best) - {step}:
-                if self._attempt.adopt(_name(best)):
-                    self._scores[best] = scores[best]
-            return _restore(self._checkpointer, self._attempt.path / _name(step), abstract, info), info
+            infos = {earlier: attempt.info(_name(earlier)) for earlier in steps}
+            scores = {earlier: score_of(found) for earlier, found in infos.items() if found} | {step: score_of(info)}
+            best = retained(scores, 1, self._keep_best) - {step}
+            return step, info, [(step, scores[step]), *((b, scores[b]) for b in best if attempt.adopt(_name(b)))]
         return None
 
     def start(self, address: str, abstract: State, allowed: tuple[str, ...] = ()) -> tuple[State, dict[str, Any]]:
@@ -337,7 +354,7 @@ def load_folder(folder: Path, step: str = "") -> tuple[Transformer, tiktoken.Enc
 
 
 def parameters_sha256(params: Any) -> str:
-    """sha256 over the bytes of all parameters, in the order of their sorted paths.
+    """sha256 over the bytes of all parameters, in the order of their sorted paths; every process must call it.
 
     >>> import jax.numpy as jnp
     >>> parameters_sha256({"a": jnp.zeros(1)}) == parameters_sha256({"a": jnp.ones(1)})
@@ -346,5 +363,7 @@ def parameters_sha256(params: Any) -> str:
     leaves = jax.tree_util.tree_flatten_with_path(params)[0]
     digest = hashlib.sha256()
     for _, leaf in sorted(leaves, key=lambda item: jax.tree_util.keystr(item[0], simple=True, separator="/")):
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+            leaf = process_allgather(leaf, tiled=True)
         digest.update(np.asarray(leaf).tobytes())
     return digest.hexdigest()

@@ -296,11 +296,19 @@ def plan(argv: list[str]) -> None:
         print(f"{row['stage']:<10} {row['action']:<6} {(row['fingerprint'] or '')[:12]:<12}  {row['why']}".rstrip())
 
 
+def _hosts_flags() -> dict[str, Any]:
+    return {
+        "coordinator": _flag("HOST:PORT of the first of several processes that train together.", "", str),
+        "processes": _flag("How many there are.", 1, int),
+        "process": _flag("Which one this is, from 0.", 0, int),
+    }
+
+
 def _one_stage(name: str, argv: list[str]) -> None:
     from nanodlm import launch, stages
     from nanodlm.console import Console
     from nanodlm.metrics import EventLog
-    from nanodlm.store import Store
+    from nanodlm.store import Store, cache_dir
 
     config, args = _parse(
         name,
@@ -310,11 +318,15 @@ def _one_stage(name: str, argv: list[str]) -> None:
             "rebuild": _flag("Build again even though the store holds it."),
             "events": _flag("File to which progress is written as JSON lines.", "", str),
             "as_json": _json_flag(),
+            **(_hosts_flags() if name == "train" else {}),
         },
         configured=True,
     )
     assert config is not None
     launch.end_with_parent()
+    # What one process has compiled serves the next, a resumed run above all.
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_dir() / "compiled"))
+    follow = name == "train" and launch.join(args.coordinator, args.processes, args.process) > 0
     console = Console(sys.stderr if args.as_json else sys.stdout)
     if args.events:
         emit: Callable[..., None] = EventLog(Path(args.events))
@@ -322,7 +334,7 @@ def _one_stage(name: str, argv: list[str]) -> None:
         console.start(name)
         emit = console.emit
     try:
-        artifact, record = stages.run(name, config, Store(args.store), rebuild=args.rebuild, emit=emit)
+        artifact, record = stages.run(name, config, Store(args.store), rebuild=args.rebuild, follow=follow, emit=emit)
     finally:
         console.end()
     console.done(artifact, record)

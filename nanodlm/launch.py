@@ -112,6 +112,55 @@ def _stop(child: subprocess.Popen[bytes]) -> int:
     return child.wait()
 
 
+def join(coordinator: str = "", processes: int = 1, process: int = 0) -> int:
+    """Make this process one of several that train together, before anything else uses JAX; its index among them.
+
+    They are told of each other by the arguments, else by `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and
+    `JAX_PROCESS_ID`, else by Slurm, when `srun` starts several tasks. Without any it is alone.
+
+    Args:
+        coordinator: HOST:PORT on which process 0 listens; the same for all.
+        processes: How many there are.
+        process: Which one this is, from 0.
+
+    Raises:
+        UsageError: For numbers that make no sense.
+        NanodlmError: When the others do not come within five minutes.
+
+    >>> join()
+    0
+    """
+    if not coordinator and (processes, process) != (1, 0):
+        raise UsageError("several processes need the address of the first: add --coordinator HOST:PORT")
+    coordinator = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS", "")
+    if coordinator and processes == 1:
+        try:
+            processes = int(os.environ.get("JAX_NUM_PROCESSES", "1"))
+            process = int(os.environ.get("JAX_PROCESS_ID", "0"))
+        except ValueError as error:
+            raise UsageError(f"JAX_NUM_PROCESSES and JAX_PROCESS_ID must be whole numbers: {error}") from error
+    if not 0 <= process < processes:
+        raise UsageError(f"process {process} is not one of {processes}: they are numbered from 0")
+    if coordinator and ":" not in coordinator:
+        raise UsageError(f"the coordinator {coordinator!r} has no port: give HOST:PORT")
+    slurm = not coordinator and int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_STEP_NODELIST" in os.environ
+    if processes == 1 and not slurm:
+        return 0
+    import jax
+
+    try:
+        if slurm:
+            jax.distributed.initialize()
+        else:
+            jax.distributed.initialize(coordinator, num_processes=processes, process_id=process)
+    except RuntimeError as error:
+        text = " ".join(str(error).split())[:200]
+        raise NanodlmError(
+            f"process {process} of {processes} could not join the others at {coordinator}: {text}"
+        ) from error
+    return jax.process_index()
+
+
 def end_with_parent() -> None:
     """When a supervisor started this process, watch it and end with it: SIGTERM first, so that work is saved."""
     parent = int(os.environ.pop(PARENT, "0"))

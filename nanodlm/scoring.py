@@ -37,7 +37,8 @@ def make_scorer(objective: Objective, graphdef: nnx.GraphDef, *, edges_known: bo
         segment_ids = segments(x_0, objective.mask_id - 1) if edges_known else None
         noised = objective.corrupt(x_0, key, segment_ids)
         logits = objective.logits(nnx.merge(graphdef, params), x_0, noised, segment_ids)
-        return objective.row_nats(logits, x_0, noised).bound
+        bound = objective.row_nats(logits, x_0, noised).bound
+        return sharding.constrain(bound, None)  # on all devices, so that every process can read it
 
     return nats_per_row
 
@@ -59,7 +60,7 @@ def score_rows(
     for batch in _batches(rows, batch_size):
         # A short last batch is filled up by repeating its rows; the copies' results are not used.
         filled = np.resize(np.stack(batch), (batch_size, len(batch[0])))
-        scored = scorer(params, sharding.put_rows(mesh, filled), jax.random.fold_in(key, done))
+        scored = scorer(params, sharding.put_whole(mesh, filled), jax.random.fold_in(key, done))
         yield np.asarray(scored)[: len(batch)]
         done += len(batch)
 

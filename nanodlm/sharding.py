@@ -7,6 +7,7 @@
 Any axis may be 1. Source of the scheme: ZeRO, arXiv:1910.02054 (fsdp); Megatron-LM, arXiv:1909.08053 (tensor).
 """
 
+import json
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -114,6 +115,11 @@ def batch_sharding(mesh: Mesh, axis: int = 0, rules: Rules = Rules()) -> NamedSh
     return NamedSharding(mesh, PartitionSpec(*[None] * axis, rules.batch))
 
 
+def put_whole(mesh: Mesh, rows: np.ndarray) -> jax.Array:
+    """Send rows that every process has, all of them, to the devices."""
+    return jax.make_array_from_callback(rows.shape, batch_sharding(mesh), lambda index: rows[index])
+
+
 def put_rows(mesh: Mesh, rows: np.ndarray, axis: int = 0) -> jax.Array:
     """Send rows to the devices, cut along `axis`; each process passes the rows that its devices hold.
 
@@ -150,6 +156,22 @@ def my_share(mesh: Mesh) -> tuple[int, int]:
     if rows % len(mine) or mine != list(range(mine[0], mine[0] + len(mine))) or mine[0] % len(mine):
         raise UsageError("the devices of a process hold scattered rows: change --train.fsdp or --train.tensor")
     return mine[0] // len(mine), shares
+
+
+def from_leader(value: Any) -> Any:
+    """What process 0 has, on all processes; a JSON value. Every process must call it.
+
+    >>> from_leader({"step": 100})
+    {'step': 100}
+    """
+    if jax.process_count() == 1:
+        return value
+    from jax.experimental.multihost_utils import broadcast_one_to_all
+
+    said = np.frombuffer(json.dumps(value).encode(), np.uint8) if jax.process_index() == 0 else np.zeros(0, np.uint8)
+    buffer = np.zeros(int(broadcast_one_to_all(np.int32(len(said)))), np.uint8)
+    buffer[: len(said)] = said
+    return json.loads(np.asarray(broadcast_one_to_all(buffer)).astype(np.uint8).tobytes())
 
 
 def batch_shares() -> int:

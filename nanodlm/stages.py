@@ -18,6 +18,7 @@ from nanodlm.errors import Damaged, NanodlmError
 from nanodlm.store import SCHEMA, Artifact, Store, find_checkpoint, fingerprint_of
 
 Emit = Callable[..., None]
+COMMIT_SECONDS = 600.0  # for process 0 to hash and publish what several processes made
 
 
 @dataclass(frozen=True)
@@ -191,7 +192,13 @@ def ready(name: str, config: Config, store: Store, *, rebuild: bool = False) -> 
 
 
 def run(
-    name: str, config: Config, store: Store, *, rebuild: bool = False, emit: Emit = lambda *_, **__: None
+    name: str,
+    config: Config,
+    store: Store,
+    *,
+    rebuild: bool = False,
+    follow: bool = False,
+    emit: Emit = lambda *_, **__: None,
 ) -> tuple[Artifact, dict[str, Any]]:
     """Find a stage's artifact or build it, here and now, its inputs being there.
 
@@ -202,6 +209,7 @@ def run(
         config: The run's configuration.
         store: Where artifacts lie.
         rebuild: Build even when the artifact exists; equal bytes leave the old manifest in place.
+        follow: Whether this process helps another one, which has the attempt and commits it.
         emit: Called as `emit(kind, **fields)` with progress.
 
     Returns:
@@ -212,6 +220,15 @@ def run(
     assert lookup.identity is not None
     assert lookup.fingerprint is not None
     stage, artifact, status = lookup.stage, lookup.artifact, "cached"
+    if follow and (artifact is None or rebuild):
+        module, function = stage.build.split(":")
+        getattr(import_module(module), function)(config, inputs, None)
+        done = time.monotonic()
+        while (artifact := store.find(name, lookup.fingerprint)) is None:
+            if time.monotonic() > done + COMMIT_SECONDS:
+                raise NanodlmError(f"process 0 did not commit the {name} artifact: see what it says")
+            time.sleep(0.2)
+        return artifact, record(artifact, "built", time.monotonic() - started)
     if artifact is None:
         store.wait_for_lease(name, lookup.fingerprint, notify=lambda text: emit("message", text=text))
         artifact = None if rebuild else store.find(name, lookup.fingerprint)

@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import tiktoken
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from nanodlm import loader, sharding, shards, tokenizer
@@ -35,13 +36,16 @@ from nanodlm.update import all_finite, make_program
 
 
 def train(
-    config: Config, inputs: dict[str, Artifact], attempt: Attempt, emit: Callable[..., None] = lambda *_, **__: None
+    config: Config,
+    inputs: dict[str, Artifact],
+    attempt: Attempt | None,
+    emit: Callable[..., None] = lambda *_, **__: None,
 ) -> dict[str, Any]:
     """Stage: train for `max_steps` updates, from the newest whole checkpoint if an earlier attempt left one, else from
     that of `exp.resume_path`.
 
     Writes `checkpoints/`, `config.json`, `logs.json` and, as it goes, `logs.jsonl`, `tokenizer/` and `parameters.json`
-    into the attempt.
+    into the attempt. Of several processes the first has the attempt; the others are given None, and take part.
 
     Raises:
         Stopped: After SIGTERM or SIGUSR1: the update was finished and a checkpoint saved.
@@ -56,23 +60,27 @@ def train(
     program = make_program(config, encoding, mesh)
     if tokens["n_vocab"] != encoding.n_vocab:
         raise NanodlmError("the shards were made with another tokenizer: rebuild them with --rebuild shard")
-    (attempt.path / "config.json").write_text(config.model_dump_json(indent=1))
-    (attempt.path / "tokenizer").mkdir()
-    tokenizer.save(encoding, attempt.path / "tokenizer")
+    if attempt:
+        (attempt.path / "config.json").write_text(config.model_dump_json(indent=1))
+        (attempt.path / "tokenizer").mkdir()
+        tokenizer.save(encoding, attempt.path / "tokenizer")
     key = jax.random.key(config.train.seed)
     run = describe_run(config, inputs["shard"].digest, inputs["tokenizer"].digest, key)
     validate = _validation(config, encoding, program.graphdef, data, tokens["dtype"], mesh)
     kept = {"keep": config.exp.keep, "keep_best": config.exp.keep_best}
     with (
         _catch_signals() as stop,
+        jax.set_mesh(mesh),
         contextlib.ExitStack() as late,
         Checkpoints(attempt, run, **kept) as checkpoints,
     ):
         restored = _restore(config, checkpoints, program.state)
         info = restored[1] if restored else {"logs": [], "rows_seen": 0}
-        run_id, file = attempt.fingerprint[:16], attempt.path / "logs.jsonl"
-        tracker = Tracker(config, file, run_id=run_id, folder=cache_dir(), records=info["logs"], emit=emit)
-        late.enter_context(tracker)  # closed once the last checkpoint is safe
+        tracker = None
+        if attempt:
+            run_id, file = attempt.fingerprint[:16], attempt.path / "logs.jsonl"
+            tracker = Tracker(config, file, run_id=run_id, folder=cache_dir(), records=info["logs"], emit=emit)
+            late.enter_context(tracker)  # closed once the last checkpoint is safe
         state = restored[0] if restored else program.initialise()
         first, since = int(state["step"]), int(state["step"])
         shift = info["rows_seen"] - first * rows_per_step  # 0, unless the batch size was allowed to change
@@ -92,12 +100,14 @@ def train(
         logger = _Logger(config, info["logs"], emit, tracker, limit=limit, last_good=checkpoints.last)
         if stop.is_set():
             raise Stopped(f"stopped by a signal after update {first}, before another: run again to continue")
+        signalled = _agreement(mesh, stop)
         for step in range(first + 1, config.train.max_steps + 1):
             state, scalars = program.step(state, sharding.put_rows(mesh, next(batches), axis=1), key)
             if step == first + 1:
                 jax.block_until_ready(scalars)  # compiled; from here on the clock runs
                 logger.start(step)
-            last, stopping = step == config.train.max_steps, stop.is_set()
+            logger.flush()  # the record of the update before, while this one is computed
+            last, stopping = step == config.train.max_steps, signalled(scalars)
             saving = step % config.exp.save_every == 0 or last or stopping
             scored: dict[str, Any] = {}
             if saving:
@@ -107,7 +117,7 @@ def train(
             if step % config.exp.log_every == 0 or last:
                 logger.add(step, {**scalars, **scored})
             if saving:
-                logger.flush()
+                logger.flush()  # this update is done, for its state has been checked
                 if not (validate or stopping):
                     scored = logger.mean_bound(since, step)
                 seen = step * rows_per_step + shift
@@ -120,13 +130,14 @@ def train(
         logger.stop(config.train.max_steps)
         checkpoints.finish()
         best = checkpoints.best()
-    (attempt.path / "logs.json").write_text(json.dumps(logger.records, indent=1))
     final = state.get("ema_state", state["model_state"])
     result = {"parameters_sha256": parameters_sha256(final), "updates": config.train.max_steps}
-    identity = {**result, **config.model_dump(include={"model", "schedule", "objective"})}
-    (attempt.path / "parameters.json").write_text(json.dumps(identity, indent=1))
-    for leftover in (attempt.path / "checkpoints").glob("*.orbax-checkpoint-tmp*"):
-        shutil.rmtree(leftover)
+    if attempt:
+        (attempt.path / "logs.json").write_text(json.dumps(logger.records, indent=1))
+        identity = {**result, **config.model_dump(include={"model", "schedule", "objective"})}
+        (attempt.path / "parameters.json").write_text(json.dumps(identity, indent=1))
+        for leftover in (attempt.path / "checkpoints").glob("*.orbax-checkpoint-tmp*"):
+            shutil.rmtree(leftover)
     return {
         **result,
         "parameters": program.n_parameters,
@@ -176,14 +187,14 @@ def _validation(
 
 
 class _Logger:
-    """Fetches scalars one record late, so that the loop never waits for the device."""
+    """Fetches scalars an update late, so that the device always has work."""
 
     def __init__(
         self,
         config: Config,
         records: list[dict[str, Any]],
         emit: Callable[..., None],
-        tracker: Tracker,
+        tracker: Tracker | None,
         *,
         limit: float,
         last_good: Callable[[int], str],
@@ -194,7 +205,7 @@ class _Logger:
             config: The run's configuration.
             records: Those of before.
             emit: Called with each.
-            tracker: Told each.
+            tracker: Told each, if there is one.
             limit: Of the bound in nats per token, which two records in a row may not exceed.
             last_good: Address of the newest checkpoint before an update.
         """
@@ -202,7 +213,7 @@ class _Logger:
         self._limit, self._last_good = limit, last_good
         self.tokens_per_second: float = records[-1]["tokens_per_second"] if records else 0.0
         self._config, self._emit, self._tracker = config, emit, tracker
-        self._waiting: tuple[int, dict[str, Array], float] | None = None
+        self._waiting: tuple[int, dict[str, Array]] | None = None
         self._clock: tuple[int, float] | None = None
 
     def start(self, step: int) -> None:
@@ -228,9 +239,9 @@ class _Logger:
             self.tokens_per_second = (step - self._clock[0]) * per_update / (now - self._clock[1])
 
     def add(self, step: int, scalars: dict[str, Array]) -> None:
-        """Record the scalars of an update; those of the record before are fetched now."""
+        """Record the scalars of an update, which are fetched at the next `flush`."""
         self.flush()
-        self._waiting = (step, scalars, time.monotonic())
+        self._waiting = (step, scalars)
 
     def flush(self) -> None:
         """Fetch and write the waiting record; numbers that are not finite are written as None.
@@ -240,12 +251,13 @@ class _Logger:
         """
         if self._waiting is None:
             return
-        (step, scalars, now), self._waiting = self._waiting, None
+        (step, scalars), self._waiting = self._waiting, None
         values = self._fetch(step, scalars)
-        self._measure(step, now)
+        self._measure(step, time.monotonic())
         record = {"step": step, **values, "tokens_per_second": round(self.tokens_per_second, 1)}
         self.records.append(record)
-        self._tracker.log(record)
+        if self._tracker:
+            self._tracker.log(record)
         self._emit("progress", done=step, total=self._config.train.max_steps, unit="updates", **record)
         if all((r["nats_per_token"] or 0) > self._limit for r in self.records[-2:]) and len(self.records) > 1:
             before, bound = self.records[-2]["step"], record["nats_per_token"]
@@ -287,6 +299,27 @@ class _Logger:
             f"{what}; the last good checkpoint is {good}: {remedy}, and go on from it with --exp.resume_path "
             "and --exp.allow_changed"
         )
+
+
+def _agreement(mesh: Mesh, stop: threading.Event) -> Callable[[dict[str, Array]], bool]:
+    """What tells, after every update, whether a signal has reached any process.
+
+    With several processes it is an update late: their votes are counted on the devices, behind the update whose scalars
+    it is given, and read while the next one runs. So all stop at the same update.
+    """
+    if jax.process_count() == 1:
+        return lambda _: stop.is_set()
+    everywhere = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    count = jax.jit(lambda votes, _: votes.max(), out_shardings=sharding.replicated(mesh))
+    counted: list[Array] = []
+
+    def signalled(scalars: dict[str, Array]) -> bool:
+        vote = np.array([stop.is_set()], np.int32)
+        votes = jax.make_array_from_callback((mesh.size,), everywhere, lambda _: vote)
+        counted.append(count(votes, scalars["loss"]))
+        return len(counted) > 1 and bool(counted.pop(0))
+
+    return signalled
 
 
 @contextlib.contextmanager

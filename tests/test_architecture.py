@@ -29,7 +29,7 @@ LAYERS = {
     "metrics": {"config", "errors"},
     "optimizer": {"config"},
     "corpus": {"config", "errors", "store"},
-    "checkpoint": {"config", "errors", "losses", "model", "schedules", "store", "tokenizer"},
+    "checkpoint": {"config", "errors", "losses", "model", "schedules", "sharding", "store", "tokenizer"},
     "scoring": {"losses", "model", "sharding"},
     "preparation": {"config", "corpus", "errors", "shards", "store", "tokenizer"},
     "update": {"checkpoint", "config", "losses", "model", "optimizer", "sharding"},
