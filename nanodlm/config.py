@@ -394,7 +394,9 @@ class Config(Group):
 
 _DEMO = Config(
     data=DataConfig(part_mb=2.0),
-    model=ModelConfig(seq_len=64, n_layers=2, n_heads=4, d_model=128, d_ff=512, conv_width=5, tie_embeddings=True),
+    model=ModelConfig(
+        seq_len=64, n_layers=2, n_heads=4, d_model=128, d_ff=512, conv_width=5, tie_embeddings=True, qk_norm=False
+    ),
     objective=ObjectiveConfig(weighting="uniform"),
     train=TrainConfig(
         batch_size=8,
@@ -403,7 +405,7 @@ _DEMO = Config(
         lr=8e-3,
         lr_schedule="warmup_stable_decay",
         warmup_steps=50,
-        cooldown_steps=1150,
+        cooldown_steps=600,
         weight_decay=0.0,
     ),
     sample=SampleConfig(num_steps=128, temperature=0.6),

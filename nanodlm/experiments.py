@@ -278,6 +278,16 @@ def train_plain(text: Text, minutes: float, emit: Emit = lambda *_, **__: None) 
     return Trained(nnx.merge(graphdef, state["model_state"]), updates, tokens, warm + rest, compile_seconds)
 
 
+def shortened(config: Config, updates: int) -> Config:
+    """The configuration with another number of updates, of which the same share is the decay at the end.
+
+    >>> shortened(Config().replace(train={"max_steps": 1000, "cooldown_steps": 500}), 300).train.cooldown_steps
+    150
+    """
+    share = config.train.cooldown_steps / config.train.max_steps
+    return config.replace(train={"max_steps": updates, "cooldown_steps": round(share * updates)})
+
+
 def race(
     config: Config,
     store: Store,
@@ -328,7 +338,7 @@ def race(
     plain = result(train_plain(recut, minutes, emit), recut, objective, "plain")
     ours: list[dict[str, Any]] = []
     for number in sorted(updates):
-        chosen = config.replace(train={"max_steps": number})
+        chosen = shortened(config, number)
         trained = Trainer(chosen, text)(chosen, emit)
         ours.append(result(trained, text, make_objective(chosen, text.encoding), "ours"))
         if ours[-1]["bits_per_byte"] <= plain["bits_per_byte"]:
@@ -362,6 +372,7 @@ def variants(updates: int) -> dict[str, dict[str, dict[str, Any]]]:
         PRESET: {},
         "adamw-4e-3": {"train": {"optimizer": "adamw", "lr": 4e-3}},
         "adamw-8e-3": {"train": {"optimizer": "adamw", "lr": 8e-3}},
+        "qk-norm": {"model": {"qk_norm": True}},
         "no-qk-norm": {"model": {"qk_norm": False}},
         "no-zero-init": {"model": {"zero_init": False}},
         "no-conv": {"model": {"conv_width": 0}},
@@ -420,7 +431,7 @@ def ablation(
     """
     if seeds < 1 or (updates is not None and updates < 1):
         raise UsageError("an ablation takes one seed and one update at least: raise --seeds or --updates")
-    config = config.replace(train={"max_steps": updates or config.train.max_steps})
+    config = shortened(config, updates or config.train.max_steps)
     table = variants(config.train.max_steps)
     if unknown := [name for name in only if name not in table]:
         raise UsageError(f"no variant {unknown[0]!r}: choose from {', '.join(table)}")
