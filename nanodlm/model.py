@@ -502,7 +502,8 @@ class Transformer(nnx.Module):
         keep: bool = False,
     ) -> tuple[Float[Array, "B Q D"], Past | None]:
         """All blocks over one stream: the residual stream, and when asked to, what each layer keeps of it."""
-        x = constrain(self.embedding(ids), "batch", None, None)
+        # Devices that share a table look up their part of each vector, for all of their rows, and exchange the parts.
+        x = constrain(constrain(self.embedding(ids), "group", None, "embed"), "batch", None, None)
         condition = None
         if t.ndim == 1:
             t = t[:, None]

@@ -30,6 +30,8 @@ class Rules:
     """
 
     batch: tuple[str, ...] = ("data", "fsdp")
+    group: str | None = "data"
+    """Rows of all devices that share one copy of the parameters."""
     embed: str | None = "fsdp"
     heads: str | None = "tensor"
     mlp: str | None = "tensor"
