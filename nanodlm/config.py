@@ -411,25 +411,34 @@ _DEMO = Config(
     sample=SampleConfig(num_steps=128, temperature=0.6),
 )
 
+# The original project's data and sizes: 9B GPT-2 tokens of OpenWebText, for one or many GPUs.
+_OWT = Config(
+    data=DataConfig(
+        source=("hf://NeelNanda/openwebtext-tokenized-9b",),
+        revision="5a711cc",  # the upload of the last of its 37 files
+        column="tokens",
+        pretokenized=True,
+        tokenizer="gpt2",
+        part_mb=512.0,
+    ),
+    model=ModelConfig(seq_len=1024, n_layers=12, n_heads=12, d_model=768, d_ff=3072, dtype="bfloat16"),
+    train=TrainConfig(
+        batch_size=64, grad_acc_steps=8, max_steps=50_000, lr=6e-4, min_lr=6e-5, warmup_steps=2000, ema_decay=0.9999
+    ),
+    eval=EvalConfig(batch_size=32),
+    sample=SampleConfig(num_steps=1000),
+    exp=ExpConfig(log_every=50, save_every=1000),
+)
+
 PRESETS: dict[str, Config] = {
     "demo": _DEMO,
-    # The original project's data and sizes: 9B GPT-2 tokens of OpenWebText, for one or many GPUs.
-    "owt": Config(
-        data=DataConfig(
-            source=("hf://NeelNanda/openwebtext-tokenized-9b",),
-            revision="5a711cc",  # the upload of the last of its 37 files
-            column="tokens",
-            pretokenized=True,
-            tokenizer="gpt2",
-            part_mb=512.0,
-        ),
-        model=ModelConfig(seq_len=1024, n_layers=12, n_heads=12, d_model=768, d_ff=3072, dtype="bfloat16"),
-        train=TrainConfig(
-            batch_size=64, grad_acc_steps=8, max_steps=50_000, lr=6e-4, min_lr=6e-5, warmup_steps=2000, ema_decay=0.9999
-        ),
-        eval=EvalConfig(batch_size=32),
-        sample=SampleConfig(num_steps=1000),
-        exp=ExpConfig(log_every=50, save_every=1000),
+    "owt": _OWT,
+    # 1.31B parameters, 20 tokens for each. Any number of devices that divides 128 can share it; --train.fsdp cuts what
+    # each holds, and remat="dots" is faster where there is memory.
+    "owt-1b": _OWT.replace(
+        model={"n_layers": 24, "n_heads": 16, "d_model": 2048, "d_ff": 8192, "tie_embeddings": True},
+        train={"batch_size": 128, "max_steps": 25_000, "lr": 2e-4, "min_lr": 2e-5, "remat": "full"},
+        eval={"batch_size": 128},
     ),
 }  # fmt: skip
 

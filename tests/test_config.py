@@ -42,6 +42,13 @@ def test_the_owt_preset_is_the_original_projects_data_and_shape() -> None:
     assert (owt.model.seq_len, owt.model.n_layers, owt.model.n_heads, owt.model.d_model) == (1024, 12, 12, 768)
 
 
+def test_the_owt_1b_preset_is_the_same_data_in_a_larger_network() -> None:
+    owt, large = PRESETS["owt"], PRESETS["owt-1b"]
+    assert large.data == owt.data
+    assert large.train.batch_size % 64 == 0
+    assert (large.model.n_layers, large.model.d_model, large.train.fsdp) == (24, 2048, 1)
+
+
 def test_every_setting_has_a_help_text() -> None:
     def undocumented(group: type[BaseModel]) -> list[str]:
         return [f"{group.__name__}.{name}" for name, field in group.model_fields.items() if not field.description]
