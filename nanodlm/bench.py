@@ -158,6 +158,19 @@ def vocab_size(config: Config) -> int:
     return tokenizer.padded_vocab_size(synthetic_encoding(config))
 
 
+def flops_per_update(config: Config) -> float:
+    """FLOPs that one update does, over all devices: logits are computed where the objective may score, and only there.
+
+    >>> config = Config().replace(train={"batch_size": 2, "grad_acc_steps": 4})
+    >>> flops_per_update(config) == 8 * 64 * flops_per_token(config, vocab_size(config), output_share=65 / 128)
+    True
+    """
+    size, length = config.train, config.model.seq_len
+    most = make_objective(config, synthetic_encoding(config)).most_scored(size.batch_size, length)
+    per_token = flops_per_token(config, vocab_size(config), output_share=most / (2 * length))
+    return size.grad_acc_steps * size.batch_size * length * per_token
+
+
 def peak_memory() -> dict[str, Any]:
     """`peak_bytes` since the process began, and `peak_bytes_of`: the first `device`, or where that does not say, the
     whole `process`.
@@ -265,13 +278,11 @@ def train(
             seconds.append(time.perf_counter() - began)
         emit("progress", done=step, total=steps, unit="updates")
     medians = [median(seconds[1:]) for _, seconds in timed]
-    most = make_objective(config, encoding).most_scored(size.batch_size, shape[-1])
-    flops = tokens.size * flops_per_token(config, vocab_size(config), output_share=most / (2 * shape[-1]))
     return {
         **report(
             config,
             tokens=tokens.size,
-            flops=flops,
+            flops=flops_per_update(config),
             seconds=medians[0],
             steps=1,
             compile_seconds=compile_seconds,

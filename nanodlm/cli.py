@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 COMMANDS = {
     "run": "text to samples: build what the store lacks, stage by stage",
-    "plan": "say what `run` would build or reuse, and why",
+    "plan": "say what `run` would build or reuse, and why; with --devices what one of so many would hold",
     "train": "the train stage alone, without Prefect",
     "evaluate": "the evaluate stage alone",
     "sample": "the sample stage alone",
@@ -41,7 +41,7 @@ Diffusion language models, from text to samples.
 commands:
 {chr(10).join(f"  {name:<10} {text}" for name, text in COMMANDS.items())}
 
-PRESET is demo (the default), owt, or a config.json that a run has written.
+PRESET is demo (the default), owt, owt-1b, or a config.json that a run has written.
 `nanodlm COMMAND --help` lists a command's flags. The store is --store, else $NANODLM_STORE, else data/store.
 """
 
@@ -274,12 +274,26 @@ def plan(argv: list[str]) -> None:
             "store": _store_flag(),
             "until": _flag("Last stage to look at.", "sample", stage),
             "rebuild": _flag("A stage that `run` would be told to build again.", None, stage_or_none),
+            "devices": _flag(
+                "Instead, compile one update for so many devices, which need not exist, and say what each would hold.",
+                None,
+                int | None,
+            ),
             "as_json": _json_flag(),
         },
         configured=True,
     )
     assert config is not None
     _check_rebuild(args)
+    if args.devices is not None:
+        from nanodlm import planning
+
+        planned = planning.plan(config, args.devices)
+        if args.as_json:
+            _print_json({"devices": planned})
+        else:
+            print(planning.table(planned))
+        return
     store = Store(args.store)
     rows = []
     for lookup in stages.look_up(config, store, args.until, args.rebuild):

@@ -138,13 +138,17 @@ def make_program(config: Config, encoding: tiktoken.Encoding, mesh: Mesh) -> Pro
     )
 
 
+def abstract_rows(config: Config, mesh: Mesh) -> jax.ShapeDtypeStruct:
+    """Shape, type and sharding of one update's rows."""
+    shape = (config.train.grad_acc_steps, config.train.batch_size, config.model.seq_len)
+    return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding.batch_sharding(mesh, axis=1))
+
+
 def compile_step(config: Config, program: Program, mesh: Mesh) -> jax.stages.Compiled:
     """Compile one update ahead of time, without any data; `mesh` may be of devices that only stand for others."""
-    shape = (config.train.grad_acc_steps, config.train.batch_size, config.model.seq_len)
-    rows = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding.batch_sharding(mesh, axis=1))
     key = jax.eval_shape(lambda: jax.random.key(config.train.seed))
     with jax.set_mesh(mesh):
-        return program.step.lower(program.state, rows, key).compile()
+        return program.step.lower(program.state, abstract_rows(config, mesh), key).compile()
 
 
 @jax.jit

@@ -52,10 +52,11 @@ LAYERS = {
         "stages", "store", "tokenizer", "update",
     },
     "launch": {"config", "errors"},
+    "planning": {"bench", "config", "errors", "launch", "sharding", "update"},
     "console": {"store"},
     "cli": {
-        "bench", "config", "console", "corpus", "errors", "experiments", "launch", "metrics", "stages", "store",
-        "tokenizer",
+        "bench", "config", "console", "corpus", "errors", "experiments", "launch", "metrics", "planning", "stages",
+        "store", "tokenizer",
     },
     "__init__": {"checkpoint", "config", "losses", "samplers", "schedules", "stages"},
     "__main__": {"cli"},
@@ -112,7 +113,9 @@ def test_the_public_api_is_exactly_what_it_lists() -> None:
 
 
 def test_what_runs_beside_the_orchestrator_does_not_load_jax() -> None:
-    modules = ", ".join(f"nanodlm.{m}" for m in ("cli", "config", "stages", "corpus", "preparation", "report"))
+    modules = ", ".join(
+        f"nanodlm.{m}" for m in ("cli", "config", "stages", "corpus", "preparation", "report", "planning")
+    )
     code = f"import sys, {modules}; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not {"jax", "prefect", "datasets", "grain"} & set(loaded)
