@@ -9,6 +9,7 @@ them is recorded what the run was: its settings, the digests of its data, its ke
 import hashlib
 import logging
 import tempfile
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -133,7 +134,7 @@ class Checkpoints:
         places = [str(attempt.path.absolute()), attempt.uri("checkpoints")] if attempt else None
         folder, self._uri = sharding.from_leader(places)
         self._folder = Path(folder)
-        if not self._folder.is_dir():
+        if not process_allgather(np.array([_appears(self._folder)])).all():
             raise NanodlmError(f"{folder} is not on every host: several hosts need a --store on a disk that they share")
         self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         self._pending: tuple[int, dict[str, Any]] | None = None
@@ -256,6 +257,15 @@ class Checkpoints:
                     f"mid-training: {', '.join(allowed)}"
                 ) from error
             return state, part.info
+
+
+def _appears(folder: Path) -> bool:
+    """Whether a folder is there, or comes within a few seconds, which a network's disk may take to show it."""
+    for _ in range(50):
+        if folder.is_dir():
+            return True
+        time.sleep(0.2)
+    return False
 
 
 def _name(step: int) -> str:
