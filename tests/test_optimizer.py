@@ -21,7 +21,7 @@ from nanodlm.optimizer import is_matrix, learning_rate, make_optimizer
 from nanodlm.schedules import make_schedule
 from nanodlm.sharding import make_mesh, put_rows, replicated
 from nanodlm.tokenizer import plain_bytes
-from nanodlm.training import init_state, train_step
+from nanodlm.update import init_state, train_step
 
 ENCODING = plain_bytes()
 MASK_ID = ENCODING.n_vocab
