@@ -430,13 +430,14 @@ def linear_cross_entropy(
     fill = size * chunks - target.shape[1]
 
     def cut(value: Array) -> Array:
-        """From (G, C, ...) to (chunks, G, C / chunks, ...)."""
+        """From (G, C, ...) to (chunks, G * C / chunks, ...): XLA multiplies in two dimensions faster."""
         padded = jnp.pad(value, ((0, 0), (0, fill)) + ((0, 0),) * (value.ndim - 2))
-        return jnp.moveaxis(padded.reshape(len(value), chunks, size, *value.shape[2:]), 1, 0)
+        parts = jnp.moveaxis(padded.reshape(len(value), chunks, size, *value.shape[2:]), 1, 0)
+        return parts.reshape(chunks, -1, *value.shape[2:])
 
     both: Any = _chunked_cross_entropy(mask_id, table, cut(features), cut(target), cut(weight))
     loss, nats = both
-    nats = jnp.moveaxis(nats, 0, 1).reshape(len(target), -1)[:, : target.shape[1]]
+    nats = jnp.moveaxis(nats.reshape(chunks, -1, size), 0, 1).reshape(len(target), -1)[:, : target.shape[1]]
     return loss, jax.lax.stop_gradient(nats)
 
 
@@ -444,11 +445,11 @@ def linear_cross_entropy(
 def _chunked_cross_entropy(
     mask_id: int,
     table: Float[Array, "V D"],
-    features: Float[Array, "N G C D"],
-    target: Int[Array, "N G C"],
-    weight: Float[Array, "N G C"],
-) -> tuple[Float[Array, ""], Float[Array, "N G C"]]:
-    """The sum and the nats of N chunks."""
+    features: Float[Array, "K N D"],
+    target: Int[Array, "K N"],
+    weight: Float[Array, "K N"],
+) -> tuple[Float[Array, ""], Float[Array, "K N"]]:
+    """The sum and the nats of K chunks."""
     compute = table.astype(features.dtype)
 
     def chunk(loss: Array, inputs: tuple[Array, Array, Array]) -> tuple[Array, Array]:
@@ -459,11 +460,11 @@ def _chunked_cross_entropy(
 
 
 def _exponentials(
-    mask_id: int, table: Float[Array, "V D"], x: Float[Array, "G C D"], target: Int[Array, "G C"], weight: Array
-) -> tuple[Float[Array, "G C V"], Float[Array, "G C"], Float[Array, "G C"]]:
+    mask_id: int, table: Float[Array, "V D"], x: Float[Array, "N D"], target: Int[Array, "N"], weight: Array
+) -> tuple[Float[Array, "N V"], Float[Array, "N"], Float[Array, "N"]]:
     """Exponentials of logits less their maximum, their sums, and -log softmax at the targets."""
     wide = jnp.promote_types(x.dtype, jnp.float32)
-    logits = jnp.einsum("gcd,vd->gcv", x, table, preferred_element_type=wide)
+    logits = jnp.einsum("nd,vd->nv", x, table, preferred_element_type=wide)
     logits = predictable(logits, mask_id=mask_id)
     highest = logits.max(axis=-1)
     e = jnp.exp(logits - highest[..., None])
@@ -481,8 +482,8 @@ def _chunked_forward(mask_id: int, table: Array, features: Array, target: Array,
         e, s, nats = _exponentials(mask_id, compute, *inputs)
         e, scale = e.astype(x.dtype), (weight / s)[..., None]
         product = partial(jnp.einsum, preferred_element_type=table.dtype)
-        d_x = scale * product("gcv,vd->gcd", e, compute) - weight[..., None] * table[target]
-        d_table += product("gcv,gcd->vd", e, (scale * x).astype(x.dtype))
+        d_x = scale * product("nv,vd->nd", e, compute) - weight[..., None] * table[target]
+        d_table += product("nv,nd->vd", e, (scale * x).astype(x.dtype))
         d_table = d_table.at[target].add(-weight[..., None] * x)
         return (loss + (weight * nats).sum(), d_table), (nats, d_x.astype(x.dtype))
 

@@ -528,7 +528,8 @@ class Transformer(nnx.Module):
 
     def _score(self, features: Float[Array, "B Q D"]) -> Float[Array, "B Q V"]:
         """Logits, in float32."""
-        return (self.head or self.embedding).attend(features).astype(jnp.float32)
+        flat = (self.head or self.embedding).attend(features.reshape(-1, features.shape[-1]))  # as in `Linear`
+        return flat.astype(jnp.float32).reshape(*features.shape[:2], -1)
 
 
 def segments(x_0: Int[Array, "B L"], end_of_text: int) -> Int[Array, "B L"]:

@@ -54,7 +54,9 @@ def plain_step(
     masked = jax.random.uniform(mask_key, x_0.shape) < t[:, None]
 
     def loss_fn(params: Any) -> Array:
-        logits = nnx.merge(graphdef, params)(jnp.where(masked, mask_id, x_0), t)
+        model = nnx.merge(graphdef, params)
+        features = model.features(jnp.where(masked, mask_id, x_0), t)
+        logits = jnp.einsum("bld,vd->blv", features, model.table)
         nats = optax.softmax_cross_entropy_with_integer_labels(predictable(logits, mask_id=mask_id), x_0)
         return jnp.mean(masked * nats / t[:, None])
 
