@@ -4,9 +4,9 @@
     nanodlm train owt --train.batch_size 64       # one or many GPUs: the batch is shared by all devices
 
 The device always has work: rows are read ahead in a thread, those of the next update are sent while one is computed,
-and numbers are fetched an update late. Step k's rows and noise depend on the seeds and k alone, so a resumed run repeats
-an uninterrupted one bit for bit. What is not finite is never saved: a run that diverges stops, and names the checkpoint
-from which it can go on.
+and numbers are fetched an update late. Step k's rows and noise depend on the seeds and k alone, so a resumed run
+repeats an uninterrupted one bit for bit. What is not finite is never saved: a run that diverges stops, and names the
+checkpoint from which it can go on.
 """
 
 import contextlib
