@@ -10,6 +10,7 @@ import hashlib
 import logging
 import tempfile
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -137,7 +138,8 @@ class Checkpoints:
         if not process_allgather(np.array([_appears(self._folder)])).all():
             raise NanodlmError(f"{folder} is not on every host: several hosts need a --store on a disk that they share")
         self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
-        self._pending: tuple[int, dict[str, Any]] | None = None
+        self._recorder = ThreadPoolExecutor(1, thread_name_prefix="checkpoints")
+        self._pending: tuple[int, Future[None]] | None = None
         self._scores: dict[int, float | None] = {}
         self._origin: tuple[int, str] | None = None
 
@@ -149,10 +151,13 @@ class Checkpoints:
         try:
             self.finish()
         finally:
+            self._recorder.shutdown()
             self._checkpointer.close()
 
     def save(self, state: State, step: int, **info: Any) -> None:
         """Start saving after update `step`; the save before it is finished first.
+
+        It counts as soon as it is written and hashed, in the background.
 
         Args:
             state: The training state; it may be donated to the next update as soon as this returns.
@@ -163,13 +168,16 @@ class Checkpoints:
         args = {key: ocp.args.StandardSave(item) for key, item in _items(state).items()}  # type: ignore[call-arg]
         self._checkpointer.save(self._folder / _name(step), args=ocp.args.Composite(**args))
         counted = {"skipped": int(state["skipped"])} if "skipped" in state else {}
-        self._pending = (step, {**self._run, **counted, **info})
+        self._pending = (step, self._recorder.submit(self._record, step, {**self._run, **counted, **info}))
 
     def finish(self) -> None:
-        """Wait for the running save, record it, and drop those that neither `keep` nor `keep_best` holds."""
-        if self._pending is None:
-            return
-        (step, info), self._pending = self._pending, None
+        """Wait until the running save is recorded."""
+        if self._pending is not None:
+            (_, recorded), self._pending = self._pending, None
+            recorded.result()
+
+    def _record(self, step: int, info: dict[str, Any]) -> None:
+        """Wait for a save, record it, and drop those that neither `keep` nor `keep_best` holds."""
         self._checkpointer.wait_until_finished()
         if self._attempt:
             found = (self._folder / _name(step)).rglob("*")
@@ -183,9 +191,8 @@ class Checkpoints:
 
     def last(self, before: int) -> str:
         """Address of the newest checkpoint of an update before this one; empty when there is none."""
+        self.finish()
         steps = {step: self._uri_of(step) for step in self._scores if step < before}
-        if self._pending and self._pending[0] < before:
-            steps[self._pending[0]] = self._uri_of(self._pending[0])
         if self._origin and self._origin[0] < before:
             steps.setdefault(*self._origin)
         return steps[max(steps)] if steps else ""
@@ -260,8 +267,8 @@ class Checkpoints:
 
 
 def _appears(folder: Path) -> bool:
-    """Whether a folder is there, or comes within a few seconds, which a network's disk may take to show it."""
-    for _ in range(50):
+    """Whether a folder is there, or comes within 70 s: a network's disk may remember for a minute that it was not."""
+    for _ in range(350):
         if folder.is_dir():
             return True
         time.sleep(0.2)
@@ -347,6 +354,8 @@ def load_folder(folder: Path, step: str = "") -> tuple[Transformer, tiktoken.Enc
     """The model of one checkpoint (the last by default) in a run's folder, beside its config and tokenizer."""
     config = load_config(str(folder / "config.json"))
     encoding = tokenizer.load(folder / "tokenizer")
+    if step.removeprefix("step_").isdecimal():
+        step = f"step_{_step_of(step):06d}"  # step_100 names it as well
     steps = sorted((folder / "checkpoints").glob(step or "step_*"), key=lambda path: _step_of(path.name))
     if not steps:
         raise NanodlmError(f"no checkpoint {step} in {folder}/checkpoints")

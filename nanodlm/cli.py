@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> NoReturn:
         if debug:
             traceback.print_exc()
         print(f"nanodlm: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        _exit(error.exit_code)
     except KeyboardInterrupt:
         print("nanodlm: interrupted; finished stages and parts are kept: run again to continue", file=sys.stderr)
         sys.exit(Stopped.exit_code)
@@ -81,7 +81,18 @@ def main(argv: list[str] | None = None) -> NoReturn:
         text = " ".join(str(error).split())[:500]
         hint = "" if debug else " (add --debug for the traceback)"
         print(f"nanodlm: {type(error).__name__}: {text}{hint}", file=sys.stderr)
-        sys.exit(1)
+        _exit(1)
+
+
+def _exit(code: int) -> NoReturn:
+    """End; of several processes one that failed does not wait for the others, which then end as well."""
+    from nanodlm.launch import leave
+
+    if leave() and code != Stopped.exit_code:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 # Arguments
@@ -313,8 +324,8 @@ def plan(argv: list[str]) -> None:
 def _hosts_flags() -> dict[str, Any]:
     return {
         "coordinator": _flag("HOST:PORT of the first of several processes that train together.", "", str),
-        "processes": _flag("How many there are.", 1, int),
-        "process": _flag("Which one this is, from 0.", 0, int),
+        "processes": _flag("How many there are.", None, int | None),
+        "process": _flag("Which one this is, from 0.", None, int | None),
     }
 
 

@@ -112,11 +112,12 @@ def _stop(child: subprocess.Popen[bytes]) -> int:
     return child.wait()
 
 
-def join(coordinator: str = "", processes: int = 1, process: int = 0) -> int:
+def join(coordinator: str = "", processes: int | None = None, process: int | None = None) -> int:
     """Make this process one of several that train together, before anything else uses JAX; its index among them.
 
     They are told of each other by the arguments, else by `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and
-    `JAX_PROCESS_ID`, else by Slurm, when `srun` starts several tasks. Without any it is alone.
+    `JAX_PROCESS_ID`, else by Slurm, when `srun` starts several tasks: one for each GPU, for JAX gives each task one.
+    Without any it is alone.
 
     Args:
         coordinator: HOST:PORT on which process 0 listens; the same for all.
@@ -124,41 +125,54 @@ def join(coordinator: str = "", processes: int = 1, process: int = 0) -> int:
         process: Which one this is, from 0.
 
     Raises:
-        UsageError: For numbers that make no sense.
+        UsageError: For numbers that make no sense, or some but not all of the three.
         NanodlmError: When the others do not come within five minutes.
 
     >>> join()
     0
     """
-    if not coordinator and (processes, process) != (1, 0):
-        raise UsageError("several processes need the address of the first: add --coordinator HOST:PORT")
-    coordinator = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS", "")
-    if coordinator and processes == 1:
-        try:
-            processes = int(os.environ.get("JAX_NUM_PROCESSES", "1"))
-            process = int(os.environ.get("JAX_PROCESS_ID", "0"))
-        except ValueError as error:
-            raise UsageError(f"JAX_NUM_PROCESSES and JAX_PROCESS_ID must be whole numbers: {error}") from error
-    if not 0 <= process < processes:
+    env = os.environ
+    try:
+        coordinator = coordinator or env.get("JAX_COORDINATOR_ADDRESS", "")
+        processes = int(env.get("JAX_NUM_PROCESSES", "0")) if processes is None else processes
+        process = int(env.get("JAX_PROCESS_ID", "-1")) if process is None else process
+    except ValueError as error:
+        raise UsageError(f"JAX_NUM_PROCESSES and JAX_PROCESS_ID must be whole numbers: {error}") from error
+    told = bool(coordinator), processes > 0, process >= 0
+    if any(told) and not all(told):
+        raise UsageError(
+            "several processes need all of --coordinator HOST:PORT, --processes N and --process I, or of "
+            "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID"
+        )
+    if coordinator and not 0 <= process < processes:
         raise UsageError(f"process {process} is not one of {processes}: they are numbered from 0")
     if coordinator and ":" not in coordinator:
         raise UsageError(f"the coordinator {coordinator!r} has no port: give HOST:PORT")
-    slurm = not coordinator and int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_STEP_NODELIST" in os.environ
-    if processes == 1 and not slurm:
+    slurm = not coordinator and int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_STEP_NODELIST" in env
+    if not coordinator and not slurm:
         return 0
     import jax
 
+    jax.config.update("jax_enable_preemption_service", False)  # it would keep SIGTERM from us
+    limits: dict[str, Any] = {"heartbeat_timeout_seconds": 30, "shutdown_timeout_seconds": 30}  # when one of them dies
     try:
         if slurm:
-            jax.distributed.initialize()
+            jax.distributed.initialize(**limits)
         else:
-            jax.distributed.initialize(coordinator, num_processes=processes, process_id=process)
+            jax.distributed.initialize(coordinator, num_processes=processes, process_id=process, **limits)
     except RuntimeError as error:
-        text = " ".join(str(error).split())[:200]
-        raise NanodlmError(
-            f"process {process} of {processes} could not join the others at {coordinator}: {text}"
-        ) from error
+        where = f"process {process} of {processes} could not join the others at {coordinator or 'the address of Slurm'}"
+        raise NanodlmError(f"{where}: {' '.join(str(error).split())[:200]}") from error
     return jax.process_index()
+
+
+def leave() -> bool:
+    """Whether this process is one of several, which must then end at once after an error, not wait for the others.
+
+    >>> leave()
+    False
+    """
+    return "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized()
 
 
 def end_with_parent() -> None:

@@ -309,6 +309,20 @@ class Objective:
         loss, nats = linear_cross_entropy(features, table, target, loss_weight, mask_id=self.mask_id, chunks=chunks)
         return loss, (bound_weight * nats).sum()
 
+    def fused_bounds(
+        self,
+        features: Float[Array, "B L D"],
+        table: Float[Array, "V D"],
+        x_0: Int[Array, "B L"],
+        noised: Corruption,
+        *,
+        chunks: int = 1,
+    ) -> Float[Array, "B"]:
+        """The bound of each row, as `row_nats` has it, without keeping any logits; see `fused_nats`."""
+        _, weight = self._position_weights(x_0, noised)
+        _, nats = linear_cross_entropy(features, table, x_0, weight.bound, mask_id=self.mask_id, chunks=chunks)
+        return (weight.bound * nats).sum(axis=1)
+
     def most_scored(self, n_rows: int, length: int) -> int:
         """The largest number of scored positions in two neighbouring rows that can be told before any noise is drawn.
 
@@ -482,7 +496,8 @@ def _chunked_forward(mask_id: int, table: Array, features: Array, target: Array,
         e, s, nats = _exponentials(mask_id, compute, *inputs)
         e, scale = e.astype(x.dtype), (weight / s)[..., None]
         product = partial(jnp.einsum, preferred_element_type=table.dtype)
-        d_x = scale * product("nv,vd->nd", e, compute) - weight[..., None] * table[target]
+        at_target = compute[target].astype(table.dtype)  # rounded like the other rows, so that they can cancel
+        d_x = scale * product("nv,vd->nd", e, compute) - weight[..., None] * at_target
         d_table += product("nv,nd->vd", e, (scale * x).astype(x.dtype))
         d_table = d_table.at[target].add(-weight[..., None] * x)
         return (loss + (weight * nats).sum(), d_table), (nats, d_x.astype(x.dtype))

@@ -228,15 +228,19 @@ class Block(nnx.Module):
             k, v = jnp.concatenate([past.keys, k], axis=1), jnp.concatenate([past.values, v], axis=1)
         masks = [reads.attention for reads in (view.past, view.own) if reads is not None]
         mask = jnp.concatenate(masks, axis=2)[:, None] if masks else None
-        out = jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=_implementation(q))
+        out = jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=_implementation(q, k))
         return self.attention_out(out.reshape(*q.shape[:2], -1))
 
 
-def _implementation(q: Float[Array, "B Q H E"]) -> Literal["cudnn", "xla"]:
-    """CuDNN's fused attention where it exists: half precision on a GPU, heads of up to 128 in steps of 8."""
-    half = q.dtype in (jnp.bfloat16, jnp.float16)
-    fits = half and q.shape[-1] <= 128 and q.shape[-1] % 8 == 0
-    return "cudnn" if fits and jax.default_backend() == "gpu" else "xla"
+def _implementation(q: Float[Array, "B Q H E"], k: Float[Array, "B K H E"]) -> Literal["cudnn", "xla"]:
+    """CuDNN's fused attention where it exists: half precision, heads of up to 128 in steps of 8, even lengths, and an
+    NVIDIA GPU of compute capability 8.0 or more.
+    """
+    fits = q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] <= 128 and q.shape[-1] % 8 == 0
+    if not fits or q.shape[1] % 2 or k.shape[1] % 2 or jax.default_backend() != "gpu":
+        return "xla"
+    major = str(getattr(jax.devices()[0], "compute_capability", "")).partition(".")[0]
+    return "cudnn" if major.isdecimal() and int(major) >= 8 else "xla"
 
 
 class Transformer(nnx.Module):

@@ -70,6 +70,8 @@ def plan(config: Config, devices: int) -> dict[str, Any]:
         kind = UsageError if done.returncode == UsageError.exit_code else NanodlmError
         ending = f"signal {-done.returncode}" if done.returncode < 0 else f"exit code {done.returncode}"
         raise kind(said[-1] if said and done.returncode > 0 else f"compiling for {devices} devices ended with {ending}")
+    if not said:
+        raise NanodlmError(f"compiling for {devices} devices ended without a result: run again")
     return json.loads(said[-1])
 
 

@@ -36,8 +36,13 @@ def make_scorer(objective: Objective, graphdef: nnx.GraphDef, *, edges_known: bo
     def nats_per_row(params: Any, x_0: Int[Array, "B L"], key: Key[Array, ""]) -> Float[Array, "B"]:
         segment_ids = segments(x_0, objective.mask_id - 1) if edges_known else None
         noised = objective.corrupt(x_0, key, segment_ids)
-        logits = objective.logits(nnx.merge(graphdef, params), x_0, noised, segment_ids)
-        bound = objective.row_nats(logits, x_0, noised).bound
+        model = nnx.merge(graphdef, params)
+        if objective.mixed:
+            bound = objective.row_nats(objective.logits(model, x_0, noised, segment_ids), x_0, noised).bound
+        else:
+            chunks = sharding.logit_chunks(x_0.size, objective.mask_id)
+            features = objective.logits(model.features, x_0, noised, segment_ids)
+            bound = objective.fused_bounds(features, model.table, x_0, noised, chunks=chunks)
         return sharding.constrain(bound, None)  # on all devices, so that every process can read it
 
     return nats_per_row

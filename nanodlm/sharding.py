@@ -19,6 +19,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from nanodlm.errors import UsageError
 
 AXES = ("data", "fsdp", "tensor")
+# Numbers on one device at a time. On a CPU that is 256 MiB of float32; a GPU has more, and wants larger products.
+LOGITS_AT_ONCE = {"cpu": 2**26, "gpu": 2**28, "tpu": 2**28}
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,9 @@ class Rules:
     def spec(self, logical: tuple[str | None, ...]) -> PartitionSpec:
         """The cut of an array whose axes are called so."""
         return PartitionSpec(*(getattr(self, name) if name else None for name in logical))
+
+
+RULES = Rules()
 
 
 def make_mesh(rows: int, *, fsdp: int = 1, tensor: int = 1) -> Mesh:
@@ -77,14 +82,13 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def shardings(mesh: Mesh, tree: Any, logical_axes: dict[str, tuple[str | None, ...]], rules: Rules = Rules()) -> Any:
+def shardings(mesh: Mesh, tree: Any, logical_axes: dict[str, tuple[str | None, ...]]) -> Any:
     """Where each array of a tree lives, by the last two names of its path: parameters, averages, optimizer states.
 
     Args:
         mesh: From `make_mesh`.
         tree: Arrays, or their shapes.
         logical_axes: Names of the last axes, such as `model.LOGICAL_AXES`; what is not listed is held whole.
-        rules: What they are cut along.
 
     Raises:
         UsageError: When an axis cannot be cut evenly.
@@ -100,7 +104,7 @@ def shardings(mesh: Mesh, tree: Any, logical_axes: dict[str, tuple[str | None, .
         logical = logical_axes.get(name, ())
         if len(leaf.shape) < len(logical):  # such as the empty places of an optimizer that leaves a parameter alone
             return replicated(mesh)
-        spec = PartitionSpec(*(None,) * (len(leaf.shape) - len(logical)), *rules.spec(logical))
+        spec = PartitionSpec(*(None,) * (len(leaf.shape) - len(logical)), *RULES.spec(logical))
         for size, axis in zip(leaf.shape, spec, strict=False):
             if axis is not None and size % mesh.shape[axis]:
                 cut = f"--train.{axis} {mesh.shape[axis]}"
@@ -112,9 +116,9 @@ def shardings(mesh: Mesh, tree: Any, logical_axes: dict[str, tuple[str | None, .
     return jax.tree_util.tree_map_with_path(place, tree)
 
 
-def batch_sharding(mesh: Mesh, axis: int = 0, rules: Rules = Rules()) -> NamedSharding:
+def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
     """Sharding of rows, cut along `axis`."""
-    return NamedSharding(mesh, PartitionSpec(*[None] * axis, rules.batch))
+    return NamedSharding(mesh, PartitionSpec(*[None] * axis, RULES.batch))
 
 
 def put_whole(mesh: Mesh, rows: np.ndarray) -> jax.Array:
@@ -176,6 +180,28 @@ def from_leader(value: Any) -> Any:
     return json.loads(np.asarray(broadcast_one_to_all(buffer)).astype(np.uint8).tobytes())
 
 
+def any_process(value: bool) -> bool:
+    """Whether it is so on any process. Every process must call it.
+
+    >>> any_process(True)
+    True
+    """
+    if jax.process_count() == 1:
+        return value
+    from jax.experimental.multihost_utils import process_allgather
+
+    return bool(process_allgather(np.array([value])).any())
+
+
+def logit_chunks(positions: int, outputs: int) -> int:
+    """Parts in which the logits of so many positions are made, so that a device holds a bounded number at a time.
+
+    >>> logit_chunks(64, 1000)
+    1
+    """
+    return -(-positions * outputs // (LOGITS_AT_ONCE.get(jax.default_backend(), 2**26) * batch_shares()))
+
+
 def batch_shares() -> int:
     """Devices that share the rows of a batch, under the mesh that `jax.set_mesh` names; 1 without.
 
@@ -186,7 +212,7 @@ def batch_shares() -> int:
     return 1 if mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def constrain(x: jax.Array, *logical: str | None, rules: Rules = Rules()) -> jax.Array:
+def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
     """Keep an activation cut along these axes, under the mesh that `jax.set_mesh` names; without one, as it is.
 
     >>> constrain(jax.numpy.ones((2, 3)), "batch", None).shape
@@ -195,7 +221,7 @@ def constrain(x: jax.Array, *logical: str | None, rules: Rules = Rules()) -> jax
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or set(AXES) - set(mesh.axis_names):
         return x
-    return jax.lax.with_sharding_constraint(x, rules.spec(logical))
+    return jax.lax.with_sharding_constraint(x, RULES.spec(logical))
 
 
 def bytes_per_device(tree: Any) -> int:

@@ -29,7 +29,7 @@ from jaxtyping import Array
 
 from nanodlm import loader, sharding, shards, tokenizer
 from nanodlm.checkpoint import Checkpoints, State, describe_run, make_objective, parameters_sha256
-from nanodlm.config import Config
+from nanodlm.config import Config, differences
 from nanodlm.errors import NanodlmError, Stopped, UsageError
 from nanodlm.metrics import Tracker
 from nanodlm.scoring import make_scorer, score_rows
@@ -54,6 +54,19 @@ def train(
         UsageError: When the checkpoint to continue from is missing or of another run.
         NanodlmError: When the loss is not a number or explodes; the last good checkpoint is named.
     """
+    with _catch_signals() as stop:
+        return _train(config, inputs, attempt, emit, stop)
+
+
+def _train(
+    config: Config,
+    inputs: dict[str, Artifact],
+    attempt: Attempt | None,
+    emit: Callable[..., None],
+    stop: threading.Event,
+) -> dict[str, Any]:
+    digests = {name: artifact.digest for name, artifact in inputs.items()}
+    _check_same({**config.model_dump(mode="json"), "inputs": digests, "jax": jax.__version__})
     data = inputs["shard"].local()
     tokens = inputs["shard"].metrics
     encoding = tokenizer.load(inputs["tokenizer"].local())
@@ -71,7 +84,6 @@ def train(
     validate = _validation(config, encoding, program.graphdef, data, tokens["dtype"], mesh)
     kept = {"keep": config.exp.keep, "keep_best": config.exp.keep_best}
     with (
-        _catch_signals() as stop,
         jax.set_mesh(mesh),
         contextlib.ExitStack() as late,
         Checkpoints(attempt, run, **kept) as checkpoints,
@@ -100,7 +112,7 @@ def train(
         )
         limit = 10 * math.log(encoding.n_vocab)
         logger = _Logger(config, info["logs"], emit, tracker, limit=limit, last_good=checkpoints.last)
-        if stop.is_set():
+        if sharding.any_process(stop.is_set()):
             raise Stopped(f"stopped by a signal after update {first}, before another: run again to continue")
         signalled = _agreement(mesh, stop)
         for step in range(first + 1, config.train.max_steps + 1):
@@ -153,6 +165,19 @@ def train(
         "best_update": best,
         **({"skipped": int(state["skipped"])} if "skipped" in state else {}),
     }
+
+
+def _check_same(run: dict[str, Any]) -> None:
+    """Make sure that all processes train the same; they would hang, or publish something else than they say.
+
+    Raises:
+        UsageError: On all of them, with what differs on this one.
+    """
+    differ = differences(sharding.from_leader(run), json.loads(json.dumps(run)))
+    if sharding.any_process(bool(differ)):
+        fields = "; ".join(f"{field}: {values}" for field, values in differ.items())
+        here = f"process {jax.process_index()} has {fields}" if differ else "another one says what differs"
+        raise UsageError(f"the processes were not started alike ({here}): give all the same flags and versions")
 
 
 def _restore(config: Config, checkpoints: Checkpoints, target: State) -> tuple[State, dict[str, Any]] | None:
@@ -213,6 +238,7 @@ class _Logger:
         """
         self.records = list(records)
         self._limit, self._last_good = limit, last_good
+        self._high = 0  # the first update of those whose bound is above the limit now
         self.tokens_per_second: float = records[-1]["tokens_per_second"] if records else 0.0
         self._config, self._emit, self._tracker = config, emit, tracker
         self._waiting: tuple[int, dict[str, Array]] | None = None
@@ -261,18 +287,23 @@ class _Logger:
         if self._tracker:
             self._tracker.log(record)
         self._emit("progress", done=step, total=self._config.train.max_steps, unit="updates", **record)
-        if all((r["nats_per_token"] or 0) > self._limit for r in self.records[-2:]) and len(self.records) > 1:
-            before, bound = self.records[-2]["step"], record["nats_per_token"]
-            raise self._diverged(f"the loss has exploded at update {step}, to {bound:.0f} nats per token", before)
+        self._judge(step, record["nats_per_token"])
+
+    def _judge(self, step: int, bound: float | None) -> None:
+        """Two bounds in a row above the limit, of records or of saves, are an explosion."""
+        high = bound is not None and bound > self._limit
+        if high and self._high and step > self._high:
+            raise self._diverged(f"the loss has exploded at update {step}, to {bound:.0f} nats per token", self._high)
+        self._high = (self._high or step) if high else 0
 
     def check(self, step: int, scalars: dict[str, Array], state: State) -> None:
         """Make sure that the state after an update is worth saving.
 
         Raises:
-            NanodlmError: When its numbers, or those of records before, are not finite.
+            NanodlmError: When its numbers, or those of records before, are not finite or have exploded.
         """
         self.flush()
-        self._fetch(step, scalars)
+        self._judge(step, self._fetch(step, scalars)["nats_per_token"])
         if not all_finite(state):
             raise self._diverged(f"parameters or optimizer are not finite after update {step}", step)
 

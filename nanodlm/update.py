@@ -15,11 +15,9 @@ from jaxtyping import Array, Bool, Int, Key
 from nanodlm import losses, sharding
 from nanodlm.checkpoint import State, make_model, make_objective
 from nanodlm.config import Config
+from nanodlm.errors import UsageError
 from nanodlm.model import LOGICAL_AXES, count_parameters, segments
 from nanodlm.optimizer import learning_rate, make_optimizer
-
-# Numbers on one device at a time. On a CPU that is 256 MiB of float32; a GPU has more, and wants larger products.
-LOGITS_AT_ONCE = {"cpu": 2**26, "gpu": 2**28, "tpu": 2**28}
 
 
 def train_step(
@@ -42,8 +40,7 @@ def train_step(
         that of rows whose document edges are known), `grad_norm`, `lr`, and `skipped` when the state counts them.
     """
     n_micro, n_rows, length = rows.shape
-    at_once = LOGITS_AT_ONCE.get(jax.default_backend(), 2**26) * sharding.batch_shares()
-    chunks = -(-n_rows * length * objective.mask_id // at_once)
+    chunks = sharding.logit_chunks(n_rows * length, objective.mask_id)
     flat = rows.reshape(-1, length)
     segment_ids = segments(flat, objective.mask_id - 1) if config.data.isolate_documents else None
     noised = objective.corrupt(flat, jax.random.fold_in(key, state["step"]), segment_ids)
@@ -119,6 +116,11 @@ def make_program(config: Config, encoding: tiktoken.Encoding, mesh: Mesh) -> Pro
     Raises:
         UsageError: When the mesh cannot cut the parameters.
     """
+    if config.model.n_heads % mesh.shape["tensor"]:
+        raise UsageError(
+            f"--model.n_heads {config.model.n_heads} cannot be shared by --train.tensor {mesh.shape['tensor']}: "
+            "use a divisor"
+        )
     optimizer, objective = make_optimizer(config.train), make_objective(config, encoding)
     graphdef, abstract = nnx.split(nnx.eval_shape(lambda: make_model(config, encoding)))
 

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -116,11 +117,18 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def start_two(store: Path, *flags: str, devices: int = 2, slurm: bool = False) -> list[subprocess.Popen[str]]:
-    """Two processes that train together."""
+def start_two(
+    store: Path,
+    *flags: str,
+    devices: int = 2,
+    slurm: bool = False,
+    others: Sequence[str] = (),
+    environ: dict[str, str] | None = None,
+) -> list[subprocess.Popen[str]]:
+    """Two processes that train together; `others` are flags that only the second one is given."""
     port, found = free_port(), []
     for process in range(2):
-        env = environment(**on_devices(devices))
+        env = environment(**on_devices(devices), **(environ or {}))
         words = ["--coordinator", f"127.0.0.1:{port}", "--processes", "2", "--process", str(process)]
         if slurm:
             words = []
@@ -132,7 +140,7 @@ def start_two(store: Path, *flags: str, devices: int = 2, slurm: bool = False) -
                 "SLURM_LOCALID": str(process),
                 "JAX_COORDINATOR_PORT": str(port),
             }
-        argv = [sys.executable, "-m", "nanodlm", *command(store, *flags, *words)]
+        argv = [sys.executable, "-m", "nanodlm", *command(store, *flags, *words, *others[: process * 9])]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         found.append(subprocess.Popen(argv, env=env, text=True, start_new_session=True, **pipes))
     return found
@@ -152,26 +160,65 @@ def end(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str]]:
 def test_a_signal_to_one_of_two_processes_stops_both_and_both_continue_to_what_one_device_gives(
     prepared: Path, alone: list[dict[str, Any]], tmp_path: Path
 ) -> None:
-    """Parameters are cut between the processes; then the run goes on."""
+    """Parameters are cut between the processes; then the run goes on. A slow disk's worth of saves keeps it busy."""
     store = tmp_path / "store"
     shutil.copytree(prepared, store)
-    processes = start_two(store, "--train.fsdp", "4", "--exp.save_every", "2")
-    parts = "train/*/attempts/*/parts/checkpoints/step_000002.json"
+    processes = start_two(store, "--train.fsdp", "4", "--exp.save_every", "1")
+    parts = "train/*/attempts/*/parts/checkpoints/step_000001.json"
     try:
-        for _ in range(1500):
+        for _ in range(3000):
             if list(store.glob(parts)) or any(p.poll() is not None for p in processes):
                 break
-            time.sleep(0.05)
+            time.sleep(0.02)
         began = time.monotonic()
         processes[1].send_signal(signal.SIGTERM)
     finally:
         ended = end(processes)
-    if [code for code, _ in ended] != [0, 0]:  # else they were done before the signal came
-        assert [code for code, _ in ended] == [75, 75], ended
-        assert time.monotonic() - began < 30
-        assert all("a checkpoint is saved" in said for _, said in ended)
-        assert [code for code, _ in end(start_two(store, "--train.fsdp", "4"))] == [0, 0]
+    assert [code for code, _ in ended] == [75, 75], ended
+    assert time.monotonic() - began < 30
+    assert all("a checkpoint is saved" in said for _, said in ended)
+    assert [code for code, _ in end(start_two(store, "--train.fsdp", "4"))] == [0, 0]
     np.testing.assert_allclose([r["loss"] for r in records(attempt(store))], [r["loss"] for r in alone], rtol=2e-4)
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_of_two_processes_while_they_start_stops_both(prepared: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    shutil.copytree(prepared, store)
+    processes = start_two(store, "--train.max_steps", "4000")
+    try:
+        for _ in range(1500):
+            if list(store.glob("train/*/attempts/*/tokenizer")) or any(p.poll() is not None for p in processes):
+                break
+            time.sleep(0.05)
+        processes[1].send_signal(signal.SIGTERM)
+    finally:
+        ended = end(processes)
+    assert [code for code, _ in ended] == [75, 75], ended
+
+
+@pytest.mark.slow
+def test_processes_that_were_not_started_alike_are_refused_before_anything_is_trained(
+    prepared: Path, tmp_path: Path
+) -> None:
+    store = tmp_path / "store"
+    shutil.copytree(prepared, store)
+    ended = end(start_two(store, others=["--train.lr", "5e-3"]))
+    assert all(code != 0 for code, _ in ended), ended
+    assert "train.lr: 0.008 -> 0.005" in ended[1][1] or "not started alike" in ended[0][1], ended
+    assert not list(store.glob("train/*/manifest.json"))
+
+
+@pytest.mark.slow
+def test_an_error_of_the_first_process_alone_ends_the_others_too(prepared: Path, tmp_path: Path) -> None:
+    """The trackers are the first one's business: here W&B does not start."""
+    store = tmp_path / "store"
+    shutil.copytree(prepared, store)
+    began = time.monotonic()
+    ended = end(start_two(store, "--exp.use_wandb", "True", environ={"WANDB_MODE": "nonsense"}))
+    assert all(code != 0 for code, _ in ended), ended
+    assert "W&B" in ended[0][1]
+    assert time.monotonic() - began < 150
 
 
 @pytest.mark.slow
@@ -234,14 +281,16 @@ def test_what_devices_cannot_share_is_refused_in_one_line(
 @pytest.mark.parametrize(
     ("arguments", "environ", "message"),
     [
-        (("", 2, 0), {}, "add --coordinator HOST:PORT"),
+        (("", 2, 0), {}, "need all of --coordinator HOST:PORT"),
+        (("127.0.0.1:1", None, None), {}, "need all of"),
+        (("", None, None), {"JAX_COORDINATOR_ADDRESS": "127.0.0.1:1"}, "need all of"),
         (("127.0.0.1:1", 2, 2), {}, "numbered from 0"),
         (("127.0.0.1", 2, 0), {}, "give HOST:PORT"),
-        (("", 1, 0), {"JAX_COORDINATOR_ADDRESS": "127.0.0.1:1", "JAX_NUM_PROCESSES": "two"}, "whole numbers"),
+        (("", None, None), {"JAX_COORDINATOR_ADDRESS": "127.0.0.1:1", "JAX_NUM_PROCESSES": "two"}, "whole numbers"),
     ],
 )
 def test_processes_that_cannot_find_each_other_are_told_why(
-    monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, int, int], environ: dict[str, str], message: str
+    monkeypatch: pytest.MonkeyPatch, arguments: tuple[Any, ...], environ: dict[str, str], message: str
 ) -> None:
     for name, value in environ.items():
         monkeypatch.setenv(name, value)
