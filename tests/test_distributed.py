@@ -264,7 +264,8 @@ def test_a_run_goes_on_on_other_numbers_of_devices_with_the_same_batches_and_los
     ("flags", "message"),
     [
         (["--train.batch_size", "3"], "3 rows cannot be shared by 2 devices"),
-        (["--train.tensor", "2", "--model.n_heads", "1", "--model.d_ff", "63"], "--train.tensor 2 cannot cut evenly"),
+        (["--train.tensor", "2", "--model.d_ff", "63"], "--train.tensor 2 cannot cut evenly"),
+        (["--train.tensor", "2", "--model.n_heads", "1"], "n_heads 1 cannot be shared by --train.tensor 2"),
     ],
 )
 def test_what_devices_cannot_share_is_refused_in_one_line(
