@@ -507,7 +507,7 @@ def _chunked_forward(mask_id: int, table: Array, features: Array, target: Array,
     return (loss, nats), (d_table, d_features, nats)
 
 
-def _chunked_backward(mask_id: int, saved: tuple[Array, Array, Array], gradient: tuple[Array, Array]) -> Any:
+def _chunked_backward(mask_id: int, saved: tuple[Array, Array, Array], gradient: Any) -> Any:
     d_table, d_features, nats = saved
     return gradient[0] * d_table, (gradient[0] * d_features).astype(d_features.dtype), None, gradient[0] * nats
 

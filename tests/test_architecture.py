@@ -32,7 +32,7 @@ LAYERS = {
     "checkpoint": {"config", "errors", "losses", "model", "schedules", "sharding", "store", "tokenizer"},
     "scoring": {"losses", "model", "sharding"},
     "preparation": {"config", "corpus", "errors", "shards", "store", "tokenizer"},
-    "update": {"checkpoint", "config", "losses", "model", "optimizer", "sharding"},
+    "update": {"checkpoint", "config", "errors", "losses", "model", "optimizer", "sharding"},
     "training": {
         "checkpoint", "config", "errors", "loader", "metrics", "scoring", "sharding", "shards", "store", "tokenizer",
         "update",

@@ -146,6 +146,7 @@ def test_a_run_started_from_a_checkpoint_ends_with_the_bits_of_the_run_that_made
         assert nanodlm.train(tiny(exp={"resume_path": address}), store.uri()).manifest == run.manifest
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_that_was_started_from_a_checkpoint_continues_from_its_own(
     trained: Artifact, store: Store, fourth: str
 ) -> None:
@@ -403,6 +404,7 @@ def test_an_update_that_is_not_finite_is_skipped_and_counted() -> None:
     assert parameters_sha256(third["model_state"]) != parameters_sha256(first["model_state"])
 
 
+@pytest.mark.slow
 def test_skipped_updates_are_counted_across_a_resumed_run(tmp_path: Path) -> None:
     train = {"lr": 1e30, "skip_nonfinite": True}
     whole = nanodlm.train(tiny(train=train), str(tmp_path / "whole"))

@@ -157,6 +157,7 @@ def end(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str]]:
                 process.communicate()
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_of_two_processes_stops_both_and_both_continue_to_what_one_device_gives(
     prepared: Path, alone: list[dict[str, Any]], tmp_path: Path
 ) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from nanodlm import experiments, tokenizer
+from nanodlm import experiments, plain, tokenizer
 from nanodlm.config import PRESETS, Config
 from nanodlm.errors import UsageError
 from nanodlm.store import Store
@@ -42,7 +42,8 @@ def test_every_variant_is_a_valid_configuration(preset: str) -> None:
     config = PRESETS[preset]
     changed = {name: config.replace(**groups) for name, groups in experiments.variants(100).items()}
     assert changed["preset"] == config
-    assert len(changed) == 20
+    assert all(other != config for name, other in changed.items() if name.startswith("adamw-8e-3"))
+    assert len({name: c for name, c in changed.items() if c == config}) < len(changed) / 3
 
 
 def test_batches_visit_every_row_once_an_epoch_in_an_order_of_the_seed() -> None:
@@ -58,7 +59,8 @@ def test_batches_visit_every_row_once_an_epoch_in_an_order_of_the_seed() -> None
 
 
 def test_the_plain_network_is_normal_with_deviation_0_02_and_begins_at_the_uniform_law() -> None:
-    model = experiments.plain_network(tokenizer.plain_bytes())
+    shape = {"n_layers": 4, "n_heads": 4, "d_model": 128, "d_ff": 512}
+    model = plain.make_network(tokenizer.padded_vocab_size(tokenizer.plain_bytes()), **shape)
     params = nnx.to_pure_dict(nnx.split(model)[1])
     for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
         if path[-1].key == "scale":
@@ -68,12 +70,12 @@ def test_the_plain_network_is_normal_with_deviation_0_02_and_begins_at_the_unifo
     assert model.head is not None
     graphdef, params = nnx.split(model)
     params = nnx.to_pure_dict(params)
-    start = {"model_state": params, "optimizer_state": experiments.PLAIN_ADAMW.init(params), "step": jnp.int32(0)}
+    start = plain.init_state(params, updates=100)
     rows = jax.random.randint(jax.random.key(1), (1, 32, 32), 0, 257)
-    step = jax.jit(experiments.plain_step, static_argnames=("graphdef", "mask_id"))
+    step = jax.jit(plain.plain_step, static_argnames=("graphdef", "mask_id"))
 
     def after(done: int) -> tuple[float, float]:
-        state = {**start, "step": jnp.int32(done), "updates": jnp.float32(100)}
+        state = {**start, "step": jnp.int32(done)}
         new, scalars = step(state, rows, jax.random.key(0), graphdef=graphdef, mask_id=257)
         assert int(new["step"]) == done + 1
         moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), new["model_state"], params)
@@ -86,6 +88,7 @@ def test_the_plain_network_is_normal_with_deviation_0_02_and_begins_at_the_unifo
     assert after(100)[1] == 0
 
 
+@pytest.mark.slow
 def test_the_race_scores_the_same_tokens_and_ends_when_the_plain_bound_is_reached(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -186,6 +189,7 @@ def test_experiments_refuse_what_measures_nothing(store: Store, tmp_path: Path) 
         experiments.ablation(tiny(), store, updates=1, only=["no-conv"], out=notes)
 
 
+@pytest.mark.slow
 def test_the_command_prints_a_table_and_one_object(store: Store, tmp_path: Path) -> None:
     command = ["bench", "ablation", "demo", *FLAGS, "--store", store.uri(), "--only", "untied", "no-conv"]
     out = ["--out", str(tmp_path / "runs.jsonl"), "--eval_rows", "10", "--updates", "1", "--seeds", "1", "--json"]

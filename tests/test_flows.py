@@ -93,6 +93,7 @@ def test_rebuilding_a_stage_with_the_same_bytes_leaves_what_follows_cached(
     assert statuses(result) == ALL_CACHED | {"shard": "built"}
 
 
+@pytest.mark.slow
 def test_a_run_killed_in_every_stage_ends_with_the_same_bits_as_an_undisturbed_one(
     undisturbed: tuple[Path, dict], server: dict[str, str], tmp_path: Path
 ) -> None:
@@ -122,6 +123,7 @@ def test_a_run_killed_in_every_stage_ends_with_the_same_bits_as_an_undisturbed_o
     assert _tokens(result) == _tokens(expected)
 
 
+@pytest.mark.slow
 def test_sigterm_saves_a_checkpoint_exits_with_75_and_leaves_no_process(
     undisturbed: tuple[Path, dict], server: dict[str, str], tmp_path: Path
 ) -> None:

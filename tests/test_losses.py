@@ -562,8 +562,11 @@ FUSED = [
 ]
 
 
-@pytest.mark.parametrize("options", FUSED, ids=str)
-@pytest.mark.parametrize(("rows", "chunks"), [(4, 3), (3, 2)])
+@pytest.mark.parametrize(
+    ("options", "rows", "chunks"),
+    [*((options, 4, 3) for options in FUSED), (FUSED[0], 3, 2), (FUSED[5], 3, 2)],
+    ids=str,
+)
 def test_the_fused_loss_and_its_gradients_are_those_of_all_logits(
     options: dict[str, Any], rows: int, chunks: int
 ) -> None:

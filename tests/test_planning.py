@@ -42,6 +42,7 @@ def test_each_device_holds_its_share_of_the_matrices_and_all_of_the_rest(fsdp: i
     assert (planned["collectives"]["all-gather"] > 1) == (fsdp > 1)
 
 
+@pytest.mark.slow
 def test_the_command_prints_a_table_or_one_object_and_builds_nothing(tmp_path: Path) -> None:
     args = [
         "plan",
