@@ -150,7 +150,7 @@ def _say_true(argv: list[str], config: type["Config"]) -> list[str]:
         if field.annotation is bool
     }
     said = []
-    for word, following in zip(argv, [*argv[1:], "--"], strict=True):
+    for word, following in zip(argv, [*argv, "--"][1:], strict=True):
         said.append(word)
         if word.replace("-", "_").replace("__", "--", 1) in switches and following.startswith("-"):
             said.append("True")
