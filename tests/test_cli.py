@@ -186,4 +186,4 @@ def test_the_corpus_must_be_larger_than_the_validation_split(tmp_path: Path) -> 
 def test_a_command_without_arguments_means_the_demo(tmp_path: Path) -> None:
     done = nanodlm("plan", NANODLM_STORE=str(tmp_path))
     assert done.returncode == 0, done.stderr
-    assert [line.split()[:2] for line in done.stdout.splitlines()][0] == ["download", "build"]
+    assert done.stdout.split()[:2] == ["download", "build"]
