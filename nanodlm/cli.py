@@ -86,9 +86,9 @@ def main(argv: list[str] | None = None) -> NoReturn:
 
 def _exit(code: int) -> NoReturn:
     """End; of several processes one that failed does not wait for the others, which then end as well."""
-    from nanodlm.launch import leave
+    from nanodlm.launch import is_one_of_several
 
-    if leave() and code != Stopped.exit_code:
+    if is_one_of_several() and code != Stopped.exit_code:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -166,10 +166,10 @@ def join(coordinator: str = "", processes: int | None = None, process: int | Non
     return jax.process_index()
 
 
-def leave() -> bool:
+def is_one_of_several() -> bool:
     """Whether this process is one of several, which must then end at once after an error, not wait for the others.
 
-    >>> leave()
+    >>> is_one_of_several()
     False
     """
     return "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized()
