@@ -239,8 +239,9 @@ def train(
 
     Returns:
         The fields of `report`, of the median update, and `parameters`, `state_bytes` (of one device's parameters,
-        optimizer and average), `temporary_bytes` (what the compiler plans besides). With a baseline also
-        `baseline_step_seconds`, and `speedup`, the ratio of the two medians.
+        optimizer and average), and what the compiler says: `temporary_bytes`, `hlo_flops` and `hlo_bytes`, of which
+        those in a loop count once. With a baseline also `baseline_step_seconds` and the like, and `speedup`, the ratio
+        of the two medians.
 
     Raises:
         UsageError: When there is nothing to repeat, or devices cannot share the work.
@@ -269,8 +270,11 @@ def train(
         jax.block_until_ready(scalars)
 
     timed: list[tuple[Callable[[], None], list[float]]] = [(ours, [])]
+    plan = _planned(compiled)
     if baseline:
-        timed.append((_baseline(config, encoding, tokens.reshape(1, -1, shape[-1]), key), []))
+        run, theirs = _baseline(config, encoding, tokens.reshape(1, -1, shape[-1]), key)
+        timed.append((run, []))
+        plan |= {f"baseline_{name}": value for name, value in theirs.items()}
     for step in range(steps + 1):
         for run, seconds in timed:
             began = time.perf_counter()
@@ -290,26 +294,37 @@ def train(
         ),
         "parameters": program.n_parameters,
         "state_bytes": state_bytes,
-        "temporary_bytes": getattr(compiled.memory_analysis(), "temp_size_in_bytes", None),
+        **plan,
         **({"baseline_step_seconds": medians[1], "speedup": medians[1] / medians[0]} if baseline else {}),
     }
 
 
 def _baseline(
     config: Config, encoding: tiktoken.Encoding, tokens: np.ndarray, key: Key[Array, ""]
-) -> Callable[[], None]:
-    """Updates of the plain recipe at a configuration's sizes."""
+) -> tuple[Callable[[], None], dict[str, Any]]:
+    """An update of the plain recipe at a configuration's sizes, and what the compiler says of it."""
     shape = config.model.model_dump(include={"n_layers", "n_heads", "d_model", "d_ff"})
     graphdef, params = nnx.split(plain.make_network(vocab_size(config), **shape))
     step = jax.jit(partial(plain.plain_step, graphdef=graphdef, mask_id=encoding.n_vocab), donate_argnums=0)
     state = plain.init_state(nnx.to_pure_dict(params))
+    compiled = step.lower(state, tokens, key).compile()
 
     def run() -> None:
         nonlocal state
-        state, scalars = step(state, tokens, key)
+        state, scalars = compiled(state, tokens, key)
         jax.block_until_ready(scalars)
 
-    return run
+    return run, _planned(compiled)
+
+
+def _planned(compiled: jax.stages.Compiled) -> dict[str, Any]:
+    """What the compiler says of one device's program; what stands in a loop is counted once."""
+    cost = compiled.cost_analysis() or {}
+    return {
+        "temporary_bytes": getattr(compiled.memory_analysis(), "temp_size_in_bytes", None),
+        "hlo_flops": cost.get("flops"),
+        "hlo_bytes": cost.get("bytes accessed"),
+    }
 
 
 def sample(config: Config, *, repeats: int = 5, emit: Callable[..., None] = lambda *_, **__: None) -> dict[str, Any]:

@@ -367,6 +367,11 @@ class Config(Group):
             raise ValueError(f"{kind} noise needs a schedule from 0 to 1, not {self.schedule.kind}: try linear")
         return self
 
+    @property
+    def edges_known(self) -> bool:
+        """Whether scoring tells the network where documents end: from left to right, a mark that was read says so."""
+        return self.objective.kind == "autoregressive" and self.data.isolate_documents
+
     def training(self) -> dict[str, Any]:
         """The settings that determine what training makes of its data."""
         how = {"fsdp", "tensor", "remat"}  # it is done says nothing of what comes out

@@ -43,10 +43,7 @@ def evaluate(
     folder = inputs["shard"].local(only="validation")
     rows = shards.read(folder / "validation.arrayrecord", inputs["shard"].metrics["dtype"])[: config.eval.max_rows]
     objective = make_objective(trained, encoding)
-    # Document edges would tell where the masked end-of-text marks are, and the number would not be a bound. From
-    # left to right they are known: a mark that was read ends a document.
-    known = objective.kind == "autoregressive" and trained.data.isolate_documents
-    metrics = score(model, encoding, rows, objective, config.eval, edges_known=known, emit=emit)
+    metrics = score(model, encoding, rows, objective, config.eval, edges_known=trained.edges_known, emit=emit)
     (attempt.path / "metrics.json").write_text(json.dumps(metrics, indent=1))
     return metrics
 

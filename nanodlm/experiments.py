@@ -244,8 +244,8 @@ class Trainer:
 
 def _bits(text: Text, model: Transformer, objective: Objective, config: Config, emit: Emit) -> tuple[float, float]:
     """Bits per byte of the held-out rows, and their standard error."""
-    known = objective.kind == "autoregressive" and config.data.isolate_documents
-    metrics = score(model, text.encoding, text.validation, objective, config.eval, edges_known=known, emit=emit)
+    options = {"edges_known": config.edges_known and objective.kind == "autoregressive", "emit": emit}
+    metrics = score(model, text.encoding, text.validation, objective, config.eval, **options)
     return metrics["val_bits_per_byte"], metrics["val_bits_per_byte_stderr"]
 
 

@@ -200,8 +200,7 @@ def _validation(
     rows = [row for row in rows if len(row) == length]
     if not rows:
         return None
-    known = config.objective.kind == "autoregressive" and config.data.isolate_documents
-    scorer = make_scorer(make_objective(config, encoding), graphdef, edges_known=known)
+    scorer = make_scorer(make_objective(config, encoding), graphdef, edges_known=config.edges_known)
     key = jax.random.key(config.eval.seed)
 
     def validate(state: State) -> dict[str, float]:

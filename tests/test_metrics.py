@@ -180,8 +180,7 @@ def test_wandb_files_go_where_wandb_dir_says(
     offline: socket.socket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_DIR", str(tmp_path / "elsewhere"))
-    with open_tracker(tmp_path, use_wandb=True):
-        pass
+    open_tracker(tmp_path, use_wandb=True).close()
     assert list(tmp_path.glob("elsewhere/wandb/offline-run-*/run-a1b2.wandb"))
     assert not (tmp_path / "cache").exists()
 
@@ -260,8 +259,7 @@ def test_the_event_file_of_a_resumed_run_is_whole_and_takes_the_place_of_the_ear
 
 
 def test_a_run_name_cannot_lead_out_of_the_folder_of_tensorboard(tmp_path: Path) -> None:
-    with open_tracker(tmp_path, use_tensorboard=True, run_name="../../my run"):
-        pass
+    open_tracker(tmp_path, use_tensorboard=True, run_name="../../my run").close()
     assert [p.name for p in (tmp_path / "cache" / "tensorboard").iterdir()] == [".._.._my_run-a1b2"]
 
 
