@@ -30,6 +30,7 @@ from nanodlm.schedules import make_schedule
 from nanodlm.store import Artifact, Attempt, Store, find_checkpoint
 from nanodlm.training import _Logger
 from nanodlm.update import init_state, train_step
+from tests import commands
 from tests.commands import started
 from tests.test_training import tiny
 
@@ -459,6 +460,23 @@ def test_a_run_killed_while_it_saves_ends_with_the_bits_of_an_undisturbed_one(tr
     run = nanodlm.train(config, str(data))
     assert run.metrics["parameters_sha256"] == trained.metrics["parameters_sha256"]
     assert not [file for file in run.manifest["files"] if "orbax-checkpoint-tmp" in file["path"]]
+
+
+@pytest.mark.slow
+def test_a_program_compiled_once_is_taken_from_the_cache_by_the_next_process(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By default JAX keeps what took a second; this network's update may take less."""
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    environ = {"NANODLM_CACHE": str(tmp_path / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    words = words_for(tiny(train={"max_steps": 3}), data)
+    kept = []
+    for extra in ([], ["--rebuild"]):
+        done = commands.nanodlm("train", *words, *extra, **environ)
+        assert done.returncode == 0, done.stderr
+        kept.append({path.name for path in (tmp_path / "cache" / "compiled").iterdir() if path.name.endswith("-cache")})
+    assert any("train_step" in name for name in kept[0]), kept[0]
+    assert kept[1] == kept[0]
 
 
 def test_sigterm_saves_and_exits_with_75_within_seconds(trained: Artifact, data: Path) -> None:

@@ -5,8 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from nanodlm import cli
+from nanodlm import cli, stages
+from nanodlm.config import PRESETS
+from nanodlm.errors import NanodlmError
 from nanodlm.stages import NAMES
+from nanodlm.store import Store
 from tests.commands import nanodlm, result_of, speeches
 
 
@@ -170,17 +173,11 @@ def test_doctor_checks_this_machine_and_the_store(tmp_path: Path) -> None:
 
 
 def test_the_corpus_must_be_larger_than_the_validation_split(tmp_path: Path) -> None:
-    config = ["--data.source", speeches(1)[0], "--data.tokenizer", "bytes"]
-    _fails(
-        1,
-        "run",
-        "--store",
-        str(tmp_path),
-        "--until",
-        "split",
-        *config,
-        says=("smaller than the validation split", "--data.val_tokens"),
-    )
+    config = PRESETS["demo"].replace(data={"source": speeches(1), "tokenizer": "bytes"})
+    for name in ("download", "tokenizer"):
+        stages.run(name, config, Store(str(tmp_path)))
+    with pytest.raises(NanodlmError, match=r"smaller than the validation split.*--data\.val_tokens"):
+        stages.run("split", config, Store(str(tmp_path)))
 
 
 def test_a_command_without_arguments_means_the_demo(tmp_path: Path) -> None:

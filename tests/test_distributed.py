@@ -18,7 +18,7 @@ from nanodlm import launch, stages
 from nanodlm.config import PRESETS, Config
 from nanodlm.errors import UsageError
 from nanodlm.store import Store
-from tests.commands import environment, nanodlm, speeches
+from tests.commands import environment, nanodlm, result_of, speeches
 
 CONFIG = PRESETS["demo"].replace(
     data={"source": speeches(6), "val_tokens": 5000, "tokenizer": "bytes"},
@@ -70,6 +70,11 @@ def attempt(store: Path) -> Path:
     assert artifact is not None
     assert not artifact.problems(deep=True)
     return artifact.local()
+
+
+def manifest(store: Path) -> dict[str, Any]:
+    """Of the one train artifact."""
+    return json.loads(next(store.glob("train/*/manifest.json")).read_text())
 
 
 def records(folder: Path) -> list[dict[str, Any]]:
@@ -155,6 +160,60 @@ def end(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str]]:
             if process.poll() is None:
                 process.kill()
                 process.communicate()
+
+
+@pytest.mark.slow
+def test_a_mesh_keeps_the_best_skips_and_starts_from_a_checkpoint_as_one_device_does(
+    prepared: Path, alone: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    """The eight devices' run keeps all it saves; four others go on from its first checkpoint."""
+    store, flags = tmp_path / "store", ["--train.skip_nonfinite", "True", "--exp.keep", "1"]
+    first = train(prepared, store, *flags, "--exp.keep_best", "2", "--train.fsdp", "2", devices=8)
+    scores = {r["step"]: r["val_nats_per_token"] for r in alone if "val_nats_per_token" in r}
+    kept = {int(path.name[5:]) for path in (first / "checkpoints").iterdir()}
+    assert kept == {max(scores), *sorted(scores, key=scores.__getitem__)[:2]}
+    assert_same(records(first), alone)
+    source = f"{first}/checkpoints/step_{min(kept)}"
+    resume = ["--exp.resume_path", source, "--train.tensor", "2"]
+    done = nanodlm(*command(store, *flags, *resume, "--json"), **on_devices(4))
+    metrics = result_of(done)["metrics"]
+    assert (metrics["resumed_from_update"], metrics["skipped"]) == (min(kept), 0)
+    folders = [Store(str(store)).open(f"train/{f}").local() for stage, f in Store(str(store)) if stage == "train"]
+    (second,) = (folder for folder in folders if folder != first)
+    assert_same(records(second), alone)
+
+
+@pytest.mark.slow
+def test_updates_that_are_not_finite_are_skipped_on_a_mesh(prepared: Path, tmp_path: Path) -> None:
+    flags = ["--train.skip_nonfinite", "True", "--train.lr", "1e30", "--train.fsdp", "2", "--train.tensor", "2"]
+    folder = train(prepared, tmp_path / "store", *flags, devices=8)
+    assert [r["step"] for r in records(folder)] == list(range(1, 13))
+    assert records(folder)[-1]["skipped"] > 5
+
+
+@pytest.mark.slow
+def test_two_processes_killed_while_they_save_end_with_the_bits_of_undisturbed_ones(
+    prepared: Path, tmp_path: Path
+) -> None:
+    """The one that does not save is killed; the other notices that it is alone and ends."""
+    undisturbed, store, flags = tmp_path / "1" / "store", tmp_path / "2" / "store", ["--train.fsdp", "4"]
+    for folder in (undisturbed, store):
+        shutil.copytree(prepared, folder)
+    assert [code for code, _ in end(start_two(undisturbed, *flags))] == [0, 0]
+    saving = "train/*/attempts/*/checkpoints/*.orbax-checkpoint-tmp*"
+    processes = start_two(store, *flags, "--exp.save_every", "2")
+    try:
+        while not list(store.glob(saving)) and all(p.poll() is None for p in processes):
+            time.sleep(0.0005)
+        processes[1].kill()
+    finally:
+        ended = end(processes)
+    assert ended[1][0] == -signal.SIGKILL
+    assert ended[0][0] != 0, ended
+    assert not list(store.glob("train/*/manifest.json"))
+    assert [code for code, _ in end(start_two(store, *flags, "--exp.save_every", "2"))] == [0, 0]
+    found = [manifest(folder)["metrics"] for folder in (undisturbed, store)]
+    assert found[0]["parameters_sha256"] == found[1]["parameters_sha256"]
 
 
 @pytest.mark.slow
@@ -257,7 +316,7 @@ def test_a_run_goes_on_on_other_numbers_of_devices_with_the_same_batches_and_los
         if running.returncode == 0:
             break
     assert running.returncode == 0
-    assert json.loads(next(store.glob("train/*/manifest.json")).read_text())["metrics"]["resumed_from_update"] >= 3
+    assert manifest(store)["metrics"]["resumed_from_update"] >= 3
     np.testing.assert_allclose([r["loss"] for r in records(attempt(store))], [r["loss"] for r in alone], rtol=2e-4)
 
 

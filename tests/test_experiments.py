@@ -124,6 +124,7 @@ def test_the_race_scores_the_same_tokens_and_ends_when_the_plain_bound_is_reache
     json.dumps(result)
 
 
+@pytest.mark.slow
 def test_an_ablation_compares_by_seed_and_keeps_what_is_done(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -426,7 +426,14 @@ def test_mixed_noise_has_a_bound_that_is_tight_for_exact_conditionals(kind: str,
 
 
 @pytest.mark.parametrize(("kind", "share"), MIXED)
-@pytest.mark.parametrize(("estimator", "schedule"), [("count", "linear"), ("count", "cosine"), ("continuous", "poly")])
+@pytest.mark.parametrize(
+    ("estimator", "schedule"),
+    [
+        ("count", "linear"),
+        pytest.param("count", "cosine", marks=pytest.mark.slow),
+        pytest.param("continuous", "poly", marks=pytest.mark.slow),
+    ],
+)
 def test_mixed_estimates_have_the_entropy_as_their_mean(
     kind: Kind, share: float, estimator: Estimator, schedule: str
 ) -> None:
@@ -748,7 +755,8 @@ def test_under_mixed_noise_every_weighting_is_least_for_the_law_given_the_other_
     assert float(jnp.abs(slope(0 * best)).max()) > 1e-2
 
 
-@pytest.mark.parametrize("weighting", [pytest.param("clipped", marks=pytest.mark.slow), "uniform"])
+@pytest.mark.slow
+@pytest.mark.parametrize("weighting", ["clipped", "uniform"])
 def test_weights_of_counted_mixed_noise_are_least_for_that_law_too(weighting: Weighting) -> None:
     """Rows of independent tokens: what is drawn for others must not tell the best prediction of one."""
     law = jnp.float32([0.5, 0.3, 0.2])

@@ -24,7 +24,7 @@ def tiny(**train: Any) -> Config:
     return PRESETS["demo"].replace(data={"tokenizer": "bytes"}, model=SHAPE, train=train)
 
 
-@pytest.mark.parametrize(("fsdp", "tensor"), [SLOW(1, 1), (8, 1), SLOW(2, 2)])
+@pytest.mark.parametrize(("fsdp", "tensor"), [SLOW(1, 1), SLOW(8, 1), SLOW(2, 2)])
 def test_each_device_holds_its_share_of_the_matrices_and_all_of_the_rest(fsdp: int, tensor: int) -> None:
     planned = planning.plan(tiny(fsdp=fsdp, tensor=tensor), 8)
     assert planned["mesh"] == {"data": 8 // fsdp // tensor, "fsdp": fsdp, "tensor": tensor}

@@ -302,7 +302,7 @@ def test_a_tiny_network_trained_on_a_markov_chain_comes_within_two_percent_of_it
     "objective",
     [
         {"kind": "block", "block_size": 5},
-        {"kind": "autoregressive"},
+        pytest.param({"kind": "autoregressive"}, marks=pytest.mark.slow),
         pytest.param({"kind": "hybrid", "weighting": "clipped"}, marks=pytest.mark.slow),
         pytest.param({"kind": "uniform"}, marks=pytest.mark.slow),
         pytest.param(
@@ -329,7 +329,8 @@ def test_every_objective_trains_evaluates_and_writes_after_a_prompt(store: Store
     assert all(bytes(row[:19].tolist()) == b"The people of these" for row in tokens)
 
 
-@pytest.mark.parametrize("isolated", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("isolated", [False, True])
 def test_the_evaluated_number_of_an_autoregressive_model_is_minus_log_p_of_all_rows(
     store: Store, isolated: bool
 ) -> None:
