@@ -436,11 +436,13 @@ def loader(
     ahead = 32  # twice what the loader prepares
     with tempfile.TemporaryDirectory() as folder:
         tokens = np.random.default_rng(0).integers(0, n_vocab, (max(rows, per_step), length))
-        for i, part in enumerate(np.array_split(tokens.astype(dtype), 4)):
-            shards.write(Path(folder) / f"train-{i:05d}.arrayrecord", part)
+        parts = np.array_split(tokens.astype(dtype), 4)
+        for i, part in enumerate(parts):
+            shards.write(Path(folder) / shards.name(i), part)
         began = time.perf_counter()
         size = {"batch_size": config.train.batch_size, "grad_acc_steps": config.train.grad_acc_steps}
-        stream = train_batches(Path(folder), dtype=dtype, **size, seed=config.data.shuffle_seed)
+        counts, seed = [len(part) for part in parts], config.data.shuffle_seed
+        stream = train_batches(counts, Path(folder).joinpath, dtype=dtype, **size, seed=seed)
         next(stream)
         first = time.perf_counter() - began
         for _ in range(ahead):

@@ -8,6 +8,7 @@ them is recorded what the run was: its settings, the digests of its data, its ke
 
 import hashlib
 import logging
+import re
 import tempfile
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -30,7 +31,7 @@ from nanodlm.model import Transformer
 from nanodlm.schedules import make_schedule
 
 if TYPE_CHECKING:
-    from nanodlm.store import Attempt
+    from nanodlm.store import Artifact, Attempt
 
 logging.getLogger("absl").setLevel(logging.ERROR)
 
@@ -334,20 +335,45 @@ def load(uri: str) -> tuple[Transformer, tiktoken.Encoding]:
     """
     from nanodlm.store import Store
 
-    base, _, tail = uri.rstrip("/").rpartition("/checkpoints/")
-    if base and Path(base).is_dir():
-        return load_folder(Path(base), tail)
-    parts = uri.rstrip("/").removesuffix("/manifest.json").rsplit("/", 2)
-    if len(parts) < 3:
+    base, _, step = uri.rstrip("/").rpartition("/checkpoints/")
+    base = base or uri.rstrip("/").removesuffix("/manifest.json")
+    address = re.sub(r"/attempts/[^/]+$", "", base)  # that of the artifact, when a run has committed its folder
+    parts = address.rsplit("/", 2)
+    artifact = Store(parts[0]).find(parts[1], parts[2]) if len(parts) == 3 and _is_hex(parts[2]) else None
+    if artifact is None:
+        if step and Path(base).is_dir():  # of a run under way, or a copy of a run's folder
+            return load_folder(Path(base), step)
         raise NanodlmError(
             f"no model at {uri!r}: name an artifact, as `nanodlm ls` prints it, or a checkpoint's folder"
         )
-    artifact = Store(parts[0]).open(uri)
     if artifact.stage != "train":
         if "train" not in artifact.manifest["inputs"]:
             raise NanodlmError(f"{uri} is a {artifact.stage} artifact, made before any model")
         artifact = artifact.store.open(f"train/{artifact.manifest['inputs']['train']['fingerprint']}")
-    return load_folder(artifact.local())
+    return load_artifact(artifact, step)
+
+
+def _is_hex(text: str) -> bool:
+    return re.fullmatch(r"[0-9a-f]{8,64}", text) is not None
+
+
+def load_artifact(artifact: "Artifact", step: str = "") -> tuple[Transformer, tiktoken.Encoding]:
+    """The model of one checkpoint (the last by default) of a train artifact; no more of it is read than that.
+
+    Raises:
+        NanodlmError: When it has no such checkpoint.
+        Damaged: When a file is not what the manifest says.
+    """
+    if step.removeprefix("step_").isdecimal():
+        step = f"step_{_step_of(step):06d}"  # step_100 names it as well
+    paths = [file["path"] for file in artifact.files("checkpoints/")]
+    steps = sorted({path.split("/")[1] for path in paths}, key=_step_of)
+    if not steps or (step and step not in steps):
+        raise NanodlmError(f"no checkpoint {step} in {artifact.uri}: there are {', '.join(steps) or 'none'}")
+    folder = f"checkpoints/{step or steps[-1]}"
+    item = "ema_state" if any(path.startswith(f"{folder}/ema_state/") for path in paths) else "model_state"
+    local = artifact.local("config.json", "tokenizer/", f"{folder}/{item}/", f"{folder}/_")
+    return load_folder(local, step or steps[-1])
 
 
 def load_folder(folder: Path, step: str = "") -> tuple[Transformer, tiktoken.Encoding]:

@@ -30,8 +30,11 @@ COMMANDS = {
     "bench": "measure: bench sample, loader, variance, race or ablation",
     "ls": "list the store's artifacts",
     "show": "one artifact: where it came from, what it holds",
-    "verify": "check artifacts against their manifests",
-    "gc": "remove what abandoned attempts left behind",
+    "explain": "why a configuration would not reuse an artifact, field by field",
+    "verify": "check artifacts against their manifests, and repair them",
+    "gc": "remove what abandoned attempts left behind, and old results",
+    "copy": "copy artifacts to another store",
+    "adopt": "take files at hand for a configuration's download",
     "doctor": "check this machine and the store",
 }
 HELP = f"""usage: nanodlm COMMAND [PRESET] [--store URL] [flags]
@@ -331,9 +334,10 @@ def _hosts_flags() -> dict[str, Any]:
 
 def _one_stage(name: str, argv: list[str]) -> None:
     from nanodlm import launch, stages
+    from nanodlm.cache import cache_dir
     from nanodlm.console import Console
     from nanodlm.metrics import EventLog
-    from nanodlm.store import Store, cache_dir
+    from nanodlm.store import Store
 
     config, args = _parse(
         name,
@@ -579,13 +583,12 @@ def _open(argv: list[str], command: str, **fields: Any) -> tuple["Store", Any]:
 
 def ls(argv: list[str]) -> None:
     """List artifacts, in the order of the stages."""
-    from nanodlm import stages
+    from nanodlm import upkeep
     from nanodlm.errors import Damaged
 
     store, args = _open(argv, "ls")
-    order = list(stages.STAGES)
-    rows = []
-    for stage, fingerprint in sorted(store, key=lambda item: order.index(item[0]) if item[0] in order else 99):
+    rows, total = [], 0
+    for stage, fingerprint in _in_order(store):
         try:
             artifact = store.find(stage, fingerprint)
         except Damaged as error:
@@ -593,25 +596,67 @@ def ls(argv: list[str]) -> None:
             continue
         assert artifact is not None
         size = sum(file["size"] for file in artifact.manifest["files"])
-        created = artifact.manifest["created"]
-        rows.append({"stage": stage, "uri": artifact.uri, "bytes": size, "created": created})
+        made_from = {name: made["fingerprint"] for name, made in artifact.manifest["inputs"].items()}
+        row = {"stage": stage, "uri": artifact.uri, "bytes": size, "created": artifact.manifest["created"]}
+        rows.append({**row, "age_seconds": round(upkeep.age(artifact)), "inputs": made_from})
+        total += size
         if not args.as_json:
-            print(f"{stage:<10} {created}  {size / 1e6:9.2f} MB  {artifact.uri}")
+            lineage = " ".join(f"{name} {made[:8]}" for name, made in made_from.items())
+            print(f"{stage:<10} {_ago(upkeep.age(artifact)):>5} {_size(size):>10}  {artifact.uri}")
+            if lineage:
+                print(f"{'':<27} from {lineage}")
     if args.as_json:
         _print_json({"artifacts": rows})
     elif not rows:
         print(f"no artifacts in {store.uri()}")
+    else:
+        print(f"{len(rows)} artifacts, {_size(total)}, in {store.uri()}")
+
+
+def _in_order(store: "Store") -> list[tuple[str, str]]:
+    """All artifacts, in the order of the stages."""
+    from nanodlm import stages
+
+    order = list(stages.STAGES)
+    return sorted(store, key=lambda item: order.index(item[0]) if item[0] in order else len(order))
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
+
+
+def _ago(seconds: float) -> str:
+    for unit, length in (("d", 86400), ("h", 3600), ("m", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.0f}{unit}"
+    return f"{max(seconds, 0):.0f}s"
+
+
+def _seconds(text: str) -> float:
+    """Of an age such as 30d, 12h, 15m or 90s."""
+    units = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+    if not re.fullmatch(r"[0-9]+(\.[0-9]+)?[smhd]", text):
+        raise UsageError(f"{text!r} is no age: give a number and s, m, h or d, such as 30d")
+    return float(text[:-1]) * units[text[-1]]
 
 
 def show(argv: list[str]) -> None:
-    """Print a manifest: identity, inputs, files, metrics, versions."""
+    """Print a manifest: identity, lineage, files, metrics, versions."""
+    from nanodlm import upkeep
+
     store, args = _open(argv, "show", uri=_positional("Artifact, as `nanodlm ls` prints it."))
     artifact = _artifact(store, args.uri)
     if args.as_json:
         _print_json({"uri": artifact.uri, **artifact.manifest})
         return
     m = artifact.manifest
-    print(f"{artifact.uri}\nmade    {m['created']} in {m['seconds']} s\ndigest  {m['digest']}")
+    size = sum(file["size"] for file in m["files"])
+    print(f"{artifact.uri}\nmade    {m['created']} ({_ago(upkeep.age(artifact))} ago) in {m['seconds']} s")
+    print(f"size    {_size(size)} in {len(m['files'])} files\ndigest  {m['digest']}")
+    print("\nlineage")
+    for name, fingerprint in upkeep.chain(artifact.store, artifact.stage, artifact.fingerprint)[:-1]:
+        there = "" if artifact.store.find(name, fingerprint) else "  (not there any more)"
+        print(f"  {name:<12} {artifact.store.uri(name, fingerprint)}{there}")
     for title, values in (("inputs", {n: i["digest"] for n, i in m["inputs"].items()}), ("parameters", m["parameters"]),
                           ("metrics", m["metrics"]), ("packages", m["packages"])):  # fmt: skip
         print(f"\n{title}")
@@ -631,64 +676,167 @@ def _artifact(store: "Store", uri: str) -> "Artifact":
 
 
 def verify(argv: list[str]) -> None:
-    """Check artifacts; with `--repair` set damaged ones aside, so that the next run rebuilds what is bad."""
+    """Check artifacts and all they were made from; with `--repair` build again what is bad."""
+    from nanodlm import upkeep
+    from nanodlm.console import Console
+    from nanodlm.store import Store
+
     store, args = _open(
         argv,
         "verify",
-        uri=_positional("Artifact to check; all by default."),
+        uri=_positional("Artifact to check, with all it was made from; all artifacts by default."),
         deep=_flag("Read every file and compare its sha256, not only its size."),
-        repair=_flag("Set damaged artifacts aside: the next run rebuilds their bad parts."),
+        repair=_flag("Build again what is bad, keeping the parts that are good."),
     )
-    from nanodlm.errors import Damaged
-    from nanodlm.store import Store
-
-    targets = list(store)
+    targets = _in_order(store)
     if args.uri:
         parts = args.uri.rstrip("/").removesuffix("/manifest.json").rsplit("/", 2)
         store = Store(parts[0]) if len(parts) == 3 else store
-        targets = [(parts[-2], parts[-1])] if len(parts) > 1 else []
-        if targets and targets[0] not in list(store):
+        if len(parts) < 2 or store.read_json(store.path(*parts[-2:], "manifest.json")) is None:
             raise NanodlmError(f"no artifact at {args.uri}: `nanodlm ls` shows what is there")
-    rows, bad = [], 0
-    for stage, fingerprint in targets:
-        try:
-            artifact = store.find(stage, fingerprint)
-            problems = artifact.problems(deep=args.deep) if artifact else []
-        except Damaged as error:
-            problems = [str(error)]
-        if problems and args.repair:
-            store.retire((stage, fingerprint))
-        bad += bool(problems)
-        uri = store.uri(stage, fingerprint)
-        rows.append({"uri": uri, "problems": problems, "repaired": bool(problems and args.repair)})
-        if not args.as_json:
-            print(f"{'DAMAGED' if problems else 'ok':<8} {uri}")
-            for line in problems:
-                print(f"         {line}")
+        targets = upkeep.chain(store, parts[-2], parts[-1])
+    rows, bad, repaired = [], 0, 0
+    console = Console(sys.stderr if args.as_json else sys.stdout)
+    console.start("verify")
+    try:
+        for found in upkeep.check(store, targets, deep=args.deep, repair=args.repair, emit=console.emit):
+            bad, repaired = bad + bool(found.problems), repaired + found.repaired
+            uri = store.uri(found.stage, found.fingerprint)
+            rows.append({"uri": uri, "problems": found.problems, "repaired": found.repaired})
+            if not args.as_json:
+                console.line(f"{'REPAIRED' if found.repaired else 'DAMAGED' if found.problems else 'ok':<8} {uri}")
+                for line in found.problems:
+                    console.line(f"         {line}")
+    finally:
+        console.end()
     if args.as_json:
-        _print_json({"artifacts": rows, "damaged": bad})
+        _print_json({"artifacts": rows, "damaged": bad, "repaired": repaired})
     elif not rows:
         print(f"no artifacts in {store.uri()}")
-    if bad and args.repair:
-        print(f"set {bad} aside; `nanodlm run` rebuilds what is bad", file=sys.stderr)
-    elif bad:
-        raise NanodlmError(f"{bad} of {len(rows)} artifacts are damaged: add --repair to set them aside for rebuilding")
+    if bad > repaired:
+        advice = "what could not be repaired says why" if args.repair else "add --repair to build again what is bad"
+        raise NanodlmError(f"{bad - repaired} of {len(rows)} artifacts are damaged: {advice}")
+
+
+def explain(argv: list[str]) -> None:
+    """Say why the configuration would not reuse an artifact, field by field."""
+    from nanodlm import stages
+    from nanodlm.store import Store
+
+    uri = argv.pop(0) if argv and not argv[0].startswith("-") else ""
+    fields = {"store": _store_flag(), "as_json": _json_flag()}
+    config, args = _parse("explain", argv, fields, configured=True)
+    assert config is not None
+    if not uri:
+        raise UsageError("nanodlm explain URI [PRESET] [flags]: name an artifact, as `nanodlm ls` prints it")
+    artifact = _artifact(Store(args.store), uri)
+    reasons = list(dict.fromkeys(stages.explain(artifact, config)))
+    if args.as_json:
+        _print_json({"uri": artifact.uri, "reused": not reasons, "why": reasons})
+        return
+    print("\n".join(reasons) if reasons else "it would be reused: nothing that it depends on differs")
+
+
+def copy(argv: list[str]) -> None:
+    """Copy an artifact with all it was made from, or a whole store, to another store."""
+    from nanodlm import upkeep
+    from nanodlm.console import Console
+    from nanodlm.store import Store
+
+    _, args = _parse(
+        "copy",
+        argv,
+        {
+            "source": _positional("A store, or one artifact's URI."),
+            "target": _positional("The store to copy to."),
+            "as_json": _json_flag(),
+        },
+        configured=False,
+    )
+    if not args.source or not args.target:
+        raise UsageError("nanodlm copy SRC DST: name a store or an artifact, and a store to copy to")
+    parts = args.source.rstrip("/").removesuffix("/manifest.json").rsplit("/", 2)
+    source = Store(parts[0]) if len(parts) == 3 else Store(args.source)
+    if len(parts) == 3 and source.find(parts[1], parts[2]):
+        targets = upkeep.chain(source, parts[1], parts[2])
+    else:
+        source = Store(args.source)
+        targets = _in_order(source)
+    if not targets:
+        raise NanodlmError(f"nothing to copy: {args.source} holds no artifacts")
+    console = Console(sys.stderr if args.as_json else sys.stdout)
+    rows = []
+    console.start("copy")
+    try:
+        for artifact, copied in upkeep.copy(source, Store(args.target), targets, console.emit):
+            rows.append({"uri": artifact.uri, "copied": copied})
+            if not args.as_json:
+                console.line(f"{'copied' if copied else 'there':<8} {artifact.uri}")
+    finally:
+        console.end()
+    if args.as_json:
+        _print_json({"artifacts": rows})
+
+
+def adopt(argv: list[str]) -> None:
+    """Take files at hand for a configuration's download."""
+    from nanodlm import upkeep
+    from nanodlm.console import Console
+    from nanodlm.store import Store
+
+    files = []
+    while argv and not argv[0].startswith("-") and argv[0] not in _presets():
+        files.append(argv.pop(0))
+    config, args = _parse("adopt", argv, {"store": _store_flag(), "as_json": _json_flag()}, configured=True)
+    assert config is not None
+    if not files:
+        raise UsageError("nanodlm adopt FILE... [PRESET] [flags]: name the files, or a glob of them, in quotes")
+    console = Console(sys.stderr if args.as_json else sys.stdout)
+    console.start("download")
+    try:
+        artifact, built = upkeep.adopt(config, Store(args.store), files, console.emit)
+    finally:
+        console.end()
+    if args.as_json:
+        _print_json({"uri": artifact.uri, "adopted": built})
+    else:
+        print(f"{'adopted' if built else 'there already'}  {artifact.uri}")
+
+
+def _presets() -> list[str]:
+    from nanodlm.config import PRESETS
+
+    return list(PRESETS)
 
 
 def gc(argv: list[str]) -> None:
-    """Remove attempts that no manifest names, an hour after they last changed."""
-    store, args = _open(argv, "gc", dry_run=_flag("Only say what would be removed."))
+    """Remove what nobody needs: abandoned attempts and uploads, and old results when asked to."""
+    from nanodlm import upkeep
+
+    store, args = _open(
+        argv,
+        "gc",
+        dry_run=_flag("Only say what would be removed."),
+        keep_last=_flag("Results to keep, the newest, with all they were made from; all by default.", None, int | None),
+        older_than=_flag("Give up results older than this, such as 30d.", None, str | None),
+        grace=_flag("Leave alone what changed this lately.", "1h", str),
+    )
+    older = None if args.older_than is None else _seconds(args.older_than)
+    grace = _seconds(args.grace)
     removed = []
-    for attempt, size in store.abandoned(older_than=3600.0):
-        removed.append({"uri": store.uri(attempt), "bytes": size})
-        if not args.dry_run:
-            store.fs.rm(store.path(attempt), recursive=True)
+    for row in upkeep.collect(store, keep_last=args.keep_last, older_than=older, grace=grace, dry_run=args.dry_run):
+        removed.append(row)
         if not args.as_json:
-            print(f"{'would remove' if args.dry_run else 'removed'} {size / 1e6:9.2f} MB  {store.uri(attempt)}")
+            done = "would remove" if args.dry_run else "removed"
+            print(f"{done} {_size(row['bytes']):>10}  {row['kind']:<8} {row['uri']}")
     if args.as_json:
         _print_json({"removed": removed, "dry_run": args.dry_run})
     elif not removed:
         print("nothing to remove")
+    elif any(row["kind"] == "artifact" for row in removed):
+        print(
+            f"the files of artifacts go with the first collection after {args.grace}; until then a run may adopt them"
+        )
 
 
 def doctor(argv: list[str]) -> None:
@@ -736,15 +884,16 @@ def _devices() -> str:
 
 
 def _store_writable(store: "Store") -> str:
+    if not store.is_local:
+        store.require_create_only()
+        return f"{store.uri()} can be written, and creates a file only once"
     probe = store.path(f".doctor-{os.getpid()}-{time.time_ns()}.json")
     try:
-        if not store.write_json(probe, {}, create_only=True) or store.write_json(probe, {}, create_only=True):
-            raise NanodlmError(f"{store.uri()} has no create-only writes, which commits rely on: use another store")
+        store.write_json(probe, {}, create_only=True)
     except OSError as error:
         raise NanodlmError(f"cannot write to {store.uri()}: {error.strerror or error}") from error
     finally:
-        with contextlib.suppress(OSError):
-            store.fs.rm_file(probe)
+        store.remove(probe)
     return f"{store.uri()} can be written"
 
 

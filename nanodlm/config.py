@@ -10,6 +10,7 @@ Nothing here imports JAX. `PRESETS` are complete configurations; a flag such as 
 import json
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
+from urllib.parse import parse_qsl, urlsplit
 
 import tyro
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -19,10 +20,35 @@ from nanodlm.errors import UsageError
 Switch = Annotated[bool, tyro.conf.FlagConversionOff]  # `--exp.use_wandb True`, as in the original project
 
 
+def refuse_secrets(url: str) -> str:
+    """Return a URL that holds no secrets; they belong into the environment, for URLs are written into records.
+
+    Raises:
+        UsageError: When it holds a user's name and password, a token or a signature; they are not repeated.
+
+    >>> refuse_secrets("s3://bucket/prefix")
+    's3://bucket/prefix'
+    """
+    parts = urlsplit(url) if "://" in url else None
+    if parts is None:
+        return url
+    secret = {"token", "secret", "signature", "key", "password", "credential"}
+    named = [name for name, _ in parse_qsl(parts.query) if any(word in name.lower() for word in secret)]
+    if "@" in parts.netloc or named:
+        what = "a user name or password" if "@" in parts.netloc else " and ".join(named)
+        raise UsageError(
+            f"the address {parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path} holds {what}: credentials "
+            "come from the environment only (AWS_ACCESS_KEY_ID and the like); take them out of the address"
+        )
+    return url
+
+
 class Group(BaseModel):
     """Base of all settings: frozen, and an unknown field is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, hide_input_in_errors=True
+    )  # it may hold a secret
 
 
 class DataConfig(Group):
@@ -69,6 +95,11 @@ class DataConfig(Group):
             raise ValueError("sotu or a hf:// data set must be the only source")
         if on_hub != bool(self.revision):
             raise ValueError("a hf:// source, and only that, needs a pinned commit: set --data.revision")
+        try:
+            for source in self.source:
+                refuse_secrets(source)
+        except UsageError as error:
+            raise ValueError(str(error)) from None
         if self.pretokenized and self.tokenizer == "bpe":
             raise ValueError("pretokenized rows need the tokenizer that made them: set --data.tokenizer gpt2 or bytes")
         return self

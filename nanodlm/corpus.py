@@ -41,6 +41,18 @@ def source_files(data: DataConfig) -> list[str]:
         patterns = [str(_snapshot(data) / "**" / f"*{suffix}") for suffix in HUB_SUFFIXES]
     else:
         patterns = list(data.source)
+    files = matching(patterns, may_be_empty=bool(data.revision))
+    if not files:
+        raise NanodlmError(f"{data.source[0]} holds no .txt, .jsonl or .parquet files")
+    return files
+
+
+def matching(patterns: list[str], *, may_be_empty: bool = False) -> list[str]:
+    """URLs of the files that paths and globs name, sorted.
+
+    Raises:
+        NanodlmError: When one names none, or a file is of a kind that cannot be read.
+    """
     files: set[str] = set()
     for pattern in patterns:
         try:
@@ -48,13 +60,11 @@ def source_files(data: DataConfig) -> list[str]:
             urls = [url for url in found if fsspec.url_to_fs(url)[0].isfile(url)]
         except (OSError, ValueError, ImportError) as error:
             raise NanodlmError(f"cannot list {pattern}: {error}") from error
-        if not urls and not data.revision:
+        if not urls and not may_be_empty:
             raise NanodlmError(
                 f"no file matches {pattern!r}: check --data.source (a folder needs a glob, as in dir/*.txt)"
             )
         files.update(urls)
-    if not files:
-        raise NanodlmError(f"{data.source[0]} holds no .txt, .jsonl or .parquet files")
     for file in files:
         if Path(file).suffix not in READERS:
             raise NanodlmError(f"cannot read {file}: files must end in {', '.join(READERS)}")
@@ -124,9 +134,20 @@ def _snapshot(data: DataConfig) -> Path:
 
 
 def download(
-    config: Config, inputs: dict[str, Artifact], attempt: Attempt, emit: Callable[..., None]
+    config: Config,
+    inputs: dict[str, Artifact],
+    attempt: Attempt,
+    emit: Callable[..., None],
+    adopted: list[str] | None = None,
 ) -> dict[str, Any]:
     """Stage: copy the source's documents into parquet parts of about `data.part_mb` megabytes each.
+
+    Args:
+        config: Its `data` names the source.
+        inputs: None are needed.
+        attempt: Where the parts go.
+        emit: Called as `emit(kind, **fields)` with progress.
+        adopted: Paths or globs of files to read instead of the source, which they are copies of.
 
     Raises:
         NanodlmError: For a file that is empty, unreadable, or lacks the column.
@@ -151,7 +172,7 @@ def download(
         part, pending, size = part + 1, [], 0
         emit("progress", done=done["bytes"] / 1e6, unit="MB")
 
-    for batch in _read(data):
+    for batch in _read(data, source_files(data) if adopted is None else matching(adopted)):
         if skip >= len(batch):
             skip -= len(batch)
             continue
@@ -169,15 +190,15 @@ def download(
     return {"parts": part, **done}
 
 
-def _read(data: DataConfig) -> Iterator[pa.Array]:
-    """The source's documents as Arrow arrays of strings or of int32 lists, empty ones left out."""
+def _read(data: DataConfig, files: list[str]) -> Iterator[pa.Array]:
+    """The files' documents as Arrow arrays of strings or of int32 lists, empty ones left out."""
     import datasets
 
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # type: ignore[attr-defined]  # reading local files tells nobody
     datasets.disable_progress_bars()
     datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)
     wanted = pa.list_(pa.int32()) if data.pretokenized else pa.string()
-    for url in source_files(data):
+    for url in files:
         reader = READERS[Path(url).suffix]
         if fsspec.url_to_fs(url)[0].size(url) == 0:
             raise NanodlmError(f"{url} is empty: remove it, or leave it out of --data.source")

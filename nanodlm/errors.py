@@ -17,6 +17,10 @@ class Damaged(NanodlmError):
     """An artifact's files are not what its manifest says: missing, truncated, swapped or altered."""
 
 
+class Unreachable(NanodlmError):
+    """A storage did not answer for as long as it was asked; the same may succeed later."""
+
+
 class Stopped(NanodlmError):
     """A signal ended the work after it was saved; running again continues. The command line exits with 75."""
 

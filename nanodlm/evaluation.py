@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Int
 
 from nanodlm import sharding, shards, tokenizer
-from nanodlm.checkpoint import load_folder, make_objective
+from nanodlm.checkpoint import load_artifact, make_objective
 from nanodlm.config import Config, EvalConfig, load_config
 from nanodlm.errors import NanodlmError
 from nanodlm.losses import Objective
@@ -37,11 +37,10 @@ def evaluate(
     config: Config, inputs: dict[str, Artifact], attempt: Attempt, emit: Callable[..., None] = lambda *_, **__: None
 ) -> dict[str, Any]:
     """Stage: `score` the validation rows with the bound of the objective they were trained on; write `metrics.json`."""
-    run = inputs["train"].local()
-    trained = load_config(str(run / "config.json"))
-    model, encoding = load_folder(run)
-    folder = inputs["shard"].local(only="validation")
-    rows = shards.read(folder / "validation.arrayrecord", inputs["shard"].metrics["dtype"])[: config.eval.max_rows]
+    model, encoding = load_artifact(inputs["train"])
+    trained = load_config(str(inputs["train"].file("config.json")))
+    rows = shards.read(inputs["shard"].file("validation.arrayrecord"), inputs["shard"].metrics["dtype"])
+    rows = rows[: config.eval.max_rows]
     objective = make_objective(trained, encoding)
     metrics = score(model, encoding, rows, objective, config.eval, edges_known=trained.edges_known, emit=emit)
     (attempt.path / "metrics.json").write_text(json.dumps(metrics, indent=1))

@@ -26,7 +26,7 @@ from flax import nnx
 from jaxtyping import Array, Int, Key
 
 from nanodlm import plain, shards, stages, tokenizer
-from nanodlm.checkpoint import State, load_folder, make_model, make_objective
+from nanodlm.checkpoint import State, load_artifact, make_model, make_objective
 from nanodlm.config import Config, load_config
 from nanodlm.errors import UsageError
 from nanodlm.evaluation import score
@@ -79,15 +79,14 @@ def variance(
     if config.train.batch_size % 2:
         raise UsageError(f"constant counts pair rows: use an even --train.batch_size, not {config.train.batch_size}")
     _, inputs = stages.ready("evaluate", config, store)
-    run, held_out = inputs["train"].local(), inputs["shard"].local(only="validation")
-    model, encoding = load_folder(run)
-    rows = shards.read(held_out / "validation.arrayrecord", inputs["shard"].metrics["dtype"])
+    model, encoding = load_artifact(inputs["train"])
+    rows = shards.read(inputs["shard"].file("validation.arrayrecord"), inputs["shard"].metrics["dtype"])
     rows = [row for row in rows if len(row) == len(rows[0])][: config.train.batch_size]
     if len(rows) < config.train.batch_size:
         raise UsageError(f"the validation split has {len(rows)} whole rows: raise --data.val_tokens")
     x_0 = jnp.asarray(np.stack(rows))
     graphdef, params = nnx.split(model)
-    trained = make_objective(load_config(str(run / "config.json")), encoding)
+    trained = make_objective(load_config(str(inputs["train"].file("config.json"))), encoding)
 
     def bound(params: Any, objective: Objective, key: Key[Array, ""]) -> Array:
         network = nnx.merge(graphdef, params)

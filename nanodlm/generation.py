@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Int, Key
 
 from nanodlm import samplers, tokenizer
-from nanodlm.checkpoint import load_folder, make_objective
+from nanodlm.checkpoint import load_artifact, make_objective
 from nanodlm.config import Config, SampleConfig, load_config
 from nanodlm.errors import UsageError
 from nanodlm.losses import Objective
@@ -31,9 +31,8 @@ def generate(
         UsageError: When the prompt leaves no room to write.
     """
     options = config.sample
-    run = inputs["train"].local()
-    trained = load_config(str(run / "config.json"))
-    model, encoding = load_folder(run)
+    model, encoding = load_artifact(inputs["train"])
+    trained = load_config(str(inputs["train"].file("config.json")))
     graphdef, params = nnx.split(model)
     draw = make_draw(options, trained, encoding, graphdef)
     tokens = np.asarray(draw(params, jax.random.key(options.seed)))

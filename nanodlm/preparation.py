@@ -178,9 +178,10 @@ def build_shards(
     dtype = shards.dtype_for(encoding.n_vocab + 1)
     parts = sorted(inputs["download"].local().glob("part-*.parquet"))
     totals = {"train_rows": 0, "train_tokens": 0, "train_documents": 0, "dropped_tokens": 0, "dropped_documents": 0}
+    rows_per_shard: list[int] = []
     first_key = "f" * 32
     for i, part in enumerate(parts):
-        name = f"train-{i:05d}.arrayrecord"
+        name = shards.name(i)
         info = attempt.adopt(name)
         if info is None:
             kept, dropped, smallest = [], 0, "f" * 32
@@ -204,6 +205,7 @@ def build_shards(
             attempt.finish(name, [name], **info)
         for field in totals:
             totals[field] += info[field]
+        rows_per_shard.append(info["train_rows"])
         first_key = min(first_key, info["first_key"])
         emit("progress", done=i + 1, total=len(parts), unit="shards")
     if totals["train_rows"] == 0:
@@ -217,6 +219,7 @@ def build_shards(
     shards.write(attempt.path / "validation.arrayrecord", val_rows)
     return {
         **totals,
+        "rows_per_shard": rows_per_shard,
         "val_tokens": len(validation),
         "val_rows": len(val_rows),
         "val_bytes": inputs["split"].metrics["val_bytes"],

@@ -33,8 +33,8 @@ def build(config: Config, inputs: dict[str, Artifact], attempt: Attempt, emit: C
         ("parameters", f"{t['parameters']:,}, sha256 {t['parameters_sha256'][:16]}…"),
         *((name, artifact.fingerprint) for name, artifact in inputs.items()),
     ]
-    logs = json.loads((train.local() / "logs.json").read_text())
-    texts = [json.loads(line)["text"] for line in (sample.local() / "samples.jsonl").read_text().splitlines()]
+    logs = json.loads(train.file("logs.json").read_text())
+    texts = [json.loads(line)["text"] for line in sample.file("samples.jsonl").read_text().splitlines()]
     title = config.exp.run_name or "nanodlm"
     points = [(r["step"], r["nats_per_token"]) for r in logs if r["nats_per_token"] is not None]
     curve = loss_curve(points, m["val_unigram_nats_per_token"]) if points else ""

@@ -1,7 +1,10 @@
 """Rows of token ids as ArrayRecord files: one row a record, little-endian, random access."""
 
-from collections.abc import Iterable
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Mapping
+from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
@@ -26,6 +29,45 @@ def write(path: Path, rows: Iterable[np.ndarray]) -> None:
             writer.write(row.tobytes())
     finally:
         writer.close()  # an unclosed file is empty
+
+
+def name(part: int) -> str:
+    """File name of the training shard that is made of a part of the corpus.
+
+    >>> name(3)
+    'train-00003.arrayrecord'
+    """
+    return f"train-{part:05d}.arrayrecord"
+
+
+class Rows:
+    """Records of several files one after the other, by number; a file is asked for when it is first read.
+
+    Example:
+        rows = Rows({"train-00000.arrayrecord": 100}, folder.joinpath)
+        rows[99]
+    """
+
+    def __init__(self, counts: Mapping[str, int], fetch: Callable[[str], Path]):
+        """Know of files.
+
+        Args:
+            counts: Rows of each file, by its name.
+            fetch: Gives the local path of a file.
+        """
+        self._names, self._ends, self._fetch = list(counts), list(accumulate(counts.values())), fetch
+        self._opened: dict[int, Any] = {}
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, index: int) -> bytes:
+        file = bisect_right(self._ends, index)
+        if file not in self._opened:
+            import grain.python as grain  # slow, and loads JAX
+
+            self._opened[file] = grain.ArrayRecordDataSource([str(self._fetch(self._names[file]))])
+        return self._opened[file][index - (self._ends[file - 1] if file else 0)]
 
 
 def read(path: Path, dtype: str) -> list[np.ndarray]:

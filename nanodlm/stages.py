@@ -82,6 +82,7 @@ STAGES: dict[str, Stage] = {
             "nanodlm.preparation:build_shards",
             lambda c: ("download", "tokenizer", "split"),
             lambda c: c.model.model_dump(include={"seq_len"}),
+            version=2,  # its metrics list the rows of each shard
         ),
         Stage(
             "train",
@@ -216,6 +217,7 @@ def run(
         The artifact, and a record with `stage`, `status` (built or cached), `uri`, `fingerprint`, `seconds`.
     """
     started = time.monotonic()
+    store.emit = emit
     lookup, inputs = ready(name, config, store, rebuild=rebuild)
     assert lookup.identity is not None
     assert lookup.fingerprint is not None
@@ -229,24 +231,32 @@ def run(
                 raise NanodlmError(f"process 0 did not commit the {name} artifact: see what it says")
             time.sleep(0.2)
         return artifact, record(artifact, "built", time.monotonic() - started)
-    if artifact is None:
-        store.wait_for_lease(name, lookup.fingerprint, notify=lambda text: emit("message", text=text))
-        artifact = None if rebuild else store.find(name, lookup.fingerprint)
     if artifact is None or rebuild:
-        module, function = stage.build.split(":")
-        afresh = rebuild and lookup.artifact is not None
-        with store.attempt(name, lookup.fingerprint, afresh=afresh) as attempt:
-            metrics = getattr(import_module(module), function)(config, inputs, attempt, emit)
-            # Beside the digests that are part of the identity, the fingerprints tell where the inputs lie.
-            lineage = {n: {"digest": a.digest, "fingerprint": a.fingerprint} for n, a in inputs.items()}
-            artifact = attempt.commit(
-                identity={**lookup.identity, "inputs": lineage},
-                metrics=metrics,
-                volatile=stage.volatile,
-                replace=rebuild,
-            )
-        status = "built"
+        with store.lease(name, lookup.fingerprint, notify=lambda text: emit("message", text=text)):
+            artifact = None if rebuild else store.find(name, lookup.fingerprint)  # another run may have been quicker
+            if artifact is None:
+                artifact, status = _build(lookup, config, store, inputs, rebuild, emit), "built"
     return artifact, record(artifact, status, time.monotonic() - started)
+
+
+def _build(
+    lookup: Lookup, config: Config, store: Store, inputs: dict[str, Artifact], rebuild: bool, emit: Emit
+) -> Artifact:
+    assert lookup.identity is not None
+    assert lookup.fingerprint is not None
+    module, function = lookup.stage.build.split(":")
+    afresh = rebuild and lookup.artifact is not None
+    with store.attempt(lookup.stage.name, lookup.fingerprint, afresh=afresh) as attempt:
+        metrics = getattr(import_module(module), function)(config, inputs, attempt, emit)
+        # Beside the digests that are part of the identity, the fingerprints tell where the inputs lie.
+        lineage = {n: {"digest": a.digest, "fingerprint": a.fingerprint} for n, a in inputs.items()}
+        return attempt.commit(
+            identity={**lookup.identity, "inputs": lineage},
+            config=config.model_dump(mode="json"),
+            metrics=metrics,
+            volatile=lookup.stage.volatile,
+            replace=rebuild,
+        )
 
 
 def record(artifact: Artifact, status: str, seconds: float) -> dict[str, Any]:
@@ -280,6 +290,31 @@ def why(lookup: Lookup, store: Store) -> str:
         if best is None or len(reasons) < len(best[0]):
             best = (reasons, fingerprint[:12])
     return f"{'; '.join(best[0])} (against {best[1]})" if best else "nothing like it has been built yet"
+
+
+def explain(artifact: Artifact, config: Config) -> Iterator[str]:
+    """Why a configuration would not reuse an artifact: what differs, in it and in all it was made from.
+
+    Yields:
+        Lines such as `train: train.lr: 0.001 -> 0.002`; one may come twice.
+    """
+    stage, made = STAGES[artifact.stage], artifact.manifest
+    has = {**made["parameters"], "version": made["version"], "schema": made["schema"]}
+    wanted = {**stage.parameters(config), "version": stage.version, "schema": SCHEMA}
+    for field, values in differences(has, wanted).items():
+        yield f"{stage.name}: {field}: {values}"
+    names = stage.inputs(config)
+    for name in made["inputs"].keys() | set(names):
+        if (name in made["inputs"]) != (name in names):
+            yield f"{stage.name}: {'is now made' if name in names else 'is no longer made'} from {name}"
+            continue
+        source = artifact.store.find(name, made["inputs"][name]["fingerprint"])
+        if source is None:
+            yield f"{stage.name}: the {name} artifact that it was made from is not there any more"
+            continue
+        if source.digest != made["inputs"][name]["digest"]:
+            yield f"{stage.name}: the {name} artifact was rebuilt with other bytes since"
+        yield from explain(source, config)
 
 
 def _comparable(identity: dict[str, Any]) -> dict[str, Any]:

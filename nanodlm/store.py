@@ -18,10 +18,10 @@ import re
 import secrets
 import shutil
 import socket
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
@@ -29,14 +29,16 @@ from importlib import metadata
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import fsspec
-from fsspec.implementations.local import LocalFileSystem
-
+from nanodlm import cache
+from nanodlm.cache import whole
 from nanodlm.errors import Damaged, NanodlmError, UsageError
+from nanodlm.storage import TRANSFERS, Storage, sha256_of
 
 SCHEMA = 1
 LEASE_SECONDS = 15.0  # an unchanged lease this old belongs to a dead run
+SETTLE_SECONDS = 1.0  # of two runs that take a dead one's lease over, the later to write it has it
 PACKAGES = ("nanodlm", "jax", "flax", "optax", "orbax-checkpoint", "grain", "array-record", "tiktoken", "tokenizers")
+ATTEMPT = re.compile(r"[0-9A-Za-z-]+")
 
 
 def canonical_json(value: Any) -> str:
@@ -74,26 +76,21 @@ def fingerprint_of(identity: dict[str, Any]) -> str:
     return hashlib.sha256(canonical_json(identity).encode()).hexdigest()
 
 
-def sha256_of(path: Path) -> str:
-    """sha256 of a file, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def sealed(value: dict[str, Any]) -> dict[str, Any]:
+    """A record with a checksum over the rest of it, so that no altered byte of it goes unnoticed.
 
-
-def _whole(path: Path, file: dict[str, Any]) -> bool:
-    """Whether a file is what its record says."""
-    return path.stat().st_size == file["size"] and sha256_of(path) == file["sha256"]
-
-
-def cache_dir() -> Path:
-    """Where copies of remote artifacts lie: `$NANODLM_CACHE`, else `~/.cache/nanodlm`."""
-    return Path(os.environ.get("NANODLM_CACHE") or Path.home() / ".cache" / "nanodlm")
+    >>> sealed({"a": 1})["checksum"][:8]
+    'f9d86028'
+    """
+    rest = {k: v for k, v in value.items() if k != "checksum"}
+    text = json.dumps(rest, sort_keys=True)
+    return {**rest, "checksum": hashlib.sha256(text.encode()).hexdigest()}
 
 
 def _safe(relative: str) -> str:
     """Refuse a manifest's path that would leave its artifact."""
     path = PurePosixPath(relative)
-    if path.is_absolute() or ".." in path.parts or not path.parts or "\\" in relative:
+    if path.is_absolute() or ".." in path.parts or not path.parts or "\\" in relative or "\0" in relative:
         raise Damaged(f"a manifest names the path {relative!r}, which leaves its artifact: do not use this store")
     return relative
 
@@ -126,20 +123,26 @@ class Artifact:
         """Path of one file on the store's file system."""
         return self.store.path(self.stage, self.fingerprint, "attempts", self.manifest["attempt"], _safe(relative))
 
-    def problems(self, *, deep: bool = False, only: str = "") -> list[str]:
+    def files(self, *only: str) -> list[dict[str, Any]]:
+        """What its manifest says of each file: `path`, `size`, `sha256`.
+
+        Args:
+            only: Prefixes of the files that are wanted; without any all are.
+        """
+        return [file for file in self.manifest["files"] if not only or file["path"].startswith(only)]
+
+    def problems(self, *only: str, deep: bool = False) -> list[str]:
         """What is wrong with its files, one line each: names and sizes, or with `deep` also their sha256.
 
         Args:
+            only: Prefixes of the files to look at; without any all are.
             deep: Whether to read the files.
-            only: Prefix of the files to look at.
         """
         base = self.remote("parts").rsplit("/", 1)[0]
         found = {path: size for path, size in self.store.sizes(base).items() if not path.startswith("parts/")}
         listed = {_safe(file["path"]) for file in self.manifest["files"]}
         lines = [f"{path} is not in its manifest" for path in sorted(found.keys() - listed)]
-        for file in self.manifest["files"]:
-            if not file["path"].startswith(only):
-                continue
+        for file in self.files(*only):
             size = found.get(file["path"])
             if size is None:
                 lines.append(f"{file['path']} is missing")
@@ -149,13 +152,13 @@ class Artifact:
                 lines.append(f"{file['path']} has been altered: its sha256 differs from the manifest's")
         return lines
 
-    def check(self, *, deep: bool = False, only: str = "") -> "Artifact":
+    def check(self, *only: str, deep: bool = False) -> "Artifact":
         """Return self, or raise.
 
         Raises:
             Damaged: Naming the first bad file and the remedy.
         """
-        if lines := self.problems(deep=deep, only=only):
+        if self.store.asked and (lines := self.problems(*only, deep=deep)):
             more = f" (and {len(lines) - 1} more)" if len(lines) > 1 else ""
             raise Damaged(self.remedy(f"{lines[0]}{more}", deep=deep))
         return self
@@ -167,41 +170,82 @@ class Artifact:
             f"{'--deep ' if deep else ''}--repair` sets it aside, and the next run rebuilds it"
         )
 
-    def local(self, only: str = "") -> Path:
+    def local(self, *only: str) -> Path:
         """A local folder with its files, each checked against its sha256.
 
+        Files of a remote store are fetched, several at a time, into the cache, and stay there while this process lives.
+
         Args:
-            only: Prefix of the files that are needed; by default all are.
+            only: Prefixes of the files that are needed; without any all are.
 
         Raises:
             Damaged: When a file is missing, truncated, swapped or altered.
+            NanodlmError: When the cache has no room for it.
         """
         if self.store.is_local:
-            self.check(deep=True, only=only)
+            self.check(*only, deep=True)
             return Path(self.remote("parts")).parent
-        self.check()
-        folder = cache_dir() / "artifacts" / self.stage / f"{self.fingerprint}-{self.digest[:16]}"
-        for file in self.manifest["files"]:
-            if not file["path"].startswith(only):
-                continue
-            target = folder / file["path"]
-            if not (target.exists() and _whole(target, file)):
-                target.parent.mkdir(parents=True, exist_ok=True)
-                partial = target.with_name(f"{target.name}.{secrets.token_hex(4)}.partial")
-                self.store.fs.get_file(self.remote(file["path"]), str(partial))
-                if sha256_of(partial) != file["sha256"]:
-                    partial.unlink()
-                    raise Damaged(self.remedy(f"{file['path']} has been altered", deep=True))
-                partial.replace(target)
+        self.check(*only)
+        files = self.files(*only)
+        folder, done, total = self._entry(files), 0, sum(file["size"] for file in files)
+        with ThreadPoolExecutor(TRANSFERS, thread_name_prefix="fetch") as pool:
+            try:
+                for file, _ in zip(files, pool.map(lambda file: self._fetch(folder, file), files), strict=True):
+                    done += file["size"]
+                    self.store.emit("progress", done=done / 1e6, total=total / 1e6, unit=f"MB of {self.stage} fetched")
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
         return folder
+
+    def file(self, path: str) -> Path:
+        """The local path of one of its files; see `local`."""
+        return self.local(path) / path
+
+    def on_demand(self, *only: str) -> Callable[[str], Path]:
+        """Like `local`, but a file of a remote store is fetched when it is first asked for.
+
+        Args:
+            only: Prefixes of the files that may be asked for; without any all may.
+
+        Returns:
+            A function from a file's path in the artifact to its local path; it raises what `local` does.
+        """
+        if self.store.is_local:
+            return self.local(*only).joinpath
+        self.check(*only)
+        files = {file["path"]: file for file in self.files(*only)}
+        folder = self._entry(list(files.values()))
+        return lambda path: self._fetch(folder, files[path])
+
+    def _entry(self, files: list[dict[str, Any]]) -> Path:
+        """The cache's folder for it, with room for those of these files that are not there yet."""
+        name = f"{self.stage}-{self.fingerprint[:16]}-{self.manifest['attempt']}"
+        there = cache.cache_dir() / "entries" / name / "files"
+        missing = sum(file["size"] for file in files if not (there / _safe(file["path"])).is_file())
+        return cache.hold(name, missing)
+
+    def _fetch(self, folder: Path, file: dict[str, Any]) -> Path:
+        def get(target: Path) -> None:
+            if not self.store.asked:
+                raise NanodlmError(
+                    f"{self.uri} is not wholly in the cache ({file['path']} is missing): unset NANODLM_OFFLINE"
+                )
+            self.store.get([(self.remote(file["path"]), target)])
+
+        try:
+            return cache.fetch(folder, file, get)
+        except FileNotFoundError as error:
+            raise Damaged(self.remedy(f"{file['path']} is missing")) from error
+        except Damaged as error:
+            raise Damaged(self.remedy(str(error), deep=True)) from error
 
 
 @dataclass(frozen=True)
 class Part:
     """A finished part of an attempt: its files, each with size and sha256, and the `info` it was finished with."""
 
-    fs: fsspec.AbstractFileSystem
-    base: str
+    storage: Storage  # its root is the attempt's folder
     name: str
     files: list[dict[str, Any]]
     info: dict[str, Any]
@@ -209,8 +253,7 @@ class Part:
     @property
     def uri(self) -> str:
         """Its address: a plain path on local disk, else a URL."""
-        path = f"{self.base}/{self.name}"
-        return path if isinstance(self.fs, LocalFileSystem) else self.fs.unstrip_protocol(path)
+        return self.storage.uri(self.name)
 
     @property
     def digest(self) -> str:
@@ -226,14 +269,13 @@ class Part:
         Raises:
             Damaged: When a file is missing, truncated, swapped or altered.
         """
-        remote = not isinstance(self.fs, LocalFileSystem)
-        folder = scratch if remote else Path(self.base)
+        folder = Path(self.storage.root) if self.storage.is_local else scratch
         for file in self.files:
             path = folder / _safe(file["path"])
-            if remote and self.fs.exists(f"{self.base}/{file['path']}"):
-                path.parent.mkdir(parents=True, exist_ok=True)
-                self.fs.get_file(f"{self.base}/{file['path']}", str(path))
-            problem = "is missing" if not path.is_file() else "" if _whole(path, file) else "has been altered"
+            if not self.storage.is_local:
+                with contextlib.suppress(FileNotFoundError):
+                    self.storage.get([(self.storage.path(file["path"]), path)])
+            problem = "is missing" if not path.is_file() else "" if whole(path, file) else "has been altered"
             if problem:
                 raise Damaged(f"{self.uri} is damaged: {file['path']} {problem}; start from another checkpoint")
         return folder / self.name
@@ -255,41 +297,41 @@ def find_checkpoint(address: str) -> Part:
     store = Store(base or ".")
     if store.root.endswith("/checkpoints"):
         store = Store(store.uri().removesuffix("/checkpoints"))
-    manifest = store._read_json(store.path("manifest.json"))
-    if isinstance(manifest, dict) and "attempt" in manifest:
+    manifest = store.read_json(store.path("manifest.json"))
+    if isinstance(manifest, dict) and ATTEMPT.fullmatch(str(manifest.get("attempt", ""))):
         store = Store(store.uri("attempts", str(manifest["attempt"])))
     name = f"checkpoints/step_{int(step.removeprefix('step_')):06d}"
-    part = store._read_json(store.path("parts", f"{name}.json"))
-    if not isinstance(part, dict) or not part.keys() >= {"files", "info"}:
+    part = read_part(store, store.path("parts", f"{name}.json"))
+    if part is None:
         finished = sorted(path.removesuffix(".json") for path in store.sizes(store.path("parts", "checkpoints")))
         have = f"there are {', '.join(finished)}" if finished else "there are none"
         raise UsageError(f"no finished checkpoint {step} in {store.uri()}: {have}")
-    return Part(store.fs, store.root, name, part["files"], part["info"])
+    return Part(store, name, part["files"], part["info"])
 
 
-class Store:
-    """Artifacts under one URL."""
+def read_part(storage: Storage, path: str) -> dict[str, Any] | None:
+    """The record of a finished part; None when there is none that is whole."""
+    part = storage.read_json(path)
+    return part if isinstance(part, dict) and part.keys() >= {"files", "info"} and part == sealed(part) else None
+
+
+class Store(Storage):
+    """Artifacts under one URL.
+
+    Attributes:
+        emit: Called as `emit("progress", done, total, unit)` while files are on their way.
+        asked: Whether it is asked at all: not when it is remote and `$NANODLM_OFFLINE` is set.
+    """
 
     def __init__(self, url: str):
         """Open a store; nothing is created until an artifact is built.
 
         Raises:
-            UsageError: When the URL's protocol is unknown or its driver is not installed.
+            UsageError: When it cannot be one; see `Storage`.
         """
-        try:
-            self.fs, root = fsspec.url_to_fs(url, use_listings_cache=False)
-        except (ValueError, ImportError) as error:
-            raise UsageError(f"cannot open the store {url}: {error}") from error
-        self.is_local = isinstance(self.fs, LocalFileSystem)
-        self.root = str(Path(root).absolute()) if self.is_local else root.rstrip("/")
-
-    def path(self, *parts: str) -> str:
-        """Path below the root, for the file system's own calls."""
-        return "/".join((self.root, *parts))
-
-    def uri(self, *parts: str) -> str:
-        """Address of a path below the root: a plain path on local disk, else a URL."""
-        return self.path(*parts) if self.is_local else self.fs.unstrip_protocol(self.path(*parts))
+        super().__init__(url)
+        self.emit: Callable[..., None] = lambda *_, **__: None
+        self.asked = self.is_local or not cache.offline()
 
     # Lookup
 
@@ -299,26 +341,26 @@ class Store:
         Raises:
             Damaged: When there is a manifest that cannot be read as one.
         """
-        manifest = self._read_json(self.path(stage, fingerprint, "manifest.json"))
+        uri = self.uri(stage, fingerprint)
+        remembered = cache.cache_dir() / "manifests" / hashlib.sha256(self.uri().encode()).hexdigest()[:16]
+        remembered = remembered / stage / f"{fingerprint}.json"
+        if self.asked:
+            manifest = self.read_json(self.path(stage, fingerprint, "manifest.json"))
+        else:
+            manifest = json.loads(remembered.read_bytes()) if remembered.is_file() else None
         if manifest is None:
             return None
-        needed = {"schema", "digest", "files", "volatile", "attempt", "metrics", "inputs", "parameters"}
-        uri = self.uri(stage, fingerprint)
-        if not isinstance(manifest, dict) or not needed <= manifest.keys():
+        if problem := _wrong_with(manifest, stage, fingerprint):
             raise Damaged(
-                f"{uri}/manifest.json is not a manifest: `nanodlm verify {uri} --repair` sets it aside, "
-                "and the next run rebuilds it"
+                f"{uri}/manifest.json {problem}: `nanodlm verify {uri} --repair` sets it aside, and the next run "
+                "rebuilds it"
             )
-        if manifest["digest"] != _digest(manifest["files"], manifest["volatile"]):
-            raise Damaged(
-                f"{uri}/manifest.json has been altered: its digest is not its files': "
-                f"`nanodlm verify {uri} --repair` sets it aside, and the next run rebuilds it"
-            )
-        if (manifest.get("stage"), manifest.get("fingerprint")) != (stage, fingerprint):
-            raise Damaged(
-                f"{uri}/manifest.json belongs to {manifest.get('stage')}/{manifest.get('fingerprint')}: "
-                f"`nanodlm verify {uri} --repair` sets it aside, and the next run rebuilds it"
-            )
+        if self.asked and not self.is_local:
+            with contextlib.suppress(OSError):  # only so that it can be used offline
+                remembered.parent.mkdir(parents=True, exist_ok=True)
+                partial = remembered.with_name(f".{secrets.token_hex(8)}")
+                partial.write_text(json.dumps(manifest))
+                partial.replace(remembered)
         return Artifact(self, stage, fingerprint, manifest)
 
     def open(self, uri: str) -> Artifact:
@@ -334,63 +376,15 @@ class Store:
 
     def __iter__(self) -> Iterator[tuple[str, str]]:
         """(stage, fingerprint) of everything that has a manifest, sorted."""
-        for path in sorted(self.fs.glob(self.path("*", "*", "manifest.json"))):
+        found = self.patiently(lambda: self.fs.glob(self.path("*", "*", "manifest.json")))
+        for path in sorted(found):
             yield tuple(str(path).split("/")[-3:-1])  # type: ignore[misc]
-
-    def sizes(self, folder: str) -> dict[str, int]:
-        """Sizes in bytes of all files below a folder, by relative path."""
-        return {path: int(info["size"]) for path, info in self._below(folder).items()}
-
-    def _below(self, folder: str) -> dict[str, dict[str, Any]]:
-        try:
-            found: dict[str, Any] = self.fs.find(folder, detail=True)  # type: ignore[assignment]
-        except FileNotFoundError:
-            return {}
-        prefix = folder.lstrip("/") + "/"
-        return {path.lstrip("/").removeprefix(prefix): info for path, info in found.items()}
-
-    def sha256(self, path: str) -> str:
-        """sha256 of a file in the store, in hex."""
-        with self.fs.open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
-
-    def abandoned(self, older_than: float) -> Iterator[tuple[str, int]]:
-        """Attempts that nobody needs: relative path and size in bytes.
-
-        Those are the ones that no manifest names and no file of which changed lately. Kept are all attempts at what
-        has a lease, and the newest with a finished part of what has no manifest, from which a run would continue.
-
-        Args:
-            older_than: Seconds since the last change, by the clock of whoever asks.
-        """
-        groups: dict[str, list[dict[str, Any]]] = {}
-        leased, resumable = set(), {}
-        for path, info in sorted(self._below(self.root).items()):
-            parts = path.split("/")
-            if len(parts) > 4 and parts[2] == "attempts":
-                groups.setdefault("/".join(parts[:4]), []).append(info)
-                if parts[4] == "parts":
-                    resumable[tuple(parts[:2])] = parts[3]  # the newest with a finished part
-            elif parts[2:] == ["lease.json"]:
-                leased.add(tuple(parts[:2]))
-        for attempt, files in groups.items():
-            stage, fingerprint, _, id_ = attempt.split("/")
-            if (stage, fingerprint) in leased:
-                continue  # somebody may be at work
-            try:
-                artifact = self.find(stage, fingerprint)
-            except Damaged:
-                continue  # its manifest may have named this attempt
-            if artifact.manifest["attempt"] == id_ if artifact else resumable.get((stage, fingerprint)) == id_:
-                continue
-            if time.time() - max(_changed(info) for info in files) > older_than:
-                yield attempt, sum(int(info["size"]) for info in files)
 
     # Building
 
     @contextlib.contextmanager
     def attempt(self, stage: str, fingerprint: str, *, afresh: bool = False) -> Iterator["Attempt"]:
-        """A new attempt at an artifact, holding the lease while it lasts.
+        """A new attempt at an artifact. Any number may go on at once: the first to commit wins.
 
         Args:
             stage: The artifact's stage.
@@ -399,102 +393,95 @@ class Store:
                 interrupted rebuild is continued.
 
         Raises:
+            NanodlmError: When the store cannot be written, or cannot create a file only once.
+        """
+        try:  # before any work, so that a store that cannot be written says so at once
+            self.require_create_only()
+        except OSError as error:
+            raise _cannot_write(self, error) from error
+        attempt = Attempt(self, stage, fingerprint, afresh)
+        try:
+            yield attempt
+        finally:
+            attempt.close()
+
+    @contextlib.contextmanager
+    def lease(
+        self, stage: str, fingerprint: str, notify: Callable[[str], None] = lambda _: None
+    ) -> Iterator[dict[str, Any]]:
+        """Hold the artifact's lease, waiting first while another run does, so that not both build it.
+
+        Ages are measured by this process's own clock, so clocks that differ cannot mislead it. One that stopped (a
+        paused process) is taken over after `LEASE_SECONDS`, and then lost to its holder; nothing rests on it.
+
+        Args:
+            stage: The artifact's stage.
+            fingerprint: Its fingerprint.
+            notify: Told, in words, who is being waited for.
+
+        Yields:
+            What the lease says of this holder.
+
+        Raises:
             NanodlmError: When the store cannot be written.
         """
-        attempt = Attempt(self, stage, fingerprint, afresh)
-        lease = self.path(stage, fingerprint, "lease.json")
+        path = self.path(stage, fingerprint, "lease.json")
+        mine = {"holder": secrets.token_hex(8), "host": socket.gethostname(), "pid": os.getpid()}
+        try:  # before any work, so that a store that cannot be written says so at once
+            while not self.write_json(path, {**mine, "beat": 0}, create_only=True):
+                if not self._wait_for_lease(path, notify):
+                    continue
+                self.write_json(path, {**mine, "beat": 0})
+                time.sleep(SETTLE_SECONDS)
+                if self._holder(path) == mine["holder"]:
+                    break
+        except OSError as error:
+            raise _cannot_write(self, error) from error
         stop = threading.Event()
-        holder = {"attempt": attempt.id, "host": socket.gethostname(), "pid": os.getpid()}
 
         def beat() -> None:
             count = 0
             while not stop.wait(LEASE_SECONDS / 3):
                 count += 1
-                with contextlib.suppress(OSError):
-                    self.write_json(lease, {**holder, "beat": count})
+                with contextlib.suppress(OSError, NanodlmError):
+                    if self._holder(path) != mine["holder"]:
+                        return  # taken over while this process stood still
+                    self.write_json(path, {**mine, "beat": count})
 
-        try:  # before any work, so that a store that cannot be written says so at once
-            self.write_json(lease, {**holder, "beat": 0})
-        except OSError as error:
-            attempt.close()
-            raise _cannot_write(self, error) from error
         thread = threading.Thread(target=beat, name="lease", daemon=True)
         thread.start()
         try:
-            yield attempt
+            yield mine
         finally:
             stop.set()
             thread.join()
-            held = self._read_json(lease)
-            if isinstance(held, dict) and held.get("attempt") == attempt.id:
-                with contextlib.suppress(OSError):
-                    self.fs.rm_file(lease)
-            attempt.close()
+            with contextlib.suppress(OSError, NanodlmError):
+                if self._holder(path) == mine["holder"]:
+                    self.remove(path)
 
-    def wait_for_lease(self, stage: str, fingerprint: str, notify: Callable[[str], None] = lambda _: None) -> None:
-        """Wait while another live run builds this artifact: until its lease is gone or stops changing.
+    def _holder(self, path: str) -> str | None:
+        held = self.read_json(path)
+        return held.get("holder") if isinstance(held, dict) else None
 
-        Ages are measured by this process's own clock, so clocks that differ cannot mislead it.
-        """
-        lease = self.path(stage, fingerprint, "lease.json")
-        seen, since = self._read_json(lease), time.monotonic()
+    def _wait_for_lease(self, path: str, notify: Callable[[str], None]) -> bool:
+        """Wait while a live run holds it. Whether a dead one's is left to be taken over."""
+        seen, since = self.read_json(path), time.monotonic()
         if isinstance(seen, dict):
             notify(f"process {seen.get('pid')} on {seen.get('host')} is building it; waiting")
         while isinstance(seen, dict):
             if seen.get("host") == socket.gethostname() and not _alive(int(seen.get("pid", 0))):
-                return
-            time.sleep(0.2)
-            now = self._read_json(lease)
+                return True
+            time.sleep(0.2 if self.is_local else 0.5)
+            now = self.read_json(path)
             if now != seen:
                 seen, since = now, time.monotonic()
             elif time.monotonic() - since > LEASE_SECONDS:
-                return
+                return True
+        return seen is not None
 
     def retire(self, artifact_dir: tuple[str, str]) -> None:
         """Remove a manifest, so that the next run rebuilds the artifact from the parts that are still good."""
-        self.fs.rm_file(self.path(*artifact_dir, "manifest.json"))
-
-    # Files
-
-    def _read_json(self, path: str) -> Any:
-        """Parsed content, None where there is no file, and the empty string where it is not JSON."""
-        try:
-            return json.loads(self.fs.cat_file(path))
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except ValueError:
-            return ""
-
-    def write_json(self, path: str, value: Any, *, create_only: bool = False) -> bool:
-        """Write atomically. With `create_only` return False, changing nothing, when the file exists."""
-        data = json.dumps(value, indent=1, sort_keys=True).encode()
-        if not self.is_local:
-            try:
-                self.fs.pipe_file(path, data, mode="create" if create_only else "overwrite")
-            except FileExistsError:
-                return False
-            except OSError as error:
-                if "PreconditionFailed" in f"{error} {error.__cause__!r}":
-                    return False
-                raise
-            return True
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=target.parent, prefix=".", delete=False) as file:
-            os.chmod(file.name, 0o644)  # a store is shared
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        try:
-            if create_only:
-                os.link(file.name, target)
-                os.unlink(file.name)
-            else:
-                os.replace(file.name, target)
-        except FileExistsError:
-            os.unlink(file.name)
-            return False
-        return True
+        self.remove(self.path(*artifact_dir, "manifest.json"))
 
 
 class Attempt:
@@ -506,21 +493,20 @@ class Attempt:
         self.id = f"{datetime.now(UTC):%Y%m%dT%H%M%S%f}-{secrets.token_hex(4)}"  # sorts by time
         self.started = time.monotonic()
         self._parts: dict[str, dict[str, Any]] = {}
-        self._scratch: Path | None = None
+        self._entry = f"attempt-{self.id}"  # of the cache, when the store is remote
+        if not store.is_local:
+            self.path = cache.hold(self._entry)
+            return
+        self.path = Path(self._remote())
         try:
-            if store.is_local:
-                self.path = Path(self._remote())
-                self.path.mkdir(parents=True)
-            else:
-                cache_dir().mkdir(parents=True, exist_ok=True)
-                self.path = self._scratch = Path(tempfile.mkdtemp(dir=cache_dir(), prefix=f"{stage}-"))
+            self.path.mkdir(parents=True)
         except OSError as error:
             raise _cannot_write(store, error) from error
 
     def close(self) -> None:
         """Remove local copies of what lies in a remote store."""
-        if self._scratch:
-            shutil.rmtree(self._scratch, ignore_errors=True)
+        if not self.store.is_local:
+            cache.drop(self._entry)
 
     def _remote(self, *relative: str) -> str:
         return self.store.path(self.stage, self.fingerprint, "attempts", self.id, *relative)
@@ -533,29 +519,33 @@ class Attempt:
             files: Files that will not change any more.
             **info: Anything JSON can hold that whoever adopts it will want to know.
         """
-        listed = [
-            {"path": f, "size": (self.path / f).stat().st_size, "sha256": sha256_of(self.path / f)}
-            for f in sorted(files)
-        ]
-        self._record(name, {"files": listed, "info": info})
+        self._record(name, {"files": [_listed(self.path, file) for file in sorted(files)], "info": info})
 
     def _record(self, name: str, part: dict[str, Any]) -> None:
-        if not self.store.is_local:
-            for file in part["files"]:
-                self.store.fs.put_file(str(self.path / file["path"]), self._remote(file["path"]))
-        self.store.write_json(self._remote("parts", f"{name}.json"), part)
+        self._publish([file["path"] for file in part["files"]], lambda *_, **__: None)
+        self.store.write_json(self._remote("parts", f"{name}.json"), sealed(part))
         self._parts[name] = part
+
+    def _publish(self, files: list[str], emit: Callable[..., None]) -> None:
+        """Copy files to the store, unless they are in it already because it is on this disk."""
+        if self.store.is_local:
+            return
+        done, total = 0, sum((self.path / file).stat().st_size for file in files)
+
+        def arrived(size: int) -> None:
+            nonlocal done
+            done += size
+            emit("progress", done=done / 1e6, total=total / 1e6, unit="MB published")
+
+        self.store.put([(self.path / file, self._remote(file)) for file in files], arrived)
 
     def forget(self, name: str) -> None:
         """Drop a finished part and its files, here and in the store."""
         part = self._parts.pop(name)
-        with contextlib.suppress(FileNotFoundError):
-            self.store.fs.rm_file(self._remote("parts", f"{name}.json"))
+        self.store.remove(self._remote("parts", f"{name}.json"))
         self._unlink(part)
         if not self.store.is_local:
-            for file in part["files"]:
-                with contextlib.suppress(FileNotFoundError):
-                    self.store.fs.rm_file(self._remote(file["path"]))
+            self.store.remove(*(self._remote(file["path"]) for file in part["files"]))
 
     @cached_property
     def earlier(self) -> dict[str, list[str]]:
@@ -597,8 +587,7 @@ class Attempt:
         """The folders of earlier attempts that finished a part, and its records, newest first."""
         for attempt in self.earlier.get(name, ()):
             base = self.store.path(self.stage, self.fingerprint, "attempts", attempt)
-            part = self.store._read_json(f"{base}/parts/{name}.json")
-            if isinstance(part, dict) and part.keys() >= {"files", "info"}:
+            if part := read_part(self.store, f"{base}/parts/{name}.json"):
                 yield base, part
 
     def _unlink(self, part: dict[str, Any]) -> None:
@@ -619,12 +608,14 @@ class Attempt:
             if self.store.is_local:
                 os.link(source, target)  # finished files never change, so sharing them is safe
             else:
-                self.store.fs.get_file(source, str(target))
+                self.store.get([(source, target)])
         except FileNotFoundError:
             return False
         except OSError:
+            if not self.store.is_local:
+                raise
             shutil.copyfile(source, target)
-        if _whole(target, file):
+        if whole(target, file):
             return True
         target.unlink()
         return False
@@ -634,6 +625,7 @@ class Attempt:
         *,
         identity: dict[str, Any],
         metrics: dict[str, Any],
+        config: dict[str, Any] | None = None,
         volatile: Iterable[str] = (),
         replace: bool = False,
     ) -> Artifact:
@@ -642,6 +634,7 @@ class Attempt:
         Args:
             identity: What the fingerprint was made of.
             metrics: Counts and measurements.
+            config: The whole configuration of the run, from which `verify --repair` builds it again.
             volatile: Prefixes of files that hold times or logs: verified like all others, but left out of the
                 digest, because equal results may differ there.
             replace: Put this in the place of an existing manifest whose digest differs (an explicit rebuild).
@@ -650,18 +643,12 @@ class Attempt:
             The committed artifact: this one, or the one that another attempt committed first.
         """
         known = {file["path"]: file for part in self._parts.values() for file in part["files"]}
-        files = []
-        for path in sorted(p for p in self.path.rglob("*") if p.is_file()):
-            relative = path.relative_to(self.path).as_posix()
-            if relative.startswith("parts/"):
-                continue
-            if relative not in known:
-                if not self.store.is_local:
-                    self.store.fs.put_file(str(path), self._remote(relative))
-                known[relative] = {"path": relative, "size": path.stat().st_size, "sha256": sha256_of(path)}
-            files.append(known[relative])
+        names = sorted(p.relative_to(self.path).as_posix() for p in self.path.rglob("*") if p.is_file())
+        names = [name for name in names if not name.startswith("parts/")]
+        self._publish([name for name in names if name not in known], self.store.emit)
+        files = [known.get(name) or _listed(self.path, name) for name in names]
         volatile = sorted(volatile)
-        manifest = {
+        manifest = sealed({
             **identity,
             "fingerprint": self.fingerprint,
             "attempt": self.id,
@@ -669,10 +656,11 @@ class Attempt:
             "volatile": volatile,
             "digest": _digest(files, volatile),
             "metrics": metrics,
+            "config": config,
             "packages": {p: v for p in PACKAGES if (v := _version(p))},
             "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "seconds": round(time.monotonic() - self.started, 3),
-        }
+        })  # fmt: skip
         target = self.store.path(self.stage, self.fingerprint, "manifest.json")
         if not self.store.write_json(target, manifest, create_only=True):
             try:
@@ -680,8 +668,8 @@ class Attempt:
             except Damaged:
                 existing = None
             if existing and not (replace and (existing.digest != manifest["digest"] or existing.problems(deep=True))):
-                with contextlib.suppress(OSError):
-                    self.store.fs.rm(self._remote(), recursive=True)  # nobody needs the same twice
+                with contextlib.suppress(OSError, NanodlmError):
+                    self.store.remove_folder(self._remote())  # nobody needs the same twice
                 return existing
             self.store.write_json(target, manifest)
         return Artifact(self.store, self.stage, self.fingerprint, manifest)
@@ -692,6 +680,27 @@ def _cannot_write(store: Store, error: OSError) -> NanodlmError:
         f"cannot write to the store {store.uri()}: {error.strerror or error}; "
         "choose another with --store, or mend its permissions"
     )
+
+
+def _listed(folder: Path, name: str) -> dict[str, Any]:
+    """What a manifest says of a file."""
+    return {"path": name, "size": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)}
+
+
+def _wrong_with(manifest: Any, stage: str, fingerprint: str) -> str:
+    """What is wrong with a manifest in itself; empty when nothing is."""
+    needed = {"schema", "digest", "files", "volatile", "attempt", "metrics", "inputs", "parameters"}
+    if not isinstance(manifest, dict) or not needed <= manifest.keys():
+        return "is not a manifest"
+    if manifest != sealed(manifest):
+        return "has been altered: its checksum is not that of its content"
+    if manifest["digest"] != _digest(manifest["files"], manifest["volatile"]):
+        return "has been altered: its digest is not its files'"
+    if (manifest.get("stage"), manifest.get("fingerprint")) != (stage, fingerprint):
+        return f"belongs to {manifest.get('stage')}/{manifest.get('fingerprint')}"
+    if not ATTEMPT.fullmatch(manifest["attempt"]):
+        return "names an attempt that leaves its artifact"
+    return ""
 
 
 def _digest(files: list[dict[str, Any]], volatile: list[str]) -> str:
@@ -706,19 +715,6 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
-
-
-def _changed(info: dict[str, Any]) -> float:
-    """When a file last changed, as a Unix time; stores name it differently."""
-    for key in ("mtime", "LastModified", "updated", "created"):
-        value = info.get(key)
-        if isinstance(value, datetime):
-            return value.timestamp()
-        if isinstance(value, int | float):
-            return float(value)
-        if isinstance(value, str):
-            return datetime.fromisoformat(value).timestamp()
-    return time.time()
 
 
 def _alive(pid: int) -> bool:

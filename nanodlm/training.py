@@ -28,12 +28,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from nanodlm import loader, sharding, shards, tokenizer
+from nanodlm.cache import cache_dir
 from nanodlm.checkpoint import Checkpoints, State, describe_run, make_objective, parameters_sha256
 from nanodlm.config import Config, differences
 from nanodlm.errors import NanodlmError, Stopped, UsageError
 from nanodlm.metrics import Tracker
 from nanodlm.scoring import make_scorer, score_rows
-from nanodlm.store import Artifact, Attempt, cache_dir
+from nanodlm.store import Artifact, Attempt
 from nanodlm.update import all_finite, make_program
 
 
@@ -67,7 +68,7 @@ def _train(
 ) -> dict[str, Any]:
     digests = {name: artifact.digest for name, artifact in inputs.items()}
     _check_same({**config.model_dump(mode="json"), "inputs": digests, "jax": jax.__version__})
-    data = inputs["shard"].local()
+    shard = inputs["shard"].on_demand()
     tokens = inputs["shard"].metrics
     encoding = tokenizer.load(inputs["tokenizer"].local())
     rows_per_step = config.train.batch_size * config.train.grad_acc_steps
@@ -81,7 +82,7 @@ def _train(
         tokenizer.save(encoding, attempt.path / "tokenizer")
     key = jax.random.key(config.train.seed)
     run = describe_run(config, inputs["shard"].digest, inputs["tokenizer"].digest, key)
-    validate = _validation(config, encoding, program.graphdef, data, tokens["dtype"], mesh)
+    validate = _validation(config, encoding, program.graphdef, shard, tokens["dtype"], mesh)
     kept = {"keep": config.exp.keep, "keep_best": config.exp.keep_best}
     with (
         jax.set_mesh(mesh),
@@ -100,8 +101,10 @@ def _train(
         shift = info["rows_seen"] - first * rows_per_step  # 0, unless the batch size was allowed to change
         emit("message", text=_describe(mesh, program.n_parameters, first))
         share, shares = sharding.my_share(mesh)
+        late.callback(_fetch_ahead(tokens["rows_per_shard"], shard, config.data.shuffle_seed).set)
         batches = loader.train_batches(
-            data,
+            tokens["rows_per_shard"],
+            shard,
             dtype=tokens["dtype"],
             batch_size=config.train.batch_size,
             grad_acc_steps=config.train.grad_acc_steps,
@@ -191,12 +194,35 @@ def _restore(config: Config, checkpoints: Checkpoints, target: State) -> tuple[S
     return restored
 
 
+def _fetch_ahead(rows_per_shard: list[int], shard: Callable[[str], Path], seed: int) -> threading.Event:
+    """Ask for all shards in the order in which they are read, beside the training; the event ends that.
+
+    The loader asks for those that are late itself, and raises what goes wrong.
+    """
+    ended = threading.Event()
+
+    def fetch() -> None:
+        for number in (i for window in loader.windows(rows_per_shard, seed) for i in window):
+            if ended.is_set():
+                return
+            with contextlib.suppress(NanodlmError, OSError):
+                shard(shards.name(number))
+
+    threading.Thread(target=fetch, name="fetch-ahead", daemon=True).start()
+    return ended
+
+
 def _validation(
-    config: Config, encoding: tiktoken.Encoding, graphdef: nnx.GraphDef, data: Path, dtype: str, mesh: Mesh
+    config: Config,
+    encoding: tiktoken.Encoding,
+    graphdef: nnx.GraphDef,
+    shard: Callable[[str], Path],
+    dtype: str,
+    mesh: Mesh,
 ) -> Callable[[State], dict[str, float]] | None:
     """What scores a state, always with the same noise on the first validation rows; None is not wanted."""
     length = config.model.seq_len
-    rows = shards.read(data / "validation.arrayrecord", dtype)[: config.exp.val_rows] if config.exp.val_rows else []
+    rows = shards.read(shard("validation.arrayrecord"), dtype)[: config.exp.val_rows] if config.exp.val_rows else []
     rows = [row for row in rows if len(row) == length]
     if not rows:
         return None

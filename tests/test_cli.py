@@ -133,26 +133,26 @@ def test_ls_and_show_list_what_there_is(prepared: Path) -> None:
     assert "seq_len" in text
 
 
-def test_verify_deep_finds_a_flipped_byte_and_repair_sets_the_artifact_aside(prepared: Path) -> None:
+def test_verify_deep_finds_a_flipped_byte_and_repair_builds_that_part_again(prepared: Path) -> None:
     assert nanodlm("verify", "--store", str(prepared), "--deep").returncode == 0
     shard = next(prepared.glob("shard/*/attempts/*/train-00001.arrayrecord"))
-    original = shard.read_bytes()
+    original, other = shard.read_bytes(), shard.with_name("train-00000.arrayrecord")
     shard.write_bytes(original[:-1] + bytes([original[-1] ^ 1]))
-    try:
-        assert nanodlm("verify", "--store", str(prepared)).returncode == 0, "sizes alone cannot tell"
-        bad = nanodlm("verify", "--store", str(prepared), "--deep")
-        assert bad.returncode == 1
-        assert "train-00001.arrayrecord has been altered" in bad.stdout
-        # Nothing is trained on it.
-        _fails(1, "train", "--store", str(prepared), *PREPARED, says=("train-00001.arrayrecord", "--repair"))
-        uri = str(shard.parents[2])
-        mended = nanodlm("verify", uri, "--deep", "--repair", "--json")
-        assert json.loads(mended.stdout.splitlines()[-1])["damaged"] == 1
-        assert not (shard.parents[2] / "manifest.json").exists()
-        plan = result_of(nanodlm("plan", "--store", str(prepared), *PREPARED, "--json"))["stages"]
-        assert next(row for row in plan if row["stage"] == "shard")["action"] == "build"
-    finally:
-        shard.write_bytes(original)
+    assert nanodlm("verify", "--store", str(prepared)).returncode == 0, "sizes alone cannot tell"
+    bad = nanodlm("verify", "--store", str(prepared), "--deep")
+    assert bad.returncode == 1
+    assert "train-00001.arrayrecord has been altered" in bad.stdout
+    # Nothing is trained on it.
+    _fails(1, "train", "--store", str(prepared), *PREPARED, says=("train-00001.arrayrecord", "--repair"))
+    uri = str(shard.parents[2])
+    mended = result_of(nanodlm("verify", uri, "--deep", "--repair", "--json"))
+    assert (mended["damaged"], mended["repaired"]) == (1, 1)
+    assert nanodlm("verify", "--store", str(prepared), "--deep").returncode == 0
+    folder = Store(str(prepared)).open(uri).local()
+    assert (folder / shard.name).read_bytes() == original
+    assert (folder / other.name).stat().st_ino == other.stat().st_ino, "the good part was kept"
+    plan = result_of(nanodlm("plan", "--store", str(prepared), *PREPARED, "--json"))["stages"]
+    assert next(row for row in plan if row["stage"] == "shard")["action"] == "reuse"
 
 
 def test_gc_leaves_fresh_attempts_alone(tmp_path: Path) -> None:

@@ -1,3 +1,4 @@
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -5,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nanodlm import shards
+from nanodlm import loader, shards
 from nanodlm.loader import train_batches
 
 ROWS, STEP, LENGTH = 22, 4, 3  # rows that steps do not divide, so that steps lie across the ends of epochs
@@ -23,10 +24,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def updates(folder: Path, rows_per_shard: list[int] | None = None, **options: Any) -> Iterator[np.ndarray]:
+    """The updates' rows of the shards in a folder."""
+    if rows_per_shard is None:
+        rows_per_shard = [len(shards.read(path, "<u2")) for path in sorted(folder.glob("train-*"))]
+    return train_batches(rows_per_shard, folder.joinpath, **options)
+
+
 def batches(folder: Path, count: int, **options: Any) -> np.ndarray:
     """The first `count` batches, stacked."""
     options = {"dtype": "<u2", "batch_size": STEP, "seed": 0, **options}
-    return np.stack([update[0] for update in islice(train_batches(folder, **options), count)])
+    return np.stack([update[0] for update in islice(updates(folder, **options), count)])
 
 
 def test_batches_are_whole_rows_as_int32(folder: Path) -> None:
@@ -76,9 +84,9 @@ def test_the_shares_of_each_micro_batch_side_by_side_are_what_one_process_reads(
     folder: Path, shares: int, micro: int, first_row: int
 ) -> None:
     options = {"dtype": "<u2", "batch_size": STEP, "grad_acc_steps": micro, "seed": 0, "first_row": first_row}
-    whole = list(islice(train_batches(folder, **options), EPOCH))
+    whole = list(islice(updates(folder, **options), EPOCH))
     assert whole[0].shape == (micro, STEP, LENGTH)
-    parts = [islice(train_batches(folder, **options, share=i, shares=shares), EPOCH) for i in range(shares)]
+    parts = [islice(updates(folder, **options, share=i, shares=shares), EPOCH) for i in range(shares)]
     for expected, *found in zip(whole, *parts, strict=True):
         np.testing.assert_array_equal(np.concatenate(found, axis=1), expected)
 
@@ -104,4 +112,44 @@ def test_a_truncated_shard_stops_the_loader_rather_than_shrinking_the_data(folde
     (tmp_path / "train-00000.arrayrecord").write_bytes(whole)
     (tmp_path / "train-00001.arrayrecord").write_bytes(whole[:-10])
     with pytest.raises(RuntimeError, match="Riegeli"):
-        batches(tmp_path, 1)
+        batches(tmp_path, 1, rows_per_shard=[15, 15])
+
+
+# Windows of shards
+
+
+@pytest.fixture
+def many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Seven shards of two rows each, of which three are shuffled together."""
+    monkeypatch.setattr(loader, "WINDOW", 3)
+    for i in range(7):
+        shards.write(tmp_path / shards.name(i), np.full((2, LENGTH), 2 * i, "<u2") + np.array([[0], [1]], "<u2"))
+    return tmp_path
+
+
+def test_an_epoch_reads_window_by_window_and_every_row_once(many: Path) -> None:
+    visited = batches(many, 14, batch_size=2)[..., 0].ravel()
+    windows = loader.windows([2] * 7, seed=0)
+    assert sorted(i for window in windows for i in window) == list(range(7))
+    assert windows[0] != [0, 1, 2]
+    for epoch in visited.reshape(2, 14):
+        ends = np.cumsum([2 * len(window) for window in windows])
+        for window, rows in zip(windows, np.split(epoch, ends[:-1]), strict=True):
+            assert sorted(rows) == sorted(row for i in window for row in (2 * i, 2 * i + 1))
+    assert visited[:14].tolist() != visited[14:].tolist()
+
+
+def test_training_begins_with_the_shards_of_the_first_window_alone(tmp_path: Path) -> None:
+    """The loader prepares 16 updates in advance, far fewer than a window's rows here."""
+    windows = loader.windows([100] * 40, seed=0)
+    for i in windows[0]:
+        shards.write(tmp_path / shards.name(i), np.full((100, LENGTH), i, "<u2"))
+    stream = train_batches([100] * 40, tmp_path.joinpath, dtype="<u2", batch_size=STEP, seed=0)
+    first = [next(stream)[..., 0] for _ in range(100)]
+    assert set(np.unique(first)) == set(windows[0])
+    del stream
+
+
+def test_a_later_first_row_gives_the_same_rows_in_windows_too(many: Path) -> None:
+    whole = batches(many, 20, batch_size=2)
+    np.testing.assert_array_equal(batches(many, 10, batch_size=2, first_row=20), whole[10:])

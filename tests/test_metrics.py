@@ -17,10 +17,11 @@ from tensorboardX.record_writer import masked_crc32c
 
 import nanodlm
 from nanodlm import stages
+from nanodlm.cache import cache_dir
 from nanodlm.config import PRESETS, Config
 from nanodlm.errors import NanodlmError, UsageError
 from nanodlm.metrics import Tracker
-from nanodlm.store import Store, cache_dir
+from nanodlm.store import Store
 from tests.test_training import tiny
 
 ROOT = Path(nanodlm.__file__).parents[1]

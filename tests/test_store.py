@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from nanodlm import store as store_module
 from nanodlm.errors import Damaged, NanodlmError, UsageError
 from nanodlm.store import Artifact, Store, canonical_json, fingerprint_of
+from nanodlm.upkeep import collect
 from tests.helpers import committed, fill, identity
 
 FILES = {"a.bin": b"first file", "b.bin": b"other file", "sub/c.bin": b"third, longer file"}
@@ -48,11 +49,12 @@ def manifest_path(store: Store, stage: str = "shard", fingerprint: str = "f0") -
     return Path(store.path(stage, fingerprint, "manifest.json"))
 
 
-def edit_manifest(store: Store, change: Callable[[dict], object]) -> None:
+def edit_manifest(store: Store, change: Callable[[dict], object], *, sealed: bool = False) -> None:
+    """Change a manifest; `sealed` as its writer would have, else as a disk or a careless hand would."""
     path = manifest_path(store)
     manifest = json.loads(path.read_text())
     change(manifest)
-    path.write_text(json.dumps(manifest))
+    path.write_text(json.dumps(store_module.sealed(manifest) if sealed else manifest))
 
 
 class Killed(Exception):
@@ -147,7 +149,7 @@ def test_an_unknown_protocol_is_a_usage_error() -> None:
 def test_opening_a_store_creates_nothing(tmp_path: Path) -> None:
     empty = Store(str(tmp_path / "store"))
     assert empty.find("shard", "f0") is None
-    assert list(empty) == [] == list(empty.abandoned(0))
+    assert list(empty) == []
     assert not (tmp_path / "store").exists()
 
 
@@ -348,7 +350,7 @@ def test_a_manifest_whose_paths_leave_the_artifact_is_refused(store: Store, path
         manifest["files"][0]["path"] = path
         manifest["digest"] = store_module._digest(manifest["files"], [])
 
-    edit_manifest(store, escape)
+    edit_manifest(store, escape, sealed=True)
     found = store.find("shard", "f0")
     assert found is not None
     for reader in (found.problems, found.check, found.local, lambda: found.remote(path)):
@@ -469,7 +471,7 @@ def test_a_forgotten_part_is_neither_committed_nor_adopted_later(store: Store) -
 HOLD_LEASE = """
 import sys
 from nanodlm.store import Store
-with Store(sys.argv[1]).attempt("shard", "f0"):
+with Store(sys.argv[1]).lease("shard", "f0"):
     print("holding", flush=True)
     sys.stdin.readline()
 print("released", flush=True)
@@ -492,21 +494,21 @@ def holder(store: Store) -> Iterator[subprocess.Popen[str]]:
     process.stdout.close()
 
 
-def test_the_lease_is_there_during_an_attempt_and_gone_after_it(store: Store) -> None:
+def test_the_lease_is_there_while_it_is_held_and_gone_after_it(store: Store) -> None:
     lease = Path(store.path("shard", "f0", "lease.json"))
-    with store.attempt("shard", "f0") as attempt:
+    with store.lease("shard", "f0") as mine:
         held = json.loads(lease.read_text())
-        assert (held["attempt"], held["pid"], held["host"]) == (attempt.id, os.getpid(), socket.gethostname())
+        assert (held["holder"], held["pid"], held["host"]) == (mine["holder"], os.getpid(), socket.gethostname())
     assert not lease.exists()
-    with pytest.raises(Killed), store.attempt("shard", "f0"):
+    with pytest.raises(Killed), store.lease("shard", "f0"):
         raise Killed
     assert not lease.exists()
 
 
-def test_an_attempt_leaves_the_lease_of_another_alone(store: Store) -> None:
+def test_a_holder_leaves_the_lease_alone_that_another_has_taken_over(store: Store) -> None:
     lease = Path(store.path("shard", "f0", "lease.json"))
-    with store.attempt("shard", "f0"):
-        other = {"attempt": "of another run", "host": "elsewhere", "pid": 1, "beat": 7}
+    with store.lease("shard", "f0"):
+        other = {"holder": "another run", "host": "elsewhere", "pid": 1, "beat": 7}
         lease.write_text(json.dumps(other))
     assert json.loads(lease.read_text()) == other
 
@@ -521,47 +523,46 @@ def test_a_second_process_waits_until_the_holder_is_done(store: Store, holder: s
         holder.stdin.write("\n")  # type: ignore[union-attr]
         holder.stdin.flush()  # type: ignore[union-attr]
 
-    store.wait_for_lease("shard", "f0", notify=release)
-    assert told == [f"process {holder.pid} on {socket.gethostname()} is building it; waiting"]
+    with store.lease("shard", "f0", notify=release):
+        assert told == [f"process {holder.pid} on {socket.gethostname()} is building it; waiting"]
+        assert holder.wait(10) == 0
     assert not Path(store.path("shard", "f0", "lease.json")).exists()
 
 
-def test_the_lease_of_a_killed_process_holds_nobody_up(
+def test_the_lease_of_a_killed_process_is_taken_over_at_once(
     store: Store, holder: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(_: float) -> None:
-        raise AssertionError("waited for a process that has ended")
-
+    slept: list[float] = []
     holder.kill()
     holder.wait()
-    monkeypatch.setattr(store_module.time, "sleep", refuse)
+    monkeypatch.setattr(store_module.time, "sleep", slept.append)
     lease = Path(store.path("shard", "f0", "lease.json"))
-    before = lease.read_bytes()
-    store.wait_for_lease("shard", "f0")
-    assert lease.read_bytes() == before  # given up on, not waited out: nobody has removed it
-    with store.attempt("shard", "f0") as attempt:
-        assert json.loads(lease.read_text())["attempt"] == attempt.id
+    with store.lease("shard", "f0") as mine:
+        assert json.loads(lease.read_text())["holder"] == mine["holder"]
+    assert slept == [store_module.SETTLE_SECONDS]  # not waited out
     assert not lease.exists()
 
 
-def test_a_lease_from_another_host_is_given_up_once_it_stops_changing(
+def test_a_lease_from_another_host_is_taken_over_once_it_stops_changing(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(store_module, "LEASE_SECONDS", 0.3)
-    stale = {"attempt": "gone", "host": "a host that is not this one", "pid": os.getpid(), "beat": 3}
+    stale = {"holder": "gone", "host": "a host that is not this one", "pid": os.getpid(), "beat": 3}
     store.write_json(store.path("shard", "f0", "lease.json"), stale)
     told: list[str] = []
-    store.wait_for_lease("shard", "f0", notify=told.append)
+    with store.lease("shard", "f0", notify=told.append) as mine:
+        assert store.read_json(store.path("shard", "f0", "lease.json"))["holder"] == mine["holder"]
     assert told == [f"process {os.getpid()} on a host that is not this one is building it; waiting"]
 
 
 def test_nobody_waits_for_a_torn_lease_or_for_none(store: Store) -> None:
     told: list[str] = []
-    store.wait_for_lease("shard", "f0", notify=told.append)
+    with store.lease("shard", "f0", notify=told.append):
+        pass
     lease = Path(store.path("shard", "f0", "lease.json"))
-    lease.parent.mkdir(parents=True)
-    lease.write_text('{"attempt"')
-    store.wait_for_lease("shard", "f0", notify=told.append)
+    lease.write_text('{"holder"')
+    with store.lease("shard", "f0", notify=told.append):
+        pass
     assert told == []
 
 
@@ -579,7 +580,7 @@ def test_a_store_below_a_regular_file_is_one_clear_error(tmp_path: Path) -> None
 def test_a_bucket_that_does_not_exist_is_one_clear_error_before_any_work(s3_environment: None) -> None:
     store = Store("s3://nobody-made-this-bucket/runs")
     assert store.find("shard", "f0") is None
-    assert list(store.abandoned(0)) == []
+    assert list(collect(store)) == []
     worked = False
     with pytest.raises(NanodlmError, match=r"cannot write to the store s3://nobody-made-this-bucket/runs: .*bucket"):
         with store.attempt("shard", "f0"):
@@ -590,34 +591,39 @@ def test_a_bucket_that_does_not_exist_is_one_clear_error_before_any_work(s3_envi
 # Abandoned attempts
 
 
+def abandoned(store: Store, grace: float) -> dict[str, int]:
+    """Size of each attempt that a collection would remove, by its path."""
+    rows = list(collect(store, grace=grace, dry_run=True))
+    assert all(row["kind"] == "attempt" for row in rows)
+    return {row["uri"].removeprefix(store.uri() + "/"): row["bytes"] for row in rows}
+
+
 def test_only_attempts_that_no_manifest_names_are_abandoned(store: Store) -> None:
     killed = killed_attempt(store, {"a": {"a.bin": b"aa"}}, unfinished={"b.bin": b"bbb"})
     committed(store, FILES)
-    found = dict(store.abandoned(older_than=-1.0))
     parts = Path(store.path("shard", "f0", "attempts", killed, "parts", "a.json")).stat().st_size
-    assert found == {f"shard/f0/attempts/{killed}": parts + 5}
+    assert abandoned(store, -1.0) == {f"shard/f0/attempts/{killed}": parts + 5}
 
 
 def test_what_a_run_would_continue_or_somebody_works_on_is_not_abandoned(store: Store) -> None:
     old = killed_attempt(store, {"a": {"a.bin": b"aa"}})
-    newest = killed_attempt(store, {"a": {"a.bin": b"aa"}})
-    assert [attempt for attempt, _ in store.abandoned(-1.0)] == [f"shard/f0/attempts/{old}"]
-    assert newest not in str(list(store.abandoned(-1.0)))
-    with store.attempt("shard", "f0"):
-        assert list(store.abandoned(-1.0)) == []
+    killed_attempt(store, {"a": {"a.bin": b"aa"}})
+    assert list(abandoned(store, -1.0)) == [f"shard/f0/attempts/{old}"]
+    with store.lease("shard", "f0"):
+        assert abandoned(store, -1.0) == {}
 
 
 def test_an_attempt_that_changed_lately_is_not_abandoned(store: Store) -> None:
     killed = killed_attempt(store, {}, unfinished={"a.bin": b"aa", "b.bin": b"bbb"})
     folder = Path(store.path("shard", "f0", "attempts", killed))
-    assert list(store.abandoned(older_than=600)) == []
+    assert abandoned(store, 600) == {}
     old = time.time() - 3600
     files = [p for p in folder.rglob("*") if p.is_file()]
     for path in files[1:]:
         os.utime(path, (old, old))
-    assert list(store.abandoned(older_than=600)) == []  # one file is still fresh
+    assert abandoned(store, 600) == {}  # one file is still fresh
     os.utime(files[0], (old, old))
-    assert [attempt for attempt, _ in store.abandoned(older_than=600)] == [f"shard/f0/attempts/{killed}"]
+    assert list(abandoned(store, 600)) == [f"shard/f0/attempts/{killed}"]
 
 
 # Remote stores
@@ -642,12 +648,12 @@ def test_a_remote_artifact_has_the_digest_of_an_equal_local_one(remote_store: St
 
 
 def test_a_remote_attempt_leaves_no_lease_and_no_scratch_files(remote_store: Store, tmp_path: Path) -> None:
-    with remote_store.attempt("shard", "f0") as attempt:
+    with remote_store.lease("shard", "f0"), remote_store.attempt("shard", "f0") as attempt:
         assert remote_store.fs.exists(remote_store.path("shard", "f0", "lease.json"))
         fill(attempt, FILES)
         attempt.commit(identity=identity(), metrics={})
     assert not remote_store.fs.exists(remote_store.path("shard", "f0", "lease.json"))
-    assert list((tmp_path / "cache").iterdir()) == []
+    assert list((tmp_path / "cache" / "entries").iterdir()) == []
 
 
 def test_a_damaged_remote_file_is_refused_and_a_damaged_copy_is_fetched_again(remote_store: Store) -> None:
@@ -713,9 +719,8 @@ def test_abandoned_attempts_are_found_in_a_remote_store(remote_store: Store) -> 
     killed = killed_attempt(remote_store, {"a": {"a.bin": b"aa"}})
     killed_attempt(remote_store, {"a": {"a.bin": b"aa"}})
     committed(remote_store, FILES, fingerprint="f1")
-    found = dict(remote_store.abandoned(older_than=-60.0))
-    assert list(found) == [f"shard/f0/attempts/{killed}"]
-    assert list(remote_store.abandoned(older_than=600)) == []
+    assert list(abandoned(remote_store, -60.0)) == [f"shard/f0/attempts/{killed}"]
+    assert abandoned(remote_store, 600) == {}
 
 
 def test_a_torn_remote_manifest_is_refused_and_can_be_retired(remote_store: Store) -> None:

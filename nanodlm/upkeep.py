@@ -1,0 +1,339 @@
+"""Keeping a store: check the chain from samples to data, repair, collect, copy to another store, adopt what exists."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from nanodlm import corpus, stages
+from nanodlm.config import Config
+from nanodlm.errors import Damaged, NanodlmError, UsageError
+from nanodlm.storage import Found
+from nanodlm.store import Artifact, Store
+
+Emit = Callable[..., None]
+GRACE_SECONDS = 3600.0  # nothing that changed so lately is collected
+
+
+@dataclass(frozen=True)
+class Checked:
+    """An artifact's address and what is wrong with it, one line each; whether that was mended."""
+
+    stage: str
+    fingerprint: str
+    problems: list[str]
+    repaired: bool = False
+
+
+# Checking
+
+
+def chain(store: Store, stage: str, fingerprint: str) -> list[tuple[str, str]]:
+    """An artifact and all that it was made from, in the order of the pipeline.
+
+    What a manifest that cannot be read was made from is not known, and left out.
+    """
+    found: dict[tuple[str, str], None] = {}
+
+    def walk(stage: str, fingerprint: str) -> None:
+        try:
+            artifact = store.find(stage, fingerprint)
+        except Damaged:
+            artifact = None
+        for name, made in (artifact.manifest["inputs"] if artifact else {}).items():
+            walk(name, made["fingerprint"])
+        found.setdefault((stage, fingerprint))
+
+    walk(stage, fingerprint)
+    order = list(stages.STAGES)
+    return sorted(found, key=lambda item: order.index(item[0]) if item[0] in order else len(order))
+
+
+def check(
+    store: Store,
+    artifacts: list[tuple[str, str]],
+    *,
+    deep: bool = False,
+    repair: bool = False,
+    emit: Emit = lambda *_, **__: None,
+) -> Iterator[Checked]:
+    """Compare artifacts with their manifests, and each with what it was made from.
+
+    Args:
+        store: Where they lie.
+        artifacts: Their stages and fingerprints, in the order of the pipeline, so that inputs are repaired first.
+        deep: Whether to read every file and compare its sha256, not only its size.
+        repair: Build again what is bad, from what is good: finished parts that are whole are kept.
+        emit: Called as `emit(kind, **fields)` with progress.
+    """
+    for stage, fingerprint in artifacts:
+        artifact, problems = None, []
+        try:
+            artifact = store.find(stage, fingerprint)
+            problems = _problems(artifact, deep) if artifact else ["its manifest is missing"]
+        except Damaged as error:
+            problems = [str(error)]
+        if not (problems and repair):
+            yield Checked(stage, fingerprint, problems)
+            continue
+        remedy = _repair(store, stage, fingerprint, artifact, emit)
+        yield Checked(stage, fingerprint, [*problems, *([remedy] if remedy else [])], repaired=not remedy)
+
+
+def _problems(artifact: Artifact, deep: bool) -> list[str]:
+    lines = artifact.problems(deep=deep)
+    for name, made in artifact.manifest["inputs"].items():
+        try:
+            source = artifact.store.find(name, made["fingerprint"])
+        except Damaged:
+            continue  # named by itself
+        if source and source.digest != made["digest"]:
+            lines.append(f"it was made from another {name} than the one that is there now")
+    return lines
+
+
+def _repair(store: Store, stage: str, fingerprint: str, artifact: Artifact | None, emit: Emit) -> str:
+    """Build an artifact again; what stands in the way, or nothing."""
+    settings = artifact.manifest.get("config") if artifact else None
+    if settings is None:
+        store.retire((stage, fingerprint))
+        return "its settings are not known, so it was set aside: `nanodlm run` with those it was made with rebuilds it"
+    try:
+        config = Config(**settings)
+        wanted = stages.ready(stage, config, store, rebuild=True)[0].fingerprint
+        if wanted != fingerprint:
+            raise NanodlmError("this version of nanodlm, or the source's files now, would make another one")
+    except (NanodlmError, ValueError) as error:
+        return f"not repaired: {' '.join(str(error).split())[:300]}"
+    store.retire((stage, fingerprint))
+    stages.run(stage, config, store, emit=emit)
+    return ""
+
+
+# Collecting
+
+
+def collect(
+    store: Store,
+    *,
+    keep_last: int | None = None,
+    older_than: float | None = None,
+    grace: float = GRACE_SECONDS,
+    dry_run: bool = False,
+) -> Iterator[dict[str, Any]]:
+    """Mark what is needed, and remove the rest: abandoned attempts and uploads, and, when asked, old results.
+
+    Results are artifacts that no other was made from. All that a kept one was made from is kept. A result that is
+    given up loses its manifest now, and its files at the first collection `grace` later, so that whoever is reading
+    it can finish, and a run that needs it again adopts its parts.
+
+    Args:
+        store: Where to collect.
+        keep_last: Results to keep, the newest; all when None.
+        older_than: Seconds; results that are younger are kept besides.
+        grace: Seconds for which whatever has changed is left alone.
+        dry_run: Only say what would be removed.
+
+    Yields:
+        `kind` (artifact, attempt or upload), `uri` and `bytes` of each thing removed.
+
+    Raises:
+        UsageError: When `keep_last` is below 0.
+    """
+    if keep_last is not None and keep_last < 0:
+        raise UsageError(f"--keep-last counts results to keep, from 0, not {keep_last}")
+    artifacts, unreadable = {}, set()
+    for item in store:
+        try:
+            artifacts[item] = store.find(*item)
+        except Damaged:
+            unreadable.add(item)  # its manifest may name any attempt
+    dropped = set(artifacts) - _needed(artifacts, keep_last, older_than, grace)
+    for item in sorted(dropped):
+        size = sum(file["size"] for file in artifacts[item].manifest["files"])
+        if not dry_run:
+            store.write_json(store.path(*item, "retired.json"), {"retired": _now()})
+            store.retire(item)
+        yield {"kind": "artifact", "uri": store.uri(*item), "bytes": size}
+    kept = {item: a.manifest["attempt"] for item, a in artifacts.items() if item not in dropped}
+    for attempt, size in _abandoned(store, kept, unreadable, grace, older_than):
+        if not dry_run:
+            store.remove_folder(store.path(attempt))
+        yield {"kind": "attempt", "uri": store.uri(attempt), "bytes": size}
+    for path, abort in _uploads(store, grace):
+        if not dry_run:
+            abort()
+        yield {"kind": "upload", "uri": store.fs.unstrip_protocol(path), "bytes": 0}
+
+
+def _needed(
+    artifacts: dict[tuple[str, str], Any], keep_last: int | None, older_than: float | None, grace: float
+) -> set[tuple[str, str]]:
+    """Mark: results that stay, and all that they were made from."""
+    if keep_last is None and older_than is None:
+        return set(artifacts)
+    sources = {(n, made["fingerprint"]) for a in artifacts.values() for n, made in a.manifest["inputs"].items()}
+    ages = {item: time.time() - _time(a.manifest["created"]) for item, a in artifacts.items()}
+    results = sorted(set(artifacts) - sources, key=ages.__getitem__)
+    young = [item for item in artifacts if ages[item] < grace]
+    todo = [*young, *results[: keep_last or 0]]
+    if older_than is not None:
+        todo += [item for item in results if ages[item] <= older_than]
+    needed: set[tuple[str, str]] = set()
+    while todo:
+        item = todo.pop()
+        if item in artifacts and item not in needed:
+            needed.add(item)
+            todo += [(name, made["fingerprint"]) for name, made in artifacts[item].manifest["inputs"].items()]
+    return needed
+
+
+def _abandoned(
+    store: Store,
+    kept: dict[tuple[str, str], str],
+    unreadable: set[tuple[str, str]],
+    grace: float,
+    older_than: float | None,
+) -> Iterator[tuple[str, int]]:
+    """Attempts that nobody needs: relative path and size in bytes.
+
+    Kept are those that a manifest names, all attempts at what has a lease, and the newest with a finished part of what
+    has no manifest, from which a run would continue, unless it was retired or is older than what is asked for.
+    """
+    attempts: dict[str, list[Found]] = {}
+    leased, resumable, retired = set(), {}, {}
+    for path, found in sorted(store.files(store.root).items()):
+        parts = path.split("/")
+        item = (parts[0], parts[1]) if len(parts) > 2 else ("", "")
+        if len(parts) > 4 and parts[2] == "attempts":
+            attempts.setdefault("/".join(parts[:4]), []).append(found)
+            if parts[4] == "parts":
+                resumable[item] = parts[3]  # the newest with a finished part
+        elif parts[2:] == ["lease.json"]:
+            leased.add(item)
+        elif parts[2:] == ["retired.json"]:
+            retired[item] = found
+    for attempt, files in attempts.items():
+        stage, fingerprint, _, number = attempt.split("/")
+        item = (stage, fingerprint)
+        if item in leased or item in unreadable or kept.get(item) == number:
+            continue
+        marks = [*files, *([retired[item]] if item in retired else [])]
+        age = time.time() - max(found.changed for found in marks)
+        resumes = item not in kept and item not in retired and resumable.get(item) == number
+        if age > grace and not (resumes and (older_than is None or age <= older_than)):
+            yield attempt, sum(found.size for found in files)
+
+
+def _uploads(store: Store, grace: float) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Uploads in several parts that nobody finished: their path, and what ends them. Only S3 keeps such."""
+    if not store.uri().startswith("s3"):
+        return
+    bucket, _, prefix = store.root.partition("/")
+    listed: dict[str, Any] = {}
+    with contextlib.suppress(FileNotFoundError):  # there is no such bucket yet
+        listed = store.patiently(lambda: store.fs.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=prefix))
+    for upload in listed.get("Uploads", []):
+        if not upload["Key"].startswith(f"{prefix}/" if prefix else ""):
+            continue
+        if time.time() - upload["Initiated"].timestamp() > grace:
+            named = {"Bucket": bucket, "Key": upload["Key"], "UploadId": upload["UploadId"]}
+            yield f"{bucket}/{upload['Key']}", lambda named=named: store.fs.call_s3("abort_multipart_upload", **named)
+
+
+# Between stores
+
+
+def copy(source: Store, target: Store, artifacts: list[tuple[str, str]], emit: Emit) -> Iterator[tuple[Artifact, bool]]:
+    """Copy artifacts to another store, each with its manifest last; what is there already is compared, not sent again.
+
+    Args:
+        source: Where they lie; every file is compared with its sha256 when it is read.
+        target: Where they go; every file is read back and compared.
+        artifacts: Their stages and fingerprints.
+        emit: Called as `emit("progress", done, total, unit)`.
+
+    Yields:
+        Each artifact in the target, and whether anything had to be copied.
+
+    Raises:
+        NanodlmError: When the target holds another artifact in its place.
+        Damaged: When a file is not what the manifest says, here or there.
+    """
+    source.emit = target.emit = emit
+    target.require_create_only()
+    for stage, fingerprint in artifacts:
+        artifact = source.open(f"{stage}/{fingerprint}")
+        there = target.find(stage, fingerprint)
+        if there is not None:
+            if there.digest != artifact.digest:
+                raise NanodlmError(f"{there.uri} holds another artifact than {artifact.uri}: remove one of them")
+            yield there.check(), False
+            continue
+        copied = Artifact(target, stage, fingerprint, artifact.manifest)
+        sizes = target.sizes(copied.remote("parts").rsplit("/", 1)[0])
+
+        def there_already(file: dict[str, Any], copied: Artifact = copied, sizes: dict[str, int] = sizes) -> bool:
+            same_size = sizes.get(file["path"]) == file["size"]
+            return same_size and target.sha256(copied.remote(file["path"])) == file["sha256"]
+
+        wanted = [file for file in artifact.files() if not there_already(file)]
+        done, total = 0, sum(file["size"] for file in wanted)
+
+        def arrived(size: int, total: int = total) -> None:
+            nonlocal done
+            done += size
+            emit("progress", done=done / 1e6, total=total / 1e6, unit="MB copied")
+
+        local = artifact.on_demand() if wanted else None
+        target.put(((local(f["path"]), copied.remote(f["path"])) for f in wanted if local), arrived)
+        copied.check(deep=True)
+        target.write_json(target.path(stage, fingerprint, "manifest.json"), artifact.manifest, create_only=True)
+        yield target.open(f"{stage}/{fingerprint}"), True
+
+
+def adopt(config: Config, store: Store, files: list[str], emit: Emit = lambda *_, **__: None) -> tuple[Artifact, bool]:
+    """Take files that are at hand for the download of a configuration, instead of fetching its source.
+
+    The same parts are written as the download stage would write, so the same files give the same artifact. That they
+    are the source's files, at its pinned commit, is for the caller to know; the manifest says that they were adopted.
+
+    Args:
+        config: Its `data.source` names where the documents come from.
+        store: Where the artifact goes.
+        files: Paths or globs of the same files.
+        emit: Called as `emit(kind, **fields)` with progress.
+
+    Returns:
+        The artifact, and whether it was built now.
+
+    Raises:
+        NanodlmError: When a file cannot be read as `data` says.
+    """
+    lookup, _ = stages.ready("download", config, store)
+    assert lookup.identity is not None
+    assert lookup.fingerprint is not None
+    if lookup.artifact:
+        return lookup.artifact, False
+    with store.lease("download", lookup.fingerprint), store.attempt("download", lookup.fingerprint) as attempt:
+        metrics = corpus.download(config, {}, attempt, emit, adopted=files)
+        artifact = attempt.commit(
+            identity=lookup.identity, config=config.model_dump(mode="json"), metrics={**metrics, "adopted": True}
+        )
+    return artifact, True
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+def _time(text: str) -> float:
+    """Unix time of a manifest's time stamp."""
+    return datetime.strptime(text, "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=UTC).timestamp()
+
+
+def age(artifact: Artifact) -> float:
+    """Seconds since an artifact was made."""
+    return time.time() - _time(artifact.manifest["created"])
