@@ -24,7 +24,7 @@ from flax import nnx
 from jax.experimental.multihost_utils import process_allgather
 
 from nanodlm import sharding, tokenizer
-from nanodlm.config import Config, differences, load_config
+from nanodlm.config import Config, differences, load_config, refuse_secrets
 from nanodlm.errors import NanodlmError, UsageError
 from nanodlm.losses import Objective
 from nanodlm.model import Transformer
@@ -335,8 +335,10 @@ def load(uri: str) -> tuple[Transformer, tiktoken.Encoding]:
     """
     from nanodlm.store import Store
 
-    base, _, step = uri.rstrip("/").rpartition("/checkpoints/")
-    base = base or uri.rstrip("/").removesuffix("/manifest.json")
+    uri = refuse_secrets(uri).rstrip("/")
+    base, one, step = uri.rpartition("/checkpoints/")
+    if not one:
+        base, step = uri.removesuffix("/manifest.json"), ""
     address = re.sub(r"/attempts/[^/]+$", "", base)  # that of the artifact, when a run has committed its folder
     parts = address.rsplit("/", 2)
     artifact = Store(parts[0]).find(parts[1], parts[2]) if len(parts) == 3 and _is_hex(parts[2]) else None

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
-from nanodlm.errors import NanodlmError, Stopped, UsageError
+from nanodlm.errors import NanodlmError, Stopped, UsageError, redact
 
 if TYPE_CHECKING:
     from nanodlm.config import Config
@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> NoReturn:
         sys.exit(0)
     except NanodlmError as error:
         if debug:
-            traceback.print_exc()
+            print(redact(traceback.format_exc()), end="", file=sys.stderr)
         print(f"nanodlm: {error}", file=sys.stderr)
         _exit(error.exit_code)
     except KeyboardInterrupt:
@@ -80,8 +80,8 @@ def main(argv: list[str] | None = None) -> NoReturn:
         sys.exit(0)
     except Exception as error:
         if debug:
-            traceback.print_exc()
-        text = " ".join(str(error).split())[:500]
+            print(redact(traceback.format_exc()), end="", file=sys.stderr)
+        text = redact(" ".join(str(error).split()))[:500]
         hint = "" if debug else " (add --debug for the traceback)"
         print(f"nanodlm: {type(error).__name__}: {text}{hint}", file=sys.stderr)
         _exit(1)
@@ -179,9 +179,11 @@ def _flag(text: str, default: Any = False, kind: Any = bool) -> tuple[Any, Any]:
 
 
 def _store_flag() -> tuple[Any, Any]:
+    from nanodlm.config import refuse_secrets
     from nanodlm.stages import default_store
 
-    return _flag("Where artifacts lie: a folder or an fsspec URL.", default_store(), str)
+    # --help shows the default
+    return _flag("Where artifacts lie: a folder or an fsspec URL.", refuse_secrets(default_store()), str)
 
 
 def _positional(text: str, default: Any = "") -> tuple[Any, Any]:
@@ -671,11 +673,18 @@ def _artifact(store: "Store", uri: str) -> "Artifact":
     """The artifact at a URI: of another store, or in the given one."""
     from nanodlm.store import Store
 
-    parts = uri.rstrip("/").removesuffix("/manifest.json").rsplit("/", 2)
-    return (Store(parts[0]) if len(parts) == 3 else store).open(uri)
+    parts = refuse_secrets(uri).rstrip("/").removesuffix("/manifest.json").rsplit("/", 2)
+    return (Store(parts[0] or "/") if len(parts) == 3 else None), parts[-2:]
 
 
 def verify(argv: list[str]) -> None:
+    address = _address(uri)
+    return (address[0] or store).open(uri)
+
+
+def _address(uri: str) -> tuple["Store | None", list[str]]:
+    """What a URI names: its store, unless it has none, and stage and fingerprint, or fewer words."""
+    from nanodlm.config import refuse_secrets
     """Check artifacts and all they were made from; with `--repair` build again what is bad."""
     from nanodlm import upkeep
     from nanodlm.console import Console
@@ -688,13 +697,14 @@ def verify(argv: list[str]) -> None:
         deep=_flag("Read every file and compare its sha256, not only its size."),
         repair=_flag("Build again what is bad, keeping the parts that are good."),
     )
-    targets = _in_order(store)
     if args.uri:
-        parts = args.uri.rstrip("/").removesuffix("/manifest.json").rsplit("/", 2)
-        store = Store(parts[0]) if len(parts) == 3 else store
-        if len(parts) < 2 or store.read_json(store.path(*parts[-2:], "manifest.json")) is None:
+        other, parts = _address(args.uri)
+        store = other or store
+        if len(parts) < 2 or store.read_json(store.path(*parts, "manifest.json")) is None:
             raise NanodlmError(f"no artifact at {args.uri}: `nanodlm ls` shows what is there")
-        targets = upkeep.chain(store, parts[-2], parts[-1])
+        targets = upkeep.chain(store, parts[0], parts[1])
+    else:
+        targets = _in_order(store)
     rows, bad, repaired = [], 0, 0
     console = Console(sys.stderr if args.as_json else sys.stdout)
     console.start("verify")
@@ -755,10 +765,9 @@ def copy(argv: list[str]) -> None:
     )
     if not args.source or not args.target:
         raise UsageError("nanodlm copy SRC DST: name a store or an artifact, and a store to copy to")
-    parts = args.source.rstrip("/").removesuffix("/manifest.json").rsplit("/", 2)
-    source = Store(parts[0]) if len(parts) == 3 else Store(args.source)
-    if len(parts) == 3 and source.find(parts[1], parts[2]):
-        targets = upkeep.chain(source, parts[1], parts[2])
+    source, parts = _address(args.source)
+    if source and source.find(parts[0], parts[1]):
+        targets = upkeep.chain(source, parts[0], parts[1])
     else:
         source = Store(args.source)
         targets = _in_order(source)
@@ -848,7 +857,7 @@ def doctor(argv: list[str]) -> None:
         try:
             checks.append((name, True, test()))
         except Exception as error:
-            checks.append((name, False, " ".join(str(error).split())[:200] or type(error).__name__))
+            checks.append((name, False, redact(" ".join(str(error).split()))[:200] or type(error).__name__))
         if not args.as_json:
             name, ok, text = checks[-1]
             print(f"{'ok' if ok else 'FAILED':<7} {name:<10} {text}")

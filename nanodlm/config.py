@@ -8,14 +8,15 @@ Nothing here imports JAX. `PRESETS` are complete configurations; a flag such as 
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import parse_qsl
 
 import tyro
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from nanodlm.errors import UsageError
+from nanodlm.errors import SECRETS, UsageError, redact
 
 Switch = Annotated[bool, tyro.conf.FlagConversionOff]  # `--exp.use_wandb True`, as in the original project
 
@@ -29,17 +30,20 @@ def refuse_secrets(url: str) -> str:
     >>> refuse_secrets("s3://bucket/prefix")
     's3://bucket/prefix'
     """
-    parts = urlsplit(url) if "://" in url else None
-    if parts is None:
-        return url
-    secret = {"token", "secret", "signature", "key", "password", "credential"}
-    named = [name for name, _ in parse_qsl(parts.query) if any(word in name.lower() for word in secret)]
-    if "@" in parts.netloc or named:
-        what = "a user name or password" if "@" in parts.netloc else " and ".join(named)
-        raise UsageError(
-            f"the address {parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path} holds {what}: credentials "
-            "come from the environment only (AWS_ACCESS_KEY_ID and the like); take them out of the address"
-        )
+    for piece in url.split("::"):  # as in `zip://*.txt::s3://bucket/texts.zip`
+        scheme, has_host, rest = piece.partition("://")
+        if not has_host:
+            continue
+        host = re.split("[/?#]", rest)[0]
+        named = [name for name, _ in parse_qsl(rest.partition("?")[2]) if SECRETS.search(name)]
+        port = host.rpartition(":")[2]
+        user = "@" in host or (":" in host and not port.isdecimal() and "@" in rest)  # a password may hold a slash
+        if user or named:
+            what = "a user name or password" if user else " and ".join(named)
+            raise UsageError(
+                f"the address {scheme}://... holds {what}: credentials come from the environment only "
+                "(AWS_ACCESS_KEY_ID and the like); take them out of the address"
+            )
     return url
 
 
@@ -340,6 +344,10 @@ class ExpConfig(Group):
 
     @model_validator(mode="after")
     def _check_resume(self) -> Self:
+        try:
+            refuse_secrets(self.resume_path)
+        except UsageError as error:
+            raise ValueError(str(error)) from None
         if self.resume_path and not self.resume:
             raise ValueError("resume_path names a checkpoint and resume is False: leave one of them out")
         return self
@@ -527,7 +535,7 @@ def _short(value: Any) -> str:
 def explain(error: BaseException) -> str:
     """One line that says what a validation error is about."""
     if not hasattr(error, "errors"):
-        return " ".join(str(error).split())
+        return redact(" ".join(str(error).split()))
     return "; ".join(
         ".".join(map(str, e["loc"])) + (": " if e["loc"] else "") + e["msg"].removeprefix("Value error, ")
         for e in error.errors()  # type: ignore[attr-defined]

@@ -1,10 +1,33 @@
 """The errors that users cause or can mend; each message says what is wrong and what to do, in one line."""
 
+import os
+import re
+
+# In names of what holds a secret: environment variables, and what follows `?` in an address.
+SECRETS = re.compile("token|secret|key|passw|auth(?!or)|credential|signature|^sig$", re.IGNORECASE)
+
+
+def redact(text: str) -> str:
+    """A text without the secrets of the environment, and without those in the addresses that it names.
+
+    >>> redact("cannot reach http://me:mine@proxy:80/x?token=abc&part=1")
+    'cannot reach http://***@proxy:80/x?token=***&part=1'
+    """
+    for name, value in os.environ.items():
+        if len(value) >= 8 and SECRETS.search(name) and not value.startswith(("/", "~")):  # a path is no secret
+            text = text.replace(value, "***")
+    text = re.sub(r"(?<=://)[^/\s]*@", "***@", text)
+    return re.sub(r"([?&])([^=&\s]+)=[^&\s'\"]+", lambda m: f"{m[1]}{m[2]}=***" if SECRETS.search(m[2]) else m[0], text)
+
 
 class NanodlmError(Exception):
     """Something failed for a reason that the message names; the command line exits with 1."""
 
     exit_code = 1
+
+    def __init__(self, message: str):
+        """Say something; secrets in it are left out, for errors of drivers may quote them."""
+        super().__init__(redact(message))
 
 
 class UsageError(NanodlmError):

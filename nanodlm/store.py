@@ -31,6 +31,7 @@ from typing import Any
 
 from nanodlm import cache
 from nanodlm.cache import whole
+from nanodlm.config import refuse_secrets
 from nanodlm.errors import Damaged, NanodlmError, UsageError
 from nanodlm.storage import TRANSFERS, Storage, sha256_of
 
@@ -291,7 +292,7 @@ def find_checkpoint(address: str) -> Part:
     Raises:
         UsageError: When no finished checkpoint is there.
     """
-    base, _, step = address.rstrip("/").rpartition("/")
+    base, _, step = refuse_secrets(address).rstrip("/").rpartition("/")
     if not re.fullmatch(r"step_[0-9]+", step):
         raise UsageError(f"{address!r} names no checkpoint: it must end in step_ and a number")
     store = Store(base or ".")
@@ -369,7 +370,7 @@ class Store(Storage):
         Raises:
             NanodlmError: When there is none.
         """
-        parts = uri.removesuffix("/").removesuffix("/manifest.json").split("/")
+        parts = refuse_secrets(uri).removesuffix("/").removesuffix("/manifest.json").split("/")
         if len(parts) >= 2 and (artifact := self.find(parts[-2], parts[-1])):
             return artifact
         raise NanodlmError(f"no artifact at {uri}: `nanodlm ls` shows what is there")
