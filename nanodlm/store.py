@@ -39,7 +39,7 @@ SCHEMA = 1
 LEASE_SECONDS = 15.0  # an unchanged lease this old belongs to a dead run
 SETTLE_SECONDS = 1.0  # of two runs that take a dead one's lease over, the later to write it has it
 PACKAGES = ("nanodlm", "jax", "flax", "optax", "orbax-checkpoint", "grain", "array-record", "tiktoken", "tokenizers")
-ATTEMPT = re.compile(r"[0-9A-Za-z-]+")
+NAME = re.compile(r"[0-9A-Za-z_-]+")  # of an attempt, a stage or a fingerprint in a manifest
 
 
 def canonical_json(value: Any) -> str:
@@ -96,6 +96,11 @@ def _safe(relative: str) -> str:
     return relative
 
 
+def _within(folder: Path, path: Path) -> bool:
+    """Whether a local path lies in a folder, links followed."""
+    return path.resolve().is_relative_to(folder.resolve())
+
+
 @dataclass(frozen=True)
 class Artifact:
     """A committed artifact: where it is and what its manifest says."""
@@ -142,11 +147,14 @@ class Artifact:
         base = self.remote("parts").rsplit("/", 1)[0]
         found = {path: size for path, size in self.store.sizes(base).items() if not path.startswith("parts/")}
         listed = {_safe(file["path"]) for file in self.manifest["files"]}
+        root = Path(self.store.path(self.stage, self.fingerprint))
         lines = [f"{path} is not in its manifest" for path in sorted(found.keys() - listed)]
         for file in self.files(*only):
             size = found.get(file["path"])
             if size is None:
                 lines.append(f"{file['path']} is missing")
+            elif self.store.is_local and not _within(root, Path(self.remote(file["path"]))):
+                lines.append(f"{file['path']} is a link that leaves its artifact")
             elif size != file["size"]:
                 lines.append(f"{file['path']} has {size} bytes, not {file['size']}")
             elif deep and self.store.sha256(self.remote(file["path"])) != file["sha256"]:
@@ -277,6 +285,8 @@ class Part:
                 with contextlib.suppress(FileNotFoundError):
                     self.storage.get([(self.storage.path(file["path"]), path)])
             problem = "is missing" if not path.is_file() else "" if whole(path, file) else "has been altered"
+            if not problem and not _within(folder, path):
+                problem = "is a link that leaves it"
             if problem:
                 raise Damaged(f"{self.uri} is damaged: {file['path']} {problem}; start from another checkpoint")
         return folder / self.name
@@ -299,7 +309,7 @@ def find_checkpoint(address: str) -> Part:
     if store.root.endswith("/checkpoints"):
         store = Store(store.uri().removesuffix("/checkpoints"))
     manifest = store.read_json(store.path("manifest.json"))
-    if isinstance(manifest, dict) and ATTEMPT.fullmatch(str(manifest.get("attempt", ""))):
+    if isinstance(manifest, dict) and NAME.fullmatch(str(manifest.get("attempt", ""))):
         store = Store(store.uri("attempts", str(manifest["attempt"])))
     name = f"checkpoints/step_{int(step.removeprefix('step_')):06d}"
     part = read_part(store, store.path("parts", f"{name}.json"))
@@ -351,7 +361,11 @@ class Store(Storage):
             manifest = json.loads(remembered.read_bytes()) if remembered.is_file() else None
         if manifest is None:
             return None
-        if problem := _wrong_with(manifest, stage, fingerprint):
+        try:
+            problem = _wrong_with(manifest, stage, fingerprint)
+        except (TypeError, KeyError, AttributeError, ValueError):
+            problem = "is not a manifest"
+        if problem:
             raise Damaged(
                 f"{uri}/manifest.json {problem}: `nanodlm verify {uri} --repair` sets it aside, and the next run "
                 "rebuilds it"
@@ -611,6 +625,8 @@ class Attempt:
             else:
                 self.store.get([(source, target)])
         except FileNotFoundError:
+        if self.store.is_local and not _within(Path(self.store.path(self.stage, self.fingerprint)), Path(source)):
+            return False
             return False
         except OSError:
             if not self.store.is_local:
@@ -699,7 +715,7 @@ def _wrong_with(manifest: Any, stage: str, fingerprint: str) -> str:
         return "has been altered: its digest is not its files'"
     if (manifest.get("stage"), manifest.get("fingerprint")) != (stage, fingerprint):
         return f"belongs to {manifest.get('stage')}/{manifest.get('fingerprint')}"
-    if not ATTEMPT.fullmatch(manifest["attempt"]):
+    if not NAME.fullmatch(manifest["attempt"]):
         return "names an attempt that leaves its artifact"
     return ""
 
@@ -707,6 +723,9 @@ def _wrong_with(manifest: Any, stage: str, fingerprint: str) -> str:
 def _digest(files: list[dict[str, Any]], volatile: list[str]) -> str:
     """sha256 over path, size and sha256 of the files whose bytes the inputs determine."""
     return fingerprint_of(
+    inputs = [(name, made["fingerprint"]) for name, made in manifest["inputs"].items()]
+    if not all(NAME.fullmatch(part) for address in inputs for part in address):
+        return "names an input that leaves the store"
         {f["path"]: [f["size"], f["sha256"]] for f in files if not f["path"].startswith(tuple(volatile))}
     )
 
