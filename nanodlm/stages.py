@@ -160,7 +160,7 @@ def look_up(config: Config, store: Store, until: str = "report", rebuild: str | 
 
 
 def _identity(stage: Stage, config: Config, found: dict[str, Artifact]) -> dict[str, Any]:
-    inputs = {name: found[name] for name in stage.inputs(config)}
+    inputs = {name: found[name] for name in stage.inputs(config) if name in found}
     return {
         "schema": SCHEMA,
         "stage": stage.name,
@@ -170,23 +170,36 @@ def _identity(stage: Stage, config: Config, found: dict[str, Artifact]) -> dict[
     }
 
 
-def ready(name: str, config: Config, store: Store, *, rebuild: bool = False) -> tuple[Lookup, dict[str, Artifact]]:
+def ready(
+    name: str, config: Config, store: Store, *, rebuild: bool = False, inputs: dict[str, Artifact] | None = None
+) -> tuple[Lookup, dict[str, Artifact]]:
     """A stage's lookup and its input artifacts.
+
+    Args:
+        name: One of `STAGES`.
+        config: The run's configuration.
+        store: Where artifacts lie.
+        rebuild: Whether its own artifact may be damaged.
+        inputs: Its input artifacts, where they are known; else they are looked up, from the source on.
 
     Raises:
         NanodlmError: When an input has not been built.
     """
+    if inputs is not None:
+        identity = _identity(STAGES[name], config, inputs)
+        fingerprint = fingerprint_of(identity)
+        return Lookup(STAGES[name], identity, fingerprint, None if rebuild else store.find(name, fingerprint)), inputs
     found: dict[str, Artifact] = {}
     for lookup in look_up(config, store, until=name, rebuild=name if rebuild else None):
         if lookup.stage.name == name:
-            inputs = lookup.stage.inputs(config)
+            needed = lookup.stage.inputs(config)
             if lookup.identity is None:
-                lacking = sorted((i for i in inputs if i not in found), key=NAMES.index)
+                lacking = sorted((i for i in needed if i not in found), key=NAMES.index)
                 raise NanodlmError(
                     f"{name} needs {' and '.join(lacking)}, which {store.uri()} does not hold for this configuration: "
                     f"run `nanodlm run --until {lacking[-1]}` with the same flags first"
                 )
-            return lookup, {i: found[i] for i in inputs}
+            return lookup, {i: found[i] for i in needed}
         if lookup.artifact:
             found[lookup.stage.name] = lookup.artifact
     raise KeyError(name)
@@ -199,6 +212,7 @@ def run(
     *,
     rebuild: bool = False,
     follow: bool = False,
+    inputs: dict[str, Artifact] | None = None,
     emit: Emit = lambda *_, **__: None,
 ) -> tuple[Artifact, dict[str, Any]]:
     """Find a stage's artifact or build it, here and now, its inputs being there.
@@ -211,6 +225,7 @@ def run(
         store: Where artifacts lie.
         rebuild: Build even when the artifact exists; equal bytes leave the old manifest in place.
         follow: Whether this process helps another one, which has the attempt and commits it.
+        inputs: Its input artifacts, where they are known; else they are looked up, from the source on.
         emit: Called as `emit(kind, **fields)` with progress.
 
     Returns:
@@ -218,7 +233,7 @@ def run(
     """
     started = time.monotonic()
     store.emit = emit
-    lookup, inputs = ready(name, config, store, rebuild=rebuild)
+    lookup, inputs = ready(name, config, store, rebuild=rebuild, inputs=inputs)
     assert lookup.identity is not None
     assert lookup.fingerprint is not None
     stage, artifact, status = lookup.stage, lookup.artifact, "cached"

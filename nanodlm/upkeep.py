@@ -78,7 +78,8 @@ def check(
         if not (problems and repair):
             yield Checked(stage, fingerprint, problems)
             continue
-        remedy = _repair(store, stage, fingerprint, artifact, emit)
+        settings = _settings(store, (stage, fingerprint), artifacts)
+        remedy = _repair(store, stage, fingerprint, artifact, settings, emit)
         yield Checked(stage, fingerprint, [*problems, *([remedy] if remedy else [])], repaired=not remedy)
 
 
@@ -94,22 +95,57 @@ def _problems(artifact: Artifact, deep: bool) -> list[str]:
     return lines
 
 
-def _repair(store: Store, stage: str, fingerprint: str, artifact: Artifact | None, emit: Emit) -> str:
+def _settings(store: Store, item: tuple[str, str], artifacts: list[tuple[str, str]]) -> dict[str, Any] | None:
+    """The settings an artifact was made with, from its own manifest, else from that of one that was made from it."""
+    for stage, fingerprint in [item, *artifacts]:
+        with contextlib.suppress(Damaged):
+            found = store.find(stage, fingerprint)
+            if found is None or not found.manifest.get("config"):
+                continue
+            made = found.manifest["inputs"].get(item[0], {})
+            if item in ((stage, fingerprint), (item[0], made.get("fingerprint"))):
+                return found.manifest["config"]
+    return None
+
+
+def _repair(
+    store: Store,
+    stage: str,
+    fingerprint: str,
+    artifact: Artifact | None,
+    settings: dict[str, Any] | None,
+    emit: Emit,
+) -> str:
     """Build an artifact again; what stands in the way, or nothing."""
     settings = artifact.manifest.get("config") if artifact else None
     if settings is None:
         store.retire((stage, fingerprint))
         return "its settings are not known, so it was set aside: `nanodlm run` with those it was made with rebuilds it"
     try:
-        config = Config(**settings)
-        wanted = stages.ready(stage, config, store, rebuild=True)[0].fingerprint
-        if wanted != fingerprint:
+        config, inputs = Config(**settings), None
+        if artifact:  # then the source need not be there, unless it is the download that is bad
+            lineage = artifact.manifest["inputs"].items()
+            inputs = {name: store.open(f"{name}/{made['fingerprint']}").check() for name, made in lineage}
+        lookup, _ = stages.ready(stage, config, store, rebuild=True, inputs=inputs)
+        if lookup.fingerprint != fingerprint:
             raise NanodlmError("this version of nanodlm, or the source's files now, would make another one")
     except (NanodlmError, ValueError) as error:
-        return f"not repaired: {' '.join(str(error).split())[:300]}"
+        return f"not repaired: {_short(error)}"
     store.retire((stage, fingerprint))
-    stages.run(stage, config, store, emit=emit)
+    try:
+        stages.run(stage, config, store, inputs=inputs, emit=emit)
+    except BaseException as error:
+        if artifact is not None:  # what was there is there again
+            with contextlib.suppress(OSError, NanodlmError):
+                store.write_json(store.path(stage, fingerprint, "manifest.json"), artifact.manifest, create_only=True)
+        if not isinstance(error, NanodlmError):
+            raise
+        return f"not repaired: {_short(error)}"
     return ""
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 # Collecting
