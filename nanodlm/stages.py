@@ -247,7 +247,8 @@ def run(
             time.sleep(0.2)
         return artifact, record(artifact, "built", time.monotonic() - started)
     if artifact is None or rebuild:
-        with store.lease(name, lookup.fingerprint, notify=lambda text: emit("message", text=text)):
+        reads = {input_: found.fingerprint for input_, found in inputs.items()}
+        with store.lease(name, lookup.fingerprint, lambda text: emit("message", text=text), reads):
             artifact = None if rebuild else store.find(name, lookup.fingerprint)  # another run may have been quicker
             if artifact is None:
                 artifact, status = _build(lookup, config, store, inputs, rebuild, emit), "built"

@@ -422,7 +422,11 @@ class Store(Storage):
 
     @contextlib.contextmanager
     def lease(
-        self, stage: str, fingerprint: str, notify: Callable[[str], None] = lambda _: None
+        self,
+        stage: str,
+        fingerprint: str,
+        notify: Callable[[str], None] = lambda _: None,
+        inputs: dict[str, str] | None = None,
     ) -> Iterator[dict[str, Any]]:
         """Hold the artifact's lease, waiting first while another run does, so that not both build it.
 
@@ -433,6 +437,7 @@ class Store(Storage):
             stage: The artifact's stage.
             fingerprint: Its fingerprint.
             notify: Told, in words, who is being waited for.
+            inputs: Fingerprints, by stage, of what is read meanwhile, which a collection then keeps.
 
         Yields:
             What the lease says of this holder.
@@ -441,7 +446,8 @@ class Store(Storage):
             NanodlmError: When the store cannot be written.
         """
         path = self.path(stage, fingerprint, "lease.json")
-        mine = {"holder": secrets.token_hex(8), "host": socket.gethostname(), "pid": os.getpid()}
+        mine: dict[str, Any] = {"holder": secrets.token_hex(8), "host": socket.gethostname(), "pid": os.getpid()}
+        mine["inputs"] = inputs or {}
         try:  # before any work, so that a store that cannot be written says so at once
             while not self.write_json(path, {**mine, "beat": 0}, create_only=True):
                 if not self._wait_for_lease(path, notify):
@@ -619,14 +625,14 @@ class Attempt:
         target = self.path / file["path"]
         target.parent.mkdir(parents=True, exist_ok=True)
         target.unlink(missing_ok=True)
+        if self.store.is_local and not _within(Path(self.store.path(self.stage, self.fingerprint)), Path(source)):
+            return False
         try:
             if self.store.is_local:
                 os.link(source, target)  # finished files never change, so sharing them is safe
             else:
                 self.store.get([(source, target)])
         except FileNotFoundError:
-        if self.store.is_local and not _within(Path(self.store.path(self.stage, self.fingerprint)), Path(source)):
-            return False
             return False
         except OSError:
             if not self.store.is_local:
@@ -717,15 +723,15 @@ def _wrong_with(manifest: Any, stage: str, fingerprint: str) -> str:
         return f"belongs to {manifest.get('stage')}/{manifest.get('fingerprint')}"
     if not NAME.fullmatch(manifest["attempt"]):
         return "names an attempt that leaves its artifact"
+    inputs = [(name, made["fingerprint"]) for name, made in manifest["inputs"].items()]
+    if not all(NAME.fullmatch(part) for address in inputs for part in address):
+        return "names an input that leaves the store"
     return ""
 
 
 def _digest(files: list[dict[str, Any]], volatile: list[str]) -> str:
     """sha256 over path, size and sha256 of the files whose bytes the inputs determine."""
     return fingerprint_of(
-    inputs = [(name, made["fingerprint"]) for name, made in manifest["inputs"].items()]
-    if not all(NAME.fullmatch(part) for address in inputs for part in address):
-        return "names an input that leaves the store"
         {f["path"]: [f["size"], f["sha256"]] for f in files if not f["path"].startswith(tuple(volatile))}
     )
 

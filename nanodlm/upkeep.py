@@ -11,10 +11,11 @@ from nanodlm import corpus, stages
 from nanodlm.config import Config
 from nanodlm.errors import Damaged, NanodlmError, UsageError
 from nanodlm.storage import Found
-from nanodlm.store import Artifact, Store
+from nanodlm.store import LEASE_SECONDS, Artifact, Store
 
 Emit = Callable[..., None]
 GRACE_SECONDS = 3600.0  # nothing that changed so lately is collected
+LEASE_GRACE = 4 * LEASE_SECONDS  # a lease that was not renewed for so long is a dead run's, whatever the grace
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,6 @@ def _repair(
     emit: Emit,
 ) -> str:
     """Build an artifact again; what stands in the way, or nothing."""
-    settings = artifact.manifest.get("config") if artifact else None
     if settings is None:
         store.retire((stage, fingerprint))
         return "its settings are not known, so it was set aside: `nanodlm run` with those it was made with rebuilds it"
@@ -180,13 +180,15 @@ def collect(
     """
     if keep_last is not None and keep_last < 0:
         raise UsageError(f"--keep-last counts results to keep, from 0, not {keep_last}")
+    listed = store.files(store.root)
     artifacts, unreadable = {}, set()
     for item in store:
         try:
             artifacts[item] = store.find(*item)
         except Damaged:
             unreadable.add(item)  # its manifest may name any attempt
-    dropped = set(artifacts) - _needed(artifacts, keep_last, older_than, grace)
+    leased, read = _leases(store, listed, grace)
+    dropped = set(artifacts) - _needed(artifacts, read, keep_last, older_than, grace)
     for item in sorted(dropped):
         size = sum(file["size"] for file in artifacts[item].manifest["files"])
         if not dry_run:
@@ -194,7 +196,7 @@ def collect(
             store.retire(item)
         yield {"kind": "artifact", "uri": store.uri(*item), "bytes": size}
     kept = {item: a.manifest["attempt"] for item, a in artifacts.items() if item not in dropped}
-    for attempt, size in _abandoned(store, kept, unreadable, grace, older_than):
+    for attempt, size in _abandoned(listed, kept, leased | unreadable, dropped, grace, older_than):
         if not dry_run:
             store.remove_folder(store.path(attempt))
         yield {"kind": "attempt", "uri": store.uri(attempt), "bytes": size}
@@ -204,17 +206,34 @@ def collect(
         yield {"kind": "upload", "uri": store.fs.unstrip_protocol(path), "bytes": 0}
 
 
+def _leases(store: Store, listed: dict[str, Found], grace: float) -> tuple[set[tuple[str, str]], set[tuple[str, str]]]:
+    """What runs under way are building, and what they read. A lease that nobody has renewed is a dead run's."""
+    building, read = set(), set()
+    for path, found in listed.items():
+        parts = path.split("/")
+        if len(parts) == 3 and parts[2] == "lease.json" and time.time() - found.changed < max(grace, LEASE_GRACE):
+            building.add((parts[0], parts[1]))
+            held = store.read_json(store.path(path))
+            inputs = held.get("inputs") if isinstance(held, dict) else None
+            read |= set((inputs or {}).items())
+    return building, read
+
+
 def _needed(
-    artifacts: dict[tuple[str, str], Any], keep_last: int | None, older_than: float | None, grace: float
+    artifacts: dict[tuple[str, str], Any],
+    read: set[tuple[str, str]],
+    keep_last: int | None,
+    older_than: float | None,
+    grace: float,
 ) -> set[tuple[str, str]]:
-    """Mark: results that stay, and all that they were made from."""
+    """Mark: results that stay, what runs under way read, and all that these were made from."""
     if keep_last is None and older_than is None:
         return set(artifacts)
     sources = {(n, made["fingerprint"]) for a in artifacts.values() for n, made in a.manifest["inputs"].items()}
     ages = {item: time.time() - _time(a.manifest["created"]) for item, a in artifacts.items()}
     results = sorted(set(artifacts) - sources, key=ages.__getitem__)
     young = [item for item in artifacts if ages[item] < grace]
-    todo = [*young, *results[: keep_last or 0]]
+    todo = [*young, *read, *results[: keep_last or 0]]
     if older_than is not None:
         todo += [item for item in results if ages[item] <= older_than]
     needed: set[tuple[str, str]] = set()
@@ -227,38 +246,39 @@ def _needed(
 
 
 def _abandoned(
-    store: Store,
+    listed: dict[str, Found],
     kept: dict[tuple[str, str], str],
-    unreadable: set[tuple[str, str]],
+    untouched: set[tuple[str, str]],
+    dropped: set[tuple[str, str]],
     grace: float,
     older_than: float | None,
 ) -> Iterator[tuple[str, int]]:
     """Attempts that nobody needs: relative path and size in bytes.
 
-    Kept are those that a manifest names, all attempts at what has a lease, and the newest with a finished part of what
-    has no manifest, from which a run would continue, unless it was retired or is older than what is asked for.
+    Kept are those that a manifest names, all attempts at what is `untouched`, and the newest with a finished part of
+    what has no manifest, from which a run would continue, unless it was retired since, or is older than what is asked
+    for.
     """
     attempts: dict[str, list[Found]] = {}
-    leased, resumable, retired = set(), {}, {}
-    for path, found in sorted(store.files(store.root).items()):
+    resumable, retired = {}, {}
+    for path, found in sorted(listed.items()):
         parts = path.split("/")
         item = (parts[0], parts[1]) if len(parts) > 2 else ("", "")
         if len(parts) > 4 and parts[2] == "attempts":
             attempts.setdefault("/".join(parts[:4]), []).append(found)
             if parts[4] == "parts":
                 resumable[item] = parts[3]  # the newest with a finished part
-        elif parts[2:] == ["lease.json"]:
-            leased.add(item)
         elif parts[2:] == ["retired.json"]:
-            retired[item] = found
+            retired[item] = found.changed
+    retired |= dict.fromkeys(dropped, time.time())
     for attempt, files in attempts.items():
         stage, fingerprint, _, number = attempt.split("/")
         item = (stage, fingerprint)
-        if item in leased or item in unreadable or kept.get(item) == number:
+        if item in untouched or kept.get(item) == number:
             continue
-        marks = [*files, *([retired[item]] if item in retired else [])]
-        age = time.time() - max(found.changed for found in marks)
-        resumes = item not in kept and item not in retired and resumable.get(item) == number
+        changed = max(found.changed for found in files)
+        resumes = item not in kept and changed > retired.get(item, 0.0) and resumable.get(item) == number
+        age = time.time() - max(changed, retired.get(item, 0.0))
         if age > grace and not (resumes and (older_than is None or age <= older_than)):
             yield attempt, sum(found.size for found in files)
 
