@@ -369,7 +369,7 @@ def _one_stage(name: str, argv: list[str]) -> None:
     finally:
         console.end()
     console.done(artifact, record)
-    console.line(artifact.uri)
+    console.text(artifact.uri)
     if args.as_json:
         _print_json(_result([record], {name: artifact}))
 
@@ -603,16 +603,16 @@ def ls(argv: list[str]) -> None:
         rows.append({**row, "age_seconds": round(upkeep.age(artifact)), "inputs": made_from})
         total += size
         if not args.as_json:
-            lineage = " ".join(f"{name} {made[:8]}" for name, made in made_from.items())
-            print(f"{stage:<10} {_ago(upkeep.age(artifact)):>5} {_size(size):>10}  {artifact.uri}")
+            lineage = " ".join(f"{name} {made[:12]}" for name, made in made_from.items())
+            print(f"{stage:<10} {_ago(upkeep.age(artifact)):>4} {_size(size):>10}  {artifact.uri}")
             if lineage:
-                print(f"{'':<27} from {lineage}")
+                print(f"{'':<28}from {lineage}")
     if args.as_json:
         _print_json({"artifacts": rows})
     elif not rows:
         print(f"no artifacts in {store.uri()}")
     else:
-        print(f"{len(rows)} artifacts, {_size(total)}, in {store.uri()}")
+        print(f"{_count(len(rows), 'artifact')}, {_size(total)}, in {store.uri()}")
 
 
 def _in_order(store: "Store") -> list[tuple[str, str]]:
@@ -623,8 +623,15 @@ def _in_order(store: "Store") -> list[tuple[str, str]]:
     return sorted(store, key=lambda item: order.index(item[0]) if item[0] in order else len(order))
 
 
-def _size(count: float) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
+def _size(count: int) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count} B"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _ago(seconds: float) -> str:
@@ -654,7 +661,7 @@ def show(argv: list[str]) -> None:
     m = artifact.manifest
     size = sum(file["size"] for file in m["files"])
     print(f"{artifact.uri}\nmade    {m['created']} ({_ago(upkeep.age(artifact))} ago) in {m['seconds']} s")
-    print(f"size    {_size(size)} in {len(m['files'])} files\ndigest  {m['digest']}")
+    print(f"size    {_size(size)} in {_count(len(m['files']), 'file')}\ndigest  {m['digest']}")
     print("\nlineage")
     for name, fingerprint in upkeep.chain(artifact.store, artifact.stage, artifact.fingerprint)[:-1]:
         there = "" if artifact.store.find(name, fingerprint) else "  (not there any more)"
@@ -671,13 +678,6 @@ def show(argv: list[str]) -> None:
 
 def _artifact(store: "Store", uri: str) -> "Artifact":
     """The artifact at a URI: of another store, or in the given one."""
-    from nanodlm.store import Store
-
-    parts = refuse_secrets(uri).rstrip("/").removesuffix("/manifest.json").rsplit("/", 2)
-    return (Store(parts[0] or "/") if len(parts) == 3 else None), parts[-2:]
-
-
-def verify(argv: list[str]) -> None:
     address = _address(uri)
     return (address[0] or store).open(uri)
 
@@ -685,10 +685,16 @@ def verify(argv: list[str]) -> None:
 def _address(uri: str) -> tuple["Store | None", list[str]]:
     """What a URI names: its store, unless it has none, and stage and fingerprint, or fewer words."""
     from nanodlm.config import refuse_secrets
+    from nanodlm.store import Store
+
+    parts = refuse_secrets(uri).rstrip("/").removesuffix("/manifest.json").rsplit("/", 2)
+    return (Store(parts[0] or "/") if len(parts) == 3 else None), parts[-2:]
+
+
+def verify(argv: list[str]) -> None:
     """Check artifacts and all they were made from; with `--repair` build again what is bad."""
     from nanodlm import upkeep
     from nanodlm.console import Console
-    from nanodlm.store import Store
 
     store, args = _open(
         argv,
@@ -714,15 +720,16 @@ def _address(uri: str) -> tuple["Store | None", list[str]]:
             uri = store.uri(found.stage, found.fingerprint)
             rows.append({"uri": uri, "problems": found.problems, "repaired": found.repaired})
             if not args.as_json:
-                console.line(f"{'REPAIRED' if found.repaired else 'DAMAGED' if found.problems else 'ok':<8} {uri}")
-                for line in found.problems:
-                    console.line(f"         {line}")
+                status = "REPAIRED" if found.repaired else "DAMAGED" if found.problems else "ok"
+                console.text(f"{status:<8} {uri}", *(f"{'':<8} {line}" for line in found.problems))
     finally:
         console.end()
     if args.as_json:
         _print_json({"artifacts": rows, "damaged": bad, "repaired": repaired})
     elif not rows:
         print(f"no artifacts in {store.uri()}")
+    elif not bad:
+        print(f"{_count(len(rows), 'artifact')}: every file has its {'sha256' if args.deep else 'size'}")
     if bad > repaired:
         advice = "what could not be repaired says why" if args.repair else "add --repair to build again what is bad"
         raise NanodlmError(f"{bad - repaired} of {len(rows)} artifacts are damaged: {advice}")
@@ -774,17 +781,20 @@ def copy(argv: list[str]) -> None:
     if not targets:
         raise NanodlmError(f"nothing to copy: {args.source} holds no artifacts")
     console = Console(sys.stderr if args.as_json else sys.stdout)
-    rows = []
+    rows, sent = [], 0
     console.start("copy")
     try:
         for artifact, copied in upkeep.copy(source, Store(args.target), targets, console.emit):
             rows.append({"uri": artifact.uri, "copied": copied})
+            sent += sum(file["size"] for file in artifact.manifest["files"]) if copied else 0
             if not args.as_json:
-                console.line(f"{'copied' if copied else 'there':<8} {artifact.uri}")
+                console.text(f"{'copied' if copied else 'there':<8} {artifact.uri}")
     finally:
         console.end()
     if args.as_json:
         _print_json({"artifacts": rows})
+    else:
+        print(f"{_count(len(rows), 'artifact')} there; {_size(sent)} copied, each file compared with its sha256")
 
 
 def adopt(argv: list[str]) -> None:
@@ -837,7 +847,8 @@ def gc(argv: list[str]) -> None:
         removed.append(row)
         if not args.as_json:
             done = "would remove" if args.dry_run else "removed"
-            print(f"{done} {_size(row['bytes']):>10}  {row['kind']:<8} {row['uri']}")
+            size = "" if row["kind"] == "upload" else _size(row["bytes"])  # S3 does not say what it holds
+            print(f"{done} {size:>10}  {row['kind']:<8} {row['uri']}")
     if args.as_json:
         _print_json({"removed": removed, "dry_run": args.dry_run})
     elif not removed:

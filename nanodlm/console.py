@@ -25,8 +25,13 @@ class Console:
         self._rate: tuple[float | None, float, float] | None = None  # total, done and time of a count's first event
 
     def line(self, text: str) -> None:
-        """Print one line."""
+        """Print one line, in which `[bold]` and the like mean what they do to rich."""
         self._rich.print(text)
+
+    def text(self, *lines: str) -> None:
+        """Print lines as they are, whatever brackets they hold."""
+        for line in lines:
+            self._rich.print(line, markup=False)
 
     def start(self, stage: str) -> None:
         """A stage begins."""
