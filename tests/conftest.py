@@ -36,8 +36,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def private_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def private_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    from nanodlm import cache
+
     monkeypatch.setenv("NANODLM_CACHE", str(tmp_path / "cache"))
+    yield
+    for entry in [entry for entry in cache._held if entry.is_relative_to(tmp_path)]:
+        cache._held.pop(entry).close()
 
 
 @pytest.fixture(scope="session")
