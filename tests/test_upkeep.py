@@ -596,6 +596,20 @@ def test_a_copy_that_was_cut_off_goes_on_without_sending_again_what_is_there(
     assert len(sent) == len(set(sent)) == len(shard.manifest["files"])
 
 
+def test_a_copy_shows_how_far_it_is(master: Made, remote: Store, tmp_path: Path) -> None:
+    shard, told = master.artifacts["shard"], []
+
+    def emit(kind: str, **fields: Any) -> None:
+        told.append((kind, fields["unit"], fields["done"], fields["total"]))
+
+    for source, target in ((master.store, remote), (remote, Store(str(tmp_path / "back")))):
+        list(upkeep.copy(source, target, [("shard", shard.fingerprint)], emit))
+        kind, unit, done, total = told[-1]
+        assert (kind, unit) == ("progress", "MB copied")
+        assert done == pytest.approx(total) == pytest.approx(sum(f["size"] for f in shard.manifest["files"]) / 1e6)
+    assert "MB of shard fetched" in {unit for _, unit, _, _ in told}
+
+
 def test_a_damaged_source_is_not_copied(made: Made, store: Store, tmp_path: Path) -> None:
     shard = made.artifacts["shard"]
     flip(made.first("shard", "train-*"))
