@@ -728,8 +728,9 @@ def verify(argv: list[str]) -> None:
         _print_json({"artifacts": rows, "damaged": bad, "repaired": repaired})
     elif not rows:
         print(f"no artifacts in {store.uri()}")
-    elif not bad:
-        print(f"{_count(len(rows), 'artifact')}: every file has its {'sha256' if args.deep else 'size'}")
+    elif bad == repaired:
+        mended = f", {repaired} repaired" if repaired else ""
+        print(f"{_count(len(rows), 'artifact')}{mended}: every file has its {'sha256' if args.deep else 'size'}")
     if bad > repaired:
         advice = "what could not be repaired says why" if args.repair else "add --repair to build again what is bad"
         raise NanodlmError(f"{bad - repaired} of {len(rows)} artifacts are damaged: {advice}")

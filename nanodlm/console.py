@@ -64,7 +64,8 @@ class Console:
 
     def _describe(self, fields: dict[str, Any]) -> str:
         done, total = fields["done"], fields.get("total")
-        count = f"{done:,.0f}/{total:,.0f}" if total else f"{done:,.1f}"
+        digits = 1 if total and total < 100 and not float(total).is_integer() else 0
+        count = f"{done:,.{digits}f}/{total:,.{digits}f}" if total else f"{done:,.1f}"
         parts = [f"{count} {fields['unit']}"]
         if fields.get("loss") is not None:
             parts.append(f"loss {fields['loss']:.3f}")

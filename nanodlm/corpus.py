@@ -62,7 +62,7 @@ def matching(patterns: list[str], *, may_be_empty: bool = False) -> list[str]:
             raise NanodlmError(f"cannot list {pattern}: {error}") from error
         if not urls and not may_be_empty:
             raise NanodlmError(
-                f"no file matches {pattern!r}: check --data.source (a folder needs a glob, as in dir/*.txt)"
+                f"no file matches {pattern!r}: check its spelling (a folder needs a glob, as in dir/*.txt)"
             )
         files.update(urls)
     for file in files:

@@ -137,19 +137,22 @@ class Artifact:
         """
         return [file for file in self.manifest["files"] if not only or file["path"].startswith(only)]
 
-    def problems(self, *only: str, deep: bool = False) -> list[str]:
+    def problems(self, *only: str, deep: bool = False, emit: Callable[..., None] = lambda *_, **__: None) -> list[str]:
         """What is wrong with its files, one line each: names and sizes, or with `deep` also their sha256.
 
         Args:
             only: Prefixes of the files to look at; without any all are.
             deep: Whether to read the files.
+            emit: Called as `emit("progress", done, total, unit)` while they are read.
         """
         base = self.remote("parts").rsplit("/", 1)[0]
         found = {path: size for path, size in self.store.sizes(base).items() if not path.startswith("parts/")}
         listed = {_safe(file["path"]) for file in self.manifest["files"]}
         root = Path(self.store.path(self.stage, self.fingerprint))
         lines = [f"{path} is not in its manifest" for path in sorted(found.keys() - listed)]
-        for file in self.files(*only):
+        files = self.files(*only)
+        done, total = 0, sum(file["size"] for file in files)
+        for file in files:
             size = found.get(file["path"])
             if size is None:
                 lines.append(f"{file['path']} is missing")
@@ -159,6 +162,9 @@ class Artifact:
                 lines.append(f"{file['path']} has {size} bytes, not {file['size']}")
             elif deep and self.store.sha256(self.remote(file["path"])) != file["sha256"]:
                 lines.append(f"{file['path']} has been altered: its sha256 differs from the manifest's")
+            done += file["size"]
+            if deep:
+                emit("progress", done=done / 1e6, total=total / 1e6, unit=f"MB of {self.stage} read")
         return lines
 
     def check(self, *only: str, deep: bool = False) -> "Artifact":

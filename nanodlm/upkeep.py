@@ -73,7 +73,7 @@ def check(
         artifact, problems = None, []
         try:
             artifact = store.find(stage, fingerprint)
-            problems = _problems(artifact, deep) if artifact else ["its manifest is missing"]
+            problems = _problems(artifact, deep, emit) if artifact else ["its manifest is missing"]
         except Damaged as error:
             problems = [str(error)]
         if not (problems and repair):
@@ -84,8 +84,8 @@ def check(
         yield Checked(stage, fingerprint, [*problems, *([remedy] if remedy else [])], repaired=not remedy)
 
 
-def _problems(artifact: Artifact, deep: bool) -> list[str]:
-    lines = artifact.problems(deep=deep)
+def _problems(artifact: Artifact, deep: bool, emit: Emit) -> list[str]:
+    lines = artifact.problems(deep=deep, emit=emit)
     for name, made in artifact.manifest["inputs"].items():
         try:
             source = artifact.store.find(name, made["fingerprint"])

@@ -132,11 +132,12 @@ def test_a_training_leaves_no_secret_in_store_cache_events_or_output(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_the_commands_and_the_orchestrator_leave_no_secret_anywhere(
     planted: dict[str, str], s3_environment: None, s3_server: str, home: Path
 ) -> None:
     store, outputs = bucket("commands", s3_server), []
-    config = tiny(exp={"use_wandb": True, "use_tensorboard": True})
+    config = tiny(exp={"use_wandb": True, "use_tensorboard": True, "save_every": 100})
     (home / "config.json").write_text(config.model_dump_json())
 
     def run(*words: str, code: int = 0, **extra: str) -> None:
@@ -149,7 +150,7 @@ def test_the_commands_and_the_orchestrator_leave_no_secret_anywhere(
     for command in ("train", "evaluate", "sample"):
         run(command, *configured, "--events", f"{command}.jsonl")
     run("run", *configured, "--json")
-    for command in ("ls", "verify", "gc", "doctor"):
+    for command in ("verify", "doctor"):
         run(command, "--store", store)
     run("copy", store, str(home / "copy"))
     run("run", "config.json", "--store", "s3://no-such-bucket/runs", "--until", "split", "--debug", code=1)

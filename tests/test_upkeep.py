@@ -169,6 +169,17 @@ def test_the_chain_of_a_sample_goes_down_to_the_data_in_the_order_of_the_stages(
     assert [found.problems for found in master.check(deep=True).values()] == [[]] * len(CHAIN)
 
 
+def test_a_deep_check_shows_how_far_it_is(master: Made) -> None:
+    told = []
+    shard = ("shard", master.artifacts["shard"].fingerprint)
+    list(
+        upkeep.check(master.store, [shard], deep=True, emit=lambda kind, **fields: told.append({"kind": kind} | fields))
+    )
+    assert len(told) == len(master.artifacts["shard"].manifest["files"])
+    assert (told[-1]["kind"], told[-1]["unit"]) == ("progress", "MB of shard read")
+    assert told[-1]["done"] == pytest.approx(told[-1]["total"])
+
+
 def test_a_damaged_shard_is_found_from_the_sample_when_looked_for_deeply(made: Made) -> None:
     flip(made.first("shard", "train-*"))
     assert not any(found.problems for found in made.check().values()), "sizes alone cannot tell"
@@ -289,6 +300,7 @@ def test_verify_says_what_is_wrong_and_what_was_mended(made: Made, capsys: pytes
     assert [row["uri"] for row in told_["artifacts"] if row["problems"]] == [shard]
     out, _ = said(capsys, "verify", "--store", made.store.uri(), "--deep", "--repair")
     assert f"REPAIRED {shard}" in out
+    assert out.endswith("6 artifacts, 1 repaired: every file has its sha256\n")
     assert said(capsys, "verify", sample, "--deep")[0].endswith("6 artifacts: every file has its sha256\n")
     assert told(capsys, "verify", sample) == {
         "artifacts": [{"uri": made.artifacts[n].uri, "problems": [], "repaired": False} for n in CHAIN],
