@@ -47,8 +47,13 @@ def source_files(data: DataConfig) -> list[str]:
     return files
 
 
-def matching(patterns: list[str], *, may_be_empty: bool = False) -> list[str]:
+def matching(patterns: list[str], *, may_be_empty: bool = False, named: str = "--data.source") -> list[str]:
     """URLs of the files that paths and globs name, sorted.
+
+    Args:
+        patterns: The paths and globs.
+        may_be_empty: Whether one may name none.
+        named: Where they were given, for the message.
 
     Raises:
         NanodlmError: When one names none, or a file is of a kind that cannot be read.
@@ -61,9 +66,7 @@ def matching(patterns: list[str], *, may_be_empty: bool = False) -> list[str]:
         except (OSError, ValueError, ImportError) as error:
             raise NanodlmError(f"cannot list {pattern}: {error}") from error
         if not urls and not may_be_empty:
-            raise NanodlmError(
-                f"no file matches {pattern!r}: check its spelling (a folder needs a glob, as in dir/*.txt)"
-            )
+            raise NanodlmError(f"no file matches {pattern!r}: check {named} (a folder needs a glob, as in dir/*.txt)")
         files.update(urls)
     for file in files:
         if Path(file).suffix not in READERS:
@@ -172,7 +175,9 @@ def download(
         part, pending, size = part + 1, [], 0
         emit("progress", done=done["bytes"] / 1e6, unit="MB")
 
-    for batch in _read(data, source_files(data) if adopted is None else matching(adopted)):
+    for batch in _read(
+        data, source_files(data) if adopted is None else matching(adopted, named="what is to be adopted")
+    ):
         if skip >= len(batch):
             skip -= len(batch)
             continue

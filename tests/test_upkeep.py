@@ -692,6 +692,8 @@ def test_adopt_prints_what_it_took(store: Store, at_hand: list[str], capsys: pyt
     assert said(capsys, "adopt", *at_hand, *config)[0] == f"there already  {store.uri(stage, fingerprint)}\n"
     assert told(capsys, "adopt", *at_hand, *config) == {"uri": store.uri(stage, fingerprint), "adopted": False}
     assert "name the files" in said(capsys, "adopt", *config, code=2)[1]
+    nothing = ["adopt", "missing-*.parquet", *config, "--data.column", "other"]
+    assert "no file matches 'missing-*.parquet': check what is to be adopted" in said(capsys, *nothing, code=1)[1]
 
 
 def test_a_column_that_is_not_there_is_one_clear_line(
