@@ -238,6 +238,17 @@ def run(argv: list[str]) -> None:
         records = [stages.record(artifact, "cached", 0.0) for artifact in artifacts]
         for artifact, record in zip(artifacts, records, strict=True):
             console.done(artifact, record)
+    elif args.store.startswith("memory://"):  # which no other process could see, an orchestrator's neither
+        records, artifacts = [], []
+        for name in stages.until(args.until):
+            console.start(name)
+            try:
+                artifact, record = stages.run(name, config, store, rebuild=name == args.rebuild, emit=console.emit)
+            finally:
+                console.end()
+            console.done(artifact, record)
+            records.append(record)
+            artifacts.append(artifact)
     else:
         for name in ("PREFECT_SERVER_ANALYTICS_ENABLED", "PREFECT_SERVER_EPHEMERAL_ENABLED"):
             os.environ.setdefault(name, "false")

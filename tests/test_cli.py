@@ -1,6 +1,5 @@
 """The command line: its exit codes and the one line it says when something is wrong."""
 
-import json
 from pathlib import Path
 
 import pytest
