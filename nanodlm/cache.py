@@ -2,7 +2,7 @@
 
     {cache}/entries/{name}/files/...     copies; each appears whole, after its sha256 was checked
     {cache}/entries/{name}/used          locked by every process that uses the entry; its time is that of the last use
-    {cache}/entries/{name}/locks/...     one for each file, so that two processes do not fetch the same
+    {cache}/entries/{name}/arriving/...  copies on their way, and a lock for each, so that two processes do not fetch it
     {cache}/lock                         held while entries are opened or thrown out
 
 An entry is all copies of one artifact, or the files that one attempt is making. Locks are the kernel's (`flock`), so
@@ -16,11 +16,12 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
 
 from nanodlm.errors import Damaged, NanodlmError
-from nanodlm.storage import sha256_of
+from nanodlm.storage import TRANSFERS, sha256_of
 
 DEFAULT_GB = 100.0
 _held: dict[Path, IO[str]] = {}  # entries in use by this process; the open files hold their locks
@@ -89,30 +90,59 @@ def drop(name: str) -> None:
     shutil.rmtree(entry, ignore_errors=True)
 
 
-def fetch(folder: Path, file: dict[str, Any], get: Callable[[Path], None]) -> Path:
-    """The local copy of a file, fetched unless it is there whole; two processes do not fetch it twice.
+def fetch(
+    folder: Path,
+    files: list[dict[str, Any]],
+    get: Callable[[list[tuple[str, Path]]], None],
+    arrived: Callable[[int], None] = lambda _: None,
+) -> None:
+    """Make local copies of files, several at a time, of those that are not there whole.
+
+    Two processes do not fetch the same file. While some files are on their way the ones before are verified.
 
     Args:
         folder: What `hold` returned.
-        file: Its `path`, `size` and `sha256`.
-        get: Copies it to a local path.
+        files: The `path`, `size` and `sha256` of each.
+        get: Copies files, given by their `path`, to local paths.
+        arrived: Told the bytes of each file that is there.
 
     Raises:
-        Damaged: When what arrived is not what it should be; nothing is kept.
+        Damaged: When what arrived is not what it should be; nothing is kept of it.
+        FileNotFoundError: When there is no such file.
     """
-    target = folder / file["path"]
-    number = hashlib.sha256(file["path"].encode()).hexdigest()[:16]
-    with _locked(folder.parent / "locks" / number):
-        if not whole(target, file):
-            target.unlink(missing_ok=True)
-            arriving = folder.parent / "locks" / f"{number}.part"  # what a killed process left is written over
-            get(arriving)
+    with ThreadPoolExecutor(1, thread_name_prefix="verify") as verifier, contextlib.ExitStack() as late:
+        verified: Future[None] | None = None
+        for i in range(0, len(files), TRANSFERS):
+            locks = late.enter_context(contextlib.ExitStack())
+            batch = [(file, _arriving(folder, file)) for file in files[i : i + TRANSFERS]]
+            for path in sorted(arriving.with_suffix(".lock") for _, arriving in batch):  # all in one order: no deadlock
+                locks.enter_context(_locked(path))
+            missing = [(f, arriving) for f, arriving in batch if not whole(folder / f["path"], f)]
+            if missing:
+                get([(file["path"], arriving) for file, arriving in missing])
+            if verified:
+                verified.result()
+            verified = verifier.submit(_accept, folder, missing, locks)
+            for file, _ in batch:
+                arrived(file["size"])
+        if verified:
+            verified.result()
+
+
+def _arriving(folder: Path, file: dict[str, Any]) -> Path:
+    """Where a file lies until it is verified; what a killed process left there is written over."""
+    return folder.parent / "arriving" / hashlib.sha256(file["path"].encode()).hexdigest()[:16]
+
+
+def _accept(folder: Path, files: list[tuple[dict[str, Any], Path]], locks: contextlib.ExitStack) -> None:
+    with locks:
+        for file, arriving in files:
             if not whole(arriving, file):
                 arriving.unlink(missing_ok=True)
                 raise Damaged(f"{file['path']} has been altered")
+            target = folder / file["path"]
             target.parent.mkdir(parents=True, exist_ok=True)
             arriving.replace(target)
-    return target
 
 
 def whole(path: Path, file: dict[str, Any]) -> bool:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,7 +30,8 @@ from nanodlm.errors import NanodlmError, Unreachable, UsageError
 T = TypeVar("T")
 RETRY_SECONDS = 300.0  # for how long what may pass by itself is tried again
 FIRST_PAUSE, LONGEST_PAUSE = 0.2, 15.0  # seconds between tries; each is twice the last, and shortened at random
-TRANSFERS = 12  # files on their way at once
+READ_BYTES = 2**24  # hashed at a time: large enough that hashing and transfers hardly wait for each other
+TRANSFERS = 32  # files on their way at once
 # Protocols whose fsspec drivers send a creation as one conditional request. A server may still ignore the condition:
 # `Storage.require_create_only` tries it.
 CREATE_ONLY = {"file", "local", "s3", "s3a", "gs", "gcs", "memory"}
@@ -171,19 +173,26 @@ class Storage:
 
         return self.patiently(call)
 
-    def get(self, pairs: Iterable[tuple[str, Path]]) -> None:
-        """Copy files to local paths, several at a time; a local path holds the whole file or is not there."""
+    def get(self, pairs: list[tuple[str, Path]]) -> None:
+        """Copy files to local paths, several at a time; none of them is at its path before all of a few are whole.
 
-        def copy(source: str, target: Path) -> None:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            partial = target.with_name(f".{target.name}.{os.getpid()}-{random.getrandbits(32):08x}.partial")
+        Raises:
+            FileNotFoundError: When one is not there.
+        """
+        for i in range(0, len(pairs), TRANSFERS):
+            sources = [source for source, _ in pairs[i : i + TRANSFERS]]
+            targets = [target for _, target in pairs[i : i + TRANSFERS]]
+            unique = f"{os.getpid()}-{random.getrandbits(32):08x}.partial"
+            partials = [target.with_name(f".{target.name}.{unique}") for target in targets]
+            for target in targets:
+                target.parent.mkdir(parents=True, exist_ok=True)
             try:
-                self.patiently(lambda: self.fs.get_file(source, str(partial)))
-                partial.replace(target)
+                self.patiently(partial(self.fs.get, sources, [str(path) for path in partials]))
+                for path, target in zip(partials, targets, strict=True):
+                    path.replace(target)
             finally:
-                partial.unlink(missing_ok=True)
-
-        _each(copy, pairs)
+                for path in partials:
+                    path.unlink(missing_ok=True)
 
     # Writing
 
@@ -197,7 +206,7 @@ class Storage:
 
         def copy(source: Path, target: str) -> None:
             if self.is_local:
-                _replace(Path(target), lambda partial: shutil.copyfile(source, partial))
+                _replace(Path(target), lambda path: shutil.copyfile(source, path))
             else:
                 self.patiently(lambda: self.fs.put_file(str(source), target))
             done(source.stat().st_size)
@@ -265,8 +274,11 @@ class Storage:
 
 def sha256_of(path: Path) -> str:
     """sha256 of a local file, in hex."""
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while chunk := file.read(READ_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _each(call: Callable[..., None], arguments: Iterable[tuple[Any, ...]]) -> None:
@@ -287,8 +299,8 @@ def _each(call: Callable[..., None], arguments: Iterable[tuple[Any, ...]]) -> No
 
 
 def _write_local(target: Path, data: bytes, create_only: bool) -> bool:
-    def fill(partial: Path) -> None:
-        with partial.open("wb") as file:
+    def fill(path: Path) -> None:
+        with path.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -300,18 +312,18 @@ def _replace(target: Path, fill: Callable[[Path], Any], create_only: bool = Fals
     """Make a local file appear whole, in the place of an old one, or only where there is none."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=target.parent, prefix=".", delete=False) as file:
-        partial = Path(file.name)
+        path = Path(file.name)
     try:
-        partial.chmod(0o644)  # a store is shared
-        fill(partial)
+        path.chmod(0o644)  # a store is shared
+        fill(path)
         if create_only:
-            os.link(partial, target)
+            os.link(path, target)
         else:
-            partial.replace(target)
+            path.replace(target)
     except FileExistsError:
         return False
     finally:
-        partial.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
     return True
 
 
