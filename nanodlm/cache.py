@@ -16,7 +16,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
 
@@ -98,51 +98,44 @@ def fetch(
 ) -> None:
     """Make local copies of files, several at a time, of those that are not there whole.
 
-    Two processes do not fetch the same file. While some files are on their way the ones before are verified.
+    Two processes do not fetch the same file.
 
     Args:
         folder: What `hold` returned.
         files: The `path`, `size` and `sha256` of each.
         get: Copies files, given by their `path`, to local paths.
-        arrived: Told the bytes of each file that is there.
+        arrived: Told bytes that are there.
 
     Raises:
         Damaged: When what arrived is not what it should be; nothing is kept of it.
         FileNotFoundError: When there is no such file.
     """
-    with ThreadPoolExecutor(1, thread_name_prefix="verify") as verifier, contextlib.ExitStack() as late:
-        verified: Future[None] | None = None
-        for i in range(0, len(files), TRANSFERS):
-            locks = late.enter_context(contextlib.ExitStack())
-            batch = [(file, _arriving(folder, file)) for file in files[i : i + TRANSFERS]]
-            for path in sorted(arriving.with_suffix(".lock") for _, arriving in batch):  # all in one order: no deadlock
+
+    def accept(file: dict[str, Any]) -> None:
+        arriving = _arriving(folder, file)
+        if not whole(arriving, file):
+            arriving.unlink(missing_ok=True)
+            raise Damaged(f"{file['path']} has been altered")
+        target = folder / file["path"]
+        target.parent.mkdir(parents=True, exist_ok=True)
+        arriving.replace(target)
+
+    for i in range(0, len(files), TRANSFERS):
+        batch = files[i : i + TRANSFERS]
+        with contextlib.ExitStack() as locks, ThreadPoolExecutor(4, thread_name_prefix="verify") as pool:
+            for path in sorted(_arriving(folder, file).with_suffix(".lock") for file in batch):  # so nobody deadlocks
                 locks.enter_context(_locked(path))
-            missing = [(f, arriving) for f, arriving in batch if not whole(folder / f["path"], f)]
+            there = pool.map(lambda file: whole(folder / file["path"], file), batch)
+            missing = [file for file, is_there in zip(batch, there, strict=True) if not is_there]
             if missing:
-                get([(file["path"], arriving) for file, arriving in missing])
-            if verified:
-                verified.result()
-            verified = verifier.submit(_accept, folder, missing, locks)
-            for file, _ in batch:
-                arrived(file["size"])
-        if verified:
-            verified.result()
+                get([(file["path"], _arriving(folder, file)) for file in missing])
+                list(pool.map(accept, missing))
+        arrived(sum(file["size"] for file in batch))
 
 
 def _arriving(folder: Path, file: dict[str, Any]) -> Path:
     """Where a file lies until it is verified; what a killed process left there is written over."""
     return folder.parent / "arriving" / hashlib.sha256(file["path"].encode()).hexdigest()[:16]
-
-
-def _accept(folder: Path, files: list[tuple[dict[str, Any], Path]], locks: contextlib.ExitStack) -> None:
-    with locks:
-        for file, arriving in files:
-            if not whole(arriving, file):
-                arriving.unlink(missing_ok=True)
-                raise Damaged(f"{file['path']} has been altered")
-            target = folder / file["path"]
-            target.parent.mkdir(parents=True, exist_ok=True)
-            arriving.replace(target)
 
 
 def whole(path: Path, file: dict[str, Any]) -> bool:
