@@ -196,22 +196,22 @@ class Storage:
 
     # Writing
 
-    def put(self, pairs: Iterable[tuple[Path, str]], done: Callable[[int], None] = lambda _: None) -> None:
+    def put(self, pairs: list[tuple[Path, str]], done: Callable[[int], None] = lambda _: None) -> None:
         """Copy local files to paths here, several at a time; one that is there already is replaced.
 
         Args:
             pairs: Local path and path here of each.
-            done: Told the bytes of each file that has arrived.
+            done: Told bytes that have arrived.
         """
-
-        def copy(source: Path, target: str) -> None:
+        for i in range(0, len(pairs), TRANSFERS):
+            batch = pairs[i : i + TRANSFERS]
             if self.is_local:
-                _replace(Path(target), lambda path: shutil.copyfile(source, path))
+                for source, target in batch:
+                    _replace(Path(target), partial(shutil.copyfile, source))
             else:
-                self.patiently(lambda: self.fs.put_file(str(source), target))
-            done(source.stat().st_size)
-
-        _each(copy, pairs)
+                sources, targets = [str(source) for source, _ in batch], [target for _, target in batch]
+                self.patiently(partial(self.fs.put, sources, targets))
+            done(sum(source.stat().st_size for source, _ in batch))
 
     def write_json(self, path: str, value: Any, *, create_only: bool = False) -> bool:
         """Write atomically. With `create_only` return False, changing nothing, when the file exists.

@@ -21,6 +21,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
@@ -656,7 +657,8 @@ class Attempt:
         names = sorted(p.relative_to(self.path).as_posix() for p in self.path.rglob("*") if p.is_file())
         names = [name for name in names if not name.startswith("parts/")]
         self._publish([name for name in names if name not in known], self.store.emit)
-        files = [known.get(name) or _listed(self.path, name) for name in names]
+        with ThreadPoolExecutor(4, thread_name_prefix="hash") as pool:
+            files = list(pool.map(lambda name: known.get(name) or _listed(self.path, name), names))
         volatile = sorted(volatile)
         manifest = sealed({
             **identity,

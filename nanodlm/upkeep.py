@@ -287,8 +287,9 @@ def copy(source: Store, target: Store, artifacts: list[tuple[str, str]], emit: E
             done += size
             emit("progress", done=done / 1e6, total=total / 1e6, unit="MB copied")
 
-        local = artifact.on_demand() if wanted else None
-        target.put(((local(f["path"]), copied.remote(f["path"])) for f in wanted if local), arrived)
+        if wanted:
+            local = artifact.local()
+            target.put([(local / file["path"], copied.remote(file["path"])) for file in wanted], arrived)
         copied.check(deep=True)
         target.write_json(target.path(stage, fingerprint, "manifest.json"), artifact.manifest, create_only=True)
         yield target.open(f"{stage}/{fingerprint}"), True
