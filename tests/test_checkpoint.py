@@ -53,6 +53,15 @@ def fourth(trained: Artifact) -> str:
     return f"{trained.uri}/step_4"
 
 
+@pytest.fixture
+def data(trained: Artifact, tmp_path: Path) -> Path:
+    """A store that holds the data of the tiny configuration and nothing else."""
+    for stage in ("download", "tokenizer", "split", "shard"):
+        if (Path(trained.store.root) / stage).exists():
+            shutil.copytree(Path(trained.store.root) / stage, tmp_path / "store" / stage)
+    return tmp_path / "store"
+
+
 class Cut(Exception):
     """Stands for a kill."""
 
@@ -83,10 +92,8 @@ def refusal(store: Store, **groups: dict[str, Any]) -> str:
 # Continuing the same run
 
 
-def test_an_interrupted_run_continues_from_its_last_checkpoint_to_the_same_bits(
-    trained: Artifact, tmp_path: Path
-) -> None:
-    store, config = Store(str(tmp_path)), tiny()
+def test_an_interrupted_run_continues_from_its_last_checkpoint_to_the_same_bits(trained: Artifact, data: Path) -> None:
+    store, config = Store(str(data)), tiny()
     cut(config, store, after=12)
     assert store.find("train", stages.ready("train", config, store)[0].fingerprint or "") is None
     resumed = nanodlm.train(config, store.uri())
@@ -97,8 +104,8 @@ def test_an_interrupted_run_continues_from_its_last_checkpoint_to_the_same_bits(
     assert resumed.digest == trained.digest
 
 
-def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(trained: Artifact, tmp_path: Path) -> None:
-    store, config = Store(str(tmp_path)), tiny(exp=EVERY)
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(trained: Artifact, data: Path) -> None:
+    store, config = Store(str(data)), tiny(exp=EVERY)
     run = nanodlm.train(config, store.uri())
     for file in (run.local() / "checkpoints" / "step_000012").rglob("*"):
         if file.is_file():
@@ -109,8 +116,8 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(trained: Artifac
     assert again.metrics["parameters_sha256"] == trained.metrics["parameters_sha256"]
 
 
-def test_resume_false_starts_an_interrupted_run_anew(trained: Artifact, tmp_path: Path) -> None:
-    store = Store(str(tmp_path))
+def test_resume_false_starts_an_interrupted_run_anew(trained: Artifact, data: Path) -> None:
+    store = Store(str(data))
     cut(tiny(), store, after=9)
     run = nanodlm.train(tiny(exp={"resume": False}), store.uri())
     assert run.metrics["resumed_from_update"] == 0
@@ -294,8 +301,8 @@ def test_the_latest_and_the_best_are_kept_also_by_a_run_that_continues(tmp_path:
         assert present(attempt) == [9]
 
 
-def test_scoring_checkpoints_leaves_the_bits_alone_and_is_recorded(trained: Artifact, tmp_path: Path) -> None:
-    run = nanodlm.train(tiny(exp={**EVERY, "val_rows": 6, "log_every": 4}), str(tmp_path))
+def test_scoring_checkpoints_leaves_the_bits_alone_and_is_recorded(trained: Artifact, data: Path) -> None:
+    run = nanodlm.train(tiny(exp={**EVERY, "val_rows": 6, "log_every": 4}), str(data))
     assert run.metrics["parameters_sha256"] == trained.metrics["parameters_sha256"]
     infos = {step: find_checkpoint(f"{run.uri}/step_{step}").info for step in (4, 8, 12)}
     scores = {step: info["val_nats_per_token"] for step, info in infos.items()}
@@ -330,10 +337,10 @@ def test_a_loss_that_is_not_a_number_stops_the_run_before_it_is_saved(store: Sto
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(nnx.state(model)))
 
 
-def test_a_run_that_has_saved_nothing_says_so(tmp_path: Path) -> None:
+def test_a_run_that_has_saved_nothing_says_so(trained: Artifact, store: Store) -> None:
     config = tiny(train={"lr": 1e30, "clip_grad_norm": 0.0}, exp={"log_every": 1})
     with pytest.raises(NanodlmError, match=r"not a number at update .*no checkpoint was saved before"):
-        nanodlm.train(config, str(tmp_path))
+        nanodlm.train(config, store.uri())
 
 
 def logger(said: list[dict[str, Any]], **train: Any) -> _Logger:
@@ -428,15 +435,6 @@ def test_the_switch_that_skips_leaves_fingerprints_alone_while_it_is_off(trained
 
 
 SAVE_ALL = {"save_every": 1, "log_every": 3, "val_rows": 0}
-
-
-@pytest.fixture
-def data(trained: Artifact, tmp_path: Path) -> Path:
-    """A store that holds the data of the tiny configuration and nothing else."""
-    for stage in ("download", "tokenizer", "split", "shard"):
-        if (Path(trained.store.root) / stage).exists():
-            shutil.copytree(Path(trained.store.root) / stage, tmp_path / "store" / stage)
-    return tmp_path / "store"
 
 
 def words_for(config: Config, store: Path) -> tuple[str, ...]:
