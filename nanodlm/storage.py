@@ -8,6 +8,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import logging
 import mmap
 import os
 import random
@@ -29,6 +30,7 @@ from nanodlm.config import refuse_secrets
 from nanodlm.errors import NanodlmError, Unreachable, UsageError
 
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 RETRY_SECONDS = 300.0  # for how long what may pass by itself is tried again
 FIRST_PAUSE, LONGEST_PAUSE = 0.2, 15.0  # seconds between tries; each is twice the last, and shortened at random
 TRANSFERS = 32  # files on their way at once
@@ -107,7 +109,7 @@ class Storage:
             OSError: For what the caller knows best: FileNotFoundError, FileExistsError, and others that stay.
         """
         deadline = time.monotonic() + float(os.environ.get("NANODLM_RETRY_SECONDS") or RETRY_SECONDS)
-        pause = FIRST_PAUSE
+        pause, told = FIRST_PAUSE, False
         while True:
             try:
                 return call()
@@ -125,6 +127,9 @@ class Storage:
                     raise Unreachable(
                         f"{self.uri()} does not answer: {_text(error)}; what is finished is kept, run again to continue"
                     ) from error
+                if pause > 1 and not told:
+                    told = True
+                    log.warning("%s does not answer (%s): trying again", self.uri(), _text(error))
             time.sleep(pause * random.uniform(0.5, 1.0))
             pause = min(2 * pause, LONGEST_PAUSE)
 

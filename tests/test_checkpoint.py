@@ -5,7 +5,9 @@ import random
 import re
 import shutil
 import signal
+import threading
 import time
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,9 +22,9 @@ from flax import nnx
 
 import nanodlm
 from nanodlm import cli, stages
-from nanodlm.checkpoint import Checkpoints, check_run, describe_run, parameters_sha256
+from nanodlm.checkpoint import QUEUE, Checkpoints, check_run, describe_run, parameters_sha256
 from nanodlm.config import Config
-from nanodlm.errors import Damaged, NanodlmError, Stopped, UsageError
+from nanodlm.errors import Damaged, NanodlmError, Stopped, Unreachable, UsageError
 from nanodlm.losses import Corruption, Objective
 from nanodlm.model import Transformer
 from nanodlm.optimizer import make_optimizer
@@ -299,6 +301,54 @@ def test_the_latest_and_the_best_are_kept_also_by_a_run_that_continues(tmp_path:
     with store.attempt("train", "f") as attempt:
         fake_run(attempt, {9: 9.0}, keep=1, keep_best=0)
         assert present(attempt) == [9]
+
+
+class Away(Attempt):
+    """An attempt whose store does not answer, until it is let; and which then may refuse."""
+
+    def __init__(self, store: Store):
+        super().__init__(store, "train", "f")
+        self.back, self.error = threading.Event(), None
+
+    def finish(self, name: str, files: Iterable[str], **info: Any) -> None:
+        assert self.back.wait(60)
+        if self.error:
+            raise self.error
+        super().finish(name, files, **info)
+
+
+def test_saving_goes_on_while_the_store_does_not_answer_until_the_queue_is_full(tmp_path: Path) -> None:
+    attempt, saved = Away(Store(str(tmp_path))), []
+    with Checkpoints(attempt, {}, keep=9) as checkpoints:
+
+        def save() -> None:
+            for step in range(1, QUEUE + 2):
+                checkpoints.save(fake_state(step), step)
+                saved.append(step)
+
+        saving = threading.Thread(target=save)
+        saving.start()
+        saving.join(5)
+        assert saving.is_alive()
+        assert saved == list(range(1, QUEUE + 1))
+        attempt.back.set()
+        saving.join(60)
+    assert {path.stem for path in (attempt.path / "parts" / "checkpoints").iterdir()} == {
+        f"step_{step:06d}" for step in range(1, QUEUE + 2)
+    }
+
+
+def test_a_save_that_could_not_be_published_ends_the_run(tmp_path: Path) -> None:
+    attempt = Away(Store(str(tmp_path)))
+    attempt.back.set()
+    attempt.error = Unreachable("the bucket does not answer")
+    with pytest.raises(Unreachable), Checkpoints(attempt, {}, keep=9) as checkpoints:
+        for step in range(1, QUEUE + 2):
+            checkpoints.save(fake_state(step), step)
+            time.sleep(0.2)
+        raise AssertionError("nothing was said before the last save")
+    with pytest.raises(Unreachable), Checkpoints(attempt, {}, keep=9) as checkpoints:
+        checkpoints.save(fake_state(99), 99)  # the last one: its failure is seen at the end
 
 
 def test_scoring_checkpoints_leaves_the_bits_alone_and_is_recorded(trained: Artifact, data: Path) -> None:
