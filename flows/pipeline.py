@@ -18,7 +18,7 @@ from prefect.states import Completed
 
 from nanodlm import launch, stages
 from nanodlm.config import PRESETS, Config
-from nanodlm.errors import NanodlmError
+from nanodlm.errors import NanodlmError, Unreachable
 from nanodlm.store import Artifact, Store
 
 StageName = Literal["download", "tokenizer", "split", "shard", "train", "evaluate", "sample"]
@@ -64,7 +64,7 @@ WATCHER: ContextVar[Watcher | None] = ContextVar("watcher", default=None)
 def _worth_retrying(_task: Any, _run: Any, state: State) -> bool:
     """Only what may pass by itself, such as a network that was away; never what the user has to mend."""
     error = state.result(raise_on_failure=False)
-    return isinstance(error, OSError)
+    return isinstance(error, OSError | Unreachable)
 
 
 @task(

@@ -2,7 +2,7 @@
 
     {cache}/entries/{name}/files/...     copies; each appears whole, after its sha256 was checked
     {cache}/entries/{name}/used          locked by every process that uses the entry; its time is that of the last use
-    {cache}/entries/{name}/locks/...     one for each file, so that two processes do not fetch the same
+    {cache}/entries/{name}/arriving/...  copies on their way, and a lock for each, so that two processes do not fetch it
     {cache}/lock                         held while entries are opened or thrown out
 
 An entry is all copies of one artifact, or the files that one attempt is making. Locks are the kernel's (`flock`), so
@@ -16,11 +16,12 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
 
 from nanodlm.errors import Damaged, NanodlmError
-from nanodlm.storage import sha256_of
+from nanodlm.storage import TRANSFERS, sha256_of
 
 DEFAULT_GB = 100.0
 _held: dict[Path, IO[str]] = {}  # entries in use by this process; the open files hold their locks
@@ -89,30 +90,52 @@ def drop(name: str) -> None:
     shutil.rmtree(entry, ignore_errors=True)
 
 
-def fetch(folder: Path, file: dict[str, Any], get: Callable[[Path], None]) -> Path:
-    """The local copy of a file, fetched unless it is there whole; two processes do not fetch it twice.
+def fetch(
+    folder: Path,
+    files: list[dict[str, Any]],
+    get: Callable[[list[tuple[str, Path]]], None],
+    arrived: Callable[[int], None] = lambda _: None,
+) -> None:
+    """Make local copies of files, several at a time, of those that are not there whole.
+
+    Two processes do not fetch the same file.
 
     Args:
         folder: What `hold` returned.
-        file: Its `path`, `size` and `sha256`.
-        get: Copies it to a local path.
+        files: The `path`, `size` and `sha256` of each.
+        get: Copies files, given by their `path`, to local paths.
+        arrived: Told bytes that are there.
 
     Raises:
-        Damaged: When what arrived is not what it should be; nothing is kept.
+        Damaged: When what arrived is not what it should be; nothing is kept of it.
+        FileNotFoundError: When there is no such file.
     """
-    target = folder / file["path"]
-    number = hashlib.sha256(file["path"].encode()).hexdigest()[:16]
-    with _locked(folder.parent / "locks" / number):
-        if not whole(target, file):
-            target.unlink(missing_ok=True)
-            arriving = folder.parent / "locks" / f"{number}.part"  # what a killed process left is written over
-            get(arriving)
-            if not whole(arriving, file):
-                arriving.unlink(missing_ok=True)
-                raise Damaged(f"{file['path']} has been altered")
-            target.parent.mkdir(parents=True, exist_ok=True)
-            arriving.replace(target)
-    return target
+
+    def accept(file: dict[str, Any]) -> None:
+        arriving = _arriving(folder, file)
+        if not whole(arriving, file):
+            arriving.unlink(missing_ok=True)
+            raise Damaged(f"{file['path']} has been altered")
+        target = folder / file["path"]
+        target.parent.mkdir(parents=True, exist_ok=True)
+        arriving.replace(target)
+
+    for i in range(0, len(files), TRANSFERS):
+        batch = files[i : i + TRANSFERS]
+        with contextlib.ExitStack() as locks, ThreadPoolExecutor(4, thread_name_prefix="verify") as pool:
+            for path in sorted(_arriving(folder, file).with_suffix(".lock") for file in batch):  # so nobody deadlocks
+                locks.enter_context(_locked(path))
+            there = pool.map(lambda file: whole(folder / file["path"], file), batch)
+            missing = [file for file, is_there in zip(batch, there, strict=True) if not is_there]
+            if missing:
+                get([(file["path"], _arriving(folder, file)) for file in missing])
+                list(pool.map(accept, missing))
+        arrived(sum(file["size"] for file in batch))
+
+
+def _arriving(folder: Path, file: dict[str, Any]) -> Path:
+    """Where a file lies until it is verified; what a killed process left there is written over."""
+    return folder.parent / "arriving" / hashlib.sha256(file["path"].encode()).hexdigest()[:16]
 
 
 def whole(path: Path, file: dict[str, Any]) -> bool:

@@ -11,6 +11,7 @@ import logging
 import re
 import tempfile
 import time
+from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +38,7 @@ logging.getLogger("absl").setLevel(logging.ERROR)
 
 # {"model_state", "optimizer_state", "step"}; "ema_state" when an average is kept, "skipped" when updates may be.
 State = dict[str, Any]
+QUEUE = 4  # saves that may wait to be published
 FIXED = ("tokenizer", "train.optimizer")  # what a checkpoint makes no sense without, like most of `model`
 FREE = ("model.init_seed", "model.seq_len", "model.dtype")  # settings of `model` that leave its arrays as they are
 
@@ -139,8 +141,10 @@ class Checkpoints:
         if not process_allgather(np.array([_appears(self._folder)])).all():
             raise NanodlmError(f"{folder} is not on every host: several hosts need a --store on a disk that they share")
         self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="written")
         self._recorder = ThreadPoolExecutor(1, thread_name_prefix="checkpoints")
-        self._pending: tuple[int, Future[None]] | None = None
+        self._written: Future[None] | None = None
+        self._pending: deque[Future[None]] = deque()
         self._scores: dict[int, float | None] = {}
         self._origin: tuple[int, str] | None = None
 
@@ -152,34 +156,40 @@ class Checkpoints:
         try:
             self.finish()
         finally:
+            self._writer.shutdown()
             self._recorder.shutdown()
             self._checkpointer.close()
 
     def save(self, state: State, step: int, **info: Any) -> None:
-        """Start saving after update `step`; the save before it is finished first.
+        """Start saving after update `step`; the save before it is written first.
 
-        It counts as soon as it is written and hashed, in the background.
+        It counts as soon as it is written, hashed and, in a remote store, published, in the background: training goes
+        on while a storage does not answer, until `QUEUE` saves wait.
 
         Args:
             state: The training state; it may be donated to the next update as soon as this returns.
             step: Updates done.
             **info: JSON that `restore` gives back.
         """
-        self.finish()
+        if self._written:
+            self._written.result()
+        while self._pending and (len(self._pending) >= QUEUE or self._pending[0].done()):
+            self._pending.popleft().result()
         args = {key: ocp.args.StandardSave(item) for key, item in _items(state).items()}  # type: ignore[call-arg]
         self._checkpointer.save(self._folder / _name(step), args=ocp.args.Composite(**args))
         counted = {"skipped": int(state["skipped"])} if "skipped" in state else {}
-        self._pending = (step, self._recorder.submit(self._record, step, {**self._run, **counted, **info}))
+        self._written = self._writer.submit(self._checkpointer.wait_until_finished)
+        record = {**self._run, **counted, **info}
+        self._pending.append(self._recorder.submit(self._record, step, record, self._written))
 
     def finish(self) -> None:
-        """Wait until the running save is recorded."""
-        if self._pending is not None:
-            (_, recorded), self._pending = self._pending, None
-            recorded.result()
+        """Wait until every save is recorded, and raise what went wrong with one."""
+        while self._pending:
+            self._pending.popleft().result()
 
-    def _record(self, step: int, info: dict[str, Any]) -> None:
+    def _record(self, step: int, info: dict[str, Any], written: "Future[None]") -> None:
         """Wait for a save, record it, and drop those that neither `keep` nor `keep_best` holds."""
-        self._checkpointer.wait_until_finished()
+        written.result()
         if self._attempt:
             found = (self._folder / _name(step)).rglob("*")
             files = [p.relative_to(self._folder).as_posix() for p in found if p.is_file()]
@@ -335,10 +345,7 @@ def load(uri: str) -> tuple[Transformer, tiktoken.Encoding]:
     """
     from nanodlm.store import Store
 
-    uri = refuse_secrets(uri).rstrip("/")
-    base, one, step = uri.rpartition("/checkpoints/")
-    if not one:
-        base, step = uri.removesuffix("/manifest.json"), ""
+    base, _, step = refuse_secrets(uri).rstrip("/").removesuffix("/manifest.json").partition("/checkpoints/")
     address = re.sub(r"/attempts/[^/]+$", "", base)  # that of the artifact, when a run has committed its folder
     parts = address.rsplit("/", 2)
     artifact = Store(parts[0]).find(parts[1], parts[2]) if len(parts) == 3 and _is_hex(parts[2]) else None

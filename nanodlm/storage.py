@@ -8,6 +8,8 @@ import contextlib
 import errno
 import hashlib
 import json
+import logging
+import mmap
 import os
 import random
 import shutil
@@ -17,6 +19,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,9 +30,10 @@ from nanodlm.config import refuse_secrets
 from nanodlm.errors import NanodlmError, Unreachable, UsageError
 
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 RETRY_SECONDS = 300.0  # for how long what may pass by itself is tried again
 FIRST_PAUSE, LONGEST_PAUSE = 0.2, 15.0  # seconds between tries; each is twice the last, and shortened at random
-TRANSFERS = 12  # files on their way at once
+TRANSFERS = 32  # files on their way at once
 # Protocols whose fsspec drivers send a creation as one conditional request. A server may still ignore the condition:
 # `Storage.require_create_only` tries it.
 CREATE_ONLY = {"file", "local", "s3", "s3a", "gs", "gcs", "memory"}
@@ -105,7 +109,7 @@ class Storage:
             OSError: For what the caller knows best: FileNotFoundError, FileExistsError, and others that stay.
         """
         deadline = time.monotonic() + float(os.environ.get("NANODLM_RETRY_SECONDS") or RETRY_SECONDS)
-        pause = FIRST_PAUSE
+        pause, told = FIRST_PAUSE, False
         while True:
             try:
                 return call()
@@ -123,6 +127,9 @@ class Storage:
                     raise Unreachable(
                         f"{self.uri()} does not answer: {_text(error)}; what is finished is kept, run again to continue"
                     ) from error
+                if pause > 1 and not told:
+                    told = True
+                    log.warning("%s does not answer (%s): trying again", self.uri(), _text(error))
             time.sleep(pause * random.uniform(0.5, 1.0))
             pause = min(2 * pause, LONGEST_PAUSE)
 
@@ -171,38 +178,45 @@ class Storage:
 
         return self.patiently(call)
 
-    def get(self, pairs: Iterable[tuple[str, Path]]) -> None:
-        """Copy files to local paths, several at a time; a local path holds the whole file or is not there."""
+    def get(self, pairs: list[tuple[str, Path]]) -> None:
+        """Copy files to local paths, several at a time; none of them is at its path before all of a few are whole.
 
-        def copy(source: str, target: Path) -> None:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            partial = target.with_name(f".{target.name}.{os.getpid()}-{random.getrandbits(32):08x}.partial")
+        Raises:
+            FileNotFoundError: When one is not there.
+        """
+        for i in range(0, len(pairs), TRANSFERS):
+            sources = [source for source, _ in pairs[i : i + TRANSFERS]]
+            targets = [target for _, target in pairs[i : i + TRANSFERS]]
+            unique = f"{os.getpid()}-{random.getrandbits(32):08x}.partial"
+            partials = [target.with_name(f".{target.name}.{unique}") for target in targets]
+            for target in targets:
+                target.parent.mkdir(parents=True, exist_ok=True)
             try:
-                self.patiently(lambda: self.fs.get_file(source, str(partial)))
-                partial.replace(target)
+                self.patiently(partial(self.fs.get, sources, [str(path) for path in partials]))
+                for path, target in zip(partials, targets, strict=True):
+                    path.replace(target)
             finally:
-                partial.unlink(missing_ok=True)
-
-        _each(copy, pairs)
+                for path in partials:
+                    path.unlink(missing_ok=True)
 
     # Writing
 
-    def put(self, pairs: Iterable[tuple[Path, str]], done: Callable[[int], None] = lambda _: None) -> None:
+    def put(self, pairs: list[tuple[Path, str]], done: Callable[[int], None] = lambda _: None) -> None:
         """Copy local files to paths here, several at a time; one that is there already is replaced.
 
         Args:
             pairs: Local path and path here of each.
-            done: Told the bytes of each file that has arrived.
+            done: Told bytes that have arrived.
         """
-
-        def copy(source: Path, target: str) -> None:
+        for i in range(0, len(pairs), TRANSFERS):
+            batch = pairs[i : i + TRANSFERS]
             if self.is_local:
-                _replace(Path(target), lambda partial: shutil.copyfile(source, partial))
+                for source, target in batch:
+                    _replace(Path(target), partial(shutil.copyfile, source))
             else:
-                self.patiently(lambda: self.fs.put_file(str(source), target))
-            done(source.stat().st_size)
-
-        _each(copy, pairs)
+                sources, targets = [str(source) for source, _ in batch], [target for _, target in batch]
+                self.patiently(partial(self.fs.put, sources, targets))
+            done(sum(source.stat().st_size for source, _ in batch))
 
     def write_json(self, path: str, value: Any, *, create_only: bool = False) -> bool:
         """Write atomically. With `create_only` return False, changing nothing, when the file exists.
@@ -266,7 +280,10 @@ class Storage:
 def sha256_of(path: Path) -> str:
     """sha256 of a local file, in hex."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        if path.stat().st_size == 0:
+            return hashlib.sha256().hexdigest()
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:  # no copy, and threads do not wait
+            return hashlib.sha256(content).hexdigest()
 
 
 def _each(call: Callable[..., None], arguments: Iterable[tuple[Any, ...]]) -> None:
@@ -287,8 +304,8 @@ def _each(call: Callable[..., None], arguments: Iterable[tuple[Any, ...]]) -> No
 
 
 def _write_local(target: Path, data: bytes, create_only: bool) -> bool:
-    def fill(partial: Path) -> None:
-        with partial.open("wb") as file:
+    def fill(path: Path) -> None:
+        with path.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -300,18 +317,18 @@ def _replace(target: Path, fill: Callable[[Path], Any], create_only: bool = Fals
     """Make a local file appear whole, in the place of an old one, or only where there is none."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=target.parent, prefix=".", delete=False) as file:
-        partial = Path(file.name)
+        path = Path(file.name)
     try:
-        partial.chmod(0o644)  # a store is shared
-        fill(partial)
+        path.chmod(0o644)  # a store is shared
+        fill(path)
         if create_only:
-            os.link(partial, target)
+            os.link(path, target)
         else:
-            partial.replace(target)
+            path.replace(target)
     except FileExistsError:
         return False
     finally:
-        partial.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
     return True
 
 

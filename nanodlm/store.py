@@ -33,7 +33,7 @@ from nanodlm import cache
 from nanodlm.cache import whole
 from nanodlm.config import refuse_secrets
 from nanodlm.errors import Damaged, NanodlmError, UsageError
-from nanodlm.storage import TRANSFERS, Storage, sha256_of
+from nanodlm.storage import Storage, sha256_of
 
 SCHEMA = 1
 LEASE_SECONDS = 15.0  # an unchanged lease this old belongs to a dead run
@@ -203,14 +203,13 @@ class Artifact:
         self.check(*only)
         files = self.files(*only)
         folder, done, total = self._entry(files), 0, sum(file["size"] for file in files)
-        with ThreadPoolExecutor(TRANSFERS, thread_name_prefix="fetch") as pool:
-            try:
-                for file, _ in zip(files, pool.map(lambda file: self._fetch(folder, file), files), strict=True):
-                    done += file["size"]
-                    self.store.emit("progress", done=done / 1e6, total=total / 1e6, unit=f"MB of {self.stage} fetched")
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
+
+        def arrived(size: int) -> None:
+            nonlocal done
+            done += size
+            self.store.emit("progress", done=done / 1e6, total=total / 1e6, unit=f"MB of {self.stage} fetched")
+
+        self._fetch(folder, files, arrived)
         return folder
 
     def file(self, path: str) -> Path:
@@ -231,7 +230,12 @@ class Artifact:
         self.check(*only)
         files = {file["path"]: file for file in self.files(*only)}
         folder = self._entry(list(files.values()))
-        return lambda path: self._fetch(folder, files[path])
+
+        def fetch(path: str) -> Path:
+            self._fetch(folder, [files[path]])
+            return folder / path
+
+        return fetch
 
     def _entry(self, files: list[dict[str, Any]]) -> Path:
         """The cache's folder for it, with room for those of these files that are not there yet."""
@@ -240,20 +244,27 @@ class Artifact:
         missing = sum(file["size"] for file in files if not (there / _safe(file["path"])).is_file())
         return cache.hold(name, missing)
 
-    def _fetch(self, folder: Path, file: dict[str, Any]) -> Path:
-        def get(target: Path) -> None:
+    def _fetch(
+        self, folder: Path, files: list[dict[str, Any]], arrived: Callable[[int], None] = lambda _: None
+    ) -> None:
+        def get(pairs: list[tuple[str, Path]]) -> None:
             if not self.store.asked:
                 raise NanodlmError(
-                    f"{self.uri} is not wholly in the cache ({file['path']} is missing): unset NANODLM_OFFLINE"
+                    f"{self.uri} is not wholly in the cache ({pairs[0][0]} is missing): unset NANODLM_OFFLINE"
                 )
-            self.store.get([(self.remote(file["path"]), target)])
+            self.store.get([(self.remote(path), target) for path, target in pairs])
 
         try:
-            return cache.fetch(folder, file, get)
+            cache.fetch(folder, files, get, arrived)
         except FileNotFoundError as error:
-            raise Damaged(self.remedy(f"{file['path']} is missing")) from error
+            raise Damaged(self.remedy(f"a file is missing ({error.filename or error})")) from error
         except Damaged as error:
             raise Damaged(self.remedy(str(error), deep=True)) from error
+        except OSError as error:
+            raise NanodlmError(
+                f"cannot write to the cache {cache.cache_dir()}: {error.strerror or error}; set NANODLM_CACHE to a "
+                "folder with room"
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -675,7 +686,8 @@ class Attempt:
         names = sorted(p.relative_to(self.path).as_posix() for p in self.path.rglob("*") if p.is_file())
         names = [name for name in names if not name.startswith("parts/")]
         self._publish([name for name in names if name not in known], self.store.emit)
-        files = [known.get(name) or _listed(self.path, name) for name in names]
+        with ThreadPoolExecutor(4, thread_name_prefix="hash") as pool:
+            files = list(pool.map(lambda name: known.get(name) or _listed(self.path, name), names))
         volatile = sorted(volatile)
         manifest = sealed({
             **identity,

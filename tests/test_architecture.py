@@ -47,6 +47,7 @@ LAYERS = {
     "report": {"config", "store"},
     "stages": {"config", "corpus", "errors", "store"},
     "upkeep": {"config", "corpus", "errors", "stages", "storage", "store"},
+    "costs": {"cache", "errors", "store"},
     "bench": {
         "checkpoint", "config", "errors", "generation", "loader", "plain", "sharding", "shards", "tokenizer", "update",
     },
@@ -58,8 +59,8 @@ LAYERS = {
     "planning": {"bench", "config", "errors", "launch", "sharding", "update"},
     "console": {"store"},
     "cli": {
-        "bench", "cache", "config", "console", "corpus", "errors", "experiments", "launch", "metrics", "planning",
-        "stages", "store", "tokenizer", "upkeep",
+        "bench", "cache", "config", "console", "corpus", "costs", "errors", "experiments", "launch", "metrics",
+        "planning", "stages", "store", "tokenizer", "upkeep",
     },
     "__init__": {"checkpoint", "config", "losses", "samplers", "schedules", "stages"},
     "__main__": {"cli"},

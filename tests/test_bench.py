@@ -108,11 +108,14 @@ PROMPT = {"prompt": "abc"}
 @pytest.mark.parametrize(
     "groups",
     [
-        {"sample": PROMPT},
+        pytest.param({"sample": PROMPT}, marks=pytest.mark.slow),
         {"sample": {**PROMPT, "guidance": 1.0}},
-        {"sample": {**PROMPT, "sampler": "first_hitting"}},
+        pytest.param({"sample": {**PROMPT, "sampler": "first_hitting"}}, marks=pytest.mark.slow),
         {"objective": {"kind": "autoregressive"}, "sample": {"length": 10}},
-        {"objective": {"kind": "block", "block_size": 2}, "sample": {**PROMPT, "length": 9}},
+        pytest.param(
+            {"objective": {"kind": "block", "block_size": 2}, "sample": {**PROMPT, "length": 9}},
+            marks=pytest.mark.slow,
+        ),
         {"objective": {"kind": "block", "block_size": 4}, "sample": {**PROMPT, "sampler": "first_hitting"}},
     ],
     ids=["ancestral", "guided", "first-hitting", "autoregressive", "blocks", "first-hitting-blocks"],
@@ -186,7 +189,7 @@ FLAGS = """--data.tokenizer bytes --model.seq_len 8 --model.n_layers 1 --model.n
  --model.d_ff 32 --sample.num_steps 2 --sample.num_samples 2 --json""".split()
 
 
-@pytest.mark.parametrize("which", ["train", "sample"])
+@pytest.mark.parametrize("which", ["train", pytest.param("sample", marks=pytest.mark.slow)])
 def test_speed_is_measured_without_what_only_data_needs(which: str) -> None:
     code = (
         "import sys\n"

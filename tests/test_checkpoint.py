@@ -5,7 +5,9 @@ import random
 import re
 import shutil
 import signal
+import threading
 import time
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,9 +22,9 @@ from flax import nnx
 
 import nanodlm
 from nanodlm import cli, stages
-from nanodlm.checkpoint import Checkpoints, check_run, describe_run, parameters_sha256
+from nanodlm.checkpoint import QUEUE, Checkpoints, check_run, describe_run, parameters_sha256
 from nanodlm.config import Config
-from nanodlm.errors import Damaged, NanodlmError, Stopped, UsageError
+from nanodlm.errors import Damaged, NanodlmError, Stopped, Unreachable, UsageError
 from nanodlm.losses import Corruption, Objective
 from nanodlm.model import Transformer
 from nanodlm.optimizer import make_optimizer
@@ -51,6 +53,15 @@ def trained(store: Store) -> Artifact:
 def fourth(trained: Artifact) -> str:
     """Address of the checkpoint after update 4."""
     return f"{trained.uri}/step_4"
+
+
+@pytest.fixture
+def data(trained: Artifact, tmp_path: Path) -> Path:
+    """A store that holds the data of the tiny configuration and nothing else."""
+    for stage in ("download", "tokenizer", "split", "shard"):
+        if (Path(trained.store.root) / stage).exists():
+            shutil.copytree(Path(trained.store.root) / stage, tmp_path / "store" / stage)
+    return tmp_path / "store"
 
 
 class Cut(Exception):
@@ -83,10 +94,8 @@ def refusal(store: Store, **groups: dict[str, Any]) -> str:
 # Continuing the same run
 
 
-def test_an_interrupted_run_continues_from_its_last_checkpoint_to_the_same_bits(
-    trained: Artifact, tmp_path: Path
-) -> None:
-    store, config = Store(str(tmp_path)), tiny()
+def test_an_interrupted_run_continues_from_its_last_checkpoint_to_the_same_bits(trained: Artifact, data: Path) -> None:
+    store, config = Store(str(data)), tiny()
     cut(config, store, after=12)
     assert store.find("train", stages.ready("train", config, store)[0].fingerprint or "") is None
     resumed = nanodlm.train(config, store.uri())
@@ -97,8 +106,8 @@ def test_an_interrupted_run_continues_from_its_last_checkpoint_to_the_same_bits(
     assert resumed.digest == trained.digest
 
 
-def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(trained: Artifact, tmp_path: Path) -> None:
-    store, config = Store(str(tmp_path)), tiny(exp=EVERY)
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(trained: Artifact, data: Path) -> None:
+    store, config = Store(str(data)), tiny(exp=EVERY)
     run = nanodlm.train(config, store.uri())
     for file in (run.local() / "checkpoints" / "step_000012").rglob("*"):
         if file.is_file():
@@ -109,8 +118,8 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(trained: Artifac
     assert again.metrics["parameters_sha256"] == trained.metrics["parameters_sha256"]
 
 
-def test_resume_false_starts_an_interrupted_run_anew(trained: Artifact, tmp_path: Path) -> None:
-    store = Store(str(tmp_path))
+def test_resume_false_starts_an_interrupted_run_anew(trained: Artifact, data: Path) -> None:
+    store = Store(str(data))
     cut(tiny(), store, after=9)
     run = nanodlm.train(tiny(exp={"resume": False}), store.uri())
     assert run.metrics["resumed_from_update"] == 0
@@ -294,8 +303,56 @@ def test_the_latest_and_the_best_are_kept_also_by_a_run_that_continues(tmp_path:
         assert present(attempt) == [9]
 
 
-def test_scoring_checkpoints_leaves_the_bits_alone_and_is_recorded(trained: Artifact, tmp_path: Path) -> None:
-    run = nanodlm.train(tiny(exp={**EVERY, "val_rows": 6, "log_every": 4}), str(tmp_path))
+class Away(Attempt):
+    """An attempt whose store does not answer, until it is let; and which then may refuse."""
+
+    def __init__(self, store: Store):
+        super().__init__(store, "train", "f")
+        self.back, self.error = threading.Event(), None
+
+    def finish(self, name: str, files: Iterable[str], **info: Any) -> None:
+        assert self.back.wait(60)
+        if self.error:
+            raise self.error
+        super().finish(name, files, **info)
+
+
+def test_saving_goes_on_while_the_store_does_not_answer_until_the_queue_is_full(tmp_path: Path) -> None:
+    attempt, saved = Away(Store(str(tmp_path))), []
+    with Checkpoints(attempt, {}, keep=9) as checkpoints:
+
+        def save() -> None:
+            for step in range(1, QUEUE + 2):
+                checkpoints.save(fake_state(step), step)
+                saved.append(step)
+
+        saving = threading.Thread(target=save)
+        saving.start()
+        saving.join(5)
+        assert saving.is_alive()
+        assert saved == list(range(1, QUEUE + 1))
+        attempt.back.set()
+        saving.join(60)
+    assert {path.stem for path in (attempt.path / "parts" / "checkpoints").iterdir()} == {
+        f"step_{step:06d}" for step in range(1, QUEUE + 2)
+    }
+
+
+def test_a_save_that_could_not_be_published_ends_the_run(tmp_path: Path) -> None:
+    attempt = Away(Store(str(tmp_path)))
+    attempt.back.set()
+    attempt.error = Unreachable("the bucket does not answer")
+    with pytest.raises(Unreachable), Checkpoints(attempt, {}, keep=9) as checkpoints:
+        for step in range(1, QUEUE + 2):
+            checkpoints.save(fake_state(step), step)
+            time.sleep(0.2)
+        raise AssertionError("nothing was said before the last save")
+    with pytest.raises(Unreachable), Checkpoints(attempt, {}, keep=9) as checkpoints:
+        checkpoints.save(fake_state(99), 99)  # the last one: its failure is seen at the end
+
+
+def test_scoring_checkpoints_leaves_the_bits_alone_and_is_recorded(trained: Artifact, data: Path) -> None:
+    run = nanodlm.train(tiny(exp={**EVERY, "val_rows": 6, "log_every": 4}), str(data))
     assert run.metrics["parameters_sha256"] == trained.metrics["parameters_sha256"]
     infos = {step: find_checkpoint(f"{run.uri}/step_{step}").info for step in (4, 8, 12)}
     scores = {step: info["val_nats_per_token"] for step, info in infos.items()}
@@ -330,10 +387,10 @@ def test_a_loss_that_is_not_a_number_stops_the_run_before_it_is_saved(store: Sto
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(nnx.state(model)))
 
 
-def test_a_run_that_has_saved_nothing_says_so(tmp_path: Path) -> None:
+def test_a_run_that_has_saved_nothing_says_so(trained: Artifact, store: Store) -> None:
     config = tiny(train={"lr": 1e30, "clip_grad_norm": 0.0}, exp={"log_every": 1})
     with pytest.raises(NanodlmError, match=r"not a number at update .*no checkpoint was saved before"):
-        nanodlm.train(config, str(tmp_path))
+        nanodlm.train(config, store.uri())
 
 
 def logger(said: list[dict[str, Any]], **train: Any) -> _Logger:
@@ -428,15 +485,6 @@ def test_the_switch_that_skips_leaves_fingerprints_alone_while_it_is_off(trained
 
 
 SAVE_ALL = {"save_every": 1, "log_every": 3, "val_rows": 0}
-
-
-@pytest.fixture
-def data(trained: Artifact, tmp_path: Path) -> Path:
-    """A store that holds the data of the tiny configuration and nothing else."""
-    for stage in ("download", "tokenizer", "split", "shard"):
-        if (Path(trained.store.root) / stage).exists():
-            shutil.copytree(Path(trained.store.root) / stage, tmp_path / "store" / stage)
-    return tmp_path / "store"
 
 
 def words_for(config: Config, store: Path) -> tuple[str, ...]:

@@ -39,8 +39,11 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """Log records of a run on one device."""
-    return records(train(prepared, tmp_path_factory.mktemp("alone") / "store", devices=1))
+    """Log records of a run on the one device of this process."""
+    store = tmp_path_factory.mktemp("alone") / "store"
+    shutil.copytree(prepared, store)
+    stages.run("train", CONFIG, Store(str(store)))
+    return records(attempt(store))
 
 
 def command(store: Path, *flags: str, config: Config = CONFIG) -> list[str]:
@@ -323,9 +326,13 @@ def test_a_run_goes_on_on_other_numbers_of_devices_with_the_same_batches_and_los
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--train.batch_size", "3"], "3 rows cannot be shared by 2 devices"),
+        pytest.param(["--train.batch_size", "3"], "3 rows cannot be shared by 2 devices", marks=pytest.mark.slow),
         (["--train.tensor", "2", "--model.d_ff", "63"], "--train.tensor 2 cannot cut evenly"),
-        (["--train.tensor", "2", "--model.n_heads", "1"], "n_heads 1 cannot be shared by --train.tensor 2"),
+        pytest.param(
+            ["--train.tensor", "2", "--model.n_heads", "1"],
+            "n_heads 1 cannot be shared by --train.tensor 2",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_what_devices_cannot_share_is_refused_in_one_line(

@@ -13,6 +13,7 @@ VOCAB, LENGTH = 11, 8
 SMALL = {"vocab_size": VOCAB, "n_layers": 2, "n_heads": 2, "d_model": 16, "d_ff": 24}
 TIMES = jnp.float32([0.3, 0.9])
 ROWS = jax.random.randint(jax.random.key(0), (2, LENGTH), 0, VOCAB)
+SLOW = partial(pytest.param, marks=pytest.mark.slow)
 
 
 def randomised(**options: Any) -> Transformer:
@@ -98,7 +99,7 @@ def test_rows_of_a_batch_do_not_mix() -> None:
     np.testing.assert_array_equal(logits(model, ROWS)[0], logits(model, other)[0])
 
 
-@pytest.mark.parametrize("conv_width", [0, 5])
+@pytest.mark.parametrize("conv_width", [SLOW(0), 5])
 def test_segments_keep_documents_apart(conv_width: int) -> None:
     model = randomised(conv_width=conv_width)
     # The last document has the first one's id but for one: neighbours of the middle one on both sides.
@@ -265,7 +266,7 @@ def test_gpt2_sizes_have_gpt2_parameter_counts(n_layers: int, n_heads: int, d_mo
     assert count_parameters(model) == pytest.approx(millions * 1e6, rel=0.005)
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
+@pytest.mark.parametrize("remat", ["dots", SLOW("full")])
 def test_what_the_backward_pass_computes_again_changes_no_gradient(remat: str) -> None:
     def gradient(remat: str) -> Any:
         graphdef, params = nnx.split(randomised(remat=remat, conv_width=3))
@@ -320,7 +321,7 @@ def moved_positions(before: jax.Array, after: jax.Array) -> list[int]:
     return np.flatnonzero(np.asarray(before != after).any(axis=(0, 2))).tolist()
 
 
-@pytest.mark.parametrize("options", BLOCKED)
+@pytest.mark.parametrize("options", [SLOW(BLOCKED[0]), BLOCKED[1], SLOW(BLOCKED[2])])
 def test_a_noisy_block_reads_itself_and_the_context_before_it(options: dict[str, Any]) -> None:
     model = randomised(**options)
     before = beside(model, NOISED, ROWS)
@@ -332,7 +333,7 @@ def test_a_noisy_block_reads_itself_and_the_context_before_it(options: dict[str,
             assert moved_positions(before, beside(model, NOISED, changed(ROWS, [position]))) == after
 
 
-@pytest.mark.parametrize("options", BLOCKED)
+@pytest.mark.parametrize("options", [SLOW(BLOCKED[0]), BLOCKED[1], SLOW(BLOCKED[2])])
 def test_each_block_scores_as_if_it_alone_followed_its_context(options: dict[str, Any]) -> None:
     # Times of 0, as the context always has.
     model, t = randomised(**options), jnp.zeros(2)
@@ -344,7 +345,7 @@ def test_each_block_scores_as_if_it_alone_followed_its_context(options: dict[str
         close(together[:, block], alone[:, block])
 
 
-@pytest.mark.parametrize("options", BLOCKED)
+@pytest.mark.parametrize("options", [SLOW(BLOCKED[0]), *BLOCKED[1:]])
 def test_one_stream_reads_no_later_block(options: dict[str, Any]) -> None:
     model = randomised(**options)
     before = logits(model, ROWS)
@@ -354,7 +355,7 @@ def test_one_stream_reads_no_later_block(options: dict[str, Any]) -> None:
             assert moved_positions(before, logits(model, changed(ROWS, [position]))) == reading
 
 
-@pytest.mark.parametrize("conv_width", [0, 5])
+@pytest.mark.parametrize("conv_width", [SLOW(0), 5])
 def test_a_block_as_long_as_the_row_makes_the_bidirectional_network(conv_width: int) -> None:
     model = randomised(conv_width=conv_width, block_size=LENGTH)
     expected = logits(randomised(conv_width=conv_width), NOISED)
@@ -366,7 +367,7 @@ def test_the_block_size_changes_no_parameter() -> None:
     assert names(block_size=3, conv_width=3) == names(conv_width=3)
 
 
-@pytest.mark.parametrize("options", BLOCKED[:2])
+@pytest.mark.parametrize("options", [SLOW(BLOCKED[0]), BLOCKED[1]])
 def test_segments_keep_documents_apart_in_blocks(options: dict[str, Any]) -> None:
     model = randomised(**options)
     segment_ids = jnp.tile(jnp.asarray([0, 0, 1, 1, 1, 2, 2, 2]), (2, 1))
@@ -399,7 +400,7 @@ def test_a_time_per_block_reaches_its_block_only() -> None:
         assert moved_positions(before, later) == list(range(LENGTH)[block])
 
 
-@pytest.mark.parametrize("options", BLOCKED)
+@pytest.mark.parametrize("options", [SLOW(BLOCKED[0]), *BLOCKED[1:]])
 def test_a_cache_gives_the_logits_of_the_whole_row(options: dict[str, Any]) -> None:
     model = randomised(**options)
     size = options["block_size"]
@@ -412,7 +413,7 @@ def test_a_cache_gives_the_logits_of_the_whole_row(options: dict[str, Any]) -> N
     assert int(cache.count) == LENGTH // size * size
 
 
-@pytest.mark.parametrize(("conv_width", "window"), [(0, 4), (5, 2)])
+@pytest.mark.parametrize(("conv_width", "window"), [SLOW(0, 4), (5, 2)])
 def test_a_prompt_in_one_piece_is_the_same_as_in_blocks(conv_width: int, window: int) -> None:
     model = randomised(block_size=2, conv_width=conv_width)
     prompt = tokens(6, length=10)
@@ -430,7 +431,7 @@ def test_a_prompt_in_one_piece_is_the_same_as_in_blocks(conv_width: int, window:
         close(ours, theirs)
 
 
-@pytest.mark.parametrize("conv_width", [0, 5])
+@pytest.mark.parametrize("conv_width", [SLOW(0), 5])
 def test_one_layer_reads_the_window_and_no_further(conv_width: int) -> None:
     model = randomised(n_layers=1, block_size=2, conv_width=conv_width)
 
@@ -456,7 +457,7 @@ def test_a_cache_has_the_precision_of_the_products() -> None:
 
 
 def test_misuse_is_refused() -> None:
-    plain, blocked = (Transformer(**SMALL, block_size=size, rngs=nnx.Rngs(0)) for size in (0, 2))
+    plain, blocked = randomised(), randomised(block_size=2)
     with pytest.raises(ValueError, match="block_size above 0"):
         plain(ROWS, TIMES, context=ROWS)
     with pytest.raises(ValueError, match="block_size above 0"):

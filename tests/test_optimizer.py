@@ -93,14 +93,15 @@ def gradients_like(params: Any, seed: int = 0) -> Any:
 def updates(optimizer: optax.GradientTransformation, params: Any, *gradients: Any) -> dict[str, np.ndarray]:
     """The last of several updates, by the parameters' paths."""
 
-    @jax.jit
-    def run(params: Any, gradients: list[Any]) -> Any:
-        state = optimizer.init(params)
-        for gradient in gradients:
-            update, state = optimizer.update(gradient, state, params)
-        return update
+    return by_name(last_update(params, list(gradients), optimizer))
 
-    return by_name(run(params, list(gradients)))
+
+@partial(jax.jit, static_argnums=2)
+def last_update(params: Any, gradients: list[Any], optimizer: optax.GradientTransformation) -> Any:
+    state = optimizer.init(params)
+    for gradient in gradients:
+        update, state = optimizer.update(gradient, state, params)
+    return update
 
 
 def by_name(tree: Any) -> dict[str, np.ndarray]:

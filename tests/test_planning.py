@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from nanodlm import bench, planning
+from nanodlm import bench, cli, planning
 from nanodlm.config import PRESETS, Config
 from nanodlm.errors import NanodlmError, UsageError
 from tests.commands import nanodlm, result_of, started
@@ -66,16 +66,21 @@ def test_the_command_prints_a_table_or_one_object_and_builds_nothing(tmp_path: P
         assert words in said
 
 
-def test_sizes_that_devices_cannot_share_are_one_line_and_exit_code_2() -> None:
-    done = nanodlm("plan", *FLAGS, "--devices", "6")
-    assert done.returncode == 2
-    assert done.stderr.splitlines() == [
+def test_sizes_that_devices_cannot_share_are_one_line_and_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["plan", *FLAGS, "--devices", "6"])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.splitlines() == [
         "nanodlm: a batch of 8 rows cannot be shared by 6 devices: use a multiple of 6, such as 12"
     ]
-    with pytest.raises(UsageError, match=r"--train\.fsdp 16 cannot cut evenly"):
-        planning.plan(tiny().replace(model={"d_model": 24}, train={"fsdp": 16}), 16)
     with pytest.raises(UsageError, match="raise --devices"):
         planning.plan(tiny(), 0)
+
+
+@pytest.mark.slow
+def test_matrices_that_devices_cannot_cut_are_refused() -> None:
+    with pytest.raises(UsageError, match=r"--train\.fsdp 16 cannot cut evenly"):
+        planning.plan(tiny().replace(model={"d_model": 24}, train={"fsdp": 16}), 16)
 
 
 def test_a_plan_that_takes_too_long_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:

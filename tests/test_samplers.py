@@ -42,6 +42,7 @@ EXACT = exact_denoiser(TABLE)
 CHAIN = exact_denoiser(markov_table(8))
 STEPS, ROWS = 64, 8000
 KEY = jax.random.key(7)
+SLOW = partial(pytest.param, marks=pytest.mark.slow)
 
 
 SCHEDULES = {kind: make_schedule(kind) for kind in KINDS} | {
@@ -116,7 +117,7 @@ def law_of_steps(table: np.ndarray, mask_rates: list[float]) -> np.ndarray:
         ("ancestral", {"num_steps": STEPS}),
         ("first_hitting", {"num_steps": 1}),
         ("margin", {"num_steps": LENGTH}),  # one token at a time, in an order that known tokens decide
-        ("entropy", {"num_steps": LENGTH, "entropy_bound": 0.0}),
+        SLOW("entropy", {"num_steps": LENGTH, "entropy_bound": 0.0}),
         ("remdm_cap", {"num_steps": 2 * STEPS, "remask": 0.01}),
     ],
 )
@@ -128,9 +129,9 @@ def test_exact_samplers_draw_from_the_law(sampler: str, options: dict[str, Any])
 @pytest.mark.parametrize(
     ("num_steps", "kind", "grid"),
     [
-        (1, "linear", "uniform"),
+        SLOW(1, "linear", "uniform"),
         (2, "cosine", "uniform"),
-        (3, "sqrt", "uniform"),
+        SLOW(3, "sqrt", "uniform"),
         (3, "linear", "cosine"),
         (3, "jumps", "uniform"),
     ],
@@ -146,6 +147,7 @@ def test_few_steps_draw_from_the_law_that_enumeration_gives(num_steps: int, kind
     assert total_variation(drawn, TABLE) > 2 * sampling_error(TABLE, ROWS)
 
 
+@pytest.mark.slow  # the laws of few and of many steps are each tested above
 def test_more_steps_come_closer_to_the_law() -> None:
     distances = [total_variation(frequencies(draw(rows=ROWS, num_steps=n)), TABLE) for n in (1, 2, 8)]
     assert distances[0] > distances[1] > distances[2]
@@ -158,7 +160,9 @@ def test_infilling_draws_from_the_conditional_law() -> None:
     assert total_variation(frequencies(rows[:, [0, 2]]), conditional) < 1.75 * sampling_error(conditional, ROWS)
 
 
-@pytest.mark.parametrize(("num_steps", "kind"), [(1, "linear"), (2, "cosine"), (7, "poly"), (7, "sqrt_clipped")])
+@pytest.mark.parametrize(
+    ("num_steps", "kind"), [(1, "linear"), SLOW(2, "cosine"), SLOW(7, "poly"), (7, "sqrt_clipped")]
+)
 def test_no_mask_and_no_padding_is_left_after_any_number_of_steps(num_steps: int, kind: str) -> None:
     rows = draw(CHAIN, 256, 8, num_steps=num_steps, kind=kind)
     assert rows.dtype == np.int32
@@ -173,7 +177,7 @@ def test_no_mask_is_left_under_a_schedule_so_steep_that_its_mask_rate_underflows
     assert rows.max() < MASK_ID
 
 
-@pytest.mark.parametrize("temperature", [0.0, 5.0])
+@pytest.mark.parametrize("temperature", [0.0, SLOW(5.0)])
 def test_a_prompt_for_all_rows_is_never_altered(temperature: float) -> None:
     prompt = np.int32([2, 0, 0])
     rows = draw(CHAIN, 64, 8, prompt=jnp.asarray(prompt), temperature=temperature)
@@ -248,6 +252,7 @@ def test_jit_changes_nothing() -> None:
     np.testing.assert_array_equal(plain, draw(denoise, num_steps=3))
 
 
+@pytest.mark.slow  # traced it is everywhere here; this also maps over it
 def test_a_prompt_may_be_traced() -> None:
     run = partial(sample, EXACT, shape=(8, LENGTH), mask_id=MASK_ID, schedule=make_schedule("linear"), num_steps=3)
     prompts = jnp.asarray([[0, 1], [2, 2]])
@@ -265,7 +270,7 @@ def test_temperature_zero_takes_the_most_likely_token() -> None:
     np.testing.assert_array_equal(draw(fixed([0.3, 0.36, 0.34]), temperature=0.0), 1)
 
 
-@pytest.mark.parametrize("temperature", [0.5, 1e6])
+@pytest.mark.parametrize("temperature", [0.5, SLOW(1e6)])
 def test_temperature_raises_probabilities_to_its_inverse(temperature: float) -> None:
     p = np.array([0.1, 0.3, 0.6])
     rows = draw(fixed(p.tolist()), 5000, temperature=temperature, num_steps=2)
@@ -289,23 +294,30 @@ PATTERN[:8, 2:] = MASK_ID  # prompts in the front
 PATTERN[8], PATTERN[9] = MASK_ID, 1  # nothing given, and everything
 
 
+# One of each way to choose positions; the others differ in a formula that has a test of its own.
+TELLING = ("ancestral_skip", "first_hitting", "confidence", "remdm_conf", "remdm_loop", "hybrid")
 COLD = {"temperature": 0.0, "top_p": 0.8}
 FILTERED = {"temperature": 2.0, "top_k": 2, "top_p": 0.99, "guidance": 0.5}
 
 
 @pytest.mark.parametrize(
     ("sampler", "options"),
-    [*product(ALL, [FILTERED]), *product(["entropy", "remdm_conf", "uniform"], [COLD])],
+    [
+        *((name, FILTERED) if name in TELLING else SLOW(name, FILTERED) for name in ALL),
+        ("entropy", COLD),
+        SLOW("remdm_conf", COLD),
+        ("uniform", COLD),
+    ],
 )
 def test_every_sampler_keeps_any_prompt_and_leaves_no_mask(sampler: str, options: dict[str, Any]) -> None:
     how = options | MIXED.get(sampler, {"sampler": sampler})
     if sampler == "uniform":
         how["guidance"] = 0.0
-    rows = draw(fixed([0.3, 0.6, 0.1]), 32, 6, num_steps=5, prompt=jnp.asarray(PATTERN), **how)
+    again = partial(draw, fixed([0.3, 0.6, 0.1]), 32, 6, num_steps=5, prompt=jnp.asarray(PATTERN), **how)
+    rows = again()
     np.testing.assert_array_equal(np.where(PATTERN == MASK_ID, MASK_ID, rows), PATTERN)
     assert set(rows[PATTERN == MASK_ID].tolist()) == ({1} if options is COLD else {0, 1})
-    again = draw(fixed([0.3, 0.6, 0.1]), 32, 6, num_steps=5, prompt=jnp.asarray(PATTERN), **how)
-    np.testing.assert_array_equal(rows, again)
+    np.testing.assert_array_equal(rows, again())
 
 
 @pytest.mark.parametrize(
@@ -395,7 +407,7 @@ def test_the_surest_positions_unmask_first(sampler: str) -> None:
         np.testing.assert_array_equal((state == MASK_ID).sum(axis=1), 4 - i)
 
 
-@pytest.mark.parametrize("sampler", ["confidence", "margin"])
+@pytest.mark.parametrize("sampler", ["confidence", SLOW("margin")])
 def test_as_many_masks_are_left_as_the_schedule_says(sampler: str) -> None:
     watched = Watched(CHAIN)
     pattern = np.full((3, 8), MASK_ID, np.int32)
@@ -433,7 +445,7 @@ def masks_left(watched: Watched) -> np.ndarray:
     return np.array([(x == MASK_ID).mean() for x in watched.x])
 
 
-@pytest.mark.parametrize("sampler", REMASKING)
+@pytest.mark.parametrize("sampler", [SLOW(name) if name == "remdm_rescale" else name for name in REMASKING])
 def test_remasking_keeps_the_share_of_masks_on_the_schedule_while_tokens_change(sampler: str) -> None:
     watched = Watched(fixed([0.2, 0.3, 0.5]))
     rows, length, n = 4000, 8, 9
@@ -503,7 +515,7 @@ def reverse_law(p: Callable[[np.ndarray, float], np.ndarray], rates: list[float]
     return law[:n, :n]
 
 
-@pytest.mark.parametrize("share", [1.0, 0.5])
+@pytest.mark.parametrize("share", [SLOW(1.0), 0.5])
 def test_mixed_noise_is_taken_back_as_multiplying_out_its_reverse_steps_gives(share: float) -> None:
     table = rough_table(2)
     denoise = exact_mixed_denoiser(table, SCHEDULES["linear"], share)
@@ -516,7 +528,7 @@ def test_mixed_noise_is_taken_back_as_multiplying_out_its_reverse_steps_gives(sh
     assert total_variation(drawn, expected) < 1.5 * sampling_error(expected, ROWS)
 
 
-@pytest.mark.parametrize(("share", "num_steps"), [(1.0, STEPS), (0.2, 2 * STEPS)])
+@pytest.mark.parametrize(("share", "num_steps"), [(1.0, STEPS), SLOW(0.2, 2 * STEPS)])
 def test_mixed_noise_is_taken_back_to_the_law_in_many_steps(share: float, num_steps: int) -> None:
     denoise = exact_mixed_denoiser(SHORT, SCHEDULES["poly"], share)
     law = frequencies(draw(denoise, ROWS, 3, num_steps=num_steps, uniform_share=share, kind="poly"))
@@ -595,7 +607,7 @@ def draw_blocks(denoise: Denoise, rows: int, block_size: int, prompt: Any = None
     return np.asarray(drawn)
 
 
-@pytest.mark.parametrize("block_size", [1, 2, LENGTH])
+@pytest.mark.parametrize("block_size", [SLOW(1), 2, SLOW(LENGTH)])
 def test_blocks_draw_from_the_law(block_size: int) -> None:
     drawn = frequencies(draw_blocks(EXACT, ROWS, block_size))
     assert total_variation(drawn, TABLE) < 1.3 * sampling_error(TABLE, ROWS)
@@ -640,6 +652,7 @@ def test_blocks_refuse_guidance_and_lengths_they_do_not_divide() -> None:
         sample_autoregressive(token_decoder(EXACT, LENGTH), KEY, shape=(2, LENGTH), mask_id=MASK_ID, top_k=-2)
 
 
+@pytest.mark.slow  # about JAX's noise; which of the two is drawn here, the last tests see bit for bit
 def test_gumbel_noise_of_low_precision_starves_rare_tokens_and_that_of_high_precision_does_not() -> None:
     tiny = np.finfo(np.float32).tiny
     noise = {  # JAX's functions of the 23 bits (of two numbers, for high precision) that it draws
