@@ -105,7 +105,7 @@ class Storage:
 
         Raises:
             Unreachable: When it still does after `$NANODLM_RETRY_SECONDS` (300).
-            NanodlmError: When access is refused, or nothing more fits.
+            NanodlmError: When access is refused.
             OSError: For what the caller knows best: FileNotFoundError, FileExistsError, and others that stay.
         """
         deadline = time.monotonic() + float(os.environ.get("NANODLM_RETRY_SECONDS") or RETRY_SECONDS)
