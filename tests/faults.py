@@ -21,7 +21,7 @@ class Fault:
     Attributes:
         request: Name of fsspec's method, such as `pipe_file`.
         error: What it raises.
-        path: Only for paths that end like this.
+        path: Only for paths that hold this.
         times: For so many requests.
         after: Whether the request has its effect first, so that only its acknowledgement is lost.
         until: The fault is over when this says so.
@@ -36,7 +36,7 @@ class Fault:
 
     def strikes(self, request: str, path: str) -> bool:
         """Whether this request fails; counts it."""
-        if request != self.request or not path.endswith(self.path) or self.times < 1 or self.until():
+        if request != self.request or self.path not in path or self.times < 1 or self.until():
             return False
         self.times -= 1
         return True

@@ -1,5 +1,7 @@
 """Storage servers of the tests' own: moto, SeaweedFS (both S3) and fake-gcs-server, on loopback, ended for certain."""
 
+import http.client
+import http.server
 import json
 import os
 import shutil
@@ -8,6 +10,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -174,6 +177,67 @@ def fake_gcs() -> Iterator[Server]:
             "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # the emulator has no such folders
         }
         yield Server(endpoint, f"gs://{BUCKET}", environ)
+
+
+@contextmanager
+def flaky(server: Server, fail: Callable[[str, str], str]) -> Iterator[Server]:
+    """A server behind a wire that fails.
+
+    Args:
+        server: What requests are passed on to.
+        fail: Told the method and path of each request; what becomes of it: "" (nothing), "busy" (answered with 503),
+            "reset" (not passed on, and cut off) or "unheard" (passed on, and its answer cut off).
+    """
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def handle_request(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            fate = fail(self.command, self.path)
+            if fate == "busy":
+                self._answer(503, [], b"")
+                return
+            if fate != "reset":
+                passed_on = http.client.HTTPConnection(server.endpoint.removeprefix("http://"), timeout=30)
+                passed_on.request(self.command, self.path, body, dict(self.headers))
+                answer = passed_on.getresponse()
+                content = answer.read()
+                passed_on.close()
+                if not fate:
+                    self._answer(answer.status, answer.getheaders(), content)
+                    return
+            self.close_connection = True
+            self.connection.shutdown(socket.SHUT_RDWR)
+
+        def _answer(self, status: int, headers: list[tuple[str, str]], content: bytes) -> None:
+            self.send_response_only(status)
+            sized = any(name.lower() == "content-length" for name, _ in headers)
+            for name, value in headers:
+                if name.lower() not in ("connection", "transfer-encoding"):
+                    self.send_header(name, value)
+            if not sized:
+                self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(content)
+
+        do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = handle_request
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as listener:
+        listener.daemon_threads = True
+        thread = threading.Thread(target=listener.serve_forever, kwargs={"poll_interval": 0.05})
+        thread.start()
+        try:
+            endpoint = f"http://127.0.0.1:{listener.server_port}"
+            yield Server(endpoint, server.store, s3_environ(endpoint))
+        finally:
+            listener.shutdown()
+            thread.join()
+            forget_connections()
 
 
 def free_ports(count: int) -> list[int]:
