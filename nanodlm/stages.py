@@ -6,18 +6,22 @@ Each stage is a function from verified input artifacts and its own part of the c
 Its fingerprint covers just those, so a changed setting rebuilds what depends on it and nothing else.
 """
 
+import errno
 import os
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
+from nanodlm.cache import cache_dir
 from nanodlm.config import Config, differences
 from nanodlm.errors import Damaged, NanodlmError
 from nanodlm.store import SCHEMA, Artifact, Store, find_checkpoint, fingerprint_of
 
 Emit = Callable[..., None]
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 COMMIT_SECONDS = 600.0  # for process 0 to hash and publish what several processes made
 
 
@@ -262,7 +266,7 @@ def _build(
     assert lookup.fingerprint is not None
     module, function = lookup.stage.build.split(":")
     afresh = rebuild and lookup.artifact is not None
-    with store.attempt(lookup.stage.name, lookup.fingerprint, afresh=afresh) as attempt:
+    with _room(store), store.attempt(lookup.stage.name, lookup.fingerprint, afresh=afresh) as attempt:
         metrics = getattr(import_module(module), function)(config, inputs, attempt, emit)
         # Beside the digests that are part of the identity, the fingerprints tell where the inputs lie.
         lineage = {n: {"digest": a.digest, "fingerprint": a.fingerprint} for n, a in inputs.items()}
@@ -273,6 +277,22 @@ def _build(
             volatile=lookup.stage.volatile,
             replace=rebuild,
         )
+
+
+@contextmanager
+def _room(store: Store) -> Iterator[None]:
+    """Say in one line when a disk is full, whoever wrote to it."""
+    try:
+        yield
+    except Exception as error:  # libraries that write by themselves say it in words of their own
+        said = {getattr(error, "errno", None), *(code for code in FULL if os.strerror(code) in str(error))}
+        if isinstance(error, NanodlmError) or not (full := said & FULL):
+            raise
+        where = store.uri() if store.is_local else f"{store.uri()}, or into the cache {cache_dir()}"
+        raise NanodlmError(
+            f"nothing more fits into {where}: {os.strerror(full.pop())}; make room and run again, what is finished is "
+            "kept"
+        ) from error
 
 
 def record(artifact: Artifact, status: str, seconds: float) -> dict[str, Any]:

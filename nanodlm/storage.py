@@ -105,7 +105,7 @@ class Storage:
 
         Raises:
             Unreachable: When it still does after `$NANODLM_RETRY_SECONDS` (300).
-            NanodlmError: When access is refused, or nothing more fits.
+            NanodlmError: When access is refused.
             OSError: For what the caller knows best: FileNotFoundError, FileExistsError, and others that stay.
         """
         deadline = time.monotonic() + float(os.environ.get("NANODLM_RETRY_SECONDS") or RETRY_SECONDS)
@@ -221,22 +221,22 @@ class Storage:
     def write_json(self, path: str, value: Any, *, create_only: bool = False) -> bool:
         """Write atomically. With `create_only` return False, changing nothing, when the file exists.
 
-        A creation whose acknowledgement was lost counts as one: the file then holds what was to be written.
+        A creation whose acknowledgement was lost counts as one, whether it is repeated here or by the driver: the file
+        then holds what was to be written. So no two writers may create the same content at one path.
         """
         data = json.dumps(value, indent=1, sort_keys=True).encode()
         if self.is_local:
             return _write_local(Path(path), data, create_only)
-        tries = 0
 
         def call() -> bool:
-            nonlocal tries
-            tries += 1
             try:
                 self.fs.pipe_file(path, data, mode="create" if create_only else "overwrite")
             except OSError as error:
                 if not (isinstance(error, FileExistsError) or _exists(error)):
                     raise
-                return tries > 1 and self.read(path) == data
+                with contextlib.suppress(FileNotFoundError):  # it has been removed since
+                    return self.read(path) == data
+                return False
             return True
 
         return self.patiently(call)

@@ -408,7 +408,10 @@ class Store(Storage):
 
     def __iter__(self) -> Iterator[tuple[str, str]]:
         """(stage, fingerprint) of everything that has a manifest, sorted."""
-        found = self.patiently(lambda: self.fs.glob(self.path("*", "*", "manifest.json")))
+        try:
+            found = self.patiently(lambda: self.fs.glob(self.path("*", "*", "manifest.json")))
+        except FileNotFoundError:  # there is no such bucket
+            return
         for path in sorted(found):
             yield tuple(str(path).split("/")[-3:-1])  # type: ignore[misc]
 
@@ -717,9 +720,10 @@ class Attempt:
 
 
 def _cannot_write(store: Store, error: OSError) -> NanodlmError:
+    no_bucket = isinstance(error, FileNotFoundError) and not store.is_local
+    reason = "there is no such bucket" if no_bucket else error.strerror or error
     return NanodlmError(
-        f"cannot write to the store {store.uri()}: {error.strerror or error}; "
-        "choose another with --store, or mend its permissions"
+        f"cannot write to the store {store.uri()}: {reason}; choose another with --store, or mend its permissions"
     )
 
 

@@ -3,12 +3,7 @@
 import atexit
 import os
 import shutil
-import socket
-import subprocess
-import sys
 import tempfile
-import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,12 +14,17 @@ os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = (
     "1"  # programs here are tiny: most of their time goes into compiling them
 )
 os.environ.pop("NANODLM_STORE", None)
+os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = (
+    "false"  # read when gcsfs is imported; the emulator has no such folders
+)
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # workers and child processes share what one has compiled
     compiled = tempfile.mkdtemp(prefix="nanodlm-tests-")
     atexit.register(shutil.rmtree, compiled, ignore_errors=True)
     os.environ.update(JAX_COMPILATION_CACHE_DIR=compiled, JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0.2")
 
 from jaxtyping import install_import_hook
+
+from tests import servers
 
 CHECKED = [f"nanodlm.{name}" for name in ("schedules", "diffusion", "losses", "samplers", "model")]
 install_import_hook(CHECKED, "beartype.beartype")
@@ -37,40 +37,30 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def private_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    from nanodlm import cache
-
     monkeypatch.setenv("NANODLM_CACHE", str(tmp_path / "cache"))
     yield
-    for entry in [entry for entry in cache._held if entry.is_relative_to(tmp_path)]:
-        cache._held.pop(entry).close()
+    servers.let_go_of_the_cache()
 
 
 @pytest.fixture(scope="session")
-def s3_server() -> Iterator[str]:
-    """Address of a moto server of our own."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    program = Path(sys.executable).parent / "moto_server"
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    server = subprocess.Popen([str(program), "-H", "127.0.0.1", "-p", str(port)], **quiet)
-    try:
-        for _ in range(600):
-            assert server.poll() is None, "moto_server ended"
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=1).close()
-                break
-            except OSError:
-                time.sleep(0.1)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        server.terminate()
-        server.wait()
+def moto_server() -> Iterator[servers.Server]:
+    with servers.moto() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def seaweedfs_server() -> Iterator[servers.Server]:
+    with servers.seaweedfs() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def gcs_server() -> Iterator[servers.Server]:
+    with servers.fake_gcs() as server:
+        yield server
 
 
 @pytest.fixture
-def s3_environment(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server)
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+def s3_environment(moto_server: servers.Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What reaches an S3 server of our own."""
+    moto_server.enter(monkeypatch)

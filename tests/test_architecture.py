@@ -45,7 +45,7 @@ LAYERS = {
     },
     "generation": {"checkpoint", "config", "errors", "losses", "model", "samplers", "store", "tokenizer"},
     "report": {"config", "store"},
-    "stages": {"config", "corpus", "errors", "store"},
+    "stages": {"cache", "config", "corpus", "errors", "store"},
     "upkeep": {"config", "corpus", "errors", "stages", "storage", "store"},
     "costs": {"cache", "errors", "store"},
     "bench": {
