@@ -7,10 +7,8 @@ import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
-import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +19,7 @@ import pytest
 from nanodlm import stages, upkeep
 from nanodlm.config import PRESETS
 from nanodlm.store import Store
+from tests import servers
 from tests.commands import environment, speeches
 
 CONFIG = PRESETS["demo"].replace(
@@ -49,56 +48,17 @@ else:
 EVENTS = int(os.environ.get("SOAK_EVENTS", "12"))
 
 
-class Flaky:
-    """A proxy on loopback that now and then refuses a connection with 503, resets it, or cuts it after some bytes."""
+class Wire:
+    """Lets a share of requests fail: answered with 503, cut off before they were heard, or after."""
 
-    def __init__(self, port: int, seed: int):
-        self._to, self._random, self.share, self.faults = port, random.Random(seed), 0.0, 0
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.port = self._listener.getsockname()[1]
-        threading.Thread(target=self._accept, daemon=True).start()
+    def __init__(self) -> None:
+        self.share, self.faults, self._moments = 0.0, 0, random.Random(1)
 
-    def close(self) -> None:
-        self._listener.close()
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                client, _ = self._listener.accept()
-            except OSError:
-                return
-            fault = self._random.choice(["busy", "reset", "cut"]) if self._random.random() < self.share else ""
-            self.faults += bool(fault)
-            threading.Thread(target=self._serve, args=(client, fault), daemon=True).start()
-
-    def _serve(self, client: socket.socket, fault: str) -> None:
-        if fault == "busy":
-            client.recv(65536)
-            client.sendall(b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
-        if fault in ("busy", "reset"):
-            client.close()
-            return
-        left = self._random.randrange(100, 200_000) if fault == "cut" else None
-        with socket.create_connection(("127.0.0.1", self._to)) as server, client:
-            back = threading.Thread(target=self._pump, args=(server, client, left), daemon=True)
-            back.start()
-            self._pump(client, server, None)
-            back.join()
-
-    @staticmethod
-    def _pump(source: socket.socket, target: socket.socket, left: int | None) -> None:
-        try:
-            while data := source.recv(65536):
-                target.sendall(data if left is None else data[:left])
-                if left is not None and (left := left - len(data)) <= 0:
-                    break
-        except OSError:
-            pass
-        for end in (source, target):
-            try:
-                end.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass
+    def fate(self, method: str, path: str) -> str:
+        if self._moments.random() >= self.share:
+            return ""
+        self.faults += 1
+        return self._moments.choice(["busy", "reset", "unheard"])
 
 
 @contextmanager
@@ -149,15 +109,15 @@ def damage(store: Store, moments: random.Random) -> str:
     return f"{kind} {stage}"
 
 
-def soak(url: str, expected: dict[str, str], config: Path, events: int, seed: int, proxy: Flaky | None) -> Counter[str]:
+def soak(url: str, expected: dict[str, str], config: Path, events: int, wire: Wire | None = None) -> Counter[str]:
     """So many kills and faults over the pipeline, which begins anew with what it lost whenever it is complete."""
-    moments, happened, complete = random.Random(seed), Counter(), False
+    moments, happened, complete = random.Random(0), Counter(), False
     store = Store(url)
-    while sum(happened.values()) < events:
+    while happened.total() - happened["refused"] - happened["network"] < events:
         if complete:
             happened[damage(store, moments).partition(" ")[0]] += 1
-        if proxy:
-            proxy.share = moments.choice([0.0, 0.1, 0.3])
+        if wire:
+            wire.share = moments.choice([0.0, 0.05, 0.2])
         with process(url, config, "repair" if complete else "run") as running:
             try:
                 patience = moments.uniform(1.0, 9.0) if moments.random() < 0.75 else 120.0
@@ -168,9 +128,8 @@ def soak(url: str, expected: dict[str, str], config: Path, events: int, seed: in
                 happened["kill"] += 1
                 complete = False
                 continue
-        if proxy:
-            happened["network"] += proxy.faults
-            proxy.faults, proxy.share = 0, 0.0
+        if wire:
+            happened["network"], wire.share = wire.faults, 0.0
         if running.returncode:  # refused by name, never accepted
             assert "damaged" in said or "manifest" in said or "altered" in said, said
             happened["refused"] += 1
@@ -183,8 +142,8 @@ def soak(url: str, expected: dict[str, str], config: Path, events: int, seed: in
             continue
         complete = True
         assert results(store) == expected
-    if proxy:
-        proxy.share = 0.0
+    if wire:
+        wire.share = 0.0
     for what in ("repair", "run"):
         with process(url, config, what) as last:
             assert last.wait(200) == 0
@@ -204,8 +163,25 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def test_kills_and_damage_on_local_disk_change_no_bit(undisturbed: dict[str, str], tmp_path: Path) -> None:
     config = tmp_path / "config.json"
     config.write_text(CONFIG.model_dump_json())
-    happened = soak(str(tmp_path / "store"), undisturbed, config, EVENTS, 0, None)
+    happened = soak(str(tmp_path / "store"), undisturbed, config, EVENTS)
     store = Store(str(tmp_path / "store"))
     assert results(store) == undisturbed
     assert not [c for c in upkeep.check(store, list(store), deep=True) if c.problems]
+    print(json.dumps(happened))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+def test_kills_damage_and_a_failing_network_on_s3_change_no_bit(
+    undisturbed: dict[str, str], tmp_path: Path, seaweedfs_server: servers.Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, wire = tmp_path / "config.json", Wire()
+    config.write_text(CONFIG.model_dump_json())
+    url = f"{seaweedfs_server.store}/soak"
+    with servers.flaky(seaweedfs_server, wire.fate) as server:
+        server.enter(monkeypatch)
+        happened = soak(url, undisturbed, config, EVENTS, wire)
+    seaweedfs_server.enter(monkeypatch)
+    assert results(Store(url)) == undisturbed
+    assert not [c for c in upkeep.check(Store(url), list(Store(url)), deep=True) if c.problems]
     print(json.dumps(happened))
