@@ -345,7 +345,7 @@ def copy(source: Store, target: Store, artifacts: list[tuple[str, str]], emit: E
 
         if wanted:
             folder = artifact.local(*(file["path"] for file in wanted))
-            target.put(((folder / file["path"], copied.remote(file["path"])) for file in wanted), arrived)
+            target.put([(folder / file["path"], copied.remote(file["path"])) for file in wanted], arrived)
         copied.check(deep=True)
         target.write_json(target.path(stage, fingerprint, "manifest.json"), artifact.manifest, create_only=True)
         yield target.open(f"{stage}/{fingerprint}"), True
