@@ -21,7 +21,7 @@ LAYERS = {
     "config": {"errors"},
     "storage": {"config", "errors"},
     "cache": {"errors", "storage"},
-    "store": {"cache", "errors", "storage"},
+    "store": {"cache", "config", "errors", "storage"},
     "tokenizer": {"errors"},
     "sharding": {"errors"},
     "model": {"sharding"},
