@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+import threading
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import pytest
 from flax import nnx
 
 import nanodlm
-from nanodlm import evaluation, experiments, shards, stages, tokenizer
+from nanodlm import evaluation, experiments, loader, shards, stages, tokenizer
 from nanodlm.checkpoint import parameters_sha256
 from nanodlm.config import PRESETS, Config
 from nanodlm.errors import NanodlmError, UsageError
@@ -25,6 +26,7 @@ from nanodlm.losses import Objective
 from nanodlm.model import Transformer, segments
 from nanodlm.optimizer import make_optimizer
 from nanodlm.schedules import make_schedule
+from nanodlm.storage import Storage
 from nanodlm.store import Artifact, Store
 from nanodlm.update import init_state, train_step
 from tests.commands import environment, speeches
@@ -72,6 +74,37 @@ def test_train_leaves_checkpoints_with_config_and_logs_beside_them(trained: Arti
     assert (folder / "checkpoints" / "step_000012" / "optimizer_state").is_dir()
     assert json.loads((folder / "config.json").read_text())["train"]["max_steps"] == 12
     assert [record["step"] for record in json.loads((folder / "logs.json").read_text())] == [3, 6, 9, 12]
+
+
+def test_training_on_remote_shards_begins_when_those_of_the_first_window_are_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The other shards do not come before the first updates are done."""
+    monkeypatch.setattr(loader, "WINDOW", 2)
+    config, store = tiny(data={"source": speeches(24), "part_mb": 0.03}), Store("memory://first-window/store")
+    for name in stages.until("shard"):
+        built, _ = stages.run(name, config, store)
+    first, *later = loader.windows(built.metrics["rows_per_shard"], config.data.shuffle_seed)  # type: ignore[possibly-unbound]
+    assert later
+    assert sum(built.metrics["rows_per_shard"][i] for i in first) > 4 * (12 + 16)  # those of updates and those prepared
+    late = {shards.name(i) for window in later for i in window}
+    begun, fetched = threading.Event(), []
+
+    def get(self: Store, pairs: list[tuple[str, Path]]) -> None:
+        names = {source.rpartition("/")[2] for source, _ in pairs}
+        assert not names & late or begun.wait(120)
+        fetched.extend(names)
+        Storage.get(self, pairs)
+
+    def emit(kind: str, **fields: Any) -> None:
+        if kind == "progress" and fields["unit"] == "updates":
+            begun.set()
+
+    monkeypatch.setattr(Store, "get", get)
+    stages.run("train", config, store, emit=emit)
+    assert begun.is_set()
+    assert late & set(fetched)  # and then they are fetched ahead
+    store.remove_folder(store.root)
 
 
 def test_train_finds_a_finished_run_again(trained: Artifact, store: Store) -> None:
