@@ -51,7 +51,7 @@ class Faulty(MemoryFileSystem):
     script: ClassVar[list[Fault]] = []
     asked: ClassVar[list[tuple[str, str]]] = []
     ignores_conditions: ClassVar[bool] = False
-    counting: ClassVar[threading.Lock] = threading.Lock()
+    counting: ClassVar[Any] = threading.RLock()  # what a fault does may be a request of its own
 
     @classmethod
     def _strip_protocol(cls, path: Any) -> str:
@@ -113,8 +113,8 @@ def answer(status: int, code: str) -> Exception:
     """What botocore makes of an answer that is no success."""
     from botocore.exceptions import ClientError
 
-    told = {"Error": {"Code": code, "Message": f"told {code}"}, "ResponseMetadata": {"HTTPStatusCode": status}}
-    return ClientError(told, "PutObject")  # type: ignore[arg-type]
+    told: Any = {"Error": {"Code": code, "Message": f"told {code}"}, "ResponseMetadata": {"HTTPStatusCode": status}}
+    return ClientError(told, "PutObject")
 
 
 def busy() -> Exception:

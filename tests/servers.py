@@ -22,6 +22,7 @@ from pathlib import Path
 
 import fsspec
 import pytest
+from fsspec.config import conf
 
 from nanodlm import cache
 
@@ -59,7 +60,7 @@ class Server:
         for name, value in self.environ.items():
             monkeypatch.setenv(name, value)
         # fsspec reads its variables when it is imported, and keeps file systems whatever the environment becomes.
-        monkeypatch.setitem(fsspec.config.conf, "gs", {"token": self.environ.get("FSSPEC_GS_TOKEN", "anon")})
+        monkeypatch.setitem(conf, "gs", {"token": self.environ.get("FSSPEC_GS_TOKEN", "anon")})
         forget_connections()
 
 
@@ -102,7 +103,7 @@ def moto() -> Iterator[Server]:
 def seaweedfs() -> Iterator[Server]:
     """A SeaweedFS server: S3 that checks credentials, its data in a fresh folder."""
     names = ("master", "master.grpc", "volume", "volume.grpc", "filer", "filer.grpc", "s3", "s3.grpc")
-    ports = dict(zip(names, free_ports(len(names)), strict=True))
+    ports: dict[str, int] = dict(zip(names, free_ports(len(names)), strict=True))
     endpoint = f"http://127.0.0.1:{ports['s3']}"
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="weed-")))
@@ -224,7 +225,7 @@ def flaky(server: Server, fail: Callable[[str, str], str]) -> Iterator[Server]:
 
         do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = handle_request
 
-        def log_message(self, *_: object) -> None:
+        def log_message(self, format: str, *args: object) -> None:
             pass
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as listener:

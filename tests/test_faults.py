@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from flax import nnx
 
 import nanodlm
 from nanodlm import stages, upkeep
@@ -137,7 +138,7 @@ def copied(undisturbed: Path, url: str) -> Store:
         ("disk", "just before the manifest"),
         ("disk", "just after the manifest"),
         ("s3", "in mid-upload"),
-        ("s3", "before a part's record"),
+        pytest.param("s3", "before a part's record", marks=pytest.mark.slow),
         ("s3", "just before the manifest"),
     ],
 )
@@ -300,6 +301,7 @@ def test_a_wire_that_fails_loses_nothing_and_commits_once(
     assert count > 53
 
 
+@pytest.mark.slow
 def test_training_goes_on_while_its_checkpoint_cannot_be_published(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NANODLM_RETRY_SECONDS", "60")
     config = tiny(exp={"save_every": 4, "log_every": 1, "keep": 3, "keep_best": 0})
@@ -315,7 +317,9 @@ def test_training_goes_on_while_its_checkpoint_cannot_be_published(monkeypatch: 
         return busy()
 
     # Were the first checkpoint waited for, update 6 would not be reached, and this would be given up after a minute.
-    over = lambda: len(failed_at) >= 3 and failed_at[-1] >= 6  # noqa: E731
+    def over() -> bool:
+        return len(failed_at) >= 3 and failed_at[-1] >= 6
+
     fault = Fault("put_file", fail, "step_000004", times=float("inf"), until=over)
     with scripted(fault):
         run = nanodlm.train(config, "faulty://place", emit)
@@ -327,15 +331,14 @@ def test_training_goes_on_while_its_checkpoint_cannot_be_published(monkeypatch: 
 def test_a_storage_that_stays_away_ends_the_run_and_the_next_continues(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NANODLM_RETRY_SECONDS", "0.1")
     config = tiny(exp={"save_every": 4, "log_every": 1, "keep": 3, "keep_best": 0})
-    with scripted(Fault("put_file", busy, "step_000008", times=float("inf"))) as storage:
+    away = [Fault("put_file", busy, f"step_0000{step}", times=float("inf")) for step in ("08", "12")]
+    with scripted(*away) as storage:
         with pytest.raises(Unreachable, match=r"does not answer: .*what is finished is kept, run again to continue"):
             nanodlm.train(config, "faulty://place")
         storage.script.clear()
         run = nanodlm.train(config, "faulty://place")
         assert run.metrics["resumed_from_update"] == 4
         model, _ = nanodlm.load(run.uri)
-        from flax import nnx
-
         assert parameters_sha256(nnx.to_pure_dict(nnx.state(model))) == run.metrics["parameters_sha256"]
 
 
@@ -406,8 +409,9 @@ def test_a_cache_that_cannot_be_written_is_one_line(
 
 def aged(folder: Path, seconds: float) -> None:
     """Make files look as if they had not changed for so long."""
+    then = time.time() - seconds
     for path in folder.rglob("*"):
-        os.utime(path, (time.time() - seconds,) * 2)
+        os.utime(path, (then, then))
 
 
 def test_a_reader_can_finish_although_what_it_reads_is_given_up(

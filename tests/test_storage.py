@@ -3,6 +3,9 @@
 import errno
 import json
 import os
+import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -26,7 +29,7 @@ from nanodlm.store import Artifact, Store, find_checkpoint
 from tests.commands import nanodlm, result_of, statuses, tiny_flags
 from tests.faults import Fault, Faulty, answer, busy, no_space, scripted
 from tests.helpers import committed, fill, identity, prose, tiny_config
-from tests.servers import Server, forget_connections, free_ports, s3_environ
+from tests.servers import Server, forget_connections, free_ports, let_go_of_the_cache, s3_environ
 
 FILES = {"a.bin": b"first file", "b.bin": b"other file", "sub/c.bin": b"third, longer file", "empty": b""}
 
@@ -184,9 +187,7 @@ def test_a_creation_lost_to_another_writer_does_not_count(faulty: type[Faulty], 
         there.fs.pipe_file(there.path("x.json"), b'{"by": "another"}')
         return busy()
 
-    faulty.script[:] = [Fault("pipe_file", busy)]
-    faulty.counting = threading.RLock()  # type: ignore[assignment]
-    faulty.script[0].error = meanwhile
+    faulty.script[:] = [Fault("pipe_file", meanwhile)]
     assert not there.write_json(there.path("x.json"), {"by": "me"}, create_only=True)
     assert there.read_json(there.path("x.json")) == {"by": "another"}
 
@@ -246,7 +247,7 @@ def test_a_file_that_was_not_wholly_fetched_is_not_there(
     there = Storage("faulty://place")
     there.fs.pipe_file("/place/x", b"whole")
 
-    def torn(self: Faulty, source: str, target: str) -> None:
+    def torn(self: Faulty, source: str, target: str, **_: Any) -> None:
         Path(target).write_bytes(b"who")
         raise OSError(errno.EIO, "torn")
 
@@ -287,7 +288,8 @@ def test_transfers_are_tried_again(faulty: type[Faulty], tmp_path: Path, pauses:
 
 # One suite for every kind of storage
 
-LOCAL, REMOTE = ("path", "file"), ("memory", "moto", "seaweedfs", "gcs")
+MOTO = pytest.param("moto", marks=pytest.mark.slow)  # SeaweedFS asks the same of us, and is a real server
+LOCAL, REMOTE = ("path", "file"), ("memory", MOTO, "seaweedfs", "gcs")
 
 
 @pytest.fixture
@@ -387,12 +389,12 @@ def test_finished_parts_are_adopted_when_whole_and_made_again_when_altered(place
 def test_each_damage_is_named_and_nothing_damaged_is_read(place: str) -> None:
     store = Store(place)
 
-    def damaged(name: str, damage: Callable[[Callable[[str], str]], object]) -> tuple[list[str], list[str]]:
+    def damaged(name: str, damage: Callable[[Callable[[str], str]], object]) -> list[list[str]]:
         artifact = committed(store, FILES, fingerprint=name)
         damage(artifact.remote)
         with pytest.raises(Damaged, match=r"nanodlm verify .*--repair"):
             artifact.local()
-        return [[line.split()[0] for line in artifact.problems(deep=deep)] for deep in (False, True)]  # type: ignore[return-value]
+        return [[line.split()[0] for line in artifact.problems(deep=deep)] for deep in (False, True)]
 
     def swap(path: Callable[[str], str]) -> None:
         one, other = store.read(path("a.bin")), store.read(path("b.bin"))
@@ -565,13 +567,6 @@ def test_a_checkpoint_is_found_by_its_address_and_verified(place: str, tmp_path:
 # The cache of what lies in remote stores
 
 
-def let_go() -> None:
-    """As the end of a process would."""
-    for held in cache._held.values():
-        held.close()
-    cache._held.clear()
-
-
 def entries() -> set[str]:
     """Fingerprints of what the cache holds."""
     return {path.name.split("-")[1] for path in (cache.cache_dir() / "entries").iterdir()}
@@ -590,12 +585,12 @@ def test_the_cache_throws_out_what_was_used_longest_ago_and_never_what_is_in_use
     with pytest.raises(NanodlmError, match=r"may hold 2.5e-05 GB, of which 2e-05 are in use, and 1e-05 more"):
         artifacts["f2"].local()
     assert {"f0", "f1"} <= entries()
-    let_go()
+    let_go_of_the_cache()
     os.utime(cache.cache_dir() / "entries" / f"shard-f0-{artifacts['f0'].manifest['attempt']}" / "used", (9, 9))
     assert (artifacts["f2"].local() / "x").read_bytes() == b"f2" * 5000
     assert entries() == {"f1", "f2"}
     assert (artifacts["f1"].local() / "x").read_bytes() == b"f1" * 5000
-    let_go()
+    let_go_of_the_cache()
     assert (artifacts["f0"].local() / "x").read_bytes() == b"f0" * 5000  # it is fetched again
 
 
@@ -725,6 +720,24 @@ def test_a_server_that_is_not_there_is_given_up_with_what_to_do(place: str, monk
     with pytest.raises(Unreachable, match=f"{place}://bucket/runs does not answer: .*run again to continue"):
         Store(f"{place}://bucket/runs").find("shard", "f0")
     forget_connections()
+
+
+def test_a_server_ends_with_the_process_that_started_it_however_that_ends() -> None:
+    code = "from tests import servers\nwith servers.fake_gcs() as s: print(s.endpoint, flush=True); input()"
+    root = Path(__file__).parents[1]
+    with subprocess.Popen(
+        [sys.executable, "-c", code], cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        host, _, port = process.stdout.readline().strip().removeprefix("http://").partition(":")
+        socket.create_connection((host, int(port)), 5).close()
+        process.kill()
+    for _ in range(500):
+        with socket.socket() as client:
+            if client.connect_ex((host, int(port))):
+                return
+        time.sleep(0.01)
+    pytest.fail("the server is still there")
 
 
 def test_leases_are_taken_over_on_remote_storage(
