@@ -75,7 +75,7 @@ class Storage:
 
         Raises:
             UsageError: When the protocol is unknown, its driver is not installed, or it cannot create a file only
-                once; or when the URL holds secrets.
+                once; or when the URL holds secrets, or signs that drivers take for patterns.
         """
         protocol = fsspec.core.split_protocol(refuse_secrets(url))[0] or "file"
         if "::" in url or protocol not in CREATE_ONLY:
@@ -84,6 +84,8 @@ class Storage:
             raise UsageError(
                 f"cannot open the store {url}: {protocol}:// {problem}; use a folder, or a bucket at s3:// or gs://"
             )
+        if protocol not in ("file", "local") and any(sign in url for sign in "*?["):
+            raise UsageError(f"cannot open the store {url}: its prefix must not hold *, ? or [, which stand for others")
         try:
             self.fs, root = fsspec.url_to_fs(url, use_listings_cache=False)
         except (ValueError, ImportError) as error:
@@ -158,7 +160,7 @@ class Storage:
             found: dict[str, Any] = self.patiently(lambda: self.fs.find(folder, detail=True))
         except FileNotFoundError:
             return {}
-        prefix = folder.lstrip("/") + "/"
+        prefix = f"{folder.strip('/')}/".lstrip("/")
         return {
             path.lstrip("/").removeprefix(prefix): Found(int(info["size"]), _changed(info))
             for path, info in found.items()

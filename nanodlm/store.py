@@ -408,12 +408,15 @@ class Store(Storage):
 
     def __iter__(self) -> Iterator[tuple[str, str]]:
         """(stage, fingerprint) of everything that has a manifest, sorted."""
-        try:
-            found = self.patiently(lambda: self.fs.glob(self.path("*", "*", "manifest.json")))
-        except FileNotFoundError:  # there is no such bucket
-            return
+        # Not fsspec's glob: it takes signs in the root for patterns, and leaves out folders that it could not list.
+        if self.is_local:
+            found = [path.relative_to(self.root).as_posix() for path in Path(self.root).glob("*/*/manifest.json")]
+        else:
+            found = [path for path in self.files(self.root) if path.count("/") == 2]
         for path in sorted(found):
-            yield tuple(str(path).split("/")[-3:-1])  # type: ignore[misc]
+            stage, fingerprint, name = path.split("/")
+            if name == "manifest.json":
+                yield stage, fingerprint
 
     # Building
 

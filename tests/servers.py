@@ -187,7 +187,8 @@ def flaky(server: Server, fail: Callable[[str, str], str]) -> Iterator[Server]:
     Args:
         server: What requests are passed on to.
         fail: Told the method and path of each request; what becomes of it: "" (nothing), "busy" (answered with 503),
-            "reset" (not passed on, and cut off) or "unheard" (passed on, and its answer cut off).
+            "refused" (answered with 403), "reset" (not passed on, and cut off) or "unheard" (passed on, and its answer
+            cut off).
     """
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -196,8 +197,8 @@ def flaky(server: Server, fail: Callable[[str, str], str]) -> Iterator[Server]:
         def handle_request(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
             fate = fail(self.command, self.path)
-            if fate == "busy":
-                self._answer(503, [], b"")
+            if fate in ("busy", "refused"):
+                self._answer({"busy": 503, "refused": 403}[fate], [], b"")
                 return
             if fate != "reset":
                 passed_on = http.client.HTTPConnection(server.endpoint.removeprefix("http://"), timeout=30)

@@ -432,6 +432,30 @@ def test_a_reader_can_finish_although_what_it_reads_is_given_up(
         reading.local()
 
 
+@pytest.mark.parametrize("which", [1, 2, 3, 4])
+def test_a_collector_that_cannot_list_everything_removes_nothing(
+    which: int, moto_server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    listings = 0
+
+    def fail(method: str, path: str) -> str:
+        nonlocal listings
+        listings += method == "GET" and "list-type=2" in path
+        return "refused" if listings == which and "list-type=2" in path else ""
+
+    moto_server.enter(monkeypatch)
+    url = f"{moto_server.store}/{tmp_path.name}"
+    committed(Store(url), FILES)
+    with flaky(moto_server, fail) as server:
+        server.enter(monkeypatch)
+        try:
+            assert list(upkeep.collect(Store(url), grace=-60)) == []
+        except NanodlmError as error:
+            assert "refuses access" in str(error)
+    moto_server.enter(monkeypatch)
+    assert Store(url).open("shard/f0").check(deep=True)
+
+
 def test_readers_beside_a_collector_get_all_or_a_clear_error(tmp_path: Path) -> None:
     store, stop = Store(str(tmp_path)), threading.Event()
     seen: list[dict[str, bytes] | None] = []

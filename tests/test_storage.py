@@ -229,6 +229,13 @@ def test_what_cannot_create_once_is_refused_by_name(url: str, says: str) -> None
         Storage(url)
 
 
+@pytest.mark.parametrize("url", ["s3://bucket/a*b", "memory://bucket/a[b]", "gs://bucket/a?b"])
+def test_prefixes_of_buckets_that_drivers_take_for_patterns_are_refused(url: str) -> None:
+    """Removing what is below `a*b` would remove what is below `axb`."""
+    with pytest.raises(UsageError, match=r"prefix must not hold \*, \? or \["):
+        Storage(url)
+
+
 @pytest.mark.parametrize(
     "url", ["s3://me:hunter2@bucket/x", "s3://bucket/x?aws_secret_access_key=hunter2", "gs://bucket/x?token=hunter2"]
 )
@@ -494,6 +501,7 @@ def test_two_attempts_at_once_commit_one_artifact_of_one_of_them(place: str) -> 
 @everywhere
 def test_prefixes_may_have_odd_names(place: str) -> None:
     prefix = "a b/plus+minus/per%20cent/ümlaut/日本/a=b&c,d;e@f/dots.../x..y"
+    prefix += "" if "://" in place else "/[ab]*?"  # a bucket's are refused
     store = Store(f"{place}/{prefix}")
     odd = {"x y+z%41.bin": b"odd", "ü/ñ": b"letters"}
     artifact = committed(store, odd)
@@ -503,6 +511,8 @@ def test_prefixes_may_have_odd_names(place: str) -> None:
         "shard/f0/manifest.json",
         *(f"shard/f0/attempts/{artifact.manifest['attempt']}/{name}" for name in odd),
     }
+    assert list(upkeep.collect(store, grace=-60)) == []
+    assert read(store.open("shard/f0")) == odd
 
 
 @everywhere
