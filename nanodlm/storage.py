@@ -110,7 +110,7 @@ class Storage:
             NanodlmError: When access is refused.
             OSError: For what the caller knows best: FileNotFoundError, FileExistsError, and others that stay.
         """
-        deadline = time.monotonic() + float(os.environ.get("NANODLM_RETRY_SECONDS") or RETRY_SECONDS)
+        deadline = time.monotonic() + _patience()
         pause, told = FIRST_PAUSE, False
         while True:
             try:
@@ -335,6 +335,15 @@ def _replace(target: Path, fill: Callable[[Path], Any], create_only: bool = Fals
 
 
 # Errors, over all drivers
+
+
+def _patience() -> float:
+    """Seconds for which what may pass is tried again."""
+    text = os.environ.get("NANODLM_RETRY_SECONDS") or str(RETRY_SECONDS)
+    try:
+        return float(text)
+    except ValueError:
+        raise UsageError(f"NANODLM_RETRY_SECONDS must be a number of seconds, not {text!r}") from None
 
 
 def _causes(error: BaseException) -> list[BaseException]:

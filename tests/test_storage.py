@@ -150,6 +150,12 @@ def test_what_stays_as_it_is_is_not_asked_again(
     assert [request for request, _ in faulty.asked] == ["pipe_file"]
 
 
+def test_a_time_that_is_no_number_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NANODLM_RETRY_SECONDS", "soon")
+    with pytest.raises(UsageError, match="NANODLM_RETRY_SECONDS must be a number of seconds, not 'soon'"):
+        Storage("memory://place").read("/x")
+
+
 # Creating once
 
 
