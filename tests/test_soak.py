@@ -116,6 +116,7 @@ def soak(url: str, expected: dict[str, str], config: Path, events: int, wire: Wi
     while happened.total() - happened["refused"] - happened["network"] < events:
         if complete:
             happened[damage(store, moments).partition(" ")[0]] += 1
+        print(json.dumps(happened), flush=True)
         if wire:
             wire.share = moments.choice([0.0, 0.05, 0.2])
         with process(url, config, "repair" if complete else "run") as running:
