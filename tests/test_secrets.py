@@ -23,7 +23,7 @@ from nanodlm import cli, stages, upkeep
 from nanodlm.config import refuse_secrets
 from nanodlm.errors import Damaged, NanodlmError, UsageError, redact
 from nanodlm.store import Artifact, Store, find_checkpoint, sealed
-from tests import commands
+from tests import commands, servers
 from tests.helpers import committed, fill
 from tests.test_training import tiny
 
@@ -74,7 +74,7 @@ def home(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def planted(s3_server: str, home: Path) -> dict[str, str]:
+def planted(moto_server: servers.Server, home: Path) -> dict[str, str]:
     """An environment with a secret in every place, whose folders are the test's own."""
     own = {
         "HOME": str(home),
@@ -82,7 +82,7 @@ def planted(s3_server: str, home: Path) -> dict[str, str]:
         "NANODLM_CACHE": str(home / "cache"),
         "PREFECT_HOME": str(home / "prefect"),
         "WANDB_MODE": "offline",
-        "AWS_ENDPOINT_URL": s3_server,
+        "AWS_ENDPOINT_URL": moto_server.endpoint,
         "AWS_DEFAULT_REGION": "us-east-1",
         "NANODLM_RETRY_SECONDS": "1",
     }
@@ -96,8 +96,8 @@ def process(planted: dict[str, str], *words: str) -> subprocess.CompletedProcess
     )
 
 
-def bucket(name: str, s3_server: str) -> str:
-    options = {"key": "test", "secret": "test", "client_kwargs": {"endpoint_url": s3_server}}
+def bucket(name: str, moto_server: servers.Server) -> str:
+    options = {"key": "test", "secret": "test", "client_kwargs": {"endpoint_url": moto_server.endpoint}}
     fsspec.filesystem("s3", **options).mkdir(name)
     return f"s3://{name}/runs"
 
@@ -118,9 +118,9 @@ for name in sys.argv[3:]:
 
 
 def test_a_training_leaves_no_secret_in_store_cache_events_or_output(
-    planted: dict[str, str], s3_environment: None, s3_server: str, home: Path
+    planted: dict[str, str], s3_environment: None, moto_server: servers.Server, home: Path
 ) -> None:
-    store = bucket("a-training", s3_server)
+    store = bucket("a-training", moto_server)
     (home / "config.json").write_text(tiny(exp={"save_every": 100}).model_dump_json())
     done = process(planted, "-c", PIPELINE, store, "config.json", *stages.until("train"))
     assert done.returncode == 0, done.stderr
@@ -134,9 +134,9 @@ def test_a_training_leaves_no_secret_in_store_cache_events_or_output(
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_commands_and_the_orchestrator_leave_no_secret_anywhere(
-    planted: dict[str, str], s3_environment: None, s3_server: str, home: Path
+    planted: dict[str, str], s3_environment: None, moto_server: servers.Server, home: Path
 ) -> None:
-    store, outputs = bucket("commands", s3_server), []
+    store, outputs = bucket("commands", moto_server), []
     config = tiny(exp={"use_wandb": True, "use_tensorboard": True, "save_every": 100})
     (home / "config.json").write_text(config.model_dump_json())
 
@@ -185,11 +185,11 @@ def failing(capsys: pytest.CaptureFixture[str], *words: str, code: int = 1) -> s
 
 
 @pytest.fixture
-def refusing(s3_server: str) -> Iterator[None]:
+def refusing(moto_server: servers.Server) -> Iterator[None]:
     """The server checks keys, and knows none."""
 
     def after(requests: str) -> None:
-        address, header = f"{s3_server}/moto-api/reset-auth", {"Content-Type": "text/plain"}
+        address, header = f"{moto_server.endpoint}/moto-api/reset-auth", {"Content-Type": "text/plain"}
         urllib.request.urlopen(urllib.request.Request(address, requests.encode(), header)).close()
 
     after("0")
