@@ -70,6 +70,7 @@ PASSING: dict[str, Callable[[], BaseException]] = {
     "S3 503, translated": lambda: translated(busy()),
     "S3 500, translated": lambda: translated(answer(500, "InternalError")),
     "S3 429": lambda: answer(429, "TooManyRequests"),
+    "S3 conflict of two conditional writes": lambda: translated(answer(409, "ConditionalRequestConflict")),
     "GCS 503": lambda: HttpError({"code": 503, "message": "unavailable"}),
     "GCS 429": lambda: HttpError({"code": 429, "message": "slow down"}),
     "reset": lambda: ConnectionResetError(errno.ECONNRESET, "reset by peer"),
@@ -122,6 +123,21 @@ def test_what_does_not_pass_is_given_up_after_the_time_that_is_set(
         there.read(there.path("x.json"))
     assert "\n" not in str(caught.value)
     assert 40 - storage.LONGEST_PAUSE <= sum(pauses) <= 40
+
+
+def test_digits_of_a_path_are_no_answer_of_a_server(faulty: type[Faulty], pauses: list[float]) -> None:
+    full = OSError(errno.ENOSPC, "No space left on device", "/cache/shard-15036af502c504/x")
+    faulty.script[:] = [Fault("cat_file", lambda: full, times=1)]
+    there = Storage("faulty://place")
+    with pytest.raises(OSError, match="No space left"):
+        there.read(there.path("x.json"))
+    assert pauses == []
+
+
+@pytest.mark.parametrize("url", ["s3://", "s3:///prefix", "gs://"])
+def test_an_address_without_a_bucket_is_refused(url: str) -> None:
+    with pytest.raises(UsageError, match=f"cannot open the store {url}: it names no bucket"):
+        Storage(url)
 
 
 @pytest.mark.parametrize("name", REFUSED)
