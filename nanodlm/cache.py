@@ -123,8 +123,10 @@ def fetch(
     for i in range(0, len(files), TRANSFERS):
         batch = files[i : i + TRANSFERS]
         with contextlib.ExitStack() as locks, ThreadPoolExecutor(4, thread_name_prefix="verify") as pool:
-            for path in sorted(_arriving(folder, file).with_suffix(".lock") for file in batch):  # so nobody deadlocks
+            for path in sorted({_arriving(folder, file).with_suffix(".lock") for file in batch}):  # so nobody deadlocks
                 locks.enter_context(_locked(path))
+                for partial in path.parent.glob(f".{path.stem}.*.partial"):  # a killed process left it
+                    partial.unlink(missing_ok=True)
             there = pool.map(lambda file: whole(folder / file["path"], file), batch)
             missing = [file for file, is_there in zip(batch, there, strict=True) if not is_there]
             if missing:
@@ -148,13 +150,16 @@ def _locked(path: Path) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        try:
+            yield
+        finally:  # closing is not enough while a process forked meanwhile has it open as well
+            fcntl.flock(file, fcntl.LOCK_UN)
 
 
 def _make_room(needed: int) -> None:
     """Throw out what nobody uses, the least recently used first, until `needed` more bytes fit."""
     entries = [entry for entry in (cache_dir() / "entries").iterdir() if entry.is_dir()]
-    sizes = {entry: sum(p.stat().st_size for p in entry.rglob("*") if p.is_file()) for entry in entries}
+    sizes = {entry: _size(entry) for entry in entries}
     total = sum(sizes.values())
     for entry in sorted(entries, key=_last_used):
         left_behind = entry.name.startswith("attempt-")
@@ -171,9 +176,21 @@ def _make_room(needed: int) -> None:
         )
 
 
+def _size(entry: Path) -> int:
+    """Bytes below it; its users add, rename and remove files meanwhile."""
+    total = 0
+    for folder, _, names in os.walk(entry):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                total += os.stat(os.path.join(folder, name)).st_size
+    return total
+
+
 def _last_used(entry: Path) -> float:
-    used = entry / "used"
-    return used.stat().st_mtime if used.exists() else 0.0
+    try:
+        return (entry / "used").stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
 
 
 def _unused(entry: Path) -> bool:
@@ -183,4 +200,6 @@ def _unused(entry: Path) -> bool:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except FileNotFoundError:  # its user has thrown it out just now
+        return True
     return True

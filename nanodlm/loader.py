@@ -54,9 +54,9 @@ def train_batches(
     Yields:
         int32 rows, (A, batch_size / shares, L).
     """
-    shuffled = []
+    shuffled, opened = [], {}
     for number, window in enumerate(windows(rows_per_shard, seed)):
-        source = shards.Rows({shards.name(i): rows_per_shard[i] for i in window}, fetch)
+        source = shards.Rows({shards.name(i): rows_per_shard[i] for i in window}, fetch, opened)
         shuffled.append(grain.MapDataset.source(cast(Any, source)).seed((seed + number) % 2**31).shuffle())
     rows = (grain.MapDataset.concatenate(shuffled) if len(shuffled) > 1 else shuffled[0]).repeat()
     parts = (

@@ -11,6 +11,8 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 
 from nanodlm.errors import Damaged
 
+OPEN = 64  # files that are open at once: those that are read together, and not as many as a process may have
+
 
 def dtype_for(ids: int) -> str:
     """Smallest of uint16 and uint32 that holds ids below `ids`.
@@ -48,26 +50,31 @@ class Rows:
         rows[99]
     """
 
-    def __init__(self, counts: Mapping[str, int], fetch: Callable[[str], Path]):
+    def __init__(self, counts: Mapping[str, int], fetch: Callable[[str], Path], opened: dict[str, Any] | None = None):
         """Know of files.
 
         Args:
             counts: Rows of each file, by its name.
             fetch: Gives the local path of a file.
+            opened: Those that are open, by name, when they are shared with others.
         """
         self._names, self._ends, self._fetch = list(counts), list(accumulate(counts.values())), fetch
-        self._opened: dict[int, Any] = {}
+        self._opened = {} if opened is None else opened
 
     def __len__(self) -> int:
         return self._ends[-1]
 
     def __getitem__(self, index: int) -> bytes:
         file = bisect_right(self._ends, index)
-        if file not in self._opened:
+        reader = self._opened.get(self._names[file])
+        if reader is None:
             import grain.python as grain  # slow, and loads JAX
 
-            self._opened[file] = grain.ArrayRecordDataSource([str(self._fetch(self._names[file]))])
-        return self._opened[file][index - (self._ends[file - 1] if file else 0)]
+            reader = grain.ArrayRecordDataSource([str(self._fetch(self._names[file]))])
+            while len(self._opened) >= OPEN:
+                self._opened.pop(next(iter(self._opened)), None)
+            self._opened[self._names[file]] = reader
+        return reader[index - (self._ends[file - 1] if file else 0)]
 
 
 def read(path: Path, dtype: str) -> list[np.ndarray]:

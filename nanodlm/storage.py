@@ -12,11 +12,14 @@ import logging
 import mmap
 import os
 import random
+import re
 import shutil
+import stat
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
@@ -33,12 +36,14 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 RETRY_SECONDS = 300.0  # for how long what may pass by itself is tried again
 FIRST_PAUSE, LONGEST_PAUSE = 0.2, 15.0  # seconds between tries; each is twice the last, and shortened at random
+_most: ContextVar[float] = ContextVar("most", default=float("inf"))  # see `briefly`
 TRANSFERS = 32  # files on their way at once
 # Protocols whose fsspec drivers send a creation as one conditional request. A server may still ignore the condition:
 # `Storage.require_create_only` tries it.
 CREATE_ONLY = {"file", "local", "s3", "s3a", "gs", "gcs", "memory"}
-PASSING_CODES = {408, 425, 429, 499, 500, 502, 503, 504}
-PASSING_WORDS = {"SlowDown", "ServiceUnavailable", "InternalError", "RequestTimeout", "Throttling", "503", "502", "504"}
+PASSING_CODES = {408, 409, 425, 429, 499, 500, 502, 503, 504}
+# Numbers stand alone: fingerprints in paths hold any digits.
+PASSING_WORDS = re.compile(r"SlowDown|ServiceUnavailable|InternalError|RequestTimeout|Throttling|\b50[234]\b")
 # Names, not classes: the drivers that define them need not be installed.
 PASSING_CLASSES = {
     "ClientError",  # aiohttp's; botocore's of that name is told apart by its code below
@@ -49,7 +54,7 @@ PASSING_CLASSES = {
 }  # fmt: skip
 PASSING_ERRNOS = {
     errno.ECONNREFUSED, errno.ECONNRESET, errno.EPIPE, errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH,
-    errno.EREMOTEIO, errno.EBUSY, errno.EAGAIN,
+    errno.EBUSY, errno.EAGAIN, getattr(errno, "EREMOTEIO", errno.EAGAIN),  # macOS has no such error
 }  # fmt: skip
 
 
@@ -92,6 +97,8 @@ class Storage:
             raise UsageError(f"cannot open the store {url}: {error}") from error
         self.is_local = isinstance(self.fs, LocalFileSystem)
         self.root = str(Path(root).absolute()) if self.is_local else root.rstrip("/")
+        if protocol in ("s3", "s3a", "gs", "gcs") and self.root[:1] in ("", "/"):  # a stage would pass for a bucket
+            raise UsageError(f"cannot open the store {url}: it names no bucket")
         self._create_only = self.is_local
 
     def path(self, *parts: str) -> str:
@@ -156,6 +163,8 @@ class Storage:
 
     def files(self, folder: str) -> dict[str, Found]:
         """All files below a folder, by relative path; none where there is no folder."""
+        if self.is_local:
+            return self.patiently(lambda: _local_files(folder))
         try:
             found: dict[str, Any] = self.patiently(lambda: self.fs.find(folder, detail=True))
         except FileNotFoundError:
@@ -288,6 +297,27 @@ def sha256_of(path: Path) -> str:
             return hashlib.sha256(content).hexdigest()
 
 
+def _local_files(folder: str) -> dict[str, Found]:
+    """All files and links below a local folder; fsspec would leave out the folders that it could not list."""
+
+    def refuse(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError | NotADirectoryError):
+            raise error
+
+    found = {}
+    for base, folders, names in os.walk(folder, onerror=refuse):
+        for path in (os.path.join(base, name) for name in (*names, *folders)):
+            try:
+                info = os.lstat(path)
+                if stat.S_ISDIR(info.st_mode):
+                    continue
+                size = os.stat(path).st_size if os.path.exists(path) else 0  # of what a link leads to
+            except FileNotFoundError:  # it has been removed since
+                continue
+            found[Path(path).relative_to(folder).as_posix()] = Found(size, info.st_mtime)
+    return found
+
+
 def _each(call: Callable[..., None], arguments: Iterable[tuple[Any, ...]]) -> None:
     """Make several calls at a time; after the first that fails begin no more, and raise its error."""
     todo = list(arguments)
@@ -337,11 +367,21 @@ def _replace(target: Path, fill: Callable[[Path], Any], create_only: bool = Fals
 # Errors, over all drivers
 
 
+@contextlib.contextmanager
+def briefly(seconds: float) -> Iterator[None]:
+    """Try again for no longer than this, whatever is set: what is done here may as well fail."""
+    token = _most.set(seconds)
+    try:
+        yield
+    finally:
+        _most.reset(token)
+
+
 def _patience() -> float:
     """Seconds for which what may pass is tried again."""
     text = os.environ.get("NANODLM_RETRY_SECONDS") or str(RETRY_SECONDS)
     try:
-        return float(text)
+        return min(float(text), _most.get())
     except ValueError:
         raise UsageError(f"NANODLM_RETRY_SECONDS must be a number of seconds, not {text!r}") from None
 
@@ -374,7 +414,7 @@ def _may_pass(error: BaseException) -> bool:
             return True
         if isinstance(cause, OSError) and cause.errno in PASSING_ERRNOS:
             return True
-    return any(word in str(error) for word in PASSING_WORDS)
+    return PASSING_WORDS.search(str(error)) is not None
 
 
 def _refused(error: BaseException) -> bool:

@@ -33,10 +33,11 @@ from nanodlm import cache
 from nanodlm.cache import whole
 from nanodlm.config import refuse_secrets
 from nanodlm.errors import Damaged, NanodlmError, UsageError
-from nanodlm.storage import Storage, sha256_of
+from nanodlm.storage import Storage, briefly, sha256_of
 
 SCHEMA = 1
 LEASE_SECONDS = 15.0  # an unchanged lease this old belongs to a dead run
+BEAT_PATIENCE = 5.0  # a request for a lease is tried again for so long: the next beat does the same
 SETTLE_SECONDS = 1.0  # of two runs that take a dead one's lease over, the later to write it has it
 PACKAGES = ("nanodlm", "jax", "flax", "optax", "orbax-checkpoint", "grain", "array-record", "tiktoken", "tokenizers")
 NAME = re.compile(r"[0-9A-Za-z_-]+")  # of an attempt, a stage or a fingerprint in a manifest
@@ -375,7 +376,9 @@ class Store(Storage):
         if self.asked:
             manifest = self.read_json(self.path(stage, fingerprint, "manifest.json"))
         else:
-            manifest = json.loads(remembered.read_bytes()) if remembered.is_file() else None
+            manifest = None
+            with contextlib.suppress(FileNotFoundError, ValueError):  # a machine that went down may have torn it
+                manifest = json.loads(remembered.read_bytes())
         if manifest is None:
             return None
         try:
@@ -487,7 +490,7 @@ class Store(Storage):
             count = 0
             while not stop.wait(LEASE_SECONDS / 3):
                 count += 1
-                with contextlib.suppress(OSError, NanodlmError):
+                with briefly(BEAT_PATIENCE), contextlib.suppress(OSError, NanodlmError):
                     if self._holder(path) != mine["holder"]:
                         return  # taken over while this process stood still
                     self.write_json(path, {**mine, "beat": count})
@@ -499,7 +502,7 @@ class Store(Storage):
         finally:
             stop.set()
             thread.join()
-            with contextlib.suppress(OSError, NanodlmError):
+            with briefly(BEAT_PATIENCE), contextlib.suppress(OSError, NanodlmError):  # nobody waits for this to end
                 if self._holder(path) == mine["holder"]:
                     self.remove(path)
 

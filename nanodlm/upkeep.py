@@ -184,9 +184,13 @@ def collect(
     artifacts, unreadable = {}, set()
     for item in store:
         try:
-            artifacts[item] = store.find(*item)
+            found = store.find(*item)
         except Damaged:
-            unreadable.add(item)  # its manifest may name any attempt
+            found = None
+        if found:
+            artifacts[item] = found
+        else:
+            unreadable.add(item)  # its manifest may name any attempt, or is about to be made again
     leased, read = _leases(store, listed, grace)
     dropped = set(artifacts) - _needed(artifacts, read, keep_last, older_than, grace)
     for item in sorted(dropped):
@@ -200,7 +204,7 @@ def collect(
         if not dry_run:
             store.remove_folder(store.path(attempt))
         yield {"kind": "attempt", "uri": store.uri(attempt), "bytes": size}
-    for path, abort in _uploads(store, grace):
+    for path, abort in _uploads(store, leased, grace):
         if not dry_run:
             abort()
         yield {"kind": "upload", "uri": store.fs.unstrip_protocol(path), "bytes": 0}
@@ -256,18 +260,20 @@ def _abandoned(
     """Attempts that nobody needs: relative path and size in bytes.
 
     Kept are those that a manifest names, all attempts at what is `untouched`, and the newest with a finished part of
-    what has no manifest, from which a run would continue, unless it was retired since, or is older than what is asked
-    for.
+    what has no manifest, from which a run would continue, with the one that has most of them where the newest was
+    ended before it had adopted them all, unless it was retired since, or is older than what is asked for.
     """
     attempts: dict[str, list[Found]] = {}
-    resumable, retired = {}, {}
+    finished: dict[tuple[str, str], dict[str, int]] = {}  # how many parts each attempt has, the oldest first
+    retired = {}
     for path, found in sorted(listed.items()):
         parts = path.split("/")
         item = (parts[0], parts[1]) if len(parts) > 2 else ("", "")
         if len(parts) > 4 and parts[2] == "attempts":
             attempts.setdefault("/".join(parts[:4]), []).append(found)
             if parts[4] == "parts":
-                resumable[item] = parts[3]  # the newest with a finished part
+                counts = finished.setdefault(item, {})
+                counts[parts[3]] = counts.get(parts[3], 0) + 1
         elif parts[2:] == ["retired.json"]:
             retired[item] = found.changed
     retired |= dict.fromkeys(dropped, time.time())
@@ -277,22 +283,30 @@ def _abandoned(
         if item in untouched or kept.get(item) == number:
             continue
         changed = max(found.changed for found in files)
-        resumes = item not in kept and changed > retired.get(item, 0.0) and resumable.get(item) == number
+        counts = finished.get(item, {})
+        newest, fullest = max(counts, default=""), max(counts, key=lambda name: (counts[name], name), default="")
+        resumes = item not in kept and changed > retired.get(item, 0.0) and number in (newest, fullest)
         age = time.time() - max(changed, retired.get(item, 0.0))
         if age > grace and not (resumes and (older_than is None or age <= older_than)):
             yield attempt, sum(found.size for found in files)
 
 
-def _uploads(store: Store, grace: float) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Uploads in several parts that nobody finished: their path, and what ends them. Only S3 keeps such."""
+def _uploads(store: Store, leased: set[tuple[str, str]], grace: float) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Uploads in several parts that nobody finished: their path, and what ends them. Only S3 keeps such.
+
+    Those of what is `leased` may be under way for longer than the grace: files can be large.
+    """
     if not store.uri().startswith("s3"):
         return
     bucket, _, prefix = store.root.partition("/")
+    prefix += "/" if prefix else ""
     listed: dict[str, Any] = {}
     with contextlib.suppress(FileNotFoundError):  # there is no such bucket yet
         listed = store.patiently(lambda: store.fs.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=prefix))
     for upload in listed.get("Uploads", []):
-        if not upload["Key"].startswith(f"{prefix}/" if prefix else ""):
+        if not upload["Key"].startswith(prefix):
+            continue
+        if tuple(upload["Key"].removeprefix(prefix).split("/")[:2]) in leased:
             continue
         if time.time() - upload["Initiated"].timestamp() > grace:
             named = {"Bucket": bucket, "Key": upload["Key"], "UploadId": upload["UploadId"]}
@@ -322,33 +336,50 @@ def copy(source: Store, target: Store, artifacts: list[tuple[str, str]], emit: E
     target.require_create_only()
     for stage, fingerprint in artifacts:
         artifact = source.open(f"{stage}/{fingerprint}")
-        there = target.find(stage, fingerprint)
-        if there is not None:
-            if there.digest != artifact.digest:
-                raise NanodlmError(f"{there.uri} holds another artifact than {artifact.uri}: remove one of them")
-            yield there.check(), False
-            continue
-        copied = Artifact(target, stage, fingerprint, artifact.manifest)
-        sizes = target.sizes(copied.remote("parts").rsplit("/", 1)[0])
+        there, sent = _same(artifact, target), False
+        if there is None:
+            reads = {name: made["fingerprint"] for name, made in artifact.manifest["inputs"].items()}
+            with target.lease(stage, fingerprint, lambda text: emit("message", text=text), reads):
+                there = _same(artifact, target)  # another process may have been quicker
+                if there is None:
+                    there, sent = _send(artifact, target, emit), True
+        yield (there if sent else there.check()), sent
 
-        def there_already(file: dict[str, Any], copied: Artifact = copied, sizes: dict[str, int] = sizes) -> bool:
-            same_size = sizes.get(file["path"]) == file["size"]
-            return same_size and target.sha256(copied.remote(file["path"])) == file["sha256"]
 
-        wanted = [file for file in artifact.files() if not there_already(file)]
-        done, total = 0, sum(file["size"] for file in wanted)
+def _same(artifact: Artifact, target: Store) -> Artifact | None:
+    """What the target holds in an artifact's place, which must be the same."""
+    there = target.find(artifact.stage, artifact.fingerprint)
+    if there is not None and there.digest != artifact.digest:
+        raise NanodlmError(f"{there.uri} holds another artifact than {artifact.uri}: remove one of them")
+    return there
 
-        def arrived(size: int, total: int = total) -> None:
-            nonlocal done
-            done += size
-            emit("progress", done=done / 1e6, total=total / 1e6, unit="MB copied")
 
-        if wanted:
-            folder = artifact.local(*(file["path"] for file in wanted))
-            target.put([(folder / file["path"], copied.remote(file["path"])) for file in wanted], arrived)
-        copied.check(deep=True)
-        target.write_json(target.path(stage, fingerprint, "manifest.json"), artifact.manifest, create_only=True)
-        yield target.open(f"{stage}/{fingerprint}"), True
+def _send(artifact: Artifact, target: Store, emit: Emit) -> Artifact:
+    """Copy an artifact that the target does not hold; its lease there keeps a collection away meanwhile."""
+    stage, fingerprint = artifact.stage, artifact.fingerprint
+    copied = Artifact(target, stage, fingerprint, artifact.manifest)
+    sizes = target.sizes(copied.remote("parts").rsplit("/", 1)[0])
+
+    def there_already(file: dict[str, Any]) -> bool:
+        same_size = sizes.get(file["path"]) == file["size"]
+        return same_size and target.sha256(copied.remote(file["path"])) == file["sha256"]
+
+    listed = {file["path"] for file in artifact.files()}  # what a killed copy had begun on a local disk goes
+    target.remove(*(copied.remote(path) for path in sizes if path not in listed and not path.startswith("parts/")))
+    wanted = [file for file in artifact.files() if not there_already(file)]
+    done, total = 0, sum(file["size"] for file in wanted)
+
+    def arrived(size: int) -> None:
+        nonlocal done
+        done += size
+        emit("progress", done=done / 1e6, total=total / 1e6, unit="MB copied")
+
+    if wanted:
+        folder = artifact.local(*(file["path"] for file in wanted))
+        target.put([(folder / file["path"], copied.remote(file["path"])) for file in wanted], arrived)
+    copied.check(deep=True)
+    target.write_json(target.path(stage, fingerprint, "manifest.json"), artifact.manifest, create_only=True)
+    return _same(artifact, target) or copied
 
 
 def adopt(config: Config, store: Store, files: list[str], emit: Emit = lambda *_, **__: None) -> tuple[Artifact, bool]:
@@ -375,6 +406,8 @@ def adopt(config: Config, store: Store, files: list[str], emit: Emit = lambda *_
     if lookup.artifact:
         return lookup.artifact, False
     with store.lease("download", lookup.fingerprint), store.attempt("download", lookup.fingerprint) as attempt:
+        if there := store.find("download", lookup.fingerprint):  # another process may have been quicker
+            return there, False
         metrics = corpus.download(config, {}, attempt, emit, adopted=files)
         artifact = attempt.commit(
             identity=lookup.identity, config=config.model_dump(mode="json"), metrics={**metrics, "adopted": True}

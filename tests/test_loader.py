@@ -153,3 +153,14 @@ def test_training_begins_with_the_shards_of_the_first_window_alone(tmp_path: Pat
 def test_a_later_first_row_gives_the_same_rows_in_windows_too(many: Path) -> None:
     whole = batches(many, 20, batch_size=2)
     np.testing.assert_array_equal(batches(many, 10, batch_size=2, first_row=20), whole[10:])
+
+
+def test_no_more_files_are_open_than_are_read_together(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "OPEN", 2)
+    opened: dict[str, Any] = {}
+    counts = {"train-00000.arrayrecord": 15, "train-00002.arrayrecord": 7, "validation.arrayrecord": ROWS}
+    rows = shards.Rows(counts, folder.joinpath, opened)
+    values = [int(np.frombuffer(rows[i], "<u2")[0]) for i in range(ROWS * 2)]
+    assert values == [*range(ROWS), *range(1000, 1000 + ROWS)]
+    assert list(opened) == ["train-00002.arrayrecord", "validation.arrayrecord"]
+    assert int(np.frombuffer(rows[0], "<u2")[0]) == 0

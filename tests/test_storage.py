@@ -1,6 +1,8 @@
 """Storages: what is asked again, what is refused, and one suite of tests on each kind of them."""
 
 import errno
+import fcntl
+import hashlib
 import json
 import os
 import socket
@@ -68,6 +70,7 @@ PASSING: dict[str, Callable[[], BaseException]] = {
     "S3 503, translated": lambda: translated(busy()),
     "S3 500, translated": lambda: translated(answer(500, "InternalError")),
     "S3 429": lambda: answer(429, "TooManyRequests"),
+    "S3 conflict of two conditional writes": lambda: translated(answer(409, "ConditionalRequestConflict")),
     "GCS 503": lambda: HttpError({"code": 503, "message": "unavailable"}),
     "GCS 429": lambda: HttpError({"code": 429, "message": "slow down"}),
     "reset": lambda: ConnectionResetError(errno.ECONNRESET, "reset by peer"),
@@ -120,6 +123,21 @@ def test_what_does_not_pass_is_given_up_after_the_time_that_is_set(
         there.read(there.path("x.json"))
     assert "\n" not in str(caught.value)
     assert 40 - storage.LONGEST_PAUSE <= sum(pauses) <= 40
+
+
+def test_digits_of_a_path_are_no_answer_of_a_server(faulty: type[Faulty], pauses: list[float]) -> None:
+    full = OSError(errno.ENOSPC, "No space left on device", "/cache/shard-15036af502c504/x")
+    faulty.script[:] = [Fault("cat_file", lambda: full, times=1)]
+    there = Storage("faulty://place")
+    with pytest.raises(OSError, match="No space left"):
+        there.read(there.path("x.json"))
+    assert pauses == []
+
+
+@pytest.mark.parametrize("url", ["s3://", "s3:///prefix", "gs://"])
+def test_an_address_without_a_bucket_is_refused(url: str) -> None:
+    with pytest.raises(UsageError, match=f"cannot open the store {url}: it names no bucket"):
+        Storage(url)
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -608,6 +626,55 @@ def test_the_cache_throws_out_what_was_used_longest_ago_and_never_what_is_in_use
     assert (artifacts["f1"].local() / "x").read_bytes() == b"f1" * 5000
     let_go_of_the_cache()
     assert (artifacts["f0"].local() / "x").read_bytes() == b"f0" * 5000  # it is fetched again
+
+
+def test_room_is_made_while_others_move_their_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NANODLM_CACHE", str(tmp_path))
+    there = cache.hold("theirs")
+    (there / "going").write_bytes(b"x")
+    stat = os.stat
+
+    def vanish(path: Any, *args: Any, **kwargs: Any) -> os.stat_result:
+        if str(path).endswith("going"):
+            raise FileNotFoundError(errno.ENOENT, "renamed just now", path)
+        return stat(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "stat", vanish)
+    assert cache.hold("mine", 1).is_dir()
+
+
+def test_what_a_killed_fetch_left_goes_with_the_next(tmp_path: Path) -> None:
+    file = {"path": "x", "size": 1, "sha256": hashlib.sha256(b"x").hexdigest()}
+    (tmp_path / "entry" / "files").mkdir(parents=True)
+    name = hashlib.sha256(b"x").hexdigest()[:16]
+    (tmp_path / "entry" / "arriving").mkdir()
+    (tmp_path / "entry" / "arriving" / f".{name}.1-00.partial").write_bytes(b"half")
+
+    def get(pairs: list[tuple[str, Path]]) -> None:
+        for _, target in pairs:
+            target.write_bytes(b"x")
+
+    cache.fetch(tmp_path / "entry" / "files", [file], get)
+    assert (tmp_path / "entry" / "files" / "x").read_bytes() == b"x"
+    assert [p.name for p in (tmp_path / "entry" / "arriving").iterdir()] == [f"{name}.lock"]
+
+
+def test_a_lock_ends_with_its_use_although_a_child_has_inherited_it(tmp_path: Path) -> None:
+    with cache._locked(tmp_path / "lock"):
+        child = os.dup(next(int(n) for n in os.listdir("/dev/fd") if _names(n, tmp_path / "lock")))
+    try:
+        with (tmp_path / "lock").open("a") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    finally:
+        os.close(child)
+
+
+def _names(number: str, path: Path) -> bool:
+    """Whether an open file is that at a path."""
+    try:
+        return os.path.samestat(os.fstat(int(number)), path.stat())
+    except OSError:
+        return False
 
 
 @remotely

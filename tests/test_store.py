@@ -613,6 +613,16 @@ def test_what_a_run_would_continue_or_somebody_works_on_is_not_abandoned(store: 
         assert abandoned(store, -1.0) == {}
 
 
+def test_the_attempt_with_most_parts_is_kept_until_a_later_one_has_as_many(store: Store) -> None:
+    parts = {name: {f"{name}.bin": name.encode()} for name in "abc"}
+    full = killed_attempt(store, parts)
+    killed_attempt(store, {"a": parts["a"]})
+    assert abandoned(store, -1.0) == {}
+    killed_attempt(store, parts)
+    assert full in " ".join(abandoned(store, -1.0))
+    assert len(abandoned(store, -1.0)) == 2
+
+
 def test_an_attempt_that_changed_lately_is_not_abandoned(store: Store) -> None:
     killed = killed_attempt(store, {}, unfinished={"a.bin": b"aa", "b.bin": b"bbb"})
     folder = Path(store.path("shard", "f0", "attempts", killed))

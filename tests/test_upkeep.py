@@ -1,5 +1,6 @@
 """Keeping a store: damage is found and mended, what nobody needs goes, and what is copied or adopted is the same."""
 
+import errno
 import json
 import os
 import shutil
@@ -452,6 +453,26 @@ def test_an_unreadable_manifest_keeps_all_attempts_that_it_may_name(store: Store
     assert files(store) == before
 
 
+def test_what_vanishes_while_it_is_collected_is_left_alone(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    made_from(store, "train", "f1", age=9000)
+    monkeypatch.setattr(Store, "find", lambda *_: None)
+    assert collected(store, keep_last=0, grace=EVERYTHING) == []
+
+
+def test_a_folder_that_cannot_be_listed_stops_a_collection(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    made_from(store, "train", "f1", age=9000)
+    scandir = os.scandir
+
+    def scan(path: Any) -> Any:
+        if str(path) == store.path("train"):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", scan)
+    with pytest.raises(NanodlmError, match="refuses access"):
+        collected(store, keep_last=0, grace=EVERYTHING)
+
+
 def test_results_are_not_counted_below_0(store: Store) -> None:
     with pytest.raises(UsageError, match="--keep-last counts results"):
         list(upkeep.collect(store, keep_last=-1))
@@ -483,6 +504,8 @@ def test_unfinished_uploads_in_several_parts_are_ended(s3_environment: None, tmp
         return [upload["Key"] for upload in listed.get("Uploads", [])]
 
     assert list(upkeep.collect(store, grace=1e9)) == [], "it may be under way"  # moto says that all began in 2010
+    with store.lease("train", "f1"):
+        assert list(upkeep.collect(store, grace=3600)) == [], "a large file may be under way for long"
     (row,) = upkeep.collect(store, grace=EVERYTHING, dry_run=True)
     assert (row["kind"], row["uri"]) == ("upload", "s3://uploads-bucket/runs/train/f1/attempts/a/big.bin")
     assert len(open_uploads()) == 2
@@ -606,6 +629,31 @@ def test_a_copy_that_was_cut_off_goes_on_without_sending_again_what_is_there(
     monkeypatch.setattr(Storage, "put", counting)
     assert copied(master.store, store, [("shard", shard.fingerprint)]) == {"shard": True}
     assert len(sent) == len(set(sent)) == len(shard.manifest["files"])
+
+
+def test_a_copy_that_was_killed_within_a_file_goes_on(tmp_path: Path) -> None:
+    source, target = Store(str(tmp_path / "source")), Store(str(tmp_path / "target"))
+    artifact = committed(source, {"x": b"one"})
+    begun = Path(target.path("shard", "f0", "attempts", artifact.manifest["attempt"], ".tmp0"))
+    begun.parent.mkdir(parents=True)
+    begun.write_bytes(b"o")
+    assert copied(source, target) == {"shard": True}
+    assert target.open("shard/f0").check(deep=True)
+
+
+def test_a_collection_beside_a_copy_leaves_what_has_arrived(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, target = Store(str(tmp_path / "source")), Store(str(tmp_path / "target"))
+    committed(source, {"x": b"one"})
+    check = Artifact.check
+
+    def collecting(self: Artifact, *only: str, deep: bool = False) -> Artifact:
+        if deep and self.store is target:
+            assert list(upkeep.collect(target, grace=EVERYTHING)) == []
+        return check(self, *only, deep=deep)
+
+    monkeypatch.setattr(Artifact, "check", collecting)
+    assert copied(source, target) == {"shard": True}
+    assert target.open("shard/f0").check(deep=True)
 
 
 def test_a_copy_shows_how_far_it_is(master: Made, remote: Store, tmp_path: Path) -> None:
