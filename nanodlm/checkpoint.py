@@ -157,7 +157,7 @@ class Checkpoints:
             self.finish()
         finally:
             self._writer.shutdown()
-            self._recorder.shutdown()
+            self._recorder.shutdown(cancel_futures=True)  # those behind one that failed would fail as slowly
             self._checkpointer.close()
 
     def save(self, state: State, step: int, **info: Any) -> None:

@@ -9,7 +9,6 @@ import errno
 import hashlib
 import json
 import logging
-import mmap
 import os
 import random
 import re
@@ -273,6 +272,22 @@ class Storage:
             with contextlib.suppress(OSError, NanodlmError):
                 self.remove(probe)
 
+    def now(self) -> float:
+        """The time by the storage's own clock, a Unix time: that of a file written now.
+
+        Raises:
+            NanodlmError: When the storage cannot be written.
+        """
+        name = f".now-{os.getpid()}-{random.getrandbits(32):08x}"
+        try:
+            self.write_json(self.path(name), {})
+            return _changed(self.patiently(lambda: self.fs.info(self.path(name))))
+        except OSError as error:
+            raise NanodlmError(f"cannot write to {self.uri()}: {_text(error)}") from error
+        finally:
+            with contextlib.suppress(OSError, NanodlmError):
+                self.remove(self.path(name))
+
     def remove(self, *paths: str) -> None:
         """Remove files; those that are not there are no error."""
 
@@ -291,10 +306,7 @@ class Storage:
 def sha256_of(path: Path) -> str:
     """sha256 of a local file, in hex."""
     with path.open("rb") as file:
-        if path.stat().st_size == 0:
-            return hashlib.sha256().hexdigest()
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:  # no copy, and threads do not wait
-            return hashlib.sha256(content).hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _local_files(folder: str) -> dict[str, Found]:

@@ -516,7 +516,7 @@ class Store(Storage):
         if isinstance(seen, dict):
             notify(f"process {seen.get('pid')} on {seen.get('host')} is building it; waiting")
         while isinstance(seen, dict):
-            if seen.get("host") == socket.gethostname() and not _alive(int(seen.get("pid", 0))):
+            if seen.get("host") == socket.gethostname() and not _alive(seen.get("pid")):
                 return True
             time.sleep(0.2 if self.is_local else 0.5)
             now = self.read_json(path)
@@ -771,7 +771,9 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _alive(pid: int) -> bool:
+def _alive(pid: Any) -> bool:
+    if type(pid) is not int or pid <= 0:
+        return False
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -205,7 +205,7 @@ def _fetch_ahead(rows_per_shard: list[int], shard: Callable[[str], Path], seed: 
         for number in (i for window in loader.windows(rows_per_shard, seed) for i in window):
             if ended.is_set():
                 return
-            with contextlib.suppress(NanodlmError, OSError):
+            with contextlib.suppress(NanodlmError, OSError, RuntimeError):  # the last: while the interpreter ends
                 shard(shards.name(number))
 
     threading.Thread(target=fetch, name="fetch-ahead", daemon=True).start()

@@ -1,6 +1,7 @@
 """Keeping a store: check the chain from samples to data, repair, collect, copy to another store, adopt what exists."""
 
 import contextlib
+import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from nanodlm.storage import Found
 from nanodlm.store import LEASE_SECONDS, Artifact, Store
 
 Emit = Callable[..., None]
+log = logging.getLogger(__name__)
 GRACE_SECONDS = 3600.0  # nothing that changed so lately is collected
 LEASE_GRACE = 4 * LEASE_SECONDS  # a lease that was not renewed for so long is a dead run's, whatever the grace
 
@@ -131,7 +133,9 @@ def _repair(
             raise NanodlmError("this version of nanodlm, or the source's files now, would make another one")
     except (NanodlmError, ValueError) as error:
         return f"not repaired: {_short(error)}"
-    store.retire((stage, fingerprint))
+    with store.lease(stage, fingerprint):  # of two repairs at once the second finds what the first has made
+        if artifact is None or store.read_json(store.path(stage, fingerprint, "manifest.json")) == artifact.manifest:
+            store.retire((stage, fingerprint))
     try:
         stages.run(stage, config, store, inputs=inputs, emit=emit)
     except BaseException as error:
@@ -181,18 +185,22 @@ def collect(
     if keep_last is not None and keep_last < 0:
         raise UsageError(f"--keep-last counts results to keep, from 0, not {keep_last}")
     listed = store.files(store.root)
-    artifacts, unreadable = {}, set()
+    now = store.now() if listed else time.time()  # ages are by the storage's own clock, whatever this machine's says
+    artifacts, unreadable, torn = {}, set(), ""
     for item in store:
         try:
             found = store.find(*item)
-        except Damaged:
-            found = None
+        except Damaged as error:
+            found, torn = None, str(error)
         if found:
             artifacts[item] = found
         else:
             unreadable.add(item)  # its manifest may name any attempt, or is about to be made again
-    leased, read = _leases(store, listed, grace)
-    dropped = set(artifacts) - _needed(artifacts, read, keep_last, older_than, grace)
+    leased, read = _leases(store, listed, now, grace)
+    dropped = set(artifacts) - _needed(artifacts, read, now, keep_last, older_than, grace)
+    if dropped and torn:  # what it was made from is not known
+        log.warning("no result is given up while one cannot be read: %s", torn)
+        dropped = set()
     for item in sorted(dropped):
         size = sum(file["size"] for file in artifacts[item].manifest["files"])
         if not dry_run:
@@ -200,22 +208,24 @@ def collect(
             store.retire(item)
         yield {"kind": "artifact", "uri": store.uri(*item), "bytes": size}
     kept = {item: a.manifest["attempt"] for item, a in artifacts.items() if item not in dropped}
-    for attempt, size in _abandoned(listed, kept, leased | unreadable, dropped, grace, older_than):
+    for attempt, size in _abandoned(listed, kept, leased | unreadable, dropped, now, grace, older_than):
         if not dry_run:
             store.remove_folder(store.path(attempt))
         yield {"kind": "attempt", "uri": store.uri(attempt), "bytes": size}
-    for path, abort in _uploads(store, leased, grace):
+    for path, abort in _uploads(store, leased, now, grace):
         if not dry_run:
             abort()
         yield {"kind": "upload", "uri": store.fs.unstrip_protocol(path), "bytes": 0}
 
 
-def _leases(store: Store, listed: dict[str, Found], grace: float) -> tuple[set[tuple[str, str]], set[tuple[str, str]]]:
+def _leases(
+    store: Store, listed: dict[str, Found], now: float, grace: float
+) -> tuple[set[tuple[str, str]], set[tuple[str, str]]]:
     """What runs under way are building, and what they read. A lease that nobody has renewed is a dead run's."""
     building, read = set(), set()
     for path, found in listed.items():
         parts = path.split("/")
-        if len(parts) == 3 and parts[2] == "lease.json" and time.time() - found.changed < max(grace, LEASE_GRACE):
+        if len(parts) == 3 and parts[2] == "lease.json" and now - found.changed < max(grace, LEASE_GRACE):
             building.add((parts[0], parts[1]))
             held = store.read_json(store.path(path))
             inputs = held.get("inputs") if isinstance(held, dict) else None
@@ -226,6 +236,7 @@ def _leases(store: Store, listed: dict[str, Found], grace: float) -> tuple[set[t
 def _needed(
     artifacts: dict[tuple[str, str], Any],
     read: set[tuple[str, str]],
+    now: float,
     keep_last: int | None,
     older_than: float | None,
     grace: float,
@@ -234,7 +245,7 @@ def _needed(
     if keep_last is None and older_than is None:
         return set(artifacts)
     sources = {(n, made["fingerprint"]) for a in artifacts.values() for n, made in a.manifest["inputs"].items()}
-    ages = {item: time.time() - _time(a.manifest["created"]) for item, a in artifacts.items()}
+    ages = {item: now - _time(a.manifest["created"]) for item, a in artifacts.items()}
     results = sorted(set(artifacts) - sources, key=ages.__getitem__)
     young = [item for item in artifacts if ages[item] < grace]
     todo = [*young, *read, *results[: keep_last or 0]]
@@ -254,6 +265,7 @@ def _abandoned(
     kept: dict[tuple[str, str], str],
     untouched: set[tuple[str, str]],
     dropped: set[tuple[str, str]],
+    now: float,
     grace: float,
     older_than: float | None,
 ) -> Iterator[tuple[str, int]]:
@@ -276,7 +288,7 @@ def _abandoned(
                 counts[parts[3]] = counts.get(parts[3], 0) + 1
         elif parts[2:] == ["retired.json"]:
             retired[item] = found.changed
-    retired |= dict.fromkeys(dropped, time.time())
+    retired |= dict.fromkeys(dropped, now)
     for attempt, files in attempts.items():
         stage, fingerprint, _, number = attempt.split("/")
         item = (stage, fingerprint)
@@ -286,12 +298,14 @@ def _abandoned(
         counts = finished.get(item, {})
         newest, fullest = max(counts, default=""), max(counts, key=lambda name: (counts[name], name), default="")
         resumes = item not in kept and changed > retired.get(item, 0.0) and number in (newest, fullest)
-        age = time.time() - max(changed, retired.get(item, 0.0))
+        age = now - max(changed, retired.get(item, 0.0))
         if age > grace and not (resumes and (older_than is None or age <= older_than)):
             yield attempt, sum(found.size for found in files)
 
 
-def _uploads(store: Store, leased: set[tuple[str, str]], grace: float) -> Iterator[tuple[str, Callable[[], Any]]]:
+def _uploads(
+    store: Store, leased: set[tuple[str, str]], now: float, grace: float
+) -> Iterator[tuple[str, Callable[[], Any]]]:
     """Uploads in several parts that nobody finished: their path, and what ends them. Only S3 keeps such.
 
     Those of what is `leased` may be under way for longer than the grace: files can be large.
@@ -308,7 +322,7 @@ def _uploads(store: Store, leased: set[tuple[str, str]], grace: float) -> Iterat
             continue
         if tuple(upload["Key"].removeprefix(prefix).split("/")[:2]) in leased:
             continue
-        if time.time() - upload["Initiated"].timestamp() > grace:
+        if now - upload["Initiated"].timestamp() > grace:
             named = {"Bucket": bucket, "Key": upload["Key"], "UploadId": upload["UploadId"]}
             yield f"{bucket}/{upload['Key']}", lambda named=named: store.fs.call_s3("abort_multipart_upload", **named)
 

@@ -453,6 +453,26 @@ def test_an_unreadable_manifest_keeps_all_attempts_that_it_may_name(store: Store
     assert files(store) == before
 
 
+def test_no_result_is_given_up_while_a_manifest_cannot_be_read(store: Store, caplog: pytest.LogCaptureFixture) -> None:
+    """What the torn one was made from is not known."""
+    made_from(store, "train", "f1", age=9000)
+    made_from(store, "shard", "f2", age=9000)
+    Path(store.path("train", "f1", "manifest.json")).write_text("{")
+    assert collected(store, keep_last=0, older_than=0, grace=EVERYTHING) == []
+    assert "no result is given up" in caplog.text
+    assert store.find("shard", "f2")
+
+
+def test_a_collectors_clock_that_is_a_day_ahead_ends_nothing_under_way(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with store.lease("shard", "f0"), store.attempt("shard", "f0") as attempt:
+        (attempt.path / "a.bin").write_bytes(b"a")
+        ahead = time.time() + 86400
+        monkeypatch.setattr(time, "time", lambda: ahead)
+        assert list(upkeep.collect(store)) == []
+
+
 def test_what_vanishes_while_it_is_collected_is_left_alone(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     made_from(store, "train", "f1", age=9000)
     monkeypatch.setattr(Store, "find", lambda *_: None)
