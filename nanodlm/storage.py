@@ -88,6 +88,8 @@ class Storage:
             raise UsageError(
                 f"cannot open the store {url}: {protocol}:// {problem}; use a folder, or a bucket at s3:// or gs://"
             )
+        if protocol in ("s3", "s3a", "gs", "gcs") and not url.partition("://")[2].split("/")[0]:
+            raise UsageError(f"cannot open the store {url}: it names no bucket")  # a stage would pass for one
         if protocol not in ("file", "local") and any(sign in url for sign in "*?["):
             raise UsageError(f"cannot open the store {url}: its prefix must not hold *, ? or [, which stand for others")
         try:
@@ -96,8 +98,6 @@ class Storage:
             raise UsageError(f"cannot open the store {url}: {error}") from error
         self.is_local = isinstance(self.fs, LocalFileSystem)
         self.root = str(Path(root).absolute()) if self.is_local else root.rstrip("/")
-        if protocol in ("s3", "s3a", "gs", "gcs") and self.root[:1] in ("", "/"):  # a stage would pass for a bucket
-            raise UsageError(f"cannot open the store {url}: it names no bucket")
         self._create_only = self.is_local
 
     def path(self, *parts: str) -> str:

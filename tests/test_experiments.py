@@ -59,6 +59,7 @@ def test_batches_visit_every_row_once_an_epoch_in_an_order_of_the_seed() -> None
     assert next(experiments._batches(rows[:3], (1, 8), seed=0)).shape == (1, 8, 1), "more rows than there are"
 
 
+@pytest.mark.slow
 def test_the_plain_network_is_normal_with_deviation_0_02_and_begins_at_the_uniform_law() -> None:
     shape = {"n_layers": 4, "n_heads": 4, "d_model": 128, "d_ff": 512}
     model = plain.make_network(tokenizer.padded_vocab_size(tokenizer.plain_bytes()), **shape)

@@ -352,7 +352,7 @@ def test_a_tiny_network_trained_on_a_markov_chain_comes_within_two_percent_of_it
 @pytest.mark.parametrize(
     "objective",
     [
-        {"kind": "block", "block_size": 5},
+        pytest.param({"kind": "block", "block_size": 5}, marks=pytest.mark.slow),
         pytest.param({"kind": "autoregressive"}, marks=pytest.mark.slow),
         pytest.param({"kind": "hybrid", "weighting": "clipped"}, marks=pytest.mark.slow),
         pytest.param({"kind": "uniform"}, marks=pytest.mark.slow),
