@@ -16,7 +16,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
 
@@ -120,19 +120,31 @@ def fetch(
         target.parent.mkdir(parents=True, exist_ok=True)
         arriving.replace(target)
 
-    for i in range(0, len(files), TRANSFERS):
-        batch = files[i : i + TRANSFERS]
-        with contextlib.ExitStack() as locks, ThreadPoolExecutor(4, thread_name_prefix="verify") as pool:
-            for path in sorted({_arriving(folder, file).with_suffix(".lock") for file in batch}):  # so nobody deadlocks
-                locks.enter_context(_locked(path))
-                for partial in path.parent.glob(f".{path.stem}.*.partial"):  # a killed process left it
+    # All take locks in the order of paths, so nobody deadlocks; the next few are locked before the last are let go.
+    files = sorted(files, key=lambda file: file["path"])
+    with contextlib.ExitStack() as late, ThreadPoolExecutor(4, thread_name_prefix="verify") as pool:
+        held, verifying = late.enter_context(contextlib.ExitStack()), []
+        for i in range(0, len(files), TRANSFERS):
+            batch, locks = files[i : i + TRANSFERS], late.enter_context(contextlib.ExitStack())
+            for file in batch:
+                arriving = _arriving(folder, file)
+                locks.enter_context(_locked(arriving.with_suffix(".lock")))
+                for partial in arriving.parent.glob(f".{arriving.name}.*.partial"):  # a killed process left it
                     partial.unlink(missing_ok=True)
-            there = pool.map(lambda file: whole(folder / file["path"], file), batch)
+            there = list(pool.map(lambda file: whole(folder / file["path"], file), batch))
             missing = [file for file, is_there in zip(batch, there, strict=True) if not is_there]
             if missing:
                 get([(file["path"], _arriving(folder, file)) for file in missing])
-                list(pool.map(accept, missing))
-        arrived(sum(file["size"] for file in batch))
+            _settle(verifying, held)
+            held, verifying = locks, [pool.submit(accept, file) for file in missing]  # while the next are on their way
+            arrived(sum(file["size"] for file in batch))
+        _settle(verifying, held)
+
+
+def _settle(verifying: list[Future[None]], locks: contextlib.ExitStack) -> None:
+    for future in verifying:
+        future.result()
+    locks.close()
 
 
 def _arriving(folder: Path, file: dict[str, Any]) -> Path:
