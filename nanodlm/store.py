@@ -183,7 +183,7 @@ class Artifact:
         """The line that says what is wrong with it and what to do."""
         return (
             f"the {self.stage} artifact is damaged: {problem}; `nanodlm verify {self.uri} "
-            f"{'--deep ' if deep else ''}--repair` sets it aside, and the next run rebuilds it"
+            f"{'--deep ' if deep else ''}--repair` builds what is bad again"
         )
 
     def local(self, *only: str) -> Path:
@@ -387,8 +387,8 @@ class Store(Storage):
             problem = "is not a manifest"
         if problem:
             raise Damaged(
-                f"{uri}/manifest.json {problem}: `nanodlm verify {uri} --repair` sets it aside, and the next run "
-                "rebuilds it"
+                f"{uri}/manifest.json {problem}: `nanodlm verify {uri} --repair` builds it again, or "
+                "sets it aside for the next run"
             )
         if self.asked and not self.is_local:
             with contextlib.suppress(OSError):  # only so that it can be used offline

@@ -131,6 +131,15 @@ def copied(undisturbed: Path, url: str) -> Store:
     return target
 
 
+def place(kind: str, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """URL of an empty store, on disk or on S3."""
+    if kind == "disk":
+        return str(tmp_path / "store")
+    server: Server = request.getfixturevalue("moto_server")
+    server.enter(monkeypatch)
+    return f"{server.store}/{tmp_path.name}"
+
+
 @pytest.mark.parametrize(
     ("kind", "moment"),
     [
@@ -151,11 +160,7 @@ def test_a_build_killed_at_any_moment_is_continued_to_the_same_digest(
     request: pytest.FixtureRequest,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    url = str(tmp_path / "store")
-    if kind == "s3":
-        server: Server = request.getfixturevalue("moto_server")
-        server.enter(monkeypatch)
-        url = f"{server.store}/{tmp_path.name}"
+    url = place(kind, tmp_path, request, monkeypatch)
     store, config = copied(undisturbed, url), tiny_config(source)
     done = subprocess.run([sys.executable, "-c", BUILD, config.model_dump_json(), url, moment], timeout=100)
     assert done.returncode == -signal.SIGKILL
@@ -547,11 +552,7 @@ def test_of_ten_runs_at_once_one_builds_and_nine_find(source: Path, tmp_path: Pa
 def test_without_leases_there_is_one_manifest_and_files_never_mix(
     kind: str, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    url = str(tmp_path / "store")
-    if kind == "s3":
-        server: Server = request.getfixturevalue("moto_server")
-        server.enter(monkeypatch)
-        url = f"{server.store}/{tmp_path.name}"
+    url = place(kind, tmp_path, request, monkeypatch)
     said = together("commit", url, 4)
     assert len(set(said)) == 1
     artifact = the(Store(url))
