@@ -2,7 +2,8 @@
 
     {cache}/entries/{name}/files/...     copies; each appears whole, after its sha256 was checked
     {cache}/entries/{name}/used          locked by every process that uses the entry; its time is that of the last use
-    {cache}/entries/{name}/arriving/...  copies on their way, and a lock for each, so that two processes do not fetch it
+    {cache}/entries/{name}/arriving/...  copies on their way
+    {cache}/entries/{name}/fetching      locked by the process that fetches, so that two do not fetch the same
     {cache}/lock                         held while entries are opened or thrown out
 
 An entry is all copies of one artifact, or the files that one attempt is making. Locks are the kernel's (`flock`), so
@@ -11,19 +12,19 @@ they end with the process that holds them, however it ends.
 
 import contextlib
 import fcntl
-import hashlib
 import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
 
 from nanodlm.errors import Damaged, NanodlmError
-from nanodlm.storage import TRANSFERS, sha256_of
+from nanodlm.storage import sha256_of
 
 DEFAULT_GB = 100.0
+THREADS, GROUP = 2, 8  # that fetch and verify, and files of each at once
 _held: dict[Path, IO[str]] = {}  # entries in use by this process; the open files hold their locks
 _holding = threading.Lock()
 
@@ -98,7 +99,7 @@ def fetch(
 ) -> None:
     """Make local copies of files, several at a time, of those that are not there whole.
 
-    Two processes do not fetch the same file.
+    While one process fetches files of an entry, others wait, and then find them.
 
     Args:
         folder: What `hold` returned.
@@ -110,46 +111,33 @@ def fetch(
         Damaged: When what arrived is not what it should be; nothing is kept of it.
         FileNotFoundError: When there is no such file.
     """
+    arriving = folder.parent / "arriving"
 
-    def accept(file: dict[str, Any]) -> None:
-        arriving = _arriving(folder, file)
-        if not whole(arriving, file):
-            arriving.unlink(missing_ok=True)
-            raise Damaged(f"{file['path']} has been altered")
-        target = folder / file["path"]
-        target.parent.mkdir(parents=True, exist_ok=True)
-        arriving.replace(target)
+    def fetch_some(some: list[dict[str, Any]]) -> int:
+        missing = [file for file in some if not whole(folder / file["path"], file)]
+        if missing:
+            get([(file["path"], arriving / file["path"]) for file in missing])
+        for file in missing:
+            if not whole(arriving / file["path"], file):
+                raise Damaged(f"{file['path']} has been altered")
+            (folder / file["path"]).parent.mkdir(parents=True, exist_ok=True)
+            (arriving / file["path"]).replace(folder / file["path"])
+        return sum(file["size"] for file in some)
 
-    # All take locks in the order of paths, so nobody deadlocks; the next few are locked before the last are let go.
-    files = sorted(files, key=lambda file: file["path"])
-    with contextlib.ExitStack() as late, ThreadPoolExecutor(4, thread_name_prefix="verify") as pool:
-        held, verifying = late.enter_context(contextlib.ExitStack()), []
-        for i in range(0, len(files), TRANSFERS):
-            batch, locks = files[i : i + TRANSFERS], late.enter_context(contextlib.ExitStack())
-            for file in batch:
-                arriving = _arriving(folder, file)
-                locks.enter_context(_locked(arriving.with_suffix(".lock")))
-                for partial in arriving.parent.glob(f".{arriving.name}.*.partial"):  # a killed process left it
-                    partial.unlink(missing_ok=True)
-            there = list(pool.map(lambda file: whole(folder / file["path"], file), batch))
-            missing = [file for file, is_there in zip(batch, there, strict=True) if not is_there]
-            if missing:
-                get([(file["path"], _arriving(folder, file)) for file in missing])
-            _settle(verifying, held)
-            held, verifying = locks, [pool.submit(accept, file) for file in missing]  # while the next are on their way
-            arrived(sum(file["size"] for file in batch))
-        _settle(verifying, held)
-
-
-def _settle(verifying: list[Future[None]], locks: contextlib.ExitStack) -> None:
-    for future in verifying:
-        future.result()
-    locks.close()
-
-
-def _arriving(folder: Path, file: dict[str, Any]) -> Path:
-    """Where a file lies until it is verified; what a killed process left there is written over."""
-    return folder.parent / "arriving" / hashlib.sha256(file["path"].encode()).hexdigest()[:16]
+    groups = [files[i : i + GROUP] for i in range(0, len(files), GROUP)]
+    with _locked(folder.parent / "fetching"):
+        shutil.rmtree(arriving, ignore_errors=True)  # what a killed process left
+        try:
+            with ThreadPoolExecutor(THREADS, thread_name_prefix="fetch") as pool:  # some verify while others transfer
+                running = [pool.submit(fetch_some, group) for group in groups]
+                try:
+                    for future in running:
+                        arrived(future.result())
+                except BaseException:
+                    pool.shutdown(cancel_futures=True)
+                    raise
+        finally:
+            shutil.rmtree(arriving, ignore_errors=True)
 
 
 def whole(path: Path, file: dict[str, Any]) -> bool:

@@ -495,7 +495,7 @@ def _bench_store(argv: list[str]) -> None:
         "store": _store_flag(),
         "files": _flag("Files of an artifact.", 32, int),
         "megabytes": _flag("Size of each.", 4.0, float),
-        "repeats": _flag("Transfers of each kind.", 5, int),
+        "repeats": _flag("Transfers of each kind.", 6, int),
     }
 
     def call(_: "Config", args: Any, emit: Callable[..., None]) -> dict[str, Any]:

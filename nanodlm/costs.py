@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -47,7 +48,7 @@ def measure(
     *,
     files: int = 32,
     megabytes: float = 4.0,
-    repeats: int = 5,
+    repeats: int = 6,
     emit: Callable[..., None] = lambda *_, **__: None,
 ) -> dict[str, Any]:
     """Publish and stage artifacts of random bytes, in turn with plain recursive transfers of the same files.
@@ -86,25 +87,15 @@ def measure(
             with counted(store) as requests["requests_miss"]:
                 store.find("bench", "none")
             for repeat in range(repeats + 1):  # the first opens connections, and is not counted
-                fingerprint = f"{repeat:016x}"
-                with store.attempt("bench", fingerprint) as attempt:
-                    for path in source.iterdir():
-                        shutil.copy(path, attempt.path)
-                    with counted(store) as requests["requests_publish"], _timed(seconds["publish"]):
-                        artifact = attempt.commit(identity=IDENTITY, metrics={})
-                with _timed(seconds["plain_put"]):
-                    store.fs.put(f"{source}/", store.path(f"plain-{repeat}/"), recursive=True)
-                with counted(store) as requests["requests_hit"]:
-                    found = store.find("bench", fingerprint)
-                    assert found is not None
-                    found.check()
-                with _timed(seconds["stage"]):
-                    found.local()
-                cache.drop(f"bench-{fingerprint}-{artifact.manifest['attempt']}")
-                target = Path(scratch) / "plain"
-                with _timed(seconds["plain_get"]):
-                    store.fs.get(store.path(f"plain-{repeat}/"), f"{target}/", recursive=True)
-                shutil.rmtree(target)
+                pairs = (
+                    {"publish": partial(_publish, source), "plain_put": partial(_plain_put, source)},
+                    {"stage": _stage, "plain_get": partial(_plain_get, Path(scratch) / "plain")},
+                )
+                for pair in pairs:  # each goes first in every other round, for the server has work left from the last
+                    for name in sorted(pair, reverse=repeat % 2 == 0):
+                        took, counts = pair[name](store, repeat)
+                        seconds[name].append(took)
+                        requests |= counts
                 emit("progress", done=repeat, total=repeats, unit="rounds")
         finally:
             store.remove_folder(store.root)
@@ -118,8 +109,37 @@ def measure(
     }
 
 
-@contextmanager
-def _timed(into: list[float]) -> Iterator[None]:
+def _publish(source: Path, store: Store, repeat: int) -> tuple[float, dict[str, dict[str, int]]]:
+    with store.attempt("bench", f"{repeat:016x}") as attempt:
+        for path in source.iterdir():
+            shutil.copy(path, attempt.path)
+        began = time.perf_counter()
+        with counted(store) as requests:
+            attempt.commit(identity=IDENTITY, metrics={})
+        return time.perf_counter() - began, {"requests_publish": requests}
+
+
+def _plain_put(source: Path, store: Store, repeat: int) -> tuple[float, dict[str, dict[str, int]]]:
     began = time.perf_counter()
-    yield
-    into.append(time.perf_counter() - began)
+    store.fs.put(f"{source}/", store.path(f"plain-{repeat}/"), recursive=True)
+    return time.perf_counter() - began, {}
+
+
+def _stage(store: Store, repeat: int) -> tuple[float, dict[str, dict[str, int]]]:
+    with counted(store) as requests:
+        found = store.find("bench", f"{repeat:016x}")
+        assert found is not None
+        found.check()
+    began = time.perf_counter()
+    found.local()
+    took = time.perf_counter() - began
+    cache.drop(f"bench-{found.fingerprint}-{found.manifest['attempt']}")
+    return took, {"requests_hit": requests}
+
+
+def _plain_get(target: Path, store: Store, repeat: int) -> tuple[float, dict[str, dict[str, int]]]:
+    began = time.perf_counter()
+    store.fs.get(store.path(f"plain-{repeat}/"), f"{target}/", recursive=True)
+    took = time.perf_counter() - began
+    shutil.rmtree(target)
+    return took, {}
