@@ -1,63 +1,39 @@
-"""The pipeline flow: one task per stage. A stage that the store already holds ends as `Cached`.
+"""The pipeline as Prefect flows, whole or in parts: one task per stage. What the store holds ends as `Cached`.
 
 nanodlm run                              # on a server of its own
 python -m flows.pipeline                 # on the server that PREFECT_API_URL names
+prefect deployment run pipeline/demo     # on a worker, once `prefect deploy --all` was run; see OPERATIONS.md
 """
 
+import signal
 import time
+from collections.abc import Collection
+from contextlib import nullcontext
 from contextvars import ContextVar
-from typing import Any, Literal, Protocol
+from typing import Annotated, Any, Literal
 
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
-from prefect.logging import get_run_logger
+from prefect.concurrency.sync import concurrency
+from prefect.exceptions import TerminationSignal
 from prefect.runtime import flow_run
 from prefect.settings import get_current_settings
 from prefect.states import Completed
+from prefect.utilities.annotations import quote
+from pydantic import AfterValidator, Field
 
+from flows.reporting import Pages, Watcher
 from nanodlm import launch, stages
-from nanodlm.config import PRESETS, Config
-from nanodlm.errors import NanodlmError, Unreachable
-from nanodlm.store import Artifact, Store
+from nanodlm.config import PRESETS, Config, refuse_secrets
+from nanodlm.errors import NanodlmError, Stopped, Unreachable
+from nanodlm.stages import STAGES
+from nanodlm.store import Artifact, Store, fingerprint_of
 
 StageName = Literal["download", "tokenizer", "split", "shard", "train", "evaluate", "sample"]
-LOG_SECONDS = 30.0  # between progress lines in Prefect's log
-
-
-class Watcher(Protocol):
-    """Whoever shows the stages to a person; `nanodlm.console.Console` is one."""
-
-    def start(self, stage: str) -> None: ...
-    def emit(self, kind: str, **fields: Any) -> None: ...
-    def end(self) -> None: ...
-    def done(self, artifact: Artifact, record: dict[str, Any]) -> None: ...
-
-
-class _Log:
-    """Watches through Prefect's log, a line at most every 30 s."""
-
-    def __init__(self) -> None:
-        self._logger, self._last = get_run_logger(), 0.0
-
-    def start(self, stage: str) -> None:
-        self._logger.info("%s: building", stage)
-
-    def emit(self, kind: str, **fields: Any) -> None:
-        if kind == "message":
-            self._logger.info(fields["text"])
-        elif kind == "progress" and time.monotonic() - self._last >= LOG_SECONDS:
-            self._last = time.monotonic()
-            shown = {k: v for k, v in fields.items() if k in ("done", "total", "unit", "loss", "tokens_per_second")}
-            self._logger.info("%s", shown)
-
-    def end(self) -> None:
-        """Leave the log as it is: there is no bar to take away."""
-
-    def done(self, artifact: Artifact, record: dict[str, Any]) -> None:
-        self._logger.info("%(stage)s: %(status)s in %(seconds)s s, %(uri)s", record)
-
-
+DataStageName = Literal["download", "tokenizer", "split", "shard"]
+# The pattern keeps credentials out of the server, which stores parameters before any flow could refuse them.
+StoreUrl = Annotated[str, Field(pattern=r"^[^@?*\[\]]*$"), AfterValidator(refuse_secrets)]
 WATCHER: ContextVar[Watcher | None] = ContextVar("watcher", default=None)
 
 
@@ -68,87 +44,248 @@ def _worth_retrying(_task: Any, _run: Any, state: State) -> bool:
 
 
 @task(
-    task_run_name="{name}",
     cache_policy=NO_CACHE,
     persist_result=False,
     retries=2,
     retry_delay_seconds=[5, 30],
     retry_condition_fn=_worth_retrying,
 )
-def run_stage(name: str, config: Config, store_url: str, rebuild: bool) -> Any:
-    """Build one stage, in a process of its own if it uses JAX; or find it, and end as `Cached`."""
-    store = Store(store_url)
-    watcher = WATCHER.get() or _Log()
-    started = time.monotonic()
-    lookup, _ = stages.ready(name, config, store, rebuild=rebuild)
+def run_stage(
+    name: str,
+    config: Config,
+    store_url: str,
+    inputs: dict[str, Artifact],
+    *,
+    build: bool = True,
+    rebuild: bool = False,
+    gpu_limit: str | None = None,
+) -> Any:
+    """Build one stage, in a process of its own if it uses JAX; or find it, and end as `Cached`.
+
+    Args:
+        name: One of `nanodlm.stages.STAGES`.
+        config: The run's configuration.
+        store_url: Where artifacts lie.
+        inputs: The artifacts it reads.
+        build: Whether to build it when the store lacks it, or to fail.
+        rebuild: Whether to build it even though the store holds it.
+        gpu_limit: Name of a concurrency limit to hold while a stage that uses JAX is built.
+
+    Returns:
+        The artifact, and its record as `nanodlm.stages.run` gives it.
+    """
+    store, watcher, started = Store(store_url), WATCHER.get() or Pages(), time.monotonic()
+    lookup, _ = stages.ready(name, config, store, rebuild=rebuild, inputs=inputs)
     if lookup.artifact and not rebuild:
         record = stages.record(lookup.artifact, "cached", time.monotonic() - started)
         watcher.done(lookup.artifact, record)
-        return Completed(name="Cached", data=record)
+        return Completed(name="Cached", data=(lookup.artifact, record))
+    if not build:
+        raise NanodlmError(
+            f"{name} is not built for this configuration in {store.uri()}: run the pipeline, or `nanodlm run --until "
+            f"{name}`, with the same settings first"
+        )
     watcher.start(name)
     try:
         if lookup.stage.own_process:
-            launch.run_stage(name, config, store_url, rebuild=rebuild, emit=watcher.emit)
+            with _gpu(gpu_limit):
+                launch.run_stage(name, config, store_url, rebuild=rebuild, emit=watcher.emit)
             assert lookup.fingerprint is not None
             artifact = store.find(name, lookup.fingerprint)
             if artifact is None:
                 raise NanodlmError(f"the {name} process ended without an artifact: run again to continue")
             record = stages.record(artifact, "built", time.monotonic() - started)
         else:
-            artifact, record = stages.run(name, config, store, rebuild=rebuild, emit=watcher.emit)
+            artifact, record = stages.run(name, config, store, rebuild=rebuild, inputs=inputs, emit=watcher.emit)
+    except Stopped as stopped:
+        if isinstance(stopped.__cause__, TerminationSignal):  # Prefect tells a cancellation from a crash by it
+            raise stopped.__cause__ from None
+        raise
     finally:
         watcher.end()
     watcher.done(artifact, record)
-    return record
+    return artifact, record
+
+
+def _gpu(limit: str | None) -> Any:
+    """Hold a place of a concurrency limit. One that is lost, because the server is away, does not end its holder."""
+    if limit is None:
+        return nullcontext()
+    return concurrency(limit, strict=True, raise_on_lease_renewal_failure=False)
 
 
 def _run_name() -> str:
-    parameters = flow_run.parameters
-    config = parameters["config"]
+    """The preset and the start of a fingerprint of all settings, such as `demo-1f2e3d4c`."""
+    config = Config.model_validate(flow_run.parameters["config"])
     preset = next((name for name, preset in PRESETS.items() if preset == config), "custom")
-    return f"{preset}-until-{parameters['until']}"
+    return f"{preset}-{fingerprint_of(config.model_dump(mode='json'))[:8]}"
 
 
-@flow(name="pipeline", flow_run_name=_run_name, persist_result=False)
+def _run(
+    names: Collection[str],
+    config: Config,
+    store: str | None,
+    build: Collection[str],
+    rebuild: str | None = None,
+    gpu_limit: str | None = None,
+) -> list[dict[str, Any]]:
+    """Go through stages in order; those not to be built must be there."""
+    found: dict[str, Artifact] = {}
+    records = []
+    for name in names:
+        run = run_stage.with_options(name=name, task_run_name=name, tags=[name])
+        state = run(
+            name,
+            config,
+            store or stages.default_store(),
+            quote({needed: found[needed] for needed in STAGES[name].inputs(config)}),  # type: ignore[arg-type]
+            build=name in build,
+            rebuild=name == rebuild,
+            gpu_limit=gpu_limit,
+            return_state=True,
+        )
+        found[name], record = state.result()
+        records.append(record)
+    return records
+
+
+def _alone(name: str, config: Config, store: str | None, rebuild: bool, gpu_limit: str | None) -> list[dict[str, Any]]:
+    """One stage, after a look at all it is made from."""
+    needed = {name}
+    for earlier in reversed(stages.until(name)):
+        if earlier in needed:
+            needed |= set(STAGES[earlier].inputs(config))
+    names = [earlier for earlier in stages.until(name) if earlier in needed]
+    return _run(names, config, store, (name,), name if rebuild else None, gpu_limit)
+
+
+@flow(flow_run_name=_run_name, persist_result=False)
 def pipeline(
     config: Config = PRESETS["demo"],
-    store: str = "data/store",
+    store: StoreUrl | None = None,
     until: StageName = "sample",
     rebuild: StageName | None = None,
+    gpu_limit: str | None = None,
 ) -> list[dict[str, Any]]:
     """Text to samples: build what the store lacks, stage by stage, and the report at the end.
 
     Args:
         config: Every setting of the run.
-        store: Where artifacts lie: a folder or an fsspec URL.
+        store: Where artifacts lie: a folder, or an address such as s3://bucket/prefix, without credentials, which come
+            from the worker's environment. Without it that of the worker's NANODLM_STORE, else data/store.
         until: The last stage to run.
         rebuild: A stage to build even though the store holds it.
+        gpu_limit: Name of the concurrency limit to hold while a stage trains, evaluates or samples; it must exist.
 
     Returns:
         For each stage `stage`, `status` (built or cached), `uri`, `fingerprint` and `seconds`.
     """
-    records = []
-    for name in stages.until(until):
-        state = run_stage(name, config, store, name == rebuild, return_state=True)
-        records.append(state.result())
-    return records
+    return _run(stages.until(until), config, store, STAGES, rebuild, gpu_limit)
+
+
+@flow(flow_run_name=_run_name, persist_result=False)
+def prepare(
+    config: Config = PRESETS["demo"], store: StoreUrl | None = None, rebuild: DataStageName | None = None
+) -> list[dict[str, Any]]:
+    """The stages up to the shards, which need no accelerator.
+
+    Args:
+        config: Every setting of the run.
+        store: As in `pipeline`.
+        rebuild: A stage to build even though the store holds it.
+
+    Returns:
+        As `pipeline` does.
+    """
+    return _run(stages.until("shard"), config, store, STAGES, rebuild)
+
+
+@flow(flow_run_name=_run_name, persist_result=False)
+def train(
+    config: Config = PRESETS["demo"],
+    store: StoreUrl | None = None,
+    rebuild: bool = False,
+    gpu_limit: str | None = None,
+) -> list[dict[str, Any]]:
+    """The train stage alone: it goes on from its last checkpoint. The shards must be there.
+
+    Args:
+        config: Every setting of the run.
+        store: As in `pipeline`.
+        rebuild: Train even though the store holds the result.
+        gpu_limit: As in `pipeline`.
+
+    Returns:
+        As `pipeline` does.
+    """
+    return _alone("train", config, store, rebuild, gpu_limit)
+
+
+@flow(flow_run_name=_run_name, persist_result=False)
+def evaluate(
+    config: Config = PRESETS["demo"],
+    store: StoreUrl | None = None,
+    rebuild: bool = False,
+    gpu_limit: str | None = None,
+) -> list[dict[str, Any]]:
+    """The evaluate stage alone. The trained model must be there.
+
+    Args:
+        config: Every setting of the run.
+        store: As in `pipeline`.
+        rebuild: Evaluate even though the store holds the result.
+        gpu_limit: As in `pipeline`.
+
+    Returns:
+        As `pipeline` does.
+    """
+    return _alone("evaluate", config, store, rebuild, gpu_limit)
+
+
+@flow(flow_run_name=_run_name, persist_result=False)
+def sample(
+    config: Config = PRESETS["demo"],
+    store: StoreUrl | None = None,
+    rebuild: bool = False,
+    gpu_limit: str | None = None,
+) -> list[dict[str, Any]]:
+    """The sample stage alone. The trained model must be there.
+
+    Args:
+        config: Every setting of the run.
+        store: As in `pipeline`.
+        rebuild: Sample even though the store holds the result.
+        gpu_limit: As in `pipeline`.
+
+    Returns:
+        As `pipeline` does.
+    """
+    return _alone("sample", config, store, rebuild, gpu_limit)
 
 
 def run_pipeline(
     config: Config, store: str, until: str, rebuild: str | None, watcher: Watcher, verbose: bool
 ) -> list[dict[str, Any]]:
-    """Run the flow in this process, on the server that the settings name or else on one started for it."""
+    """Run the flow in this process, on the server that the settings name or else on one started for it.
+
+    Raises:
+        Stopped: On SIGTERM, after a training has saved.
+    """
     from prefect.settings import PREFECT_API_URL, PREFECT_LOGGING_LEVEL, temporary_settings
 
     from flows.server import ephemeral_server
 
+    def stop(*_: Any) -> None:
+        raise Stopped("stopped by a signal; finished stages, parts and checkpoints are kept: run again to continue")
+
     def run() -> list[dict[str, Any]]:
-        token = WATCHER.set(watcher)
+        token, handler = WATCHER.set(watcher), signal.signal(signal.SIGTERM, stop)
         try:
             with temporary_settings({PREFECT_LOGGING_LEVEL: "INFO" if verbose else "CRITICAL"}):
                 return pipeline(config, store, until, rebuild)  # type: ignore[arg-type]
         finally:
             WATCHER.reset(token)
+            signal.signal(signal.SIGTERM, handler)
 
     if get_current_settings().api.url:
         return run()

@@ -22,7 +22,7 @@ class Console:
         self._task: Any = None
         self._stage = ""
         self._printed = 0.0
-        self._rate: tuple[float | None, float, float] | None = None  # total, done and time of a count's first event
+        self._pace = Pace()
 
     def line(self, text: str) -> None:
         """Print one line, in which `[bold]` and the like mean what they do to rich."""
@@ -35,7 +35,7 @@ class Console:
 
     def start(self, stage: str) -> None:
         """A stage begins."""
-        self._stage, self._printed, self._rate = stage, time.monotonic(), None
+        self._stage, self._printed, self._pace = stage, time.monotonic(), Pace()
         if self._rich.is_terminal:
             columns = (
                 SpinnerColumn(),
@@ -53,7 +53,7 @@ class Console:
         if kind == "message":
             self.line(f"[dim]{self._stage:<10} {escape(fields['text'])}[/dim]")
         elif kind == "progress":
-            text = self._describe(fields)
+            text = self._pace.describe(fields)
             if self._progress is not None:
                 self._progress.update(
                     self._task, completed=fields["done"], total=fields.get("total"), text=escape(text)
@@ -61,23 +61,6 @@ class Console:
             elif time.monotonic() - self._printed >= PLAIN_SECONDS:
                 self._printed = time.monotonic()
                 self.line(f"{self._stage:<10} {escape(text)}")
-
-    def _describe(self, fields: dict[str, Any]) -> str:
-        done, total = fields["done"], fields.get("total")
-        digits = 1 if total and total < 100 and not float(total).is_integer() else 0
-        count = f"{done:,.{digits}f}/{total:,.{digits}f}" if total else f"{done:,.1f}"
-        parts = [f"{count} {fields['unit']}"]
-        if fields.get("loss") is not None:
-            parts.append(f"loss {fields['loss']:.3f}")
-        if fields.get("tokens_per_second"):
-            parts.append(f"{fields['tokens_per_second']:,.0f} tokens/s")
-        now = time.monotonic()
-        if self._rate is None or self._rate[0] != total:
-            self._rate = (total, done, now)
-        elif total and done > self._rate[1]:
-            left = (total - done) * (now - self._rate[2]) / (done - self._rate[1])
-            parts.append(f"{int(left) // 60}:{int(left) % 60:02d} left")
-        return ", ".join(parts)
 
     def end(self) -> None:
         """The stage is over, well or not; take its bar away."""
@@ -115,6 +98,35 @@ class Console:
                 self.line(f"{file:<12} {escape(where)}")
         last = list(artifacts.values())[-1]
         self.line(f"{'store':<12} {escape(last.store.uri())}")
+
+
+class Pace:
+    """Puts the progress of one stage into words, with the time that is left.
+
+    >>> Pace().describe({"done": 20, "total": 120, "unit": "updates", "loss": 2.5})
+    '20/120 updates, loss 2.500'
+    """
+
+    def __init__(self) -> None:
+        self._first: tuple[float | None, float, float] | None = None  # total, done and time of a count's first event
+
+    def describe(self, fields: dict[str, Any]) -> str:
+        """Words for the fields of a `progress` event."""
+        done, total = fields["done"], fields.get("total")
+        digits = 1 if total and total < 100 and not float(total).is_integer() else 0
+        count = f"{done:,.{digits}f}/{total:,.{digits}f}" if total else f"{done:,.1f}"
+        parts = [f"{count} {fields['unit']}"]
+        if fields.get("loss") is not None:
+            parts.append(f"loss {fields['loss']:.3f}")
+        if fields.get("tokens_per_second"):
+            parts.append(f"{fields['tokens_per_second']:,.0f} tokens/s")
+        now = time.monotonic()
+        if self._first is None or self._first[0] != total:
+            self._first = (total, done, now)
+        elif total and done > self._first[1]:
+            left = (total - done) * (now - self._first[2]) / (done - self._first[1])
+            parts.append(f"{int(left) // 60}:{int(left) % 60:02d} left")
+        return ", ".join(parts)
 
 
 def summary(artifact: "Artifact") -> str:

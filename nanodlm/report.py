@@ -55,8 +55,8 @@ def build(config: Config, inputs: dict[str, Artifact], attempt: Attempt, emit: C
     return {"below_unigram_percent": round(below, 2)}
 
 
-def loss_curve(points: list[tuple[int, float]], level: float) -> str:
-    """An SVG of the training bound in nats per token over updates, with the unigram entropy as a dashed line.
+def loss_curve(points: list[tuple[int, float]], level: float | None = None) -> str:
+    """An SVG of the training bound in nats per token over updates; with the unigram entropy a dashed line.
 
     Each point is the mean of up to 1/50 of the records, because the bound of one batch is noisy.
     """
@@ -65,7 +65,8 @@ def loss_curve(points: list[tuple[int, float]], level: float) -> str:
     means = [(sum(s for s, _ in g) / len(g), sum(v for _, v in g) / len(g)) for g in groups]
     left, right, top, bottom = 56, 700, 12, 240
     last = points[-1][0]
-    low, high = min(level, *(v for _, v in means)) * 0.97, max(level, *(v for _, v in means)) * 1.02
+    values = [v for _, v in means] + ([] if level is None else [level])
+    low, high = min(values) * 0.97, max(values) * 1.02
 
     def x(step: float) -> float:
         return left + (right - left) * step / last
@@ -81,12 +82,17 @@ def loss_curve(points: list[tuple[int, float]], level: float) -> str:
         for v in ticks
     )
     middle, below = (left + right) / 2, bottom + 20
-    level_y = f'y1="{y(level):.1f}" y2="{y(level):.1f}"'
+    dashed = "" if level is None else _dashed(left, right, y(level))
     return (
         f'<svg viewBox="0 0 720 290" font-size="12" fill="#5b6776" role="img" aria-label="training bound">{grid}'
-        f'<line x1="{left}" x2="{right}" {level_y} stroke="#c2571a" stroke-dasharray="5 4"/>'
-        f'<text x="{right}" y="{y(level) - 6:.1f}" text-anchor="end" fill="#c2571a">unigram entropy</text>'
-        f'<polyline points="{line}" fill="none" stroke="#3b73c4" stroke-width="2"/>'
+        f'{dashed}<polyline points="{line}" fill="none" stroke="#3b73c4" stroke-width="2"/>'
         f'<text x="{left}" y="{below}">0</text><text x="{right}" y="{below}" text-anchor="end">{last:,.0f}</text>'
         f'<text x="{middle}" y="{below + 18}" text-anchor="middle">update; bound in nats per token</text></svg>'
+    )
+
+
+def _dashed(left: float, right: float, y: float) -> str:
+    return (
+        f'<line x1="{left}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}" stroke="#c2571a" stroke-dasharray="5 4"/>'
+        f'<text x="{right}" y="{y - 6:.1f}" text-anchor="end" fill="#c2571a">unigram entropy</text>'
     )

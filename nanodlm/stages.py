@@ -146,21 +146,30 @@ def look_up(config: Config, store: Store, until: str = "report", rebuild: str | 
         if missing:
             yield Lookup(stage, None, None, None)
         else:
-            identity = _identity(stage, config, found)
-            fingerprint = fingerprint_of(identity)
-            try:
-                artifact = store.find(stage.name, fingerprint)
-                if artifact:
-                    if _comparable({k: artifact.manifest[k] for k in identity}) != _comparable(identity):
-                        raise Damaged(artifact.remedy("its manifest is that of other settings or inputs"))
-                    found[stage.name] = artifact.check()
-            except Damaged:
-                if stage.name != rebuild:
-                    raise
-                artifact = None
-            yield Lookup(stage, identity, fingerprint, artifact)
+            lookup = _look_up_one(stage, config, store, found, stage.name == rebuild)
+            if lookup.artifact:
+                found[stage.name] = lookup.artifact
+            yield lookup
         if stage.name == until:
             return
+
+
+def _look_up_one(
+    stage: Stage, config: Config, store: Store, inputs: dict[str, Artifact], may_be_damaged: bool
+) -> Lookup:
+    identity = _identity(stage, config, inputs)
+    fingerprint = fingerprint_of(identity)
+    try:
+        artifact = store.find(stage.name, fingerprint)
+        if artifact:
+            if _comparable({k: artifact.manifest[k] for k in identity}) != _comparable(identity):
+                raise Damaged(artifact.remedy("its manifest is that of other settings or inputs"))
+            artifact.check()
+    except Damaged:
+        if not may_be_damaged:
+            raise
+        artifact = None
+    return Lookup(stage, identity, fingerprint, artifact)
 
 
 def _identity(stage: Stage, config: Config, found: dict[str, Artifact]) -> dict[str, Any]:
@@ -190,9 +199,7 @@ def ready(
         NanodlmError: When an input has not been built.
     """
     if inputs is not None:
-        identity = _identity(STAGES[name], config, inputs)
-        fingerprint = fingerprint_of(identity)
-        return Lookup(STAGES[name], identity, fingerprint, None if rebuild else store.find(name, fingerprint)), inputs
+        return _look_up_one(STAGES[name], config, store, inputs, rebuild), inputs
     found: dict[str, Artifact] = {}
     for lookup in look_up(config, store, until=name, rebuild=name if rebuild else None):
         if lookup.stage.name == name:

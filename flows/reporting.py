@@ -1,0 +1,141 @@
+"""What Prefect's pages show of a stage: log lines, progress, counts, the loss curve, samples, the report.
+
+A page that cannot be written, because the server is away, is said in the log and never fails a stage.
+"""
+
+import base64
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+from uuid import UUID
+
+from prefect.artifacts import (
+    create_image_artifact,
+    create_link_artifact,
+    create_markdown_artifact,
+    create_progress_artifact,
+    create_table_artifact,
+    update_progress_artifact,
+)
+from prefect.logging import get_run_logger
+from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
+
+from nanodlm.console import Pace, summary
+from nanodlm.report import loss_curve
+from nanodlm.store import Artifact
+
+SECONDS = 30.0  # between two lines of a stage's progress in Prefect's log, and on its page
+
+
+class Watcher(Protocol):
+    """Whoever shows the stages to a person; `nanodlm.console.Console` is one, `Pages` another."""
+
+    def start(self, stage: str) -> None: ...
+    def emit(self, kind: str, **fields: Any) -> None: ...
+    def end(self) -> None: ...
+    def done(self, artifact: Artifact, record: dict[str, Any]) -> None: ...
+
+
+class Pages:
+    """Shows one stage in Prefect's log, at most a line each 30 s, and as artifacts of its task run."""
+
+    def __init__(self) -> None:
+        self._logger, self._last, self._pace = get_run_logger(), 0.0, Pace()
+        self._stage, self._progress = "", None
+
+    def start(self, stage: str) -> None:
+        """A stage is about to be built."""
+        self._stage = stage
+        self._logger.info("%s: building", stage)
+
+    def emit(self, kind: str, **fields: Any) -> None:
+        """Show an event of the running stage: `message` (text) or `progress` (done, total, unit, ...)."""
+        if kind == "message":
+            self._logger.info(fields["text"])
+        elif kind == "progress":
+            text = self._pace.describe(fields)
+            if time.monotonic() - self._last >= SECONDS:
+                self._last = time.monotonic()
+                self._logger.info(text)
+                self._show(100.0 * fields["done"] / fields["total"] if fields.get("total") else 0.0, text)
+
+    def _show(self, percent: float, text: str) -> None:
+        def show() -> None:
+            if self._progress is None:
+                made = create_progress_artifact(percent, key=f"{self._stage}-progress", description=text)
+                self._progress = made if isinstance(made, UUID) else None
+            else:
+                update_progress_artifact(self._progress, percent, description=text)
+
+        self._write(show)
+
+    def end(self) -> None:
+        """Leave the log as it is: there is no bar to take away."""
+
+    def done(self, artifact: Artifact, record: dict[str, Any]) -> None:
+        """Show what a finished stage holds."""
+        self._logger.info("%(stage)s: %(status)s in %(seconds)s s, %(uri)s", record)
+        if self._progress is not None:
+            self._show(100.0, f"{summary(artifact)} in {record['seconds']:,.0f} s")
+        match artifact.stage:
+            case "shard":
+                self._write(lambda: show_counts(artifact))
+            case "train":
+                self._write(lambda: show_loss(artifact))
+            case "sample":
+                self._write(lambda: show_samples(artifact))
+            case "report":
+                self._write(lambda: show_report(artifact))
+
+    def _write(self, call: Callable[[], Any]) -> None:
+        try:
+            with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}):
+                call()
+        except Exception as error:  # whatever the server, the network or the client make of it
+            self._logger.warning("not shown on a page: %s", type(error).__name__)
+
+
+def show_counts(shard: Artifact) -> None:
+    """A table of what the data stages counted, under the key `data-counts`."""
+    inputs = {name: shard.store.find(name, made["fingerprint"]) for name, made in shard.manifest["inputs"].items()}
+    rows = [
+        {"stage": name, "holds": summary(artifact), "fingerprint": artifact.fingerprint[:16], "at": artifact.uri}
+        for name, artifact in {**inputs, "shard": shard}.items()
+        if artifact
+    ]
+    counts = shard.metrics
+    split = [
+        {"stage": "train", "holds": f"{counts['train_tokens']:,} tokens in {counts['train_rows']:,} rows"},
+        {"stage": "validation", "holds": f"{counts['val_tokens']:,} tokens in {counts['val_rows']:,} rows"},
+    ]
+    create_table_artifact([*rows, *split], key="data-counts", description="What the model is trained and tested on")
+
+
+def show_loss(train: Artifact) -> None:
+    """The training bound over the updates, a picture under the key `loss-curve`."""
+    logs = json.loads(train.file("logs.json").read_text())
+    points = [(record["step"], record["nats_per_token"]) for record in logs if record["nats_per_token"] is not None]
+    if points:
+        picture = loss_curve(points).replace(
+            "<svg ", '<svg xmlns="http://www.w3.org/2000/svg" width="720" height="290" '
+        )
+        encoded = base64.b64encode(picture.encode()).decode()
+        url = f"data:image/svg+xml;base64,{encoded}"
+        create_image_artifact(image_url=url, key="loss-curve", description=f"Training bound: {summary(train)}")
+
+
+def show_samples(sample: Artifact) -> None:
+    """The texts that the model wrote, under the key `samples`."""
+    texts = [json.loads(line)["text"] for line in sample.file("samples.jsonl").read_text().splitlines()]
+    quoted = ["\n".join(f"    {line}" for line in text.splitlines()) for text in texts]  # as code: no markup of theirs
+    create_markdown_artifact("\n\n---\n\n".join(quoted), key="samples", description=f"{len(texts)} samples")
+
+
+def show_report(report: Artifact) -> None:
+    """The report's numbers under the key `report`, and a link to its page under `report-page`."""
+    create_markdown_artifact(report.file("report.md").read_text(), key="report", description=report.uri)
+    page = report.remote("report.html")
+    link = Path(page).as_uri() if report.store.is_local else report.store.fs.unstrip_protocol(page)
+    create_link_artifact(link, link_text="report.html", key="report-page", description=report.uri)
