@@ -242,6 +242,29 @@ def flaky(server: Server, fail: Callable[[str, str], str]) -> Iterator[Server]:
             forget_connections()
 
 
+@contextmanager
+def prefect(home: Path, port: int | None = None, **environ: str) -> Iterator[dict[str, str]]:
+    """A whole Prefect server, as `prefect server start` starts it: the environment that its clients need.
+
+    Args:
+        home: Folder of its own, for its database and its log.
+        port: Where it listens; by default at a free one.
+        environ: More of its environment.
+    """
+    port = port or free_ports(1)[0]
+    url = f"http://127.0.0.1:{port}/api"
+    own = {
+        "PREFECT_HOME": str(home / "server"),
+        "PREFECT_API_URL": url,
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_LOGGING_INTERNAL_LEVEL": "WARNING",
+    }
+    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
+    with running(command, log=home / "server.log", **own, **environ) as server:
+        answers(server, lambda: send("GET", f"{url}/health"), patience=120)
+        yield {"PREFECT_API_URL": url, "PREFECT_HOME": str(home / "client"), "NO_PROXY": "127.0.0.1"}
+
+
 def free_ports(count: int) -> list[int]:
     """Ports that nobody listens at just now."""
     with ExitStack() as stack:
@@ -252,17 +275,28 @@ def free_ports(count: int) -> list[int]:
 
 
 @contextmanager
-def running(command: list[str], **environ: str) -> Iterator[subprocess.Popen[bytes]]:
-    """A server in a process group of its own, killed at the end, also when this process is killed first."""
+def running(
+    command: list[str], log: Path | None = None, user: str | None = None, **environ: str
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A server in a process group of its own, killed at the end, also when this process is killed first.
+
+    Args:
+        command: The server's.
+        log: File for what it says; nowhere by default.
+        user: Whom it runs as, when not as ourselves.
+        environ: More of its environment.
+    """
     assert shutil.which(command[0]), f"{command[0]} is not there: pip install -c constraints.txt -e '.[test]'"
-    server = subprocess.Popen(
-        [sys.executable, "-c", LAUNCH, str(os.getpid()), *command],
-        env={**os.environ, **environ},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+    with open(log or os.devnull, "ab") as said:
+        server = subprocess.Popen(
+            [sys.executable, "-c", LAUNCH, str(os.getpid()), *command],
+            env={**os.environ, **environ},
+            stdin=subprocess.DEVNULL,
+            stdout=said,
+            stderr=said,
+            user=user,
+            start_new_session=True,
+        )
     try:
         yield server
     finally:
