@@ -300,7 +300,8 @@ def running(
     try:
         yield server
     finally:
-        os.killpg(server.pid, signal.SIGKILL)  # not waited for yet, so the group's number is still its own
+        if server.returncode is None:  # not waited for yet, so the group's number is still its own
+            os.killpg(server.pid, signal.SIGKILL)
         server.wait()
 
 
