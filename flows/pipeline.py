@@ -7,14 +7,15 @@ prefect deployment run pipeline/demo     # on a worker, once `prefect deploy --a
 
 import signal
 import time
-from collections.abc import Collection
-from contextlib import nullcontext
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Annotated, Any, Literal
 
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
+from prefect.concurrency.asyncio import ConcurrencySlotAcquisitionError
 from prefect.concurrency.sync import concurrency
 from prefect.exceptions import TerminationSignal
 from prefect.runtime import flow_run
@@ -107,11 +108,19 @@ def run_stage(
     return artifact, record
 
 
-def _gpu(limit: str | None) -> Any:
+@contextmanager
+def _gpu(limit: str | None) -> Iterator[None]:
     """Hold a place of a concurrency limit. One that is lost, because the server is away, does not end its holder."""
     if limit is None:
-        return nullcontext()
-    return concurrency(limit, strict=True, raise_on_lease_renewal_failure=False)
+        yield
+        return
+    try:
+        with concurrency(limit, strict=True, raise_on_lease_renewal_failure=False):
+            yield
+    except ConcurrencySlotAcquisitionError as error:
+        raise NanodlmError(
+            f"the Prefect server has no concurrency limit {limit!r}: run `prefect gcl create {limit} --limit 1`"
+        ) from error
 
 
 def _run_name() -> str:

@@ -26,6 +26,7 @@ from nanodlm.console import Pace, summary
 from nanodlm.report import loss_curve
 from nanodlm.store import Artifact
 
+LOOK = 'width="720" style="background: white; font-family: sans-serif"'  # legible on light and dark pages
 SECONDS = 30.0  # between two lines of a stage's progress in Prefect's log, and on its page
 
 
