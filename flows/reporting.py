@@ -24,6 +24,7 @@ from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
 from nanodlm.console import Pace, summary
 from nanodlm.report import loss_curve
+from nanodlm.stages import NAMES
 from nanodlm.store import Artifact
 
 LOOK = 'width="720" style="background: white; font-family: sans-serif"'  # legible on light and dark pages
@@ -100,7 +101,8 @@ class Pages:
 
 def show_counts(shard: Artifact) -> None:
     """A table of what the data stages counted, under the key `data-counts`."""
-    inputs = {name: shard.store.find(name, made["fingerprint"]) for name, made in shard.manifest["inputs"].items()}
+    made_from = shard.manifest["inputs"]
+    inputs = {name: shard.store.find(name, made_from[name]["fingerprint"]) for name in NAMES if name in made_from}
     rows = [
         {"stage": name, "holds": summary(artifact), "fingerprint": artifact.fingerprint[:16], "at": artifact.uri}
         for name, artifact in {**inputs, "shard": shard}.items()

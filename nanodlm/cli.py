@@ -27,7 +27,7 @@ COMMANDS = {
     "train": "the train stage alone, without Prefect",
     "evaluate": "the evaluate stage alone",
     "sample": "the sample stage alone",
-    "bench": "measure: bench train, sample, loader, store, variance, race or ablation",
+    "bench": "measure: bench train, sample, loader, store, flow, variance, race or ablation",
     "ls": "list the store's artifacts",
     "show": "one artifact: where it came from, what it holds",
     "explain": "why a configuration would not reuse an artifact, field by field",
@@ -252,10 +252,7 @@ def run(argv: list[str]) -> None:
             records.append(record)
             artifacts.append(artifact)
     else:
-        for name in ("PREFECT_SERVER_ANALYTICS_ENABLED", "PREFECT_SERVER_EPHEMERAL_ENABLED"):
-            os.environ.setdefault(name, "false")
-        os.environ.setdefault("DO_NOT_TRACK", "1")
-        os.environ.setdefault("PREFECT_LOGGING_LEVEL", "INFO" if args.verbose else "CRITICAL")
+        _quiet_prefect(args.verbose)
         console.line("[dim]starting the local Prefect server[/dim]" if not os.environ.get("PREFECT_API_URL") else "")
         from flows.pipeline import run_pipeline
 
@@ -265,6 +262,14 @@ def run(argv: list[str]) -> None:
     console.finish(by_stage)
     if args.as_json:
         _print_json(_result(records, by_stage))
+
+
+def _quiet_prefect(verbose: bool) -> None:
+    """Say, before Prefect is imported, that it phones nobody, starts no server of its own, and how much it logs."""
+    for name in ("PREFECT_SERVER_ANALYTICS_ENABLED", "PREFECT_SERVER_EPHEMERAL_ENABLED"):
+        os.environ.setdefault(name, "false")
+    os.environ.setdefault("DO_NOT_TRACK", "1")
+    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "INFO" if verbose else "CRITICAL")
 
 
 def _check_rebuild(args: Any) -> None:
@@ -405,6 +410,7 @@ BENCHES = {
     "sample": "speed of the sampler, with a network that knows nothing",
     "loader": "speed of reading training rows",
     "store": "what a bucket costs: requests, and transfers beside those of plain fsspec",
+    "flow": "what orchestration costs: the pipeline as a flow beside the same functions called directly",
     "variance": "how much the estimators of the bound and of its gradient vary (needs the trained run)",
     "race": "how much sooner the preset reaches the bound of a plain recipe",
     "ablation": "what each part of the preset is worth",
@@ -502,6 +508,17 @@ def _bench_store(argv: list[str]) -> None:
         return measure(args.store, files=args.files, megabytes=args.megabytes, repeats=args.repeats, emit=emit)
 
     result, args = _measure("store", argv, fields, call)
+    _print_measured(result, args.as_json)
+
+
+def _bench_flow(argv: list[str]) -> None:
+    _quiet_prefect(verbose=False)
+    from flows.overhead import measure
+
+    fields = {"repeats": _flag("Runs of each kind.", 3, int)}
+    result, args = _measure(
+        "flow", argv, fields, lambda config, args, emit: measure(config, repeats=args.repeats, emit=emit)
+    )
     _print_measured(result, args.as_json)
 
 
