@@ -10,15 +10,15 @@ from typing import Any, Literal, Protocol
 
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
-from prefect.client.schemas.objects import State
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 from prefect.settings import get_current_settings
 from prefect.states import Completed
 
+from flows.sharding import shard_in_parallel, task_runner, worth_retrying
 from nanodlm import launch, stages
 from nanodlm.config import PRESETS, Config
-from nanodlm.errors import NanodlmError, Unreachable
+from nanodlm.errors import NanodlmError
 from nanodlm.store import Artifact, Store
 
 StageName = Literal["download", "tokenizer", "split", "shard", "train", "evaluate", "sample"]
@@ -61,19 +61,13 @@ class _Log:
 WATCHER: ContextVar[Watcher | None] = ContextVar("watcher", default=None)
 
 
-def _worth_retrying(_task: Any, _run: Any, state: State) -> bool:
-    """Only what may pass by itself, such as a network that was away; never what the user has to mend."""
-    error = state.result(raise_on_failure=False)
-    return isinstance(error, OSError | Unreachable)
-
-
 @task(
     task_run_name="{name}",
     cache_policy=NO_CACHE,
     persist_result=False,
     retries=2,
     retry_delay_seconds=[5, 30],
-    retry_condition_fn=_worth_retrying,
+    retry_condition_fn=worth_retrying,
 )
 def run_stage(name: str, config: Config, store_url: str, rebuild: bool) -> Any:
     """Build one stage, in a process of its own if it uses JAX; or find it, and end as `Cached`."""
@@ -109,7 +103,7 @@ def _run_name() -> str:
     return f"{preset}-until-{parameters['until']}"
 
 
-@flow(name="pipeline", flow_run_name=_run_name, persist_result=False)
+@flow(name="pipeline", flow_run_name=_run_name, persist_result=False, task_runner=task_runner())
 def pipeline(
     config: Config = PRESETS["demo"],
     store: str = "data/store",
@@ -129,24 +123,44 @@ def pipeline(
     """
     records = []
     for name in stages.until(until):
+        if name == "shard" and rebuild != "shard":
+            _shard_in_parallel(config, store)
         state = run_stage(name, config, store, name == rebuild, return_state=True)
         records.append(state.result())
     return records
 
 
+def _shard_in_parallel(config: Config, store: str) -> None:
+    watcher = WATCHER.get() or _Log()
+    watcher.start("shard")
+    try:
+        shard_in_parallel(config, store, watcher.emit)
+    finally:
+        watcher.end()
+
+
 def run_pipeline(
-    config: Config, store: str, until: str, rebuild: str | None, watcher: Watcher, verbose: bool
+    config: Config,
+    store: str,
+    until: str,
+    rebuild: str | None,
+    watcher: Watcher,
+    verbose: bool,
+    runner: str | None = None,
+    workers: int | None = None,
 ) -> list[dict[str, Any]]:
     """Run the flow in this process, on the server that the settings name or else on one started for it."""
     from prefect.settings import PREFECT_API_URL, PREFECT_LOGGING_LEVEL, temporary_settings
 
     from flows.server import ephemeral_server
 
+    flow_ = pipeline.with_options(task_runner=task_runner(runner, workers))
+
     def run() -> list[dict[str, Any]]:
         token = WATCHER.set(watcher)
         try:
             with temporary_settings({PREFECT_LOGGING_LEVEL: "INFO" if verbose else "CRITICAL"}):
-                return pipeline(config, store, until, rebuild)  # type: ignore[arg-type]
+                return flow_(config, store, until, rebuild)  # type: ignore[arg-type]
         finally:
             WATCHER.reset(token)
 
