@@ -140,7 +140,7 @@ def _workers(workers: int | None) -> int:
 def _dask(workers: int) -> TaskRunner[Any]:
     os.environ.setdefault("DASK_LOGGING__DISTRIBUTED", "error")  # read when it is imported, here and in its workers
     try:
-        from prefect_dask import DaskTaskRunner
+        from prefect_dask.task_runners import DaskTaskRunner
     except ImportError as error:
         raise UsageError("the runner dask is not installed: pip install '.[dask]'") from error
     if address := os.environ.get("NANODLM_DASK_ADDRESS"):
