@@ -127,7 +127,9 @@ def test_every_runner_makes_each_shard_once_to_the_digest_of_the_stage_alone(
     }
 
 
-@pytest.mark.parametrize("runner", ["threads", "processes", pytest.param("dask", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "runner", ["threads", *(pytest.param(r, marks=pytest.mark.slow) for r in ("processes", "dask"))]
+)
 def test_a_run_killed_while_shards_are_made_leaves_no_process_and_continues_with_the_missing_ones(
     runner: str, prepared: Prepared, prefect_server: dict[str, str], tmp_path: Path
 ) -> None:
