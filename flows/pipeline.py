@@ -14,7 +14,6 @@ from typing import Annotated, Any, Literal
 
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
-from prefect.client.schemas.objects import State
 from prefect.concurrency.asyncio import ConcurrencySlotAcquisitionError
 from prefect.concurrency.sync import concurrency
 from prefect.exceptions import TerminationSignal
@@ -25,9 +24,10 @@ from prefect.utilities.annotations import quote
 from pydantic import AfterValidator, Field
 
 from flows.reporting import Pages, Watcher
+from flows.sharding import shard_in_parallel, task_runner, worth_retrying
 from nanodlm import launch, stages
 from nanodlm.config import PRESETS, Config, refuse_secrets
-from nanodlm.errors import NanodlmError, Stopped, Unreachable
+from nanodlm.errors import NanodlmError, Stopped
 from nanodlm.stages import STAGES
 from nanodlm.store import Artifact, Store, fingerprint_of
 
@@ -38,18 +38,12 @@ StoreUrl = Annotated[str, Field(pattern=r"^[^@?*\[\]]*$"), AfterValidator(refuse
 WATCHER: ContextVar[Watcher | None] = ContextVar("watcher", default=None)
 
 
-def _worth_retrying(_task: Any, _run: Any, state: State) -> bool:
-    """Only what may pass by itself, such as a network that was away; never what the user has to mend."""
-    error = state.result(raise_on_failure=False)
-    return isinstance(error, OSError | Unreachable)
-
-
 @task(
     cache_policy=NO_CACHE,
     persist_result=False,
     retries=2,
     retry_delay_seconds=[5, 30],
-    retry_condition_fn=_worth_retrying,
+    retry_condition_fn=worth_retrying,
 )
 def run_stage(
     name: str,
@@ -141,13 +135,17 @@ def _run(
     """Go through stages in order; those not to be built must be there."""
     found: dict[str, Artifact] = {}
     records = []
+    url = store or stages.default_store()
     for name in names:
+        inputs = {needed: found[needed] for needed in STAGES[name].inputs(config)}
+        if name == "shard" and name in build and name != rebuild:
+            _shard_in_parallel(config, url, inputs)
         run = run_stage.with_options(name=name, task_run_name=name, tags=[name])
         state = run(
             name,
             config,
-            store or stages.default_store(),
-            quote({needed: found[needed] for needed in STAGES[name].inputs(config)}),  # type: ignore[arg-type]
+            url,
+            quote(inputs),  # type: ignore[arg-type]
             build=name in build,
             rebuild=name == rebuild,
             gpu_limit=gpu_limit,
@@ -156,6 +154,19 @@ def _run(
         found[name], record = state.result()
         records.append(record)
     return records
+
+
+def _shard_in_parallel(config: Config, store_url: str, inputs: dict[str, Artifact]) -> None:
+    """Make missing shards as tasks of their own; the shard stage then adopts them."""
+    lookup, _ = stages.ready("shard", config, Store(store_url), inputs=inputs)
+    if lookup.artifact:
+        return
+    watcher = WATCHER.get() or Pages()
+    watcher.start("shard")
+    try:
+        shard_in_parallel(config, store_url, inputs, watcher.emit)
+    finally:
+        watcher.end()
 
 
 def _alone(name: str, config: Config, store: str | None, rebuild: bool, gpu_limit: str | None) -> list[dict[str, Any]]:
@@ -168,7 +179,7 @@ def _alone(name: str, config: Config, store: str | None, rebuild: bool, gpu_limi
     return _run(names, config, store, (name,), name if rebuild else None, gpu_limit)
 
 
-@flow(flow_run_name=_run_name, persist_result=False)
+@flow(flow_run_name=_run_name, persist_result=False, task_runner=task_runner())
 def pipeline(
     config: Config = PRESETS["demo"],
     store: StoreUrl | None = None,
@@ -192,7 +203,7 @@ def pipeline(
     return _run(stages.until(until), config, store, STAGES, rebuild, gpu_limit)
 
 
-@flow(flow_run_name=_run_name, persist_result=False)
+@flow(flow_run_name=_run_name, persist_result=False, task_runner=task_runner())
 def prepare(
     config: Config = PRESETS["demo"], store: StoreUrl | None = None, rebuild: DataStageName | None = None
 ) -> list[dict[str, Any]]:
@@ -273,7 +284,14 @@ def sample(
 
 
 def run_pipeline(
-    config: Config, store: str, until: str, rebuild: str | None, watcher: Watcher, verbose: bool
+    config: Config,
+    store: str,
+    until: str,
+    rebuild: str | None,
+    watcher: Watcher,
+    verbose: bool,
+    runner: str | None = None,
+    workers: int | None = None,
 ) -> list[dict[str, Any]]:
     """Run the flow in this process, on the server that the settings name or else on one started for it.
 
@@ -284,6 +302,8 @@ def run_pipeline(
 
     from flows.server import ephemeral_server
 
+    run_flow = pipeline.with_options(task_runner=task_runner(runner, workers))
+
     def stop(*_: Any) -> None:
         raise Stopped("stopped by a signal; finished stages, parts and checkpoints are kept: run again to continue")
 
@@ -291,7 +311,7 @@ def run_pipeline(
         token, handler = WATCHER.set(watcher), signal.signal(signal.SIGTERM, stop)
         try:
             with temporary_settings({PREFECT_LOGGING_LEVEL: "INFO" if verbose else "CRITICAL"}):
-                return pipeline(config, store, until, rebuild)  # type: ignore[arg-type]
+                return run_flow(config, store, until, rebuild)  # type: ignore[arg-type]
         finally:
             WATCHER.reset(token)
             signal.signal(signal.SIGTERM, handler)

@@ -218,6 +218,7 @@ def run(argv: list[str]) -> None:
 
     stage = Literal[stages.NAMES]  # type: ignore[valid-type]
     stage_or_none: Any = Literal[(*stages.NAMES, None)]  # type: ignore[valid-type]
+    runner: Any = Literal["threads", "processes", "dask", "ray", None]
     config, args = _parse(
         "run",
         argv,
@@ -225,6 +226,8 @@ def run(argv: list[str]) -> None:
             "store": _store_flag(),
             "until": _flag("Last stage to run.", "sample", stage),
             "rebuild": _flag("A stage to build again even though the store holds it.", None, stage_or_none),
+            "runner": _flag("Where shards are made; by default $NANODLM_RUNNER, else threads.", None, runner),
+            "workers": _flag("How many at a time; by default $NANODLM_WORKERS, else one a core.", None, int | None),
             "as_json": _json_flag(),
             "verbose": _flag("Show Prefect's own log."),
         },
@@ -256,7 +259,9 @@ def run(argv: list[str]) -> None:
         console.line("[dim]starting the local Prefect server[/dim]" if not os.environ.get("PREFECT_API_URL") else "")
         from flows.pipeline import run_pipeline
 
-        records = run_pipeline(config, args.store, args.until, args.rebuild, console, args.verbose)
+        records = run_pipeline(
+            config, args.store, args.until, args.rebuild, console, args.verbose, args.runner, args.workers
+        )
         artifacts = [store.open(record["uri"]) for record in records]
     by_stage = {artifact.stage: artifact for artifact in artifacts}
     console.finish(by_stage)

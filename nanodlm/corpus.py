@@ -232,6 +232,11 @@ def _read(data: DataConfig, files: list[str]) -> Iterator[pa.Array]:
             raise NanodlmError(f"cannot read {url} as {reader}: {' '.join(str(error).split())[:200]}") from error
 
 
+def parts(download: Artifact) -> list[str]:
+    """Names of a download's parts, in order; nothing is fetched."""
+    return sorted(file["path"] for file in download.files("part-"))
+
+
 def documents(part: Path) -> Iterator[str] | Iterator[list[int]]:
     """The documents of one part: texts, or lists of token ids."""
     with pq.ParquetFile(part) as file:

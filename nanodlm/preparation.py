@@ -172,48 +172,36 @@ def build_shards(
     Raises:
         NanodlmError: When there is not one whole row to train on.
     """
-    data, length = config.data, config.model.seq_len
+    length = config.model.seq_len
     encoding = tokenizer.load(inputs["tokenizer"].local())
-    split = json.loads((inputs["split"].local() / "split.json").read_text())
-    dtype = shards.dtype_for(encoding.n_vocab + 1)
-    parts = sorted(inputs["download"].local().glob("part-*.parquet"))
+    cut = _cut(inputs["split"])
+    parts = corpus.parts(inputs["download"])
     totals = {"train_rows": 0, "train_tokens": 0, "train_documents": 0, "dropped_tokens": 0, "dropped_documents": 0}
-    rows_per_shard: list[int] = []
-    first_key = "f" * 32
-    for i, part in enumerate(parts):
-        name = shards.name(i)
-        info = attempt.adopt(name)
-        if info is None:
-            kept, dropped, smallest = [], 0, "f" * 32
-            for document in corpus.documents(part):
-                key = document_key(document, data.split_seed)
-                if key > split["cut"]:
-                    kept.append(document)
-                    smallest = min(smallest, key)
-                else:
-                    dropped += key == split["cut"]
-            rows, left = _rows(encoding, kept, length, data.pretokenized)
-            shards.write(attempt.path / name, rows.astype(dtype))
-            info = {
-                "train_rows": len(rows),
-                "train_tokens": rows.size,
-                "train_documents": len(kept),
-                "dropped_tokens": left,
-                "dropped_documents": dropped,
-                "first_key": smallest,
-            }
-            attempt.finish(name, [name], **info)
+    infos: dict[int, dict[str, Any]] = {}
+
+    def done(index: int, info: dict[str, Any]) -> None:
+        infos[index] = info
+        emit("progress", done=len(infos), total=len(parts), unit="shards")
+
+    for i in range(len(parts)):
+        if info := attempt.adopt(shards.name(i)):
+            done(i, info)
+    missing = [i for i in range(len(parts)) if i not in infos]
+    if missing:
+        folder = inputs["download"].local(*(parts[i] for i in missing))
+        for i in missing:
+            done(i, _write_shard(config, encoding, cut, folder / parts[i], attempt, i, os.cpu_count() or 1))
+    for info in infos.values():
         for field in totals:
             totals[field] += info[field]
-        rows_per_shard.append(info["train_rows"])
-        first_key = min(first_key, info["first_key"])
-        emit("progress", done=i + 1, total=len(parts), unit="shards")
+    rows_per_shard = [infos[i]["train_rows"] for i in range(len(parts))]
+    first_key = min((info["first_key"] for info in infos.values()), default="f" * 32)
     if totals["train_rows"] == 0:
         raise NanodlmError(
             f"no training row: the documents left after the validation split have fewer than seq_len ({length}) "
             "tokens; add text, or lower --model.seq_len or --data.val_tokens"
         )
-    assert first_key > split["cut"], "a held-out document is among the training documents"
+    assert first_key > cut, "a held-out document is among the training documents"
     validation = np.load(inputs["split"].local() / "validation.npy", allow_pickle=False)
     val_rows = [validation[i : i + length] for i in range(0, len(validation), length)]
     shards.write(attempt.path / "validation.arrayrecord", val_rows)
@@ -225,19 +213,71 @@ def build_shards(
         "val_bytes": inputs["split"].metrics["val_bytes"],
         "seq_len": length,
         "n_vocab": encoding.n_vocab,
-        "dtype": np.dtype(dtype).name,
+        "dtype": np.dtype(shards.dtype_for(encoding.n_vocab + 1)).name,
         # Validation keys are at most the first of these, training keys at least the second: the sides are disjoint.
-        "largest_validation_key": split["cut"],
+        "largest_validation_key": cut,
         "smallest_training_key": first_key,
     }
 
 
-def _rows(encoding: tiktoken.Encoding, documents: list[Any], length: int, pretokenized: bool) -> tuple[np.ndarray, int]:
+def build_shard(config: Config, inputs: dict[str, Artifact], attempt: Attempt, index: int) -> dict[str, Any]:
+    """One shard of the shard stage, from its part of the corpus alone, as a finished part of the attempt.
+
+    It uses one thread: whoever makes one shard at a time makes several beside each other.
+
+    Args:
+        config: The run's configuration.
+        inputs: The stage's input artifacts; of the corpus only one part is fetched.
+        attempt: Any attempt at the stage; a later one adopts the shard from it.
+        index: Which part of the corpus, from 0.
+
+    Returns:
+        What the part was finished with.
+    """
+    encoding = tokenizer.load(inputs["tokenizer"].local())
+    part = inputs["download"].file(corpus.parts(inputs["download"])[index])
+    return _write_shard(config, encoding, _cut(inputs["split"]), part, attempt, index, threads=1)
+
+
+def _cut(split: Artifact) -> str:
+    """The largest key that is held out."""
+    return json.loads(split.file("split.json").read_text())["cut"]
+
+
+def _write_shard(
+    config: Config, encoding: tiktoken.Encoding, cut: str, part: Path, attempt: Attempt, index: int, threads: int
+) -> dict[str, Any]:
+    data, name = config.data, shards.name(index)
+    kept, dropped, smallest = [], 0, "f" * 32
+    for document in corpus.documents(part):
+        key = document_key(document, data.split_seed)
+        if key > cut:
+            kept.append(document)
+            smallest = min(smallest, key)
+        else:
+            dropped += key == cut
+    rows, left = _rows(encoding, kept, config.model.seq_len, data.pretokenized, threads)
+    shards.write(attempt.path / name, rows.astype(shards.dtype_for(encoding.n_vocab + 1)))
+    info = {
+        "train_rows": len(rows),
+        "train_tokens": rows.size,
+        "train_documents": len(kept),
+        "dropped_tokens": left,
+        "dropped_documents": dropped,
+        "first_key": smallest,
+    }
+    attempt.finish(name, [name], **info)
+    return info
+
+
+def _rows(
+    encoding: tiktoken.Encoding, documents: list[Any], length: int, pretokenized: bool, threads: int
+) -> tuple[np.ndarray, int]:
     """Rows (N, length), and the number of tokens left over."""
     if pretokenized:
         streams = [tokenise(encoding, ids) for ids in documents]
     else:
-        texts = encoding.encode_ordinary_batch(documents, num_threads=os.cpu_count() or 1)
+        texts = encoding.encode_ordinary_batch(documents, num_threads=threads)
         streams = [np.concatenate([np.array([*ids, encoding.eot_token]) for ids in texts])] if texts else []
     whole = [stream[: len(stream) // length * length].reshape(-1, length) for stream in streams]
     rows = np.concatenate(whole) if whole else np.empty((0, length), np.int64)

@@ -273,7 +273,7 @@ def _build(
     assert lookup.fingerprint is not None
     module, function = lookup.stage.build.split(":")
     afresh = rebuild and lookup.artifact is not None
-    with _room(store), store.attempt(lookup.stage.name, lookup.fingerprint, afresh=afresh) as attempt:
+    with room(store), store.attempt(lookup.stage.name, lookup.fingerprint, afresh=afresh) as attempt:
         metrics = getattr(import_module(module), function)(config, inputs, attempt, emit)
         # Beside the digests that are part of the identity, the fingerprints tell where the inputs lie.
         lineage = {n: {"digest": a.digest, "fingerprint": a.fingerprint} for n, a in inputs.items()}
@@ -287,7 +287,7 @@ def _build(
 
 
 @contextmanager
-def _room(store: Store) -> Iterator[None]:
+def room(store: Store) -> Iterator[None]:
     """Say in one line when a disk is full, whoever wrote to it."""
     try:
         yield

@@ -423,6 +423,21 @@ class Store(Storage):
 
     # Building
 
+    def finished(self, stage: str, fingerprint: str, since: str = "") -> dict[str, list[str]]:
+        """Names of the parts that attempts have finished, each with the attempts that did, newest first.
+
+        Args:
+            stage: The artifact's stage.
+            fingerprint: Its fingerprint.
+            since: Leave out attempts up to this one.
+        """
+        found: dict[str, list[str]] = {}
+        for relative in sorted(self.sizes(self.path(stage, fingerprint, "attempts")), reverse=True):
+            attempt, _, rest = relative.partition("/")
+            if since < attempt and rest.startswith("parts/") and rest.endswith(".json"):
+                found.setdefault(rest.removeprefix("parts/").removesuffix(".json"), []).append(attempt)
+        return found
+
     @contextlib.contextmanager
     def attempt(self, stage: str, fingerprint: str, *, afresh: bool = False) -> Iterator["Attempt"]:
         """A new attempt at an artifact. Any number may go on at once: the first to commit wins.
@@ -566,10 +581,11 @@ class Attempt:
             files: Files that will not change any more.
             **info: Anything JSON can hold that whoever adopts it will want to know.
         """
-        self._record(name, {"files": [_listed(self.path, file) for file in sorted(files)], "info": info})
+        names = sorted(files)
+        self._publish(names, lambda *_, **__: None)
+        self._record(name, {"files": [_listed(self.path, file) for file in names], "info": info})
 
     def _record(self, name: str, part: dict[str, Any]) -> None:
-        self._publish([file["path"] for file in part["files"]], lambda *_, **__: None)
         self.store.write_json(self._remote("parts", f"{name}.json"), sealed(part))
         self._parts[name] = part
 
@@ -597,17 +613,13 @@ class Attempt:
     @cached_property
     def earlier(self) -> dict[str, list[str]]:
         """Names of the parts that earlier attempts finished, each with the attempts that did, newest first."""
-        found: dict[str, list[str]] = {}
         since = ""
         if self.afresh:
             artifact = self.store.find(self.stage, self.fingerprint)
             since = artifact.manifest["attempt"] if artifact else self.id
-        attempts = self.store.path(self.stage, self.fingerprint, "attempts")
-        for relative in sorted(self.store.sizes(attempts), reverse=True):
-            attempt, _, rest = relative.partition("/")
-            if since < attempt != self.id and rest.startswith("parts/") and rest.endswith(".json"):
-                found.setdefault(rest.removeprefix("parts/").removesuffix(".json"), []).append(attempt)
-        return found
+        found = self.store.finished(self.stage, self.fingerprint, since)
+        others = {name: [attempt for attempt in attempts if attempt != self.id] for name, attempts in found.items()}
+        return {name: attempts for name, attempts in others.items() if attempts}
 
     def uri(self, name: str) -> str:
         """Address, in the store, of a file or folder of this attempt."""
@@ -624,7 +636,8 @@ class Attempt:
             The `info` it was finished with, or None: then build it.
         """
         for base, part in self._earlier_parts(name):
-            if all(self._copy(f"{base}/{_safe(file['path'])}", file) for file in part["files"]):
+            copy = self._link if self.store.is_local else self._copy
+            if copy(base, part["files"]):
                 self._record(name, part)
                 return part["info"]
             self._unlink(part)  # half a part must not be committed
@@ -647,26 +660,39 @@ class Attempt:
                     break
                 folder.rmdir()
 
-    def _copy(self, source: str, file: dict[str, Any]) -> bool:
-        target = self.path / file["path"]
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.unlink(missing_ok=True)
-        if self.store.is_local and not _within(Path(self.store.path(self.stage, self.fingerprint)), Path(source)):
-            return False
-        try:
-            if self.store.is_local:
+    def _link(self, base: str, files: list[dict[str, Any]]) -> bool:
+        """Take files of an earlier attempt on this disk over; whether all of them are whole."""
+        root = Path(self.store.path(self.stage, self.fingerprint))
+        for file in files:
+            source, target = Path(base, _safe(file["path"])), self.path / file["path"]
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.unlink(missing_ok=True)
+            if not _within(root, source):
+                return False
+            try:
                 os.link(source, target)  # finished files never change, so sharing them is safe
-            else:
-                self.store.get([(source, target)])
+            except FileNotFoundError:
+                return False
+            except OSError:
+                shutil.copyfile(source, target)
+            if not whole(target, file):
+                return False
+        return True
+
+    def _copy(self, base: str, files: list[dict[str, Any]]) -> bool:
+        """Take files of an earlier attempt in a bucket over; whether all of them are whole.
+
+        The server copies them, so nothing is sent. What is read and compared is the copies: that is what is committed.
+        """
+        copies = [(f"{base}/{_safe(file['path'])}", self._remote(file["path"])) for file in files]
+        try:
+            self.store.copy(copies)
+            self.store.get([(copy, self.path / file["path"]) for (_, copy), file in zip(copies, files, strict=True)])
+            if all(whole(self.path / file["path"], file) for file in files):
+                return True
         except FileNotFoundError:
-            return False
-        except OSError:
-            if not self.store.is_local:
-                raise
-            shutil.copyfile(source, target)
-        if whole(target, file):
-            return True
-        target.unlink()
+            pass
+        self.store.remove(*(copy for _, copy in copies))
         return False
 
     def commit(

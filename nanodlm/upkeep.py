@@ -271,12 +271,11 @@ def _abandoned(
 ) -> Iterator[tuple[str, int]]:
     """Attempts that nobody needs: relative path and size in bytes.
 
-    Kept are those that a manifest names, all attempts at what is `untouched`, and the newest with a finished part of
-    what has no manifest, from which a run would continue, with the one that has most of them where the newest was
-    ended before it had adopted them all, unless it was retired since, or is older than what is asked for.
+    Kept are those that a manifest names, all attempts at what is `untouched`, and those from which a run would continue
+    what has no manifest (see `_resumed`), unless it was retired since, or is older than what is asked for.
     """
     attempts: dict[str, list[Found]] = {}
-    finished: dict[tuple[str, str], dict[str, int]] = {}  # how many parts each attempt has, the oldest first
+    finished: dict[tuple[str, str], dict[str, set[str]]] = {}  # the parts of each attempt, the oldest first
     retired = {}
     for path, found in sorted(listed.items()):
         parts = path.split("/")
@@ -284,23 +283,44 @@ def _abandoned(
         if len(parts) > 4 and parts[2] == "attempts":
             attempts.setdefault("/".join(parts[:4]), []).append(found)
             if parts[4] == "parts":
-                counts = finished.setdefault(item, {})
-                counts[parts[3]] = counts.get(parts[3], 0) + 1
+                finished.setdefault(item, {}).setdefault(parts[3], set()).add("/".join(parts[5:]))
         elif parts[2:] == ["retired.json"]:
             retired[item] = found.changed
     retired |= dict.fromkeys(dropped, now)
+    changed = {attempt: max(found.changed for found in files) for attempt, files in attempts.items()}
+    resumed: set[str] = set()
+    for item, made in finished.items():
+        folder = "/".join((*item, "attempts"))
+        if item not in kept:
+            since = {n: of for n, of in made.items() if changed[f"{folder}/{n}"] > retired.get(item, 0.0)}
+            resumed |= {f"{folder}/{number}" for number in _resumed(item[0], since)}
     for attempt, files in attempts.items():
         stage, fingerprint, _, number = attempt.split("/")
         item = (stage, fingerprint)
         if item in untouched or kept.get(item) == number:
             continue
-        changed = max(found.changed for found in files)
-        counts = finished.get(item, {})
-        newest, fullest = max(counts, default=""), max(counts, key=lambda name: (counts[name], name), default="")
-        resumes = item not in kept and changed > retired.get(item, 0.0) and number in (newest, fullest)
-        age = now - max(changed, retired.get(item, 0.0))
-        if age > grace and not (resumes and (older_than is None or age <= older_than)):
+        age = now - max(changed[attempt], retired.get(item, 0.0))
+        if age > grace and not (attempt in resumed and (older_than is None or age <= older_than)):
             yield attempt, sum(found.size for found in files)
+
+
+def _resumed(stage: str, finished: dict[str, set[str]]) -> set[str]:
+    """Attempts from which a run would continue, of those that have finished parts.
+
+    The newest, and the one that has most parts, where the newest was ended before it had adopted them all. Parts that
+    go into the result, unlike checkpoints, are all needed: each is kept once, for every worker has its own attempt.
+    """
+    if not finished:
+        return set()
+    newest, fullest = max(finished), max(finished, key=lambda name: (len(finished[name]), name))
+    needed, there = {newest, fullest}, finished[newest] | finished[fullest]
+    volatile = stages.STAGES[stage].volatile if stage in stages.STAGES else ()
+    for attempt in sorted(finished, reverse=True):
+        lacking = {part for part in finished[attempt] - there if not part.startswith(volatile)}
+        if lacking:
+            needed.add(attempt)
+            there |= lacking
+    return needed
 
 
 def _uploads(

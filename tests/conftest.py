@@ -43,6 +43,13 @@ def private_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[N
 
 
 @pytest.fixture(scope="session")
+def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """Environment that names a Prefect server of the tests' own."""
+    with servers.ephemeral_prefect(tmp_path_factory.mktemp("prefect")) as environ:
+        yield environ
+
+
+@pytest.fixture(scope="session")
 def moto_server() -> Iterator[servers.Server]:
     with servers.moto() as server:
         yield server

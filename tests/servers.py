@@ -181,6 +181,34 @@ def fake_gcs() -> Iterator[Server]:
 
 
 @contextmanager
+def ephemeral_prefect(home: Path) -> Iterator[dict[str, str]]:
+    """The Prefect server of `nanodlm run`; yields the environment that names it."""
+    from flows.server import ephemeral_server
+
+    named = {"PREFECT_HOME": str(home), "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
+    with ExitStack() as stack:
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            for name, value in named.items():
+                monkeypatch.setenv(name, value)
+            url = stack.enter_context(ephemeral_server())
+        yield {"PREFECT_API_URL": url, **named}
+
+
+@contextmanager
+def dask(workers: int) -> Iterator[tuple[str, list[subprocess.Popen[bytes]]]]:
+    """A Dask scheduler and its workers, processes of one thread each; yields its address and the workers."""
+    (port,) = free_ports(1)
+    address = f"tcp://127.0.0.1:{port}"
+    scheduler = ["distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--port", str(port), "--no-dashboard"]
+    worker = ["distributed.cli.dask_worker", address, "--host", "127.0.0.1", "--no-dashboard", "--no-nanny"]
+    with ExitStack() as stack:
+        started = stack.enter_context(running([sys.executable, "-m", *scheduler]))
+        answers(started, lambda: socket.create_connection(("127.0.0.1", port), 1).close())
+        command = [sys.executable, "-m", *worker, "--nthreads", "1"]
+        yield address, [stack.enter_context(running(command)) for _ in range(workers)]
+
+
+@contextmanager
 def flaky(server: Server, fail: Callable[[str, str], str]) -> Iterator[Server]:
     """A server behind a wire that fails.
 

@@ -46,6 +46,7 @@ LAYERS = {
     "generation": {"checkpoint", "config", "errors", "losses", "model", "samplers", "store", "tokenizer"},
     "report": {"config", "store"},
     "stages": {"cache", "config", "corpus", "errors", "store"},
+    "fanout": {"config", "corpus", "preparation", "shards", "stages", "store"},
     "upkeep": {"config", "corpus", "errors", "stages", "storage", "store"},
     "costs": {"cache", "errors", "store"},
     "bench": {

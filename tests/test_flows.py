@@ -7,14 +7,12 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 
 import fsspec
 import pytest
 
 import flows
-from flows.server import ephemeral_server
 from nanodlm.stages import NAMES, STAGES
 from tests.commands import environment, nanodlm, result_of, started, statuses, tiny_flags
 
@@ -22,17 +20,9 @@ ALL_CACHED = dict.fromkeys(NAMES, "cached")
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+def server(prefect_server: dict[str, str]) -> dict[str, str]:
     """Environment that names a Prefect server of the tests' own."""
-    home = str(tmp_path_factory.mktemp("prefect"))
-    before = dict(os.environ)
-    os.environ.update(PREFECT_HOME=home, PREFECT_SERVER_ANALYTICS_ENABLED="false")
-    try:
-        with ephemeral_server() as url:
-            yield {"PREFECT_API_URL": url, "PREFECT_HOME": home}
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
+    return prefect_server
 
 
 @pytest.fixture(scope="module")

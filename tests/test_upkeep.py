@@ -771,3 +771,22 @@ def test_a_column_that_is_not_there_is_one_clear_line(
     _, error = said(capsys, "adopt", *at_hand, *config, "--data.column", "content", code=1)
     assert "hub-0.parquet has no column 'content' but ['text']: set --data.column" in error
     assert left(store) == []
+
+
+@pytest.mark.parametrize(("stage", "kept"), [("shard", 4), ("train", 2)])
+def test_of_a_stage_that_is_not_done_each_part_is_kept_once_and_of_a_training_only_what_a_run_would_continue(
+    stage: str, kept: int, store: Store
+) -> None:
+    for name in ("checkpoints/1", "checkpoints/2", "checkpoints/2", "checkpoints/3", "checkpoints/4"):
+        with store.attempt(stage, "f0") as attempt:
+            fill(attempt, {name: name.encode()})
+            attempt.finish(name, [name])
+    with store.attempt(stage, "f0") as attempt:
+        fill(attempt, {"checkpoints/1": b"1", "checkpoints/2": b"2"})
+        attempt.finish("checkpoints/1", ["checkpoints/1"])
+        attempt.finish("checkpoints/2", ["checkpoints/2"])
+    with store.attempt(stage, "f0") as attempt:
+        fill(attempt, {"checkpoints/5": b"5"})
+        attempt.finish("checkpoints/5", ["checkpoints/5"])
+    list(upkeep.collect(store, grace=-1.0))
+    assert len({path.split("/")[0] for path in store.files(store.path(stage, "f0", "attempts"))}) == kept
