@@ -2,9 +2,9 @@
 
     nanodlm launch owt-1b --target slurm --nodes 4 --gpus_per_node 8 --store /shared/store --dry-run
 
-The job runs the same `nanodlm train` as this machine would. Whoever waits for it looks into the store: the lease of what
-is being built tells how far it is, and the manifest that it is done. The scheduler is asked now and then, so that a
-job that failed or was cancelled is noticed. Nothing here imports JAX.
+The job runs the same `nanodlm train` as this machine would. Whoever waits for it looks into the store: the lease of
+what is being built tells how far it is, and the manifest that it is done. The scheduler is asked now and then, so that
+a job that failed or was cancelled is noticed. Nothing here imports JAX.
 """
 
 import json
@@ -86,7 +86,7 @@ class Launch(Group):
         if given:
             raise ValueError(f"target {self.target} has no use for {', '.join(sorted(given))}: leave that out")
         if self.time_limit and self.grace_seconds > 30 * self.time_limit:
-            raise ValueError(f"grace_seconds {self.grace_seconds} leaves little of time_limit {self.time_limit} minutes")
+            raise ValueError(f"grace_seconds {self.grace_seconds} leaves little of time_limit {self.time_limit}")
         if self.target == "k8s" and not self.image:
             raise ValueError("target k8s needs an image: build one from deploy/Dockerfile, push it, and name it")
         return self
@@ -130,9 +130,7 @@ def _command(stage: str, rebuild: bool) -> list[str]:
     return ["-m", "nanodlm", stage, *(["--rebuild"] if rebuild else [])]
 
 
-def slurm_script(
-    config: Config, store_url: str, launch: Launch, rebuild: bool = False, *, stage: str = "train"
-) -> str:
+def slurm_script(config: Config, store_url: str, launch: Launch, rebuild: bool = False, *, stage: str = "train") -> str:
     """A batch script for Slurm.
 
     One task for each GPU; they find each other by themselves (see `launch.join`). Before the time limit, when it is
@@ -331,7 +329,7 @@ class Job:
         return f" -n {self.namespace}" if self.namespace else ""
 
     def state(self) -> tuple[Literal["waiting", "done", "failed", "unknown"], str]:
-        """How it stands: `waiting` (queued or running), `done`, `failed` or, without an answer, `unknown`; and in words."""
+        """How it stands, and in words: `waiting` is queued or running, `unknown` is without an answer."""
         return self._slurm_state() if self.target == "slurm" else self._k8s_state()
 
     def _slurm_state(self) -> tuple[Literal["waiting", "done", "failed", "unknown"], str]:
@@ -435,7 +433,7 @@ def run_stage(
         emit: Called with the stage's events.
 
     Raises:
-        NanodlmError: When an input is not in the store, the scheduler refuses the job, or the job fails or is cancelled.
+        NanodlmError: When an input is not in the store, or the scheduler refuses the job, or it fails or is cancelled.
     """
     if launch.target == "process":
         here.run_stage(name, config, store_url, rebuild=rebuild, emit=emit)
@@ -460,9 +458,7 @@ class _Ended(NanodlmError):
     """The job ended without its artifact."""
 
 
-def _follow(
-    job: Job, store: Store, name: str, fingerprint: str, rebuild: bool, emit: Callable[..., None]
-) -> None:
+def _follow(job: Job, store: Store, name: str, fingerprint: str, rebuild: bool, emit: Callable[..., None]) -> None:
     """Emit what the job tells through the store, until its artifact is there."""
     shown: dict[str, Any] = {}
     asked, answered, done = time.monotonic(), time.monotonic(), 0.0

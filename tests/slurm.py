@@ -1,4 +1,4 @@
-"""A Slurm cluster of the tests' own: two nodes on loopback, all of whose processes end with the tests, however these end."""
+"""A Slurm cluster of the tests' own: two nodes on loopback, whose processes end with the tests, however these end."""
 
 import getpass
 import os
@@ -25,7 +25,7 @@ SlurmctldPort={ports[0]}
 SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge.sock,cred_expire=3
+AuthInfo=socket={folder}/munge.sock
 CredType=cred/munge
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool-%n
@@ -42,8 +42,8 @@ ReturnToService=2
 KillWait=60
 SlurmdParameters=config_overrides
 SchedulerParameters=sched_interval=1,batch_sched_delay=1
-NodeName=127.0.0.2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=2
-NodeName=127.0.0.3 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=2
+NodeName=127.0.0.2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=2 RealMemory=4000
+NodeName=127.0.0.3 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=2 RealMemory=4000
 PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
 START = """

@@ -60,8 +60,8 @@ LAYERS = {
     "planning": {"bench", "config", "errors", "launch", "sharding", "update"},
     "console": {"store"},
     "cli": {
-        "bench", "cache", "cluster", "config", "console", "corpus", "costs", "errors", "experiments", "launch", "metrics",
-        "planning", "stages", "store", "tokenizer", "upkeep",
+        "bench", "cache", "cluster", "config", "console", "corpus", "costs", "errors", "experiments", "launch",
+        "metrics", "planning", "stages", "store", "tokenizer", "upkeep",
     },
     "__init__": {"checkpoint", "config", "losses", "samplers", "schedules", "stages"},
     "__main__": {"cli"},

@@ -34,7 +34,7 @@ CONFIG = PRESETS["demo"].replace(
     train={"max_steps": 30, "warmup_steps": 2, "cooldown_steps": 4, "batch_size": 8},
     exp={"save_every": 10, "val_rows": 8},
 )
-NASTY = PRESETS["demo"].replace(sample={"prompt": "it's $(HOME) `id` $PATH \\ \"é\"\nCONFIG\n$$"})
+NASTY = PRESETS["demo"].replace(sample={"prompt": 'it\'s $(HOME) `id` $PATH \\ "é"\nCONFIG\n$$'})
 SLURM = Launch(target="slurm", nodes=2, gpus_per_node=0)
 GPUS = Launch(target="slurm", nodes=4, gpus_per_node=8, cpus_per_task=6, memory_gb=512, time_limit=600,
               partition="gpu,big", account="lab", grace_seconds=300)  # fmt: skip
@@ -283,9 +283,7 @@ def test_text_that_pods_would_not_see_is_refused() -> None:
         ([], 1, "train needs tokenizer and shard"),
     ],
 )
-def test_the_command_says_in_one_line_what_is_wrong(
-    tmp_path: Path, flags: list[str], code: int, message: str
-) -> None:
+def test_the_command_says_in_one_line_what_is_wrong(tmp_path: Path, flags: list[str], code: int, message: str) -> None:
     (tmp_path / "data" / "store").mkdir(parents=True)
     done = nanodlm("launch", "demo", *flags, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (code, "")
@@ -490,9 +488,7 @@ def test_two_slurm_nodes_train_what_one_process_does_and_tell_how_far_they_are(
     two_nodes: Path, alone: list[float]
 ) -> None:
     events: list[tuple[str, dict[str, Any]]] = []
-    cluster.run_stage(
-        "train", CONFIG, str(two_nodes), SLURM, emit=lambda kind, **fields: events.append((kind, fields))
-    )
+    cluster.run_stage("train", CONFIG, str(two_nodes), SLURM, emit=lambda kind, **fields: events.append((kind, fields)))
     np.testing.assert_allclose(losses(two_nodes), alone, rtol=2e-4)
     assert json.loads(next(two_nodes.glob("train/*/manifest.json")).read_text())["metrics"]["devices"] == 2
     said = [fields["text"] for kind, fields in events if kind == "message"]
@@ -516,7 +512,9 @@ def test_a_job_that_gets_slurms_signal_saves_goes_back_into_the_queue_and_ends_w
     assert f"squeue -j {job}" in done.stdout
     eventually(lambda: checkpoints(two_nodes))
     subprocess.run(["scancel", "--signal=TERM", job], check=True)  # as before the time limit: to its tasks
-    (manifest,) = eventually(lambda: list(two_nodes.glob("train/*/manifest.json")), 200)
+    eventually(lambda: " PD " in queue())
+    subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now"], check=True)  # it would wait two minutes
+    (manifest,) = eventually(lambda: list(two_nodes.glob("train/*/manifest.json")))
     output = Path(f"nanodlm-train-{job}.out").read_text()
     assert "a checkpoint is saved: run again to continue" in output
     assert json.loads(manifest.read_text())["metrics"]["resumed_from_update"] > 0
@@ -574,6 +572,8 @@ def test_slurm_itself_accepts_every_option_of_a_script(two_nodes: Path) -> None:
     assert done.returncode == 0, done.stderr
     for wrong in ("#SBATCH --no-such-option=1", "#SBATCH --nodes=many"):
         bad = script.replace("#SBATCH --requeue", wrong)
-        assert subprocess.run(["sbatch", "--test-only"], input=bad, capture_output=True, text=True, check=False).returncode
+        assert subprocess.run(
+            ["sbatch", "--test-only"], input=bad, capture_output=True, text=True, check=False
+        ).returncode
     help_ = subprocess.run(["sbatch", "--help"], capture_output=True, text=True, check=True).stdout
     assert all(f"--{option}" in help_ for option in options(slurm_script(CONFIG, str(two_nodes), GPUS)))
