@@ -147,11 +147,8 @@ def slurm_script(config: Config, store_url: str, launch: Launch, rebuild: bool =
     Raises:
         UsageError: When the hosts would not all see the store.
 
-    >>> print(slurm_script(Config(), "/shared/store", Launch(target="slurm", nodes=2, gpus_per_node=8))[:81])
-    #!/usr/bin/env bash
-    #SBATCH --job-name=nanodlm-train
-    #SBATCH --nodes=2
-    #SBATCH --nt
+    >>> slurm_script(Config(), "/shared/store", Launch(target="slurm", nodes=2, gpus_per_node=8)).splitlines()[2:4]
+    ['#SBATCH --nodes=2', '#SBATCH --ntasks-per-node=8']
     """
     place, nodes = _place(stage, store_url, launch), _nodes(stage, launch)
     tasks = max(1, launch.gpus_per_node) if stage == "train" else 1

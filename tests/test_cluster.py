@@ -1,11 +1,13 @@
 """Stages on other machines: scripts and manifests by their schemas, and trainings on a real Slurm cluster."""
 
+import contextlib
 import json
 import os
 import re
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -560,6 +562,33 @@ def test_a_job_that_fails_or_is_cancelled_is_one_line_that_says_why(two_nodes: P
     subprocess.run(["scancel", job], check=True)
     waiting.join(120)
     assert f"slurm job {job} did not finish: it is CANCELLED" in ended[0]
+
+
+@pytest.mark.slow
+def test_a_cluster_ends_with_the_tests_that_started_it_even_when_they_are_killed() -> None:
+    code = """
+import time
+from tests.slurm import slurm
+with slurm() as environ:
+    print(environ["SLURM_CONF"], flush=True)
+    time.sleep(600)
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as tests:
+        assert tests.stdout
+        folder = Path(tests.stdout.readline().strip()).parent
+        assert len(processes(folder)) >= 4
+        tests.kill()
+    eventually(lambda: not processes(folder), 30)
+    shutil.rmtree(folder)
+
+
+def processes(folder: Path) -> list[str]:
+    """Command lines that name a folder (Linux)."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            found.append(path.read_bytes().replace(b"\0", b" ").decode(errors="replace"))
+    return [line for line in found if str(folder) in line]
 
 
 @pytest.mark.slow
