@@ -261,7 +261,7 @@ def test_a_launch_that_makes_no_sense_is_refused(fields: dict[str, Any], message
         (BUCKET, "data/store", "name a volume that pods share"),
         (PODS, "data/store", "is mounted at /store"),
         (PODS, "s3://bucket/store", "several hosts save one checkpoint together"),
-        (SLURM, "gs://bucket/store", "several hosts save one checkpoint together"),
+        (SLURM, "s3://bucket/store", "several hosts save one checkpoint together"),
         (SLURM, "memory://x", "in memory is seen by no other process"),
     ],
 )
