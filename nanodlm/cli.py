@@ -27,6 +27,7 @@ COMMANDS = {
     "train": "the train stage alone, without Prefect",
     "evaluate": "the evaluate stage alone",
     "sample": "the sample stage alone",
+    "launch": "train on a cluster: a Slurm job or a Kubernetes JobSet",
     "bench": "measure: bench train, sample, loader, store, flow, variance, race or ablation",
     "ls": "list the store's artifacts",
     "show": "one artifact: where it came from, what it holds",
@@ -408,6 +409,65 @@ def evaluate(argv: list[str]) -> None:
 def sample(argv: list[str]) -> None:
     """The sample stage alone."""
     _one_stage("sample", argv)
+
+
+def launch(argv: list[str]) -> None:
+    """Train, evaluate or sample on a cluster."""
+    from pydantic import ValidationError
+
+    from nanodlm import cluster, stages
+    from nanodlm.config import explain as explained
+    from nanodlm.console import Console
+    from nanodlm.store import Store
+
+    where: dict[str, Any] = {
+        name: (field.annotation, field) for name, field in cluster.Launch.model_fields.items() if name != "target"
+    }
+    config, args = _parse(
+        "launch",
+        argv,
+        {
+            "target": _flag("A Slurm job or a Kubernetes JobSet.", "slurm", Literal["slurm", "k8s"]),
+            **where,
+            "stage": _flag("What to do there.", "train", Literal["train", "evaluate", "sample"]),
+            "store": _store_flag(),
+            "rebuild": _flag("Build again even though the store holds it."),
+            "dry_run": _flag("Print the batch script or the manifest, and do nothing."),
+            "wait": _flag("Show how it goes, until it is done; interrupted, the job is cancelled."),
+        },
+        configured=True,
+    )
+    assert config is not None
+    try:
+        to = cluster.Launch(**{name: getattr(args, name) for name in cluster.Launch.model_fields})
+    except ValidationError as error:
+        raise UsageError(explained(error)) from None
+    if args.dry_run and to.target == "slurm":
+        print(cluster.slurm_script(config, args.store, to, args.rebuild, stage=args.stage), end="")
+        return
+    if args.dry_run:
+        import yaml
+
+        manifest = cluster.jobset(config, args.store, to, args.rebuild, stage=args.stage)
+        print(yaml.safe_dump(manifest, sort_keys=False, width=1000), end="")
+        return
+    store, console = Store(args.store), Console(sys.stdout)
+    if args.wait:
+        console.start(args.stage)
+        began = time.monotonic()
+        try:
+            cluster.run_stage(args.stage, config, args.store, to, rebuild=args.rebuild, emit=console.emit)
+        finally:
+            console.end()
+        artifact = stages.ready(args.stage, config, store)[0].artifact
+        assert artifact is not None
+        console.done(artifact, stages.record(artifact, "built", time.monotonic() - began))
+        console.text(artifact.uri)
+        return
+    if not store.is_local or Path(store.root).is_dir():  # else it is a disk that only the cluster has
+        stages.ready(args.stage, config, store, rebuild=args.rebuild)
+    job = cluster.submit(args.stage, config, args.store, to, rebuild=args.rebuild)
+    print(f"{job.name} is submitted: `{job.hint}` shows how it stands, `nanodlm ls --store {store.uri()}` what is done")
 
 
 BENCHES = {

@@ -488,7 +488,7 @@ PRESETS: dict[str, Config] = {
 
 
 def load_config(name: str) -> Config:
-    """Look up a preset, or read a `config.json` that a run has written.
+    """Look up a preset, or read a `config.json` that a run has written, or JSON that is given instead of its path.
 
     Raises:
         UsageError: When there is neither.
@@ -498,14 +498,19 @@ def load_config(name: str) -> Config:
     """
     if name in PRESETS:
         return PRESETS[name]
-    if not name.endswith(".json"):
+    if name.startswith("{"):
+        text, name = name, "the configuration"
+    elif not name.endswith(".json"):
         raise UsageError(
             f"unknown preset {name!r}: choose {' or '.join(PRESETS)}, or name a config.json that a run has written"
         )
+    else:
+        try:
+            text = Path(name).read_text()
+        except OSError as error:
+            raise UsageError(f"cannot read config {name}: {error.strerror or error}") from error
     try:
-        return Config.model_validate(json.loads(Path(name).read_text()))
-    except OSError as error:
-        raise UsageError(f"cannot read config {name}: {error.strerror or error}") from error
+        return Config.model_validate(json.loads(text))
     except ValueError as error:
         raise UsageError(f"{name} is not a valid config: {explain(error)}") from error
 

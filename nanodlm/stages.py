@@ -259,10 +259,16 @@ def run(
         return artifact, record(artifact, "built", time.monotonic() - started)
     if artifact is None or rebuild:
         reads = {input_: found.fingerprint for input_, found in inputs.items()}
-        with store.lease(name, lookup.fingerprint, lambda text: emit("message", text=text), reads):
+        with store.lease(name, lookup.fingerprint, lambda text: emit("message", text=text), reads) as mine:
+
+            def publish(kind: str, **fields: Any) -> None:
+                mine["events"] = {**mine["events"], kind: fields}  # whoever waits elsewhere reads the lease
+                emit(kind, **fields)
+
+            store.emit = publish
             artifact = None if rebuild else store.find(name, lookup.fingerprint)  # another run may have been quicker
             if artifact is None:
-                artifact, status = _build(lookup, config, store, inputs, rebuild, emit), "built"
+                artifact, status = _build(lookup, config, store, inputs, rebuild, publish), "built"
     return artifact, record(artifact, status, time.monotonic() - started)
 
 

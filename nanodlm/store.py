@@ -4,7 +4,8 @@
       manifest.json        the only commit point: written last, created once
       attempts/{id}/...    the files of one attempt; another attempt never writes there
       attempts/{id}/parts/{name}.json   a finished part (a shard, a checkpoint): its files and their sha256
-      lease.json           tells a second run to wait; nothing's correctness depends on it
+      lease.json           tells a second run to wait, and others how far the first is; nothing's correctness
+                           depends on it
 
 An artifact exists when its manifest does. A killed attempt leaves finished parts, which the next attempt
 adopts after checking their sha256. Readers call `Artifact.local()`, which checks every file first.
@@ -481,14 +482,15 @@ class Store(Storage):
             inputs: Fingerprints, by stage, of what is read meanwhile, which a collection then keeps.
 
         Yields:
-            What the lease says of this holder.
+            What the lease says of this holder. What it puts under `events` is there for others to read from the next
+            beat on; see `events`.
 
         Raises:
             NanodlmError: When the store cannot be written.
         """
         path = self.path(stage, fingerprint, "lease.json")
         mine: dict[str, Any] = {"holder": secrets.token_hex(8), "host": socket.gethostname(), "pid": os.getpid()}
-        mine["inputs"] = inputs or {}
+        mine |= {"inputs": inputs or {}, "events": {}}
         try:  # before any work, so that a store that cannot be written says so at once
             while not self.write_json(path, {**mine, "beat": 0}, create_only=True):
                 if not self._wait_for_lease(path, notify):
@@ -520,6 +522,11 @@ class Store(Storage):
             with briefly(BEAT_PATIENCE), contextlib.suppress(OSError, NanodlmError):  # nobody waits for this to end
                 if self._holder(path) == mine["holder"]:
                     self.remove(path)
+
+    def events(self, stage: str, fingerprint: str) -> dict[str, dict[str, Any]]:
+        """The latest events, by kind, of whoever is building an artifact, as its lease tells; empty where nobody is."""
+        held = self.read_json(self.path(stage, fingerprint, "lease.json"))
+        return (held.get("events") or {}) if isinstance(held, dict) else {}
 
     def _holder(self, path: str) -> str | None:
         held = self.read_json(path)

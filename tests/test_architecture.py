@@ -57,11 +57,12 @@ LAYERS = {
         "stages", "store", "tokenizer", "update",
     },
     "launch": {"config", "errors"},
+    "cluster": {"config", "errors", "launch", "stages", "storage", "store"},
     "planning": {"bench", "config", "errors", "launch", "sharding", "update"},
     "console": {"store"},
     "cli": {
-        "bench", "cache", "config", "console", "corpus", "costs", "errors", "experiments", "launch", "metrics",
-        "planning", "stages", "store", "tokenizer", "upkeep",
+        "bench", "cache", "cluster", "config", "console", "corpus", "costs", "errors", "experiments", "launch",
+        "metrics", "planning", "stages", "store", "tokenizer", "upkeep",
     },
     "__init__": {"checkpoint", "config", "losses", "samplers", "schedules", "stages"},
     "__main__": {"cli"},
@@ -119,7 +120,7 @@ def test_the_public_api_is_exactly_what_it_lists() -> None:
 
 def test_what_runs_beside_the_orchestrator_does_not_load_jax() -> None:
     modules = ", ".join(
-        f"nanodlm.{m}" for m in ("cli", "config", "stages", "corpus", "preparation", "report", "planning")
+        f"nanodlm.{m}" for m in ("cli", "cluster", "config", "stages", "corpus", "preparation", "report", "planning")
     )
     code = f"import sys, {modules}; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
