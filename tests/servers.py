@@ -108,7 +108,10 @@ def moto() -> Iterator[Server]:
 
 @contextmanager
 def seaweedfs() -> Iterator[Server]:
-    """A SeaweedFS server: S3 that checks credentials, its data in a fresh folder."""
+    """A SeaweedFS server: S3 that checks credentials, its data in a fresh folder.
+
+    The keys `nanodlm-builder` and `nanodlm-reader` may use one bucket only, and the latter may not write.
+    """
     names = ("master", "master.grpc", "volume", "volume.grpc", "filer", "filer.grpc", "s3", "s3.grpc")
     ports: dict[str, int] = dict(zip(names, free_ports(len(names)), strict=True))
     endpoint = f"http://127.0.0.1:{ports['s3']}"
@@ -120,7 +123,15 @@ def seaweedfs() -> Iterator[Server]:
             "credentials": [{"accessKey": KEY, "secretKey": SECRET}],
             "actions": ["Admin", "Read", "Write", "List", "Tagging"],
         }
-        (folder / "s3.json").write_text(json.dumps({"identities": [tester]}))
+        limited = [
+            {
+                "name": name,
+                "credentials": [{"accessKey": f"nanodlm-{name}", "secretKey": SECRET}],
+                "actions": [f"{action}:{BUCKET}" for action in may],
+            }
+            for name, may in (("builder", ("Read", "Write", "List")), ("reader", ("Read", "List")))
+        ]
+        (folder / "s3.json").write_text(json.dumps({"identities": [tester, *limited]}))
         command = [
             str(Path(sys.executable).with_name("weed")),
             "server",

@@ -12,12 +12,14 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.concurrency.sync import concurrency
+from prefect.events.actions import CallWebhook
 from prefect.events.schemas.automations import AutomationCore
-from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
+from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, PREFECT_UI_URL, temporary_settings
 
 import nanodlm
 from flows import automations
@@ -245,6 +247,13 @@ def test_the_command_prints_what_it_does_and_never_the_address(server: dict[str,
     assert {row["action"] for row in json.loads(said[2].stdout)["automated"]} == {"keep"}
     assert "would remove limit      gpu" in said[3].stdout
     assert "planted" not in "".join(done.stdout + done.stderr for done in said)
+
+
+def test_links_lead_where_the_pages_are_reached() -> None:
+    with temporary_settings({PREFECT_UI_URL: "https://prefect.example.org"}):
+        (action,) = automations.notification("n", ["FAILED"], uuid4()).actions
+    assert isinstance(action, CallWebhook)
+    assert '"https://prefect.example.org/runs/flow-run/" ~ flow_run.id' in action.payload
 
 
 # Refusing

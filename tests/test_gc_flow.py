@@ -110,6 +110,7 @@ def test_the_run_is_named_logged_and_stops_at_what_it_cannot_read(client: SyncPr
     runs = {run.name: run for run in client.read_flow_runs() if run.tags == ["nanodlm"]}
     assert (runs["gc-dry-run"].state_name, runs["gc"].state_name) == ("Completed", "Failed")
     assert "planted" not in str(runs["gc"].state)
+    assert "planted" in str(runs["gc"].parameters)  # which the server had recorded by then, as OPERATIONS.md warns
     deadline = time.monotonic() + 30
     while len(logs := _logged(client, runs["gc-dry-run"].id)) < 4:
         assert time.monotonic() < deadline

@@ -19,7 +19,7 @@ from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary
 from prefect.states import Completed
 
 from tests import servers
-from tests.commands import nanodlm, result_of, tiny_flags
+from tests.commands import nanodlm, result_of, speeches, tiny_flags
 from tests.test_automations import CALLS, ENDS, flows_run, receiver, until
 from tests.test_secrets import below, written_forms
 
@@ -54,12 +54,13 @@ def answer(url: str, method: str = "GET", auth: str = "", **headers: str) -> int
 
 def test_a_server_with_authentication_answers_nobody_else(server: dict[str, str]) -> None:
     url = server["PREFECT_API_URL"]
-    assert answer(f"{url}/health") == 200  # which says nothing but that it is there
-    for path in ("/admin/settings", "/admin/version", "/flow_runs/count"):
-        method = "POST" if path.endswith("count") else "GET"
-        assert answer(url + path, method) == 401
-        assert answer(url + path, method, auth="operator:wrong") == 401
+    assert answer(f"{url}/health") == answer(f"{url}/ready") == 200  # which say nothing but that it is there
+    assert answer(url.removesuffix("/api")) == 200  # the pages, which are empty without the API
+    for path in ("/admin/settings", "/admin/version", "/automations/count", "/block_types/slug/webhook"):
+        assert answer(url + path) == 401
+        assert answer(url + path, auth="operator:wrong") == 401
     assert answer(f"{url}/admin/version", auth=AUTH) == 200
+    assert answer(f"{url}/flow_runs/count", "POST") in (401, 403)
 
 
 def test_a_request_that_another_site_could_forge_is_refused(server: dict[str, str]) -> None:
@@ -94,6 +95,26 @@ def test_a_run_with_the_password_in_its_environment_works_and_writes_it_nowhere(
     assert any(b"prefect.db" in text for text in kept)
     for secret in (AUTH, AUTH.partition(":")[2], "a:bad-one"):
         assert not any(form in text for form in written_forms(secret) for text in (*texts, *kept))
+
+
+@pytest.mark.slow
+def test_a_key_for_one_bucket_is_enough_to_build_and_one_that_only_reads_to_use_what_is_there(
+    seaweedfs_server: servers.Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    seaweedfs_server.enter(monkeypatch)
+    store = f"{seaweedfs_server.store}/least-privilege"
+    builder, reader = ({"AWS_ACCESS_KEY_ID": f"nanodlm-{name}"} for name in ("builder", "reader"))
+    made = nanodlm("adopt", *speeches(2), "--store", store, "--json", **builder)
+    assert result_of(made)["adopted"]
+    assert nanodlm("gc", "--store", store, "--keep-last", "1", "--grace", "0s", **builder).returncode == 0
+    assert nanodlm("verify", "--store", store, "--deep", **reader).stdout.startswith("ok ")
+    for words, key in (
+        (["adopt", *speeches(3), "--store", store, "--data.part_mb", "3"], reader),
+        (["adopt", *speeches(3), "--store", "s3://another-bucket/x"], builder),
+    ):
+        refused = nanodlm(*words, **key)
+        assert (refused.returncode, len(refused.stderr.strip().splitlines())) == (1, 1), refused.stderr
+        assert "refuses access" in refused.stderr
 
 
 @pytest.mark.slow
