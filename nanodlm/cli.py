@@ -35,7 +35,7 @@ COMMANDS = {
     "gc": "remove what abandoned attempts left behind, and old results",
     "copy": "copy artifacts to another store",
     "adopt": "take files at hand for a configuration's download",
-    "automate": "on a Prefect server: end lost runs, notify a webhook, take GPUs in turn",
+    "automate": "have the server of flows end lost runs, notify a webhook, let trainings take turns",
     "doctor": "check this machine and the store",
 }
 HELP = f"""usage: nanodlm COMMAND [PRESET] [--store URL] [flags]
