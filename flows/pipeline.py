@@ -10,9 +10,9 @@ import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from prefect import flow, task
+from prefect import flow, tags, task
 from prefect.cache_policies import NO_CACHE
 from prefect.concurrency.asyncio import ConcurrencySlotAcquisitionError
 from prefect.concurrency.sync import concurrency
@@ -21,20 +21,20 @@ from prefect.runtime import flow_run
 from prefect.settings import get_current_settings
 from prefect.states import Completed
 from prefect.utilities.annotations import quote
-from pydantic import AfterValidator, Field
 
+from flows.automations import TAG
 from flows.reporting import Pages, Watcher
 from flows.sharding import shard_in_parallel, task_runner, worth_retrying
-from nanodlm import launch, stages
-from nanodlm.config import PRESETS, Config, refuse_secrets
+from nanodlm import cluster, launch, stages
+from nanodlm.cluster import Launch
+from nanodlm.config import PRESETS, Config, StoreUrl
 from nanodlm.errors import NanodlmError, Stopped
 from nanodlm.stages import STAGES
 from nanodlm.store import Artifact, Store, fingerprint_of
 
 StageName = Literal["download", "tokenizer", "split", "shard", "train", "evaluate", "sample"]
 DataStageName = Literal["download", "tokenizer", "split", "shard"]
-# The pattern keeps credentials out of the server, which stores parameters before any flow could refuse them.
-StoreUrl = Annotated[str, Field(pattern=r"^[^@?*\[\]]*$"), AfterValidator(refuse_secrets)]
+HERE = Launch()
 WATCHER: ContextVar[Watcher | None] = ContextVar("watcher", default=None)
 
 
@@ -54,6 +54,7 @@ def run_stage(
     build: bool = True,
     rebuild: bool = False,
     gpu_limit: str | None = None,
+    on: Launch | None = None,
 ) -> Any:
     """Build one stage, in a process of its own if it uses JAX; or find it, and end as `Cached`.
 
@@ -65,6 +66,7 @@ def run_stage(
         build: Whether to build it when the store lacks it, or to fail.
         rebuild: Whether to build it even though the store holds it.
         gpu_limit: Name of a concurrency limit to hold while a stage that uses JAX is built.
+        on: The cluster that trains; by default a process of this machine does.
 
     Returns:
         The artifact, and its record as `nanodlm.stages.run` gives it.
@@ -84,7 +86,10 @@ def run_stage(
     try:
         if lookup.stage.own_process:
             with _gpu(gpu_limit):
-                launch.run_stage(name, config, store_url, rebuild=rebuild, emit=watcher.emit)
+                if on and on.target != "process" and name == "train":
+                    cluster.run_stage(name, config, store_url, on, rebuild=rebuild, emit=watcher.emit)
+                else:
+                    launch.run_stage(name, config, store_url, rebuild=rebuild, emit=watcher.emit)
             assert lookup.fingerprint is not None
             artifact = store.find(name, lookup.fingerprint)
             if artifact is None:
@@ -131,6 +136,7 @@ def _run(
     build: Collection[str],
     rebuild: str | None = None,
     gpu_limit: str | None = None,
+    on: Launch | None = None,
 ) -> list[dict[str, Any]]:
     """Go through stages in order; those not to be built must be there."""
     found: dict[str, Artifact] = {}
@@ -149,6 +155,7 @@ def _run(
             build=name in build,
             rebuild=name == rebuild,
             gpu_limit=gpu_limit,
+            on=on,
             return_state=True,
         )
         found[name], record = state.result()
@@ -169,14 +176,16 @@ def _shard_in_parallel(config: Config, store_url: str, inputs: dict[str, Artifac
         watcher.end()
 
 
-def _alone(name: str, config: Config, store: str | None, rebuild: bool, gpu_limit: str | None) -> list[dict[str, Any]]:
+def _alone(
+    name: str, config: Config, store: str | None, rebuild: bool, gpu_limit: str | None, on: Launch | None = None
+) -> list[dict[str, Any]]:
     """One stage, after a look at all it is made from."""
     needed = {name}
     for earlier in reversed(stages.until(name)):
         if earlier in needed:
             needed |= set(STAGES[earlier].inputs(config))
     names = [earlier for earlier in stages.until(name) if earlier in needed]
-    return _run(names, config, store, (name,), name if rebuild else None, gpu_limit)
+    return _run(names, config, store, (name,), name if rebuild else None, gpu_limit, on)
 
 
 @flow(flow_run_name=_run_name, persist_result=False, task_runner=task_runner())
@@ -186,6 +195,7 @@ def pipeline(
     until: StageName = "sample",
     rebuild: StageName | None = None,
     gpu_limit: str | None = None,
+    train_on: Launch = HERE,
 ) -> list[dict[str, Any]]:
     """Text to samples: build what the store lacks, stage by stage, and the report at the end.
 
@@ -196,11 +206,12 @@ def pipeline(
         until: The last stage to run.
         rebuild: A stage to build even though the store holds it.
         gpu_limit: Name of the concurrency limit to hold while a stage trains, evaluates or samples; it must exist.
+        train_on: Where to train: in a process of the worker, or as a job of a Slurm or Kubernetes cluster.
 
     Returns:
         For each stage `stage`, `status` (built or cached), `uri`, `fingerprint` and `seconds`.
     """
-    return _run(stages.until(until), config, store, STAGES, rebuild, gpu_limit)
+    return _run(stages.until(until), config, store, STAGES, rebuild, gpu_limit, train_on)
 
 
 @flow(flow_run_name=_run_name, persist_result=False, task_runner=task_runner())
@@ -226,6 +237,7 @@ def train(
     store: StoreUrl | None = None,
     rebuild: bool = False,
     gpu_limit: str | None = None,
+    train_on: Launch = HERE,
 ) -> list[dict[str, Any]]:
     """The train stage alone: it goes on from its last checkpoint. The shards must be there.
 
@@ -234,11 +246,12 @@ def train(
         store: As in `pipeline`.
         rebuild: Train even though the store holds the result.
         gpu_limit: As in `pipeline`.
+        train_on: As in `pipeline`.
 
     Returns:
         As `pipeline` does.
     """
-    return _alone("train", config, store, rebuild, gpu_limit)
+    return _alone("train", config, store, rebuild, gpu_limit, train_on)
 
 
 @flow(flow_run_name=_run_name, persist_result=False)
@@ -310,7 +323,7 @@ def run_pipeline(
     def run() -> list[dict[str, Any]]:
         token, handler = WATCHER.set(watcher), signal.signal(signal.SIGTERM, stop)
         try:
-            with temporary_settings({PREFECT_LOGGING_LEVEL: "INFO" if verbose else "CRITICAL"}):
+            with temporary_settings({PREFECT_LOGGING_LEVEL: "INFO" if verbose else "CRITICAL"}), tags(TAG):
                 return run_flow(config, store, until, rebuild)  # type: ignore[arg-type]
         finally:
             WATCHER.reset(token)
@@ -323,4 +336,5 @@ def run_pipeline(
 
 
 if __name__ == "__main__":
-    pipeline()
+    with tags(TAG):
+        pipeline()

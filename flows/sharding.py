@@ -19,6 +19,7 @@ from prefect.logging import get_run_logger
 from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner, ThreadPoolTaskRunner
 from prefect.tasks import exponential_backoff
 
+from flows.automations import as_part
 from nanodlm import fanout
 from nanodlm.config import Config
 from nanodlm.errors import NanodlmError, Unreachable, UsageError
@@ -103,7 +104,8 @@ def shard_in_parallel(
         flow_ = build_shards.with_options(task_runner=parent.task_runner.duplicate())
         token = _EMIT.set(emit)
         try:
-            return flow_(work.missing, config, store.uri(), work.inputs)  # an absolute path, for other machines
+            with as_part():
+                return flow_(work.missing, config, store.uri(), work.inputs)  # an absolute path, for other machines
         except OSError as error:
             raise NanodlmError(
                 f"the workers that make shards cannot be reached: {' '.join(str(error).split())[:200]}; check "

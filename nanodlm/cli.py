@@ -36,6 +36,7 @@ COMMANDS = {
     "gc": "remove what abandoned attempts left behind, and old results",
     "copy": "copy artifacts to another store",
     "adopt": "take files at hand for a configuration's download",
+    "automate": "have the server of flows end lost runs, notify a webhook, let trainings take turns",
     "doctor": "check this machine and the store",
 }
 HELP = f"""usage: nanodlm COMMAND [PRESET] [--store URL] [flags]
@@ -270,8 +271,8 @@ def run(argv: list[str]) -> None:
         _print_json(_result(records, by_stage))
 
 
-def _quiet_prefect(verbose: bool) -> None:
-    """Say, before Prefect is imported, that it phones nobody, starts no server of its own, and how much it logs."""
+def _quiet_prefect(verbose: bool = False) -> None:
+    """Before Prefect is imported: let it report nothing home, start no server by itself, and log what is asked for."""
     for name in ("PREFECT_SERVER_ANALYTICS_ENABLED", "PREFECT_SERVER_EPHEMERAL_ENABLED"):
         os.environ.setdefault(name, "false")
     os.environ.setdefault("DO_NOT_TRACK", "1")
@@ -577,7 +578,7 @@ def _bench_store(argv: list[str]) -> None:
 
 
 def _bench_flow(argv: list[str]) -> None:
-    _quiet_prefect(verbose=False)
+    _quiet_prefect()
     from flows.overhead import measure
 
     fields = {"repeats": _flag("Runs of each kind.", 3, int)}
@@ -715,7 +716,7 @@ def ls(argv: list[str]) -> None:
         total += size
         if not args.as_json:
             lineage = " ".join(f"{name} {made[:12]}" for name, made in made_from.items())
-            print(f"{stage:<10} {_ago(upkeep.age(artifact)):>4} {_size(size):>10}  {artifact.uri}")
+            print(f"{stage:<10} {_ago(upkeep.age(artifact)):>4} {upkeep.size(size):>10}  {artifact.uri}")
             if lineage:
                 print(f"{'':<28}from {lineage}")
     if args.as_json:
@@ -723,7 +724,7 @@ def ls(argv: list[str]) -> None:
     elif not rows:
         print(f"no artifacts in {store.uri()}")
     else:
-        print(f"{_count(len(rows), 'artifact')}, {_size(total)}, in {store.uri()}")
+        print(f"{_count(len(rows), 'artifact')}, {upkeep.size(total)}, in {store.uri()}")
 
 
 def _in_order(store: "Store") -> list[tuple[str, str]]:
@@ -732,13 +733,6 @@ def _in_order(store: "Store") -> list[tuple[str, str]]:
 
     order = list(stages.STAGES)
     return sorted(store, key=lambda item: order.index(item[0]) if item[0] in order else len(order))
-
-
-def _size(count: int) -> str:
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:.2f} {unit}"
-    return f"{count} B"
 
 
 def _count(number: int, noun: str) -> str:
@@ -750,14 +744,6 @@ def _ago(seconds: float) -> str:
         if seconds >= length:
             return f"{seconds / length:.0f}{unit}"
     return f"{max(seconds, 0):.0f}s"
-
-
-def _seconds(text: str) -> float:
-    """Of an age such as 30d, 12h, 15m or 90s."""
-    units = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-    if not re.fullmatch(r"[0-9]+(\.[0-9]+)?[smhd]", text):
-        raise UsageError(f"{text!r} is no age: give a number and s, m, h or d, such as 30d")
-    return float(text[:-1]) * units[text[-1]]
 
 
 def show(argv: list[str]) -> None:
@@ -772,7 +758,7 @@ def show(argv: list[str]) -> None:
     m = artifact.manifest
     size = sum(file["size"] for file in m["files"])
     print(f"{artifact.uri}\nmade    {m['created']} ({_ago(upkeep.age(artifact))} ago) in {m['seconds']} s")
-    print(f"size    {_size(size)} in {_count(len(m['files']), 'file')}\ndigest  {m['digest']}")
+    print(f"size    {upkeep.size(size)} in {_count(len(m['files']), 'file')}\ndigest  {m['digest']}")
     print("\nlineage")
     for name, fingerprint in upkeep.chain(artifact.store, artifact.stage, artifact.fingerprint)[:-1]:
         there = "" if artifact.store.find(name, fingerprint) else "  (not there any more)"
@@ -906,7 +892,7 @@ def copy(argv: list[str]) -> None:
     if args.as_json:
         _print_json({"artifacts": rows})
     else:
-        print(f"{_count(len(rows), 'artifact')} there; {_size(sent)} copied, each file compared with its sha256")
+        print(f"{_count(len(rows), 'artifact')} there; {upkeep.size(sent)} copied, each file compared with its sha256")
 
 
 def adopt(argv: list[str]) -> None:
@@ -952,14 +938,14 @@ def gc(argv: list[str]) -> None:
         older_than=_flag("Give up results older than this, such as 30d.", None, str | None),
         grace=_flag("Leave alone what changed this lately.", "1h", str),
     )
-    older = None if args.older_than is None else _seconds(args.older_than)
-    grace = _seconds(args.grace)
+    older = None if args.older_than is None else upkeep.seconds(args.older_than)
+    grace = upkeep.seconds(args.grace)
     removed = []
     for row in upkeep.collect(store, keep_last=args.keep_last, older_than=older, grace=grace, dry_run=args.dry_run):
         removed.append(row)
         if not args.as_json:
             done = "would remove" if args.dry_run else "removed"
-            size = "" if row["kind"] == "upload" else _size(row["bytes"])  # S3 does not say what it holds
+            size = "" if row["kind"] == "upload" else upkeep.size(row["bytes"])  # S3 does not say what it holds
             print(f"{done} {size:>10}  {row['kind']:<8} {row['uri']}")
     if args.as_json:
         _print_json({"removed": removed, "dry_run": args.dry_run})
@@ -969,6 +955,46 @@ def gc(argv: list[str]) -> None:
         print(
             f"the files of artifacts go with the first collection after {args.grace}; until then a run may adopt them"
         )
+
+
+def automate(argv: list[str]) -> None:
+    """Install on a Prefect server what ends lost runs, notifies a webhook, and lets trainings take turns."""
+    from nanodlm import upkeep
+
+    _, args = _parse(
+        "automate",
+        argv,
+        {
+            "webhook": _flag(
+                "Environment variable with the address to notify, by default NANODLM_WEBHOOK_URL; or block:NAME.",
+                "",
+                str,
+            ),
+            "gpu_limit": _flag("Trainings at once, for flows; 1 when nobody has set it.", None, int | None),
+            "lost_after": _flag("Mark a run Crashed that has sent no heartbeat for so long.", "4m", str),
+            "dry_run": _flag("Only say what would change."),
+            "remove": _flag("Take away what was installed."),
+            "as_json": _json_flag(),
+        },
+        configured=False,
+    )
+    lost_after = upkeep.seconds(args.lost_after)
+    _quiet_prefect()
+    from flows.automations import automate as bring_about
+
+    rows = bring_about(
+        webhook=args.webhook, gpu_limit=args.gpu_limit, lost_after=lost_after, dry_run=args.dry_run, remove=args.remove
+    )
+    if args.as_json:
+        _print_json({"automated": rows, "dry_run": args.dry_run})
+        return
+    done = {"create": "created", "update": "updated", "remove": "removed", "keep": "kept", "absent": "not there"}
+    for row in rows:
+        would = args.dry_run and row["action"] in ("create", "update", "remove")
+        action = f"would {row['action']}" if would else done[row["action"]]
+        print(f"{action:<12} {row['kind']:<10} {row['name']:<24} {row['does']}".rstrip())
+    if not args.remove and not any(row["name"].endswith("failed runs") for row in rows):
+        print("nobody is notified: set NANODLM_WEBHOOK_URL to an address that takes a POST, and run this again")
 
 
 def doctor(argv: list[str]) -> None:

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, Self
 from urllib.parse import parse_qsl
 
 import tyro
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from nanodlm.errors import SECRETS, UsageError, redact
 
@@ -45,6 +45,10 @@ def refuse_secrets(url: str) -> str:
                 "(AWS_ACCESS_KEY_ID and the like); take them out of the address"
             )
     return url
+
+
+# The pattern lets a server refuse credentials in a form, before they are kept with a run's parameters.
+StoreUrl = Annotated[str, Field(min_length=1, pattern=r"^[^@?*\[\]]*$"), AfterValidator(refuse_secrets)]
 
 
 class Group(BaseModel):

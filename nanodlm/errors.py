@@ -4,7 +4,7 @@ import os
 import re
 
 # In names of what holds a secret: environment variables, and what follows `?` in an address.
-SECRETS = re.compile("token|secret|key|passw|auth(?!or)|credential|signature|^sig$", re.IGNORECASE)
+SECRETS = re.compile("token|secret|key|passw|webhook|auth(?!or)|credential|signature|^sig$", re.IGNORECASE)
 
 
 def redact(text: str) -> str:

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -461,3 +462,33 @@ def _time(text: str) -> float:
 def age(artifact: Artifact) -> float:
     """Seconds since an artifact was made."""
     return time.time() - _time(artifact.manifest["created"])
+
+
+def size(count: int) -> str:
+    """Bytes, for a person.
+
+    >>> size(1_234_000)
+    '1.23 MB'
+    """
+    for unit, length in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= length:
+            return f"{count / length:.2f} {unit}"
+    return f"{count} B"
+
+
+AGE = r"^[0-9]+(\.[0-9]+)?[smhd]$"
+
+
+def seconds(text: str) -> float:
+    """Of an age.
+
+    Raises:
+        UsageError: When it is no number with s, m, h or d behind it.
+
+    >>> seconds("12h")
+    43200.0
+    """
+    units = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+    if not re.fullmatch(AGE, text):
+        raise UsageError(f"{text!r} is no age: give a number and s, m, h or d, such as 30d")
+    return float(text[:-1]) * units[text[-1]]

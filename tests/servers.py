@@ -28,14 +28,21 @@ from nanodlm import cache
 
 BUCKET = "bucket"
 KEY, SECRET = "nanodlm-tests", "not-a-secret"
-# A server asks the kernel to be killed when whoever started it dies, and only then becomes the server.
+POSTGRESQL_PASSWORD = "planted-password-of-the-database"
+# A server becomes another user if it must, asks the kernel to be killed when whoever started it dies, and only then
+# becomes the server.
 LAUNCH = """
-import ctypes, os, signal, sys
+import ctypes, os, pwd, signal, sys
+if sys.argv[2]:
+    user = pwd.getpwnam(sys.argv[2])
+    os.setgroups([])
+    os.setgid(user.pw_gid)
+    os.setuid(user.pw_uid)
 if sys.platform == "linux":
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     if os.getppid() != int(sys.argv[1]):
         sys.exit(1)
-os.execv(sys.argv[2], sys.argv[2:])
+os.execv(sys.argv[3], sys.argv[3:])
 """
 
 
@@ -101,7 +108,10 @@ def moto() -> Iterator[Server]:
 
 @contextmanager
 def seaweedfs() -> Iterator[Server]:
-    """A SeaweedFS server: S3 that checks credentials, its data in a fresh folder."""
+    """A SeaweedFS server: S3 that checks credentials, its data in a fresh folder.
+
+    The keys `nanodlm-builder` and `nanodlm-reader` may use one bucket only, and the latter may not write.
+    """
     names = ("master", "master.grpc", "volume", "volume.grpc", "filer", "filer.grpc", "s3", "s3.grpc")
     ports: dict[str, int] = dict(zip(names, free_ports(len(names)), strict=True))
     endpoint = f"http://127.0.0.1:{ports['s3']}"
@@ -113,7 +123,15 @@ def seaweedfs() -> Iterator[Server]:
             "credentials": [{"accessKey": KEY, "secretKey": SECRET}],
             "actions": ["Admin", "Read", "Write", "List", "Tagging"],
         }
-        (folder / "s3.json").write_text(json.dumps({"identities": [tester]}))
+        limited = [
+            {
+                "name": name,
+                "credentials": [{"accessKey": f"nanodlm-{name}", "secretKey": SECRET}],
+                "actions": [f"{action}:{BUCKET}" for action in may],
+            }
+            for name, may in (("builder", ("Read", "Write", "List")), ("reader", ("Read", "List")))
+        ]
+        (folder / "s3.json").write_text(json.dumps({"identities": [tester, *limited]}))
         command = [
             str(Path(sys.executable).with_name("weed")),
             "server",
@@ -285,12 +303,38 @@ def prefect(home: Path, port: int | None = None, **environ: str) -> Iterator[dic
         "PREFECT_HOME": str(home / "server"),
         "PREFECT_API_URL": url,
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-        "PREFECT_LOGGING_INTERNAL_LEVEL": "WARNING",
     }
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
     with running(command, log=home / "server.log", **own, **environ) as server:
         answers(server, lambda: send("GET", f"{url}/health"), patience=120)
         yield {"PREFECT_API_URL": url, "PREFECT_HOME": str(home / "client"), "NO_PROXY": "127.0.0.1"}
+
+
+@contextmanager
+def postgresql(folder: Path) -> Iterator[str]:
+    """A PostgreSQL server that asks for a password: the address with which Prefect reaches an empty database of it.
+
+    Args:
+        folder: Where its files lie; whoever runs it must reach it.
+    """
+    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb")) or [Path(shutil.which("initdb") or "")]
+    assert found[-1].is_file(), "PostgreSQL's programs are not there: apt-get install postgresql"
+    programs, data, (port,) = found[-1].parent, folder / "data", free_ports(1)
+    user = "postgres" if os.geteuid() == 0 else ""  # which refuses to run as root
+    password = folder / "password"
+    password.write_text(POSTGRESQL_PASSWORD)
+    if user:
+        shutil.chown(folder, user)
+        shutil.chown(password, user)
+    options = ["--username=prefect", f"--pwfile={password}", "--auth=scram-sha-256", "--no-sync", "--no-locale"]
+    command = [str(programs / "initdb"), f"--pgdata={data}", "--encoding=UTF8", *options]
+    subprocess.run(command, user=user or None, cwd="/", check=True, stdout=subprocess.DEVNULL)
+    settings = ["listen_addresses=127.0.0.1", "unix_socket_directories=", "fsync=off"]
+    flags = [word for setting in settings for word in ("-c", setting)]
+    command = [str(programs / "postgres"), "-D", str(data), "-p", str(port), *flags]
+    with running(command, user=user) as server:
+        answers(server, lambda: socket.create_connection(("127.0.0.1", port), timeout=5).close())
+        yield f"postgresql+asyncpg://prefect:{POSTGRESQL_PASSWORD}@127.0.0.1:{port}/postgres"
 
 
 def free_ports(count: int) -> list[int]:
@@ -304,7 +348,7 @@ def free_ports(count: int) -> list[int]:
 
 @contextmanager
 def running(
-    command: list[str], log: Path | None = None, user: str | None = None, **environ: str
+    command: list[str], log: Path | None = None, user: str = "", **environ: str
 ) -> Iterator[subprocess.Popen[bytes]]:
     """A server in a process group of its own, killed at the end, also when this process is killed first.
 
@@ -317,12 +361,11 @@ def running(
     assert shutil.which(command[0]), f"{command[0]} is not there: pip install -c constraints.txt -e '.[test]'"
     with open(log or os.devnull, "ab") as said:
         server = subprocess.Popen(
-            [sys.executable, "-c", LAUNCH, str(os.getpid()), *command],
+            [sys.executable, "-c", LAUNCH, str(os.getpid()), user, *command],
             env={**os.environ, **environ},
             stdin=subprocess.DEVNULL,
             stdout=said,
             stderr=said,
-            user=user,
             start_new_session=True,
         )
     try:

@@ -103,7 +103,7 @@ def test_pure_modules_know_only_jax_and_each_other(name: str) -> None:
     assert {n.split(".")[0] for n in _imports(ROOT / "nanodlm" / f"{name}.py")} <= allowed
 
 
-def test_only_flows_import_prefect_and_only_the_run_command_imports_flows() -> None:
+def test_only_flows_import_prefect_and_only_the_command_line_imports_flows() -> None:
     for path in (ROOT / "nanodlm").glob("*.py"):
         roots = {n.split(".")[0] for n in _imports(path)}
         assert "prefect" not in roots, path
