@@ -111,6 +111,8 @@ class Site:
         for command in (["work-pool", "create", POOL, "--type", "process"], ["--no-prompt", "deploy", "--all"]):
             done = self.prefect(*command)
             assert done.returncode == 0, done.stdout + done.stderr
+        done = nanodlm("automate", "--lost-after", "90s", **self.environ)
+        assert done.returncode == 0, done.stderr
 
     @contextmanager
     def server(self) -> Iterator[None]:
@@ -390,32 +392,54 @@ def test_a_killed_flow_is_reported_as_crashed_its_trainer_saves_and_another_run_
         assert site.ends(again) == "Cancelled"
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(3600)
-def test_training_goes_on_while_the_server_is_away_and_ends_well(site: Site) -> None:
-    away = float(os.environ.get("OUTAGE_SECONDS", "20"))
-    config = config_of("--train.max_steps", str(int(200 * (away + 60))), "--exp.save_every", "500")
+@pytest.fixture
+def alone(site: Site, tmp_path: Path) -> Iterator[tuple[Site, ExitStack]]:
+    """A site whose server can be taken away, by closing the stack."""
+    (port,) = servers.free_ports(1)
+    environ = {**site.environ, "PREFECT_API_URL": f"http://127.0.0.1:{port}/api"}
+    site = replace(site, port=port, home=tmp_path, environ=environ)
     with ExitStack() as server:
-        site = replace(site, port=servers.free_ports(1)[0], home=site.store.parent)
-        site.environ = {**site.environ, "PREFECT_API_URL": f"http://127.0.0.1:{site.port}/api"}
         server.enter_context(site.server())
         site.deploy()
         with site.worker():
-            run = site.start("train/gpu", config=config, gpu_limit=None)
-            trainer = site.trainer(least_step=500)
-            server.close()
-            time.sleep(away)
-            assert trainer.is_running()
-            between = site.steps()
-            server.enter_context(site.server())
-            assert site.state(run) == "Running"
-            assert site.ends(run, 1800) == "Completed"
-            assert site.tasks(run) == CACHED | {"train": "Completed"}
-            lines = [log for log in site.logs(run) if " updates, loss " in log["message"]]
-            times = [datetime.fromisoformat(line["timestamp"]).timestamp() for line in lines]
-            assert len(times) >= 2
-            assert all(later - earlier >= 29 for earlier, later in itertools.pairwise(times))
-            assert 500 <= between < config["train"]["max_steps"]
+            yield site, server
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_training_goes_on_while_the_server_is_away_and_ends_well(alone: tuple[Site, ExitStack]) -> None:
+    site, server = alone
+    away = float(os.environ.get("OUTAGE_SECONDS", "20"))
+    config = config_of("--train.max_steps", str(int(200 * (away + 60))), "--exp.save_every", "500")
+    run = site.start("train/gpu", config=config)
+    trainer = site.trainer(least_step=500)
+    server.close()
+    before = site.steps()
+    time.sleep(away)
+    assert trainer.is_running()
+    assert before < site.steps() < config["train"]["max_steps"]
+    server.enter_context(site.server())
+    assert site.state(run) == "Running"
+    assert site.ends(run, 1800) == "Completed"
+    assert site.tasks(run) == CACHED | {"train": "Completed"}
+    # The log has a line of progress every 30 s, and never more.
+    lines = [log for log in site.logs(run) if " updates, loss " in log["message"]]
+    times = [datetime.fromisoformat(line["timestamp"]).timestamp() for line in lines]
+    assert len(times) >= 2
+    assert all(later - earlier >= 29 for earlier, later in itertools.pairwise(times))
+
+
+@pytest.mark.slow
+def test_a_run_that_ends_while_the_server_is_away_is_completed_when_it_is_back(alone: tuple[Site, ExitStack]) -> None:
+    site, server = alone
+    run = site.start("train/gpu", config=config_of("--train.max_steps", "1000"))
+    site.trainer(least_step=20)
+    server.close()
+    wait_until(lambda: list(site.store.glob("train/*/manifest.json")), 120, site.said)
+    time.sleep(5)
+    server.enter_context(site.server())
+    assert site.ends(run) == "Completed"
+    assert site.tasks(run) == CACHED | {"train": "Completed"}
 
 
 @pytest.mark.slow
@@ -424,7 +448,6 @@ def test_runs_that_share_a_device_train_one_after_the_other_and_need_its_limit_t
         without = site.start("train/gpu", config=SHORT, gpu_limit="no-such-device")
         assert site.ends(without) == "Failed"
         assert "no concurrency limit 'no-such-device'" in site.ask(f"flow_runs/{without}")["state"]["message"]
-        site.prefect("gcl", "create", "gpu", "--limit", "1")
         runs = [site.start("train/gpu", config={**SHORT, "train": {**SHORT["train"], "seed": seed}}) for seed in (1, 2)]
         most = 0
         while any(site.state(run) not in ("Completed", "Failed", "Crashed") for run in runs):
