@@ -37,6 +37,8 @@ from pathlib import Path
 from prefect import flow, tags
 from flows.automations import TAG, as_part
 
+pytestmark = pytest.mark.slow  # whole servers, with all their services
+
 @flow(name="part")
 def part(until=None):
     while until and not Path(until).exists():
@@ -353,7 +355,6 @@ def test_ends_of_this_projects_runs_are_posted_and_nobody_elses(
         assert not folder.is_file() or PATH.encode() not in folder.read_bytes(), folder
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(420)
 def test_a_killed_run_is_marked_crashed_and_notified_a_living_one_is_not_and_a_paused_one_can_still_complete(
     server: dict[str, str], client: SyncPrefectClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -501,6 +501,24 @@ def test_two_slurm_nodes_train_what_one_process_does_and_tell_how_far_they_are(
 
 
 @pytest.mark.slow
+def test_a_flow_trains_as_a_slurm_job_and_reports_it(two_nodes: Path, prefect_server: dict[str, str]) -> None:
+    program = """
+import sys
+from flows.pipeline import train
+from nanodlm.cluster import Launch
+from nanodlm.config import load_config
+for record in train(load_config(sys.argv[1]), sys.argv[2], train_on=Launch(target="slurm", nodes=2, gpus_per_node=0)):
+    print(record["stage"], record["status"])
+"""
+    words = [sys.executable, "-c", program, CONFIG.model_dump_json(), str(two_nodes)]
+    done = subprocess.run(words, env={**os.environ, **prefect_server}, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split("\n")[-3:-1] == ["shard cached", "train built"]
+    assert "is submitted: squeue" in done.stderr
+    assert json.loads(next(two_nodes.glob("train/*/manifest.json")).read_text())["metrics"]["devices"] == 2
+
+
+@pytest.mark.slow
 def test_a_job_that_gets_slurms_signal_saves_goes_back_into_the_queue_and_ends_with_the_same_losses(
     two_nodes: Path, alone: list[float]
 ) -> None:

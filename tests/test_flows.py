@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 import urllib.request
 from pathlib import Path
@@ -12,9 +10,8 @@ from pathlib import Path
 import fsspec
 import pytest
 
-import flows
 from nanodlm.stages import NAMES, STAGES
-from tests.commands import environment, nanodlm, result_of, started, statuses, tiny_flags
+from tests.commands import nanodlm, result_of, started, statuses, tiny_flags
 
 ALL_CACHED = dict.fromkeys(NAMES, "cached")
 
@@ -165,24 +162,6 @@ def test_the_whole_pipeline_runs_on_s3(server: dict[str, str], s3_environment: N
     found = result_of(nanodlm("verify", "--store", "s3://pipeline/runs", "--deep", "--json"))
     assert (len(found["artifacts"]), found["damaged"]) == (len(STAGES), 0)
     assert not (tmp_path / "s3:").exists()
-
-
-def test_the_deployment_of_prefect_yaml_is_accepted_by_a_server(server: dict[str, str]) -> None:
-    root = Path(flows.__file__).parents[1]
-    for command in (["work-pool", "create", "default", "--type", "process"], ["--no-prompt", "deploy", "--all"]):
-        done = subprocess.run(
-            [sys.executable, "-m", "prefect", *command],
-            cwd=root,
-            env=environment(**server),
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-    with urllib.request.urlopen(f"{server['PREFECT_API_URL']}/deployments/name/pipeline/demo", timeout=30) as answer:
-        deployment = json.load(answer)
-    assert deployment["parameter_openapi_schema"]["properties"]["config"]
-    assert deployment["pull_steps"][0]["prefect.deployments.steps.set_working_directory"]["directory"] == str(root)
 
 
 def test_a_flow_of_a_bad_configuration_is_refused_in_one_line(server: dict[str, str], tmp_path: Path) -> None:

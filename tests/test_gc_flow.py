@@ -76,6 +76,7 @@ def attempts(store: Store) -> set[str]:
     return {path.parts[-3] for path in Path(store.root).glob("train/*/attempts/*")}
 
 
+@pytest.mark.slow
 def test_an_abandoned_attempt_goes_and_the_artifact_says_how_many_bytes(
     client: SyncPrefectClient, store: Store
 ) -> None:
@@ -95,6 +96,7 @@ def test_an_abandoned_attempt_goes_and_the_artifact_says_how_many_bytes(
     assert told(client) == f"removed 0 of {store.uri()}, 0 B\n"
 
 
+@pytest.mark.slow
 def test_an_old_result_is_given_up_and_a_newer_one_kept(client: SyncPrefectClient, store: Store) -> None:
     removed = gc(store.uri(), keep_last=1, older_than="0s", grace="0s")
     assert [row["kind"] for row in removed if "killed" not in row["uri"]] == ["artifact"]
@@ -102,6 +104,7 @@ def test_an_old_result_is_given_up_and_a_newer_one_kept(client: SyncPrefectClien
     assert "| artifact | 1,000 | " in told(client)
 
 
+@pytest.mark.slow
 def test_the_run_is_named_logged_and_stops_at_what_it_cannot_read(client: SyncPrefectClient, store: Store) -> None:
     with tags("nanodlm"):
         gc(store.uri(), dry_run=True)
@@ -136,6 +139,7 @@ def test_the_form_of_a_deployment_shows_a_description_and_bounds_for_every_param
     assert schema["grace"]["pattern"] == schema["older_than"]["anyOf"][0]["pattern"]
 
 
+@pytest.mark.slow
 def test_the_flow_runs_by_itself_on_the_server_that_the_environment_names(url: str, tmp_path: Path) -> None:
     root = Path(__file__).parents[1]
     env = environment(PREFECT_API_URL=url, PYTHONPATH=str(root), NO_PROXY="127.0.0.1")

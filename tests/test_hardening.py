@@ -23,6 +23,8 @@ from tests.commands import nanodlm, result_of, speeches, tiny_flags
 from tests.test_automations import CALLS, ENDS, flows_run, receiver, until
 from tests.test_secrets import below, written_forms
 
+pytestmark = pytest.mark.slow  # whole servers, with all their services
+
 AUTH = "operator:planted-password-of-the-server"
 GUARDED = {"PREFECT_SERVER_API_AUTH_STRING": AUTH, "PREFECT_SERVER_CSRF_PROTECTION_ENABLED": "true"}
 
@@ -97,7 +99,6 @@ def test_a_run_with_the_password_in_its_environment_works_and_writes_it_nowhere(
         assert not any(form in text for form in written_forms(secret) for text in (*texts, *kept))
 
 
-@pytest.mark.slow
 def test_a_key_for_one_bucket_is_enough_to_build_and_one_that_only_reads_to_use_what_is_there(
     seaweedfs_server: servers.Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -117,7 +118,6 @@ def test_a_key_for_one_bucket_is_enough_to_build_and_one_that_only_reads_to_use_
         assert "refuses access" in refused.stderr
 
 
-@pytest.mark.slow
 def test_runs_that_ended_long_ago_are_deleted_when_the_server_is_told_so(tmp_path: Path) -> None:
     told = {
         "PREFECT_SERVER_SERVICES_DB_VACUUM_ENABLED": "events,flow_runs",
@@ -143,7 +143,6 @@ def test_runs_that_ended_long_ago_are_deleted_when_the_server_is_told_so(tmp_pat
             until(lambda: {run.name for run in client.read_flow_runs()} == {"new"})
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(420)
 def test_flows_run_and_notify_once_on_postgresql_with_authentication(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
