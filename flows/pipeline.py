@@ -17,6 +17,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.concurrency.asyncio import ConcurrencySlotAcquisitionError
 from prefect.concurrency.sync import concurrency
 from prefect.exceptions import TerminationSignal
+from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 from prefect.settings import get_current_settings
 from prefect.states import Completed
@@ -113,13 +114,20 @@ def _gpu(limit: str | None) -> Iterator[None]:
     if limit is None:
         yield
         return
+    place = concurrency(limit, strict=True, raise_on_lease_renewal_failure=False)
     try:
-        with concurrency(limit, strict=True, raise_on_lease_renewal_failure=False):
-            yield
+        place.__enter__()
     except ConcurrencySlotAcquisitionError as error:
         raise NanodlmError(
             f"the Prefect server has no concurrency limit {limit!r}: run `prefect gcl create {limit} --limit 1`"
         ) from error
+    try:
+        yield
+    finally:
+        try:
+            place.__exit__(None, None, None)
+        except Exception as error:  # a result must not be lost because the server is away just now
+            get_run_logger().warning("a place of %s is free only when its lease ends: %s", limit, type(error).__name__)
 
 
 def _run_name() -> str:

@@ -299,7 +299,7 @@ def test_a_run_on_a_worker_shows_its_progress_counts_curve_samples_and_report(si
         words = max(json.loads(texts[0])["text"].split(), key=len)
         page = f"http://127.0.0.1:{site.port}"
         for path, expected in {
-            f"runs/flow-run/{run}": [name, "Completed", "nanodlm", "Finished in state"],
+            f"runs/flow-run/{run}": [name, "Completed", "nanodlm", "8 Task runs"],
             f"artifacts/artifact/{shown['train-progress']['id']}": ["train-progress", "updates", "tokens/s"],
             f"artifacts/artifact/{shown['data-counts']['id']}": ["data-counts", "training rows"],
             f"artifacts/artifact/{shown['loss-curve']['id']}": ["loss-curve", '<img src="data:image/svg+xml;base64,'],
