@@ -2,8 +2,7 @@
 
     {cache}/entries/{name}/files/...     copies; each appears whole, after its sha256 was checked
     {cache}/entries/{name}/used          locked by every process that uses the entry; its time is that of the last use
-    {cache}/entries/{name}/arriving/...  copies on their way
-    {cache}/entries/{name}/fetching      locked by the process that fetches, so that two do not fetch the same
+    {cache}/entries/{name}/arriving/...  copies on their way, each with a lock, so that two processes do not fetch it
     {cache}/lock                         held while entries are opened or thrown out
 
 An entry is all copies of one artifact, or the files that one attempt is making. Locks are the kernel's (`flock`), so
@@ -12,6 +11,7 @@ they end with the process that holds them, however it ends.
 
 import contextlib
 import fcntl
+import hashlib
 import os
 import shutil
 import threading
@@ -99,7 +99,7 @@ def fetch(
 ) -> None:
     """Make local copies of files, several at a time, of those that are not there whole.
 
-    While one process fetches files of an entry, others wait, and then find them.
+    Two processes do not fetch the same file: one waits, and then finds it.
 
     Args:
         folder: What `hold` returned.
@@ -111,33 +111,41 @@ def fetch(
         Damaged: When what arrived is not what it should be; nothing is kept of it.
         FileNotFoundError: When there is no such file.
     """
-    arriving = folder.parent / "arriving"
 
     def fetch_some(some: list[dict[str, Any]]) -> int:
-        missing = [file for file in some if not whole(folder / file["path"], file)]
-        if missing:
-            get([(file["path"], arriving / file["path"]) for file in missing])
-        for file in missing:
-            if not whole(arriving / file["path"], file):
-                raise Damaged(f"{file['path']} has been altered")
-            (folder / file["path"]).parent.mkdir(parents=True, exist_ok=True)
-            (arriving / file["path"]).replace(folder / file["path"])
+        arriving = {file["path"]: _arriving(folder, file) for file in some}
+        with contextlib.ExitStack() as locks:
+            for path in arriving.values():  # everyone takes locks in the order of paths, so nobody deadlocks
+                locks.enter_context(_locked(path.with_name("lock")))
+            missing = [file for file in some if not whole(folder / file["path"], file)]
+            for file in missing:
+                for left in arriving[file["path"]].parent.glob("[!l]*"):  # all but the lock: a killed process left it
+                    left.unlink()
+            if missing:
+                get([(file["path"], arriving[file["path"]]) for file in missing])
+            for file in missing:
+                if not whole(arriving[file["path"]], file):
+                    arriving[file["path"]].unlink(missing_ok=True)
+                    raise Damaged(f"{file['path']} has been altered")
+                (folder / file["path"]).parent.mkdir(parents=True, exist_ok=True)
+                arriving[file["path"]].replace(folder / file["path"])
         return sum(file["size"] for file in some)
 
+    files = sorted(files, key=lambda file: file["path"])
     groups = [files[i : i + GROUP] for i in range(0, len(files), GROUP)]
-    with _locked(folder.parent / "fetching"):
-        shutil.rmtree(arriving, ignore_errors=True)  # what a killed process left
+    with ThreadPoolExecutor(THREADS, thread_name_prefix="fetch") as pool:  # some verify while others transfer
+        running = [pool.submit(fetch_some, group) for group in groups]
         try:
-            with ThreadPoolExecutor(THREADS, thread_name_prefix="fetch") as pool:  # some verify while others transfer
-                running = [pool.submit(fetch_some, group) for group in groups]
-                try:
-                    for future in running:
-                        arrived(future.result())
-                except BaseException:
-                    pool.shutdown(cancel_futures=True)
-                    raise
-        finally:
-            shutil.rmtree(arriving, ignore_errors=True)
+            for future in running:
+                arrived(future.result())
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _arriving(folder: Path, file: dict[str, Any]) -> Path:
+    """Where a file lies until it is verified, beside the lock of who fetches it."""
+    return folder.parent / "arriving" / hashlib.sha256(file["path"].encode()).hexdigest()[:16] / "file"
 
 
 def whole(path: Path, file: dict[str, Any]) -> bool:

@@ -78,7 +78,7 @@ BAD: list[tuple[list[str], tuple[str, ...]]] = [
     (["run", "owt", "--data.tokenizer", "bpe"], ("pretokenized", "gpt2")),
     (["run", "--data.source", "hf://a/b"], ("pinned commit", "--data.revision")),
     (["run", "--store", "nothing://x"], ("nothing",)),
-    (["bench", "nothing"], ("cannot measure nothing", "sample, loader, store, variance")),
+    (["bench", "nothing"], ("cannot measure nothing", "sample, loader, store, flow, variance")),
     (["train", "missing/config.json"], ("missing/config.json", "No such file")),
 ]
 

@@ -129,9 +129,8 @@ def test_every_runner_makes_each_shard_once_to_the_digest_of_the_stage_alone(
     }
 
 
-@pytest.mark.parametrize(
-    "runner", ["threads", *(pytest.param(r, marks=pytest.mark.slow) for r in ("processes", "dask"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("runner", ["threads", "processes", "dask"])
 def test_a_run_killed_while_shards_are_made_leaves_no_process_and_continues_with_the_missing_ones(
     runner: str, prepared: Prepared, prefect_server: dict[str, str], tmp_path: Path
 ) -> None:
@@ -175,6 +174,7 @@ def test_a_cluster_that_is_there_already_is_used_and_outlives_the_kill_of_a_work
     assert all(set(attempts) <= set(after[name]) for name, attempts in before.items())
 
 
+@pytest.mark.slow
 def test_a_shard_whose_requests_fail_is_tried_again_later(
     prepared: Prepared, prefect_server: dict[str, str], s3_environment: None, moto_server: servers.Server
 ) -> None:
@@ -235,6 +235,7 @@ def test_a_runner_that_is_not_installed_names_the_extra(
         task_runner(runner)
 
 
+@pytest.mark.slow
 def test_a_scheduler_that_does_not_answer_is_one_line(
     prepared: Prepared, prefect_server: dict[str, str], tmp_path: Path
 ) -> None:

@@ -645,18 +645,19 @@ def test_room_is_made_while_others_move_their_files(tmp_path: Path, monkeypatch:
 
 def test_what_a_killed_fetch_left_goes_with_the_next(tmp_path: Path) -> None:
     file = {"path": "x", "size": 1, "sha256": hashlib.sha256(b"x").hexdigest()}
-    (tmp_path / "entry" / "files").mkdir(parents=True)
-    (tmp_path / "entry" / "arriving").mkdir()
-    (tmp_path / "entry" / "arriving" / ".x.1-00.partial").write_bytes(b"half")
+    folder = tmp_path / "entry" / "files"
+    folder.mkdir(parents=True)
+    arriving = tmp_path / "entry" / "arriving" / hashlib.sha256(b"x").hexdigest()[:16]
+    arriving.mkdir(parents=True)
+    (arriving / ".file.1-00.partial").write_bytes(b"half")
 
     def get(pairs: list[tuple[str, Path]]) -> None:
         for _, target in pairs:
-            target.parent.mkdir()
             target.write_bytes(b"x")
 
-    cache.fetch(tmp_path / "entry" / "files", [file], get)
-    assert (tmp_path / "entry" / "files" / "x").read_bytes() == b"x"
-    assert {path.name for path in (tmp_path / "entry").iterdir()} == {"files", "fetching"}
+    cache.fetch(folder, [file], get)
+    assert (folder / "x").read_bytes() == b"x"
+    assert [path.name for path in arriving.iterdir()] == ["lock"]
 
 
 def test_a_lock_ends_with_its_use_although_a_child_has_inherited_it(tmp_path: Path) -> None:
