@@ -16,6 +16,7 @@ from prefect import flow, tags, task
 from prefect.cache_policies import NO_CACHE
 from prefect.concurrency.asyncio import ConcurrencySlotAcquisitionError
 from prefect.concurrency.sync import concurrency
+from prefect.context import TaskRunContext
 from prefect.exceptions import TerminationSignal
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
@@ -23,7 +24,7 @@ from prefect.settings import get_current_settings
 from prefect.states import Completed
 from prefect.utilities.annotations import quote
 
-from flows.automations import TAG
+from flows.automations import TAG, untagged
 from flows.reporting import Pages, Watcher
 from flows.sharding import shard_in_parallel, task_runner, worth_retrying
 from nanodlm import cluster, launch, stages
@@ -72,6 +73,8 @@ def run_stage(
     Returns:
         The artifact, and its record as `nanodlm.stages.run` gives it.
     """
+    if context := TaskRunContext.get():
+        context.task_run.tags = [name]  # not from its start: see `untagged`
     store, watcher, started = Store(store_url), WATCHER.get() or Pages(), time.monotonic()
     lookup, _ = stages.ready(name, config, store, rebuild=rebuild, inputs=inputs)
     if lookup.artifact and not rebuild:
@@ -154,18 +157,19 @@ def _run(
         inputs = {needed: found[needed] for needed in STAGES[name].inputs(config)}
         if name == "shard" and name in build and name != rebuild:
             _shard_in_parallel(config, url, inputs)
-        run = run_stage.with_options(name=name, task_run_name=name, tags=[name])
-        state = run(
-            name,
-            config,
-            url,
-            quote(inputs),  # type: ignore[arg-type]
-            build=name in build,
-            rebuild=name == rebuild,
-            gpu_limit=gpu_limit,
-            on=on,
-            return_state=True,
-        )
+        run = run_stage.with_options(name=name, task_run_name=name)
+        with untagged():
+            state = run(
+                name,
+                config,
+                url,
+                quote(inputs),  # type: ignore[arg-type]
+                build=name in build,
+                rebuild=name == rebuild,
+                gpu_limit=gpu_limit,
+                on=on,
+                return_state=True,
+            )
         found[name], record = state.result()
         records.append(record)
     return records

@@ -19,7 +19,7 @@ from prefect.logging import get_run_logger
 from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner, ThreadPoolTaskRunner
 from prefect.tasks import exponential_backoff
 
-from flows.automations import as_part
+from flows.automations import as_part, untagged
 from nanodlm import fanout
 from nanodlm.config import Config
 from nanodlm.errors import NanodlmError, Unreachable, UsageError
@@ -54,7 +54,8 @@ def build_shards(missing: list[int], config: Config, store_url: str, inputs: dic
 
     It is a flow of its own, in this module, because a task in another process gets the flow it belongs to with it.
     """
-    futures = build_shard.map(missing, unmapped(config), store_url, unmapped(inputs))
+    with untagged():
+        futures = build_shard.map(missing, unmapped(config), store_url, unmapped(inputs))
     built = failed = 0
     for future in as_completed(futures):
         try:
