@@ -28,6 +28,7 @@ from tests import servers
 from tests.commands import environment
 from tests.commands import nanodlm as command
 
+pytestmark = pytest.mark.slow  # whole servers, with all their services
 ROOT = Path(nanodlm.__file__).parents[1]
 AUTH = "operator:planted-password-of-the-server"
 PATH = "/hooks/planted-secret-of-the-webhook"  # an address that is a secret, as those of chat rooms are
@@ -37,7 +38,6 @@ from pathlib import Path
 from prefect import flow, tags
 from flows.automations import TAG, as_part
 
-pytestmark = pytest.mark.slow  # whole servers, with all their services
 
 @flow(name="part")
 def part(until=None):

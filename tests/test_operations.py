@@ -29,6 +29,7 @@ from nanodlm.stages import NAMES
 from tests import servers
 from tests.commands import environment, nanodlm, result_of, tiny_flags
 
+pytestmark = pytest.mark.slow  # whole servers and workers
 ROOT = Path(flows.__file__).parents[1]
 POOL = "default"
 OF_DEMO = {"deployments": {"name": {"any_": ["demo"]}}}  # the scheduler makes runs of others meanwhile
@@ -276,7 +277,6 @@ def test_the_command_line_refuses_a_parameter_that_the_flow_does_not_have(deploy
     assert deployed.ask("flow_runs/count", OF_DEMO) == before
 
 
-@pytest.mark.slow
 def test_a_run_on_a_worker_shows_its_progress_counts_curve_samples_and_report(site: Site) -> None:
     with site.worker():
         run = site.start("pipeline/demo", config=SHORT)
@@ -334,7 +334,6 @@ def browse(url: str) -> str:
     return done.stdout
 
 
-@pytest.mark.slow
 def test_a_killed_trainer_fails_its_run_a_retry_goes_on_and_a_cancellation_saves(site: Site) -> None:
     with site.worker():
         run = site.start("train/gpu", config=LONG, gpu_limit=None)
@@ -359,7 +358,6 @@ def test_a_killed_trainer_fails_its_run_a_retry_goes_on_and_a_cancellation_saves
         assert site.steps() > saved
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_worker_told_to_stop_leaves_no_process_and_its_run_is_found_crashed(site: Site) -> None:
     with site.worker() as worker:
@@ -373,7 +371,6 @@ def test_a_worker_told_to_stop_leaves_no_process_and_its_run_is_found_crashed(si
     assert site.ends(run, 300) == "Crashed"  # by the automation on lost heartbeats
 
 
-@pytest.mark.slow
 def test_a_killed_flow_is_reported_as_crashed_its_trainer_saves_and_another_run_goes_on(site: Site) -> None:
     with site.worker():
         run = site.start("train/gpu", config=LONG, gpu_limit=None)
@@ -406,7 +403,6 @@ def alone(site: Site, tmp_path: Path) -> Iterator[tuple[Site, ExitStack]]:
             yield site, server
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_training_goes_on_while_the_server_is_away_and_ends_well(alone: tuple[Site, ExitStack]) -> None:
     site, server = alone
@@ -430,7 +426,6 @@ def test_training_goes_on_while_the_server_is_away_and_ends_well(alone: tuple[Si
     assert all(later - earlier >= 29 for earlier, later in itertools.pairwise(times))
 
 
-@pytest.mark.slow
 def test_a_run_that_ends_while_the_server_is_away_is_completed_when_it_is_back(alone: tuple[Site, ExitStack]) -> None:
     site, server = alone
     run = site.start("train/gpu", config=config_of("--train.max_steps", "1000"))
@@ -443,7 +438,6 @@ def test_a_run_that_ends_while_the_server_is_away_is_completed_when_it_is_back(a
     assert site.tasks(run) == CACHED | {"train": "Completed"}
 
 
-@pytest.mark.slow
 def test_runs_that_share_a_device_train_one_after_the_other_and_need_its_limit_to_exist(site: Site) -> None:
     with site.worker():
         without = site.start("train/gpu", config=SHORT, gpu_limit="no-such-device")

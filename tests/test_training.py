@@ -298,9 +298,7 @@ def test_with_the_weights_of_the_bound_the_loss_is_the_bound(averaged: Artifact)
 KINDS = ("absorbing", "block", "autoregressive", "uniform", "hybrid")
 
 
-@pytest.mark.parametrize(
-    "kind", [kind if kind == "absorbing" else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
-)
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS])
 def test_a_tiny_network_trained_on_a_markov_chain_comes_within_two_percent_of_its_entropy(kind: str) -> None:
     length, rows, updates = 16, 64, 300
     config = Config().replace(
