@@ -1,8 +1,10 @@
 """The README's snippets, run as a newcomer would: a fresh clone, a new virtual environment, nothing else."""
 
+import contextlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -12,6 +14,7 @@ import fsspec
 import pytest
 
 import nanodlm
+from tests.servers import free_ports
 
 ROOT = Path(nanodlm.__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -56,19 +59,28 @@ def test_every_snippet_works_in_a_fresh_clone_and_the_demo_reaches_its_bound(
         "PREFECT_HOME": str(tmp_path / "prefect"),
     }
 
+    (port,) = free_ports(1)
+    env["PREFECT_SERVER_API_PORT"] = str(port)
+
     def run(command: list[str]) -> str:
         began = time.monotonic()
-        done = subprocess.run(command, cwd=clone, env=env, capture_output=True, text=True, timeout=1500)
-        print(f"$ {command[-1]}\n{done.stdout}({time.monotonic() - began:.0f} s)\n")  # `pytest -rA` shows it
-        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
-        return done.stdout
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        done = subprocess.Popen(command, cwd=clone, env=env, text=True, start_new_session=True, **pipes)
+        try:
+            said, errors = done.communicate(timeout=1500)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(done.pid, signal.SIGKILL)  # servers and workers that it has left running
+        print(f"$ {command[-1]}\n{said}({time.monotonic() - began:.0f} s)\n")  # `pytest -rA` shows it
+        assert done.returncode == 0, f"{command}\n{said}\n{errors}"
+        return said
 
     assert SNIPPETS[0] == ("bash", "pip install -c constraints.txt . && nanodlm run\n")
     for language, snippet in SNIPPETS:
         if language == "python":
             run(["python", "-c", snippet])
         elif snippet != TEST_COMMAND:  # that is what is running
-            run(["bash", "-euc", snippet])
+            run(["bash", "-euc", snippet.replace(":4200", f":{port}")])
     result = json.loads(run(["nanodlm", "run", "--json"]).splitlines()[-1])
     assert {stage["status"] for stage in result["stages"]} == {"cached"}
     metrics = result["metrics"]
