@@ -5,11 +5,13 @@ python -m flows.pipeline                 # on the server that PREFECT_API_URL na
 prefect deployment run pipeline/demo     # on a worker, once `prefect deploy --all` was run; see OPERATIONS.md
 """
 
+import os
 import signal
 import time
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
+from http import HTTPStatus
 from typing import Any, Literal
 
 from prefect import flow, tags, task
@@ -37,6 +39,7 @@ from nanodlm.store import Artifact, Store, fingerprint_of
 StageName = Literal["download", "tokenizer", "split", "shard", "train", "evaluate", "sample"]
 DataStageName = Literal["download", "tokenizer", "split", "shard"]
 HERE = Launch()
+WAIT_SECONDS = 3.0  # between two looks at a concurrency limit
 WATCHER: ContextVar[Watcher | None] = ContextVar("watcher", default=None)
 
 
@@ -89,7 +92,7 @@ def run_stage(
     watcher.start(name)
     try:
         if lookup.stage.own_process:
-            with _gpu(gpu_limit):
+            with _gpu(gpu_limit, watcher.emit):
                 if on and on.target != "process" and name == "train":
                     cluster.run_stage(name, config, store_url, on, rebuild=rebuild, emit=watcher.emit)
                 else:
@@ -112,18 +115,18 @@ def run_stage(
 
 
 @contextmanager
-def _gpu(limit: str | None) -> Iterator[None]:
+def _gpu(limit: str | None, emit: Callable[..., None]) -> Iterator[None]:
     """Hold a place of a concurrency limit. One that is lost, because the server is away, does not end its holder."""
     if limit is None:
         yield
         return
-    place = concurrency(limit, strict=True, raise_on_lease_renewal_failure=False)
-    try:
-        place.__enter__()
-    except ConcurrencySlotAcquisitionError as error:
-        raise NanodlmError(
-            f"the Prefect server has no concurrency limit {limit!r}: run `prefect gcl create {limit} --limit 1`"
-        ) from error
+    place, told = _try(limit), False
+    while place is None:
+        if not told:
+            told = True
+            emit("message", text=f"waiting for a place of the concurrency limit {limit}")
+        time.sleep(WAIT_SECONDS)
+        place = _try(limit)
     try:
         yield
     finally:
@@ -131,6 +134,24 @@ def _gpu(limit: str | None) -> Iterator[None]:
             place.__exit__(None, None, None)
         except Exception as error:  # a result must not be lost because the server is away just now
             get_run_logger().warning("a place of %s is free only when its lease ends: %s", limit, type(error).__name__)
+
+
+def _try(limit: str) -> AbstractContextManager[None] | None:
+    """A place of a concurrency limit, or None when all are taken.
+
+    Prefect's own wait goes on in a thread when its run is cancelled, and may then take a place for nobody.
+    """
+    place = concurrency(limit, strict=True, max_retries=0, raise_on_lease_renewal_failure=False)
+    try:
+        place.__enter__()
+    except ConcurrencySlotAcquisitionError as error:
+        if getattr(getattr(error.__cause__, "response", None), "status_code", None) == HTTPStatus.LOCKED:
+            return None
+        raise NanodlmError(
+            f"the Prefect server gives no place of the concurrency limit {limit!r}: if there is no such limit, run "
+            f"`prefect gcl create {limit} --limit 1`"
+        ) from error
+    return place
 
 
 def _run_name() -> str:
@@ -200,7 +221,7 @@ def _alone(
     return _run(names, config, store, (name,), name if rebuild else None, gpu_limit, on)
 
 
-@flow(flow_run_name=_run_name, persist_result=False, task_runner=task_runner())
+@flow(flow_run_name=_run_name, persist_result=False)
 def pipeline(
     config: Config = PRESETS["demo"],
     store: StoreUrl | None = None,
@@ -226,7 +247,7 @@ def pipeline(
     return _run(stages.until(until), config, store, STAGES, rebuild, gpu_limit, train_on)
 
 
-@flow(flow_run_name=_run_name, persist_result=False, task_runner=task_runner())
+@flow(flow_run_name=_run_name, persist_result=False)
 def prepare(
     config: Config = PRESETS["demo"], store: StoreUrl | None = None, rebuild: DataStageName | None = None
 ) -> list[dict[str, Any]]:
@@ -327,7 +348,8 @@ def run_pipeline(
 
     from flows.server import ephemeral_server
 
-    run_flow = pipeline.with_options(task_runner=task_runner(runner, workers))
+    task_runner(runner, workers)  # refuses what cannot be before a server is started
+    os.environ.update({name: str(v) for name, v in (("NANODLM_RUNNER", runner), ("NANODLM_WORKERS", workers)) if v})
 
     def stop(*_: Any) -> None:
         raise Stopped("stopped by a signal; finished stages, parts and checkpoints are kept: run again to continue")
@@ -336,7 +358,7 @@ def run_pipeline(
         token, handler = WATCHER.set(watcher), signal.signal(signal.SIGTERM, stop)
         try:
             with temporary_settings({PREFECT_LOGGING_LEVEL: "INFO" if verbose else "CRITICAL"}), tags(TAG):
-                return run_flow(config, store, until, rebuild)  # type: ignore[arg-type]
+                return pipeline(config, store, until, rebuild)  # type: ignore[arg-type]
         finally:
             WATCHER.reset(token)
             signal.signal(signal.SIGTERM, handler)

@@ -83,7 +83,7 @@ def shard_in_parallel(
     inputs: dict[str, Artifact] | None = None,
     emit: Callable[..., None] = lambda *_, **__: None,
 ) -> int:
-    """Inside a flow, make the missing shards as tasks on the flow's task runner, when there are several.
+    """Inside a flow, make the missing shards as tasks on the runner that the environment names, when there are several.
 
     The shard stage has to run afterwards: it adopts them, makes those whose tasks failed, and says why if it cannot.
 
@@ -96,13 +96,13 @@ def shard_in_parallel(
     Returns:
         How many shards were made.
     """
-    parent, store = FlowRunContext.get(), Store(store_url)
-    if parent is None or store_url.startswith("memory://"):  # which no other thread or process could see
+    store = Store(store_url)
+    if FlowRunContext.get() is None or store_url.startswith("memory://"):  # which no other thread or process could see
         return 0
     with fanout.work(config, store, inputs, emit) as work:
         if len(work.missing) < 2:
             return 0
-        flow_ = build_shards.with_options(task_runner=parent.task_runner.duplicate())
+        flow_ = build_shards.with_options(task_runner=task_runner())
         token = _EMIT.set(emit)
         try:
             with as_part():
