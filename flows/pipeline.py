@@ -9,9 +9,8 @@ import os
 import signal
 import time
 from collections.abc import Callable, Collection, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from contextvars import ContextVar
-from http import HTTPStatus
 from typing import Any, Literal
 
 from prefect import flow, tags, task
@@ -39,7 +38,6 @@ from nanodlm.store import Artifact, Store, fingerprint_of
 StageName = Literal["download", "tokenizer", "split", "shard", "train", "evaluate", "sample"]
 DataStageName = Literal["download", "tokenizer", "split", "shard"]
 HERE = Launch()
-WAIT_SECONDS = 3.0  # between two looks at a concurrency limit
 WATCHER: ContextVar[Watcher | None] = ContextVar("watcher", default=None)
 
 
@@ -120,13 +118,15 @@ def _gpu(limit: str | None, emit: Callable[..., None]) -> Iterator[None]:
     if limit is None:
         yield
         return
-    place, told = _try(limit), False
-    while place is None:
-        if not told:
-            told = True
-            emit("message", text=f"waiting for a place of the concurrency limit {limit}")
-        time.sleep(WAIT_SECONDS)
-        place = _try(limit)
+    emit("message", text=f"asking for a place of the concurrency limit {limit}")
+    place = concurrency(limit, strict=True, raise_on_lease_renewal_failure=False)
+    try:
+        place.__enter__()
+    except ConcurrencySlotAcquisitionError as error:
+        raise NanodlmError(
+            f"the Prefect server gives no place of the concurrency limit {limit!r}: if there is no such limit, run "
+            f"`prefect gcl create {limit} --limit 1`"
+        ) from error
     try:
         yield
     finally:
@@ -134,24 +134,6 @@ def _gpu(limit: str | None, emit: Callable[..., None]) -> Iterator[None]:
             place.__exit__(None, None, None)
         except Exception as error:  # a result must not be lost because the server is away just now
             get_run_logger().warning("a place of %s is free only when its lease ends: %s", limit, type(error).__name__)
-
-
-def _try(limit: str) -> AbstractContextManager[None] | None:
-    """A place of a concurrency limit, or None when all are taken.
-
-    Prefect's own wait goes on in a thread when its run is cancelled, and may then take a place for nobody.
-    """
-    place = concurrency(limit, strict=True, max_retries=0, raise_on_lease_renewal_failure=False)
-    try:
-        place.__enter__()
-    except ConcurrencySlotAcquisitionError as error:
-        if getattr(getattr(error.__cause__, "response", None), "status_code", None) == HTTPStatus.LOCKED:
-            return None
-        raise NanodlmError(
-            f"the Prefect server gives no place of the concurrency limit {limit!r}: if there is no such limit, run "
-            f"`prefect gcl create {limit} --limit 1`"
-        ) from error
-    return place
 
 
 def _run_name() -> str:
