@@ -29,7 +29,7 @@ from nanodlm.stages import NAMES
 from tests import servers
 from tests.commands import environment, nanodlm, result_of, tiny_flags
 
-pytestmark = pytest.mark.slow  # whole servers and workers
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # whole servers and workers
 ROOT = Path(flows.__file__).parents[1]
 POOL = "default"
 OF_DEMO = {"deployments": {"name": {"any_": ["demo"]}}}  # the scheduler makes runs of others meanwhile
@@ -62,7 +62,7 @@ class Site:
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(f"{self.environ['PREFECT_API_URL']}/{path}", data)
         request.add_header("Content-Type", "application/json")
-        with urllib.request.urlopen(request, timeout=30) as answer:
+        with urllib.request.urlopen(request, timeout=120) as answer:
             return json.load(answer)
 
     def start(self, deployment: str, **parameters: Any) -> str:
@@ -358,7 +358,6 @@ def test_a_killed_trainer_fails_its_run_a_retry_goes_on_and_a_cancellation_saves
         assert site.steps() > saved
 
 
-@pytest.mark.timeout(600)
 def test_a_worker_told_to_stop_leaves_no_process_and_its_run_is_found_crashed(site: Site) -> None:
     with site.worker() as worker:
         run = site.start("train/gpu", config=LONG, gpu_limit=None)
