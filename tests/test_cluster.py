@@ -535,8 +535,9 @@ def test_a_job_that_gets_slurms_signal_saves_goes_back_into_the_queue_and_ends_w
     eventually(lambda: " PD " in queue())
 
     def trained() -> list[Path]:
-        if " PD " in queue():  # it would wait two minutes, and Slurm sets that time once the last task has ended
+        if "(BeginTime)" in queue():  # it would wait two minutes; the first `now` may come before Slurm sets that time
             subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now"], check=False)
+            time.sleep(3)
         return list(two_nodes.glob("train/*/manifest.json"))
 
     (manifest,) = eventually(trained)
