@@ -32,6 +32,7 @@ WEBHOOK = "NANODLM_WEBHOOK_URL"
 HEARTBEAT_SECONDS = 30  # the most often that Prefect allows; its default is 180
 LOST_SECONDS = 240.0  # longer than Prefect's default between heartbeats, so that no living run is taken for lost
 LOST, FAILED, COMPLETED = (f"nanodlm: {name}" for name in ("lost runs", "failed runs", "completed runs"))
+LEASES = "prefect.server.concurrency.lease_storage"
 OLDEST = (3, 8)
 
 
@@ -74,6 +75,7 @@ def automate(
 
     Returns:
         `kind` (automation, block or limit), `name`, `does` and `action` (create, update, keep, remove, absent) of each.
+        One more, of kind `server` and with the action `lack`, when the server keeps leases of places in its memory.
 
     Raises:
         UsageError: No server is named, or an argument makes no sense.
@@ -97,7 +99,8 @@ def automate(
                 notification(FAILED, ["FAILED", "CRASHED"], block),
                 notification(COMPLETED, ["COMPLETED"], block),
             ]
-        return [*rows, *(_install(client, item, dry_run) for item in wanted), _limit(client, gpu_limit, dry_run)]
+        installed = [_install(client, item, dry_run) for item in wanted]
+        return [*rows, *installed, _limit(client, gpu_limit, dry_run), *_leases(client)]
 
 
 def lost_runs(after: float) -> AutomationCore:
@@ -296,6 +299,16 @@ def _limit(client: SyncPrefectClient, limit: int | None, dry_run: bool) -> dict[
     if not dry_run and action != "keep":
         client.upsert_global_concurrency_limit_by_name(GPU, wanted)
     return _row("limit", GPU, f"Trainings at once: {wanted}.", action)
+
+
+def _leases(client: SyncPrefectClient) -> Iterator[dict[str, str]]:
+    """Nothing, unless the server forgets who holds a place when it is restarted, and then never gives it to another."""
+    settings = client.request("GET", "/admin/settings").json()
+    if settings["server"]["concurrency"]["lease_storage"] == f"{LEASES}.memory":
+        does = (
+            f"A restart leaves places taken: start it with PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE={LEASES}.filesystem"
+        )
+        yield _row("server", "leases", does, "lack")
 
 
 def _remove_limit(client: SyncPrefectClient, dry_run: bool) -> dict[str, str]:

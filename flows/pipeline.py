@@ -8,24 +8,22 @@ prefect deployment run pipeline/demo     # on a worker, once `prefect deploy --a
 import os
 import signal
 import time
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
+from contextlib import nullcontext
 from contextvars import ContextVar
 from typing import Any, Literal
 
 from prefect import flow, tags, task
 from prefect.cache_policies import NO_CACHE
-from prefect.concurrency.asyncio import ConcurrencySlotAcquisitionError
-from prefect.concurrency.sync import concurrency
 from prefect.context import TaskRunContext
 from prefect.exceptions import TerminationSignal
-from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 from prefect.settings import get_current_settings
 from prefect.states import Completed
 from prefect.utilities.annotations import quote
 
 from flows.automations import TAG, untagged
+from flows.limits import place
 from flows.reporting import Pages, Watcher
 from flows.sharding import shard_in_parallel, task_runner, worth_retrying
 from nanodlm import cluster, launch, stages
@@ -90,7 +88,7 @@ def run_stage(
     watcher.start(name)
     try:
         if lookup.stage.own_process:
-            with _gpu(gpu_limit, watcher.emit):
+            with place(gpu_limit, watcher.emit) if gpu_limit else nullcontext():
                 if on and on.target != "process" and name == "train":
                     cluster.run_stage(name, config, store_url, on, rebuild=rebuild, emit=watcher.emit)
                 else:
@@ -110,30 +108,6 @@ def run_stage(
         watcher.end()
     watcher.done(artifact, record)
     return artifact, record
-
-
-@contextmanager
-def _gpu(limit: str | None, emit: Callable[..., None]) -> Iterator[None]:
-    """Hold a place of a concurrency limit. One that is lost, because the server is away, does not end its holder."""
-    if limit is None:
-        yield
-        return
-    emit("message", text=f"asking for a place of the concurrency limit {limit}")
-    place = concurrency(limit, strict=True, raise_on_lease_renewal_failure=False)
-    try:
-        place.__enter__()
-    except ConcurrencySlotAcquisitionError as error:
-        raise NanodlmError(
-            f"the Prefect server gives no place of the concurrency limit {limit!r}: if there is no such limit, run "
-            f"`prefect gcl create {limit} --limit 1`"
-        ) from error
-    try:
-        yield
-    finally:
-        try:
-            place.__exit__(None, None, None)
-        except Exception as error:  # a result must not be lost because the server is away just now
-            get_run_logger().warning("a place of %s is free only when its lease ends: %s", limit, type(error).__name__)
 
 
 def _run_name() -> str:

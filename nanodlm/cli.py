@@ -988,7 +988,14 @@ def automate(argv: list[str]) -> None:
     if args.as_json:
         _print_json({"automated": rows, "dry_run": args.dry_run})
         return
-    done = {"create": "created", "update": "updated", "remove": "removed", "keep": "kept", "absent": "not there"}
+    done = {
+        "create": "created",
+        "update": "updated",
+        "remove": "removed",
+        "keep": "kept",
+        "absent": "not there",
+        "lack": "lacks",
+    }
     for row in rows:
         would = args.dry_run and row["action"] in ("create", "update", "remove")
         action = f"would {row['action']}" if would else done[row["action"]]

@@ -290,7 +290,7 @@ def flaky(server: Server, fail: Callable[[str, str], str]) -> Iterator[Server]:
 
 @contextmanager
 def prefect(home: Path, port: int | None = None, **environ: str) -> Iterator[dict[str, str]]:
-    """A whole Prefect server, as `prefect server start` starts it: the environment that its clients need.
+    """A whole Prefect server, started as the README says: the environment that its clients need.
 
     Args:
         home: Folder of its own, for its database and its log.
@@ -303,9 +303,10 @@ def prefect(home: Path, port: int | None = None, **environ: str) -> Iterator[dic
         "PREFECT_HOME": str(home / "server"),
         "PREFECT_API_URL": url,
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
     }
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
-    with running(command, log=home / "server.log", **own, **environ) as server:
+    with running(command, log=home / "server.log", **{**own, **environ}) as server:
         answers(server, lambda: send("GET", f"{url}/health"), patience=120)
         yield {"PREFECT_API_URL": url, "PREFECT_HOME": str(home / "client"), "NO_PROXY": "127.0.0.1"}
 

@@ -94,6 +94,10 @@ class Site:
         wait_until(lambda: self.state(run) in final, seconds, lambda: f"{self.state(run)}: {self.said()}")
         return self.state(run)
 
+    def taken(self) -> int:
+        """Places of `gpu` that are taken."""
+        return self.ask("v2/concurrency_limits/gpu")["active_slots"]
+
     def said(self) -> str:
         return (self.home / "worker.log").read_text()[-3000:]
 
@@ -416,7 +420,9 @@ def test_training_goes_on_while_the_server_is_away_and_ends_well(alone: tuple[Si
     assert before < site.steps() < config["train"]["max_steps"]
     server.enter_context(site.server())
     assert site.state(run) == "Running"
+    assert site.taken() == 1  # so nobody else takes the device
     assert site.ends(run, 1800) == "Completed"
+    assert site.taken() == 0
     assert site.tasks(run) == CACHED | {"train": "Completed"}
     # The log has a line of progress every 30 s, and never more.
     lines = [log for log in site.logs(run) if " updates, loss " in log["message"]]
@@ -441,9 +447,8 @@ def test_runs_that_share_a_device_train_one_after_the_other_and_need_its_limit_t
     with site.worker():
         without = site.start("train/gpu", config=SHORT, gpu_limit="no-such-device")
         assert site.ends(without) == "Failed"
-        assert (
-            "no place of the concurrency limit 'no-such-device'" in site.ask(f"flow_runs/{without}")["state"]["message"]
-        )
+        message = site.ask(f"flow_runs/{without}")["state"]["message"]
+        assert "the Prefect server has no concurrency limit 'no-such-device': run `prefect gcl create" in message
         runs = [
             site.start("train/gpu", config={**SHORT, "train": {**SHORT["train"], "seed": seed, "max_steps": 3000}})
             for seed in (1, 2)
@@ -454,6 +459,20 @@ def test_runs_that_share_a_device_train_one_after_the_other_and_need_its_limit_t
             time.sleep(0.1)
         assert [site.state(run) for run in runs] == ["Completed", "Completed"]
         assert most == 1
+
+
+def test_a_run_that_is_cancelled_while_it_waits_for_the_device_takes_no_place(site: Site) -> None:
+    with site.worker():
+        holder = site.start("train/gpu", config=LONG)
+        site.trainer(least_step=20)
+        waiter = site.start("train/gpu", config=SHORT)
+        wait_until(lambda: any("asking for a place" in log["message"] for log in site.logs(waiter)), 120, site.said)
+        for run in (waiter, holder):
+            assert site.prefect("flow-run", "cancel", run).returncode == 0
+            assert site.ends(run) == "Cancelled"
+        wait_until(lambda: site.taken() == 0, 20, site.said)
+        time.sleep(10)
+        assert site.taken() == 0
 
 
 def trainers(site: Site) -> list[psutil.Process]:

@@ -1,0 +1,118 @@
+"""A place of a Prefect concurrency limit: waited for, held while a device is used, and given back.
+
+Prefect's own `concurrency` waits in a thread, which may take a place after its run was cancelled, and gives up a place
+when the server is away for some seconds as it is renewed. Here the run itself waits, and renews as long as it holds.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from contextvars import copy_context
+from uuid import UUID
+
+import httpx
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.exceptions import ObjectNotFound
+from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
+
+from nanodlm.errors import NanodlmError
+
+FIRST_SECONDS = 60.0  # of a lease at first, the least that Prefect allows: a run may be killed before it knows of it
+LEASE_SECONDS = 900.0  # for which the server may be away, or a place stay taken after its holder's computer is lost
+RENEW_SECONDS = 30.0  # between renewals
+ASK_SECONDS = 3.0  # between requests for a place
+SAY_SECONDS = 60.0  # between lines that say that it waits
+
+
+@contextmanager
+def place(limit: str, emit: Callable[..., None]) -> Iterator[None]:
+    """Hold a place of a limit. When it is lost it is asked for again, and its holder goes on meanwhile.
+
+    Args:
+        limit: Name of a global concurrency limit.
+        emit: Called as `emit("message", text=...)` with what takes long or goes wrong.
+
+    Raises:
+        NanodlmError: When the server has no such limit, or refuses.
+    """
+    emit("message", text=f"asking for a place of the concurrency limit {limit}")
+    with get_client(sync_client=True) as client:
+        held = [_wait(client, limit, emit)]
+        done = threading.Event()
+        settings = copy_context()  # which name the server
+        keeper = threading.Thread(target=settings.run, args=(_keep, limit, held, done, emit), daemon=True)
+        keeper.start()
+        try:
+            yield
+        finally:
+            done.set()
+            keeper.join(ASK_SECONDS)
+            try:
+                with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 3}):
+                    client.release_concurrency_slots_with_lease(held[-1])
+            except httpx.HTTPError as error:  # a result must not be lost because the server is away
+                emit("message", text=f"a place of {limit} is free when its lease ends: {type(error).__name__}")
+
+
+def _wait(client: SyncPrefectClient, limit: str, emit: Callable[..., None]) -> UUID:
+    """The lease of a place, once there is one. It is asked for in this thread, for an exception to end it."""
+    spoken = time.monotonic()
+    while True:
+        try:
+            client.read_global_concurrency_limit_by_name(limit)
+            if lease := _take(client, limit):
+                return lease
+        except ObjectNotFound as error:
+            raise NanodlmError(
+                f"the Prefect server has no concurrency limit {limit!r}: run `prefect gcl create {limit} --limit 1`"
+            ) from error
+        except httpx.HTTPStatusError as error:
+            if not error.response.is_server_error:
+                raise NanodlmError(
+                    f"the Prefect server gives no place of {limit}: {error.response.text[:200]}"
+                ) from error
+        except httpx.TransportError:  # the server is away
+            pass
+        if time.monotonic() - spoken > SAY_SECONDS:
+            spoken = time.monotonic()
+            emit("message", text=f"waiting for a place of the concurrency limit {limit}")
+        time.sleep(ASK_SECONDS)
+
+
+def _take(client: SyncPrefectClient, limit: str) -> UUID | None:
+    """The lease of a place, or None when all are taken."""
+    try:
+        answer = client.increment_concurrency_slots_with_lease([limit], 1, "concurrency", FIRST_SECONDS)
+    except httpx.HTTPStatusError as error:
+        if error.response.status_code == httpx.codes.LOCKED:
+            return None
+        raise
+    lease = UUID(answer.json()["lease_id"])
+    client.renew_concurrency_lease(lease, LEASE_SECONDS)
+    return lease
+
+
+def _keep(limit: str, held: list[UUID], done: threading.Event, emit: Callable[..., None]) -> None:
+    """Renew the last lease of `held`, and add another when the server has forgotten it."""
+    lost = False
+    with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}), get_client(sync_client=True) as client:
+        while not done.wait(RENEW_SECONDS):
+            with suppress(httpx.TransportError, httpx.HTTPStatusError):
+                if not lost:
+                    lost = not _renewed(client, held[-1])
+                    if lost:
+                        emit("message", text=f"the server has forgotten who holds {limit}: going on, and asking again")
+                if lost and (lease := _take(client, limit)):
+                    held.append(lease)
+                    lost = False
+
+
+def _renewed(client: SyncPrefectClient, lease: UUID) -> bool:
+    try:
+        client.renew_concurrency_lease(lease, LEASE_SECONDS)
+    except httpx.HTTPStatusError as error:
+        if error.response.status_code == httpx.codes.GONE:
+            return False
+        raise
+    return True

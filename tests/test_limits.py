@@ -1,0 +1,204 @@
+"""Places of a concurrency limit, on a real server that is restarted, with holders that are really killed."""
+
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from contextvars import copy_context
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.settings import PREFECT_API_URL, temporary_settings
+
+from flows import automations, limits
+from flows.limits import place
+from nanodlm.errors import NanodlmError
+from tests import servers
+from tests.commands import environment
+
+pytestmark = pytest.mark.slow  # a whole server
+PROGRAM = """
+import sys
+from flows import limits
+limits.LEASE_SECONDS = 60.0
+with limits.place("gpu", lambda kind, text: print(text, flush=True)):
+    print("held", flush=True)
+    sys.stdin.readline()
+"""
+
+
+@dataclass
+class Site:
+    """A server that can be taken away by closing `up`, and a client of it."""
+
+    home: Path
+    port: int
+    up: ExitStack
+    client: SyncPrefectClient
+
+    def start(self) -> None:
+        self.up.enter_context(servers.prefect(self.home, self.port))
+
+    def taken(self) -> int:
+        return self.client.read_global_concurrency_limit_by_name("gpu").active_slots
+
+    def leases(self) -> list[Path]:
+        return list((self.home / "server" / "concurrency_leases").glob("*-*.json"))
+
+    @contextmanager
+    def holder(self) -> Iterator[subprocess.Popen[str]]:
+        """A process that asks for the place, says so, says `held` once it has it, and keeps it for a line of input."""
+        env = environment(PREFECT_API_URL=f"http://127.0.0.1:{self.port}/api")
+        words = [sys.executable, "-c", PROGRAM]
+        with subprocess.Popen(words, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+            try:
+                assert process.stdout
+                assert process.stdout.readline().startswith("asking for a place")
+                yield process
+            finally:
+                process.kill()
+
+
+def held(process: subprocess.Popen[str]) -> bool:
+    assert process.stdout
+    return process.stdout.readline() == "held\n"
+
+
+@pytest.fixture(scope="module")
+def module_site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    home, (port,) = tmp_path_factory.mktemp("prefect"), servers.free_ports(1)
+    settings = {PREFECT_API_URL: f"http://127.0.0.1:{port}/api"}
+    with ExitStack() as up, temporary_settings(settings), get_client(sync_client=True) as client:
+        site = Site(home, port, up, client)
+        site.start()
+        client.upsert_global_concurrency_limit_by_name("gpu", 1)
+        yield site
+
+
+@pytest.fixture
+def site(module_site: Site) -> Site:
+    assert module_site.taken() == 0
+    return module_site
+
+
+@pytest.fixture
+def said() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "RENEW_SECONDS", 0.2)
+    monkeypatch.setattr(limits, "ASK_SECONDS", 0.2)
+
+
+def until(holds: object, seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():  # type: ignore[operator]
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_the_second_waits_until_the_first_gives_its_place_back(site: Site) -> None:
+    with site.holder() as first:
+        assert held(first)
+        with site.holder() as second:
+            time.sleep(5)
+            assert site.taken() == 1
+            first.communicate("\n", timeout=30)
+            assert held(second)
+            assert site.taken() == 1
+            second.communicate("\n", timeout=30)
+    assert site.taken() == 0
+
+
+def test_one_that_is_ended_while_it_waits_takes_no_place(site: Site) -> None:
+    with site.holder() as first:
+        assert held(first)
+        with site.holder() as second:
+            time.sleep(1)
+            second.send_signal(2)
+            second.wait(30)
+        first.communicate("\n", timeout=30)
+    assert site.taken() == 0
+
+
+def test_a_place_is_kept_while_the_server_is_restarted_and_given_back_after(
+    site: Site, hurried: None, said: list[str]
+) -> None:
+    with place("gpu", lambda _, text: said.append(text)):
+        site.up.close()
+        time.sleep(2)  # renewals fail meanwhile
+        site.start()
+        time.sleep(2)
+        assert site.taken() == 1
+    assert site.taken() == 0
+    assert len(said) == 1
+
+
+def test_a_lost_place_is_taken_again(site: Site, hurried: None, said: list[str]) -> None:
+    with place("gpu", lambda _, text: said.append(text)):
+        (lease,) = site.leases()
+        site.client.release_concurrency_slots_with_lease(lease.stem)  # type: ignore[arg-type]
+        until(lambda: site.taken() == 1 and site.leases() not in ([], [lease]))
+    assert site.taken() == 0
+    assert said[1:] == ["the server has forgotten who holds gpu: going on, and asking again"]
+
+
+def test_a_killed_holders_place_comes_back_when_its_lease_ends(site: Site) -> None:
+    with site.holder() as first:
+        assert held(first)
+        first.kill()
+    assert site.taken() == 1
+    until(lambda: site.taken() == 0, 120)
+
+
+def test_a_holder_ends_well_when_the_server_is_away(site: Site, said: list[str]) -> None:
+    with place("gpu", lambda _, text: said.append(text)):
+        site.up.close()
+    assert said[1:] == ["a place of gpu is free when its lease ends: ConnectError"]
+    site.start()
+    (lease,) = site.leases()
+    site.client.release_concurrency_slots_with_lease(lease.stem)  # type: ignore[arg-type]
+    assert site.taken() == 0
+
+
+def test_one_waits_while_the_server_is_away(site: Site, hurried: None) -> None:
+    site.up.close()
+    got = threading.Event()
+
+    def wait() -> None:
+        with place("gpu", lambda *_, **__: None):
+            got.set()
+
+    waiting = threading.Thread(target=copy_context().run, args=(wait,))
+    waiting.start()
+    time.sleep(1)
+    assert not got.is_set()
+    site.start()
+    waiting.join(60)
+    assert got.is_set()
+    assert site.taken() == 0
+
+
+def test_a_limit_that_does_not_exist_is_one_line(site: Site) -> None:
+    with (
+        pytest.raises(NanodlmError, match="has no concurrency limit 'tpu': run `prefect gcl create tpu"),
+        place("tpu", lambda *_, **__: None),
+    ):
+        pass
+
+
+def test_a_server_that_would_forget_its_holders_is_told_of(tmp_path: Path, site: Site) -> None:
+    assert "server" not in {row["kind"] for row in automations.automate(dry_run=True)}
+    memory = "prefect.server.concurrency.lease_storage.memory"  # which is Prefect's default
+    with (
+        servers.prefect(tmp_path, PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE=memory) as environ,
+        temporary_settings({PREFECT_API_URL: environ["PREFECT_API_URL"]}),
+    ):
+        (row,) = [row for row in automations.automate(dry_run=True) if row["kind"] == "server"]
+    assert row["does"].endswith("PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE=" + memory.replace("memory", "filesystem"))
