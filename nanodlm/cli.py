@@ -468,7 +468,7 @@ def launch(argv: list[str]) -> None:
     if not store.is_local or Path(store.root).is_dir():  # else it is a disk that only the cluster has
         stages.ready(args.stage, config, store, rebuild=args.rebuild)
     job = cluster.submit(args.stage, config, args.store, to, rebuild=args.rebuild)
-    print(f"{job.name} is submitted: `{job.hint}` shows how it stands, `nanodlm ls --store {store.uri()}` what is done")
+    print(f"{job}\n`nanodlm ls --store {store.uri()}` shows what is done")
 
 
 BENCHES = {

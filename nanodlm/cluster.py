@@ -8,13 +8,12 @@ a job that failed or was cancelled is noticed. Nothing here imports JAX.
 """
 
 import json
-import secrets
 import shlex
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -25,7 +24,7 @@ from nanodlm import stages
 from nanodlm.config import Config, Group
 from nanodlm.errors import NanodlmError, Stopped, Unreachable, UsageError
 from nanodlm.storage import briefly
-from nanodlm.store import Store
+from nanodlm.store import Store, fingerprint_of
 
 MOUNT = "/store"  # where `Launch.store_volume` lies in a pod
 PORT = 4321  # of the first pod, on which the others find it
@@ -126,6 +125,12 @@ def _place(stage: str, store_url: str, launch: Launch) -> str:
     return address
 
 
+def _job_name(stage: str, config: Config, place: str, rebuild: bool) -> str:
+    """A name that is the same for the same work, so that a job that somebody has left is found again."""
+    work = {"config": config.model_dump(mode="json"), "store": place, "rebuild": rebuild}
+    return f"nanodlm-{stage}-{fingerprint_of(work)[:12]}"
+
+
 def _command(stage: str, rebuild: bool) -> list[str]:
     return ["-m", "nanodlm", stage, *(["--rebuild"] if rebuild else [])]
 
@@ -153,7 +158,7 @@ def slurm_script(config: Config, store_url: str, launch: Launch, rebuild: bool =
     place, nodes = _place(stage, store_url, launch), _nodes(stage, launch)
     tasks = max(1, launch.gpus_per_node) if stage == "train" else 1
     options = {
-        "job-name": f"nanodlm-{stage}",
+        "job-name": _job_name(stage, config, place, rebuild),
         "nodes": nodes,
         "ntasks-per-node": tasks,
         "gpus-per-node": launch.gpus_per_node or None,
@@ -194,13 +199,7 @@ def slurm_script(config: Config, store_url: str, launch: Launch, rebuild: bool =
 
 
 def jobset(
-    config: Config,
-    store_url: str,
-    launch: Launch,
-    rebuild: bool = False,
-    *,
-    stage: str = "train",
-    name: str = "",
+    config: Config, store_url: str, launch: Launch, rebuild: bool = False, *, stage: str = "train"
 ) -> dict[str, Any]:
     """A manifest of a Kubernetes JobSet (jobset.x-k8s.io/v1alpha2): one pod for each host, which has all its GPUs.
 
@@ -213,15 +212,16 @@ def jobset(
         launch: The hosts.
         rebuild: Whether to build even when the artifact exists.
         stage: train, evaluate or sample.
-        name: Of the JobSet; by default `nanodlm-` and the stage.
 
     Raises:
         UsageError: When the pods would not all see the store, or the text that is trained on.
 
-    >>> jobset(Config(), "s3://bucket/store", Launch(target="k8s", image="nanodlm:1"))["metadata"]
-    {'name': 'nanodlm-train'}
+    >>> pods = jobset(Config(), "s3://bucket/store", Launch(target="k8s", image="nanodlm:1"))
+    >>> pods["kind"], pods["spec"]["failurePolicy"]["maxRestarts"]
+    ('JobSet', 3)
     """
-    place, nodes, name = _place(stage, store_url, launch), _nodes(stage, launch), name or f"nanodlm-{stage}"
+    place, nodes = _place(stage, store_url, launch), _nodes(stage, launch)
+    name = _job_name(stage, config, place, rebuild)
     for source in config.data.source:
         if source != "sotu" and "://" not in source and not (launch.store_volume and source.startswith(f"{MOUNT}/")):
             raise UsageError(f"no pod sees the file {source}: give --data.source a URL, or a path below {MOUNT}")
@@ -310,11 +310,16 @@ class Job:
         target: `slurm` or `k8s`.
         name: Its number at Slurm, or the name of its JobSet.
         namespace: Of the JobSet; empty is that of kubectl's context.
+        found: Whether it was there already: submitted before, by somebody who has left it or waits for it as well.
     """
 
     target: str
     name: str
     namespace: str = ""
+    found: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.target} job {self.name} {'runs already' if self.found else 'is submitted'}: {self.hint}"
 
     @property
     def hint(self) -> str:
@@ -324,6 +329,10 @@ class Job:
     @property
     def _where(self) -> str:
         return f" -n {self.namespace}" if self.namespace else ""
+
+    @property
+    def _namespace(self) -> list[str]:
+        return ["--namespace", self.namespace] if self.namespace else []
 
     def state(self) -> tuple[Literal["waiting", "done", "failed", "unknown"], str]:
         """How it stands, and in words: `waiting` is queued or running, `unknown` is without an answer."""
@@ -354,14 +363,17 @@ class Job:
         return f" ({told[-1].removeprefix('nanodlm: ')}; see {path})" if told else f" (see {path})"
 
     def _k8s_state(self) -> tuple[Literal["waiting", "done", "failed", "unknown"], str]:
-        where = ["--namespace", self.namespace] if self.namespace else []
+        where = self._namespace
         code, said, error = _run(["kubectl", "get", "jobset", self.name, *where, "--output=json"])
         if code and "NotFound" in error:
             return "failed", "it has been deleted"
         try:
-            status = json.loads(said).get("status", {})
+            found = json.loads(said)
         except ValueError:
             return "unknown", _last(error)
+        if found.get("metadata", {}).get("deletionTimestamp"):
+            return "failed", "it is being deleted"
+        status = found.get("status", {})
         ended = {c["type"]: c.get("message", "") for c in status.get("conditions", []) if c.get("status") == "True"}
         if "Completed" in (status.get("terminalState"), *ended):
             return "done", "Completed"
@@ -376,12 +388,11 @@ class Job:
         if self.target == "slurm":
             _run(["scancel", self.name])
         else:
-            where = ["--namespace", self.namespace] if self.namespace else []
-            _run(["kubectl", "delete", "jobset", self.name, *where, "--ignore-not-found", "--wait=false"])
+            _run(["kubectl", "delete", "jobset", self.name, *self._namespace, "--ignore-not-found", "--wait=false"])
 
 
 def submit(stage: str, config: Config, store_url: str, launch: Launch, *, rebuild: bool = False) -> Job:
-    """Hand a stage to the scheduler.
+    """Hand a stage to the scheduler, unless a job for the same work is there and has not ended.
 
     Args:
         stage: train, evaluate or sample.
@@ -396,14 +407,25 @@ def submit(stage: str, config: Config, store_url: str, launch: Launch, *, rebuil
     """
     if launch.target == "slurm":
         script = slurm_script(config, store_url, launch, rebuild, stage=stage)
+        name = _job_name(stage, config, _place(stage, store_url, launch), rebuild)
+        alive = ["--me", f"--name={name}", "--states=PENDING,CONFIGURING,RUNNING,SUSPENDED"]
+        _, said, _ = _run(["squeue", "--noheader", *alive, "--format=%i"])
+        if said:
+            return Job("slurm", said.split()[0], found=True)
         said = _told("sbatch", ["--parsable"], script, "run this where jobs are submitted to Slurm")
         return Job("slurm", said.split(";")[0].strip())
     if launch.target == "k8s":
-        name = f"nanodlm-{stage}-{secrets.token_hex(3)}"
-        manifest = jobset(config, store_url, launch, rebuild, stage=stage, name=name)
+        manifest = jobset(config, store_url, launch, rebuild, stage=stage)
+        job = Job("k8s", manifest["metadata"]["name"], launch.namespace)
+        state, _ = job.state()
+        if state == "waiting":
+            return replace(job, found=True)
+        if state != "unknown":  # one that has ended keeps its name for a week
+            words = ["kubectl", "delete", "jobset", job.name, *job._namespace, "--ignore-not-found"]
+            _run(words, seconds=launch.grace_seconds + 60)
         remedy = "install it and give it a context for the cluster"
         _told("kubectl", ["create", "--filename=-"], json.dumps(manifest), remedy)
-        return Job("k8s", name, launch.namespace)
+        return job
     raise UsageError(f"nothing submits a process: `nanodlm {stage}` runs it here; choose --target slurm or k8s")
 
 
@@ -419,7 +441,8 @@ def run_stage(
     """Run one stage on its target until its artifact is in the store, like `launch.run_stage`.
 
     A job is followed through the store: what `emit` is called with is a few seconds old. When this is interrupted, the
-    job is cancelled; it saves, and the next run goes on where it was.
+    job is cancelled; it saves, and the next run goes on where it was. When this is killed the job goes on, and the next
+    call follows it.
 
     Args:
         name: train, evaluate or sample.
@@ -441,7 +464,7 @@ def run_stage(
     if lookup.artifact and not rebuild:
         return
     job = submit(name, config, store_url, launch, rebuild=rebuild)
-    emit("message", text=f"{job.target} job {job.name} is submitted: {job.hint}")
+    emit("message", text=str(job))
     try:
         _follow(job, store, name, lookup.fingerprint, rebuild, emit)
     except _Ended:
@@ -487,14 +510,14 @@ def _follow(job: Job, store: Store, name: str, fingerprint: str, rebuild: bool, 
         time.sleep(LOOK_SECONDS)
 
 
-def _run(command: list[str], text: str = "") -> tuple[int, str, str]:
+def _run(command: list[str], text: str = "", seconds: float = 60) -> tuple[int, str, str]:
     """Run a program: its exit code, what it said, and its errors; 127 when it is not there, 124 when it hangs."""
     try:
-        done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=seconds)
     except FileNotFoundError:
         return 127, "", f"{command[0]} is not there"
     except subprocess.TimeoutExpired:
-        return 124, "", f"{command[0]} did not answer within a minute"
+        return 124, "", f"{command[0]} did not answer within {seconds:.0f} s"
     return done.returncode, done.stdout.strip(), done.stderr.strip()
 
 

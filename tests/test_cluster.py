@@ -203,13 +203,13 @@ def test_the_schemas_refuse_what_is_misspelt() -> None:
 
 
 def test_pods_find_the_first_of_them_by_the_name_that_a_jobset_gives_it() -> None:
-    manifest = jobset(PRESETS["owt"], "/store", PODS, name="run-1")
-    job = the_job(manifest)["spec"]
+    manifest = jobset(PRESETS["owt"], "/store", PODS)
+    job, name = the_job(manifest)["spec"], manifest["metadata"]["name"]
     assert (job["completionMode"], job["completions"], job["parallelism"]) == ("Indexed", 4, 4)
     (container,) = job["template"]["spec"]["containers"]
     env = {entry["name"]: entry for entry in container["env"]}
     (replicated,) = manifest["spec"]["replicatedJobs"]
-    pod = f"run-1-{replicated['name']}-0-0.run-1"  # JobSet, replicated job, its index, the pod's; subdomain: the JobSet
+    pod = f"{name}-{replicated['name']}-0-0.{name}"  # JobSet, replicated job, its index, the pod's; subdomain: JobSet
     assert env["JAX_COORDINATOR_ADDRESS"]["value"] == f"{pod}:{container['ports'][0]['containerPort']}"
     assert env["JAX_NUM_PROCESSES"]["value"] == "4"
     assert "job-completion-index" in env["JAX_PROCESS_ID"]["valueFrom"]["fieldRef"]["fieldPath"]
@@ -322,7 +322,8 @@ KUBECTL = """
 echo "$@" >> {folder}/calls
 case "$1" in
     create) cat > {folder}/manifest.json ;;
-    get) cat {folder}/status.json ;;
+    get) if [ -f {folder}/manifest.json ]; then cat {folder}/status.json; else echo NotFound >&2; exit 1; fi ;;
+    delete) rm -f {folder}/manifest.json ;;
     logs) echo "nanodlm: the loss is not a number" ;;
 esac
 """
@@ -371,10 +372,39 @@ def test_a_jobset_that_ends_without_its_artifact_is_an_error_and_its_pods_are_ke
     with pytest.raises(NanodlmError, match=message):
         cluster.run_stage("train", config, f"{kubectl}/store", launch)
     calls = (kubectl / "calls").read_text().splitlines()
-    assert calls[0] == "create --filename=-"
-    assert not [call for call in calls if call.startswith("delete")]
+    created = calls.index("create --filename=-")
+    assert not [call for call in calls[created:] if call.startswith("delete")]
     manifest = json.loads((kubectl / "manifest.json").read_text())
-    assert any(manifest["metadata"]["name"] in call and "--namespace research" in call for call in calls[1:])
+    assert any(manifest["metadata"]["name"] in call and "--namespace research" in call for call in calls[created:])
+
+
+def test_a_jobset_that_runs_is_found_again_and_one_that_has_ended_makes_room(kubectl: Path) -> None:
+    said = kubectl / "calls"
+
+    def submitted(status: dict[str, Any]) -> tuple[bool, list[str]]:
+        (kubectl / "status.json").write_text(json.dumps(status))
+        said.unlink(missing_ok=True)
+        job = cluster.submit("train", PRESETS["demo"], f"{kubectl}/store", PODS)
+        words = [call.split()[0] for call in said.read_text().splitlines()]
+        return job.found, [word for word in words if word != "logs"]
+
+    assert submitted({}) == (False, ["get", "delete", "create"])
+    assert submitted({"status": {"restarts": 1}}) == (True, ["get"])
+    assert submitted({"status": FAILED}) == (False, ["get", "delete", "create"])
+    assert submitted({"metadata": {"deletionTimestamp": "now"}}) == (False, ["get", "delete", "create"])
+
+
+def test_a_jobs_name_is_that_of_its_work() -> None:
+    names = {
+        jobset(config, store, PODS, rebuild, stage=stage)["metadata"]["name"]
+        for config in (PRESETS["demo"], PRESETS["owt"])
+        for store in ("/store/a", "/store/b")
+        for rebuild in (False, True)
+        for stage in ("train", "evaluate")
+    }
+    assert len(names) == 16
+    here, there = (jobset(PRESETS["demo"], "/store", launch) for launch in (PODS, PODS.model_copy(update={"nodes": 2})))
+    assert here["metadata"] == there["metadata"]
 
 
 class Interrupted(BaseException):
@@ -399,7 +429,7 @@ def test_an_interrupted_wait_deletes_the_jobset(kubectl: Path, prepared: Path) -
         store.write_json(store.path("train", fingerprint, "lease.json"), mine)
         with pytest.raises(Interrupted):
             cluster.run_stage("train", config, store.uri(), PODS, emit=emit)
-    name = json.loads((kubectl / "manifest.json").read_text())["metadata"]["name"]
+    name = jobset(config, store.uri(), PODS)["metadata"]["name"]
     assert (kubectl / "calls").read_text().splitlines()[-1].startswith(f"delete jobset {name} --namespace research")
 
 
@@ -529,8 +559,8 @@ def test_a_job_that_gets_slurms_signal_saves_goes_back_into_the_queue_and_ends_w
     flags = ["--target", "slurm", "--nodes", "2", "--gpus_per_node", "0", "--store", str(two_nodes)]
     done = nanodlm("launch", str(file), *flags)
     assert done.returncode == 0, done.stderr
-    job = done.stdout.split()[0]
-    assert f"squeue -j {job}" in done.stdout
+    job = done.stdout.split()[2]
+    assert done.stdout.startswith(f"slurm job {job} is submitted: squeue -j {job}\n")
     eventually(lambda: checkpoints(two_nodes))
     subprocess.run(["scancel", "--signal=TERM", job], check=True)  # as before the time limit: to its tasks
     eventually(lambda: "(BeginTime)" in queue())  # Slurm lets it wait for two minutes
@@ -561,6 +591,27 @@ def test_an_interrupted_wait_cancels_the_job_which_saves_and_stays_cancelled(two
     assert not queue()  # it has not gone back into the queue
     (output,) = two_nodes.parent.glob("*.out")
     assert "a checkpoint is saved" in output.read_text()
+
+
+@pytest.mark.slow
+def test_a_killed_wait_leaves_its_job_and_the_next_run_follows_that(two_nodes: Path) -> None:
+    file, said = two_nodes.parent / "config.json", []
+    config = CONFIG.replace(exp={"save_every": 1}, train={"max_steps": 200})
+    file.write_text(config.model_dump_json())
+    flags = ["--nodes", "2", "--gpus_per_node", "0", "--store", str(two_nodes), "--wait"]
+    with started("launch", str(file), *flags) as process:
+        eventually(lambda: checkpoints(two_nodes) or process.poll() is not None)
+        process.kill()
+    (job,) = [line.split()[0] for line in queue().splitlines()]
+
+    def emit(kind: str, **fields: Any) -> None:
+        said.append(fields.get("text"))
+        assert len(queue().splitlines()) <= 1
+
+    cluster.run_stage("train", config, str(two_nodes), SLURM, emit=emit)
+    assert said[0] == f"slurm job {job} runs already: squeue -j {job}"
+    assert len(list(two_nodes.glob("train/*/manifest.json"))) == 1
+    eventually(lambda: not queue())
 
 
 @pytest.mark.slow
