@@ -171,3 +171,13 @@ def test_a_flow_of_a_bad_configuration_is_refused_in_one_line(server: dict[str, 
     assert done.returncode == 1
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
     assert "smaller than the validation split" in done.stderr
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_orchestration_runs_the_pipeline_both_ways() -> None:
+    flags = ["--repeats", "1", "--train.max_steps", "300"]
+    result = result_of(nanodlm("bench", "flow", "--json", *tiny_flags(), *flags))
+    assert result["flow_seconds"] > 0
+    assert result["cached_run_seconds"] > 0
+    assert len(result["train_ratios"]) == 1
+    assert all(0 < result[f"train_beside_{name}"] < 4 for name in ("direct", "flow"))
