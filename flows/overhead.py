@@ -33,15 +33,14 @@ def measure(config: Config, *, repeats: int = 3, emit: Callable[..., None] = lam
 
     Returns:
         `server_seconds` that a server of its own takes to start; `direct_seconds` and `flow_seconds` of whole runs;
-        `added_seconds_per_stage` between them, and `added_seconds_per_cached_stage` when all is built;
-        `train_ratios`, of each pair the tokens per second of training in a flow over those of training without, which
+        `added_seconds_per_stage` between them, training itself left out; `added_seconds_per_cached_stage`, when all is
+        built; `train_ratios`, of each pair the tokens per second of training in a flow over those of training without, which
         other loads of the machine change as well, and `train_ratio`, their median; `train_beside_direct` and
         `train_beside_flow`, the CPU cores that this process and the server take while the trainer works, which they do
         not; and `cached_run_seconds`, all of the command `nanodlm run` when everything is built.
     """
-    seconds: dict[str, list[float]] = {
-        name: [] for name in ("direct", "flow", "direct cached", "flow cached", "command")
-    }
+    kinds = [f"{name}{kind}" for name in ("direct", "flow") for kind in ("", " cached", " but training")]
+    seconds: dict[str, list[float]] = {name: [] for name in (*kinds, "command")}
     speeds: dict[str, list[float]] = {"direct": [], "flow": []}
     beside: dict[str, list[float | None]] = {"direct": [], "flow": []}
     began = time.perf_counter()
@@ -60,7 +59,10 @@ def measure(config: Config, *, repeats: int = 3, emit: Callable[..., None] = lam
                     seconds[name].append(_seconds(run, config, store, meter))
                     seconds[f"{name} cached"].append(_seconds(run, config, store, meter))
                     beside[name].append(meter.cores())
-                    speeds[name].append(_tokens_per_second(config, store))
+                    metrics = _train_metrics(config, store)
+                    speeds[name].append(metrics["train_tokens_per_second"])
+                    trained = metrics["trained_tokens"] / metrics["train_tokens_per_second"]
+                    seconds[f"{name} but training"].append(seconds[name][-1] - trained)
                 seconds["command"].append(_seconds(_command, str(file), f"{scratch}/flow-{repeat}"))
     medians = {name: median(taken) for name, taken in seconds.items()}
     names = stages.until("sample")
@@ -69,7 +71,7 @@ def measure(config: Config, *, repeats: int = 3, emit: Callable[..., None] = lam
         "server_seconds": server_seconds,
         "direct_seconds": medians["direct"],
         "flow_seconds": medians["flow"],
-        "added_seconds_per_stage": (medians["flow"] - medians["direct"]) / len(names),
+        "added_seconds_per_stage": (medians["flow but training"] - medians["direct but training"]) / len(names),
         "added_seconds_per_cached_stage": (medians["flow cached"] - medians["direct cached"]) / len(names),
         "train_ratio": median(ratios),
         **{f"train_beside_{name}": _mean(cores) for name, cores in beside.items()},
@@ -148,7 +150,7 @@ def _command(config: str, store: str) -> None:
 _WAYS = (("direct", _directly), ("flow", _as_flow))
 
 
-def _tokens_per_second(config: Config, url: str) -> float:
+def _train_metrics(config: Config, url: str) -> dict[str, Any]:
     lookup, _ = stages.ready("train", config, Store(url))
     assert lookup.artifact is not None
-    return lookup.artifact.metrics["train_tokens_per_second"]
+    return lookup.artifact.metrics
