@@ -34,10 +34,11 @@ def measure(config: Config, *, repeats: int = 3, emit: Callable[..., None] = lam
     Returns:
         `server_seconds` that a server of its own takes to start; `direct_seconds` and `flow_seconds` of whole runs;
         `added_seconds_per_stage` between them, training itself left out; `added_seconds_per_cached_stage`, when all is
-        built; `train_ratios`, of each pair the tokens per second of training in a flow over those of training without, which
-        other loads of the machine change as well, and `train_ratio`, their median; `train_beside_direct` and
-        `train_beside_flow`, the CPU cores that this process and the server take while the trainer works, which they do
-        not; and `cached_run_seconds`, all of the command `nanodlm run` when everything is built.
+        built; `train_ratios`, of each pair the tokens per second of training in a flow over those of training
+        without, which other loads of the machine change as well, and `train_ratio`, their median;
+        `train_beside_direct` and `train_beside_flow`, the CPU cores that this process and the server take while the
+        trainer works, which they do not; and `cached_run_seconds`, all of the command `nanodlm run` when everything is
+        built.
     """
     kinds = [f"{name}{kind}" for name in ("direct", "flow") for kind in ("", " cached", " but training")]
     seconds: dict[str, list[float]] = {name: [] for name in (*kinds, "command")}
