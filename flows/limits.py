@@ -51,7 +51,7 @@ def place(limit: str, emit: Callable[..., None]) -> Iterator[None]:
             try:
                 with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 3}):
                     client.release_concurrency_slots_with_lease(held[-1])
-            except httpx.HTTPError as error:  # a result must not be lost because the server is away
+            except Exception as error:  # a result must not be lost because the server is away
                 emit("message", text=f"a place of {limit} is free when its lease ends: {type(error).__name__}")
 
 
@@ -69,9 +69,8 @@ def _wait(client: SyncPrefectClient, limit: str, emit: Callable[..., None]) -> U
             ) from error
         except httpx.HTTPStatusError as error:
             if not error.response.is_server_error:
-                raise NanodlmError(
-                    f"the Prefect server gives no place of {limit}: {error.response.text[:200]}"
-                ) from error
+                said = " ".join(error.response.text.split())[:200]
+                raise NanodlmError(f"the Prefect server gives no place of {limit}: {said}") from error
         except httpx.TransportError:  # the server is away
             pass
         if time.monotonic() - spoken > SAY_SECONDS:
@@ -98,7 +97,7 @@ def _keep(limit: str, held: list[UUID], done: threading.Event, emit: Callable[..
     lost = False
     with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}), get_client(sync_client=True) as client:
         while not done.wait(RENEW_SECONDS):
-            with suppress(httpx.TransportError, httpx.HTTPStatusError):
+            with suppress(Exception):  # whatever the server or the network make of it: the next try may do better
                 if not lost:
                     lost = not _renewed(client, held[-1])
                     if lost:
@@ -106,6 +105,8 @@ def _keep(limit: str, held: list[UUID], done: threading.Event, emit: Callable[..
                 if lost and (lease := _take(client, limit)):
                     held.append(lease)
                     lost = False
+                    if done.is_set():  # the holder has left meanwhile
+                        client.release_concurrency_slots_with_lease(lease)
 
 
 def _renewed(client: SyncPrefectClient, lease: UUID) -> bool:
