@@ -74,8 +74,8 @@ def automate(
         remove: Take away what was installed, instead.
 
     Returns:
-        `kind` (automation, block or limit), `name`, `does` and `action` (create, update, keep, remove, absent) of each.
-        One more, of kind `server` and with the action `lack`, when the server keeps leases of places in its memory.
+        `kind` (automation, block, limit or server), `name`, `does` and `action` (create, update, keep, remove, absent;
+        for the server lack: it keeps leases of places in its memory) of each.
 
     Raises:
         UsageError: No server is named, or an argument makes no sense.

@@ -23,6 +23,8 @@ LEASE_SECONDS = 900.0  # for which the server may be away, or a place stay taken
 RENEW_SECONDS = 30.0  # between renewals
 ASK_SECONDS = 3.0  # between requests for a place
 SAY_SECONDS = 60.0  # between lines that say that it waits
+JOIN_SECONDS = 5.0  # for a renewal that is under way when the place is given back
+BUSY = (httpx.codes.REQUEST_TIMEOUT, httpx.codes.TOO_MANY_REQUESTS)
 
 
 @contextmanager
@@ -37,22 +39,21 @@ def place(limit: str, emit: Callable[..., None]) -> Iterator[None]:
         NanodlmError: When the server has no such limit, or refuses.
     """
     emit("message", text=f"asking for a place of the concurrency limit {limit}")
+    held: list[UUID] = []
+    done = threading.Event()
     with get_client(sync_client=True) as client:
-        held = [_wait(client, limit, emit)]
-        done = threading.Event()
         settings = copy_context()  # which name the server
         keeper = threading.Thread(target=settings.run, args=(_keep, limit, held, done, emit), daemon=True)
-        keeper.start()
         try:
+            held.append(_wait(client, limit, emit))
+            keeper.start()
             yield
         finally:
             done.set()
-            keeper.join(ASK_SECONDS)
-            try:
-                with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 3}):
-                    client.release_concurrency_slots_with_lease(held[-1])
-            except Exception as error:  # a result must not be lost because the server is away
-                emit("message", text=f"a place of {limit} is free when its lease ends: {type(error).__name__}")
+            if keeper.is_alive():
+                keeper.join(JOIN_SECONDS)
+            if held:
+                _give_back(client, held[-1], limit, emit)
 
 
 def _wait(client: SyncPrefectClient, limit: str, emit: Callable[..., None]) -> UUID:
@@ -60,15 +61,16 @@ def _wait(client: SyncPrefectClient, limit: str, emit: Callable[..., None]) -> U
     spoken = time.monotonic()
     while True:
         try:
-            client.read_global_concurrency_limit_by_name(limit)
-            if lease := _take(client, limit):
-                return lease
+            with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}):  # else the client would sleep for minutes
+                client.read_global_concurrency_limit_by_name(limit)
+                if lease := _take(client, limit):
+                    return lease
         except ObjectNotFound as error:
             raise NanodlmError(
                 f"the Prefect server has no concurrency limit {limit!r}: run `prefect gcl create {limit} --limit 1`"
             ) from error
         except httpx.HTTPStatusError as error:
-            if not error.response.is_server_error:
+            if not (error.response.is_server_error or error.response.status_code in BUSY):
                 said = " ".join(error.response.text.split())[:200]
                 raise NanodlmError(f"the Prefect server gives no place of {limit}: {said}") from error
         except httpx.TransportError:  # the server is away
@@ -88,8 +90,12 @@ def _take(client: SyncPrefectClient, limit: str) -> UUID | None:
             return None
         raise
     lease = UUID(answer.json()["lease_id"])
-    client.renew_concurrency_lease(lease, LEASE_SECONDS)
-    return lease
+    try:
+        return lease if _renewed(client, lease) else None
+    except BaseException:
+        with suppress(Exception):
+            client.release_concurrency_slots_with_lease(lease)
+        raise
 
 
 def _keep(limit: str, held: list[UUID], done: threading.Event, emit: Callable[..., None]) -> None:
@@ -100,13 +106,21 @@ def _keep(limit: str, held: list[UUID], done: threading.Event, emit: Callable[..
             with suppress(Exception):  # whatever the server or the network make of it: the next try may do better
                 if not lost:
                     lost = not _renewed(client, held[-1])
-                    if lost:
+                    if lost and not done.is_set():
                         emit("message", text=f"the server has forgotten who holds {limit}: going on, and asking again")
-                if lost and (lease := _take(client, limit)):
+                if lost and not done.is_set() and (lease := _take(client, limit)):
                     held.append(lease)
                     lost = False
                     if done.is_set():  # the holder has left meanwhile
                         client.release_concurrency_slots_with_lease(lease)
+
+
+def _give_back(client: SyncPrefectClient, lease: UUID, limit: str, emit: Callable[..., None]) -> None:
+    try:
+        with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 3}):
+            client.release_concurrency_slots_with_lease(lease)
+    except Exception as error:  # a result must not be lost because the server is away
+        emit("message", text=f"a place of {limit} is free when its lease ends: {type(error).__name__}")
 
 
 def _renewed(client: SyncPrefectClient, lease: UUID) -> bool:

@@ -126,8 +126,11 @@ def _place(stage: str, store_url: str, launch: Launch) -> str:
 
 
 def _job_name(stage: str, config: Config, place: str, rebuild: bool) -> str:
-    """A name that is the same for the same work, so that a job that somebody has left is found again."""
-    work = {"config": config.model_dump(mode="json"), "store": place, "rebuild": rebuild}
+    """A name that is the same for the same artifact, so that a job that somebody has left is found again."""
+    work: dict[str, Any] = {"store": place, "rebuild": rebuild, "data": config.data.model_dump(mode="json")}
+    work |= {"train": config.training(), "from": config.exp.resume_path}
+    if stage != "train":
+        work[stage] = {"evaluate": config.eval, "sample": config.sample}[stage].model_dump(mode="json")
     return f"nanodlm-{stage}-{fingerprint_of(work)[:12]}"
 
 
@@ -319,7 +322,7 @@ class Job:
     found: bool = False
 
     def __str__(self) -> str:
-        return f"{self.target} job {self.name} {'runs already' if self.found else 'is submitted'}: {self.hint}"
+        return f"{self.target} job {self.name} {'is there already' if self.found else 'is submitted'}: {self.hint}"
 
     @property
     def hint(self) -> str:
@@ -333,6 +336,12 @@ class Job:
     @property
     def _namespace(self) -> list[str]:
         return ["--namespace", self.namespace] if self.namespace else []
+
+    @property
+    def _delete(self) -> list[str]:
+        """It goes when its pods have gone, for its controller takes those of another by the same name for its own."""
+        kept = ["--ignore-not-found", "--cascade=foreground"]
+        return ["kubectl", "delete", "jobset", self.name, *self._namespace, *kept]
 
     def state(self) -> tuple[Literal["waiting", "done", "failed", "unknown"], str]:
         """How it stands, and in words: `waiting` is queued or running, `unknown` is without an answer."""
@@ -388,7 +397,7 @@ class Job:
         if self.target == "slurm":
             _run(["scancel", self.name])
         else:
-            _run(["kubectl", "delete", "jobset", self.name, *self._namespace, "--ignore-not-found", "--wait=false"])
+            _run([*self._delete, "--wait=false"])
 
 
 def submit(stage: str, config: Config, store_url: str, launch: Launch, *, rebuild: bool = False) -> Job:
@@ -408,10 +417,8 @@ def submit(stage: str, config: Config, store_url: str, launch: Launch, *, rebuil
     if launch.target == "slurm":
         script = slurm_script(config, store_url, launch, rebuild, stage=stage)
         name = _job_name(stage, config, _place(stage, store_url, launch), rebuild)
-        alive = ["--me", f"--name={name}", "--states=PENDING,CONFIGURING,RUNNING,SUSPENDED"]
-        _, said, _ = _run(["squeue", "--noheader", *alive, "--format=%i"])
-        if said:
-            return Job("slurm", said.split()[0], found=True)
+        if number := _slurm_job(name, launch.grace_seconds + 60):
+            return Job("slurm", number, found=True)
         said = _told("sbatch", ["--parsable"], script, "run this where jobs are submitted to Slurm")
         return Job("slurm", said.split(";")[0].strip())
     if launch.target == "k8s":
@@ -421,12 +428,35 @@ def submit(stage: str, config: Config, store_url: str, launch: Launch, *, rebuil
         if state == "waiting":
             return replace(job, found=True)
         if state != "unknown":  # one that has ended keeps its name for a week
-            words = ["kubectl", "delete", "jobset", job.name, *job._namespace, "--ignore-not-found"]
-            _run(words, seconds=launch.grace_seconds + 60)
+            code, _, error = _run(job._delete, seconds=launch.grace_seconds + 60)
+            if code:
+                raise NanodlmError(f"the JobSet {job.name} has ended and does not go away: {_last(error)}")
         remedy = "install it and give it a context for the cluster"
         _told("kubectl", ["create", "--filename=-"], json.dumps(manifest), remedy)
         return job
     raise UsageError(f"nothing submits a process: `nanodlm {stage}` runs it here; choose --target slurm or k8s")
+
+
+def _slurm_job(name: str, patience: float) -> str:
+    """The number of the caller's job of that name that waits or runs, or an empty string.
+
+    One that is ending, and may yet go back into the queue, is waited for.
+
+    Raises:
+        NanodlmError: When Slurm does not say.
+    """
+    states, deadline = "PENDING,CONFIGURING,RUNNING,SUSPENDED,COMPLETING", time.monotonic() + patience
+    while True:
+        words = ["squeue", "--noheader", "--me", f"--name={name}", f"--states={states}", "--format=%i %T"]
+        code, said, error = _run(words)
+        if code not in (0, 127):
+            raise NanodlmError(f"squeue does not say whether the job is there already: {_last(error)}")
+        jobs = [line.split() for line in said.splitlines()]
+        if found := [number for number, state in jobs if state != "COMPLETING"]:
+            return found[0]
+        if not jobs or time.monotonic() > deadline:
+            return ""
+        time.sleep(LOOK_SECONDS)
 
 
 def run_stage(

@@ -323,7 +323,7 @@ echo "$@" >> {folder}/calls
 case "$1" in
     create) cat > {folder}/manifest.json ;;
     get) if [ -f {folder}/manifest.json ]; then cat {folder}/status.json; else echo NotFound >&2; exit 1; fi ;;
-    delete) rm -f {folder}/manifest.json ;;
+    delete) case "$*" in *--cascade=foreground*) rm -f {folder}/manifest.json ;; esac ;;
     logs) echo "nanodlm: the loss is not a number" ;;
 esac
 """
@@ -394,6 +394,23 @@ def test_a_jobset_that_runs_is_found_again_and_one_that_has_ended_makes_room(kub
     assert submitted({"metadata": {"deletionTimestamp": "now"}}) == (False, ["get", "delete", "create"])
 
 
+def test_a_slurm_that_does_not_answer_gets_no_second_job_and_one_that_is_ending_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(cluster, "LOOK_SECONDS", 0.05)
+    stand_in(tmp_path, "sbatch", "echo 18")
+    stand_in(tmp_path, "squeue", "echo error: Socket timed out >&2; exit 1")
+    with pytest.raises(NanodlmError, match=r"^squeue does not say whether .*: error: Socket timed out$"):
+        cluster.submit("train", PRESETS["demo"], "/store", SLURM)
+    ended = tmp_path / "ended"  # a second look finds it in the queue again, or gone
+    for then, found in (("echo 17 PENDING", ("17", True)), ("true", ("18", False))):
+        ended.unlink(missing_ok=True)
+        stand_in(tmp_path, "squeue", f"[ -f {ended} ] && {{ {then}; exit; }}; touch {ended}; echo 17 COMPLETING")
+        job = cluster.submit("train", PRESETS["demo"], "/store", SLURM)
+        assert (job.name, job.found) == found
+
+
 def test_a_jobs_name_is_that_of_its_work() -> None:
     names = {
         jobset(config, store, PODS, rebuild, stage=stage)["metadata"]["name"]
@@ -403,8 +420,16 @@ def test_a_jobs_name_is_that_of_its_work() -> None:
         for stage in ("train", "evaluate")
     }
     assert len(names) == 16
-    here, there = (jobset(PRESETS["demo"], "/store", launch) for launch in (PODS, PODS.model_copy(update={"nodes": 2})))
-    assert here["metadata"] == there["metadata"]
+    train, evaluate = (
+        {
+            jobset(PRESETS["demo"].replace(**other), "/store", launch, stage=stage)["metadata"]["name"]
+            for launch in (PODS, PODS.model_copy(update={"nodes": 2}))
+            for other in ({}, {"eval": {"max_rows": 7}}, {"exp": {"save_every": 7}})
+        }
+        for stage in ("train", "evaluate")
+    )
+    assert len(train) == 1  # of the same artifact
+    assert len(evaluate) == 2
 
 
 class Interrupted(BaseException):
@@ -609,7 +634,7 @@ def test_a_killed_wait_leaves_its_job_and_the_next_run_follows_that(two_nodes: P
         assert len(queue().splitlines()) <= 1
 
     cluster.run_stage("train", config, str(two_nodes), SLURM, emit=emit)
-    assert said[0] == f"slurm job {job} runs already: squeue -j {job}"
+    assert said[0] == f"slurm job {job} is there already: squeue -j {job}"
     assert len(list(two_nodes.glob("train/*/manifest.json"))) == 1
     eventually(lambda: not queue())
 

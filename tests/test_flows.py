@@ -174,8 +174,9 @@ def test_a_flow_of_a_bad_configuration_is_refused_in_one_line(server: dict[str, 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_the_benchmark_of_orchestration_runs_the_pipeline_both_ways() -> None:
-    flags = ["--repeats", "1", "--train.max_steps", "300"]
+    flags = ["--repeats", "1", "--train.max_steps", "60"]
     result = result_of(nanodlm("bench", "flow", "--json", *tiny_flags(), *flags))
     assert result["flow_seconds"] > 0
     assert result["cached_run_seconds"] > 0

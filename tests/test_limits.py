@@ -5,14 +5,17 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from contextvars import copy_context
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.context import SyncClientContext
+from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
 from flows import automations, limits
 from flows.limits import place
@@ -167,21 +170,75 @@ def test_a_holder_ends_well_when_the_server_is_away(site: Site, said: list[str])
     assert site.taken() == 0
 
 
-def test_one_waits_while_the_server_is_away(site: Site, hurried: None) -> None:
-    site.up.close()
+def test_one_waits_while_the_server_is_away_and_has_the_place_as_soon_as_it_is_back(site: Site, hurried: None) -> None:
     got = threading.Event()
 
     def wait() -> None:
         with place("gpu", lambda *_, **__: None):
             got.set()
 
-    waiting = threading.Thread(target=copy_context().run, args=(wait,))
-    waiting.start()
-    time.sleep(1)
-    assert not got.is_set()
-    site.start()
-    waiting.join(60)
+    # As in a flow on a worker: a client that has been connected asks ten times, after ever longer pauses.
+    with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 10}), SyncClientContext.get_or_create() as flow:
+        flow.client.api_version()
+        site.up.close()
+        waiting = threading.Thread(target=copy_context().run, args=(wait,))
+        waiting.start()
+        time.sleep(10)
+        assert not got.is_set()
+        site.start()
+        waiting.join(5)
     assert got.is_set()
+    assert site.taken() == 0
+
+
+def test_one_that_is_ended_just_as_it_gets_the_place_gives_it_back(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> bool:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(limits, "_renewed", interrupted)
+    with pytest.raises(KeyboardInterrupt), place("gpu", lambda *_, **__: None):
+        pass
+    assert site.taken() == 0
+
+
+def test_a_place_that_is_taken_again_as_its_holder_leaves_is_given_back(
+    site: Site, hurried: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taking, take = threading.Event(), limits._take
+
+    def slowly(*arguments: Any) -> Any:
+        lease = take(*arguments)
+        taking.set()
+        time.sleep(2)
+        return lease
+
+    with place("gpu", lambda *_, **__: None):
+        monkeypatch.setattr(limits, "_take", slowly)
+        monkeypatch.setattr(limits, "JOIN_SECONDS", 0.1)
+        (lease,) = site.leases()
+        site.client.release_concurrency_slots_with_lease(lease.stem)  # type: ignore[arg-type]
+        assert taking.wait(60)
+    assert site.taken() == 1
+    until(lambda: site.taken() == 0)
+
+
+@pytest.mark.parametrize(("status", "waits"), [(503, True), (429, True), (500, True), (403, False)])
+def test_only_a_refusal_that_will_stay_one_ends_the_wait(
+    status: int, waits: bool, site: Site, hurried: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers, take = [status], limits._take
+
+    def refused(client: SyncPrefectClient, limit: str) -> Any:
+        if not answers:
+            return take(client, limit)
+        request = httpx.Request("POST", "http://127.0.0.1/api")
+        answer = httpx.Response(answers.pop(), request=request, text="<html>\n<p>no</p>")
+        raise httpx.HTTPStatusError("refused", request=request, response=answer)
+
+    monkeypatch.setattr(limits, "_take", refused)
+    expected = nullcontext() if waits else pytest.raises(NanodlmError, match="no place of gpu: <html> <p>no</p>$")
+    with expected, place("gpu", lambda *_, **__: None):
+        assert site.taken() == 1
     assert site.taken() == 0
 
 
