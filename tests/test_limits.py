@@ -236,7 +236,7 @@ def test_only_a_refusal_that_will_stay_one_ends_the_wait(
         raise httpx.HTTPStatusError("refused", request=request, response=answer)
 
     monkeypatch.setattr(limits, "_take", refused)
-    expected = nullcontext() if waits else pytest.raises(NanodlmError, match="no place of gpu: <html> <p>no</p>$")
+    expected = nullcontext() if waits else pytest.raises(NanodlmError, match=r"no place of gpu: <html> <p>no</p>$")
     with expected, place("gpu", lambda *_, **__: None):
         assert site.taken() == 1
     assert site.taken() == 0
