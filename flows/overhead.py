@@ -33,12 +33,12 @@ def measure(config: Config, *, repeats: int = 3, emit: Callable[..., None] = lam
 
     Returns:
         `server_seconds` that a server of its own takes to start; `direct_seconds` and `flow_seconds` of whole runs;
-        `added_seconds_per_stage` between them, training itself left out; `added_seconds_per_cached_stage`, when all is
-        built; `train_ratios`, of each pair the tokens per second of training in a flow over those of training
-        without, which other loads of the machine change as well, and `train_ratio`, their median;
-        `train_beside_direct` and `train_beside_flow`, the CPU cores that this process and the server take while the
-        trainer works, which they do not; and `cached_run_seconds`, all of the command `nanodlm run` when everything is
-        built.
+        `added_seconds` between them, of each pair and for each stage, with the updates of training left out but not its
+        start, and `added_seconds_per_stage`, their median; `added_seconds_per_cached_stage`, when all is built;
+        `train_ratios`, of each pair the tokens per second of training in a flow over those of training without, which
+        other loads of the machine change as well, and `train_ratio`, their median; `train_beside_direct` and
+        `train_beside_flow`, the CPU cores that this process and the server take while the trainer works, which they do
+        not; and `cached_run_seconds`, all of the command `nanodlm run` when everything is built.
     """
     kinds = [f"{name}{kind}" for name in ("direct", "flow") for kind in ("", " cached", " but training")]
     seconds: dict[str, list[float]] = {name: [] for name in (*kinds, "command")}
@@ -67,12 +67,15 @@ def measure(config: Config, *, repeats: int = 3, emit: Callable[..., None] = lam
                 seconds["command"].append(_seconds(_command, str(file), f"{scratch}/flow-{repeat}"))
     medians = {name: median(taken) for name, taken in seconds.items()}
     names = stages.until("sample")
+    whole = zip(seconds["flow but training"], seconds["direct but training"], strict=True)
+    added = [(flow - direct) / len(names) for flow, direct in whole]
     ratios = [flow / direct for flow, direct in zip(speeds["flow"], speeds["direct"], strict=True)]
     return {
         "server_seconds": server_seconds,
         "direct_seconds": medians["direct"],
         "flow_seconds": medians["flow"],
-        "added_seconds_per_stage": (medians["flow but training"] - medians["direct but training"]) / len(names),
+        "added_seconds_per_stage": median(added),
+        "added_seconds": [round(value, 3) for value in added],
         "added_seconds_per_cached_stage": (medians["flow cached"] - medians["direct cached"]) / len(names),
         "train_ratio": median(ratios),
         **{f"train_beside_{name}": _mean(cores) for name, cores in beside.items()},
