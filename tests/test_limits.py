@@ -186,7 +186,7 @@ def test_one_waits_while_the_server_is_away_and_has_the_place_as_soon_as_it_is_b
         time.sleep(10)
         assert not got.is_set()
         site.start()
-        waiting.join(5)
+        waiting.join(10)
     assert got.is_set()
     assert site.taken() == 0
 
@@ -204,12 +204,12 @@ def test_one_that_is_ended_just_as_it_gets_the_place_gives_it_back(site: Site, m
 def test_a_place_that_is_taken_again_as_its_holder_leaves_is_given_back(
     site: Site, hurried: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    taking, take = threading.Event(), limits._take
+    taking, left, take = threading.Event(), threading.Event(), limits._take
 
     def slowly(*arguments: Any) -> Any:
         lease = take(*arguments)
         taking.set()
-        time.sleep(2)
+        left.wait(60)
         return lease
 
     with place("gpu", lambda *_, **__: None):
@@ -219,7 +219,8 @@ def test_a_place_that_is_taken_again_as_its_holder_leaves_is_given_back(
         site.client.release_concurrency_slots_with_lease(lease.stem)  # type: ignore[arg-type]
         assert taking.wait(60)
     assert site.taken() == 1
-    until(lambda: site.taken() == 0)
+    left.set()
+    until(lambda: site.taken() == 0, 30)  # before the lease ends by itself
 
 
 @pytest.mark.parametrize(("status", "waits"), [(503, True), (429, True), (500, True), (403, False)])
