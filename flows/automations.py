@@ -49,8 +49,8 @@ def as_part() -> TagsContext:
 def untagged() -> TagsContext:
     """Leave out tags of the flow run from the tasks that are started inside this context.
 
-    Prefect asks its server, for each tag that a task starts with, whether a concurrency limit has that name: on SQLite
-    that took up to two seconds a task.
+    Prefect asks its server, for each tag that a task starts with, whether a concurrency limit has that name, and
+    the task waits for the answer.
     """
     return TagsContext(current_tags=set())
 
