@@ -25,6 +25,7 @@ from prefect.utilities.annotations import quote
 from flows.automations import TAG, untagged
 from flows.limits import place
 from flows.reporting import Pages, Watcher
+from flows.server import wait_for_server
 from flows.sharding import shard_in_parallel, task_runner, worth_retrying
 from nanodlm import cluster, launch, stages
 from nanodlm.cluster import Launch
@@ -104,8 +105,12 @@ def run_stage(
         if isinstance(stopped.__cause__, TerminationSignal):  # Prefect tells a cancellation from a crash by it
             raise stopped.__cause__ from None
         raise
+    except Exception:
+        wait_for_server(watcher.emit)
+        raise
     finally:
         watcher.end()
+    wait_for_server(watcher.emit)
     watcher.done(artifact, record)
     return artifact, record
 

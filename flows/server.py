@@ -1,5 +1,7 @@
 """A Prefect server for one `nanodlm run`: loopback only, gone when its parent is, even after SIGKILL.
 
+And the wait for a server that is away.
+
 python -m flows.server PORT
 """
 
@@ -12,12 +14,16 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+
+from prefect.client.orchestration import get_client
+from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
 from nanodlm.errors import NanodlmError
 from nanodlm.launch import PARENT, end_with_parent
 
 START_SECONDS = 120.0
+AWAY_SECONDS = 900.0  # for which a stage that ended waits for a server that is away
 
 
 @contextlib.contextmanager
@@ -69,6 +75,24 @@ def _healthy(url: str) -> bool:
             return answer.status == 200
     except (urllib.error.URLError, OSError):
         return False
+
+
+def wait_for_server(emit: Callable[..., None]) -> None:
+    """Wait, at most for `AWAY_SECONDS`, until the Prefect server of the settings answers.
+
+    A task's last state is an event, which Prefect sends for some seconds only: lost, the task would look as if it ran
+    for ever.
+
+    Args:
+        emit: Called as `emit("message", text=...)` when there is something to wait for.
+    """
+    deadline, said = time.monotonic() + AWAY_SECONDS, False
+    with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}), get_client(sync_client=True) as client:
+        while client.api_healthcheck() and time.monotonic() < deadline:
+            if not said:
+                emit("message", text="the Prefect server is away: waiting to tell it how the stage ended")
+                said = True
+            time.sleep(1)
 
 
 def main(port: int) -> None:

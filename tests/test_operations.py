@@ -76,9 +76,14 @@ class Site:
         return self.ask(f"flow_runs/{run}")["state_name"]
 
     def tasks(self, run: str) -> dict[str, str]:
-        """States of a run's tasks, by name."""
-        found = self.ask("task_runs/filter", {"flow_runs": {"id": {"any_": [run]}}})
-        return {task["name"]: task["state_name"] for task in found}
+        """The last states of the tasks of a run that has ended, by name; the server hears of them apart from its."""
+
+        def states() -> dict[str, str]:
+            found = self.ask("task_runs/filter", {"flow_runs": {"id": {"any_": [run]}}})
+            return {task["name"]: task["state_name"] for task in found}
+
+        wait_until(lambda: not {"Pending", "Running"} & set(states().values()), 20, lambda: str(states()))
+        return states()
 
     def artifacts(self, run: str) -> dict[str, dict[str, Any]]:
         found = self.ask("artifacts/filter", {"flow_runs": {"id": {"any_": [run]}}})
@@ -437,9 +442,10 @@ def test_a_run_that_ends_while_the_server_is_away_is_completed_when_it_is_back(a
     site.trainer(least_step=20)
     server.close()
     wait_until(lambda: list(site.store.glob("train/*/manifest.json")), 120, site.said)
-    time.sleep(5)
+    wait_until(lambda: "the Prefect server is away: waiting to tell it" in site.said(), 60, site.said)
+    time.sleep(20)  # longer than Prefect tries to tell how a task ended
     server.enter_context(site.server())
-    assert site.ends(run) == "Completed"
+    assert site.ends(run, 300) == "Completed"
     assert site.tasks(run) == CACHED | {"train": "Completed"}
 
 
