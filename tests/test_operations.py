@@ -436,17 +436,23 @@ def test_training_goes_on_while_the_server_is_away_and_ends_well(alone: tuple[Si
     assert all(later - earlier >= 29 for earlier, later in itertools.pairwise(times))
 
 
-def test_a_run_that_ends_while_the_server_is_away_is_completed_when_it_is_back(alone: tuple[Site, ExitStack]) -> None:
+@pytest.mark.parametrize("state", ["Completed", "Failed"])
+def test_a_run_that_ends_while_the_server_is_away_is_told_how_when_it_is_back(
+    alone: tuple[Site, ExitStack], state: str
+) -> None:
     site, server = alone
-    run = site.start("train/gpu", config=config_of("--train.max_steps", "1000"))
-    site.trainer(least_step=20)
+    run = site.start("train/gpu", config=LONG if state == "Failed" else config_of("--train.max_steps", "1000"))
+    trainer = site.trainer(least_step=20)
     server.close()
-    wait_until(lambda: list(site.store.glob("train/*/manifest.json")), 120, site.said)
+    if state == "Failed":
+        trainer.kill()
+    else:
+        wait_until(lambda: list(site.store.glob("train/*/manifest.json")), 120, site.said)
     wait_until(lambda: "the Prefect server is away: waiting to tell it" in site.said(), 60, site.said)
     time.sleep(20)  # longer than Prefect tries to tell how a task ended
     server.enter_context(site.server())
-    assert site.ends(run, 300) == "Completed"
-    assert site.tasks(run) == CACHED | {"train": "Completed"}
+    assert site.ends(run, 300) == state
+    assert site.tasks(run) == CACHED | {"train": state}
 
 
 def test_runs_that_share_a_device_train_one_after_the_other_and_need_its_limit_to_exist(site: Site) -> None:
