@@ -50,7 +50,7 @@ def limit() -> int:
         size = float(text)
     except ValueError:
         size = 0.0
-    if size <= 0:
+    if not 0 < size < 1e9:  # neither nan nor inf
         raise NanodlmError(f"NANODLM_CACHE_GB must be a number of gigabytes above 0, not {text!r}")
     return int(size * 1e9)
 

@@ -702,13 +702,14 @@ def ls(argv: list[str]) -> None:
 
     store, args = _open(argv, "ls")
     rows, total = [], 0
-    for stage, fingerprint in _in_order(store):
+    for stage, fingerprint in upkeep.in_order(store):
         try:
             artifact = store.find(stage, fingerprint)
         except Damaged as error:
             print(f"nanodlm: {error}", file=sys.stderr)
             continue
-        assert artifact is not None
+        if artifact is None:  # it was removed just now
+            continue
         size = sum(file["size"] for file in artifact.manifest["files"])
         made_from = {name: made["fingerprint"] for name, made in artifact.manifest["inputs"].items()}
         row = {"stage": stage, "uri": artifact.uri, "bytes": size, "created": artifact.manifest["created"]}
@@ -727,14 +728,6 @@ def ls(argv: list[str]) -> None:
         print(f"{_count(len(rows), 'artifact')}, {upkeep.size(total)}, in {store.uri()}")
 
 
-def _in_order(store: "Store") -> list[tuple[str, str]]:
-    """All artifacts, in the order of the stages."""
-    from nanodlm import stages
-
-    order = list(stages.STAGES)
-    return sorted(store, key=lambda item: order.index(item[0]) if item[0] in order else len(order))
-
-
 def _count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
@@ -749,6 +742,7 @@ def _ago(seconds: float) -> str:
 def show(argv: list[str]) -> None:
     """Print a manifest: identity, lineage, files, metrics, versions."""
     from nanodlm import upkeep
+    from nanodlm.errors import Damaged
 
     store, args = _open(argv, "show", uri=_positional("Artifact, as `nanodlm ls` prints it."))
     artifact = _artifact(store, args.uri)
@@ -761,7 +755,10 @@ def show(argv: list[str]) -> None:
     print(f"size    {upkeep.size(size)} in {_count(len(m['files']), 'file')}\ndigest  {m['digest']}")
     print("\nlineage")
     for name, fingerprint in upkeep.chain(artifact.store, artifact.stage, artifact.fingerprint)[:-1]:
-        there = "" if artifact.store.find(name, fingerprint) else "  (not there any more)"
+        try:
+            there = "" if artifact.store.find(name, fingerprint) else "  (not there any more)"
+        except Damaged:
+            there = "  (damaged)"
         print(f"  {name:<12} {artifact.store.uri(name, fingerprint)}{there}")
     for title, values in (("inputs", {n: i["digest"] for n, i in m["inputs"].items()}), ("parameters", m["parameters"]),
                           ("metrics", m["metrics"]), ("packages", m["packages"])):  # fmt: skip
@@ -807,7 +804,7 @@ def verify(argv: list[str]) -> None:
             raise NanodlmError(f"no artifact at {args.uri}: `nanodlm ls` shows what is there")
         targets = upkeep.chain(store, parts[0], parts[1])
     else:
-        targets = _in_order(store)
+        targets = upkeep.named(store)
     rows, bad, repaired = [], 0, 0
     console = Console(sys.stderr if args.as_json else sys.stdout)
     console.start("verify")
@@ -875,7 +872,7 @@ def copy(argv: list[str]) -> None:
         targets = upkeep.chain(source, parts[0], parts[1])
     else:
         source = Store(args.source)
-        targets = _in_order(source)
+        targets = upkeep.in_order(source)
     if not targets:
         raise NanodlmError(f"nothing to copy: {args.source} holds no artifacts")
     console = Console(sys.stderr if args.as_json else sys.stdout)
@@ -893,6 +890,8 @@ def copy(argv: list[str]) -> None:
         _print_json({"artifacts": rows})
     else:
         print(f"{_count(len(rows), 'artifact')} there; {upkeep.size(sent)} copied, each file compared with its sha256")
+        if not all(row["copied"] for row in rows):
+            print("what was there before was compared by size: `nanodlm verify --deep` reads it")
 
 
 def adopt(argv: list[str]) -> None:

@@ -19,7 +19,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from nanodlm.config import Config, DataConfig
 from nanodlm.errors import NanodlmError
-from nanodlm.store import Artifact, Attempt
+from nanodlm.store import Artifact, Attempt, fingerprint_of
 
 READERS = {".txt": "text", ".md": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 HUB_SUFFIXES = (".txt", ".jsonl", ".parquet")  # on the hub, .md and .json files describe a data set
@@ -74,15 +74,24 @@ def matching(patterns: list[str], *, may_be_empty: bool = False, named: str = "-
     return sorted(files)
 
 
-def identity(data: DataConfig) -> dict[str, Any]:
-    """What determines the documents: content digests of files, or the pinned commit of a hub data set."""
+def identity(data: DataConfig, adopted: list[str] | None = None) -> dict[str, Any]:
+    """What determines the documents: content digests of files, or the pinned commit of a hub data set.
+
+    Args:
+        data: Its `source` names them.
+        adopted: Paths or globs of files that are read instead.
+    """
     fields = {"column": data.column, "pretokenized": data.pretokenized, "part_mb": data.part_mb}
-    if data.revision:
+    if data.revision and adopted is None:
         return {**fields, "dataset": data.source[0].removeprefix("hf://"), "revision": data.revision}
-    files = source_files(data)
+    files = _files(data, adopted)
     if any(READERS[Path(f).suffix] == "text" for f in files):
         fields["sample_by"] = data.sample_by
     return {**fields, "files": [[Path(f).suffix, _content(f)] for f in files]}
+
+
+def _files(data: DataConfig, adopted: list[str] | None) -> list[str]:
+    return source_files(data) if adopted is None else matching(adopted, named="what is to be adopted")
 
 
 def _content(url: str) -> str:
@@ -156,12 +165,16 @@ def download(
         NanodlmError: For a file that is empty, unreadable, or lacks the column.
     """
     data = config.data
-    before = identity(data)
+    before = identity(data, adopted)
+    source = fingerprint_of(before)  # parts of what was read from other files are not gone on from
     column = "tokens" if data.pretokenized else "text"
     done = {"documents": 0, "bytes": 0}
     part = 0
-    while info := attempt.adopt(f"part-{part:05d}.parquet"):
-        done, part = info, part + 1
+    while info := attempt.adopt(name := f"part-{part:05d}.parquet"):
+        if info.get("source") != source:
+            attempt.forget(name)
+            break
+        done, part = {count: info[count] for count in done}, part + 1
     skip, pending, size = done["documents"], [], 0
 
     def flush() -> None:
@@ -171,13 +184,11 @@ def download(
         pq.write_table(table, attempt.path / name, compression="zstd")
         done["documents"] += len(table)
         done["bytes"] += size
-        attempt.finish(name, [name], **done)
+        attempt.finish(name, [name], **done, source=source)
         part, pending, size = part + 1, [], 0
         emit("progress", done=done["bytes"] / 1e6, unit="MB")
 
-    for batch in _read(
-        data, source_files(data) if adopted is None else matching(adopted, named="what is to be adopted")
-    ):
+    for batch in _read(data, _files(data, adopted)):
         if skip >= len(batch):
             skip -= len(batch)
             continue
@@ -188,7 +199,9 @@ def download(
             flush()
     if pending:
         flush()
-    if identity(data) != before:
+    if identity(data, adopted) != before:
+        for index in range(part):
+            attempt.forget(f"part-{index:05d}.parquet")
         raise NanodlmError("the source's files changed while they were read: run again")
     if part == 0:
         raise NanodlmError(f"{data.source[0]} holds no documents: every one is empty")

@@ -323,6 +323,8 @@ def why(lookup: Lookup, store: Store) -> str:
     """Why a stage would be built: which settings and inputs differ from the most similar artifact there is."""
     if lookup.identity is None:
         return "an input is not built yet"
+    if not store.asked:
+        return "it was not fetched before, and the store is not asked while NANODLM_OFFLINE is set"
     wanted = _comparable(lookup.identity)
     best: tuple[list[str], str] | None = None
     for stage, fingerprint in store:

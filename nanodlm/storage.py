@@ -82,6 +82,12 @@ class Storage:
                 once; or when the URL holds secrets, or signs that drivers take for patterns.
         """
         protocol = fsspec.core.split_protocol(refuse_secrets(url))[0] or "file"
+        if not url:
+            raise UsageError("cannot open a store without a name: give a folder, or a bucket at s3:// or gs://")
+        word, colon, rest = url.partition(":")
+        if colon and not rest.startswith((":", "//")) and word in fsspec.available_protocols():
+            right = f"{word}://{rest.lstrip('/')}"
+            raise UsageError(f"cannot open the store {url}: write {right}, or ./{url} for a folder")
         if "::" in url or protocol not in CREATE_ONLY:
             known = protocol in fsspec.available_protocols()
             problem = "cannot create a file only once, which commits rely on" if known else "is not known"
@@ -152,13 +158,14 @@ class Storage:
         return self.patiently(lambda: self.fs.cat_file(path))
 
     def read_json(self, path: str) -> Any:
-        """Parsed content, None where there is no file, and the empty string where it is not JSON."""
+        """Parsed content, None where there is no file, and the empty string where it is not JSON, or null."""
         try:
-            return json.loads(self.read(path))
+            value = json.loads(self.read(path))
         except (FileNotFoundError, NotADirectoryError):
             return None
         except ValueError:
             return ""
+        return "" if value is None else value
 
     def files(self, folder: str) -> dict[str, Found]:
         """All files below a folder, by relative path; none where there is no folder."""
@@ -172,7 +179,7 @@ class Storage:
         return {
             path.lstrip("/").removeprefix(prefix): Found(int(info["size"]), _changed(info))
             for path, info in found.items()
-            if path.lstrip("/").startswith(prefix)
+            if path.lstrip("/").startswith(prefix) and not path.endswith("/")  # a console's mark of a folder
         }
 
     def sizes(self, folder: str) -> dict[str, int]:
@@ -379,8 +386,8 @@ def _replace(target: Path, fill: Callable[[Path], Any], create_only: bool = Fals
             os.link(path, target)
         else:
             path.replace(target)
-    except FileExistsError:
-        return False
+    except FileExistsError:  # which a network's disk may say of a link that it has made
+        return target.exists() and path.samefile(target)
     finally:
         path.unlink(missing_ok=True)
     return True

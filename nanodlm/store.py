@@ -34,7 +34,7 @@ from nanodlm import cache
 from nanodlm.cache import whole
 from nanodlm.config import refuse_secrets
 from nanodlm.errors import Damaged, NanodlmError, UsageError
-from nanodlm.storage import Storage, briefly, sha256_of
+from nanodlm.storage import Found, Storage, T, briefly, sha256_of
 
 SCHEMA = 1
 LEASE_SECONDS = 15.0  # an unchanged lease this old belongs to a dead run
@@ -162,12 +162,21 @@ class Artifact:
                 lines.append(f"{file['path']} is a link that leaves its artifact")
             elif size != file["size"]:
                 lines.append(f"{file['path']} has {size} bytes, not {file['size']}")
-            elif deep and self.store.sha256(self.remote(file["path"])) != file["sha256"]:
-                lines.append(f"{file['path']} has been altered: its sha256 differs from the manifest's")
+            elif deep and (wrong := self._altered(file)):
+                lines.append(f"{file['path']} {wrong}")
             done += file["size"]
             if deep:
                 emit("progress", done=done / 1e6, total=total / 1e6, unit=f"MB of {self.stage} read")
         return lines
+
+    def _altered(self, file: dict[str, Any]) -> str:
+        try:
+            same = self.store.sha256(self.remote(file["path"])) == file["sha256"]
+        except FileNotFoundError:
+            return "is missing"
+        except OSError as error:  # a disk that fails, for one
+            return f"cannot be read: {error.strerror or error}"
+        return "" if same else "has been altered: its sha256 differs from the manifest's"
 
     def check(self, *only: str, deep: bool = False) -> "Artifact":
         """Return self, or raise.
@@ -331,7 +340,7 @@ def find_checkpoint(address: str) -> Part:
     if isinstance(manifest, dict) and NAME.fullmatch(str(manifest.get("attempt", ""))):
         store = Store(store.uri("attempts", str(manifest["attempt"])))
     name = f"checkpoints/step_{int(step.removeprefix('step_')):06d}"
-    part = read_part(store, store.path("parts", f"{name}.json"))
+    part = read_part(store, store.path("parts", f"{name}.json"), stage="train", part=name)
     if part is None:
         finished = sorted(path.removesuffix(".json") for path in store.sizes(store.path("parts", "checkpoints")))
         have = f"there are {', '.join(finished)}" if finished else "there are none"
@@ -339,10 +348,18 @@ def find_checkpoint(address: str) -> Part:
     return Part(store, name, part["files"], part["info"])
 
 
-def read_part(storage: Storage, path: str) -> dict[str, Any] | None:
-    """The record of a finished part; None when there is none that is whole."""
+def read_part(storage: Storage, path: str, **of: str) -> dict[str, Any] | None:
+    """The record of a finished part; None when there is none that is whole.
+
+    Args:
+        storage: Where it lies.
+        path: Its path there.
+        **of: What it must be of: `stage`, `fingerprint`, and its own name as `part`.
+    """
     part = storage.read_json(path)
-    return part if isinstance(part, dict) and part.keys() >= {"files", "info"} and part == sealed(part) else None
+    if not isinstance(part, dict) or not part.keys() >= {"files", "info"} or part != sealed(part):
+        return None
+    return part if of.items() <= part.items() else None
 
 
 class Store(Storage):
@@ -362,6 +379,16 @@ class Store(Storage):
         super().__init__(url)
         self.emit: Callable[..., None] = lambda *_, **__: None
         self.asked = self.is_local or not cache.offline()
+
+    def patiently(self, call: Callable[[], T]) -> T:
+        """As `Storage.patiently`, of a store that is asked.
+
+        Raises:
+            NanodlmError: When it is not asked.
+        """
+        if not self.asked:
+            raise NanodlmError(f"{self.uri()} is not asked while NANODLM_OFFLINE is set: unset it")
+        return super().patiently(call)
 
     # Lookup
 
@@ -414,13 +441,31 @@ class Store(Storage):
         """(stage, fingerprint) of everything that has a manifest, sorted."""
         # Not fsspec's glob: it takes signs in the root for patterns, and leaves out folders that it could not list.
         if self.is_local:
-            found = [path.relative_to(self.root).as_posix() for path in Path(self.root).glob("*/*/manifest.json")]
+            found = [item for item in self._folders() if Path(self.path(*item, "manifest.json")).exists()]
         else:
-            found = [path for path in self.files(self.root) if path.count("/") == 2]
-        for path in sorted(found):
-            stage, fingerprint, name = path.split("/")
-            if name == "manifest.json":
-                yield stage, fingerprint
+            paths = [path.split("/") for path in self.files(self.root)]
+            found = [(path[0], path[1]) for path in paths if len(path) == 3 and path[2] == "manifest.json"]
+        yield from sorted(found)
+
+    def listed(self) -> dict[str, Found]:
+        """All files of all artifacts, finished or not, by path below the root."""
+        if not self.is_local:
+            return self.files(self.root)
+        return {
+            "/".join((*item, path)): found
+            for item in self._folders()
+            for path, found in self.files(self.path(*item)).items()
+        }
+
+    def _folders(self) -> list[tuple[str, str]]:
+        """The folders of a local store's artifacts; a stage's folder may be a link to another disk."""
+
+        def names(folder: str) -> list[str]:
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # not there, or not any more
+                return self.patiently(lambda: [entry.name for entry in os.scandir(folder) if entry.is_dir()])
+            return []
+
+        return [(stage, name) for stage in names(self.root) for name in names(self.path(stage))]
 
     # Building
 
@@ -526,7 +571,8 @@ class Store(Storage):
     def events(self, stage: str, fingerprint: str) -> dict[str, dict[str, Any]]:
         """The latest events, by kind, of whoever is building an artifact, as its lease tells; empty where nobody is."""
         held = self.read_json(self.path(stage, fingerprint, "lease.json"))
-        return (held.get("events") or {}) if isinstance(held, dict) else {}
+        events = held.get("events") if isinstance(held, dict) else None
+        return {k: event for k, event in events.items() if isinstance(event, dict)} if isinstance(events, dict) else {}
 
     def _holder(self, path: str) -> str | None:
         held = self.read_json(path)
@@ -590,9 +636,11 @@ class Attempt:
         """
         names = sorted(files)
         self._publish(names, lambda *_, **__: None)
-        self._record(name, {"files": [_listed(self.path, file) for file in names], "info": info})
+        self._record(name, [_listed(self.path, file) for file in names], info)
 
-    def _record(self, name: str, part: dict[str, Any]) -> None:
+    def _record(self, name: str, files: list[dict[str, Any]], info: dict[str, Any]) -> None:
+        # It says whose it is, so that one in another's place is not taken for that.
+        part = {"stage": self.stage, "fingerprint": self.fingerprint, "part": name, "files": files, "info": info}
         self.store.write_json(self._remote("parts", f"{name}.json"), sealed(part))
         self._parts[name] = part
 
@@ -645,7 +693,7 @@ class Attempt:
         for base, part in self._earlier_parts(name):
             copy = self._link if self.store.is_local else self._copy
             if copy(base, part["files"]):
-                self._record(name, part)
+                self._record(name, part["files"], part["info"])
                 return part["info"]
             self._unlink(part)  # half a part must not be committed
         return None
@@ -654,7 +702,8 @@ class Attempt:
         """The folders of earlier attempts that finished a part, and its records, newest first."""
         for attempt in self.earlier.get(name, ()):
             base = self.store.path(self.stage, self.fingerprint, "attempts", attempt)
-            if part := read_part(self.store, f"{base}/parts/{name}.json"):
+            of = {"stage": self.stage, "fingerprint": self.fingerprint, "part": name}
+            if part := read_part(self.store, f"{base}/parts/{name}.json", **of):
                 yield base, part
 
     def _unlink(self, part: dict[str, Any]) -> None:
@@ -745,16 +794,22 @@ class Attempt:
             "seconds": round(time.monotonic() - self.started, 3),
         })  # fmt: skip
         target = self.store.path(self.stage, self.fingerprint, "manifest.json")
-        if not self.store.write_json(target, manifest, create_only=True):
+        while not self.store.write_json(target, manifest, create_only=True):
             try:
                 existing = self.store.find(self.stage, self.fingerprint)
             except Damaged:
-                existing = None
-            if existing and not (replace and (existing.digest != manifest["digest"] or existing.problems(deep=True))):
+                self.store.write_json(target, manifest)
+                break
+            if existing is None:  # it has been removed since
+                continue
+            if existing.manifest["attempt"] == self.id:  # this one, by a creation that was said to have failed
+                return existing
+            if not (replace and (existing.digest != manifest["digest"] or existing.problems(deep=True))):
                 with contextlib.suppress(OSError, NanodlmError):
                     self.store.remove_folder(self._remote())  # nobody needs the same twice
                 return existing
             self.store.write_json(target, manifest)
+            break
         return Artifact(self.store, self.stage, self.fingerprint, manifest)
 
 
@@ -809,7 +864,7 @@ def _alive(pid: Any) -> bool:
         return False
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
         return True

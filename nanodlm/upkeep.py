@@ -4,7 +4,7 @@ import contextlib
 import logging
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -13,11 +13,12 @@ from nanodlm import corpus, stages
 from nanodlm.config import Config
 from nanodlm.errors import Damaged, NanodlmError, UsageError
 from nanodlm.storage import Found
-from nanodlm.store import LEASE_SECONDS, Artifact, Store
+from nanodlm.store import LEASE_SECONDS, Artifact, Store, read_part, sealed
 
 Emit = Callable[..., None]
 log = logging.getLogger(__name__)
 GRACE_SECONDS = 3600.0  # nothing that changed so lately is collected
+MANIFEST = "manifest.json"
 LEASE_GRACE = 4 * LEASE_SECONDS  # a lease that was not renewed for so long is a dead run's, whatever the grace
 
 
@@ -51,8 +52,24 @@ def chain(store: Store, stage: str, fingerprint: str) -> list[tuple[str, str]]:
         found.setdefault((stage, fingerprint))
 
     walk(stage, fingerprint)
+    return in_order(found)
+
+
+def in_order(artifacts: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Stages and fingerprints in the order of the pipeline."""
     order = list(stages.STAGES)
-    return sorted(found, key=lambda item: order.index(item[0]) if item[0] in order else len(order))
+    return sorted(artifacts, key=lambda item: order.index(item[0]) if item[0] in order else len(order))
+
+
+def named(store: Store) -> list[tuple[str, str]]:
+    """All artifacts of a store, and those that they were made from, whether these are there or not, in order."""
+    found = dict.fromkeys(store)
+    for item in list(found):
+        with contextlib.suppress(Damaged):
+            artifact = store.find(*item)
+            inputs = artifact.manifest["inputs"] if artifact else {}
+            found |= dict.fromkeys((name, made["fingerprint"]) for name, made in inputs.items())
+    return in_order(found)
 
 
 def check(
@@ -121,6 +138,9 @@ def _repair(
     emit: Emit,
 ) -> str:
     """Build an artifact again; what stands in the way, or nothing."""
+    manifest = store.read_json(store.path(stage, fingerprint, "manifest.json"))
+    if whose := _misplaced(manifest, stage, fingerprint):
+        return f"not repaired, for it is not damaged but out of place: move its folder to {whose}, or remove it"
     if settings is None:
         store.retire((stage, fingerprint))
         return "its settings are not known, so it was set aside: `nanodlm run` with those it was made with rebuilds it"
@@ -135,7 +155,10 @@ def _repair(
     except (NanodlmError, ValueError) as error:
         return f"not repaired: {_short(error)}"
     with store.lease(stage, fingerprint):  # of two repairs at once the second finds what the first has made
-        if artifact is None or store.read_json(store.path(stage, fingerprint, "manifest.json")) == artifact.manifest:
+        there = None
+        with contextlib.suppress(Damaged):
+            there = store.find(stage, fingerprint)
+        if there is None or (artifact and there.manifest == artifact.manifest):
             store.retire((stage, fingerprint))
     try:
         stages.run(stage, config, store, inputs=inputs, emit=emit)
@@ -147,6 +170,14 @@ def _repair(
             raise
         return f"not repaired: {_short(error)}"
     return ""
+
+
+def _misplaced(manifest: Any, stage: str, fingerprint: str) -> str:
+    """Where an intact manifest belongs, if that is somewhere else; such as that of a renamed folder, or of a backup."""
+    if not isinstance(manifest, dict) or manifest != sealed(manifest):
+        return ""
+    whose = f"{manifest.get('stage')}/{manifest.get('fingerprint')}"
+    return "" if whose == f"{stage}/{fingerprint}" else whose
 
 
 def _short(error: Exception) -> str:
@@ -185,8 +216,14 @@ def collect(
     """
     if keep_last is not None and keep_last < 0:
         raise UsageError(f"--keep-last counts results to keep, from 0, not {keep_last}")
-    listed = store.files(store.root)
-    now = store.now() if listed else time.time()  # ages are by the storage's own clock, whatever this machine's says
+    listed = store.listed()
+    now = time.time()
+    if listed:
+        try:
+            now = store.now()  # ages are by the storage's own clock, whatever this machine's says
+        except NanodlmError:
+            if not dry_run:
+                raise
     artifacts, unreadable, torn = {}, set(), ""
     for item in store:
         try:
@@ -198,7 +235,8 @@ def collect(
         else:
             unreadable.add(item)  # its manifest may name any attempt, or is about to be made again
     leased, read = _leases(store, listed, now, grace)
-    dropped = set(artifacts) - _needed(artifacts, read, now, keep_last, older_than, grace)
+    came = {item: listed[path].changed for item in artifacts if (path := "/".join((*item, MANIFEST))) in listed}
+    dropped = set(artifacts) - _needed(artifacts, came, read, now, keep_last, older_than, grace)
     if dropped and torn:  # what it was made from is not known
         log.warning("no result is given up while one cannot be read: %s", torn)
         dropped = set()
@@ -209,7 +247,7 @@ def collect(
             store.retire(item)
         yield {"kind": "artifact", "uri": store.uri(*item), "bytes": size}
     kept = {item: a.manifest["attempt"] for item, a in artifacts.items() if item not in dropped}
-    for attempt, size in _abandoned(listed, kept, leased | unreadable, dropped, now, grace, older_than):
+    for attempt, size in _abandoned(listed, kept, leased | unreadable | read, dropped, now, grace, older_than):
         if not dry_run:
             store.remove_folder(store.path(attempt))
         yield {"kind": "attempt", "uri": store.uri(attempt), "bytes": size}
@@ -230,12 +268,14 @@ def _leases(
             building.add((parts[0], parts[1]))
             held = store.read_json(store.path(path))
             inputs = held.get("inputs") if isinstance(held, dict) else None
-            read |= set((inputs or {}).items())
+            if isinstance(inputs, dict):
+                read |= {(name, made) for name, made in inputs.items() if isinstance(made, str)}
     return building, read
 
 
 def _needed(
     artifacts: dict[tuple[str, str], Any],
+    came: dict[tuple[str, str], float],
     read: set[tuple[str, str]],
     now: float,
     keep_last: int | None,
@@ -248,7 +288,7 @@ def _needed(
     sources = {(n, made["fingerprint"]) for a in artifacts.values() for n, made in a.manifest["inputs"].items()}
     ages = {item: now - _time(a.manifest["created"]) for item, a in artifacts.items()}
     results = sorted(set(artifacts) - sources, key=ages.__getitem__)
-    young = [item for item in artifacts if ages[item] < grace]
+    young = [item for item in artifacts if min(ages[item], now - came.get(item, 0.0)) < grace]  # made, or copied here
     todo = [*young, *read, *results[: keep_last or 0]]
     if older_than is not None:
         todo += [item for item in results if ages[item] <= older_than]
@@ -273,11 +313,12 @@ def _abandoned(
     """Attempts that nobody needs: relative path and size in bytes.
 
     Kept are those that a manifest names, all attempts at what is `untouched`, and those from which a run would continue
-    what has no manifest (see `_resumed`), unless it was retired since, or is older than what is asked for.
+    what has no manifest (see `_resumed`), unless it was retired since, or is older than what is asked for. An attempt
+    that another took the place of may have readers still: its age is that of the manifest that is there now.
     """
     attempts: dict[str, list[Found]] = {}
     finished: dict[tuple[str, str], dict[str, set[str]]] = {}  # the parts of each attempt, the oldest first
-    retired = {}
+    retired, since = {}, {}  # when a manifest was given up; when it was, or another came
     for path, found in sorted(listed.items()):
         parts = path.split("/")
         item = (parts[0], parts[1]) if len(parts) > 2 else ("", "")
@@ -285,22 +326,25 @@ def _abandoned(
             attempts.setdefault("/".join(parts[:4]), []).append(found)
             if parts[4] == "parts":
                 finished.setdefault(item, {}).setdefault(parts[3], set()).add("/".join(parts[5:]))
-        elif parts[2:] == ["retired.json"]:
+        elif parts[2:] in ([MANIFEST], ["retired.json"]):
+            since[item] = max(found.changed, since.get(item, 0.0))
+        if parts[2:] == ["retired.json"]:
             retired[item] = found.changed
     retired |= dict.fromkeys(dropped, now)
+    since |= dict.fromkeys(dropped, now)
     changed = {attempt: max(found.changed for found in files) for attempt, files in attempts.items()}
     resumed: set[str] = set()
     for item, made in finished.items():
         folder = "/".join((*item, "attempts"))
         if item not in kept:
-            since = {n: of for n, of in made.items() if changed[f"{folder}/{n}"] > retired.get(item, 0.0)}
-            resumed |= {f"{folder}/{number}" for number in _resumed(item[0], since)}
+            later = {n: of for n, of in made.items() if changed[f"{folder}/{n}"] > retired.get(item, 0.0)}
+            resumed |= {f"{folder}/{number}" for number in _resumed(item[0], later)}
     for attempt, files in attempts.items():
         stage, fingerprint, _, number = attempt.split("/")
         item = (stage, fingerprint)
         if item in untouched or kept.get(item) == number:
             continue
-        age = now - max(changed[attempt], retired.get(item, 0.0))
+        age = now - max(changed[attempt], since.get(item, 0.0))
         if age > grace and not (attempt in resumed and (older_than is None or age <= older_than)):
             yield attempt, sum(found.size for found in files)
 
@@ -339,10 +383,9 @@ def _uploads(
     with contextlib.suppress(FileNotFoundError):  # there is no such bucket yet
         listed = store.patiently(lambda: store.fs.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=prefix))
     for upload in listed.get("Uploads", []):
-        if not upload["Key"].startswith(prefix):
-            continue
-        if tuple(upload["Key"].removeprefix(prefix).split("/")[:2]) in leased:
-            continue
+        parts = upload["Key"].removeprefix(prefix).split("/")
+        if not upload["Key"].startswith(prefix) or parts[2:3] != ["attempts"] or (parts[0], parts[1]) in leased:
+            continue  # of others that use this bucket, or under way
         if now - upload["Initiated"].timestamp() > grace:
             named = {"Bucket": bucket, "Key": upload["Key"], "UploadId": upload["UploadId"]}
             yield f"{bucket}/{upload['Key']}", lambda named=named: store.fs.call_s3("abort_multipart_upload", **named)
@@ -374,7 +417,8 @@ def copy(source: Store, target: Store, artifacts: list[tuple[str, str]], emit: E
         there, sent = _same(artifact, target), False
         if there is None:
             reads = {name: made["fingerprint"] for name, made in artifact.manifest["inputs"].items()}
-            with target.lease(stage, fingerprint, lambda text: emit("message", text=text), reads):
+            lease = target.lease(stage, fingerprint, lambda text: emit("message", text=text), reads)
+            with lease, stages.room(target):
                 there = _same(artifact, target)  # another process may have been quicker
                 if there is None:
                     there, sent = _send(artifact, target, emit), True
@@ -413,6 +457,11 @@ def _send(artifact: Artifact, target: Store, emit: Emit) -> Artifact:
         folder = artifact.local(*(file["path"] for file in wanted))
         target.put([(folder / file["path"], copied.remote(file["path"])) for file in wanted], arrived)
     copied.check(deep=True)
+    parts = artifact.remote("parts")  # from which a repair keeps what is good, and a training may be started
+    for path in artifact.store.sizes(parts):
+        of = {"stage": stage, "fingerprint": fingerprint, "part": path.removesuffix(".json")}
+        if part := read_part(artifact.store, f"{parts}/{path}", **of):
+            target.write_json(copied.remote(f"parts/{path}"), part)
     target.write_json(target.path(stage, fingerprint, "manifest.json"), artifact.manifest, create_only=True)
     return _same(artifact, target) or copied
 
@@ -440,7 +489,11 @@ def adopt(config: Config, store: Store, files: list[str], emit: Emit = lambda *_
     assert lookup.fingerprint is not None
     if lookup.artifact:
         return lookup.artifact, False
-    with store.lease("download", lookup.fingerprint), store.attempt("download", lookup.fingerprint) as attempt:
+    with (
+        store.lease("download", lookup.fingerprint),
+        stages.room(store),
+        store.attempt("download", lookup.fingerprint) as attempt,
+    ):
         if there := store.find("download", lookup.fingerprint):  # another process may have been quicker
             return there, False
         metrics = corpus.download(config, {}, attempt, emit, adopted=files)

@@ -253,6 +253,19 @@ def test_what_cannot_create_once_is_refused_by_name(url: str, says: str) -> None
         Storage(url)
 
 
+@pytest.mark.parametrize(
+    ("url", "says"),
+    [
+        ("s3:/bucket/x", "write s3://bucket/x, or ./s3:/bucket/x for a folder"),
+        ("gs:bucket", "write gs://bucket, or ./gs:bucket for a folder"),
+        ("", "without a name"),
+    ],
+)
+def test_an_address_with_a_slip_is_not_taken_for_a_folder(url: str, says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        Storage(url)
+
+
 @pytest.mark.parametrize("url", ["s3://bucket/a*b", "memory://bucket/a[b]", "gs://bucket/a?b"])
 def test_prefixes_of_buckets_that_drivers_take_for_patterns_are_refused(url: str) -> None:
     """Removing what is below `a*b` would remove what is below `axb`."""
@@ -701,6 +714,21 @@ def test_what_was_fetched_is_read_offline_without_asking_the_store(place: str, m
 
 
 @remotely
+def test_nothing_is_built_offline_and_what_another_committed_stays(
+    place: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    theirs = committed(Store(place), FILES)
+    monkeypatch.setenv("NANODLM_CACHE", str(tmp_path / "empty"))
+    monkeypatch.setenv("NANODLM_OFFLINE", "1")
+    with pytest.raises(NanodlmError, match=r"is not asked while NANODLM_OFFLINE is set: unset it"):
+        committed(Store(place), {"other.bin": b"other"})
+    with pytest.raises(NanodlmError, match="is not asked while NANODLM_OFFLINE is set"):
+        list(Store(place))
+    monkeypatch.delenv("NANODLM_OFFLINE")
+    assert Store(place).open("shard/f0").manifest == theirs.manifest
+
+
+@remotely
 def test_a_scribbled_copy_is_fetched_again(place: str) -> None:
     artifact = committed(Store(place), FILES)
     (artifact.local() / "a.bin").write_bytes(b"scribbled!")
@@ -708,7 +736,7 @@ def test_a_scribbled_copy_is_fetched_again(place: str) -> None:
 
 
 def test_a_cache_of_no_size_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    for text in ("0", "-1", "many"):
+    for text in ("0", "-1", "many", "nan", "inf"):
         monkeypatch.setenv("NANODLM_CACHE_GB", text)
         with pytest.raises(NanodlmError, match=f"NANODLM_CACHE_GB must be a number of gigabytes above 0, not '{text}'"):
             cache.limit()

@@ -1,3 +1,4 @@
+import errno
 import json
 import math
 import os
@@ -169,6 +170,22 @@ def test_an_attempt_without_a_manifest_is_no_artifact(store: Store) -> None:
     assert list(store) == []
 
 
+def test_a_commit_that_was_said_to_have_failed_keeps_its_files(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a network's disk whose server made the link and went down before it could say so."""
+    link = os.link
+
+    def made_but_refused(source: Path, target: Path) -> None:
+        link(source, target)
+        raise FileExistsError(17, "File exists")
+
+    with store.attempt("shard", "f0") as attempt:
+        fill(attempt, {"a.bin": b"a"})
+        monkeypatch.setattr(os, "link", made_but_refused)
+        artifact = attempt.commit(identity=identity(), metrics={})
+    assert store.open("shard/f0").manifest == artifact.manifest
+    assert artifact.check(deep=True)
+
+
 def test_the_second_of_two_attempts_to_commit_gets_the_artifact_of_the_first(store: Store) -> None:
     with store.attempt("shard", "f0") as first, store.attempt("shard", "f0") as second:
         fill(first, {"a.bin": b"one"})
@@ -287,6 +304,23 @@ def test_each_kind_of_damage_is_named_and_refused(store: Store) -> None:
         # The remedy has to look as deep as the check did, or it would find nothing to repair.
         with pytest.raises(Damaged, match=r"a\.bin has been altered.*verify .*/flipped --deep --repair"):
             reader()
+
+
+def test_a_file_that_the_disk_cannot_read_is_named_and_the_others_are_read(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    artifact = committed(store, FILES)
+    sha256, seen = Store.sha256, []
+
+    def failing(self: Store, path: str) -> str:
+        seen.append(path)
+        if path.endswith("/a.bin"):
+            raise OSError(errno.EIO, "Input/output error")
+        return sha256(self, path)
+
+    monkeypatch.setattr(Store, "sha256", failing)
+    assert artifact.problems(deep=True) == ["a.bin cannot be read: Input/output error"]
+    assert len(seen) == len(FILES)
 
 
 def test_two_files_of_one_size_that_changed_places_are_both_named(store: Store) -> None:
@@ -433,6 +467,22 @@ def test_a_part_whose_record_is_torn_is_not_adopted(store: Store) -> None:
         assert attempt.adopt("a") is None
 
 
+def test_a_part_in_the_place_of_another_is_not_adopted(store: Store) -> None:
+    id_ = killed_attempt(store, {"a": {"a.bin": b"aa"}, "b": {"b.bin": b"bb"}})
+    parts = Path(store.path("shard", "f0", "attempts", id_, "parts"))
+    (parts / "a.json").write_bytes((parts / "b.json").read_bytes())
+    with store.attempt("shard", "f0") as attempt:
+        assert attempt.adopt("a") is None
+        assert attempt.adopt("b") == {"rows": 1}
+
+
+def test_a_part_of_another_artifact_is_not_adopted(store: Store) -> None:
+    killed_attempt(store, {"a": {"a.bin": b"aa"}})
+    Path(store.path("shard", "f0")).rename(store.path("shard", "f1"))
+    with store.attempt("shard", "f1") as attempt:
+        assert attempt.adopt("a") is None
+
+
 def test_an_attempt_begun_afresh_adopts_nothing(store: Store) -> None:
     killed_attempt(store, {"a": {"a.bin": b"aa"}})
     with store.attempt("shard", "f0", afresh=True) as attempt:
@@ -564,6 +614,16 @@ def test_nobody_waits_for_a_torn_lease_or_for_none(store: Store) -> None:
     with store.lease("shard", "f0", notify=told.append):
         pass
     assert told == []
+
+
+@pytest.mark.parametrize("pid", [None, 10**12, "1"])
+def test_a_lease_without_a_process_is_taken_over(store: Store, pid: object) -> None:
+    held = {"holder": "x", "host": socket.gethostname(), "pid": pid, "events": [1], "inputs": [1]}
+    store.write_json(store.path("shard", "f0", "lease.json"), None if pid is None else held)
+    assert store.events("shard", "f0") == {}
+    assert list(collect(store)) == []
+    with store.lease("shard", "f0") as mine:
+        assert store.read_json(store.path("shard", "f0", "lease.json"))["holder"] == mine["holder"]
 
 
 # Stores that cannot be written

@@ -15,11 +15,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from nanodlm import cli, stages, upkeep
+from nanodlm import cli, corpus, stages, upkeep
 from nanodlm.config import Config
 from nanodlm.errors import Damaged, NanodlmError, UsageError
 from nanodlm.storage import Storage
-from nanodlm.store import Artifact, Store, sealed
+from nanodlm.store import Artifact, Store, find_checkpoint, sealed
 from tests.helpers import committed, fill, identity, prose, tiny_config
 from tests.test_training import tiny
 
@@ -289,6 +289,44 @@ def test_an_artifact_whose_input_was_rebuilt_with_other_bytes_says_so(store: Sto
     assert problems == {"shard": [], "train": ["it was made from another shard than the one that is there now"]}
 
 
+def test_an_artifact_out_of_its_place_is_not_set_aside(store: Store) -> None:
+    """As a backup within the store, or a renamed folder, would be."""
+    committed(store, {"x.bin": b"x"})
+    shutil.copytree(store.path("shard"), store.path("shard.bak"))
+    (_, found) = upkeep.check(store, upkeep.in_order(store), repair=True)
+    assert (found.stage, found.repaired) == ("shard.bak", False)
+    assert "it is not damaged but out of place: move its folder to shard/f0, or remove it" in found.problems[1]
+    assert Path(store.path("shard.bak", "f0", "manifest.json")).exists()
+
+
+def test_of_two_repairs_the_second_keeps_what_the_first_has_made(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    split = made.artifacts["split"]
+    path = Path(made.store.path("split", split.fingerprint, "manifest.json"))
+    good = path.read_bytes()
+    path.write_bytes(b"{")
+    lease, retired = Store.lease, []
+
+    def waited(self: Store, *args: Any, **kwargs: Any) -> Any:
+        path.write_bytes(good)  # the first commits while the second waits for its lease
+        return lease(self, *args, **kwargs)
+
+    monkeypatch.setattr(Store, "lease", waited)
+    monkeypatch.setattr(Store, "retire", lambda _, item: retired.append(item))
+    assert made.check(repair=True)["split"].repaired
+    assert retired == []
+    assert path.read_bytes() == good
+
+
+def test_verify_of_a_store_names_what_its_artifacts_were_made_from_and_is_gone(
+    made: Made, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path(made.store.path("split", made.artifacts["split"].fingerprint, "manifest.json")).unlink()
+    out, _ = said(capsys, "verify", "--store", made.store.uri(), code=1)
+    assert f"DAMAGED  {made.artifacts['split'].uri}\n         its manifest is missing" in out
+    out, _ = said(capsys, "verify", "--store", made.store.uri(), "--repair")
+    assert f"REPAIRED {made.artifacts['split'].uri}" in out
+
+
 def test_verify_says_what_is_wrong_and_what_was_mended(made: Made, capsys: pytest.CaptureFixture[str]) -> None:
     sample, shard = made.artifacts["sample"].uri, made.artifacts["shard"].uri
     out, _ = said(capsys, "verify", sample)
@@ -348,6 +386,16 @@ def test_show_says_where_each_input_lies_and_which_has_gone(made: Made, capsys: 
 
 
 # Collecting
+
+
+def test_show_of_a_good_artifact_says_which_of_those_it_was_made_from_are_damaged(
+    made: Made, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = made.artifacts["tokenizer"]
+    Path(made.store.path("tokenizer", tokenizer.fingerprint, "manifest.json")).write_text("{")
+    out, _ = said(capsys, "show", made.artifacts["shard"].uri)
+    assert f"{tokenizer.uri}  (damaged)\n" in out
+    assert "\nfiles\n" in out
 
 
 def test_a_collection_without_wishes_keeps_every_artifact(made: Made) -> None:
@@ -436,6 +484,59 @@ def test_what_a_run_under_way_reads_is_kept(store: Store) -> None:
     assert collected(store, keep_last=0) == [("artifact", "shard/f1")]
 
 
+def test_files_that_a_run_under_way_reads_stay_although_their_manifest_was_given_up_before(store: Store) -> None:
+    shard = made_from(store, "shard", "f1", age=9000)
+    assert collected(store, keep_last=0) == [("artifact", "shard/f1")]
+    os.utime(store.path("shard", "f1", "retired.json"), (time.time() - 7200,) * 2)
+    with store.lease("train", "t", inputs={"shard": shard.fingerprint}):
+        assert collected(store) == []
+    assert collected(store) == [("attempt", "shard/f1")]
+
+
+def test_files_that_others_took_the_place_of_stay_for_the_grace(store: Store) -> None:
+    """For whoever reads them."""
+    made_from(store, "shard", "f1", age=9000)
+    with store.attempt("shard", "f1", afresh=True) as attempt:
+        fill(attempt, {"x.bin": b"other"})
+        attempt.commit(identity=identity(), metrics={}, replace=True)
+    assert collected(store) == []
+    os.utime(store.path("shard", "f1", "manifest.json"), (time.time() - 7200,) * 2)
+    assert collected(store) == [("attempt", "shard/f1")]
+
+
+def test_a_stage_on_another_disk_is_collected_as_any_other(store: Store, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    Path(store.root).mkdir()
+    Path(store.path("train")).symlink_to(elsewhere)
+    shard = made_from(store, "shard", "f1", age=9000)
+    made_from(store, "train", "f2", age=9000)
+    with store.lease("train", "t", inputs={"shard": shard.fingerprint}):
+        assert collected(store, keep_last=0) == [("artifact", "train/f2")]
+    os.utime(store.path("train", "f2", "retired.json"), (time.time() - 7200,) * 2)
+    assert collected(store) == [("attempt", "train/f2")]
+
+
+def test_what_was_copied_here_within_the_grace_is_young_whatever_its_age(store: Store, tmp_path: Path) -> None:
+    made_from(store, "train", "old", age=9000)
+    target = Store(str(tmp_path / "target"))
+    copied(store, target)
+    assert collected(target, keep_last=0) == []
+    assert collected(target, keep_last=0, grace=EVERYTHING) == [("artifact", "train/old"), ("attempt", "train/old")]
+
+
+def test_a_dry_run_needs_no_right_to_write(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    made_from(store, "train", "old", age=9000)
+
+    def refused(*_: Any, **__: Any) -> bool:
+        raise NanodlmError("refuses access")
+
+    monkeypatch.setattr(Store, "write_json", refused)
+    assert collected(store, keep_last=0, dry_run=True) == [("artifact", "train/old")]
+    with pytest.raises(NanodlmError, match="refuses access"):
+        collected(store, keep_last=0)
+
+
 def test_the_lease_of_a_dead_run_protects_nothing_for_ever(store: Store) -> None:
     with store.attempt("train", "t") as attempt:
         fill(attempt, {"half": b"written"})
@@ -516,7 +617,8 @@ def test_unfinished_uploads_in_several_parts_are_ended(s3_environment: None, tmp
     fs = fsspec.filesystem("s3")
     fs.mkdir("uploads-bucket")
     store = Store("s3://uploads-bucket/runs")
-    for key in ("runs/train/f1/attempts/a/big.bin", "runs-of-others/big.bin"):
+    others = ["runs-of-others/big.bin", "runs/backups/2026/disk.img"]
+    for key in ("runs/train/f1/attempts/a/big.bin", *others):
         fs.call_s3("create_multipart_upload", Bucket="uploads-bucket", Key=key)
 
     def open_uploads() -> list[str]:
@@ -528,9 +630,9 @@ def test_unfinished_uploads_in_several_parts_are_ended(s3_environment: None, tmp
         assert list(upkeep.collect(store, grace=3600)) == [], "a large file may be under way for long"
     (row,) = upkeep.collect(store, grace=EVERYTHING, dry_run=True)
     assert (row["kind"], row["uri"]) == ("upload", "s3://uploads-bucket/runs/train/f1/attempts/a/big.bin")
-    assert len(open_uploads()) == 2
+    assert len(open_uploads()) == 3
     assert len(list(upkeep.collect(store, grace=EVERYTHING))) == 1
-    assert open_uploads() == ["runs-of-others/big.bin"]
+    assert open_uploads() == others
 
 
 def test_gc_says_what_goes_and_when(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
@@ -651,6 +753,20 @@ def test_a_copy_that_was_cut_off_goes_on_without_sending_again_what_is_there(
     assert len(sent) == len(set(sent)) == len(shard.manifest["files"])
 
 
+def test_a_copy_is_repaired_and_gone_on_from_like_its_original(made: Made, store: Store) -> None:
+    copied(made.store, store)
+    shard, train = (store.open(made.artifacts[stage].uri) for stage in ("shard", "train"))
+    good = {path: path.stat().st_ino for path in Path(shard.remote("parts")).parent.glob("train-*")}
+    flip(bad := sorted(good)[0])
+    (found,) = upkeep.check(store, [("shard", shard.fingerprint)], deep=True, repair=True)
+    assert found.repaired
+    again = store.open(shard.uri)
+    assert again.digest == shard.digest
+    kept = {path.name: inode for path, inode in good.items() if path != bad}
+    assert {name: Path(again.remote(name)).stat().st_ino for name in kept} == kept
+    assert find_checkpoint(f"{train.uri}/checkpoints/step_6").local(Path("unused")).is_dir()
+
+
 def test_a_copy_that_was_killed_within_a_file_goes_on(tmp_path: Path) -> None:
     source, target = Store(str(tmp_path / "source")), Store(str(tmp_path / "target"))
     artifact = committed(source, {"x": b"one"})
@@ -750,6 +866,40 @@ def test_files_at_hand_stand_for_a_data_set_on_the_hub(store: Store, at_hand: li
     again, built = upkeep.adopt(config, store, at_hand)
     assert (again.manifest, built) == (adopted.manifest, False)
     assert statuses(config, store, CHAIN[:4]) == {**dict.fromkeys(CHAIN[:4], "built"), "download": "cached"}
+
+
+def test_documents_of_other_files_are_not_gone_on_from(store: Store, at_hand: list[str], tmp_path: Path) -> None:
+    """Neither by another `adopt` nor by a run: the first was stopped by its last file."""
+    config = tiny_config(at_hand, part_mb=0.001)
+    for i in range(2):
+        table = pa.table({"text" if i == 0 else "other": [f"wrong {n}" for n in range(100)]})
+        pq.write_table(table, tmp_path / f"wrong-{i}.parquet")
+    with pytest.raises(NanodlmError, match="has no column 'text'"):
+        upkeep.adopt(config, store, [f"{tmp_path}/wrong-*.parquet"])
+    assert list(Path(store.root).glob("download/*/attempts/*/parts/*")), "it had finished parts"
+    artifact, _ = stages.run("download", config, store)
+    clean, _ = stages.run("download", config, Store(str(tmp_path / "clean")))
+    assert artifact.digest == clean.digest
+
+
+def test_documents_of_files_that_changed_while_they_were_read_are_not_kept(
+    store: Store, at_hand: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, first = tiny_config(at_hand, part_mb=0.001), Path(at_hand[0])
+    before, read = first.read_bytes(), corpus._read
+
+    def changing(*args: Any) -> Any:
+        pq.write_table(pa.table({"text": ["other"] * 100}), first)
+        yield from read(*args)
+
+    monkeypatch.setattr(corpus, "_read", changing)
+    with pytest.raises(NanodlmError, match="changed while they were read: run again"):
+        stages.run("download", config, store)
+    monkeypatch.setattr(corpus, "_read", read)
+    first.write_bytes(before)
+    artifact, _ = stages.run("download", config, store)
+    clean, _ = stages.run("download", config, Store(str(tmp_path / "clean")))
+    assert artifact.digest == clean.digest
 
 
 def test_adopt_prints_what_it_took(store: Store, at_hand: list[str], capsys: pytest.CaptureFixture[str]) -> None:
