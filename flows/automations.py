@@ -30,7 +30,8 @@ PART = "nanodlm-part"  # of flow runs inside these
 GPU = "gpu"  # the global concurrency limit that a training takes
 WEBHOOK = "NANODLM_WEBHOOK_URL"
 HEARTBEAT_SECONDS = 30  # the most often that Prefect allows; its default is 180
-LOST_SECONDS = 240.0  # longer than Prefect's default between heartbeats, so that no living run is taken for lost
+LOST_SECONDS = 900.0  # longer than a server is away, and than Prefect's default between heartbeats
+MOST_SECONDS = 7 * 86400.0
 LOST, FAILED, COMPLETED = (f"nanodlm: {name}" for name in ("lost runs", "failed runs", "completed runs"))
 LEASES = "prefect.server.concurrency.lease_storage"
 OLDEST = (3, 8)
@@ -83,9 +84,14 @@ def automate(
     """
     if gpu_limit is not None and gpu_limit < 1:
         raise UsageError(f"--gpu-limit counts trainings at once, from 1, not {gpu_limit}")
-    if lost_after <= HEARTBEAT_SECONDS:
-        raise UsageError(f"--lost-after must exceed the {HEARTBEAT_SECONDS} s between heartbeats: say 90s or more")
-    with _server() as client:
+    if not HEARTBEAT_SECONDS < lost_after <= MOST_SECONDS:
+        raise UsageError(
+            f"--lost-after must exceed the {HEARTBEAT_SECONDS} s between heartbeats, and not a week: say 90s or more"
+        )
+    with answering_server() as client:
+        version = client.api_version()
+        if tuple(int(number) for number in re.findall(r"\d+", version)[:2]) < OLDEST:
+            raise NanodlmError(_too_old(str(get_current_settings().api.url), version))
         if remove:
             return [
                 *_remove_automations(client, dry_run),
@@ -174,8 +180,13 @@ def _tagged(*tags: str) -> ResourceSpecification:
 
 
 @contextlib.contextmanager
-def _server() -> Iterator[SyncPrefectClient]:
-    """A client of the server, whose every failure is one line."""
+def answering_server() -> Iterator[SyncPrefectClient]:
+    """A client of the server that the settings name, whose every failure is one line.
+
+    Raises:
+        UsageError: No server is named.
+        NanodlmError: It does not answer, or refuses.
+    """
     url = get_current_settings().api.url
     if not url:
         raise UsageError(
@@ -185,15 +196,13 @@ def _server() -> Iterator[SyncPrefectClient]:
     with contextlib.ExitStack() as stack:
         try:
             client = stack.enter_context(get_client(sync_client=True))
-            version = client.api_version()
+            client.api_version()  # a request that needs the password
         except (httpx.RequestError, RuntimeError, ValueError) as error:
             if "ncompatible" in str(error):  # another major version, says the client as it connects
                 raise NanodlmError(_too_old(url, re.sub(".*server: ", "", str(error)).split()[0])) from error
             raise _silent(url) from error
         except PrefectHTTPStatusError as error:
             raise _silent(url) if error.response.status_code == 404 else _refused(url, error) from error
-        if tuple(int(number) for number in re.findall(r"\d+", version)[:2]) < OLDEST:
-            raise NanodlmError(_too_old(url, version))
         try:
             yield client
         except PrefectHTTPStatusError as error:

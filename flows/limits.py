@@ -4,6 +4,7 @@ Prefect's own `concurrency` waits in a thread, which may take a place after its 
 when the server is away for some seconds as it is renewed. Here the run itself waits, and renews as long as it holds.
 """
 
+import shlex
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -58,17 +59,20 @@ def place(limit: str, emit: Callable[..., None]) -> Iterator[None]:
 
 def _wait(client: SyncPrefectClient, limit: str, emit: Callable[..., None]) -> UUID:
     """The lease of a place, once there is one. It is asked for in this thread, for an exception to end it."""
-    spoken = time.monotonic()
+    spoken, guarded = time.monotonic(), True
     while True:
         try:
             with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}):  # else the client would sleep for minutes
-                client.read_global_concurrency_limit_by_name(limit)
+                found = client.read_global_concurrency_limit_by_name(limit)
+                if found.name != limit:  # the name is part of an address there, and `gpu/` asks for `gpu`
+                    raise _no_such(limit)
+                if guarded and not found.active:
+                    guarded = False
+                    emit("message", text=f"the concurrency limit {limit} is switched off, and guards nothing")
                 if lease := _take(client, limit):
                     return lease
-        except ObjectNotFound as error:
-            raise NanodlmError(
-                f"the Prefect server has no concurrency limit {limit!r}: run `prefect gcl create {limit} --limit 1`"
-            ) from error
+        except (ObjectNotFound, httpx.InvalidURL) as error:
+            raise _no_such(limit) from error
         except httpx.HTTPStatusError as error:
             if not (error.response.is_server_error or error.response.status_code in BUSY):
                 said = " ".join(error.response.text.split())[:200]
@@ -79,6 +83,13 @@ def _wait(client: SyncPrefectClient, limit: str, emit: Callable[..., None]) -> U
             spoken = time.monotonic()
             emit("message", text=f"waiting for a place of the concurrency limit {limit}")
         time.sleep(ASK_SECONDS)
+
+
+def _no_such(limit: str) -> NanodlmError:
+    return NanodlmError(
+        f"the Prefect server has no concurrency limit {limit!r}: run `prefect gcl create {shlex.quote(limit)} --limit "
+        "1`, or correct gpu_limit"
+    )
 
 
 def _take(client: SyncPrefectClient, limit: str) -> UUID | None:

@@ -22,15 +22,15 @@ from prefect.settings import get_current_settings
 from prefect.states import Completed
 from prefect.utilities.annotations import quote
 
-from flows.automations import TAG, untagged
+from flows.automations import TAG, answering_server, untagged
 from flows.limits import place
 from flows.reporting import Pages, Watcher
-from flows.server import wait_for_server
+from flows.server import heard
 from flows.sharding import shard_in_parallel, task_runner, worth_retrying
 from nanodlm import cluster, launch, stages
 from nanodlm.cluster import Launch
 from nanodlm.config import PRESETS, Config, StoreUrl
-from nanodlm.errors import NanodlmError, Stopped
+from nanodlm.errors import NanodlmError, Stopped, UsageError
 from nanodlm.stages import STAGES
 from nanodlm.store import Artifact, Store, fingerprint_of
 
@@ -87,30 +87,27 @@ def run_stage(
             f"{name}`, with the same settings first"
         )
     watcher.start(name)
+    held = place(gpu_limit, watcher.emit) if gpu_limit and lookup.stage.own_process else nullcontext()
     try:
-        if lookup.stage.own_process:
-            with place(gpu_limit, watcher.emit) if gpu_limit else nullcontext():
+        with held, heard(watcher.emit):  # in this order: a server that is away is given back no place
+            if lookup.stage.own_process:
                 if on and on.target != "process" and name == "train":
                     cluster.run_stage(name, config, store_url, on, rebuild=rebuild, emit=watcher.emit)
                 else:
                     launch.run_stage(name, config, store_url, rebuild=rebuild, emit=watcher.emit)
-            assert lookup.fingerprint is not None
-            artifact = store.find(name, lookup.fingerprint)
-            if artifact is None:
-                raise NanodlmError(f"the {name} process ended without an artifact: run again to continue")
-            record = stages.record(artifact, "built", time.monotonic() - started)
-        else:
-            artifact, record = stages.run(name, config, store, rebuild=rebuild, inputs=inputs, emit=watcher.emit)
+                assert lookup.fingerprint is not None
+                artifact = store.find(name, lookup.fingerprint)
+                if artifact is None:
+                    raise NanodlmError(f"the {name} process ended without an artifact: run again to continue")
+                record = stages.record(artifact, "built", time.monotonic() - started)
+            else:
+                artifact, record = stages.run(name, config, store, rebuild=rebuild, inputs=inputs, emit=watcher.emit)
     except Stopped as stopped:
         if isinstance(stopped.__cause__, TerminationSignal):  # Prefect tells a cancellation from a crash by it
             raise stopped.__cause__ from None
         raise
-    except Exception:
-        wait_for_server(watcher.emit)
-        raise
     finally:
         watcher.end()
-    wait_for_server(watcher.emit)
     watcher.done(artifact, record)
     return artifact, record
 
@@ -135,6 +132,8 @@ def _run(
     found: dict[str, Artifact] = {}
     records = []
     url = store or stages.default_store()
+    if url.startswith("memory:"):
+        raise UsageError("a store in memory is seen by no other process: give store a folder or a bucket")
     for name in names:
         inputs = {needed: found[needed] for needed in STAGES[name].inputs(config)}
         if name == "shard" and name in build and name != rebuild:
@@ -205,6 +204,7 @@ def pipeline(
     Returns:
         For each stage `stage`, `status` (built or cached), `uri`, `fingerprint` and `seconds`.
     """
+    stages.check_rebuild(rebuild, until)
     return _run(stages.until(until), config, store, STAGES, rebuild, gpu_limit, train_on)
 
 
@@ -325,6 +325,8 @@ def run_pipeline(
             signal.signal(signal.SIGTERM, handler)
 
     if get_current_settings().api.url:
+        with answering_server():
+            pass
         return run()
     with ephemeral_server() as url, temporary_settings({PREFECT_API_URL: url}):
         return run()

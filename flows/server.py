@@ -1,6 +1,6 @@
 """A Prefect server for one `nanodlm run`: loopback only, gone when its parent is, even after SIGKILL.
 
-And the wait for a server that is away.
+And waiting for a server that is away.
 
 python -m flows.server PORT
 """
@@ -15,15 +15,18 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 
+import httpx
 from prefect.client.orchestration import get_client
-from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
+from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, get_current_settings, temporary_settings
 
-from nanodlm.errors import NanodlmError
+from nanodlm.errors import NanodlmError, Stopped
 from nanodlm.launch import PARENT, end_with_parent
 
 START_SECONDS = 120.0
 AWAY_SECONDS = 900.0  # for which a stage that ended waits for a server that is away
+OWN: ContextVar["subprocess.Popen[bytes] | None"] = ContextVar("own", default=None)  # the server of this run alone
 
 
 @contextlib.contextmanager
@@ -31,7 +34,7 @@ def ephemeral_server() -> Iterator[str]:
     """Start a server in a child process and yield its API's URL.
 
     Raises:
-        NanodlmError: When it does not answer within two minutes.
+        NanodlmError: When it does not answer within two minutes, or ends while it is used.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -39,15 +42,17 @@ def ephemeral_server() -> Iterator[str]:
     url = f"http://127.0.0.1:{port}/api"
     for name in ("NO_PROXY", "no_proxy"):  # a proxy of the environment is not asked for this machine's own server
         os.environ[name] = ",".join(filter(None, (os.environ.get(name), "127.0.0.1")))
+    environ = {name: value for name, value in os.environ.items() if name != "PREFECT_SERVER_API_AUTH_STRING"}
     with tempfile.TemporaryFile() as log:
         child = subprocess.Popen(
             [sys.executable, "-P", "-m", "flows.server", str(port)],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
-            env={**os.environ, PARENT: str(os.getpid()), "PREFECT_API_URL": "", "PREFECT_UI_ENABLED": "false"},
+            env={**environ, PARENT: str(os.getpid()), "PREFECT_API_URL": "", "PREFECT_UI_ENABLED": "false"},
             start_new_session=True,
         )
+        token = OWN.set(child)
         try:
             deadline = time.monotonic() + START_SECONDS
             while not _healthy(url):
@@ -60,7 +65,12 @@ def ephemeral_server() -> Iterator[str]:
                     )
                 time.sleep(0.1)
             yield url
+        except Exception as error:
+            if child.poll() is None or isinstance(error, NanodlmError):
+                raise
+            raise NanodlmError("the local Prefect server has ended; what is finished is kept: run again") from error
         finally:
+            OWN.reset(token)
             child.terminate()
             try:
                 child.wait(10)
@@ -77,18 +87,36 @@ def _healthy(url: str) -> bool:
         return False
 
 
-def wait_for_server(emit: Callable[..., None]) -> None:
-    """Wait, at most for `AWAY_SECONDS`, until the Prefect server of the settings answers.
+@contextlib.contextmanager
+def heard(emit: Callable[..., None]) -> Iterator[None]:
+    """Leave only when the Prefect server of the settings answers, or when it was waited for long enough.
 
     A task's last state is an event, which Prefect sends for some seconds only: lost, the task would look as if it ran
-    for ever.
+    for ever. Whoever is stopped by a signal does not wait, nor for a server of one's own that has ended.
 
     Args:
         emit: Called as `emit("message", text=...)` when there is something to wait for.
     """
+    try:
+        yield
+    except Stopped:
+        raise
+    except Exception:
+        _wait(emit)
+        raise
+    _wait(emit)
+
+
+def _wait(emit: Callable[..., None]) -> None:
+    url, own = get_current_settings().api.url, OWN.get()
+    if not url or _healthy(url):
+        return
     deadline, said = time.monotonic() + AWAY_SECONDS, False
     with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}), get_client(sync_client=True) as client:
-        while client.api_healthcheck() and time.monotonic() < deadline:
+        while time.monotonic() < deadline and (own is None or own.poll() is None):
+            with contextlib.suppress(httpx.HTTPError):  # not `api_healthcheck`, which would swallow a signal's error
+                client.request("GET", "/health")
+                return
             if not said:
                 emit("message", text="the Prefect server is away: waiting to tell it how the stage ended")
                 said = True

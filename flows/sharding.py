@@ -5,6 +5,7 @@ nanodlm run --runner processes --workers 4
 
 import multiprocessing
 import os
+import re
 import threading
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -153,6 +154,8 @@ def _dask(workers: int) -> TaskRunner[Any]:
     except ImportError as error:
         raise UsageError("the runner dask is not installed: pip install '.[dask]'") from error
     if address := os.environ.get("NANODLM_DASK_ADDRESS"):
+        if not re.fullmatch(r"(\w+://)?[^/]+:[0-9]+/?", address):
+            raise UsageError(f"NANODLM_DASK_ADDRESS is no address: give HOST:PORT or tls://HOST:PORT, not {address!r}")
         return DaskTaskRunner(address=address)
     # Loopback only, and no page that others could see.
     local = {"n_workers": workers, "threads_per_worker": 1, "host": "127.0.0.1", "dashboard_address": None}

@@ -236,7 +236,7 @@ def run(argv: list[str]) -> None:
         configured=True,
     )
     assert config is not None
-    _check_rebuild(args)
+    stages.check_rebuild(args.rebuild, args.until)
     console = Console(sys.stderr if args.as_json else sys.stdout)
     store = Store(args.store)
     lookups = list(stages.look_up(config, store, stages.until(args.until)[-1], args.rebuild))
@@ -279,13 +279,6 @@ def _quiet_prefect(verbose: bool = False) -> None:
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", "INFO" if verbose else "CRITICAL")
 
 
-def _check_rebuild(args: Any) -> None:
-    from nanodlm import stages
-
-    if args.rebuild is not None and args.rebuild not in stages.until(args.until):
-        raise UsageError(f"--rebuild {args.rebuild} comes after --until {args.until}: nothing would be rebuilt")
-
-
 def _result(records: list[dict[str, Any]], artifacts: dict[str, "Artifact"]) -> dict[str, Any]:
     """The object that `--json` prints."""
     metrics: dict[str, Any] = {}
@@ -323,7 +316,7 @@ def plan(argv: list[str]) -> None:
         configured=True,
     )
     assert config is not None
-    _check_rebuild(args)
+    stages.check_rebuild(args.rebuild, args.until)
     if args.devices is not None:
         from nanodlm import planning
 
@@ -457,12 +450,12 @@ def launch(argv: list[str]) -> None:
         console.start(args.stage)
         began = time.monotonic()
         try:
-            cluster.run_stage(args.stage, config, args.store, to, rebuild=args.rebuild, emit=console.emit)
+            ran = cluster.run_stage(args.stage, config, args.store, to, rebuild=args.rebuild, emit=console.emit)
         finally:
             console.end()
         artifact = stages.ready(args.stage, config, store)[0].artifact
         assert artifact is not None
-        console.done(artifact, stages.record(artifact, "built", time.monotonic() - began))
+        console.done(artifact, stages.record(artifact, "built" if ran else "cached", time.monotonic() - began))
         console.text(artifact.uri)
         return
     if not store.is_local or Path(store.root).is_dir():  # else it is a disk that only the cluster has
@@ -970,7 +963,7 @@ def automate(argv: list[str]) -> None:
                 str,
             ),
             "gpu_limit": _flag("Trainings at once, for flows; 1 when nobody has set it.", None, int | None),
-            "lost_after": _flag("Mark a run Crashed that has sent no heartbeat for so long.", "4m", str),
+            "lost_after": _flag("Mark a run Crashed that has sent no heartbeat for so long.", "15m", str),
             "dry_run": _flag("Only say what would change."),
             "remove": _flag("Take away what was installed."),
             "as_json": _json_flag(),

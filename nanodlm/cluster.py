@@ -32,6 +32,7 @@ WAIT_SECONDS = 600  # for the other tasks of a Slurm job to end after the first 
 LOOK_SECONDS = 2.0  # between looks into the store
 ASK_SECONDS = 15.0  # between questions to the scheduler
 SETTLE_SECONDS = 60.0  # for a finished job's manifest to be seen here: a shared disk may be late
+LONGEST = 120_000  # bytes of a configuration: Linux takes no word above 128 KiB
 SILENT_SECONDS = 1800.0  # for which a scheduler may leave questions unanswered
 NAME = r"^[A-Za-z0-9]([A-Za-z0-9_.,-]*[A-Za-z0-9])?$|^$"
 K8S_NAME = r"^[a-z0-9]([a-z0-9.-]*[a-z0-9])?$|^$"
@@ -134,8 +135,18 @@ def _job_name(stage: str, config: Config, place: str, rebuild: bool) -> str:
     return f"nanodlm-{stage}-{fingerprint_of(work)[:12]}"
 
 
-def _command(stage: str, rebuild: bool) -> list[str]:
-    return ["-m", "nanodlm", stage, *(["--rebuild"] if rebuild else [])]
+def _argument(text: str) -> str:
+    """A configuration as one word of a command.
+
+    Raises:
+        UsageError: When it is longer than Linux lets a word be.
+    """
+    if len(text.encode()) > LONGEST:
+        raise UsageError(
+            f"the settings take {len(text.encode()):,} bytes, more than a job's command may hold: give --data.source "
+            "as a glob, in quotes, instead of each file"
+        )
+    return text
 
 
 def slurm_script(config: Config, store_url: str, launch: Launch, rebuild: bool = False, *, stage: str = "train") -> str:
@@ -179,8 +190,8 @@ def slurm_script(config: Config, store_url: str, launch: Launch, rebuild: bool =
     srun = ["srun", "--kill-on-bad-exit=0", f"--wait={WAIT_SECONDS}"]
     if launch.cpus_per_task:
         srun.append(f"--cpus-per-task={launch.cpus_per_task}")  # which it does not take from the job
-    words = [*srun, sys.executable, "-P", *_command(stage, rebuild)]
-    text = config.model_dump_json(indent=1)
+    words = [*srun, sys.executable, "-P", "-m", "nanodlm", stage]
+    text = _argument(config.model_dump_json(indent=1))
     return "\n".join([
         "#!/usr/bin/env bash",
         *lines,
@@ -191,7 +202,7 @@ def slurm_script(config: Config, store_url: str, launch: Launch, rebuild: bool =
         "CONFIG",
         ")",
         "",
-        f'{shlex.join(words)} "$config" --store {shlex.quote(place)}',
+        f'{shlex.join(words)} "$config" --store {shlex.quote(place)}{" --rebuild" if rebuild else ""}',
         "code=$?",
         f"if [ $code -eq {Stopped.exit_code} ]; then  # a signal ended it and it has saved: go on later",
         '    scontrol requeue "$SLURM_JOB_ID"',
@@ -247,11 +258,12 @@ def jobset(
     if launch.store_volume:
         volumes.append({"name": "store", "persistentVolumeClaim": {"claimName": launch.store_volume}})
         mounts.append({"name": "store", "mountPath": MOUNT})
+    settings = _argument(config.model_dump_json().replace("$", "$$"))  # else $(NAME) would be looked up
     container = {
         "name": stage,
         "image": launch.image,
-        "command": ["python", *_command(stage, rebuild)],
-        "args": [config.model_dump_json().replace("$", "$$"), "--store", place],  # else $(NAME) would be looked up
+        "command": ["python", "-m", "nanodlm", stage],
+        "args": [settings, "--store", place, *(["--rebuild"] if rebuild else [])],
         "env": env,
         **({"envFrom": [{"secretRef": {"name": launch.secret}}]} if launch.secret else {}),
         "ports": [{"name": "coordinator", "containerPort": PORT}],
@@ -467,7 +479,7 @@ def run_stage(
     *,
     rebuild: bool = False,
     emit: Callable[..., None] = lambda *_, **__: None,
-) -> None:
+) -> bool:
     """Run one stage on its target until its artifact is in the store, like `launch.run_stage`.
 
     A job is followed through the store: what `emit` is called with is a few seconds old. When this is interrupted, the
@@ -482,26 +494,30 @@ def run_stage(
         rebuild: Build even when the artifact exists.
         emit: Called with the stage's events.
 
+    Returns:
+        Whether it ran, or False where the artifact was there.
+
     Raises:
         NanodlmError: When an input is not in the store, or the scheduler refuses the job, or it fails or is cancelled.
     """
     if launch.target == "process":
         here.run_stage(name, config, store_url, rebuild=rebuild, emit=emit)
-        return
+        return True
     store = Store(store_url)
     lookup, _ = stages.ready(name, config, store, rebuild=rebuild)
     assert lookup.fingerprint is not None
     if lookup.artifact and not rebuild:
-        return
+        return False
     job = submit(name, config, store_url, launch, rebuild=rebuild)
-    emit("message", text=str(job))
     try:
+        emit("message", text=str(job))
         _follow(job, store, name, lookup.fingerprint, rebuild, emit)
     except _Ended:
         raise
     except BaseException:
         job.cancel()
         raise
+    return True
 
 
 class _Ended(NanodlmError):
@@ -546,6 +562,8 @@ def _run(command: list[str], text: str = "", seconds: float = 60) -> tuple[int, 
         done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=seconds)
     except FileNotFoundError:
         return 127, "", f"{command[0]} is not there"
+    except PermissionError:
+        return 126, "", f"{command[0]} may not be run"
     except subprocess.TimeoutExpired:
         return 124, "", f"{command[0]} did not answer within {seconds:.0f} s"
     return done.returncode, done.stdout.strip(), done.stderr.strip()

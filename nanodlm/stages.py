@@ -17,7 +17,7 @@ from typing import Any
 
 from nanodlm.cache import cache_dir
 from nanodlm.config import Config, differences
-from nanodlm.errors import Damaged, NanodlmError
+from nanodlm.errors import Damaged, NanodlmError, UsageError
 from nanodlm.store import SCHEMA, Artifact, Store, find_checkpoint, fingerprint_of
 
 Emit = Callable[..., None]
@@ -381,6 +381,16 @@ def until(last: str) -> tuple[str, ...]:
     ('download', 'tokenizer', 'split')
     """
     return tuple(STAGES) if last == "sample" else NAMES[: NAMES.index(last) + 1]
+
+
+def check_rebuild(rebuild: str | None, last: str) -> None:
+    """Whether a stage that is to be rebuilt is among those up to one.
+
+    Raises:
+        UsageError: When it is not.
+    """
+    if rebuild is not None and rebuild not in until(last):
+        raise UsageError(f"--rebuild {rebuild} comes after --until {last}: nothing would be rebuilt")
 
 
 def train(config: Config, store: str | None = None, emit: Emit = lambda *_, **__: None) -> Artifact:

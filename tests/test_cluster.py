@@ -23,7 +23,7 @@ from pydantic import ValidationError
 
 from nanodlm import cluster, stages
 from nanodlm.cluster import Launch, jobset, slurm_script
-from nanodlm.config import PRESETS, load_config
+from nanodlm.config import PRESETS, Config, load_config
 from nanodlm.errors import NanodlmError, UsageError
 from nanodlm.store import Store
 from tests import helpers
@@ -85,11 +85,38 @@ def test_a_script_hands_the_configuration_on_unchanged_and_requeues_only_what_a_
     assert subprocess.run(["bash"], input=script, text=True, env=env, check=False).returncode == code
     words = (tmp_path / "srun.said").read_text().split("\0")[:-1]
     at = words.index("nanodlm")
-    assert words[at + 1 : at + 3] == ["train", "--rebuild"]
-    assert load_config(words[at + 3]) == NASTY
-    assert words[at + 4 :] == ["--store", f"{tmp_path}/a store"]
+    assert words[at + 1] == "train"
+    assert load_config(words[at + 2]) == NASTY
+    assert words[at + 3 :] == ["--store", f"{tmp_path}/a store", "--rebuild"]
     said = tmp_path / "scontrol.said"
     assert (said.read_text() == "requeue 17\n") if requeued else not said.exists()
+
+
+@pytest.mark.parametrize("target", ["slurm", "k8s"])
+def test_the_command_of_a_job_is_one_that_nanodlm_takes(target: str, tmp_path: Path) -> None:
+    """A command line that it does not take would end with 2."""
+    config = CONFIG.replace(data={"source": str(tmp_path / "missing.txt")})
+    if target == "slurm":
+        stand_in(tmp_path, "srun", f'printf "%s\\0" "$@" > {tmp_path}/srun.said')
+        env = environment(PATH=f"{tmp_path}:{os.environ['PATH']}")
+        script = slurm_script(config, str(tmp_path / "store"), GPUS, rebuild=True)
+        subprocess.run(["bash"], input=script, text=True, env=env, check=True)
+        words = (tmp_path / "srun.said").read_text().split("\0")[:-1]
+    else:
+        config = CONFIG.replace(data={"source": "http://127.0.0.1:9/missing.txt"})
+        job = jobset(config, "/store", PODS, rebuild=True)["spec"]["replicatedJobs"][0]
+        (container,) = job["template"]["spec"]["template"]["spec"]["containers"]
+        words = [*container["command"], *container["args"]]
+    words = words[words.index("nanodlm") + 1 :]
+    done = nanodlm(*words)
+    assert (done.returncode, "missing.txt" in done.stderr) == (1, True), done.stderr
+
+
+@pytest.mark.parametrize("make", [lambda c: slurm_script(c, "/shared", GPUS), lambda c: jobset(c, "/store", PODS)])
+def test_settings_that_no_command_can_hold_are_refused(make: Callable[[Config], object]) -> None:
+    sources = [f"s3://bucket/a-file-with-a-long-name-{n:06d}.txt" for n in range(3000)]
+    with pytest.raises(UsageError, match=r"more than a job's command may hold: give --data.source as a glob"):
+        make(CONFIG.replace(data={"source": sources}))
 
 
 # The JobSet

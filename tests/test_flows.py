@@ -10,6 +10,8 @@ from pathlib import Path
 import fsspec
 import pytest
 
+from flows.pipeline import pipeline
+from nanodlm.errors import UsageError
 from nanodlm.stages import NAMES, STAGES
 from tests.commands import nanodlm, result_of, started, statuses, tiny_flags
 
@@ -171,6 +173,32 @@ def test_a_flow_of_a_bad_configuration_is_refused_in_one_line(server: dict[str, 
     assert done.returncode == 1
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
     assert "smaller than the validation split" in done.stderr
+
+
+def test_a_server_that_does_not_answer_is_one_line(tmp_path: Path) -> None:
+    named = {"PREFECT_API_URL": "http://127.0.0.1:9/api", "PREFECT_HOME": str(tmp_path)}
+    done = nanodlm("run", "--store", str(tmp_path / "s"), *tiny_flags(), **named)
+    assert done.returncode == 1
+    assert done.stderr.startswith("nanodlm: no Prefect server answers at http://127.0.0.1:9/api: start it")
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+
+
+@pytest.mark.slow
+def test_the_password_of_another_server_is_not_asked_for_by_that_of_a_run(tmp_path: Path) -> None:
+    named = {"PREFECT_API_URL": "", "PREFECT_HOME": str(tmp_path), "PREFECT_SERVER_API_AUTH_STRING": "operator:word"}
+    result_of(nanodlm("run", "--store", str(tmp_path / "s"), "--until", "download", "--json", *tiny_flags(), **named))
+
+
+@pytest.mark.parametrize(
+    ("parameters", "says"),
+    [
+        ({"store": "memory://x"}, "a store in memory is seen by no other process"),
+        ({"until": "shard", "rebuild": "train"}, "comes after --until shard: nothing would be rebuilt"),
+    ],
+)
+def test_a_flow_refuses_what_the_command_refuses(parameters: dict[str, str], says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        pipeline.fn(**parameters)
 
 
 @pytest.mark.slow

@@ -1,5 +1,7 @@
 """Places of a concurrency limit, on a real server that is restarted, with holders that are really killed."""
 
+import shlex
+import signal
 import subprocess
 import sys
 import threading
@@ -14,12 +16,14 @@ from typing import Any
 import httpx
 import pytest
 from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.actions import GlobalConcurrencyLimitUpdate
 from prefect.context import SyncClientContext
 from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
-from flows import automations, limits
+from flows import automations, limits, server
 from flows.limits import place
-from nanodlm.errors import NanodlmError
+from flows.server import heard
+from nanodlm.errors import NanodlmError, Stopped
 from tests import servers
 from tests.commands import environment
 
@@ -243,12 +247,73 @@ def test_only_a_refusal_that_will_stay_one_ends_the_wait(
     assert site.taken() == 0
 
 
-def test_a_limit_that_does_not_exist_is_one_line(site: Site) -> None:
-    with (
-        pytest.raises(NanodlmError, match="has no concurrency limit 'tpu': run `prefect gcl create tpu"),
-        place("tpu", lambda *_, **__: None),
-    ):
+@pytest.mark.parametrize("name", ["tpu", "gpu/", "gpu?", "gpu#1", "./gpu", "gpu\n"])
+def test_a_limit_that_does_not_exist_is_one_line(site: Site, name: str) -> None:
+    """Whatever it would mean in an address."""
+    with pytest.raises(NanodlmError) as error, place(name, lambda *_, **__: None):
         pass
+    said = f"the Prefect server has no concurrency limit {name!r}: run `prefect gcl create {shlex.quote(name)} --limit"
+    assert str(error.value).startswith(said)
+
+
+def test_a_limit_that_is_switched_off_says_that_it_guards_nothing(site: Site, said: list[str]) -> None:
+    site.client.update_global_concurrency_limit("gpu", GlobalConcurrencyLimitUpdate(active=False))
+    with place("gpu", lambda _, text: said.append(text)):
+        assert said[1:] == ["the concurrency limit gpu is switched off, and guards nothing"]
+    site.client.update_global_concurrency_limit("gpu", GlobalConcurrencyLimitUpdate(active=True))
+
+
+def test_the_place_of_a_stage_that_ended_while_the_server_was_away_is_given_back_when_it_is_there(
+    site: Site, said: list[str]
+) -> None:
+    def emit(_: str, text: str) -> None:
+        said.append(text)
+
+    back = threading.Timer(25, site.start)  # a place that cannot be given back is given up after 20 s
+    with place("gpu", emit), heard(emit):
+        site.up.close()
+        back.start()
+    back.join()
+    assert said[1:] == ["the Prefect server is away: waiting to tell it how the stage ended"]
+    assert site.taken() == 0
+
+
+@pytest.mark.parametrize("after", [0.3, 0.8, 1.3, 1.8, 2.3, 2.8])
+def test_whoever_waits_for_a_server_is_stopped_by_a_signal_at_any_moment(
+    after: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object) -> None:
+        raise Stopped("stopped by a signal")
+
+    monkeypatch.setattr(server, "AWAY_SECONDS", 20.0)
+    (port,) = servers.free_ports(1)
+    before = signal.signal(signal.SIGALRM, stop)
+    try:
+        with (
+            temporary_settings({PREFECT_API_URL: f"http://127.0.0.1:{port}/api"}),
+            pytest.raises(Stopped),
+            heard(lambda *_, **__: None),
+        ):
+            signal.setitimer(signal.ITIMER_REAL, after)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_nobody_waits_for_a_server_of_their_own_that_has_ended() -> None:
+    began = time.monotonic()
+    with (
+        pytest.raises(NanodlmError, match="the local Prefect server has ended; what is finished is kept: run again"),
+        server.ephemeral_server() as url,
+        temporary_settings({PREFECT_API_URL: url}),
+        heard(lambda *_, **__: None),
+    ):
+        child = server.OWN.get()
+        assert child is not None
+        child.kill()
+        child.wait()
+        raise OSError("the request that this would have made fails")
+    assert time.monotonic() - began < server.AWAY_SECONDS / 2
 
 
 def test_a_server_that_would_forget_its_holders_is_told_of(tmp_path: Path, site: Site) -> None:
