@@ -8,6 +8,7 @@ import urllib.request
 from pathlib import Path
 
 import fsspec
+import psutil
 import pytest
 
 from flows.pipeline import pipeline
@@ -146,6 +147,22 @@ def test_the_server_of_a_killed_run_ends_by_itself(tmp_path: Path) -> None:
     while any(Path(f"/proc/{pid}").exists() for pid in servers):
         assert time.monotonic() < deadline, "the Prefect server outlived its run"
         time.sleep(0.1)
+
+
+@pytest.mark.slow
+def test_a_run_whose_server_is_killed_keeps_what_it_trains_and_says_so_at_once(tmp_path: Path) -> None:
+    store, home = tmp_path / "store", {"PREFECT_HOME": str(tmp_path / "home"), "PREFECT_API_URL": ""}
+    arguments = ("run", "--store", str(store), "--until", "train", *tiny_flags())
+    with started(*arguments, **home, PREFECT_CLIENT_MAX_RETRIES="0") as process:
+        while not list(store.glob("train/*/attempts/*/parts/checkpoints/*.json")):
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.01)
+        (server,) = [p for p in psutil.Process(process.pid).children() if "flows.server" in p.cmdline()]
+        server.kill()
+        _, said = process.communicate(timeout=100)
+    assert process.returncode == 1
+    assert "nanodlm: the local Prefect server has ended; what is finished is kept: run again" in said
+    assert list(store.glob("train/*/manifest.json"))
 
 
 def _children(pid: int) -> list[int]:
