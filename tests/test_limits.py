@@ -266,14 +266,24 @@ def test_a_limit_that_is_switched_off_says_that_it_guards_nothing(site: Site, sa
 def test_the_place_of_a_stage_that_ended_while_the_server_was_away_is_given_back_when_it_is_there(
     site: Site, said: list[str]
 ) -> None:
+    has, ends = threading.Event(), threading.Event()
+
     def emit(_: str, text: str) -> None:
         said.append(text)
 
-    back = threading.Timer(25, site.start)  # a place that cannot be given back is given up after 20 s
-    with place("gpu", emit), heard(emit):
-        site.up.close()
-        back.start()
-    back.join()
+    def stage() -> None:
+        with place("gpu", emit), heard(emit):
+            has.set()
+            ends.wait(60)
+
+    holder = threading.Thread(target=copy_context().run, args=(stage,))
+    holder.start()
+    assert has.wait(60)
+    site.up.close()
+    ends.set()
+    time.sleep(25)  # a place that cannot be given back is given up after 20 s
+    site.start()
+    holder.join(60)
     assert said[1:] == ["the Prefect server is away: waiting to tell it how the stage ended"]
     assert site.taken() == 0
 
