@@ -14,6 +14,7 @@ from uuid import UUID
 
 import httpx
 from prefect.blocks.webhook import Webhook
+from prefect.client.base import ServerType
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.objects import StateType
 from prefect.context import TagsContext
@@ -196,7 +197,8 @@ def answering_server() -> Iterator[SyncPrefectClient]:
     with contextlib.ExitStack() as stack:
         try:
             client = stack.enter_context(get_client(sync_client=True))
-            client.api_version()  # a request that needs the password
+            if client.server_type is not ServerType.CLOUD:  # which tells no version
+                client.api_version()
         except (httpx.RequestError, RuntimeError, ValueError) as error:
             if "ncompatible" in str(error):  # another major version, says the client as it connects
                 raise NanodlmError(_too_old(url, re.sub(".*server: ", "", str(error)).split()[0])) from error

@@ -114,9 +114,14 @@ def _wait(emit: Callable[..., None]) -> None:
     deadline, said = time.monotonic() + AWAY_SECONDS, False
     with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}), get_client(sync_client=True) as client:
         while time.monotonic() < deadline and (own is None or own.poll() is None):
-            with contextlib.suppress(httpx.HTTPError):  # not `api_healthcheck`, which would swallow a signal's error
+            try:  # not `api_healthcheck`, which would swallow the error that a signal raises
                 client.request("GET", "/health")
                 return
+            except httpx.HTTPStatusError as error:
+                if not error.response.is_server_error:
+                    return
+            except httpx.HTTPError:
+                pass
             if not said:
                 emit("message", text="the Prefect server is away: waiting to tell it how the stage ended")
                 said = True

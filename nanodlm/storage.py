@@ -86,7 +86,7 @@ class Storage:
             raise UsageError("cannot open a store without a name: give a folder, or a bucket at s3:// or gs://")
         word, colon, rest = url.partition(":")
         if colon and not rest.startswith((":", "//")) and word in fsspec.available_protocols():
-            right = f"{word}://{rest.lstrip('/')}"
+            right = f"{word}://{rest if word in ('file', 'local') else rest.lstrip('/')}"
             raise UsageError(f"cannot open the store {url}: write {right}, or ./{url} for a folder")
         if "::" in url or protocol not in CREATE_ONLY:
             known = protocol in fsspec.available_protocols()

@@ -176,8 +176,8 @@ def _misplaced(manifest: Any, stage: str, fingerprint: str) -> str:
     """Where an intact manifest belongs, if that is somewhere else; such as that of a renamed folder, or of a backup."""
     if not isinstance(manifest, dict) or manifest != sealed(manifest):
         return ""
-    whose = f"{manifest.get('stage')}/{manifest.get('fingerprint')}"
-    return "" if whose == f"{stage}/{fingerprint}" else whose
+    whose = (str(manifest.get("stage", stage)), str(manifest.get("fingerprint", fingerprint)))
+    return "" if whose == (stage, fingerprint) else "/".join(whose)
 
 
 def _short(error: Exception) -> str:

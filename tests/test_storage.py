@@ -258,6 +258,7 @@ def test_what_cannot_create_once_is_refused_by_name(url: str, says: str) -> None
     [
         ("s3:/bucket/x", "write s3://bucket/x, or ./s3:/bucket/x for a folder"),
         ("gs:bucket", "write gs://bucket, or ./gs:bucket for a folder"),
+        ("file:/data/store", "write file:///data/store, or"),
         ("", "without a name"),
     ],
 )
