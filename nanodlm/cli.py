@@ -775,7 +775,8 @@ def _address(uri: str) -> tuple["Store | None", list[str]]:
     from nanodlm.store import Store
 
     parts = refuse_secrets(uri).rstrip("/").removesuffix("/manifest.json").rsplit("/", 2)
-    return (Store(parts[0] or "/") if len(parts) == 3 else None), parts[-2:]
+    names_store = len(parts) == 3 and not re.fullmatch(r"\w+:/?", parts[0])  # s3://bucket/x is a store itself
+    return (Store(parts[0] or "/") if names_store else None), parts[-2:]
 
 
 def verify(argv: list[str]) -> None:

@@ -841,6 +841,11 @@ def test_copy_of_one_artifact_takes_what_it_was_made_from_along(
     assert "nanodlm copy SRC DST" in said(capsys, "copy", code=2)[1]
 
 
+@pytest.mark.parametrize("address", ["s3://bucket", "s3://bucket/store", "gs://bucket/store/", "store", "a/store"])
+def test_the_address_of_a_store_is_not_taken_for_an_artifacts(address: str) -> None:
+    assert cli._address(address)[0] is None
+
+
 # Adopting
 
 
