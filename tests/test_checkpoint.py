@@ -527,6 +527,7 @@ def test_a_program_compiled_once_is_taken_from_the_cache_by_the_next_process(
     assert kept[1] == kept[0]
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_exits_with_75_within_seconds(trained: Artifact, data: Path) -> None:
     config = tiny(train={"max_steps": 4000}, exp={"save_every": 100_000, "log_every": 1})
     events = data / "events.jsonl"

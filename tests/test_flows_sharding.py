@@ -108,9 +108,8 @@ def until(condition: Callable[[], object], process: Any) -> None:
         time.sleep(0.002)
 
 
-@pytest.mark.parametrize(
-    "runner", ["threads", *(pytest.param(runner, marks=pytest.mark.slow) for runner in ("processes", "dask"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("runner", ["threads", "processes", "dask"])
 def test_every_runner_makes_each_shard_once_to_the_digest_of_the_stage_alone(
     runner: str, prepared: Prepared, prefect_server: dict[str, str], tmp_path: Path
 ) -> None:

@@ -409,6 +409,7 @@ def test_the_evaluated_number_of_an_autoregressive_model_is_minus_log_p_of_all_r
     assert result.metrics["val_nats_per_token"] == pytest.approx(float(total) / 1010, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_prompt_longer_than_a_row_is_taken_by_models_that_write_left_to_right(store: Store) -> None:
     prompt = "Fellow citizens of the Senate and of the House, "
     assert len(prompt) > 32
