@@ -87,7 +87,7 @@ def automate(
         raise UsageError(f"--gpu-limit counts trainings at once, from 1, not {gpu_limit}")
     if not HEARTBEAT_SECONDS < lost_after <= MOST_SECONDS:
         raise UsageError(
-            f"--lost-after must exceed the {HEARTBEAT_SECONDS} s between heartbeats, and not a week: say 90s or more"
+            f"--lost-after must exceed the {HEARTBEAT_SECONDS} s between heartbeats, and be a week at most: say 15m"
         )
     with answering_server() as client:
         version = client.api_version()

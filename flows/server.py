@@ -120,7 +120,7 @@ def _wait(emit: Callable[..., None]) -> None:
             except httpx.HTTPStatusError as error:
                 if not error.response.is_server_error:
                     return
-            except httpx.HTTPError:
+            except httpx.HTTPError:  # it is away
                 pass
             if not said:
                 emit("message", text="the Prefect server is away: waiting to tell it how the stage ended")

@@ -138,7 +138,7 @@ def _repair(
     emit: Emit,
 ) -> str:
     """Build an artifact again; what stands in the way, or nothing."""
-    manifest = store.read_json(store.path(stage, fingerprint, "manifest.json"))
+    manifest = None if artifact else store.read_json(store.path(stage, fingerprint, MANIFEST))
     if whose := _misplaced(manifest, stage, fingerprint):
         return f"not repaired, for it is not damaged but out of place: move its folder to {whose}, or remove it"
     if settings is None:
