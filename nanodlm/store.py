@@ -798,13 +798,13 @@ class Attempt:
             try:
                 existing = self.store.find(self.stage, self.fingerprint)
             except Damaged:
-                self.store.write_json(target, manifest)
-                break
-            if existing is None:  # it has been removed since
-                continue
-            if existing.manifest["attempt"] == self.id:  # this one, by a creation that was said to have failed
+                existing = None
+            else:
+                if existing is None and not os.path.islink(target):  # it has been removed since
+                    continue
+            if existing and existing.manifest["attempt"] == self.id:  # by a creation that was said to have failed
                 return existing
-            if not (replace and (existing.digest != manifest["digest"] or existing.problems(deep=True))):
+            if existing and not (replace and (existing.digest != manifest["digest"] or existing.problems(deep=True))):
                 with contextlib.suppress(OSError, NanodlmError):
                     self.store.remove_folder(self._remote())  # nobody needs the same twice
                 return existing

@@ -186,6 +186,12 @@ def test_a_commit_that_was_said_to_have_failed_keeps_its_files(store: Store, mon
     assert artifact.check(deep=True)
 
 
+def test_a_link_that_leads_nowhere_is_no_manifest(store: Store) -> None:
+    manifest_path(store).parent.mkdir(parents=True)
+    manifest_path(store).symlink_to("gone")
+    assert committed(store, FILES).manifest == store.open("shard/f0").manifest
+
+
 def test_the_second_of_two_attempts_to_commit_gets_the_artifact_of_the_first(store: Store) -> None:
     with store.attempt("shard", "f0") as first, store.attempt("shard", "f0") as second:
         fill(first, {"a.bin": b"one"})
