@@ -18,8 +18,11 @@ from prefect.settings import PREFECT_API_URL, PREFECT_LOGGING_LEVEL, temporary_s
 from flows.pipeline import WATCHER, pipeline
 from flows.reporting import Pages
 from flows.server import ephemeral_server
-from nanodlm import launch, stages
 from nanodlm.config import Config
+from nanodlm.stages.lookup import ready
+from nanodlm.stages.process import run_in_process
+from nanodlm.stages.run import run_stage
+from nanodlm.stages.table import until
 from nanodlm.store import Artifact, Store
 
 
@@ -66,7 +69,7 @@ def measure(config: Config, *, repeats: int = 3, emit: Callable[..., None] = lam
                     seconds[f"{name} but training"].append(seconds[name][-1] - trained)
                 seconds["command"].append(_seconds(_command, str(file), f"{scratch}/flow-{repeat}"))
     medians = {name: median(taken) for name, taken in seconds.items()}
-    names = stages.until("sample")
+    names = until("sample")
     whole = zip(seconds["flow but training"], seconds["direct but training"], strict=True)
     added = [(flow - direct) / len(names) for flow, direct in whole]
     ratios = [flow / direct for flow, direct in zip(speeds["flow"], speeds["direct"], strict=True)]
@@ -130,12 +133,12 @@ class _Meter:
 
 
 def _directly(config: Config, url: str, meter: _Meter) -> None:
-    for name in stages.until("sample"):
-        lookup, _ = stages.ready(name, config, Store(url))
+    for name in until("sample"):
+        lookup, _ = ready(name, config, Store(url))
         if lookup.stage.own_process and not lookup.artifact:
-            launch.run_stage(name, config, url, emit=meter.note)
+            run_in_process(name, config, url, emit=meter.note)
         else:
-            stages.run(name, config, Store(url))
+            run_stage(name, config, Store(url))
 
 
 def _as_flow(config: Config, url: str, meter: _Meter) -> None:
@@ -155,6 +158,6 @@ _WAYS = (("direct", _directly), ("flow", _as_flow))
 
 
 def _train_metrics(config: Config, url: str) -> dict[str, Any]:
-    lookup, _ = stages.ready("train", config, Store(url))
+    lookup, _ = ready("train", config, Store(url))
     assert lookup.artifact is not None
     return lookup.artifact.metrics

@@ -26,12 +26,17 @@ from flows.automations import TAG, answering_server, untagged
 from flows.limits import place
 from flows.reporting import Pages, Watcher
 from flows.server import heard
-from flows.sharding import shard_in_parallel, task_runner, worth_retrying
-from nanodlm import cluster, launch, stages
-from nanodlm.cluster import Launch
+from flows.shards import shard_in_parallel, task_runner, worth_retrying
+from nanodlm.cluster.follow import run_on_cluster
+from nanodlm.cluster.settings import Launch
 from nanodlm.config import PRESETS, Config, StoreUrl
 from nanodlm.errors import NanodlmError, Stopped, UsageError
-from nanodlm.stages import STAGES
+from nanodlm.stages import run as stages_run
+from nanodlm.stages import table
+from nanodlm.stages.lookup import ready
+from nanodlm.stages.process import run_in_process
+from nanodlm.stages.run import default_store
+from nanodlm.stages.table import STAGES, check_rebuild
 from nanodlm.store import Artifact, Store, fingerprint_of
 
 StageName = Literal["download", "tokenizer", "split", "shard", "train", "evaluate", "sample"]
@@ -76,9 +81,9 @@ def run_stage(
     if context := TaskRunContext.get():
         context.task_run.tags = [name]  # not from its start: see `untagged`
     store, watcher, started = Store(store_url), WATCHER.get() or Pages(), time.monotonic()
-    lookup, _ = stages.ready(name, config, store, rebuild=rebuild, inputs=inputs)
+    lookup, _ = ready(name, config, store, rebuild=rebuild, inputs=inputs)
     if lookup.artifact and not rebuild:
-        record = stages.record(lookup.artifact, "cached", time.monotonic() - started)
+        record = stages_run.record(lookup.artifact, "cached", time.monotonic() - started)
         watcher.done(lookup.artifact, record)
         return Completed(name="Cached", data=(lookup.artifact, record))
     if not build:
@@ -92,16 +97,18 @@ def run_stage(
         with held, heard(watcher.emit):  # in this order: a server that is away is given back no place
             if lookup.stage.own_process:
                 if on and on.target != "process" and name == "train":
-                    cluster.run_stage(name, config, store_url, on, rebuild=rebuild, emit=watcher.emit)
+                    run_on_cluster(name, config, store_url, on, rebuild=rebuild, emit=watcher.emit)
                 else:
-                    launch.run_stage(name, config, store_url, rebuild=rebuild, emit=watcher.emit)
+                    run_in_process(name, config, store_url, rebuild=rebuild, emit=watcher.emit)
                 assert lookup.fingerprint is not None
                 artifact = store.find(name, lookup.fingerprint)
                 if artifact is None:
                     raise NanodlmError(f"the {name} process ended without an artifact: run again to continue")
-                record = stages.record(artifact, "built", time.monotonic() - started)
+                record = stages_run.record(artifact, "built", time.monotonic() - started)
             else:
-                artifact, record = stages.run(name, config, store, rebuild=rebuild, inputs=inputs, emit=watcher.emit)
+                artifact, record = stages_run.run_stage(
+                    name, config, store, rebuild=rebuild, inputs=inputs, emit=watcher.emit
+                )
     except Stopped as stopped:
         if isinstance(stopped.__cause__, TerminationSignal):  # Prefect tells a cancellation from a crash by it
             raise stopped.__cause__ from None
@@ -131,7 +138,7 @@ def _run(
     """Go through stages in order; those not to be built must be there."""
     found: dict[str, Artifact] = {}
     records = []
-    url = store or stages.default_store()
+    url = store or default_store()
     if url.startswith("memory:"):
         raise UsageError("a store in memory is seen by no other process: give store a folder or a bucket")
     for name in names:
@@ -158,7 +165,7 @@ def _run(
 
 def _shard_in_parallel(config: Config, store_url: str, inputs: dict[str, Artifact]) -> None:
     """Make missing shards as tasks of their own; the shard stage then adopts them."""
-    lookup, _ = stages.ready("shard", config, Store(store_url), inputs=inputs)
+    lookup, _ = ready("shard", config, Store(store_url), inputs=inputs)
     if lookup.artifact:
         return
     watcher = WATCHER.get() or Pages()
@@ -174,10 +181,10 @@ def _alone(
 ) -> list[dict[str, Any]]:
     """One stage, after a look at all it is made from."""
     needed = {name}
-    for earlier in reversed(stages.until(name)):
+    for earlier in reversed(table.until(name)):
         if earlier in needed:
             needed |= set(STAGES[earlier].inputs(config))
-    names = [earlier for earlier in stages.until(name) if earlier in needed]
+    names = [earlier for earlier in table.until(name) if earlier in needed]
     return _run(names, config, store, (name,), name if rebuild else None, gpu_limit, on)
 
 
@@ -204,8 +211,8 @@ def pipeline(
     Returns:
         For each stage `stage`, `status` (built or cached), `uri`, `fingerprint` and `seconds`.
     """
-    stages.check_rebuild(rebuild, until)
-    return _run(stages.until(until), config, store, STAGES, rebuild, gpu_limit, train_on)
+    check_rebuild(rebuild, until)
+    return _run(table.until(until), config, store, STAGES, rebuild, gpu_limit, train_on)
 
 
 @flow(flow_run_name=_run_name, persist_result=False)
@@ -222,7 +229,7 @@ def prepare(
     Returns:
         As `pipeline` does.
     """
-    return _run(stages.until("shard"), config, store, STAGES, rebuild)
+    return _run(table.until("shard"), config, store, STAGES, rebuild)
 
 
 @flow(flow_run_name=_run_name, persist_result=False)

@@ -22,9 +22,9 @@ from prefect.artifacts import (
 from prefect.logging import get_run_logger
 from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
-from nanodlm.console import Pace, summary
-from nanodlm.report import loss_curve
-from nanodlm.stages import NAMES
+from nanodlm.evaluation.report import loss_curve
+from nanodlm.stages.progress import Pace, summary
+from nanodlm.stages.table import NAMES
 from nanodlm.store import Artifact
 
 LOOK = 'width="720" style="background: white; font-family: sans-serif"'  # legible on light and dark pages

@@ -22,7 +22,7 @@ from prefect.client.orchestration import get_client
 from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, get_current_settings, temporary_settings
 
 from nanodlm.errors import NanodlmError, Stopped
-from nanodlm.launch import PARENT, end_with_parent
+from nanodlm.stages.process import PARENT, end_with_parent
 
 START_SECONDS = 120.0
 AWAY_SECONDS = 900.0  # for which a stage that ended waits for a server that is away

@@ -11,10 +11,11 @@ from prefect.logging import get_run_logger
 from pydantic import Field
 
 from flows.automations import TAG
-from nanodlm import upkeep
 from nanodlm.config import StoreUrl
-from nanodlm.stages import default_store
+from nanodlm.stages.run import default_store
 from nanodlm.store import Store
+from nanodlm.upkeep.ages import AGE, seconds, size
+from nanodlm.upkeep.collect import collect
 
 SHOWN = 500  # rows of the artifact; the log has all
 
@@ -30,8 +31,8 @@ def gc(
     store: StoreUrl | None = None,
     dry_run: bool = False,
     keep_last: Annotated[int | None, Field(ge=0)] = None,
-    older_than: Annotated[str | None, Field(pattern=upkeep.AGE)] = None,
-    grace: Annotated[str, Field(pattern=upkeep.AGE)] = "1h",
+    older_than: Annotated[str | None, Field(pattern=AGE)] = None,
+    grace: Annotated[str, Field(pattern=AGE)] = "1h",
 ) -> list[dict[str, Any]]:
     """Remove what nobody needs: abandoned attempts and uploads, and old results when asked to.
 
@@ -49,17 +50,15 @@ def gc(
         `kind`, `uri` and `bytes` of each thing removed.
     """
     log, removed = get_run_logger(), []
-    older = None if older_than is None else upkeep.seconds(older_than)
+    older = None if older_than is None else seconds(older_than)
     done = "would remove" if dry_run else "removed"
     opened = Store(store or default_store())
     try:
-        for row in upkeep.collect(
-            opened, keep_last=keep_last, older_than=older, grace=upkeep.seconds(grace), dry_run=dry_run
-        ):
+        for row in collect(opened, keep_last=keep_last, older_than=older, grace=seconds(grace), dry_run=dry_run):
             removed.append(row)
-            log.info("%s %s %s, %s", done, row["kind"], row["uri"], upkeep.size(row["bytes"]))
+            log.info("%s %s %s, %s", done, row["kind"], row["uri"], size(row["bytes"]))
     finally:
-        total = f"{done} {len(removed):,} of {opened.uri()}, {upkeep.size(sum(row['bytes'] for row in removed))}"
+        total = f"{done} {len(removed):,} of {opened.uri()}, {size(sum(row['bytes'] for row in removed))}"
         log.info(total)
         lines = [f"| {row['kind']} | {row['bytes']:,} | {row['uri']} |" for row in removed]
         shown = ["| kind | bytes | address |", "|---|---:|---|", *lines[:SHOWN]] if lines else []

@@ -11,12 +11,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from nanodlm.checkpoint import load
+    from nanodlm.checkpoints.loading import load
     from nanodlm.config import PRESETS, Config
-    from nanodlm.losses import nelbo
-    from nanodlm.samplers import Decoder, sample, sample_autoregressive, sample_blocks
-    from nanodlm.schedules import make_schedule
-    from nanodlm.stages import train
+    from nanodlm.diffusion.blocks import Decoder, sample_autoregressive, sample_blocks
+    from nanodlm.diffusion.nelbo import nelbo
+    from nanodlm.diffusion.sampling import sample
+    from nanodlm.diffusion.schedules import make_schedule
+    from nanodlm.stages.run import train
 
 __all__ = [
     "PRESETS",
@@ -34,14 +35,14 @@ __all__ = [
 _HOME = {
     "PRESETS": "config",
     "Config": "config",
-    "load": "checkpoint",
-    "make_schedule": "schedules",
-    "nelbo": "losses",
-    "Decoder": "samplers",
-    "sample": "samplers",
-    "sample_autoregressive": "samplers",
-    "sample_blocks": "samplers",
-    "train": "stages",
+    "load": "checkpoints.loading",
+    "make_schedule": "diffusion.schedules",
+    "nelbo": "diffusion.nelbo",
+    "Decoder": "diffusion.blocks",
+    "sample": "diffusion.sampling",
+    "sample_autoregressive": "diffusion.blocks",
+    "sample_blocks": "diffusion.blocks",
+    "train": "stages.run",
 }
 
 

@@ -1,6 +1,6 @@
 """`python -m nanodlm` is the command line."""
 
-from nanodlm.cli import main
+from nanodlm.cli.main import main
 
 if __name__ == "__main__":
     main()

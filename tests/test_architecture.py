@@ -1,8 +1,9 @@
-"""The layers that DESIGN.md draws, held by walking the imports."""
+"""The rooms that DESIGN.md draws, held by walking the imports."""
 
 import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -11,67 +12,50 @@ import nanodlm
 
 ROOT = Path(nanodlm.__file__).parents[1]
 
-# Each module and the package's modules it may import, lowest first.
-LAYERS = {
+# Each room, or file beside the rooms, and what it may import of the others; lowest first.
+ROOMS = {
     "errors": set(),
-    "schedules": set(),
-    "diffusion": {"schedules"},
-    "losses": {"diffusion", "schedules"},
-    "samplers": {"diffusion", "losses", "schedules"},
-    "config": {"errors"},
-    "storage": {"config", "errors"},
-    "cache": {"errors", "storage"},
-    "store": {"cache", "config", "errors", "storage"},
-    "tokenizer": {"errors"},
-    "sharding": {"errors"},
-    "model": {"sharding"},
-    "plain": {"diffusion", "model"},
-    "shards": {"errors"},
-    "loader": {"shards"},
-    "metrics": {"config", "errors"},
-    "optimizer": {"config"},
-    "corpus": {"config", "errors", "store"},
-    "checkpoint": {"config", "errors", "losses", "model", "schedules", "sharding", "store", "tokenizer"},
-    "scoring": {"losses", "model", "sharding"},
-    "preparation": {"config", "corpus", "errors", "shards", "store", "tokenizer"},
-    "update": {"checkpoint", "config", "errors", "losses", "model", "optimizer", "sharding"},
-    "training": {
-        "cache", "checkpoint", "config", "errors", "loader", "metrics", "scoring", "sharding", "shards", "store",
-        "tokenizer", "update",
-    },
+    "diffusion": set(),
+    "devices": {"errors"},
+    "model": {"devices"},
+    "config": {"errors", "diffusion"},
+    "store": {"config", "errors"},
+    "data": {"config", "errors", "store"},
+    "build": {"config", "data", "diffusion", "model"},
+    "checkpoints": {"build", "config", "data", "devices", "errors", "model", "store"},
     "evaluation": {
-        "checkpoint", "config", "errors", "losses", "metrics", "model", "scoring", "sharding", "shards", "store",
-        "tokenizer",
+        "build", "checkpoints", "config", "data", "devices", "diffusion", "errors", "model", "store",
     },
-    "generation": {"checkpoint", "config", "errors", "losses", "model", "samplers", "store", "tokenizer"},
-    "report": {"config", "store"},
-    "stages": {"cache", "config", "corpus", "errors", "store"},
-    "fanout": {"config", "corpus", "preparation", "shards", "stages", "store"},
-    "upkeep": {"config", "corpus", "errors", "stages", "storage", "store"},
-    "costs": {"cache", "errors", "store"},
+    "training": {
+        "build", "checkpoints", "config", "data", "devices", "diffusion", "errors", "evaluation", "model", "store",
+    },
+    "generation": {"build", "checkpoints", "config", "data", "diffusion", "errors", "model", "store"},
+    "stages": {"checkpoints", "config", "data", "errors", "store"},
+    "upkeep": {"config", "data", "errors", "stages", "store"},
+    "cluster": {"config", "errors", "stages", "store"},
     "bench": {
-        "checkpoint", "config", "errors", "generation", "loader", "plain", "sharding", "shards", "tokenizer", "update",
+        "build", "checkpoints", "config", "data", "devices", "diffusion", "errors", "evaluation", "generation", "model",
+        "stages", "store", "training",
     },
-    "experiments": {
-        "checkpoint", "config", "errors", "evaluation", "losses", "model", "optimizer", "plain", "schedules", "shards",
-        "stages", "store", "tokenizer", "update",
-    },
-    "launch": {"config", "errors"},
-    "cluster": {"config", "errors", "launch", "stages", "storage", "store"},
-    "planning": {"bench", "config", "errors", "launch", "sharding", "update"},
-    "console": {"store"},
-    "cli": {
-        "bench", "cache", "cluster", "config", "console", "corpus", "costs", "errors", "experiments", "launch",
-        "metrics", "planning", "stages", "store", "tokenizer", "upkeep",
-    },
-    "__init__": {"checkpoint", "config", "losses", "samplers", "schedules", "stages"},
+    "cli": {"bench", "cluster", "config", "data", "devices", "errors", "stages", "store", "upkeep"},
+    "__init__": {"checkpoints", "config", "diffusion", "stages"},
     "__main__": {"cli"},
 }  # fmt: skip
-PURE = ("schedules", "diffusion", "losses", "samplers")
+LIGHT = ("cli.main", "cluster.jobs", "config", "stages.run", "data.download", "data.split", "evaluation.report")
+
+
+def _modules() -> dict[str, Path]:
+    """Every file of the source by its full name; a room's `__init__` has the room's."""
+    files = [path for folder in ("nanodlm", "flows") for path in (ROOT / folder).rglob("*.py")]
+    names = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in files}
+    return {name.removesuffix(".__init__"): path for name, path in names.items()}
+
+
+MODULES = _modules()
 
 
 def _imports(path: Path) -> set[str]:
-    """Full names of all modules that a file imports, lazily or not."""
+    """Full names of all modules, and of all names in them, that a file imports, lazily or not."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -81,33 +65,52 @@ def _imports(path: Path) -> set[str]:
     return names
 
 
-def _own(path: Path) -> set[str]:
-    modules = {p.stem for p in (ROOT / "nanodlm").glob("*.py")}
-    return {n.split(".")[1] for n in _imports(path) if n.startswith("nanodlm.")} & modules
+def _room(module: str) -> str:
+    package, _, rest = module.partition(".")
+    return rest.split(".")[0] or "__init__" if package == "nanodlm" else package
 
 
-def test_every_module_has_its_place() -> None:
-    assert {p.stem for p in (ROOT / "nanodlm").glob("*.py")} == set(LAYERS)
+def _needs(module: str) -> set[str]:
+    """The project's modules that one imports; a package counts only where a name of its own is taken."""
+    names = _imports(MODULES[module])
+    found = {name for name in names if name in MODULES}
+    inner = {name.rpartition(".")[0] for name in found}
+    own = {name.rpartition(".")[0] for name in names if name not in MODULES}
+    return found - (inner - own) - {module}
 
 
-@pytest.mark.parametrize("name", LAYERS)
-def test_imports_point_downward_only(name: str) -> None:
-    assert _own(ROOT / "nanodlm" / f"{name}.py") <= LAYERS[name]
-    order = list(LAYERS)
-    assert all(order.index(lower) < order.index(name) for lower in LAYERS[name])
+def test_every_room_has_its_place() -> None:
+    assert {_room(name) for name in MODULES if name.startswith("nanodlm")} == set(ROOMS)
 
 
-@pytest.mark.parametrize("name", PURE)
-def test_pure_modules_know_only_jax_and_each_other(name: str) -> None:
+@pytest.mark.parametrize("room", ROOMS)
+def test_imports_between_rooms_point_downward_only(room: str) -> None:
+    for name in MODULES:
+        if name.startswith("nanodlm") and _room(name) == room:
+            others = {_room(other) for other in _needs(name)} - {room, "__init__", "flows"}
+            assert others <= ROOMS[room], name
+    order = list(ROOMS)
+    assert all(order.index(lower) < order.index(room) for lower in ROOMS[room])
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
+    graph = {name: _needs(name) - {"nanodlm"} for name in MODULES}
+    assert len(list(TopologicalSorter(graph).static_order())) >= len(MODULES) - 1  # raises CycleError
+
+
+def test_the_science_knows_only_jax_and_itself() -> None:
     allowed = {"jax", "jaxtyping", "collections", "dataclasses", "functools", "math", "typing", "nanodlm"}
-    assert {n.split(".")[0] for n in _imports(ROOT / "nanodlm" / f"{name}.py")} <= allowed
+    for name, path in MODULES.items():
+        if _room(name) == "diffusion":
+            assert {imported.split(".")[0] for imported in _imports(path)} <= allowed, name
 
 
 def test_only_flows_import_prefect_and_only_the_command_line_imports_flows() -> None:
-    for path in (ROOT / "nanodlm").glob("*.py"):
-        roots = {n.split(".")[0] for n in _imports(path)}
-        assert "prefect" not in roots, path
-        assert path.stem == "cli" or "flows" not in roots, path
+    for name, path in MODULES.items():
+        if name.startswith("nanodlm"):
+            roots = {imported.split(".")[0] for imported in _imports(path)}
+            assert "prefect" not in roots, name
+            assert _room(name) == "cli" or "flows" not in roots, name
 
 
 def test_the_public_api_is_exactly_what_it_lists() -> None:
@@ -119,15 +122,15 @@ def test_the_public_api_is_exactly_what_it_lists() -> None:
 
 
 def test_what_runs_beside_the_orchestrator_does_not_load_jax() -> None:
-    modules = ", ".join(
-        f"nanodlm.{m}" for m in ("cli", "cluster", "config", "stages", "corpus", "preparation", "report", "planning")
-    )
+    modules = ", ".join(f"nanodlm.{name}" for name in LIGHT)
     code = f"import sys, {modules}; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not {"jax", "prefect", "datasets", "grain"} & set(loaded)
 
 
 def test_the_help_text_loads_nothing_heavy() -> None:
-    code = "import sys, nanodlm.cli\ntry: nanodlm.cli.main(['--help'])\nexcept SystemExit: print(*sys.modules)"
+    code = (
+        "import sys\nfrom nanodlm.cli.main import main\ntry: main(['--help'])\nexcept SystemExit: print(*sys.modules)"
+    )
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not {"jax", "prefect", "pydantic", "tyro", "fsspec", "numpy"} & set(loaded)

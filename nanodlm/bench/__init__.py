@@ -1,0 +1,1 @@
+"""Speed, FLOPs and memory, measured."""

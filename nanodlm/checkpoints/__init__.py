@@ -1,0 +1,1 @@
+"""What a checkpoint remembers, saving, finding and loading it."""

@@ -1,0 +1,64 @@
+"""What a checkpoint remembers of its run, and what may differ when a run goes on from it."""
+
+from typing import Any
+
+import jax
+
+from nanodlm.config import Config, differences
+from nanodlm.errors import UsageError
+
+FIXED = ("tokenizer", "train.optimizer")  # what a checkpoint makes no sense without, like most of `model`
+FREE = ("model.init_seed", "model.seq_len", "model.dtype")  # settings of `model` that leave its arrays as they are
+
+
+def describe_run(config: Config, dataset: str, encoding: str, key: jax.Array) -> dict[str, Any]:
+    """What every checkpoint of a run remembers, as JSON; it must be the same when one is continued.
+
+    Args:
+        config: The run's configuration.
+        dataset: Digest of the shard artifact.
+        encoding: Digest of the tokenizer artifact.
+        key: The key that each update's is folded from.
+    """
+    return {
+        "config": config.training(),
+        "corpus": config.data.model_dump(mode="json"),
+        "dataset": dataset,
+        "tokenizer": encoding,
+        "key": {"implementation": str(jax.random.key_impl(key)), "data": jax.random.key_data(key).tolist()},
+    }
+
+
+def check_run(saved: dict[str, Any], now: dict[str, Any], allowed: tuple[str, ...], what: str) -> None:
+    """Refuse to continue another run than the one that was saved.
+
+    Args:
+        saved: What a checkpoint remembers.
+        now: What `describe_run` says of this run.
+        allowed: Names of what may differ.
+        what: The checkpoint, for the message.
+
+    Raises:
+        UsageError: One line with every field that differs, and how to allow that.
+    """
+    if not now.keys() <= saved.keys():
+        raise UsageError(f"{what} does not say what it was trained with: start anew with --exp.resume False")
+    changed = differences(_compared(saved), _compared(now))
+    if changed.keys() <= set(allowed):
+        return
+    if "dataset" in changed:  # the settings that the data were made with tell more than two digests
+        made = differences({"data": saved["corpus"]}, {"data": now["corpus"]})
+        why = "; ".join(f"{field}: {values}" for field, values in made.items() if field not in changed)
+        changed["dataset"] += f" ({why})" if why else ""
+    fixed = [name for name in changed if name in FIXED or (name.startswith("model.") and name not in FREE)]
+    if fixed:
+        remedy = f"{' and '.join(fixed)} cannot change in mid-training: train anew, without --exp.resume_path"
+    else:
+        remedy = f"if that is meant, add --exp.allow_changed {' '.join(changed)}"
+    fields = "; ".join(f"{field}: {values}" for field, values in changed.items())
+    raise UsageError(f"{what} is of another run ({fields}): {remedy}")
+
+
+def _compared(run: dict[str, Any]) -> dict[str, Any]:
+    digests = {name: run[name] for name in ("dataset", "tokenizer")}
+    return {**run["config"], **digests, "key": run["key"]["implementation"]}

@@ -1,0 +1,103 @@
+"""What a person sees: a line per stage, a progress bar for long ones, and where everything lies at the end."""
+
+import time
+from typing import TYPE_CHECKING, Any, TextIO
+
+from rich.console import Console as RichConsole
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from nanodlm.stages.progress import Pace, summary
+
+if TYPE_CHECKING:
+    from nanodlm.store import Artifact
+
+
+PLAIN_SECONDS = 10.0  # between progress lines when the output is not a terminal
+
+
+class Console:
+    """Shows events of stages as they come; `emit` has the signature that stages call."""
+
+    def __init__(self, stream: TextIO):
+        self._rich = RichConsole(file=stream, highlight=False, soft_wrap=True)
+        self._progress: Progress | None = None
+        self._task: Any = None
+        self._stage = ""
+        self._printed = 0.0
+        self._pace = Pace()
+
+    def line(self, text: str) -> None:
+        """Print one line, in which `[bold]` and the like mean what they do to rich."""
+        self._rich.print(text)
+
+    def text(self, *lines: str) -> None:
+        """Print lines as they are, whatever brackets they hold."""
+        for line in lines:
+            self._rich.print(line, markup=False)
+
+    def start(self, stage: str) -> None:
+        """A stage begins."""
+        self._stage, self._printed, self._pace = stage, time.monotonic(), Pace()
+        if self._rich.is_terminal:
+            columns = (
+                SpinnerColumn(),
+                TextColumn("[bold]{task.description:<10}"),
+                BarColumn(bar_width=24),
+                TextColumn("{task.fields[text]}"),
+                TimeElapsedColumn(),
+            )
+            self._progress = Progress(*columns, console=self._rich, transient=True)
+            self._task = self._progress.add_task(stage, total=None, text="")
+            self._progress.start()
+
+    def emit(self, kind: str, **fields: Any) -> None:
+        """Show an event of the running stage: `message` (text) or `progress` (done, total, unit, …)."""
+        if kind == "message":
+            self.line(f"[dim]{self._stage:<10} {escape(fields['text'])}[/dim]")
+        elif kind == "progress":
+            text = self._pace.describe(fields)
+            if self._progress is not None:
+                self._progress.update(
+                    self._task, completed=fields["done"], total=fields.get("total"), text=escape(text)
+                )
+            elif time.monotonic() - self._printed >= PLAIN_SECONDS:
+                self._printed = time.monotonic()
+                self.line(f"{self._stage:<10} {escape(text)}")
+
+    def end(self) -> None:
+        """The stage is over, well or not; take its bar away."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    def done(self, artifact: "Artifact", record: dict[str, Any]) -> None:
+        """Print the line of a finished stage."""
+        self.end()
+        status = (
+            f"[green]{record['status']}[/green]" if record["status"] == "built" else f"[cyan]{record['status']}[/cyan]"
+        )
+        seconds = f"{record['seconds']:7.1f} s" if record["status"] == "built" else " " * 9
+        self.line(f"[bold]{record['stage']:<10}[/bold] {status:<6} {seconds}  {escape(summary(artifact))}")
+
+    def finish(self, artifacts: dict[str, "Artifact"]) -> None:
+        """Print the results and where everything lies."""
+        self.end()
+        self.line("")
+        if "evaluate" in artifacts:
+            m = artifacts["evaluate"].metrics
+            below = 100 * (1 - m["val_bits_per_byte"] / m["val_unigram_bits_per_byte"])
+            self.line(
+                f"validation bound [bold]{m['val_bits_per_byte']:.3f}[/bold] ± {m['val_bits_per_byte_stderr']:.3f} "
+                f"bits per byte, {below:.1f}% below the unigram entropy of {m['val_unigram_bits_per_byte']:.3f}"
+            )
+        if "sample" in artifacts:
+            self.line(f"[dim]a sample:[/dim] {escape(' '.join(artifacts['sample'].metrics['first_sample'].split()))}")
+            self.line("")
+        for name, file in (("report", "report.html"), ("sample", "samples.txt"), ("train", "checkpoints")):
+            if name in artifacts:
+                path = artifacts[name].remote(file)
+                where = path if artifacts[name].store.is_local else artifacts[name].store.fs.unstrip_protocol(path)
+                self.line(f"{file:<12} {escape(where)}")
+        last = list(artifacts.values())[-1]
+        self.line(f"{'store':<12} {escape(last.store.uri())}")

@@ -1,0 +1,1 @@
+"""Stages as jobs of Slurm or Kubernetes."""

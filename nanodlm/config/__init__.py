@@ -1,0 +1,36 @@
+"""Settings of a run: what they are, complete configurations by name, and how two differ. Nothing here imports JAX."""
+
+from nanodlm.config.addresses import StoreUrl, refuse_secrets
+from nanodlm.config.differences import differences, explain
+from nanodlm.config.presets import PRESETS, load_config
+from nanodlm.config.settings import (
+    Config,
+    DataConfig,
+    EvalConfig,
+    ExpConfig,
+    Group,
+    ModelConfig,
+    ObjectiveConfig,
+    SampleConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "PRESETS",
+    "Config",
+    "DataConfig",
+    "EvalConfig",
+    "ExpConfig",
+    "Group",
+    "ModelConfig",
+    "ObjectiveConfig",
+    "SampleConfig",
+    "ScheduleConfig",
+    "StoreUrl",
+    "TrainConfig",
+    "differences",
+    "explain",
+    "load_config",
+    "refuse_secrets",
+]

@@ -1,0 +1,37 @@
+"""What differs between two sets of settings, and what is wrong with one, in words."""
+
+from typing import Any
+
+from nanodlm.errors import redact
+
+
+def differences(saved: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
+    """The fields in which two nested dicts differ, each with its two values.
+
+    >>> differences({"train": {"lr": 0.1, "seed": 1}}, {"train": {"lr": 0.2, "seed": 1}})
+    {'train.lr': '0.1 -> 0.2'}
+    """
+    old, new = _flat(saved), _flat(now)
+    changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+    return {key: f"{_short(old.get(key))} -> {_short(new.get(key))}" for key in changed}
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    return {k: v for key, item in value.items() for k, v in _flat(item, f"{prefix}.{key}".lstrip(".")).items()}
+
+
+def _short(value: Any) -> str:
+    text = "absent" if value is None else str(value)
+    return text if len(text) <= 40 else f"{text[:12]}…"
+
+
+def explain(error: BaseException) -> str:
+    """One line that says what a validation error is about."""
+    if not hasattr(error, "errors"):
+        return redact(" ".join(str(error).split()))
+    return "; ".join(
+        ".".join(map(str, e["loc"])) + (": " if e["loc"] else "") + e["msg"].removeprefix("Value error, ")
+        for e in error.errors()  # type: ignore[attr-defined]
+    )

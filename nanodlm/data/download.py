@@ -1,0 +1,88 @@
+"""The download stage: whatever the source is becomes parquet parts of documents."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from nanodlm.config import Config
+from nanodlm.data.sources import BATCH, _files, _read, identity
+from nanodlm.errors import NanodlmError
+from nanodlm.store import Artifact, Attempt, fingerprint_of
+
+
+def download(
+    config: Config,
+    inputs: dict[str, Artifact],
+    attempt: Attempt,
+    emit: Callable[..., None],
+    adopted: list[str] | None = None,
+) -> dict[str, Any]:
+    """Stage: copy the source's documents into parquet parts of about `data.part_mb` megabytes each.
+
+    Args:
+        config: Its `data` names the source.
+        inputs: None are needed.
+        attempt: Where the parts go.
+        emit: Called as `emit(kind, **fields)` with progress.
+        adopted: Paths or globs of files to read instead of the source, which they are copies of.
+
+    Raises:
+        NanodlmError: For a file that is empty, unreadable, or lacks the column.
+    """
+    data = config.data
+    before = identity(data, adopted)
+    source = fingerprint_of(before)  # parts of what was read from other files are not gone on from
+    column = "tokens" if data.pretokenized else "text"
+    done = {"documents": 0, "bytes": 0}
+    part = 0
+    while info := attempt.adopt(name := f"part-{part:05d}.parquet"):
+        if info.get("source") != source:
+            attempt.forget(name)
+            break
+        done, part = {count: info[count] for count in done}, part + 1
+    skip, pending, size = done["documents"], [], 0
+
+    def flush() -> None:
+        nonlocal part, pending, size
+        name = f"part-{part:05d}.parquet"
+        table = pa.table({column: pa.chunked_array(pending)})
+        pq.write_table(table, attempt.path / name, compression="zstd")
+        done["documents"] += len(table)
+        done["bytes"] += size
+        attempt.finish(name, [name], **done, source=source)
+        part, pending, size = part + 1, [], 0
+        emit("progress", done=done["bytes"] / 1e6, unit="MB")
+
+    for batch in _read(data, _files(data, adopted)):
+        if skip >= len(batch):
+            skip -= len(batch)
+            continue
+        pending.append(batch[skip:])
+        size += pending[-1].nbytes
+        skip = 0
+        if size >= data.part_mb * 1e6:
+            flush()
+    if pending:
+        flush()
+    if identity(data, adopted) != before:
+        for index in range(part):
+            attempt.forget(f"part-{index:05d}.parquet")
+        raise NanodlmError("the source's files changed while they were read: run again")
+    if part == 0:
+        raise NanodlmError(f"{data.source[0]} holds no documents: every one is empty")
+    return {"parts": part, **done}
+
+
+def parts(download: Artifact) -> list[str]:
+    """Names of a download's parts, in order; nothing is fetched."""
+    return sorted(file["path"] for file in download.files("part-"))
+
+
+def documents(part: Path) -> Iterator[str] | Iterator[list[int]]:
+    """The documents of one part: texts, or lists of token ids."""
+    with pq.ParquetFile(part) as file:
+        for batch in file.iter_batches(batch_size=BATCH):
+            yield from batch.column(0).to_pylist()

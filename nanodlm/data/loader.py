@@ -1,0 +1,68 @@
+"""Batches of training rows: step k's rows are a pure function of the seed and k, on any number of hosts."""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import grain.python as grain
+import numpy as np
+from jaxtyping import Int
+
+from nanodlm.data.rows import Rows, name
+
+WINDOW = 16  # shards whose rows are shuffled together; training begins when the first so many are there
+
+
+def windows(rows_per_shard: Sequence[int], seed: int) -> list[list[int]]:
+    """Which shards are shuffled together, in the order in which an epoch reads them.
+
+    >>> windows([10, 10, 10], seed=0)
+    [[0, 1, 2]]
+    """
+    numbers = list(range(len(rows_per_shard)))
+    if len(numbers) > WINDOW:
+        numbers = np.random.default_rng(seed).permutation(len(numbers)).tolist()
+    found = [numbers[i : i + WINDOW] for i in range(0, len(numbers), WINDOW)]
+    return [window for window in found if sum(rows_per_shard[i] for i in window)]
+
+
+def train_batches(
+    rows_per_shard: Sequence[int],
+    fetch: Callable[[str], Path],
+    *,
+    dtype: str,
+    batch_size: int,
+    grad_acc_steps: int = 1,
+    seed: int,
+    first_row: int = 0,
+    share: int = 0,
+    shares: int = 1,
+) -> Iterator[Int[np.ndarray, "A R L"]]:
+    """Endless updates' rows, reshuffled every epoch: window by window, all rows of a window together.
+
+    Args:
+        rows_per_shard: Rows of each training shard.
+        fetch: Gives the local path of a shard, by its file name; asked when its first row is read.
+        dtype: Their token type.
+        batch_size: Rows of a micro-batch over all processes.
+        grad_acc_steps: Micro-batches of an update, A.
+        seed: Seed of the order.
+        first_row: Rows that earlier updates took.
+        share: Which part of every micro-batch to read: the parts of all, side by side, are what one process would read.
+        shares: How many equal parts there are; must divide `batch_size`.
+
+    Yields:
+        int32 rows, (A, batch_size / shares, L).
+    """
+    shuffled, opened = [], {}
+    for number, window in enumerate(windows(rows_per_shard, seed)):
+        source = Rows({name(i): rows_per_shard[i] for i in window}, fetch, opened)
+        shuffled.append(grain.MapDataset.source(cast(Any, source)).seed((seed + number) % 2**31).shuffle())
+    rows = (grain.MapDataset.concatenate(shuffled) if len(shuffled) > 1 else shuffled[0]).repeat()
+    parts = (
+        rows[first_row:]
+        .map(lambda record: np.frombuffer(record, dtype).astype(np.int32))
+        .batch(batch_size // shares, drop_remainder=True)  # endless; rounding up would overflow at 1
+    )
+    updates = parts[share::shares].batch(grad_acc_steps, drop_remainder=True)
+    return iter(updates.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=16)))

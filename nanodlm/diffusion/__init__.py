@@ -1,0 +1,1 @@
+"""The science, pure: schedules, noise, objectives, bounds and samplers, from arrays to arrays."""

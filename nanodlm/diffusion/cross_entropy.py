@@ -1,0 +1,148 @@
+"""The cross-entropy of tokens, plain and fused with the output layer."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+
+def predictable(logits: Float[Array, "... V"], *, mask_id: int) -> Float[Array, "... V"]:
+    """Logits, at least in float32, with the ids that are never predicted (mask and padding) at minus infinity.
+
+    Raises:
+        ValueError: For fewer logits than real tokens.
+
+    >>> predictable(jnp.zeros((1, 4)), mask_id=2).tolist()
+    [[0.0, 0.0, -inf, -inf]]
+    """
+    if logits.shape[-1] < mask_id:
+        raise ValueError(f"a network that scores {logits.shape[-1]} ids cannot have {mask_id} as its mask")
+    real: Bool[Array, V] = jnp.arange(logits.shape[-1]) < mask_id
+    return jnp.where(real, logits.astype(jnp.promote_types(logits.dtype, jnp.float32)), -jnp.inf)
+
+
+def cross_entropy(
+    logits: Float[Array, "B L V"], x_0: Int[Array, "B L"], scored: Bool[Array, "B L"], *, mask_id: int
+) -> Float[Array, "B L"]:
+    """-log p(x_0 | x_t) at the scored positions and 0 at others, in nats, from a softmax in at least float32.
+
+    Ids from `mask_id` on have probability 0 (zero masking probabilities, MDLM, arXiv:2406.07524, section 3.2.3).
+
+    >>> ce = cross_entropy(jnp.zeros((1, 2, 3)), jnp.array([[0, 1]]), jnp.array([[True, False]]), mask_id=2)
+    >>> [round(float(v), 4) for v in ce[0]]  # two possible tokens: log 2
+    [0.6931, 0.0]
+    """
+    logits = predictable(logits, mask_id=mask_id)
+    target = jnp.where(scored, x_0, 0)
+    true_logit = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
+    return jnp.where(scored, jax.nn.logsumexp(logits, axis=-1) - true_logit, 0.0)
+
+
+def linear_cross_entropy(
+    features: Float[Array, "G C D"],
+    table: Float[Array, "V D"],
+    target: Int[Array, "G C"],
+    weight: Float[Array, "G C"],
+    *,
+    mask_id: int,
+    chunks: int = 1,
+) -> tuple[Float[Array, ""], Float[Array, "G C"]]:
+    """Weighted sum of -log softmax(features table^T)[target], in nats, and the nats themselves, which have no gradient.
+
+    Positions are taken in chunks along C. The gradient of the sum is made together with it, from each chunk's
+    exponentials e and their sum s while they are there: with w the weights,
+
+        d features = w/s (e table) - w table[target],    d table = e^T (w/s features), less w features at its target.
+
+    So no logits are kept, none is computed twice, and no softmax is written out. Matrix products are done in the
+    features' precision and summed in float32; maximum, sum and logarithm are float32. Equal in value to `cross_entropy`
+    of the logits; compare Liger kernels, arXiv:2410.10989, section 3.2, and Cut Cross-Entropy, arXiv:2411.09009.
+
+    Args:
+        features: Of G groups of C positions; groups may lie on different devices.
+        table: The output layer, in float32 at least.
+        target: The true ids, below `mask_id` wherever the weight is not 0.
+        weight: Of each position, not below 0; where it is 0 so are its nats.
+        mask_id: It and larger ids have probability 0.
+        chunks: How many; the last is filled up with weights of 0.
+
+    >>> features, table, target = jnp.ones((1, 2, 1)), jnp.zeros((3, 1)), jnp.array([[0, 1]])
+    >>> loss, nats = linear_cross_entropy(features, table, target, jnp.array([[0.0, 2.0]]), mask_id=2)
+    >>> round(float(loss), 4), [round(float(v), 4) for v in nats[0]]  # two possible tokens: log 2
+    (1.3863, [0.0, 0.6931])
+    """
+    size = -(-target.shape[1] // chunks)
+    fill = size * chunks - target.shape[1]
+
+    def cut(value: Array) -> Array:
+        """From (G, C, ...) to (chunks, G * C / chunks, ...): XLA multiplies in two dimensions faster."""
+        padded = jnp.pad(value, ((0, 0), (0, fill)) + ((0, 0),) * (value.ndim - 2))
+        parts = jnp.moveaxis(padded.reshape(len(value), chunks, size, *value.shape[2:]), 1, 0)
+        return parts.reshape(chunks, -1, *value.shape[2:])
+
+    both: Any = _chunked_cross_entropy(mask_id, table, cut(features), cut(target), cut(weight))
+    loss, nats = both
+    nats = jnp.moveaxis(nats.reshape(chunks, -1, size), 0, 1).reshape(len(target), -1)[:, : target.shape[1]]
+    return loss, jax.lax.stop_gradient(nats)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _chunked_cross_entropy(
+    mask_id: int,
+    table: Float[Array, "V D"],
+    features: Float[Array, "K N D"],
+    target: Int[Array, "K N"],
+    weight: Float[Array, "K N"],
+) -> tuple[Float[Array, ""], Float[Array, "K N"]]:
+    """The sum and the nats of K chunks."""
+    compute = table.astype(features.dtype)
+
+    def chunk(loss: Array, inputs: tuple[Array, Array, Array]) -> tuple[Array, Array]:
+        *_, nats = _exponentials(mask_id, compute, *inputs)
+        return loss + (inputs[2] * nats).sum(), nats
+
+    return jax.lax.scan(chunk, jnp.zeros((), table.dtype), (features, target, weight))
+
+
+def _exponentials(
+    mask_id: int, table: Float[Array, "V D"], x: Float[Array, "N D"], target: Int[Array, "N"], weight: Array
+) -> tuple[Float[Array, "N V"], Float[Array, "N"], Float[Array, "N"]]:
+    """Exponentials of logits less their maximum, their sums, and -log softmax at the targets."""
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    logits = jnp.einsum("nd,vd->nv", x, table, preferred_element_type=wide)
+    logits = predictable(logits, mask_id=mask_id)
+    highest = logits.max(axis=-1)
+    e = jnp.exp(logits - highest[..., None])
+    s = e.sum(axis=-1)
+    at_target = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
+    return e, s, jnp.where(weight > 0, highest + jnp.log(s) - at_target, 0.0)
+
+
+def _chunked_forward(mask_id: int, table: Array, features: Array, target: Array, weight: Array) -> Any:
+    compute = table.astype(features.dtype)
+
+    def chunk(total: tuple[Array, Array], inputs: tuple[Array, Array, Array]) -> tuple[Any, Any]:
+        loss, d_table = total
+        x, target, weight = inputs
+        e, s, nats = _exponentials(mask_id, compute, *inputs)
+        e, scale = e.astype(x.dtype), (weight / s)[..., None]
+        product = partial(jnp.einsum, preferred_element_type=table.dtype)
+        at_target = compute[target].astype(table.dtype)  # rounded like the other rows, so that they can cancel
+        d_x = scale * product("nv,vd->nd", e, compute) - weight[..., None] * at_target
+        d_table += product("nv,nd->vd", e, (scale * x).astype(x.dtype))
+        d_table = d_table.at[target].add(-weight[..., None] * x)
+        return (loss + (weight * nats).sum(), d_table), (nats, d_x.astype(x.dtype))
+
+    zero = (jnp.zeros((), table.dtype), jnp.zeros_like(table))
+    (loss, d_table), (nats, d_features) = jax.lax.scan(chunk, zero, (features, target, weight))
+    return (loss, nats), (d_table, d_features, nats)
+
+
+def _chunked_backward(mask_id: int, saved: tuple[Array, Array, Array], gradient: Any) -> Any:
+    d_table, d_features, nats = saved
+    return gradient[0] * d_table, (gradient[0] * d_features).astype(d_features.dtype), None, gradient[0] * nats
+
+
+_chunked_cross_entropy.defvjp(_chunked_forward, _chunked_backward)

@@ -1,0 +1,96 @@
+"""The noising processes: how tokens are masked or replaced, and what a step back does.
+
+Absorbing: a token of x_0 is replaced by `mask_id` by time t with probability 1 - alpha(t), independently of the
+others, and never changes back. Source: D3PM, arXiv:2107.03006, section 3.1 (absorbing state).
+
+Mixed: noise also replaces tokens by uniformly random ones; `shares` says how much of which. Source: GIDD,
+arXiv:2503.04482, section 3.
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from nanodlm.diffusion.schedules import Schedule
+
+Times = Literal["independent", "stratified", "systematic"]
+
+
+def low_discrepancy(key: Key[Array, ""], n: int, times: Times = "systematic") -> Float[Array, "n"]:
+    """N numbers in (0, 1], each uniform by itself, one in each interval of length 1/n.
+
+    Averages over them stay unbiased, and since together they cover the interval evenly, their variance is lower.
+
+    Args:
+        key: Randomness.
+        n: How many.
+        times: `systematic` shares one random offset (Variational Diffusion Models, arXiv:2107.00630, appendix I.1);
+            `stratified` draws one for each interval; `independent` draws n numbers without intervals.
+
+    >>> sorted(jnp.ceil(low_discrepancy(jax.random.key(0), 4, "stratified") * 4).astype(int).tolist())
+    [1, 2, 3, 4]
+    """
+    if times == "independent":
+        return 1.0 - jax.random.uniform(key, (n,))
+    if times == "stratified":
+        return 1.0 - (jax.random.uniform(key, (n,)) + jnp.arange(n)) / n % 1.0
+    return 1.0 - (jax.random.uniform(key) + jnp.arange(n) / n) % 1.0
+
+
+def q_sample(
+    x_0: Int[Array, "B L"], mask_rate: Float[Array, "B"], key: Key[Array, ""], *, mask_id: int
+) -> Int[Array, "B L"]:
+    """Sample x_t from the absorbing q(x_t | x_0): each token is masked with its row's probability.
+
+    Args:
+        x_0: Token ids; padding, ids from `mask_id` on, stays as it is.
+        mask_rate: 1 - alpha(t) of each row, in [0, 1].
+        key: Randomness.
+        mask_id: The id that stands for a masked token.
+
+    >>> q_sample(jnp.array([[5, 6, 10]]), jnp.array([1.0]), jax.random.key(0), mask_id=9).tolist()
+    [[9, 9, 10]]
+    """
+    masked = jax.random.uniform(key, x_0.shape) < mask_rate[:, None]
+    return jnp.where(masked & (x_0 < mask_id), mask_id, x_0)
+
+
+def mask_subset(
+    x_0: Int[Array, "B L"], count: Int[Array, "B"], key: Key[Array, ""], *, mask_id: int
+) -> Int[Array, "B L"]:
+    """Mask a uniformly random subset of exactly `count` of each row's tokens; padding is never among them.
+
+    >>> x = mask_subset(jnp.zeros((2, 8), int), jnp.array([3, 8]), jax.random.key(0), mask_id=1)
+    >>> x.sum(axis=1).tolist()
+    [3, 8]
+    """
+    return jnp.where(_subset(x_0 < mask_id, count, key), mask_id, x_0)
+
+
+def _subset(real: Bool[Array, "B L"], count: Int[Array, "B"], key: Key[Array, ""]) -> Bool[Array, "B L"]:
+    """A uniformly random subset of `count` of each row's real positions."""
+    noise = jnp.where(real, jax.random.uniform(key, real.shape), jnp.inf)
+    rank = jnp.argsort(jnp.argsort(noise, axis=1), axis=1)  # a uniformly random permutation of each row's positions
+    return rank < count[:, None]
+
+
+def unmask_probability(schedule: Schedule, t: Float[Array, "..."], s: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Probability (alpha_s - alpha_t) / (1 - alpha_t) that a token masked at t is unmasked at s < t.
+
+    All is masked at t = 1 and nothing at s = 0, also under schedules that jump there; so it is exactly 1 at s = 0.
+    Source: MDLM, arXiv:2406.07524, equation 7.
+
+    >>> from nanodlm.schedules import make_schedule
+    >>> float(unmask_probability(make_schedule("linear"), jnp.float32(0.5), jnp.float32(0.25)))
+    0.5
+    """
+    masked_s = jnp.where(s <= 0, 0.0, schedule.mask_rate(s))
+    masked_t = jnp.where(t >= 1, 1.0, schedule.mask_rate(t))
+    # The rates of a steep schedule underflow to 0 while t and s are not; flat, clipped ones change nothing.
+    return 1.0 - jnp.where(masked_s > 0, masked_s / masked_t, 0.0)
+
+
+Denoise = Callable[..., Float[Array, "B L V"]]  # of x_t (B, L) and t (B,); for blocks t is (B, K)

@@ -1,0 +1,198 @@
+"""The loops of the samplers: how masks become tokens as time runs from 1 to 0."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from nanodlm.diffusion.mixed import shares
+from nanodlm.diffusion.noise import Denoise
+from nanodlm.diffusion.schedules import Schedule
+from nanodlm.diffusion.tokens import TINY, _categorical
+
+
+class _Walk(NamedTuple):
+    """What the samplers share: the start, the grid, the model, the distribution to draw from, randomness."""
+
+    start: Int[Array, "B L"]
+    times: Float[Array, "T"]
+    rates: Float[Array, "T"]
+    mask_id: int
+    predict: Denoise
+    limit: Callable[[Float[Array, "B L V"]], Float[Array, "B L V"]]
+    key: Key[Array, ""]
+
+    def tokens(self, logits: Float[Array, "B L V"], step: Int[Array, "B"] | Int[Array, ""]) -> Int[Array, "B L"]:
+        return _categorical(self.key, step, self.limit(logits))
+
+    def everywhere(self, value: Float[Array, ""]) -> Float[Array, "B"]:
+        return jnp.full(len(self.start), value)
+
+
+def _unmask_in_order(walk: _Walk, key: Key[Array, ""], schedule: Schedule, sampler: str) -> Int[Array, "B L"]:
+    """Unmask each position in a step drawn for it beforehand, with a token drawn in that step.
+
+    A position with u ~ U(0, 1] unmasks in step i where m_{i+1} < u <= m_i, m being the mask rate. A position that is
+    masked at t = t_i thus unmasks by s = t_{i+1} with probability (m_t - m_s) / m_t = (alpha_s - alpha_t) / (1 -
+    alpha_t): the law of coins flipped in each step (MDLM, arXiv:2406.07524, equation 7). `ancestral_skip` leaves out
+    a row's steps in which none of its positions unmasks. `first_hitting` is the same for a grid without end, where
+    each has a step of its own at the time with m(t) = u (arXiv:2409.02908, section 4).
+    """
+    masked = walk.start == walk.mask_id
+    u = 1.0 - jax.random.uniform(key, masked.shape)
+    if sampler == "first_hitting":
+        u = jnp.where(masked, u, 0.0)
+        step = jnp.argsort(jnp.argsort(-u, axis=1), axis=1)
+        times = schedule.time_of(-jnp.sort(-u, axis=1))
+    else:
+        step = len(walk.rates) - 1 - jnp.searchsorted(walk.rates[::-1], u, side="left")
+        times = jnp.broadcast_to(walk.times[:-1], (len(u), len(walk.times) - 1))
+    n, skip = times.shape[1], sampler != "ancestral"
+
+    def more(state: tuple[Int[Array, ""], Int[Array, "B L"]]) -> Bool[Array, ""]:
+        return (state[1] == walk.mask_id).any() if skip else state[0] < n
+
+    def body(state: tuple[Int[Array, ""], Int[Array, "B L"]]) -> tuple[Int[Array, ""], Int[Array, "B L"]]:
+        i, x_t = state
+        masked = x_t == walk.mask_id
+        now = jnp.where(masked, step, n).min(axis=1) if skip else jnp.full(len(x_t), i)
+        t = jnp.take_along_axis(times, jnp.minimum(now, n - 1)[:, None], axis=1)[:, 0]
+        tokens = walk.tokens(walk.predict(x_t, t), now)
+        return i + 1, jnp.where(masked & (step == now[:, None]), tokens, x_t)
+
+    return jax.lax.while_loop(more, body, (jnp.int32(0), walk.start))[1]
+
+
+def _unmask_by_score(walk: _Walk, schedule: Schedule, sampler: str, entropy_bound: float) -> Int[Array, "B L"]:
+    """Draw a token for each masked position, keep those with the best score, mask the others again.
+
+    The score is, of the model's distribution at temperature 1, the probability of the drawn token (`confidence`:
+    MaskGIT, arXiv:2202.04200, section 3.2; LLaDA, arXiv:2502.09992, appendix), the lead of the best token
+    (`margin`: arXiv:2502.06768), or minus the entropy H (`entropy`: EB-sampler, arXiv:2505.24857). The first two
+    leave round(N m_{i+1}) of a row's N masks after step i. `entropy` keeps as many positions, from the least H on,
+    as have sum(H) - max(H) <= entropy_bound, which bounds how dependent they are; it tells the model the time at
+    which as much is masked, and unmasks all that is left in its last step.
+    """
+    total = (walk.start == walk.mask_id).sum(axis=1)
+
+    def body(state: tuple[Int[Array, ""], Int[Array, "B L"]]) -> tuple[Int[Array, ""], Int[Array, "B L"]]:
+        i, x_t = state
+        masked = x_t == walk.mask_id
+        left = masked.sum(axis=1)
+        by_time = sampler != "entropy"
+        t = walk.everywhere(walk.times[i]) if by_time else schedule.time_of(left / jnp.maximum(total, 1))
+        logits = walk.predict(x_t, t)
+        tokens = walk.tokens(logits, i)
+        log_p = jax.nn.log_softmax(logits, axis=-1)
+        if sampler == "confidence":
+            score = jnp.take_along_axis(log_p, tokens[..., None], axis=-1)[..., 0]
+        elif sampler == "margin":
+            best = jax.lax.top_k(jnp.exp(log_p), 2)[0]
+            score = best[..., 0] - best[..., 1]
+        else:
+            score = (jnp.exp(log_p) * jnp.maximum(log_p, -1e30)).sum(axis=-1)
+        score = jnp.where(masked, score, -jnp.inf)
+        if by_time:
+            count = left - jnp.round(total * walk.rates[i + 1]).astype(jnp.int32)
+        else:
+            entropies = jnp.sort(-score, axis=1)  # infinite where nothing is masked
+            others = jnp.cumsum(jnp.pad(entropies[:, :-1], ((0, 0), (1, 0))), axis=1)
+            count = jnp.where(i == len(walk.rates) - 2, left, (others <= entropy_bound).sum(axis=1))
+        rank = jnp.argsort(jnp.argsort(-score, axis=1), axis=1)
+        return i + 1, jnp.where(masked & (rank < count[:, None]), tokens, x_t)
+
+    more = lambda state: (state[1] == walk.mask_id).any()  # noqa: E731
+    return jax.lax.while_loop(more, body, (jnp.int32(0), walk.start))[1]
+
+
+def remask_probability(
+    sampler: str,
+    remask: float,
+    rates: tuple[Float[Array, ""], Float[Array, ""]],
+    psi: Float[Array, "B L"],
+    tokens: Bool[Array, "B L"],
+) -> Float[Array, "B L"]:
+    """ReMDM's sigma: the probability that a token is masked again from t to s, given the mask rates at both.
+
+    With sigma_max = min(1, (1 - alpha_s) / alpha_t), above which more than 1 - alpha_s would be masked at s:
+
+        remdm_cap, remdm_loop   min(remask, sigma_max)
+        remdm_rescale           remask sigma_max
+        remdm_conf              sigma_max softmax(-psi) over `tokens`, psi their probabilities when they were drawn
+
+    Source: arXiv:2503.00307, section 4.
+
+    >>> rates, psi = (jnp.float32(0.5), jnp.float32(0.25)), jnp.array([[0.3, 0.3]])
+    >>> remask_probability("remdm_conf", 0.0, rates, psi, psi > 0).tolist()
+    [[0.25, 0.25]]
+    """
+    m_t, m_s = rates
+    limit = jnp.where(m_s > 0, jnp.minimum(1.0, m_s / jnp.maximum(1 - m_t, TINY)), 0.0)
+    if sampler == "remdm_conf":
+        weight = jnp.where(tokens, jnp.exp(-psi), 0.0)
+        return limit * weight / jnp.maximum(weight.sum(axis=1, keepdims=True), TINY)
+    return jnp.full(psi.shape, remask * limit if sampler == "remdm_rescale" else jnp.minimum(remask, limit))
+
+
+def _remask(walk: _Walk, key: Key[Array, ""], sampler: str, remask: float) -> Int[Array, "B L"]:
+    """ReMDM: ancestral sampling that masks tokens again, to draw them anew when more is known.
+
+    From t to s, a token is masked again with probability sigma, and a mask becomes a token with probability
+    (alpha_s - (1 - sigma) alpha_t) / (1 - alpha_t), which keeps the share of masks at 1 - alpha_s. `remdm_conf` has
+    sigma = 0 at masks, as in the paper, and so keeps about sigma_max more masks per row. `remdm_loop` masks again in
+    the middle third of its steps alone, where time stands still. Source: arXiv:2503.00307, equation 6, section 4.
+    """
+    given = walk.start != walk.mask_id
+
+    def body(
+        i: Int[Array, ""], state: tuple[Int[Array, "B L"], Float[Array, "B L"]]
+    ) -> tuple[Int[Array, "B L"], Float[Array, "B L"]]:
+        x_t, psi = state
+        masked = x_t == walk.mask_id
+        m_t, m_s = walk.rates[i], walk.rates[i + 1]
+        sigma = remask_probability(sampler, remask, (m_t, m_s), psi, ~masked & ~given)
+        if sampler == "remdm_loop":
+            sigma = jnp.where(walk.times[i] == walk.times[i + 1], sigma, 0.0)
+        stays = jnp.where(m_t > 0, (m_s - sigma * (1 - m_t)) / jnp.maximum(m_t, TINY), 0.0)
+        to_mask = jax.random.uniform(jax.random.fold_in(key, i), x_t.shape) < jnp.where(masked, stays, sigma)
+        logits = walk.predict(x_t, walk.everywhere(walk.times[i]))
+        tokens = walk.tokens(logits, i)
+        p = jnp.take_along_axis(jax.nn.softmax(logits, axis=-1), tokens[..., None], axis=-1)[..., 0]
+        x_s = jnp.where(to_mask, walk.mask_id, jnp.where(masked, tokens, x_t))
+        return jnp.where(given, x_t, x_s), jnp.where(masked, p, psi)
+
+    return jax.lax.fori_loop(0, len(walk.rates) - 1, body, (walk.start, jnp.zeros(given.shape)))[0]
+
+
+def _denoise_mixed(walk: _Walk, key: Key[Array, ""], uniform_share: float) -> Int[Array, "B L"]:
+    """Ancestral sampling of the uniform process and of those between it and masking; see `diffusion.shares`.
+
+    With z the token at t, p the model's distribution, N = mask_id, and, for j the mask or a token at s,
+
+        q_s(j) = kept_s p_j + masked_s [j = mask] + uniform_s / N [j != mask],
+        p(x_s = j | x_t) ~ q_s(j) q(z | x_s = j),    q(z | x_s = j) = a [j = z] + n_z,    a = kept_t / kept_s,
+        n_mask = masked_t - a masked_s,    n_token = (uniform_t - a uniform_s) / N.
+
+    q(z | j) is what z itself tells, so that p has to be the law of the token given all *other* positions; the bound
+    has its optimum there. At s = 0, no mask is left. The prompt is set back in each step, the usual approximation.
+    Sources: D3PM, arXiv:2107.03006, equations 3 and 4; UDLM, arXiv:2412.10193, section 3; GIDD, arXiv:2503.04482.
+    """
+    given = walk.start != walk.mask_id
+    prior = walk.start
+    if uniform_share == 1:
+        prior = jnp.where(given, prior, jax.random.randint(key, given.shape, 0, walk.mask_id, jnp.int32))
+
+    def body(i: Int[Array, ""], x_t: Int[Array, "B L"]) -> Int[Array, "B L"]:
+        t, s = shares(walk.rates[i], uniform_share), shares(walk.rates[i + 1], uniform_share)
+        logits = walk.limit(walk.predict(x_t, walk.everywhere(walk.times[i])))
+        q_s = s.kept * jax.nn.softmax(logits, axis=-1)[..., : walk.mask_id] + s.uniform / walk.mask_id
+        q_s = jnp.concatenate([q_s, jnp.full((*x_t.shape, 1), s.masked)], axis=-1)
+        a = t.kept / jnp.maximum(s.kept, TINY)
+        noise = jnp.where(x_t == walk.mask_id, t.masked - a * s.masked, (t.uniform - a * s.uniform) / walk.mask_id)
+        # Rounding must not make noise negative; a little of it leaves something to draw where rates underflow.
+        back = jnp.maximum(noise, TINY)[..., None] + a * jax.nn.one_hot(x_t, walk.mask_id + 1)
+        return jnp.where(given, x_t, _categorical(walk.key, i, jnp.log(q_s) + jnp.log(back)))
+
+    return jax.lax.fori_loop(0, len(walk.rates) - 1, body, prior)

@@ -1,0 +1,1 @@
+"""The bound of held-out text under a model, and the report."""

@@ -1,0 +1,122 @@
+"""The evaluate stage: the bound on held-out text, with its standard error, beside the unigram entropy."""
+
+import json
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import tiktoken
+from flax import nnx
+from jaxtyping import Int
+
+from nanodlm.build import make_objective
+from nanodlm.checkpoints.loading import load_artifact
+from nanodlm.config import Config, EvalConfig, load_config
+from nanodlm.data.rows import read
+from nanodlm.data.tokenizer import token_bytes
+from nanodlm.devices.mesh import make_mesh, replicated
+from nanodlm.diffusion.objective import Objective
+from nanodlm.errors import NanodlmError
+from nanodlm.evaluation.scoring import make_scorer, score_rows
+from nanodlm.model.transformer import Transformer
+from nanodlm.store import Artifact, Attempt
+
+
+def unigram_nats(tokens: Int[np.ndarray, "N"]) -> float:
+    """Entropy of the tokens' own frequencies, in nats per token: what the best model without context scores.
+
+    >>> round(unigram_nats(np.array([0, 1, 0, 1])), 4)
+    0.6931
+    """
+    counts = np.bincount(tokens)
+    p = counts[counts > 0] / len(tokens)
+    return float(-(p * np.log(p)).sum())
+
+
+def evaluate(
+    config: Config, inputs: dict[str, Artifact], attempt: Attempt, emit: Callable[..., None] = lambda *_, **__: None
+) -> dict[str, Any]:
+    """Stage: `score` the validation rows with the bound of the objective they were trained on; write `metrics.json`."""
+    model, encoding = load_artifact(inputs["train"])
+    trained = load_config(str(inputs["train"].file("config.json")))
+    rows = read(inputs["shard"].file("validation.arrayrecord"), inputs["shard"].metrics["dtype"])
+    rows = rows[: config.eval.max_rows]
+    objective = make_objective(trained, encoding)
+    metrics = score(model, encoding, rows, objective, config.eval, edges_known=trained.edges_known, emit=emit)
+    (attempt.path / "metrics.json").write_text(json.dumps(metrics, indent=1))
+    return metrics
+
+
+def score(
+    model: Transformer,
+    encoding: tiktoken.Encoding,
+    rows: list[np.ndarray],
+    objective: Objective,
+    options: EvalConfig,
+    *,
+    edges_known: bool = False,
+    emit: Callable[..., None] = lambda *_, **__: None,
+) -> dict[str, Any]:
+    """The bound of rows, whatever the network was trained to minimise (see nanodlm/losses.py).
+
+    Every row is scored by itself: its bound is on -log p of its tokens without the text before it. Each row gets
+    `eval.repeats` draws of noise. The standard error is that of the mean over rows taken as independent: it covers
+    the noise and the choice of rows, not that rows of one document resemble each other.
+
+    Args:
+        model: The network.
+        encoding: Its tokenizer.
+        rows: Token ids, of equal length but for the last row, which may be shorter.
+        objective: What the network was trained on.
+        options: Batch size, draws of noise and their seed; `max_rows` is not read.
+        edges_known: Whether the network is told where documents end.
+        emit: Called as `emit(kind, **fields)` with progress.
+
+    Raises:
+        NanodlmError: When there are fewer than two rows, which have no standard error.
+
+    Returns:
+        `val_nats_per_token`, `val_bits_per_byte`, `val_bits_per_byte_stderr`, `val_unigram_bits_per_byte` and counts.
+        Bits per byte divide by the bytes of the text; end-of-text marks add nats but no bytes.
+    """
+    if len(rows) < 2:
+        raise NanodlmError("one validation row has no standard error: raise --data.val_tokens or lower --model.seq_len")
+    graphdef, params = nnx.split(model)
+    scorer = make_scorer(objective, graphdef, edges_known=edges_known)
+    mesh = make_mesh(options.batch_size)
+    params = jax.device_put(params, replicated(mesh))
+    key = jax.random.key(options.seed)
+    nats = np.zeros(len(rows))
+    for repeat in range(options.repeats):
+        done = 0
+        noise = jax.random.fold_in(key, repeat)
+        for scored in score_rows(scorer, params, rows, noise, mesh=mesh, batch_size=options.batch_size):
+            nats[done : done + len(scored)] += scored / options.repeats
+            done += len(scored)
+            if done // options.batch_size % 20 == 0 or done == len(rows):
+                emit("progress", done=done + repeat * len(rows), total=len(rows) * options.repeats, unit="rows")
+    tokens = np.concatenate(rows)
+    n_bytes = int(np.array(token_bytes(encoding))[tokens].sum())
+    stderr = float(nats.std(ddof=1)) * math.sqrt(len(rows))
+    return {
+        "val_nats_per_token": float(nats.sum()) / len(tokens),
+        "val_nats_per_token_stderr": stderr / len(tokens),
+        "val_bits_per_byte": bits_per_byte(float(nats.sum()), n_bytes),
+        "val_bits_per_byte_stderr": bits_per_byte(stderr, n_bytes),
+        "val_unigram_nats_per_token": unigram_nats(tokens),
+        "val_unigram_bits_per_byte": bits_per_byte(unigram_nats(tokens) * len(tokens), n_bytes),
+        "scored_tokens": len(tokens),
+        "scored_bytes": n_bytes,
+        "scored_rows": len(rows),
+    }
+
+
+def bits_per_byte(nats: float, n_bytes: int) -> float:
+    """Total nats over a text of so many bytes, as bits per byte.
+
+    >>> bits_per_byte(math.log(2) * 8, 4)
+    2.0
+    """
+    return nats / math.log(2) / n_bytes

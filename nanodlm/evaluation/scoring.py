@@ -1,0 +1,79 @@
+"""The bound of rows under a model: what evaluation reports, and what ranks checkpoints while training."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int, Key
+
+from nanodlm.devices.mesh import constrain, logit_chunks, put_whole
+from nanodlm.diffusion.objective import Objective
+from nanodlm.model.transformer import segments
+
+Scorer = Callable[[Any, Int[Array, "B L"], Key[Array, ""]], Float[Array, "B"]]
+
+
+def make_scorer(objective: Objective, graphdef: nnx.GraphDef, *, edges_known: bool = False) -> Scorer:
+    """The bound of each row, of (parameters, rows, key), in nats per sequence, whatever weights were trained on.
+
+    Noise takes the count form, which has the least variance and no schedule in it; the autoregressive likelihood has no
+    noise.
+
+    Args:
+        objective: What the network was trained on.
+        graphdef: The network.
+        edges_known: Whether it is told where documents end. That tells where the masked end-of-text marks are, so the
+            number is a bound for known edges only; from left to right they are known, for a mark that was read ends a
+            document.
+    """
+    objective = replace(objective, estimator="count", times="systematic", weighting="bound")
+
+    @jax.jit
+    def nats_per_row(params: Any, x_0: Int[Array, "B L"], key: Key[Array, ""]) -> Float[Array, "B"]:
+        segment_ids = segments(x_0, objective.mask_id - 1) if edges_known else None
+        noised = objective.corrupt(x_0, key, segment_ids)
+        model = nnx.merge(graphdef, params)
+        if objective.mixed:
+            bound = objective.row_nats(objective.logits(model, x_0, noised, segment_ids), x_0, noised).bound
+        else:
+            chunks = logit_chunks(x_0.size, objective.mask_id)
+            features = objective.logits(model.features, x_0, noised, segment_ids)
+            bound = objective.fused_bounds(features, model.table, x_0, noised, chunks=chunks)
+        return constrain(bound, None)  # on all devices, so that every process can read it
+
+    return nats_per_row
+
+
+def score_rows(
+    scorer: Scorer, params: Any, rows: list[np.ndarray], key: Key[Array, ""], *, mesh: Mesh, batch_size: int
+) -> Iterator[Float[np.ndarray, "B"]]:
+    """Nats of each row, a batch at a time: equal keys give equal noise.
+
+    Args:
+        scorer: Of the model.
+        params: Its parameters.
+        rows: Token ids; all but the last are of one length.
+        key: Randomness.
+        mesh: Where the model is.
+        batch_size: Rows per forward pass.
+    """
+    done = 0
+    for batch in _batches(rows, batch_size):
+        # A short last batch is filled up by repeating its rows; the copies' results are not used.
+        filled = np.resize(np.stack(batch), (batch_size, len(batch[0])))
+        scored = scorer(params, put_whole(mesh, filled), jax.random.fold_in(key, done))
+        yield np.asarray(scored)[: len(batch)]
+        done += len(batch)
+
+
+def _batches(rows: list[np.ndarray], size: int) -> Iterator[list[np.ndarray]]:
+    """Batches of rows of equal length; the validation's short last row comes alone."""
+    whole = [row for row in rows if len(row) == len(rows[0])]
+    for i in range(0, len(whole), size):
+        yield whole[i : i + size]
+    if len(whole) < len(rows):
+        yield rows[len(whole) :]

@@ -1,0 +1,122 @@
+"""The sample stage: texts from a trained model."""
+
+import json
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tiktoken
+from flax import nnx
+from jaxtyping import Array, Int, Key
+
+from nanodlm.build import make_objective
+from nanodlm.checkpoints.loading import load_artifact
+from nanodlm.config import Config, SampleConfig, load_config
+from nanodlm.data.tokenizer import END_OF_TEXT
+from nanodlm.diffusion.blocks import Decoder, sample_autoregressive, sample_blocks
+from nanodlm.diffusion.objective import Objective
+from nanodlm.diffusion.sampling import sample
+from nanodlm.errors import UsageError
+from nanodlm.model.transformer import Transformer
+
+if TYPE_CHECKING:
+    from nanodlm.store import Artifact, Attempt
+
+
+def generate(
+    config: Config, inputs: dict[str, "Artifact"], attempt: "Attempt", emit: Callable[..., None] = lambda *_, **__: None
+) -> dict[str, Any]:
+    """Stage: draw `sample.num_samples` texts; write `samples.txt`, `.jsonl` and `tokens.npy`.
+
+    Raises:
+        UsageError: When the prompt leaves no room to write.
+    """
+    options = config.sample
+    model, encoding = load_artifact(inputs["train"])
+    trained = load_config(str(inputs["train"].file("config.json")))
+    graphdef, params = nnx.split(model)
+    draw = make_draw(options, trained, encoding, graphdef)
+    tokens = np.asarray(draw(params, jax.random.key(options.seed)))
+    texts = [encoding.decode(row.tolist()) for row in tokens]
+    emit("progress", done=len(texts), total=len(texts), unit="samples")
+    np.save(attempt.path / "tokens.npy", tokens)
+    (attempt.path / "samples.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    rule = "\n" + "-" * 72 + "\n"
+    (attempt.path / "samples.txt").write_text(rule.join(text.replace(END_OF_TEXT, "\n\n") for text in texts))
+    return {"samples": len(texts), "sample_tokens": int(tokens.size), "first_sample": texts[0]}
+
+
+def make_draw(
+    options: SampleConfig, trained: Config, encoding: tiktoken.Encoding, graphdef: nnx.GraphDef
+) -> jax.stages.Wrapped:
+    """The jitted function of a network's parameters and a key that draws texts as the options say.
+
+    Args:
+        options: How to sample.
+        trained: What the network was trained as.
+        encoding: Its tokenizer.
+        graphdef: The network's own, from `nnx.split`.
+
+    Raises:
+        UsageError: When the prompt leaves no room to write.
+    """
+    length = options.length or trained.model.seq_len
+    prompt = np.array(encoding.encode_ordinary(options.prompt), np.int32)
+    objective = make_objective(trained, encoding)
+    size = {"block": objective.block_size, "autoregressive": 1}.get(objective.kind, 0)
+    if len(prompt) >= length:
+        remedy = "shorten --sample.prompt" + " or raise --sample.length" * bool(size)
+        raise UsageError(f"the prompt has {len(prompt)} tokens and texts have {length}: {remedy}")
+    window = cache_window(trained.model.seq_len, size)
+    document_end = encoding.n_vocab - 1 if trained.data.isolate_documents else None
+
+    def draw(params: Any, key: Key[Array, ""]) -> Int[Array, "B L"]:
+        model = nnx.merge(graphdef, params)
+        return _draw(options, objective, model, length, window, document_end, key, jnp.asarray(prompt))
+
+    return jax.jit(draw)
+
+
+def cache_window(seq_len: int, block_size: int) -> int:
+    """Tokens before a block that the block reads: whole blocks, no more than in training.
+
+    >>> cache_window(64, 16), cache_window(64, 1)
+    (48, 63)
+    """
+    return max(1, seq_len // max(1, block_size) - 1) * block_size
+
+
+def _draw(
+    options: SampleConfig,
+    objective: Objective,
+    model: Transformer,
+    length: int,
+    window: int,
+    document_end: int | None,
+    key: Key[Array, ""],
+    prompt: Int[Array, "P"],
+) -> Int[Array, "B L"]:
+    """Token ids from the sampler of the objective that the model was trained on.
+
+    A network of blocks looks back over `window` tokens, no further than in training.
+    """
+    common = {
+        "mask_id": objective.mask_id,
+        "prompt": prompt,
+        **options.model_dump(include={"temperature", "top_k", "top_p"}),
+    }
+    steps = {
+        "schedule": objective.schedule,
+        **options.model_dump(include={"num_steps", "sampler", "grid", "entropy_bound", "remask", "loop_time"}),
+    }
+    size = model.block_size
+    if not size:
+        kind = {"uniform_share": objective.noise_share, "guidance": options.guidance}
+        return sample(model, key, shape=(options.num_samples, length), **kind, **common, **steps)
+    decoder = Decoder(lambda rows: model.new_cache(rows, window), model.extend, model.denoise_block)
+    shape = (options.num_samples, -(-length // size) * size)  # the text may end within the last block
+    if objective.kind == "autoregressive":
+        return sample_autoregressive(decoder, key, shape=shape, document_end=document_end, **common)
+    return sample_blocks(decoder, key, shape=shape, block_size=size, **common, **steps)[:, :length]

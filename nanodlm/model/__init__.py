@@ -1,0 +1,1 @@
+"""The network: layers, what positions read, the transformer."""

@@ -1,0 +1,178 @@
+"""The layers of the network: rotary positions, projections, a short convolution, and the block that joins them."""
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from nanodlm.model.views import Past, View
+
+NORMAL = nnx.initializers.normal
+
+
+def rope(x: Float[Array, "B L H D"], positions: Int[Array, "L"] | None = None) -> Float[Array, "B L H D"]:
+    """Rotate pairs of channels by angles proportional to the position. Source: RoFormer, arXiv:2104.09864, eq. 34.
+
+    Args:
+        x: Queries or keys.
+        positions: Of the second axis; 0 to L - 1 by default.
+
+    >>> rope(jnp.ones((1, 2, 1, 4))).shape
+    (1, 2, 1, 4)
+    """
+    half = x.shape[-1] // 2
+    positions = jnp.arange(x.shape[1]) if positions is None else positions
+    angles = positions[:, None] / 10_000 ** (jnp.arange(half) / half)  # (L, D/2)
+    cos, sin = jnp.cos(angles)[:, None], jnp.sin(angles)[:, None]
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1).astype(x.dtype)
+
+
+def time_embedding(t: Float[Array, "B"], dim: int) -> Float[Array, "B D"]:
+    """Sinusoids of 1000 t. Source: DDPM, arXiv:2006.11239, appendix B.
+
+    >>> time_embedding(jnp.zeros(2), 8).shape
+    (2, 8)
+    """
+    half = dim // 2
+    angles = 1000 * t[:, None] * jnp.exp(-math.log(10_000) * jnp.arange(half) / half)
+    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+
+
+class Linear(nnx.Linear):
+    """A linear layer without bias that multiplies in two dimensions, which XLA's CPU backend does faster."""
+
+    def __call__(self, inputs: Float[Array, "... D"], out_sharding: None = None) -> Float[Array, "... E"]:
+        """Map the last axis."""
+        x = inputs
+        return super().__call__(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
+
+
+class ShortConvolution(nnx.Module):
+    """A depthwise convolution over neighbouring positions."""
+
+    def __init__(self, width: int, dim: int, rngs: nnx.Rngs):
+        self.kernel = nnx.Param(NORMAL(0.3)(rngs.params(), (width, dim)))
+
+    def __call__(
+        self, x: Float[Array, "B K D"], near: Sequence[Bool[Array, "#B Q"]] | None = None, start: int = 0
+    ) -> Float[Array, "B Q D"]:
+        """For each position i, sum over offsets o of kernel[o] * x[start + i + o], zero outside x.
+
+        Args:
+            x: What is read.
+            near: For each offset, whether position i may read that neighbour; None is always, with Q = K.
+            start: The place of position 0 in x.
+        """
+        kernel = self.kernel[...].astype(x.dtype)
+        reach = len(kernel) // 2
+        batch, size, dim = x.shape
+        length = size if near is None else near[0].shape[1]
+        padded = jnp.pad(x, ((0, 0), (reach, reach + max(0, start + length - size)), (0, 0)))
+        out = jnp.zeros((batch, length, dim), x.dtype)
+        for offset in range(len(kernel)):
+            term = padded[:, start + offset : start + offset + length] * kernel[offset]
+            out += term if near is None else term * near[offset][..., None]
+        return out
+
+
+class Block(nnx.Module):
+    """Optional convolution, attention and feed-forward layer, each added to the residual stream."""
+
+    def __init__(
+        self,
+        *,
+        n_heads: int,
+        d_model: int,
+        d_ff: int,
+        conv_width: int,
+        time_conditioning: bool,
+        qk_norm: bool,
+        zero_init: bool,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        def linear(d_in: int, d_out: int, init: nnx.Initializer) -> Linear:
+            return Linear(d_in, d_out, use_bias=False, kernel_init=init, dtype=dtype, rngs=rngs)
+
+        zeros = nnx.initializers.zeros_init()
+        output = zeros if zero_init else NORMAL(0.02)
+        self.n_heads = n_heads
+        self.conv = ShortConvolution(conv_width, d_model, rngs) if conv_width else None
+        self.conv_norm = nnx.RMSNorm(d_model, dtype=dtype, rngs=rngs) if conv_width else None
+        self.attention_norm = nnx.RMSNorm(d_model, dtype=dtype, rngs=rngs)
+        self.qkv = linear(d_model, 3 * d_model, NORMAL(d_model**-0.5))
+        self.query_norm = nnx.RMSNorm(d_model // n_heads, dtype=dtype, rngs=rngs) if qk_norm else None
+        self.key_norm = nnx.RMSNorm(d_model // n_heads, dtype=dtype, rngs=rngs) if qk_norm else None
+        self.attention_out = linear(d_model, d_model, output)
+        self.mlp_norm = nnx.RMSNorm(d_model, dtype=dtype, rngs=rngs)
+        self.mlp_in = linear(d_model, d_ff, NORMAL(d_model**-0.5))
+        self.mlp_out = linear(d_ff, d_model, output)
+        self.modulation = linear(d_model, 6 * d_model, zeros) if time_conditioning else None
+
+    def __call__(
+        self,
+        x: Float[Array, "B Q D"],
+        view: View,
+        condition: Float[Array, "B #Q D"] | None = None,
+        past: Past | None = None,
+    ) -> tuple[Float[Array, "B Q D"], Past]:
+        """One block, and what it would keep of these positions.
+
+        Args:
+            x: The residual stream.
+            view: What each position reads.
+            condition: Modulates the block by AdaLN (Source: DiT, arXiv:2212.09748, section 3.2).
+            past: Positions outside the stream that it reads as well.
+        """
+        # Zero at the start, so that a conditioned network begins as the plain one.
+        modulation = [jnp.zeros((), x.dtype)] * 6
+        if self.modulation is not None and condition is not None:
+            modulation = jnp.split(self.modulation(condition), 6, axis=-1)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation
+        inputs = x[..., :0]
+        if self.conv is not None and self.conv_norm is not None:
+            inputs = self.conv_norm(x)
+            x = x + self.conv(inputs, view.own.convolution if view.own else None)
+            if past is not None and view.past is not None:
+                x = x + self.conv(past.inputs, view.past.convolution, view.start)
+        h = self.attention_norm(x) * (1 + scale_a) + shift_a
+        # Each head's queries, keys and values lie together, so that cutting the columns cuts between heads.
+        q, k, v = jnp.moveaxis(self.qkv(h).reshape(*h.shape[:2], self.n_heads, 3, -1), 3, 0)
+        if self.query_norm is not None and self.key_norm is not None:
+            q, k = self.query_norm(q), self.key_norm(k)
+        q, k = rope(q, view.positions), rope(k, view.positions)
+        x = x + self._attend(q, k, v, view, past) * (1 + gate_a)
+        h = self.mlp_norm(x) * (1 + scale_m) + shift_m
+        x = x + self.mlp_out(jnp.square(jax.nn.relu(self.mlp_in(h)))) * (1 + gate_m)
+        return x, Past(k, v, inputs)
+
+    def _attend(
+        self,
+        q: Float[Array, "B Q H E"],
+        k: Float[Array, "B Q H E"],
+        v: Float[Array, "B Q H E"],
+        view: View,
+        past: Past | None,
+    ) -> Float[Array, "B Q D"]:
+        if past is not None:
+            k, v = jnp.concatenate([past.keys, k], axis=1), jnp.concatenate([past.values, v], axis=1)
+        masks = [reads.attention for reads in (view.past, view.own) if reads is not None]
+        mask = jnp.concatenate(masks, axis=2)[:, None] if masks else None
+        out = jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=_implementation(q, k))
+        return self.attention_out(out.reshape(*q.shape[:2], -1))
+
+
+def _implementation(q: Float[Array, "B Q H E"], k: Float[Array, "B K H E"]) -> Literal["cudnn", "xla"]:
+    """CuDNN's fused attention where it exists: half precision, heads of up to 128 in steps of 8, even lengths, and an
+    NVIDIA GPU of compute capability 8.0 or more.
+    """
+    fits = q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] <= 128 and q.shape[-1] % 8 == 0
+    if not fits or q.shape[1] % 2 or k.shape[1] % 2 or jax.default_backend() != "gpu":
+        return "xla"
+    major = str(getattr(jax.devices()[0], "compute_capability", "")).partition(".")[0]
+    return "cudnn" if major.isdecimal() and int(major) >= 8 else "xla"

@@ -1,0 +1,350 @@
+"""The network: a pre-norm transformer with RoPE and RMSNorm that predicts x_0 from x_t.
+
+    model = Transformer(vocab_size=4096, n_layers=3, n_heads=4, d_model=128, d_ff=512, rngs=nnx.Rngs(0))
+    logits = model(x_t, t)    # (B, L) ids, (B,) times -> (B, L, V) float32
+
+It knows nothing of diffusion: the mask is one more token. It reads the whole row, or with a `block_size` only the
+blocks up to a position's own, so that one network serves three kinds of language model:
+
+    diffusion            block_size=0    model(x_t, t)
+    block diffusion      block_size=b    model(x_t, t, context=x_0); sampling: new_cache, extend, denoise_block
+    autoregression       block_size=1    model(x_0, t) scores the next token; sampling: new_cache, extend
+"""
+
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from nanodlm.devices.mesh import constrain
+from nanodlm.model.layers import NORMAL, Block, time_embedding
+from nanodlm.model.views import Cache, Past, Reads, View
+
+Remat = Literal["none", "dots", "full"]
+
+# What the axes of each parameter are, by the last two names of its path; those of blocks have one for layers in front.
+# `sharding.Rules` says how each is cut. Parameters that are not listed are small and held whole.
+LOGICAL_AXES = {
+    "embedding/embedding": ("vocab", "embed"),
+    "head/embedding": ("vocab", "embed"),
+    "qkv/kernel": ("embed", "heads"),
+    "attention_out/kernel": ("heads", "embed"),
+    "mlp_in/kernel": ("embed", "mlp"),
+    "mlp_out/kernel": ("mlp", "embed"),
+    "modulation/kernel": ("embed", None),
+}
+
+
+class Transformer(nnx.Module):
+    """The denoiser.
+
+    Args:
+        vocab_size: Ids it embeds and scores: the tokenizer's, the mask, padding.
+        n_layers: Blocks.
+        n_heads: Attention heads; d_model / n_heads must be even.
+        d_model: Width of the residual stream.
+        d_ff: Width of the feed-forward layers (squared ReLU).
+        conv_width: Width of each block's depthwise convolution, odd; 0 is none.
+        time_conditioning: Whether blocks see the time t.
+        tie_embeddings: Whether the output layer is the embedding's transpose.
+        qk_norm: Whether queries and keys are normalised (Source: arXiv:2302.05442, section 2.2, with RMSNorm).
+        zero_init: Whether the layers that write to the residual stream, and an untied output layer, start at zero;
+            otherwise with a standard deviation of 0.02.
+        block_size: Positions in a block, of which none reads a later one; 0 lets every position read the whole row.
+            It changes no parameter.
+        remat: What the backward pass computes again instead of keeping: `none` of a block's values, all but matrix
+            products (`dots`), or the whole block (`full`). It changes memory and time, not the result.
+        dtype: Precision of matrix products; parameters and logits are float32.
+        rngs: Initialisation.
+
+    >>> model = Transformer(vocab_size=32, n_layers=1, n_heads=2, d_model=8, d_ff=16, rngs=nnx.Rngs(0))
+    >>> model(jnp.zeros((2, 5), int), jnp.ones(2)).shape
+    (2, 5, 32)
+
+    Raises:
+        ValueError: For a block size below 0.
+    """
+
+    def __init__(
+        self,
+        *,
+        vocab_size: int,
+        n_layers: int,
+        n_heads: int,
+        d_model: int,
+        d_ff: int,
+        conv_width: int = 0,
+        time_conditioning: bool = False,
+        tie_embeddings: bool = False,
+        qk_norm: bool = True,
+        zero_init: bool = True,
+        block_size: int = 0,
+        remat: Remat = "none",
+        dtype: jnp.dtype | str = "float32",
+        rngs: nnx.Rngs,
+    ):
+        if block_size < 0:
+            raise ValueError(f"block_size is {block_size}, but must be 0 (no blocks) or more")
+        self.block_size, self.conv_width, self.n_layers, self.remat = block_size, conv_width, n_layers, remat
+        compute = jnp.dtype(dtype)
+        # As an output layer, a tied embedding must start with small logits.
+        init = NORMAL(0.5 * d_model**-0.5 if tie_embeddings else 0.5)
+        self.embedding = nnx.Embed(vocab_size, d_model, embedding_init=init, dtype=compute, rngs=rngs)
+        self.time_in = nnx.Linear(d_model, d_model, rngs=rngs) if time_conditioning else None
+
+        @nnx.split_rngs(splits=n_layers)
+        @nnx.vmap
+        def stack(rngs: nnx.Rngs) -> Block:
+            return Block(
+                n_heads=n_heads,
+                d_model=d_model,
+                d_ff=d_ff,
+                conv_width=conv_width,
+                time_conditioning=time_conditioning,
+                qk_norm=qk_norm,
+                zero_init=zero_init,
+                dtype=compute,
+                rngs=rngs,
+            )
+
+        self.blocks = stack(rngs)  # all layers' parameters, stacked along a first axis
+        self.norm = nnx.RMSNorm(d_model, dtype=compute, rngs=rngs)
+        init = nnx.initializers.zeros_init() if zero_init else NORMAL(0.02)
+        head = nnx.Embed(vocab_size, d_model, embedding_init=init, dtype=compute, rngs=rngs)
+        self.head = None if tie_embeddings else head
+
+    def __call__(
+        self,
+        x_t: Int[Array, "B L"],
+        t: Float[Array, "B"] | Float[Array, "B K"],
+        segment_ids: Int[Array, "B L"] | None = None,
+        context: Int[Array, "B L"] | None = None,
+    ) -> Float[Array, "B L V"]:
+        """Logits of x_0 at every position, in float32: the `features` times the `table`.
+
+        >>> shape = {"vocab_size": 32, "n_layers": 1, "n_heads": 2, "d_model": 8, "d_ff": 16}
+        >>> model = Transformer(**shape, block_size=2, rngs=nnx.Rngs(0))
+        >>> x_0, x_t = jnp.array([[5, 6, 7, 8]]), jnp.array([[5, 31, 31, 31]])
+        >>> model(x_t, jnp.array([[0.5, 1.0]]), context=x_0).shape
+        (1, 4, 32)
+        """
+        return self._score(self.features(x_t, t, segment_ids, context))
+
+    @property
+    def table(self) -> Float[Array, "V D"]:
+        """The output layer."""
+        return (self.head or self.embedding).embedding[...]
+
+    def features(
+        self,
+        x_t: Int[Array, "B L"],
+        t: Float[Array, "B"] | Float[Array, "B K"],
+        segment_ids: Int[Array, "B L"] | None = None,
+        context: Int[Array, "B L"] | None = None,
+    ) -> Float[Array, "B L D"]:
+        """What the output layer scores, at every position.
+
+        With a context, each block of x_t is seen beside the context's blocks before it, and nothing else: one call
+        scores every block of a row as if the ones before it were already known. That is the mask of block diffusion
+        (Source: BD3-LM, arXiv:2503.09573, section 3.2 and the appendix on masks), in two passes: the context reads
+        itself, block by block; then x_t reads the context. Both begin at position 0.
+
+        Args:
+            x_t: Token ids, masks included.
+            t: Times in [0, 1], of each row or of each of its K = ceil(L / block_size) blocks; read only with time
+                conditioning. The context's is 0.
+            segment_ids: Which document each position belongs to; attention and convolution stay within one.
+            context: Clean token ids; needs a block size.
+
+        Raises:
+            ValueError: For a context without a block size, or a number of times that is not that of the blocks.
+        """
+        if context is not None and not self.block_size:
+            raise ValueError("a context needs a network with a block_size above 0")
+        length = x_t.shape[1]
+        positions = jnp.arange(length)
+        behind = partial(self._behind, positions, positions, segment_ids=segment_ids)
+        past, view = None, View(positions, behind(0, length))
+        if context is not None:
+            _, past = self._run(context, jnp.zeros_like(t, shape=t.shape[:1]), view, keep=True)
+            view = View(positions, behind(0, 0), behind(1, length))
+        return self.norm(self._run(x_t, t, view, past)[0])
+
+    def new_cache(self, rows: int, window: int) -> Cache:
+        """An empty cache.
+
+        Args:
+            rows: Rows it is for.
+            window: Positions before a block that the block can read, a multiple of the block size.
+
+        Raises:
+            ValueError: For a network without a block size, or another window.
+
+        >>> shape = {"vocab_size": 32, "n_layers": 1, "n_heads": 2, "d_model": 8, "d_ff": 16}
+        >>> model = Transformer(**shape, block_size=2, rngs=nnx.Rngs(0))
+        >>> _, cache = model.extend(model.new_cache(rows=1, window=8), jnp.array([[5, 6, 7, 8]]))
+        >>> int(cache.count), model.denoise_block(cache, jnp.array([[31, 31]]), jnp.ones(1)).shape
+        (4, (1, 2, 32))
+        """
+        self._check_blocks(window, "the window")
+        dtype = self.embedding.dtype
+        width, n_heads = self.embedding.features, self.blocks.n_heads
+        heads = jnp.zeros((self.n_layers, rows, window, n_heads, width // n_heads), dtype)
+        inputs = jnp.zeros((self.n_layers, rows, window, width if self.conv_width else 0), dtype)
+        return Cache(Past(heads, heads, inputs), jnp.zeros((), jnp.int32))
+
+    def extend(
+        self, cache: Cache, tokens: Int[Array, "B N"], t: Float[Array, "B"] | None = None
+    ) -> tuple[Float[Array, "B N V"], Cache]:
+        """Append whole blocks of clean tokens; any number of them at a time gives the same result.
+
+        Args:
+            cache: From `new_cache` or an earlier call.
+            tokens: Token ids at the positions count to count + N - 1, where N is a multiple of the block size.
+            t: Times of the rows, 0 by default; read only with time conditioning.
+
+        Returns:
+            Logits as `__call__` gives them for one stream, but that a block reads the window before it and no more;
+            and the cache with the tokens in it.
+
+        Raises:
+            ValueError: For tokens that are not whole blocks.
+        """
+        self._check_blocks(tokens.shape[1], "the number of tokens")
+        t = jnp.zeros(len(tokens)) if t is None else t
+        x, made = self._run(tokens, t, self._view(cache, tokens.shape[1]), cache.layers, keep=True)
+        window = cache.layers.keys.shape[2]
+        layers = jax.tree.map(lambda old, new: jnp.concatenate([old, new], 2)[:, :, -window:], cache.layers, made)
+        return self._score(self.norm(x)), Cache(layers, cache.count + tokens.shape[1])
+
+    def denoise_block(self, cache: Cache, x_t: Int[Array, "B N"], t: Float[Array, "B"]) -> Float[Array, "B N V"]:
+        """Logits of x_0 for the block that follows the cached tokens, as `__call__` gives them with a context.
+
+        Args:
+            cache: The tokens before; it stays as it is.
+            x_t: Token ids of one block, masks included: N is the block size.
+            t: Times of the rows; read only with time conditioning.
+
+        Raises:
+            ValueError: For more or less than one block.
+        """
+        if not self.block_size or x_t.shape[1] != self.block_size:
+            raise ValueError(f"one block has {self.block_size} positions, not {x_t.shape[1]}")
+        return self._score(self.norm(self._run(x_t, t, self._view(cache, self.block_size), cache.layers)[0]))
+
+    def _check_blocks(self, number: int, what: str) -> None:
+        if not self.block_size:
+            raise ValueError("a cache needs a network with a block_size above 0")
+        if number < 1 or number % self.block_size:
+            raise ValueError(f"{what} is {number}, but must be a multiple of the block size, {self.block_size}")
+
+    def _behind(
+        self,
+        query: Int[Array, "Q"],
+        key: Int[Array, "K"],
+        least: int,
+        most: int,
+        start: int = 0,
+        segment_ids: Int[Array, "B Q"] | None = None,
+    ) -> Reads | None:
+        """Read the positions that exist in the same document, and from `least` to `most` blocks back; None is all.
+
+        Args:
+            query: Positions that read.
+            key: Positions that are read; those below 0 do not exist.
+            least: Blocks.
+            most: Blocks; without a block size, neither counts.
+            start: The place of the first query among the keys.
+            segment_ids: Of the queries, and of the keys when those are the same positions.
+        """
+        if not self.block_size and segment_ids is None:
+            return None
+
+        none = segment_ids is None
+        query_ids = jnp.zeros((1, len(query)), jnp.int32) if none else segment_ids
+        key_ids = jnp.zeros((1, len(key)), jnp.int32) if none else segment_ids
+
+        def seen(q: Array, k: Array, q_ids: Array, k_ids: Array) -> Array:
+            if not self.block_size:
+                return q_ids == k_ids
+            blocks = q // self.block_size - k // self.block_size
+            return (k >= 0) & (least <= blocks) & (blocks <= most) & (q_ids == k_ids)
+
+        reach = self.conv_width // 2
+        beside = jnp.pad(key, (reach, reach + len(query)), constant_values=-1)
+        beside_ids = jnp.pad(key_ids, ((0, 0), (reach, reach + len(query))), constant_values=-1)
+        places = [slice(start + offset, start + offset + len(query)) for offset in range(self.conv_width)]
+        return Reads(
+            attention=seen(query[:, None], key, query_ids[:, :, None], key_ids[:, None, :]),
+            convolution=[seen(query, beside[at], query_ids, beside_ids[:, at]) for at in places],
+        )
+
+    def _view(self, cache: Cache, length: int) -> View:
+        """What the `length` positions after the cached ones read."""
+        window = cache.layers.keys.shape[2]
+        positions = cache.count + jnp.arange(length)
+        before = cache.count + jnp.arange(-window, 0)
+        most = window // self.block_size
+        own = self._behind(positions, positions, 0, most)
+        return View(positions, own, self._behind(positions, before, 1, most, start=window), window)
+
+    def _run(
+        self,
+        ids: Int[Array, "B Q"],
+        t: Float[Array, "B"] | Float[Array, "B K"],
+        view: View,
+        past: Past | None = None,
+        *,
+        keep: bool = False,
+    ) -> tuple[Float[Array, "B Q D"], Past | None]:
+        """All blocks over one stream: the residual stream, and when asked to, what each layer keeps of it."""
+        # Devices that share a table look up their part of each vector, for all of their rows, and exchange the parts.
+        x = constrain(constrain(self.embedding(ids), "group", None, "embed"), "batch", None, None)
+        condition = None
+        if t.ndim == 1:
+            t = t[:, None]
+        else:
+            size = self.block_size or ids.shape[1]
+            if t.shape[1] != -(-ids.shape[1] // size):
+                raise ValueError(f"{t.shape[1]} times for {ids.shape[1]} positions in blocks of {size}")
+            t = jnp.repeat(t, size, axis=1)[:, : ids.shape[1]]
+        if self.time_in is not None:
+            embedded = time_embedding(t.reshape(-1), self.time_in.in_features)
+            condition = jax.nn.silu(self.time_in(embedded)).reshape(*t.shape, -1).astype(x.dtype)
+        graphdef, params = nnx.split(self.blocks)
+
+        def layer(x: Float[Array, "B Q D"], inputs: tuple[Any, Past | None]) -> tuple[Array, Past | None]:
+            x, kept = nnx.merge(graphdef, inputs[0])(x, view, condition, inputs[1])
+            return constrain(x, "batch", None, None), kept if keep else None
+
+        if self.remat != "none":
+            dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+            layer = jax.checkpoint(layer, policy=dots if self.remat == "dots" else None, prevent_cse=False)
+        return jax.lax.scan(layer, x, (params, past))
+
+    def _score(self, features: Float[Array, "B Q D"]) -> Float[Array, "B Q V"]:
+        """Logits, in float32."""
+        flat = (self.head or self.embedding).attend(features.reshape(-1, features.shape[-1]))  # as in `Linear`
+        return flat.astype(jnp.float32).reshape(*features.shape[:2], -1)
+
+
+def segments(x_0: Int[Array, "B L"], end_of_text: int) -> Int[Array, "B L"]:
+    """Which document of its row each token belongs to; an end-of-text mark belongs to the one it ends.
+
+    >>> segments(jnp.array([[5, 9, 6, 7]]), end_of_text=9).tolist()
+    [[0, 0, 1, 1]]
+    """
+    ends = (x_0 == end_of_text).astype(jnp.int32)
+    return jnp.cumsum(ends, axis=1) - ends
+
+
+def count_parameters(model: nnx.Module) -> int:
+    """Number of trained numbers.
+
+    >>> count_parameters(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
+    9
+    """
+    return sum(p.size for p in jax.tree.leaves(nnx.state(model, nnx.Param)))

@@ -1,0 +1,83 @@
+"""What a running stage tells: events in a file, the pace of progress, a line on each result."""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nanodlm.store import Artifact
+
+
+class EventLog:
+    """Appends one JSON object per event to a file; call it as `emit(kind, **fields)`."""
+
+    def __init__(self, path: Path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("a", buffering=1)
+
+    def __call__(self, kind: str, **fields: Any) -> None:
+        """Write one event."""
+        self._file.write(json.dumps({"time": round(time.time(), 3), "event": kind, **fields}) + "\n")
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+class Pace:
+    """Puts the progress of one stage into words, with the time that is left.
+
+    >>> Pace().describe({"done": 20, "total": 120, "unit": "updates", "loss": 2.5})
+    '20/120 updates, loss 2.500'
+    """
+
+    def __init__(self) -> None:
+        self._first: tuple[float | None, float, float] | None = None  # total, done and time of a count's first event
+
+    def describe(self, fields: dict[str, Any]) -> str:
+        """Words for the fields of a `progress` event."""
+        done, total = fields["done"], fields.get("total")
+        digits = 1 if total and total < 100 and not float(total).is_integer() else 0
+        count = f"{done:,.{digits}f}/{total:,.{digits}f}" if total else f"{done:,.1f}"
+        parts = [f"{count} {fields['unit']}"]
+        if fields.get("loss") is not None:
+            parts.append(f"loss {fields['loss']:.3f}")
+        if fields.get("tokens_per_second"):
+            parts.append(f"{fields['tokens_per_second']:,.0f} tokens/s")
+        now = time.monotonic()
+        if self._first is None or self._first[0] != total:
+            self._first = (total, done, now)
+        elif total and done > self._first[1]:
+            left = (total - done) * (now - self._first[2]) / (done - self._first[1])
+            parts.append(f"{int(left) // 60}:{int(left) % 60:02d} left")
+        return ", ".join(parts)
+
+
+def summary(artifact: "Artifact") -> str:
+    """One phrase on what an artifact holds."""
+    m = artifact.metrics
+    match artifact.stage:
+        case "download":
+            return f"{m['documents']:,} documents, {m['bytes'] / 1e6:.1f} MB in {m['parts']} parts"
+        case "tokenizer":
+            return f"{m['n_vocab']:,} entries"
+        case "split":
+            return f"{m['val_tokens']:,} validation tokens from {m['val_documents']:,} of {m['documents']:,} documents"
+        case "shard":
+            return f"{m['train_rows']:,} training rows of {m['seq_len']} tokens, {m['val_rows']:,} for validation"
+        case "train":
+            return (
+                f"{m['updates']:,} updates, {m['trained_tokens']:,} tokens at {m['train_tokens_per_second']:,.0f} "
+                f"tokens/s, {m['parameters'] / 1e6:.2f}M parameters"
+            )
+        case "evaluate":
+            return f"{m['val_bits_per_byte']:.4f} ± {m['val_bits_per_byte_stderr']:.4f} bits per byte"
+        case "sample":
+            return f"{m['samples']} samples"
+        case _:
+            return ""
+
+
+Emit = Callable[..., None]

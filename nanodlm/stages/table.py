@@ -1,0 +1,132 @@
+"""The seven stages as data, and the one way to run any of them: look it up, else build it.
+
+    download -> tokenizer -> split -> shard -> train -> evaluate -> sample   (a report gathers them)
+
+Each stage is a function from verified input artifacts and its own part of the configuration to files in a folder.
+Its fingerprint covers just those, so a changed setting rebuilds what depends on it and nothing else.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from nanodlm.checkpoints.finding import find_checkpoint
+from nanodlm.config import Config
+from nanodlm.errors import UsageError
+
+Emit = Callable[..., None]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of the pipeline.
+
+    Attributes:
+        name: Also the name of its folder in the store.
+        build: `module:function` that does the work; imported when it runs.
+        inputs: Stages whose artifacts it reads.
+        parameters: The settings that determine its bytes, given the inputs.
+        version: Raised when the function's output changes for equal inputs.
+        own_process: Whether it uses JAX, and so runs in a process of its own beside an orchestrator.
+        volatile: Prefixes of its files that hold times or logs.
+    """
+
+    name: str
+    build: str
+    inputs: Callable[[Config], tuple[str, ...]]
+    parameters: Callable[[Config], dict[str, Any]]
+    version: int = 1
+    own_process: bool = False
+    volatile: tuple[str, ...] = ()
+
+
+def _source(config: Config) -> dict[str, Any]:
+    from nanodlm.data import sources
+
+    return sources.identity(config.data)
+
+
+def _tokenizer_parameters(config: Config) -> dict[str, Any]:
+    fields = {"tokenizer", "vocab_size", "val_tokens", "split_seed"}
+    return config.data.model_dump(include=fields if config.data.tokenizer == "bpe" else {"tokenizer"})
+
+
+def _train_parameters(config: Config) -> dict[str, Any]:
+    if not config.exp.resume_path:
+        return config.training()
+    return {**config.training(), "started_from": find_checkpoint(config.exp.resume_path).digest}
+
+
+STAGES: dict[str, Stage] = {
+    stage.name: stage
+    for stage in (
+        Stage("download", "nanodlm.data.download:download", lambda c: (), _source),
+        Stage(
+            "tokenizer",
+            "nanodlm.data.split:build_tokenizer",
+            lambda c: ("download",) if c.data.tokenizer == "bpe" else (),
+            _tokenizer_parameters,
+        ),
+        Stage(
+            "split",
+            "nanodlm.data.split:build_split",
+            lambda c: ("download", "tokenizer"),
+            lambda c: c.data.model_dump(include={"val_tokens", "split_seed"}),
+        ),
+        Stage(
+            "shard",
+            "nanodlm.data.shard:build_shards",
+            lambda c: ("download", "tokenizer", "split"),
+            lambda c: c.model.model_dump(include={"seq_len"}),
+            version=2,  # its metrics list the rows of each shard
+        ),
+        Stage(
+            "train",
+            "nanodlm.training.loop:train",
+            lambda c: ("shard", "tokenizer"),
+            _train_parameters,
+            own_process=True,
+            volatile=("checkpoints/", "config.json", "logs.json"),
+        ),
+        Stage(
+            "evaluate",
+            "nanodlm.evaluation.evaluate:evaluate",
+            lambda c: ("shard", "train"),
+            lambda c: c.eval.model_dump(),
+            own_process=True,
+        ),
+        Stage(
+            "sample",
+            "nanodlm.generation.generate:generate",
+            lambda c: ("train",),
+            lambda c: c.sample.model_dump(),
+            own_process=True,
+        ),
+        Stage(
+            "report",
+            "nanodlm.evaluation.report:build",
+            lambda c: ("train", "evaluate", "sample"),
+            lambda c: c.exp.model_dump(include={"run_name"}),
+        ),
+    )
+}
+NAMES = tuple(name for name in STAGES if name != "report")
+
+
+def until(last: str) -> tuple[str, ...]:
+    """Names of the stages up to one; the report comes with the samples.
+
+    >>> until("split")
+    ('download', 'tokenizer', 'split')
+    """
+    return tuple(STAGES) if last == "sample" else NAMES[: NAMES.index(last) + 1]
+
+
+def check_rebuild(rebuild: str | None, last: str) -> None:
+    """Whether a stage that is to be rebuilt is among those up to one.
+
+    Raises:
+        UsageError: When it is not.
+    """
+    if rebuild is not None and rebuild not in until(last):
+        raise UsageError(f"--rebuild {rebuild} comes after --until {last}: nothing would be rebuilt")

@@ -1,0 +1,58 @@
+"""Why a stage would be built, field by field."""
+
+from collections.abc import Iterator
+
+from nanodlm.config import Config, differences
+from nanodlm.errors import Damaged
+from nanodlm.stages.lookup import Lookup, _comparable
+from nanodlm.stages.table import STAGES
+from nanodlm.store import SCHEMA, Artifact, Store
+
+
+def why(lookup: Lookup, store: Store) -> str:
+    """Why a stage would be built: which settings and inputs differ from the most similar artifact there is."""
+    if lookup.identity is None:
+        return "an input is not built yet"
+    if not store.asked:
+        return "it was not fetched before, and the store is not asked while NANODLM_OFFLINE is set"
+    wanted = _comparable(lookup.identity)
+    best: tuple[list[str], str] | None = None
+    for stage, fingerprint in store:
+        if stage != lookup.stage.name:
+            continue
+        try:
+            other = store.find(stage, fingerprint)
+        except Damaged:
+            continue
+        if other is None:
+            continue
+        has = _comparable({k: other.manifest[k] for k in lookup.identity})
+        reasons = [f"{field}: {values}" for field, values in differences(has, wanted).items()]
+        if best is None or len(reasons) < len(best[0]):
+            best = (reasons, fingerprint[:12])
+    return f"{'; '.join(best[0])} (against {best[1]})" if best else "nothing like it has been built yet"
+
+
+def explain(artifact: Artifact, config: Config) -> Iterator[str]:
+    """Why a configuration would not reuse an artifact: what differs, in it and in all it was made from.
+
+    Yields:
+        Lines such as `train: train.lr: 0.001 -> 0.002`; one may come twice.
+    """
+    stage, made = STAGES[artifact.stage], artifact.manifest
+    has = {**made["parameters"], "version": made["version"], "schema": made["schema"]}
+    wanted = {**stage.parameters(config), "version": stage.version, "schema": SCHEMA}
+    for field, values in differences(has, wanted).items():
+        yield f"{stage.name}: {field}: {values}"
+    names = stage.inputs(config)
+    for name in made["inputs"].keys() | set(names):
+        if (name in made["inputs"]) != (name in names):
+            yield f"{stage.name}: {'is now made' if name in names else 'is no longer made'} from {name}"
+            continue
+        source = artifact.store.find(name, made["inputs"][name]["fingerprint"])
+        if source is None:
+            yield f"{stage.name}: the {name} artifact that it was made from is not there any more"
+            continue
+        if source.digest != made["inputs"][name]["digest"]:
+            yield f"{stage.name}: the {name} artifact was rebuilt with other bytes since"
+        yield from explain(source, config)

@@ -1,0 +1,34 @@
+"""Content-verified artifacts on any fsspec URL: local disk, `s3://`, `gs://`.
+
+    {store}/{stage}/{fingerprint}/
+      manifest.json        the only commit point: written last, created once
+      attempts/{id}/...    the files of one attempt; another attempt never writes there
+      attempts/{id}/parts/{name}.json   a finished part (a shard, a checkpoint): its files and their sha256
+      lease.json           tells a second run to wait, and others how far the first is; nothing's correctness
+                           depends on it
+
+An artifact exists when its manifest does. A killed attempt leaves finished parts, which the next attempt
+adopts after checking their sha256. Readers call `Artifact.local()`, which checks every file first.
+"""
+
+from nanodlm.store.attempt import Attempt, new_attempt
+from nanodlm.store.lease import hold_lease, lease_events
+from nanodlm.store.manifest import SCHEMA, canonical_json, fingerprint_of, sealed
+from nanodlm.store.part import Part, finished_parts, read_part
+from nanodlm.store.store import Artifact, Store
+
+__all__ = [
+    "SCHEMA",
+    "Artifact",
+    "Attempt",
+    "Part",
+    "Store",
+    "canonical_json",
+    "fingerprint_of",
+    "finished_parts",
+    "hold_lease",
+    "lease_events",
+    "new_attempt",
+    "read_part",
+    "sealed",
+]

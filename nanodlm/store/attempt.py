@@ -1,0 +1,273 @@
+"""One try at building an artifact: its folder, its finished parts, and the commit."""
+
+import contextlib
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from nanodlm.errors import Damaged, NanodlmError
+from nanodlm.store.cache import drop, hold, whole
+from nanodlm.store.disk import sha256_of
+from nanodlm.store.manifest import PACKAGES, _digest, _safe, _version, sealed
+from nanodlm.store.part import _within, finished_parts, read_part
+from nanodlm.store.store import Artifact, Store
+
+
+class Attempt:
+    """One try at building an artifact: a local folder whose files become the artifact at `commit`."""
+
+    def __init__(self, store: Store, stage: str, fingerprint: str, afresh: bool = False):
+        """Make a new, empty attempt."""
+        self.store, self.stage, self.fingerprint, self.afresh = store, stage, fingerprint, afresh
+        self.id = f"{datetime.now(UTC):%Y%m%dT%H%M%S%f}-{secrets.token_hex(4)}"  # sorts by time
+        self.started = time.monotonic()
+        self._parts: dict[str, dict[str, Any]] = {}
+        self._entry = f"attempt-{self.id}"  # of the cache, when the store is remote
+        if not store.is_local:
+            self.path = hold(self._entry)
+            return
+        self.path = Path(self._remote())
+        try:
+            self.path.mkdir(parents=True)
+        except OSError as error:
+            raise cannot_write(store, error) from error
+
+    def close(self) -> None:
+        """Remove local copies of what lies in a remote store."""
+        if not self.store.is_local:
+            drop(self._entry)
+
+    def _remote(self, *relative: str) -> str:
+        return self.store.path(self.stage, self.fingerprint, "attempts", self.id, *relative)
+
+    def finish(self, name: str, files: Iterable[str], **info: Any) -> None:
+        """Record files (relative paths) as a finished part, which a later attempt may adopt.
+
+        Args:
+            name: The part's name, unique in the attempt; it may contain slashes.
+            files: Files that will not change any more.
+            **info: Anything JSON can hold that whoever adopts it will want to know.
+        """
+        names = sorted(files)
+        self._publish(names, lambda *_, **__: None)
+        self._record(name, [_listed(self.path, file) for file in names], info)
+
+    def _record(self, name: str, files: list[dict[str, Any]], info: dict[str, Any]) -> None:
+        # It says whose it is, so that one in another's place is not taken for that.
+        part = {"stage": self.stage, "fingerprint": self.fingerprint, "part": name, "files": files, "info": info}
+        self.store.write_json(self._remote("parts", f"{name}.json"), sealed(part))
+        self._parts[name] = part
+
+    def _publish(self, files: list[str], emit: Callable[..., None]) -> None:
+        """Copy files to the store, unless they are in it already because it is on this disk."""
+        if self.store.is_local:
+            return
+        done, total = 0, sum((self.path / file).stat().st_size for file in files)
+
+        def arrived(size: int) -> None:
+            nonlocal done
+            done += size
+            emit("progress", done=done / 1e6, total=total / 1e6, unit="MB published")
+
+        self.store.put([(self.path / file, self._remote(file)) for file in files], arrived)
+
+    def forget(self, name: str) -> None:
+        """Drop a finished part and its files, here and in the store."""
+        part = self._parts.pop(name)
+        self.store.remove(self._remote("parts", f"{name}.json"))
+        self._unlink(part)
+        if not self.store.is_local:
+            self.store.remove(*(self._remote(file["path"]) for file in part["files"]))
+
+    @cached_property
+    def earlier(self) -> dict[str, list[str]]:
+        """Names of the parts that earlier attempts finished, each with the attempts that did, newest first."""
+        since = ""
+        if self.afresh:
+            artifact = self.store.find(self.stage, self.fingerprint)
+            since = artifact.manifest["attempt"] if artifact else self.id
+        found = finished_parts(self.store, self.stage, self.fingerprint, since)
+        others = {name: [attempt for attempt in attempts if attempt != self.id] for name, attempts in found.items()}
+        return {name: attempts for name, attempts in others.items() if attempts}
+
+    def uri(self, name: str) -> str:
+        """Address, in the store, of a file or folder of this attempt."""
+        return self.store.uri(self.stage, self.fingerprint, "attempts", self.id, name)
+
+    def info(self, name: str) -> dict[str, Any] | None:
+        """What a part that an earlier attempt finished was finished with; its files are not looked at."""
+        return next((part["info"] for _, part in self._earlier_parts(name)), None)
+
+    def adopt(self, name: str) -> dict[str, Any] | None:
+        """Take over a part that an earlier attempt finished, if one's files are all still what they were.
+
+        Returns:
+            The `info` it was finished with, or None: then build it.
+        """
+        for base, part in self._earlier_parts(name):
+            copy = self._link if self.store.is_local else self._copy
+            if copy(base, part["files"]):
+                self._record(name, part["files"], part["info"])
+                return part["info"]
+            self._unlink(part)  # half a part must not be committed
+        return None
+
+    def _earlier_parts(self, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        """The folders of earlier attempts that finished a part, and its records, newest first."""
+        for attempt in self.earlier.get(name, ()):
+            base = self.store.path(self.stage, self.fingerprint, "attempts", attempt)
+            of = {"stage": self.stage, "fingerprint": self.fingerprint, "part": name}
+            if part := read_part(self.store, f"{base}/parts/{name}.json", **of):
+                yield base, part
+
+    def _unlink(self, part: dict[str, Any]) -> None:
+        """Remove a part's local files and the folders that this leaves empty."""
+        for file in part["files"]:
+            path = self.path / _safe(file["path"])
+            path.unlink(missing_ok=True)
+            for folder in path.parents:
+                if folder == self.path or not folder.is_dir() or any(folder.iterdir()):
+                    break
+                folder.rmdir()
+
+    def _link(self, base: str, files: list[dict[str, Any]]) -> bool:
+        """Take files of an earlier attempt on this disk over; whether all of them are whole."""
+        root = Path(self.store.path(self.stage, self.fingerprint))
+        for file in files:
+            source, target = Path(base, _safe(file["path"])), self.path / file["path"]
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.unlink(missing_ok=True)
+            if not _within(root, source):
+                return False
+            try:
+                os.link(source, target)  # finished files never change, so sharing them is safe
+            except FileNotFoundError:
+                return False
+            except OSError:
+                shutil.copyfile(source, target)
+            if not whole(target, file):
+                return False
+        return True
+
+    def _copy(self, base: str, files: list[dict[str, Any]]) -> bool:
+        """Take files of an earlier attempt in a bucket over; whether all of them are whole.
+
+        The server copies them, so nothing is sent. What is read and compared is the copies: that is what is committed.
+        """
+        copies = [(f"{base}/{_safe(file['path'])}", self._remote(file["path"])) for file in files]
+        try:
+            self.store.copy(copies)
+            self.store.get([(copy, self.path / file["path"]) for (_, copy), file in zip(copies, files, strict=True)])
+            if all(whole(self.path / file["path"], file) for file in files):
+                return True
+        except FileNotFoundError:
+            pass
+        self.store.remove(*(copy for _, copy in copies))
+        return False
+
+    def commit(
+        self,
+        *,
+        identity: dict[str, Any],
+        metrics: dict[str, Any],
+        config: dict[str, Any] | None = None,
+        volatile: Iterable[str] = (),
+        replace: bool = False,
+    ) -> Artifact:
+        """Publish every file of the attempt's folder and write the manifest.
+
+        Args:
+            identity: What the fingerprint was made of.
+            metrics: Counts and measurements.
+            config: The whole configuration of the run, from which `verify --repair` builds it again.
+            volatile: Prefixes of files that hold times or logs: verified like all others, but left out of the
+                digest, because equal results may differ there.
+            replace: Put this in the place of an existing manifest whose digest differs (an explicit rebuild).
+
+        Returns:
+            The committed artifact: this one, or the one that another attempt committed first.
+        """
+        known = {file["path"]: file for part in self._parts.values() for file in part["files"]}
+        names = sorted(p.relative_to(self.path).as_posix() for p in self.path.rglob("*") if p.is_file())
+        names = [name for name in names if not name.startswith("parts/")]
+        self._publish([name for name in names if name not in known], self.store.emit)
+        with ThreadPoolExecutor(4, thread_name_prefix="hash") as pool:
+            files = list(pool.map(lambda name: known.get(name) or _listed(self.path, name), names))
+        volatile = sorted(volatile)
+        manifest = sealed({
+            **identity,
+            "fingerprint": self.fingerprint,
+            "attempt": self.id,
+            "files": files,
+            "volatile": volatile,
+            "digest": _digest(files, volatile),
+            "metrics": metrics,
+            "config": config,
+            "packages": {p: v for p in PACKAGES if (v := _version(p))},
+            "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "seconds": round(time.monotonic() - self.started, 3),
+        })  # fmt: skip
+        target = self.store.path(self.stage, self.fingerprint, "manifest.json")
+        while not self.store.write_json(target, manifest, create_only=True):
+            try:
+                existing = self.store.find(self.stage, self.fingerprint)
+            except Damaged:
+                existing = None
+            else:
+                if existing is None and not os.path.islink(target):  # it has been removed since
+                    continue
+            if existing and existing.manifest["attempt"] == self.id:  # by a creation that was said to have failed
+                return existing
+            if existing and not (replace and (existing.digest != manifest["digest"] or existing.problems(deep=True))):
+                with contextlib.suppress(OSError, NanodlmError):
+                    self.store.remove_folder(self._remote())  # nobody needs the same twice
+                return existing
+            self.store.write_json(target, manifest)
+            break
+        return Artifact(self.store, self.stage, self.fingerprint, manifest)
+
+
+@contextlib.contextmanager
+def new_attempt(store: Store, stage: str, fingerprint: str, *, afresh: bool = False) -> Iterator[Attempt]:
+    """A new attempt at an artifact. Any number may go on at once: the first to commit wins.
+
+    Args:
+        store: Where it will lie.
+        stage: The artifact's stage.
+        fingerprint: Its fingerprint.
+        afresh: Whether to leave aside what was finished before the artifact was committed: then only an
+            interrupted rebuild is continued.
+
+    Raises:
+        NanodlmError: When the store cannot be written, or cannot create a file only once.
+    """
+    try:  # before any work, so that a store that cannot be written says so at once
+        store.require_create_only()
+    except OSError as error:
+        raise cannot_write(store, error) from error
+    attempt = Attempt(store, stage, fingerprint, afresh)
+    try:
+        yield attempt
+    finally:
+        attempt.close()
+
+
+def cannot_write(store: Store, error: OSError) -> NanodlmError:
+    """The error of a store that cannot be written, in one line."""
+    no_bucket = isinstance(error, FileNotFoundError) and not store.is_local
+    reason = "there is no such bucket" if no_bucket else error.strerror or error
+    return NanodlmError(
+        f"cannot write to the store {store.uri()}: {reason}; choose another with --store, or mend its permissions"
+    )
+
+
+def _listed(folder: Path, name: str) -> dict[str, Any]:
+    """What a manifest says of a file."""
+    return {"path": name, "size": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)}

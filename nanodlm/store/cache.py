@@ -1,0 +1,213 @@
+"""Local copies of what lies in remote stores: verified, bounded, shared by the processes of one machine.
+
+    {cache}/entries/{name}/files/...     copies; each appears whole, after its sha256 was checked
+    {cache}/entries/{name}/used          locked by every process that uses the entry; its time is that of the last use
+    {cache}/entries/{name}/arriving/...  copies on their way, each with a lock, so that two processes do not fetch it
+    {cache}/lock                         held while entries are opened or thrown out
+
+An entry is all copies of one artifact, or the files that one attempt is making. Locks are the kernel's (`flock`), so
+they end with the process that holds them, however it ends.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import IO, Any
+
+from nanodlm.errors import Damaged, NanodlmError
+from nanodlm.store.disk import sha256_of
+
+DEFAULT_GB = 100.0
+THREADS, GROUP = 2, 8  # that fetch and verify, and files of each at once
+_held: dict[Path, IO[str]] = {}  # entries in use by this process; the open files hold their locks
+_holding = threading.Lock()
+
+
+def cache_dir() -> Path:
+    """Where copies lie: `$NANODLM_CACHE`, else `~/.cache/nanodlm`."""
+    return Path(os.environ.get("NANODLM_CACHE") or Path.home() / ".cache" / "nanodlm")
+
+
+def offline() -> bool:
+    """Whether `$NANODLM_OFFLINE` is set: then stores are not asked, and what was fetched before is used."""
+    return os.environ.get("NANODLM_OFFLINE", "").lower() in ("1", "true", "yes")
+
+
+def limit() -> int:
+    """Bytes that entries may take together: `$NANODLM_CACHE_GB`, else 100 GB.
+
+    Raises:
+        NanodlmError: When that is no positive number.
+    """
+    text = os.environ.get("NANODLM_CACHE_GB") or str(DEFAULT_GB)
+    try:
+        size = float(text)
+    except ValueError:
+        size = 0.0
+    if not 0 < size < 1e9:  # neither nan nor inf
+        raise NanodlmError(f"NANODLM_CACHE_GB must be a number of gigabytes above 0, not {text!r}")
+    return int(size * 1e9)
+
+
+def hold(name: str, needed: int = 0) -> Path:
+    """Open an entry, and keep it until this process ends: the folder for its files.
+
+    Args:
+        name: The entry's name.
+        needed: Bytes that will be added; others, the least recently used first, are thrown out to make room.
+
+    Raises:
+        NanodlmError: When there is not so much room, or the cache cannot be written.
+    """
+    entry = cache_dir() / "entries" / name
+    try:
+        (entry / "files").mkdir(parents=True, exist_ok=True)
+        with _locked(cache_dir() / "lock"), _holding:
+            (entry / "files").mkdir(parents=True, exist_ok=True)  # it may have been thrown out just now
+            if entry not in _held:
+                _held[entry] = (entry / "used").open("a")
+                fcntl.flock(_held[entry], fcntl.LOCK_SH)
+            os.utime(entry / "used")
+            _make_room(needed)
+    except OSError as error:
+        raise NanodlmError(
+            f"cannot write to the cache {cache_dir()}: {error.strerror}; set NANODLM_CACHE to a folder with room"
+        ) from error
+    return entry / "files"
+
+
+def drop(name: str) -> None:
+    """Throw an entry out that this process alone has used."""
+    entry = cache_dir() / "entries" / name
+    with _holding:
+        if held := _held.pop(entry, None):
+            held.close()
+    shutil.rmtree(entry, ignore_errors=True)
+
+
+def fetch(
+    folder: Path,
+    files: list[dict[str, Any]],
+    get: Callable[[list[tuple[str, Path]]], None],
+    arrived: Callable[[int], None] = lambda _: None,
+) -> None:
+    """Make local copies of files, several at a time, of those that are not there whole.
+
+    Two processes do not fetch the same file: one waits, and then finds it.
+
+    Args:
+        folder: What `hold` returned.
+        files: The `path`, `size` and `sha256` of each.
+        get: Copies files, given by their `path`, to local paths.
+        arrived: Told bytes that are there.
+
+    Raises:
+        Damaged: When what arrived is not what it should be; nothing is kept of it.
+        FileNotFoundError: When there is no such file.
+    """
+
+    def fetch_some(some: list[dict[str, Any]]) -> int:
+        arriving = {file["path"]: _arriving(folder, file) for file in some}
+        with contextlib.ExitStack() as locks:
+            for path in arriving.values():  # everyone takes locks in the order of paths, so nobody deadlocks
+                locks.enter_context(_locked(path.with_name("lock")))
+            missing = [file for file in some if not whole(folder / file["path"], file)]
+            for file in missing:
+                for left in arriving[file["path"]].parent.glob("[!l]*"):  # all but the lock: a killed process left it
+                    left.unlink()
+            if missing:
+                get([(file["path"], arriving[file["path"]]) for file in missing])
+            for file in missing:
+                if not whole(arriving[file["path"]], file):
+                    arriving[file["path"]].unlink(missing_ok=True)
+                    raise Damaged(f"{file['path']} has been altered")
+                (folder / file["path"]).parent.mkdir(parents=True, exist_ok=True)
+                arriving[file["path"]].replace(folder / file["path"])
+        return sum(file["size"] for file in some)
+
+    files = sorted(files, key=lambda file: file["path"])
+    groups = [files[i : i + GROUP] for i in range(0, len(files), GROUP)]
+    with ThreadPoolExecutor(THREADS, thread_name_prefix="fetch") as pool:  # some verify while others transfer
+        running = [pool.submit(fetch_some, group) for group in groups]
+        try:
+            for future in running:
+                arrived(future.result())
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _arriving(folder: Path, file: dict[str, Any]) -> Path:
+    """Where a file lies until it is verified, beside the lock of who fetches it."""
+    return folder.parent / "arriving" / hashlib.sha256(file["path"].encode()).hexdigest()[:16] / "file"
+
+
+def whole(path: Path, file: dict[str, Any]) -> bool:
+    """Whether a local file has the size and sha256 of its record."""
+    return path.is_file() and path.stat().st_size == file["size"] and sha256_of(path) == file["sha256"]
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:  # closing is not enough while a process forked meanwhile has it open as well
+            fcntl.flock(file, fcntl.LOCK_UN)
+
+
+def _make_room(needed: int) -> None:
+    """Throw out what nobody uses, the least recently used first, until `needed` more bytes fit."""
+    entries = [entry for entry in (cache_dir() / "entries").iterdir() if entry.is_dir()]
+    sizes = {entry: _size(entry) for entry in entries}
+    total = sum(sizes.values())
+    for entry in sorted(entries, key=_last_used):
+        left_behind = entry.name.startswith("attempt-")
+        if total + needed <= limit() and not left_behind:
+            continue
+        if entry in _held or not _unused(entry):
+            continue
+        shutil.rmtree(entry, ignore_errors=True)
+        total -= sizes[entry]
+    if needed and total + needed > limit():
+        raise NanodlmError(
+            f"the cache {cache_dir()} may hold {limit() / 1e9:.3g} GB, of which {total / 1e9:.3g} are in use, and "
+            f"{needed / 1e9:.3g} more are needed: raise NANODLM_CACHE_GB"
+        )
+
+
+def _size(entry: Path) -> int:
+    """Bytes below it; its users add, rename and remove files meanwhile."""
+    total = 0
+    for folder, _, names in os.walk(entry):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                total += os.stat(os.path.join(folder, name)).st_size
+    return total
+
+
+def _last_used(entry: Path) -> float:
+    try:
+        return (entry / "used").stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
+
+
+def _unused(entry: Path) -> bool:
+    """Whether no process holds it. Nobody can take it meanwhile: that needs the cache's own lock."""
+    try:
+        with (entry / "used").open("a") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except FileNotFoundError:  # its user has thrown it out just now
+        return True
+    return True

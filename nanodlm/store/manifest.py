@@ -1,0 +1,103 @@
+"""Records as JSON: canonical text, fingerprints, checksums, and what makes a manifest sound."""
+
+import hashlib
+import json
+import re
+from importlib import metadata
+from pathlib import PurePosixPath
+from typing import Any
+
+from nanodlm.errors import Damaged
+
+MANIFEST = "manifest.json"
+
+SCHEMA = 1
+PACKAGES = ("nanodlm", "jax", "flax", "optax", "orbax-checkpoint", "grain", "array-record", "tiktoken", "tokenizers")
+NAME = re.compile(r"[0-9A-Za-z_-]+")  # of an attempt, a stage or a fingerprint in a manifest
+
+
+def canonical_json(value: Any) -> str:
+    """The one JSON text of a value: sorted keys, no spaces, no NaN.
+
+    Raises:
+        TypeError: For anything but dict (with string keys), list, tuple, str, int, float, bool and None.
+
+    >>> canonical_json({"b": (1, 2.5), "a": None})
+    '{"a":null,"b":[1,2.5]}'
+    """
+
+    def check(v: Any) -> None:
+        if isinstance(v, dict):
+            for key, item in v.items():
+                if not isinstance(key, str):
+                    raise TypeError(f"a fingerprint takes string keys, not {key!r}")
+                check(item)
+        elif isinstance(v, list | tuple):
+            for item in v:
+                check(item)
+        elif v is not None and type(v) not in (str, int, float, bool):
+            raise TypeError(f"a fingerprint takes no {type(v).__name__}: {v!r}")
+
+    check(value)
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+
+
+def fingerprint_of(identity: dict[str, Any]) -> str:
+    """sha256 of the canonical JSON of everything that determines an artifact's bytes, in hex.
+
+    >>> fingerprint_of({"stage": "shard"})[:8]
+    'a8c0b4ff'
+    """
+    return hashlib.sha256(canonical_json(identity).encode()).hexdigest()
+
+
+def sealed(value: dict[str, Any]) -> dict[str, Any]:
+    """A record with a checksum over the rest of it, so that no altered byte of it goes unnoticed.
+
+    >>> sealed({"a": 1})["checksum"][:8]
+    'f9d86028'
+    """
+    rest = {k: v for k, v in value.items() if k != "checksum"}
+    text = json.dumps(rest, sort_keys=True)
+    return {**rest, "checksum": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def _safe(relative: str) -> str:
+    """Refuse a manifest's path that would leave its artifact."""
+    path = PurePosixPath(relative)
+    if path.is_absolute() or ".." in path.parts or not path.parts or "\\" in relative or "\0" in relative:
+        raise Damaged(f"a manifest names the path {relative!r}, which leaves its artifact: do not use this store")
+    return relative
+
+
+def _wrong_with(manifest: Any, stage: str, fingerprint: str) -> str:
+    """What is wrong with a manifest in itself; empty when nothing is."""
+    needed = {"schema", "digest", "files", "volatile", "attempt", "metrics", "inputs", "parameters"}
+    if not isinstance(manifest, dict) or not needed <= manifest.keys():
+        return "is not a manifest"
+    if manifest != sealed(manifest):
+        return "has been altered: its checksum is not that of its content"
+    if manifest["digest"] != _digest(manifest["files"], manifest["volatile"]):
+        return "has been altered: its digest is not its files'"
+    if (manifest.get("stage"), manifest.get("fingerprint")) != (stage, fingerprint):
+        return f"belongs to {manifest.get('stage')}/{manifest.get('fingerprint')}"
+    if not NAME.fullmatch(manifest["attempt"]):
+        return "names an attempt that leaves its artifact"
+    inputs = [(name, made["fingerprint"]) for name, made in manifest["inputs"].items()]
+    if not all(NAME.fullmatch(part) for address in inputs for part in address):
+        return "names an input that leaves the store"
+    return ""
+
+
+def _digest(files: list[dict[str, Any]], volatile: list[str]) -> str:
+    """sha256 over path, size and sha256 of the files whose bytes the inputs determine."""
+    return fingerprint_of(
+        {f["path"]: [f["size"], f["sha256"]] for f in files if not f["path"].startswith(tuple(volatile))}
+    )
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

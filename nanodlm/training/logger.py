@@ -1,0 +1,135 @@
+"""The record of a training, fetched an update late so that the device always has work."""
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+from jaxtyping import Array
+
+from nanodlm.checkpoints.saving import State
+from nanodlm.config import Config
+from nanodlm.errors import NanodlmError
+from nanodlm.training.step import all_finite
+from nanodlm.training.trackers import Tracker
+
+
+class _Logger:
+    """Fetches scalars an update late, so that the device always has work."""
+
+    def __init__(
+        self,
+        config: Config,
+        records: list[dict[str, Any]],
+        emit: Callable[..., None],
+        tracker: Tracker | None,
+        *,
+        limit: float,
+        last_good: Callable[[int], str],
+    ):
+        """Continue the records of a run.
+
+        Args:
+            config: The run's configuration.
+            records: Those of before.
+            emit: Called with each.
+            tracker: Told each, if there is one.
+            limit: Of the bound in nats per token, which two records in a row may not exceed.
+            last_good: Address of the newest checkpoint before an update.
+        """
+        self.records = list(records)
+        self._limit, self._last_good = limit, last_good
+        self._high = 0  # the first update of those whose bound is above the limit now
+        self.tokens_per_second: float = records[-1]["tokens_per_second"] if records else 0.0
+        self._config, self._emit, self._tracker = config, emit, tracker
+        self._waiting: tuple[int, dict[str, Array]] | None = None
+        self._clock: tuple[int, float] | None = None
+
+    def start(self, step: int) -> None:
+        """Start the clock: update `step` is done."""
+        self._clock = (step, time.monotonic())
+
+    def stop(self, step: int) -> None:
+        """Stop the clock: update `step` is done, and with it all before."""
+        self._measure(step, time.monotonic())
+
+    def off_the_clock(self, work: Callable[[State], dict[str, float]], state: State) -> dict[str, float]:
+        """Do something that is no training."""
+        began = time.monotonic()
+        result = work(state)
+        if self._clock:
+            self._clock = (self._clock[0], self._clock[1] + time.monotonic() - began)
+        return result
+
+    def _measure(self, step: int, now: float) -> None:
+        if self._clock and step > self._clock[0]:
+            train = self._config.train
+            per_update = train.batch_size * train.grad_acc_steps * self._config.model.seq_len
+            self.tokens_per_second = (step - self._clock[0]) * per_update / (now - self._clock[1])
+
+    def add(self, step: int, scalars: dict[str, Array]) -> None:
+        """Record the scalars of an update, which are fetched at the next `flush`."""
+        self.flush()
+        self._waiting = (step, scalars)
+
+    def flush(self) -> None:
+        """Fetch and write the waiting record; numbers that are not finite are written as None.
+
+        Raises:
+            NanodlmError: When one is, unless such updates are skipped, or when the bound has exploded.
+        """
+        if self._waiting is None:
+            return
+        (step, scalars), self._waiting = self._waiting, None
+        values = self._fetch(step, scalars)
+        self._measure(step, time.monotonic())
+        record = {"step": step, **values, "tokens_per_second": round(self.tokens_per_second, 1)}
+        self.records.append(record)
+        if self._tracker:
+            self._tracker.log(record)
+        self._emit("progress", done=step, total=self._config.train.max_steps, unit="updates", **record)
+        self._judge(step, record["nats_per_token"])
+
+    def _judge(self, step: int, bound: float | None) -> None:
+        """Two bounds in a row above the limit, of records or of saves, are an explosion."""
+        high = bound is not None and bound > self._limit
+        if high and self._high and step > self._high:
+            raise self._diverged(f"the loss has exploded at update {step}, to {bound:.0f} nats per token", self._high)
+        self._high = (self._high or step) if high else 0
+
+    def check(self, step: int, scalars: dict[str, Array], state: State) -> None:
+        """Make sure that the state after an update is worth saving.
+
+        Raises:
+            NanodlmError: When its numbers, or those of records before, are not finite or have exploded.
+        """
+        self.flush()
+        self._judge(step, self._fetch(step, scalars)["nats_per_token"])
+        if not all_finite(state):
+            raise self._diverged(f"parameters or optimizer are not finite after update {step}", step)
+
+    def mean_bound(self, after: int, until: int) -> dict[str, float]:
+        """The mean training bound of the records in a range of updates, if there are any."""
+        bounds = [r["nats_per_token"] for r in self.records if after < r["step"] <= until]
+        bounds = [bound for bound in bounds if bound is not None]
+        return {"train_nats_per_token": sum(bounds) / len(bounds)} if bounds else {}
+
+    def _fetch(self, step: int, scalars: dict[str, Array]) -> dict[str, float | None]:
+        values = {name: float(value) for name, value in scalars.items()}
+        bad = [name for name, value in values.items() if not math.isfinite(value)]
+        if bad and not self._config.train.skip_nonfinite:
+            found = ", ".join(f"{name} {values[name]}" for name in bad)
+            raise self._diverged(f"the loss is not a number at update {step} ({found})", step)
+        if "skipped" in values:
+            values["skipped"] = int(values["skipped"])
+        return {name: None if name in bad else value for name, value in values.items()}
+
+    def _diverged(self, what: str, before: int) -> NanodlmError:
+        good = self._last_good(before)
+        remedy = "lower --train.lr or --train.clip_grad_norm, or add --train.skip_nonfinite"
+        if not good:
+            return NanodlmError(f"{what}; no checkpoint was saved before: {remedy}")
+        return NanodlmError(
+            f"{what}; the last good checkpoint is {good}: {remedy}, and go on from it with --exp.resume_path "
+            "and --exp.allow_changed"
+        )

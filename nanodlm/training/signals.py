@@ -1,0 +1,49 @@
+"""Stopping on a signal, at the same update in every process."""
+
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Iterator
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array
+
+from nanodlm.devices.mesh import replicated
+
+
+def _agreement(mesh: Mesh, stop: threading.Event) -> Callable[[dict[str, Array]], bool]:
+    """What tells, after every update, whether a signal has reached any process.
+
+    With several processes it is an update late: their votes are counted on the devices, behind the update whose scalars
+    it is given, and read while the next one runs. So all stop at the same update.
+    """
+    if jax.process_count() == 1:
+        return lambda _: stop.is_set()
+    everywhere = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    count = jax.jit(lambda votes, _: votes.max(), out_shardings=replicated(mesh))
+    counted: list[Array] = []
+
+    def signalled(scalars: dict[str, Array]) -> bool:
+        vote = np.array([stop.is_set()], np.int32)
+        votes = jax.make_array_from_callback((mesh.size,), everywhere, lambda _: vote)
+        counted.append(count(votes, scalars["loss"]))
+        return len(counted) > 1 and bool(counted.pop(0))
+
+    return signalled
+
+
+@contextlib.contextmanager
+def _catch_signals() -> Iterator[threading.Event]:
+    """Yield an event that SIGTERM or SIGUSR1 sets; outside the main thread, where none can be caught, nothing does."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

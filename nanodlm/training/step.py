@@ -1,0 +1,166 @@
+"""One update: its loss, its state, and the program of both on a mesh of devices. It knows nothing of data or files."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+import tiktoken
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Int, Key
+
+from nanodlm.build import make_model, make_objective
+from nanodlm.checkpoints.saving import State
+from nanodlm.config import Config
+from nanodlm.devices.mesh import batch_sharding, logit_chunks, replicated, shardings
+from nanodlm.diffusion.corruption import Corruption
+from nanodlm.diffusion.objective import Objective
+from nanodlm.errors import UsageError
+from nanodlm.model.transformer import LOGICAL_AXES, count_parameters, segments
+from nanodlm.training.optimizer import learning_rate, make_optimizer
+
+
+def train_step(
+    state: State,
+    rows: Int[Array, "A B L"],
+    key: Key[Array, ""],
+    *,
+    graphdef: nnx.GraphDef,
+    optimizer: optax.GradientTransformation,
+    objective: Objective,
+    config: Config,
+) -> tuple[State, dict[str, Array]]:
+    """One update from A micro-batches of B rows.
+
+    The loss is the objective's in nats per token: summed over a row's tokens, divided by all of them. The noise of all
+    micro-batches is drawn at once, so that its times are spread evenly over the whole update.
+
+    Returns:
+        The new state, and scalars: `loss` (what was minimised), `nats_per_token` (the bound; with isolated documents
+        that of rows whose document edges are known), `grad_norm`, `lr`, and `skipped` when the state counts them.
+    """
+    n_micro, n_rows, length = rows.shape
+    chunks = logit_chunks(n_rows * length, objective.mask_id)
+    flat = rows.reshape(-1, length)
+    segment_ids = segments(flat, objective.mask_id - 1) if config.data.isolate_documents else None
+    noised = objective.corrupt(flat, jax.random.fold_in(key, state["step"]), segment_ids)
+    micro = jax.tree.map(lambda a: a.reshape(n_micro, n_rows, *a.shape[1:]), (flat, noised, segment_ids))
+
+    def loss_fn(
+        params: Any, x_0: Int[Array, "B L"], noised: Corruption, segment_ids: Int[Array, "B L"] | None
+    ) -> tuple[Array, Array]:
+        model = nnx.merge(graphdef, params)
+        if objective.mixed:
+            nats = objective.row_nats(objective.logits(model, x_0, noised, segment_ids), x_0, noised)
+            return jnp.mean(nats.loss) / length, jnp.mean(nats.bound) / length
+        features = objective.logits(model.features, x_0, noised, segment_ids)
+        loss, bound = objective.fused_nats(features, model.table, x_0, noised, chunks=chunks)
+        return loss / x_0.size, bound / x_0.size
+
+    def evaluate(batch: tuple[Array, Corruption, Array | None]) -> tuple[Any, Any]:
+        return jax.value_and_grad(loss_fn, has_aux=True)(state["model_state"], *batch)
+
+    def accumulate(total: Any, batch: tuple[Array, Corruption, Array | None]) -> tuple[Any, None]:
+        return jax.tree.map(lambda t, v: t + v / n_micro, total, evaluate(batch)), None
+
+    if n_micro == 1:
+        (loss, bound), grads = evaluate(jax.tree.map(lambda a: a[0], micro))
+    else:
+        zero = jax.tree.map(jnp.zeros_like, ((jnp.float32(0), jnp.float32(0)), state["model_state"]))
+        ((loss, bound), grads), _ = jax.lax.scan(accumulate, zero, micro)
+    updates, optimizer_state = optimizer.update(grads, state["optimizer_state"], state["model_state"])
+    params = optax.apply_updates(state["model_state"], updates)
+    new = {"model_state": params, "optimizer_state": optimizer_state, "step": state["step"] + 1}
+    if "ema_state" in state:
+        # The average starts as the parameters do; early on it follows them faster (arXiv:2206.00364, appendix).
+        decay = jnp.minimum(config.train.ema_decay, (1 + state["step"]) / (10 + state["step"]))
+        new["ema_state"] = optax.incremental_update(params, state["ema_state"], 1 - decay)
+    scalars = {
+        "loss": loss,
+        "nats_per_token": bound,
+        "grad_norm": optax.tree.norm(grads),
+        "lr": learning_rate(config.train)(state["step"] - state.get("skipped", 0)),
+    }
+    if "skipped" in state:
+        fine = jnp.isfinite(loss) & jnp.isfinite(scalars["grad_norm"])
+        new = jax.tree.map(partial(jnp.where, fine), new, {name: state[name] for name in new})
+        new |= {"step": state["step"] + 1, "skipped": state["skipped"] + jnp.where(fine, 0, 1)}
+        scalars["skipped"] = new["skipped"]
+    return new, scalars
+
+
+def init_state(config: Config, params: Any, optimizer: optax.GradientTransformation) -> State:
+    """The state before the first update."""
+    state = {"model_state": params, "optimizer_state": optimizer.init(params), "step": jnp.int32(0)}
+    if config.train.skip_nonfinite:
+        state["skipped"] = jnp.int32(0)
+    return {**state, "ema_state": jax.tree.map(jnp.copy, params)} if config.train.ema_decay else state
+
+
+class Program(NamedTuple):
+    """What runs on the devices of a mesh; trace it under `jax.set_mesh(mesh)`."""
+
+    graphdef: nnx.GraphDef
+    n_parameters: int
+    initialise: Callable[[], State]
+    """Makes the state before the first update, each part on its device."""
+    step: Any
+    """The jitted `train_step`, of (state, rows, key); the state is donated."""
+    state: State
+    """Shapes, types and shardings."""
+
+
+def make_program(config: Config, encoding: tiktoken.Encoding, mesh: Mesh) -> Program:
+    """The training program of a configuration on a mesh.
+
+    Raises:
+        UsageError: When the mesh cannot cut the parameters.
+    """
+    if config.model.n_heads % mesh.shape["tensor"]:
+        raise UsageError(
+            f"--model.n_heads {config.model.n_heads} cannot be shared by --train.tensor {mesh.shape['tensor']}: "
+            "use a divisor"
+        )
+    optimizer, objective = make_optimizer(config.train), make_objective(config, encoding)
+    graphdef, abstract = nnx.split(nnx.eval_shape(lambda: make_model(config, encoding)))
+
+    def initialise() -> State:
+        params = nnx.to_pure_dict(nnx.split(make_model(config, encoding))[1])
+        return init_state(config, params, optimizer)
+
+    shapes = jax.eval_shape(initialise)
+    places = shardings(mesh, shapes, LOGICAL_AXES)
+    step = partial(train_step, graphdef=graphdef, optimizer=optimizer, objective=objective, config=config)
+    return Program(
+        graphdef,
+        count_parameters(nnx.merge(graphdef, abstract)),
+        jax.jit(initialise, out_shardings=places),
+        jax.jit(step, donate_argnums=0, out_shardings=(places, replicated(mesh))),
+        jax.tree.map(lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), shapes, places),
+    )
+
+
+def abstract_rows(config: Config, mesh: Mesh) -> jax.ShapeDtypeStruct:
+    """Shape, type and sharding of one update's rows."""
+    shape = (config.train.grad_acc_steps, config.train.batch_size, config.model.seq_len)
+    return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(mesh, axis=1))
+
+
+def compile_step(config: Config, program: Program, mesh: Mesh) -> jax.stages.Compiled:
+    """Compile one update ahead of time, without any data; `mesh` may be of devices that only stand for others."""
+    key = jax.eval_shape(lambda: jax.random.key(config.train.seed))
+    with jax.set_mesh(mesh):
+        return program.step.lower(program.state, abstract_rows(config, mesh), key).compile()
+
+
+@jax.jit
+def all_finite(tree: Any) -> Bool[Array, ""]:
+    """Whether no array of a tree holds a NaN or an infinity.
+
+    >>> bool(all_finite({"a": jnp.zeros(2), "b": jnp.log(jnp.zeros(2))}))
+    False
+    """
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()

@@ -1,0 +1,192 @@
+"""Records of what a run does: an event log for whoever watches, and trackers for whoever compares."""
+
+import contextlib
+import json
+import math
+import os
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from nanodlm.config import Config, explain
+from nanodlm.errors import NanodlmError, UsageError
+
+
+class Tracker:
+    """Writes log records to a JSONL file and, where the configuration asks for it, to W&B and TensorBoard.
+
+    Use it as a context manager. When W&B or TensorBoard fails after the start, that is said once and it is left alone.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        path: Path,
+        *,
+        run_id: str,
+        folder: Path,
+        records: Iterable[dict[str, Any]] = (),
+        emit: Callable[..., None] = lambda *_, **__: None,
+    ):
+        """Open all of them.
+
+        Args:
+            config: Its `exp` says which; W&B gets all of it.
+            path: The JSONL file, one record a line, written as they come.
+            run_id: Names the run at W&B, where one that exists goes on, and in TensorBoard's folder.
+            folder: Where `tensorboard/` and, unless `$WANDB_DIR` is set, `wandb/` go.
+            records: What a resumed run has logged before; W&B has it already, the others begin with it.
+            emit: Told, as a `message`, where to look and what failed.
+
+        Raises:
+            UsageError: When a package is missing.
+            NanodlmError: When W&B does not start.
+        """
+        self._emit = emit
+        self._others: dict[str, _Wandb | _TensorBoard] = {}
+        if config.exp.use_wandb:
+            _need("wandb", "wandb", "--exp.use_wandb")
+        if config.exp.use_tensorboard:
+            _need("tensorboardX", "tensorboard", "--exp.use_tensorboard")
+        self._file = path.open("w", buffering=1)
+        try:
+            for record in records:
+                self._file.write(_json_line(record))
+            if config.exp.use_tensorboard:
+                name = re.sub(r"[^\w.-]+", "_", f"{config.exp.run_name}-{run_id}".lstrip("-"))
+                self._others["TensorBoard"] = _TensorBoard(folder / "tensorboard" / name, records)
+                emit("message", text=f"records for TensorBoard: {folder / 'tensorboard' / name}")
+            if config.exp.use_wandb:
+                self._others["W&B"] = run = _Wandb(config, run_id, folder)
+                emit("message", text=f"records for W&B: {run.where}")
+        except BaseException:
+            self.close(failed=True)
+            raise
+
+    def __enter__(self) -> "Tracker":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.close(failed=kind is not None)
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Write one record; its `step` is the number of updates done."""
+        self._file.write(_json_line(record))
+        for name, other in tuple(self._others.items()):
+            with self._forgiving(name):
+                other.log(record)
+
+    def close(self, *, failed: bool = False) -> None:
+        """Write what is left and end what was started; `failed` tells W&B that the run was cut short."""
+        self._file.close()
+        for name, other in tuple(self._others.items()):
+            with self._forgiving(name):
+                other.close(failed)
+        self._others.clear()
+
+    @contextlib.contextmanager
+    def _forgiving(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except (Exception, SystemExit) as error:  # W&B exits when its process has ended badly
+            broken = self._others.pop(name)
+            with contextlib.suppress(Exception, SystemExit):
+                broken.close(failed=True)
+            self._emit("message", text=f"{name} failed and gets no more records, the run goes on: {explain(error)}")
+
+
+class _TensorBoard:
+    """One event file, written in the caller's thread: a full disk is an error here, not a queue that blocks."""
+
+    FLUSH_SECONDS = 10.0
+
+    def __init__(self, folder: Path, records: Iterable[dict[str, Any]]):
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import SessionLog  # type: ignore[attr-defined]
+
+        folder.mkdir(parents=True, exist_ok=True)
+        self._writer = EventsWriter(str(folder / "events"), f".{time.time_ns()}")
+        self._write(0, session_log=SessionLog(status=SessionLog.START))  # forget what earlier files say
+        for record in records:
+            self._log(record)
+        self._flush()
+
+    def _write(self, step: int, **content: Any) -> None:
+        from tensorboardX.proto.event_pb2 import Event  # type: ignore[attr-defined]
+
+        self._writer.write_event(Event(wall_time=time.time(), step=step, **content))
+
+    def _log(self, record: dict[str, Any]) -> None:
+        from tensorboardX.proto.summary_pb2 import Summary  # type: ignore[attr-defined]
+
+        values = [Summary.Value(tag=k, simple_value=v) for k, v in record.items() if k != "step" and v is not None]
+        self._write(record["step"], summary=Summary(value=values))
+
+    def _flush(self) -> None:
+        self._writer.flush()
+        self._flushed = time.monotonic()
+
+    def log(self, record: dict[str, Any]) -> None:
+        self._log(record)
+        if time.monotonic() - self._flushed > self.FLUSH_SECONDS:
+            self._flush()
+
+    def close(self, failed: bool) -> None:
+        self._writer.close()
+
+
+class _Wandb:
+    """A run at Weights & Biases, apart from any that the process has besides."""
+
+    FINISH_SECONDS = 30.0  # for the upload at the end; what is left lies in the run's folder, for `wandb sync`
+
+    def __init__(self, config: Config, run_id: str, folder: Path):
+        import wandb
+
+        folder = Path(os.environ.get("WANDB_DIR") or folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self._run = wandb.init(
+                project=config.exp.project_name,
+                name=config.exp.run_name or None,
+                config=config.model_dump(),
+                id=run_id,
+                resume="allow",
+                reinit="create_new",
+                dir=str(folder),
+                settings=wandb.Settings(silent=True, console="off", finish_timeout=self.FINISH_SECONDS),
+            )
+        except Exception as error:
+            raise NanodlmError(
+                f"W&B did not start ({explain(error)}): run `wandb login`, set WANDB_MODE=offline, or leave out "
+                "--exp.use_wandb"
+            ) from error
+        self.where = str(Path(self._run.dir).parent) if self._run.offline else self._run.url
+
+    def log(self, record: dict[str, Any]) -> None:
+        self._run.log({k: v for k, v in record.items() if k != "step"}, step=record["step"])
+
+    def close(self, failed: bool) -> None:
+        import wandb
+
+        try:
+            self._run.finish(exit_code=int(failed))
+        finally:
+            if wandb.run is None:
+                wandb.teardown()  # ends W&B's own process, which no other run of ours needs
+
+
+def _need(package: str, extra: str, flag: str) -> None:
+    try:
+        import_module(package)
+    except ImportError as error:
+        raise UsageError(f"{flag} needs {package}: pip install 'nanodlm[{extra}]'") from error
+
+
+def _json_line(record: dict[str, Any]) -> str:
+    """A record as one line of JSON, null for what is not finite."""
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+    return json.dumps(finite, allow_nan=False) + "\n"

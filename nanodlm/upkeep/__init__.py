@@ -1,0 +1,1 @@
+"""Keeping stores well: verify, repair, collect, copy, adopt."""

@@ -1,0 +1,81 @@
+"""Copying artifacts to another store, each file compared with its sha256."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from nanodlm.errors import NanodlmError
+from nanodlm.stages.progress import Emit
+from nanodlm.stages.run import full_disk_in_one_line
+from nanodlm.store import Artifact, Store, hold_lease, read_part
+
+
+def copy(source: Store, target: Store, artifacts: list[tuple[str, str]], emit: Emit) -> Iterator[tuple[Artifact, bool]]:
+    """Copy artifacts to another store, each with its manifest last; what is there already is compared, not sent again.
+
+    Args:
+        source: Where they lie; every file is compared with its sha256 when it is read.
+        target: Where they go; every file is read back and compared.
+        artifacts: Their stages and fingerprints.
+        emit: Called as `emit("progress", done, total, unit)`.
+
+    Yields:
+        Each artifact in the target, and whether anything had to be copied.
+
+    Raises:
+        NanodlmError: When the target holds another artifact in its place.
+        Damaged: When a file is not what the manifest says, here or there.
+    """
+    source.emit = target.emit = emit
+    target.require_create_only()
+    for stage, fingerprint in artifacts:
+        artifact = source.open(f"{stage}/{fingerprint}")
+        there, sent = _same(artifact, target), False
+        if there is None:
+            reads = {name: made["fingerprint"] for name, made in artifact.manifest["inputs"].items()}
+            lease = hold_lease(target, stage, fingerprint, lambda text: emit("message", text=text), reads)
+            with lease, full_disk_in_one_line(target):
+                there = _same(artifact, target)  # another process may have been quicker
+                if there is None:
+                    there, sent = _send(artifact, target, emit), True
+        yield (there if sent else there.check()), sent
+
+
+def _same(artifact: Artifact, target: Store) -> Artifact | None:
+    """What the target holds in an artifact's place, which must be the same."""
+    there = target.find(artifact.stage, artifact.fingerprint)
+    if there is not None and there.digest != artifact.digest:
+        raise NanodlmError(f"{there.uri} holds another artifact than {artifact.uri}: remove one of them")
+    return there
+
+
+def _send(artifact: Artifact, target: Store, emit: Emit) -> Artifact:
+    """Copy an artifact that the target does not hold; its lease there keeps a collection away meanwhile."""
+    stage, fingerprint = artifact.stage, artifact.fingerprint
+    copied = Artifact(target, stage, fingerprint, artifact.manifest)
+    sizes = target.sizes(copied.remote("parts").rsplit("/", 1)[0])
+
+    def there_already(file: dict[str, Any]) -> bool:
+        same_size = sizes.get(file["path"]) == file["size"]
+        return same_size and target.sha256(copied.remote(file["path"])) == file["sha256"]
+
+    listed = {file["path"] for file in artifact.files()}  # what a killed copy had begun on a local disk goes
+    target.remove(*(copied.remote(path) for path in sizes if path not in listed and not path.startswith("parts/")))
+    wanted = [file for file in artifact.files() if not there_already(file)]
+    done, total = 0, sum(file["size"] for file in wanted)
+
+    def arrived(size: int) -> None:
+        nonlocal done
+        done += size
+        emit("progress", done=done / 1e6, total=total / 1e6, unit="MB copied")
+
+    if wanted:
+        folder = artifact.local(*(file["path"] for file in wanted))
+        target.put([(folder / file["path"], copied.remote(file["path"])) for file in wanted], arrived)
+    copied.check(deep=True)
+    parts = artifact.remote("parts")  # from which a repair keeps what is good, and a training may be started
+    for path in artifact.store.sizes(parts):
+        of = {"stage": stage, "fingerprint": fingerprint, "part": path.removesuffix(".json")}
+        if part := read_part(artifact.store, f"{parts}/{path}", **of):
+            target.write_json(copied.remote(f"parts/{path}"), part)
+    target.write_json(target.path(stage, fingerprint, "manifest.json"), artifact.manifest, create_only=True)
+    return _same(artifact, target) or copied

@@ -1,0 +1,167 @@
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nanodlm.data import loader
+from nanodlm.data import rows as data_rows
+from nanodlm.data.loader import train_batches
+
+ROWS, STEP, LENGTH = 22, 4, 3  # rows that steps do not divide, so that steps lie across the ends of epochs
+EPOCH = 11  # steps in which two whole epochs are visited
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three shards, the middle one empty; row i is (i, i, i)."""
+    folder = tmp_path_factory.mktemp("shards")
+    rows = np.repeat(np.arange(ROWS, dtype="<u2")[:, None], LENGTH, axis=1)
+    for i, part in enumerate((rows[:15], rows[:0], rows[15:])):
+        data_rows.write(folder / f"train-{i:05d}.arrayrecord", part)
+    data_rows.write(folder / "validation.arrayrecord", rows + 1000)
+    return folder
+
+
+def updates(folder: Path, rows_per_shard: list[int] | None = None, **options: Any) -> Iterator[np.ndarray]:
+    """The updates' rows of the shards in a folder."""
+    if rows_per_shard is None:
+        rows_per_shard = [len(data_rows.read(path, "<u2")) for path in sorted(folder.glob("train-*"))]
+    return train_batches(rows_per_shard, folder.joinpath, **options)
+
+
+def batches(folder: Path, count: int, **options: Any) -> np.ndarray:
+    """The first `count` batches, stacked."""
+    options = {"dtype": "<u2", "batch_size": STEP, "seed": 0, **options}
+    return np.stack([update[0] for update in islice(updates(folder, **options), count)])
+
+
+def test_batches_are_whole_rows_as_int32(folder: Path) -> None:
+    found = batches(folder, 3)
+    assert found.shape == (3, STEP, LENGTH)
+    assert found.dtype == np.int32
+    assert (found == found[..., :1]).all()
+
+
+@pytest.mark.parametrize("steps", [1, 5, 6, 11, 40])
+def test_a_later_first_row_gives_the_batches_of_an_uninterrupted_run(folder: Path, steps: int) -> None:
+    whole = batches(folder, steps + 8)
+    np.testing.assert_array_equal(batches(folder, 8, first_row=steps * STEP), whole[steps:])
+
+
+@pytest.mark.parametrize("size", [2, 5])
+def test_batches_of_another_size_continue_where_the_last_ones_ended(folder: Path, size: int) -> None:
+    whole = batches(folder, 30)[:, :, 0].ravel()
+    found = batches(folder, 3, first_row=6 * STEP, batch_size=size)
+    np.testing.assert_array_equal(found[:, :, 0].ravel(), whole[6 * STEP : 6 * STEP + 3 * size])
+
+
+def test_every_epoch_visits_every_row_once(folder: Path) -> None:
+    visited = batches(folder, 2 * EPOCH)[..., 0].ravel()
+    for epoch in visited.reshape(4, ROWS):
+        assert sorted(epoch) == list(range(ROWS))
+
+
+def test_no_validation_row_is_ever_visited(folder: Path) -> None:
+    assert batches(folder, 2 * EPOCH).max() == ROWS - 1
+
+
+def test_epochs_differ_in_their_order(folder: Path) -> None:
+    epochs = batches(folder, 2 * EPOCH)[..., 0].reshape(4, ROWS)
+    assert len({tuple(epoch) for epoch in [*epochs, np.arange(ROWS)]}) == 5
+
+
+def test_the_order_is_that_of_the_seed(folder: Path) -> None:
+    np.testing.assert_array_equal(batches(folder, EPOCH), batches(folder, EPOCH))
+    assert (batches(folder, EPOCH) != batches(folder, EPOCH, seed=1)).any()
+
+
+@pytest.mark.parametrize("first_row", [0, 20])
+@pytest.mark.parametrize("shares", [2, 4])
+@pytest.mark.parametrize("micro", [1, 3])
+def test_the_shares_of_each_micro_batch_side_by_side_are_what_one_process_reads(
+    folder: Path, shares: int, micro: int, first_row: int
+) -> None:
+    options = {"dtype": "<u2", "batch_size": STEP, "grad_acc_steps": micro, "seed": 0, "first_row": first_row}
+    whole = list(islice(updates(folder, **options), EPOCH))
+    assert whole[0].shape == (micro, STEP, LENGTH)
+    parts = [islice(updates(folder, **options, share=i, shares=shares), EPOCH) for i in range(shares)]
+    for expected, *found in zip(whole, *parts, strict=True):
+        np.testing.assert_array_equal(np.concatenate(found, axis=1), expected)
+
+
+def test_a_step_may_hold_more_rows_than_there_are(folder: Path) -> None:
+    visited = batches(folder, 2, batch_size=ROWS + 11)[..., 0].ravel()
+    assert [sorted(epoch) for epoch in visited.reshape(3, ROWS)] == [list(range(ROWS))] * 3
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 22])
+def test_batches_of_any_size_visit_the_same_rows_in_the_same_order(folder: Path, batch_size: int) -> None:
+    visited = batches(folder, 66 // batch_size, batch_size=batch_size)[..., 0].ravel()
+    np.testing.assert_array_equal(visited, batches(folder, 17)[..., 0].ravel()[:66])
+
+
+def test_rows_of_32_bits_keep_their_ids(tmp_path: Path) -> None:
+    data_rows.write(tmp_path / "train-00000.arrayrecord", np.array([[70_000, 2**31 - 1]], "<u4"))
+    assert batches(tmp_path, 1, dtype="<u4", batch_size=1).tolist() == [[[70_000, 2**31 - 1]]]
+
+
+def test_a_truncated_shard_stops_the_loader_rather_than_shrinking_the_data(folder: Path, tmp_path: Path) -> None:
+    whole = (folder / "train-00000.arrayrecord").read_bytes()
+    (tmp_path / "train-00000.arrayrecord").write_bytes(whole)
+    (tmp_path / "train-00001.arrayrecord").write_bytes(whole[:-10])
+    with pytest.raises(RuntimeError, match="Riegeli"):
+        batches(tmp_path, 1, rows_per_shard=[15, 15])
+
+
+# Windows of shards
+
+
+@pytest.fixture
+def many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Seven shards of two rows each, of which three are shuffled together."""
+    monkeypatch.setattr(loader, "WINDOW", 3)
+    for i in range(7):
+        data_rows.write(tmp_path / data_rows.name(i), np.full((2, LENGTH), 2 * i, "<u2") + np.array([[0], [1]], "<u2"))
+    return tmp_path
+
+
+def test_an_epoch_reads_window_by_window_and_every_row_once(many: Path) -> None:
+    visited = batches(many, 14, batch_size=2)[..., 0].ravel()
+    windows = loader.windows([2] * 7, seed=0)
+    assert sorted(i for window in windows for i in window) == list(range(7))
+    assert windows[0] != [0, 1, 2]
+    for epoch in visited.reshape(2, 14):
+        ends = np.cumsum([2 * len(window) for window in windows])
+        for window, rows in zip(windows, np.split(epoch, ends[:-1]), strict=True):
+            assert sorted(rows) == sorted(row for i in window for row in (2 * i, 2 * i + 1))
+    assert visited[:14].tolist() != visited[14:].tolist()
+
+
+def test_training_begins_with_the_shards_of_the_first_window_alone(tmp_path: Path) -> None:
+    """The loader prepares 16 updates in advance, far fewer than a window's rows here."""
+    windows = loader.windows([100] * 40, seed=0)
+    for i in windows[0]:
+        data_rows.write(tmp_path / data_rows.name(i), np.full((100, LENGTH), i, "<u2"))
+    stream = train_batches([100] * 40, tmp_path.joinpath, dtype="<u2", batch_size=STEP, seed=0)
+    first = [next(stream)[..., 0] for _ in range(100)]
+    assert set(np.unique(first)) == set(windows[0])
+    del stream
+
+
+def test_a_later_first_row_gives_the_same_rows_in_windows_too(many: Path) -> None:
+    whole = batches(many, 20, batch_size=2)
+    np.testing.assert_array_equal(batches(many, 10, batch_size=2, first_row=20), whole[10:])
+
+
+def test_no_more_files_are_open_than_are_read_together(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data_rows, "OPEN", 2)
+    opened: dict[str, Any] = {}
+    counts = {"train-00000.arrayrecord": 15, "train-00002.arrayrecord": 7, "validation.arrayrecord": ROWS}
+    rows = data_rows.Rows(counts, folder.joinpath, opened)
+    values = [int(np.frombuffer(rows[i], "<u2")[0]) for i in range(ROWS * 2)]
+    assert values == [*range(ROWS), *range(1000, 1000 + ROWS)]
+    assert list(opened) == ["train-00002.arrayrecord", "validation.arrayrecord"]
+    assert int(np.frombuffer(rows[0], "<u2")[0]) == 0

@@ -1,0 +1,75 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nanodlm.data import rows as data_rows
+from nanodlm.errors import Damaged
+
+
+def rows_of(count: int, length: int, dtype: str, seed: int = 0) -> np.ndarray:
+    top = int(np.iinfo(dtype).max) if dtype == "<u2" else 2**31 - 1
+    return np.random.default_rng(seed).integers(0, top, (count, length), endpoint=True).astype(dtype)
+
+
+@pytest.mark.parametrize("dtype", ["<u2", "<u4"])
+def test_rows_are_read_back_in_order_as_int32(tmp_path: Path, dtype: str) -> None:
+    rows = rows_of(300, 7, dtype)
+    data_rows.write(tmp_path / "x.arrayrecord", rows)
+    read = data_rows.read(tmp_path / "x.arrayrecord", dtype)
+    assert {row.dtype for row in read} == {np.dtype(np.int32)}
+    np.testing.assert_array_equal(np.stack(read), rows)
+
+
+def test_rows_may_differ_in_length(tmp_path: Path) -> None:
+    rows = [np.arange(n, dtype="<u2") for n in (5, 5, 1)]
+    data_rows.write(tmp_path / "x.arrayrecord", rows)
+    assert [row.tolist() for row in data_rows.read(tmp_path / "x.arrayrecord", "<u2")] == [row.tolist() for row in rows]
+
+
+def test_a_file_without_rows_is_read_as_such(tmp_path: Path) -> None:
+    data_rows.write(tmp_path / "x.arrayrecord", [])
+    assert data_rows.read(tmp_path / "x.arrayrecord", "<u2") == []
+
+
+def test_equal_rows_give_equal_bytes_and_other_rows_others(tmp_path: Path) -> None:
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        data_rows.write(tmp_path / name, rows_of(100, 16, "<u2", seed))
+    one, same, other = ((tmp_path / name).read_bytes() for name in "abc")
+    assert one == same
+    assert one != other
+
+
+@pytest.mark.parametrize("keep", [0, 1, 1000, -1])
+def test_a_truncated_file_is_refused_rather_than_read_as_empty(tmp_path: Path, keep: int) -> None:
+    path = tmp_path / "x.arrayrecord"
+    data_rows.write(path, rows_of(2000, 64, "<u2"))
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(Damaged, match=r"x\.arrayrecord is not a whole ArrayRecord file: .*--rebuild shard"):
+        data_rows.read(path, "<u2")
+
+
+def test_a_missing_file_is_refused_rather_than_read_as_empty(tmp_path: Path) -> None:
+    with pytest.raises(Damaged, match=r"absent\.arrayrecord is not a whole ArrayRecord file"):
+        data_rows.read(tmp_path / "absent.arrayrecord", "<u2")
+
+
+def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"text" * 50_000)
+    with pytest.raises(Damaged, match="is not a whole ArrayRecord file"):
+        data_rows.read(tmp_path / "x", "<u2")
+
+
+@settings(derandomize=True, max_examples=30, deadline=None)
+@given(ids=st.integers(1, 2**32))
+def test_the_type_is_the_smallest_that_holds_every_id(ids: int) -> None:
+    dtype = np.dtype(data_rows.dtype_for(ids))
+    assert dtype.byteorder in "=<"
+    assert np.iinfo(dtype).max >= ids - 1
+    assert dtype.itemsize == (2 if ids <= 65536 else 4)
+
+
+def test_the_types_change_where_sixteen_bits_are_full() -> None:
+    assert [data_rows.dtype_for(n) for n in (2**16, 2**16 + 1)] == ["<u2", "<u4"]

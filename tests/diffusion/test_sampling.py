@@ -1,0 +1,764 @@
+import inspect
+from collections.abc import Callable
+from functools import partial
+from itertools import pairwise, product
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nanodlm.diffusion import tokens as diffusion_tokens
+from nanodlm.diffusion.blocks import Decoder, sample_autoregressive, sample_blocks
+from nanodlm.diffusion.cross_entropy import predictable
+from nanodlm.diffusion.mixed import shares
+from nanodlm.diffusion.noise import Denoise
+from nanodlm.diffusion.sampling import BY_SCORE, REMASKING, SAMPLERS, sample
+from nanodlm.diffusion.schedules import KINDS, make_schedule
+from nanodlm.diffusion.steps import remask_probability
+from nanodlm.diffusion.tokens import limited
+from tests.support.laws import (
+    FORBIDDEN_LOGIT,
+    MASK_ID,
+    TOKENS,
+    VOCAB,
+    exact_denoiser,
+    exact_mixed_denoiser,
+    markov_table,
+    rough_table,
+)
+
+LENGTH = 4
+TABLE = rough_table(LENGTH)
+SHORT = rough_table(3)
+EXACT = exact_denoiser(TABLE)
+CHAIN = exact_denoiser(markov_table(8))
+STEPS, ROWS = 64, 8000
+KEY = jax.random.key(7)
+SLOW = partial(pytest.param, marks=pytest.mark.slow)
+
+
+SCHEDULES = {kind: make_schedule(kind) for kind in KINDS} | {
+    "steep": make_schedule("poly", exponent=300.0),
+    "jumps": make_schedule("linear_clipped", eps=0.2),
+}
+STATIC = ("denoise", "shape", "mask_id", "schedule", "num_steps", "sampler", "temperature", "top_k", "top_p", "grid")
+STATIC += ("guidance", "uniform_share", "entropy_bound", "remask", "loop_time")
+quickly = jax.jit(sample, static_argnames=STATIC)
+compiled = jax.jit(
+    sample,
+    static_argnames=STATIC,
+    compiler_options={"xla_backend_optimization_level": 1},  # long loops gain from it
+)
+
+
+def draw(
+    denoise: Denoise = EXACT,
+    rows: int = 64,
+    length: int = LENGTH,
+    *,
+    key: jax.Array = KEY,
+    kind: str = "linear",
+    num_steps: int = 8,
+    **options: Any,
+) -> np.ndarray:
+    run = compiled if rows * num_steps > 50_000 else quickly
+    shape, schedule = (rows, length), SCHEDULES[kind]
+    return np.asarray(
+        run(denoise, key, shape=shape, mask_id=MASK_ID, schedule=schedule, num_steps=num_steps, **options)
+    )
+
+
+def frequencies(rows: np.ndarray) -> np.ndarray:
+    """Share of each sequence among rows, in the shape of a table."""
+    flat = np.ravel_multi_index(tuple(rows.T), (TOKENS,) * rows.shape[1])
+    return np.bincount(flat, minlength=TOKENS ** rows.shape[1]).reshape((TOKENS,) * rows.shape[1]) / len(rows)
+
+
+def total_variation(p: np.ndarray, q: np.ndarray) -> float:
+    return 0.5 * float(np.abs(p - q).sum())
+
+
+def sampling_error(law: np.ndarray, draws: int) -> float:
+    """Expected total variation between a law and the frequencies of that many draws from it."""
+    return 0.5 * float(np.sqrt(2 * law * (1 - law) / (np.pi * draws)).sum())
+
+
+def law_of_steps(table: np.ndarray, mask_rates: list[float]) -> np.ndarray:
+    """The law that sampling in few steps has: tokens that appear in one step are drawn apart from each other.
+
+    Args:
+        table: The law whose conditionals the denoiser knows.
+        mask_rates: Share masked after each step, from 1 at the start to 0 at the end.
+    """
+    length = table.ndim
+    chance = -np.diff(mask_rates)
+    result = np.zeros_like(table)
+    for when in product(range(len(chance)), repeat=length):
+        law = np.ones_like(table)
+        for i, step in enumerate(when):
+            known = {j for j in range(length) if when[j] < step}
+            joint = table.sum(axis=tuple(set(range(length)) - known - {i}), keepdims=True)
+            law = law * joint / joint.sum(axis=i, keepdims=True)
+        result += law * np.prod(chance[list(when)])
+    return result
+
+
+@pytest.mark.parametrize(
+    ("sampler", "options"),
+    [
+        ("ancestral", {"num_steps": STEPS}),
+        ("first_hitting", {"num_steps": 1}),
+        ("margin", {"num_steps": LENGTH}),  # one token at a time, in an order that known tokens decide
+        SLOW("entropy", {"num_steps": LENGTH, "entropy_bound": 0.0}),
+        ("remdm_cap", {"num_steps": 2 * STEPS, "remask": 0.01}),
+    ],
+)
+def test_exact_samplers_draw_from_the_law(sampler: str, options: dict[str, Any]) -> None:
+    rows = draw(rows=ROWS, sampler=sampler, **options)
+    assert total_variation(frequencies(rows), TABLE) < 1.3 * sampling_error(TABLE, ROWS)
+
+
+@pytest.mark.parametrize(
+    ("num_steps", "kind", "grid"),
+    [
+        SLOW(1, "linear", "uniform"),
+        (2, "cosine", "uniform"),
+        SLOW(3, "sqrt", "uniform"),
+        (3, "linear", "cosine"),
+        (3, "jumps", "uniform"),
+    ],
+)
+def test_few_steps_draw_from_the_law_that_enumeration_gives(num_steps: int, kind: str, grid: str) -> None:
+    x = np.arange(1, num_steps) / num_steps
+    times = np.cos(np.pi / 2 * x) if grid == "cosine" else 1 - x
+    rates = [1.0, *np.asarray(SCHEDULES[kind].mask_rate(jnp.asarray(times, jnp.float32))).tolist(), 0.0]
+    expected = law_of_steps(TABLE, rates)
+    assert expected.sum() == pytest.approx(1, abs=1e-6)
+    drawn = frequencies(draw(rows=ROWS, num_steps=num_steps, kind=kind, grid=grid))
+    assert total_variation(drawn, expected) < 1.3 * sampling_error(expected, ROWS)
+    assert total_variation(drawn, TABLE) > 2 * sampling_error(TABLE, ROWS)
+
+
+@pytest.mark.slow  # the laws of few and of many steps are each tested above
+def test_more_steps_come_closer_to_the_law() -> None:
+    distances = [total_variation(frequencies(draw(rows=ROWS, num_steps=n)), TABLE) for n in (1, 2, 8)]
+    assert distances[0] > distances[1] > distances[2]
+
+
+def test_infilling_draws_from_the_conditional_law() -> None:
+    pattern = jnp.asarray([MASK_ID, 2, MASK_ID, 0])
+    rows = draw(rows=ROWS, num_steps=STEPS, prompt=pattern)
+    conditional = TABLE[:, 2, :, 0] / TABLE[:, 2, :, 0].sum()
+    assert total_variation(frequencies(rows[:, [0, 2]]), conditional) < 1.75 * sampling_error(conditional, ROWS)
+
+
+@pytest.mark.parametrize(
+    ("num_steps", "kind"), [(1, "linear"), SLOW(2, "cosine"), SLOW(7, "poly"), (7, "sqrt_clipped")]
+)
+def test_no_mask_and_no_padding_is_left_after_any_number_of_steps(num_steps: int, kind: str) -> None:
+    rows = draw(CHAIN, 256, 8, num_steps=num_steps, kind=kind)
+    assert rows.dtype == np.int32
+    assert rows.shape == (256, 8)
+    assert rows.min() >= 0
+    assert rows.max() < MASK_ID
+    assert set(np.unique(rows)) == {0, 1, 2}
+
+
+def test_no_mask_is_left_under_a_schedule_so_steep_that_its_mask_rate_underflows() -> None:
+    rows = draw(CHAIN, 64, 8, num_steps=50, kind="steep")
+    assert rows.max() < MASK_ID
+
+
+@pytest.mark.parametrize("temperature", [0.0, SLOW(5.0)])
+def test_a_prompt_for_all_rows_is_never_altered(temperature: float) -> None:
+    prompt = np.int32([2, 0, 0])
+    rows = draw(CHAIN, 64, 8, prompt=jnp.asarray(prompt), temperature=temperature)
+    np.testing.assert_array_equal(rows[:, :3], np.tile(prompt, (64, 1)))
+    assert rows.max() < MASK_ID
+
+
+@pytest.mark.parametrize("temperature", [1.0])
+def test_a_prompt_for_each_row_is_never_altered(temperature: float) -> None:
+    prompt = np.random.default_rng(0).integers(0, TOKENS, (64, 3)).astype(np.int32)
+    rows = draw(CHAIN, 64, 8, prompt=jnp.asarray(prompt), temperature=temperature)
+    np.testing.assert_array_equal(rows[:, :3], prompt)
+    assert rows.max() < MASK_ID
+
+
+def test_an_infilling_pattern_keeps_its_tokens_and_fills_its_masks() -> None:
+    rng = np.random.default_rng(0)
+    pattern = np.where(rng.random((64, 8)) < 0.5, MASK_ID, rng.integers(0, TOKENS, (64, 8))).astype(np.int32)
+    rows = draw(CHAIN, 64, 8, prompt=jnp.asarray(pattern))
+    np.testing.assert_array_equal(np.where(pattern == MASK_ID, MASK_ID, rows), pattern)
+    assert rows.max() < MASK_ID
+
+
+def test_a_prompt_that_fills_the_row_comes_back_as_it_is() -> None:
+    prompt = jnp.asarray([0, 1, 2, 1])
+    np.testing.assert_array_equal(draw(rows=2, prompt=prompt), [[0, 1, 2, 1]] * 2)
+
+
+class Watched:
+    """A denoiser that keeps what it was called with."""
+
+    def __init__(self, denoise: Denoise):
+        self.denoise, self.x, self.t = denoise, [], []
+
+    def __call__(self, x_t: jax.Array, t: jax.Array) -> jax.Array:
+        jax.debug.callback(self.keep, x_t, t, ordered=True)
+        return self.denoise(x_t, t)
+
+    def keep(self, x_t: jax.Array, t: jax.Array) -> None:
+        self.x.append(np.array(x_t))
+        self.t.append(np.array(t))
+
+    def draw(self, *sizes: int, **options: Any) -> np.ndarray:
+        rows = draw(self, *sizes, **options)
+        jax.effects_barrier()
+        return rows
+
+
+@pytest.mark.parametrize(
+    ("grid", "times"), [("uniform", [1.0, 0.8, 0.6, 0.4, 0.2]), ("cosine", np.cos(np.pi / 10 * np.arange(5)).tolist())]
+)
+def test_the_denoiser_never_sees_a_token_masked_again_and_sees_the_grid_of_times(grid: str, times: list[float]) -> None:
+    watched = Watched(EXACT)
+    rows = watched.draw(num_steps=5, grid=grid)
+    np.testing.assert_allclose(watched.t, np.repeat(np.array(times)[:, None], 64, axis=1), atol=1e-6)
+    states = [*watched.x, rows]
+    assert (states[0] == MASK_ID).all()
+    for before, after in pairwise(states):
+        np.testing.assert_array_equal(after[before != MASK_ID], before[before != MASK_ID])
+    assert any((before != after).any() for before, after in pairwise(states))
+
+
+def test_a_key_fixes_the_output_and_another_key_changes_it() -> None:
+    first, again, other = (draw(key=jax.random.key(seed)) for seed in (0, 0, 1))
+    np.testing.assert_array_equal(first, again)
+    assert (first != other).any()
+
+
+def test_jit_changes_nothing() -> None:
+    denoise = fixed([0.2, 0.3, 0.5])
+    plain = sample(denoise, KEY, shape=(64, LENGTH), mask_id=MASK_ID, schedule=make_schedule("linear"), num_steps=3)
+    np.testing.assert_array_equal(plain, draw(denoise, num_steps=3))
+
+
+@pytest.mark.slow  # traced it is everywhere here; this also maps over it
+def test_a_prompt_may_be_traced() -> None:
+    run = partial(sample, EXACT, shape=(8, LENGTH), mask_id=MASK_ID, schedule=make_schedule("linear"), num_steps=3)
+    prompts = jnp.asarray([[0, 1], [2, 2]])
+    rows = jax.jit(jax.vmap(lambda prompt: run(KEY, prompt=prompt)))(prompts)
+    np.testing.assert_array_equal(rows[:, :, :2], np.repeat(np.asarray(prompts)[:, None], 8, axis=1))
+
+
+def fixed(p: list[float]) -> Denoise:
+    """Predicts the same probabilities everywhere, and mask and padding far above them."""
+    logits = jnp.concatenate([jnp.log(jnp.asarray(p)), jnp.full(VOCAB - TOKENS, FORBIDDEN_LOGIT)])
+    return lambda x_t, t: jnp.broadcast_to(logits, (*x_t.shape, VOCAB))
+
+
+def test_temperature_zero_takes_the_most_likely_token() -> None:
+    np.testing.assert_array_equal(draw(fixed([0.3, 0.36, 0.34]), temperature=0.0), 1)
+
+
+@pytest.mark.parametrize("temperature", [0.5, SLOW(1e6)])
+def test_temperature_raises_probabilities_to_its_inverse(temperature: float) -> None:
+    p = np.array([0.1, 0.3, 0.6])
+    rows = draw(fixed(p.tolist()), 5000, temperature=temperature, num_steps=2)
+    expected = p ** (1 / temperature) / (p ** (1 / temperature)).sum()
+    drawn = np.bincount(rows.reshape(-1), minlength=TOKENS) / rows.size
+    assert (np.abs(drawn - expected) < 4 * np.sqrt(expected * (1 - expected) / rows.size)).all()
+
+
+def test_rare_tokens_are_drawn_as_often_as_they_should_be() -> None:
+    rare = 1e-4
+    rows = draw(fixed([rare, 0.5 - rare, 0.5]), 10_000, 20, num_steps=1)
+    expected = rare * rows.size
+    assert abs((rows == 0).sum() - expected) < 4 * np.sqrt(expected)
+
+
+ALL = [*SAMPLERS, "uniform", "hybrid"]
+MIXED = {"uniform": {"uniform_share": 1.0}, "hybrid": {"uniform_share": 0.4}}
+PATTERN = np.random.default_rng(1).integers(0, TOKENS, (32, 6)).astype(np.int32)
+PATTERN[np.random.default_rng(2).random((32, 6)) < 0.5] = MASK_ID
+PATTERN[:8, 2:] = MASK_ID  # prompts in the front
+PATTERN[8], PATTERN[9] = MASK_ID, 1  # nothing given, and everything
+
+
+# One of each way to choose positions; the others differ in a formula that has a test of its own.
+TELLING = ("ancestral_skip", "first_hitting", "confidence", "remdm_conf", "remdm_loop", "hybrid")
+COLD = {"temperature": 0.0, "top_p": 0.8}
+FILTERED = {"temperature": 2.0, "top_k": 2, "top_p": 0.99, "guidance": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("sampler", "options"),
+    [
+        *((name, FILTERED) if name in TELLING else SLOW(name, FILTERED) for name in ALL),
+        ("entropy", COLD),
+        SLOW("remdm_conf", COLD),
+        ("uniform", COLD),
+    ],
+)
+def test_every_sampler_keeps_any_prompt_and_leaves_no_mask(sampler: str, options: dict[str, Any]) -> None:
+    how = options | MIXED.get(sampler, {"sampler": sampler})
+    if sampler == "uniform":
+        how["guidance"] = 0.0
+    again = partial(draw, fixed([0.3, 0.6, 0.1]), 32, 6, num_steps=5, prompt=jnp.asarray(PATTERN), **how)
+    rows = again()
+    np.testing.assert_array_equal(np.where(PATTERN == MASK_ID, MASK_ID, rows), PATTERN)
+    assert set(rows[PATTERN == MASK_ID].tolist()) == ({1} if options is COLD else {0, 1})
+    np.testing.assert_array_equal(rows, again())
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p", "expected"),
+    [
+        (1.0, 1, 1.0, [0, 1, 0]),
+        (1.0, 2, 1.0, [0.4, 0.6, 0]),
+        (1.0, 9, 1.0, [0.36, 0.54, 0.1]),
+        (1.0, 0, 0.5, [0, 1, 0]),
+        (1.0, 0, 0.6, [0.4, 0.6, 0]),
+        (1.0, 0, 0.95, [0.36, 0.54, 0.1]),
+        (1.0, 2, 0.58, [0, 1, 0]),  # the nucleus of what top-k has left
+        (0.5, 0, 0.68, [0.16 / 0.52, 0.36 / 0.52, 0]),  # sharpened first: 0.2986, 0.6718, 0.023
+        (0.0, 2, 0.5, [0, 1, 0]),
+        (1e-30, 0, 1.0, [0, 1, 0]),
+    ],
+)
+def test_top_k_and_top_p_cut_the_distribution_and_renormalise_it(
+    temperature: float, top_k: int, top_p: float, expected: list[float]
+) -> None:
+    logits = predictable(fixed([0.36, 0.54, 0.1])(jnp.zeros((1, 1)), jnp.ones(1)), mask_id=MASK_ID)
+    p = jax.nn.softmax(limited(logits, temperature, top_k, top_p))[0, 0]
+    np.testing.assert_allclose(p, [*expected, 0, 0], rtol=1e-5)
+
+
+def test_top_k_takes_no_more_than_k_of_equally_likely_tokens() -> None:
+    assert set(np.unique(draw(fixed([1 / 3] * 3), num_steps=1, top_k=2))) == {0, 1}
+
+
+def test_skipping_steps_with_nothing_to_do_changes_no_bit_and_saves_calls() -> None:
+    every, skipping = Watched(EXACT), Watched(EXACT)
+    prompt = jnp.asarray(PATTERN[:, :LENGTH])
+    same = {"num_steps": 50, "grid": "cosine", "kind": "cosine", "prompt": prompt}
+    np.testing.assert_array_equal(every.draw(32, **same), skipping.draw(32, **same, sampler="ancestral_skip"))
+    assert len(every.x) == 50
+    assert len(skipping.x) <= LENGTH
+    for row in range(32):  # each sees what it saw, at the same times
+        seen = [{(x[row].tobytes(), float(t[row])) for x, t in zip(w.x, w.t, strict=True)} for w in (skipping, every)]
+        assert {(x, t) for x, t in seen[0] if MASK_ID in np.frombuffer(x, np.int32)} <= seen[1]
+
+
+def test_positions_unmask_as_often_as_flipped_coins_would_have_it() -> None:
+    watched = Watched(fixed([0.2, 0.3, 0.5]))
+    watched.draw(4000, 8, num_steps=6, kind="cosine")
+    rates = [1.0, *SCHEDULES["cosine"].mask_rate(jnp.arange(5, 0, -1) / 6).tolist()]
+    for (before, m_t), (after, m_s) in pairwise(zip(watched.x, rates, strict=True)):
+        left, p = (before == MASK_ID).sum(), m_s / m_t  # 1 - (alpha_s - alpha_t) / (1 - alpha_t)
+        assert abs((after == MASK_ID).sum() - left * p) < 4 * np.sqrt(left * p * (1 - p))
+
+
+def test_first_hitting_calls_once_for_each_mask_at_the_time_its_token_appears() -> None:
+    watched = Watched(EXACT)
+    given = jnp.asarray([MASK_ID, 1, MASK_ID, MASK_ID])
+    rows = watched.draw(4000, sampler="first_hitting", kind="cosine", prompt=given)
+    assert len(watched.x) == 3
+    for before, after in pairwise([*watched.x, rows]):
+        np.testing.assert_array_equal((before != after).sum(axis=1), 1)
+    rates = np.asarray(SCHEDULES["cosine"].mask_rate(jnp.asarray(watched.t)))
+    assert (np.diff(rates, axis=0) <= 0).all()
+    # The times of the first, second and third of three uniform numbers.
+    np.testing.assert_allclose(rates.mean(axis=1), [3 / 4, 2 / 4, 1 / 4], atol=0.02)
+
+
+def by_position(table: list[list[float]]) -> Denoise:
+    """Predicts the probabilities of each position from a table, whatever it sees."""
+    p = jnp.asarray(table)
+    forbidden = jnp.full((*p.shape[:1], VOCAB - TOKENS), FORBIDDEN_LOGIT)
+    logits = jnp.concatenate([jnp.log(p), forbidden], axis=1)
+    return lambda x_t, t: jnp.broadcast_to(logits, (*x_t.shape, VOCAB))
+
+
+UNSURE_P = np.array([[0.6, 0.39, 0.01], [0.55, 0.225, 0.225], [0.52, 0.478, 0.002], [0.98, 0.01, 0.01]])
+UNSURE = by_position(UNSURE_P.tolist())
+UNSURE_ORDER = {"confidence": [3, 0, 1, 2], "margin": [3, 1, 0, 2], "entropy": [3, 2, 0, 1]}
+
+
+@pytest.mark.parametrize("sampler", BY_SCORE)
+def test_the_surest_positions_unmask_first(sampler: str) -> None:
+    watched = Watched(UNSURE)
+    options = {"num_steps": 4, "temperature": 0.0, "entropy_bound": 0.0}
+    rows = watched.draw(3, sampler=sampler, **options)
+    states = [*watched.x, rows]
+    assert len(watched.x) == 4
+    order = [int(np.flatnonzero(before[0] != after[0])[0]) for before, after in pairwise(states)]
+    assert order == UNSURE_ORDER[sampler]
+    for i, state in enumerate(states):
+        np.testing.assert_array_equal((state == MASK_ID).sum(axis=1), 4 - i)
+
+
+@pytest.mark.parametrize("sampler", ["confidence", SLOW("margin")])
+def test_as_many_masks_are_left_as_the_schedule_says(sampler: str) -> None:
+    watched = Watched(CHAIN)
+    pattern = np.full((3, 8), MASK_ID, np.int32)
+    pattern[1, :3], pattern[2] = 0, 1
+    rows = watched.draw(3, 8, sampler=sampler, kind="cosine", num_steps=5, prompt=jnp.asarray(pattern))
+    rates = np.array([1.0, *SCHEDULES["cosine"].mask_rate(jnp.arange(4, 0, -1) / 5).tolist(), 0.0])
+    left = [(x == MASK_ID).sum(axis=1) for x in [*watched.x, rows]]
+    np.testing.assert_array_equal(left, np.round(rates[:, None] * [8, 5, 0]))
+
+
+def test_confidence_is_the_probability_of_the_token_that_was_drawn() -> None:
+    watched = Watched(by_position([[0.9, 0.1, 0.0], [0.5, 0.5, 0.0]]))
+    watched.draw(4000, 2, sampler="confidence", num_steps=2)
+    first_is_kept = (watched.x[1][:, 0] != MASK_ID).mean()
+    assert first_is_kept == pytest.approx(0.9, abs=4 * np.sqrt(0.09 / 4000))  # its unlikely token loses to 0.5
+
+
+def test_the_entropy_bound_says_how_many_positions_unmask_at_once() -> None:
+    h = np.sort(-(UNSURE_P * np.log(UNSURE_P)).sum(axis=1))
+    for bound, calls in ((h[0] + 0.01, 3), (h[:3].sum() - 0.01, 2), (1e9, 1)):  # the largest does not count
+        watched = Watched(UNSURE)
+        watched.draw(2, sampler="entropy", num_steps=10, entropy_bound=float(bound))
+        assert len(watched.x) == calls
+    np.testing.assert_allclose(watched.t[0], 1.0)
+
+
+def test_entropy_tells_the_model_what_share_is_masked_and_ends_in_its_last_step() -> None:
+    watched = Watched(UNSURE)
+    rows = watched.draw(2, sampler="entropy", num_steps=3, entropy_bound=0.0, kind="sqrt")
+    np.testing.assert_allclose([t[0] for t in watched.t], np.array([1, 3 / 4, 2 / 4]) ** 2, rtol=1e-6)
+    assert rows.max() < MASK_ID
+
+
+def masks_left(watched: Watched) -> np.ndarray:
+    return np.array([(x == MASK_ID).mean() for x in watched.x])
+
+
+@pytest.mark.parametrize("sampler", [SLOW(name) if name == "remdm_rescale" else name for name in REMASKING])
+def test_remasking_keeps_the_share_of_masks_on_the_schedule_while_tokens_change(sampler: str) -> None:
+    watched = Watched(fixed([0.2, 0.3, 0.5]))
+    rows, length, n = 4000, 8, 9
+    drawn = watched.draw(rows, length, sampler=sampler, num_steps=n, kind="cosine", remask=0.2, loop_time=0.4)
+    times = np.array([t[0] for t in watched.t])
+    rates = np.array([1.0, *np.asarray(SCHEDULES["cosine"].mask_rate(jnp.asarray(times[1:])))])
+    if sampler == "remdm_loop":
+        np.testing.assert_allclose(times, [1, 0.8, 0.6, 0.4, 0.4, 0.4, 0.4, 0.8 / 3, 0.4 / 3], rtol=1e-5)
+    expected = rates.copy()
+    if sampler == "remdm_conf":  # masks unmask as ever, and sigma_max of one token is masked again
+        for i in range(n - 1):
+            any_token = (watched.x[i] != MASK_ID).any(axis=1).mean()
+            more = min(1, rates[i + 1] / max(1 - rates[i], 1e-9)) * any_token / length
+            expected[i + 1] = expected[i] * rates[i + 1] / rates[i] + more
+    np.testing.assert_allclose(masks_left(watched), expected, atol=5 * 0.5 / np.sqrt(rows * length))
+    again = [((a != MASK_ID) & (b == MASK_ID)).any() for a, b in pairwise([*watched.x, drawn])]
+    assert again[-1] == 0
+    assert again == [3 <= i < 6 if sampler == "remdm_loop" else 1 <= i < n - 1 for i in range(n)]
+    assert any(((a != b) & (a < MASK_ID) & (b < MASK_ID)).any() for a, b in product(watched.x[2:], [drawn]))
+
+
+def test_without_remasking_remdm_is_ancestral_sampling() -> None:
+    expected = law_of_steps(TABLE, [1, 0.5, 0])
+    drawn = frequencies(draw(rows=ROWS, num_steps=2, sampler="remdm_cap", remask=0.0))
+    assert total_variation(drawn, expected) < 1.3 * sampling_error(expected, ROWS)
+
+
+def test_remasking_probabilities_are_those_of_the_paper() -> None:
+    rng = np.random.default_rng(0)
+    psi, tokens = rng.random((2, 5)).astype(np.float32), rng.random((2, 5)) < 0.6
+    for alpha_t, alpha_s in ((0.0, 0.2), (0.2, 0.3), (0.6, 0.9), (0.9, 1.0)):
+        most = min(1.0, (1 - alpha_s) / alpha_t) if alpha_t else 1.0
+        softmax = np.where(tokens, np.exp(-psi), 0)
+        softmax /= softmax.sum(axis=1, keepdims=True)
+        expected = {"cap": min(0.3, most), "loop": min(0.3, most), "rescale": 0.3 * most, "conf": most * softmax}
+        rates = (jnp.float32(1 - alpha_t), jnp.float32(1 - alpha_s))
+        for name, sigma in expected.items():
+            got = remask_probability(f"remdm_{name}", 0.3, rates, jnp.asarray(psi), jnp.asarray(tokens))
+            np.testing.assert_allclose(got, np.broadcast_to(sigma, (2, 5)), rtol=1e-5, atol=1e-7)
+
+
+def test_tokens_of_low_probability_are_the_first_that_confidence_masks_again() -> None:
+    watched = Watched(by_position([[0.98, 0.01, 0.01]] * 2 + [[0.34, 0.33, 0.33]] * 2))
+    drawn = watched.draw(4000, sampler="remdm_conf", num_steps=6)
+    again = sum(((a != MASK_ID) & (b == MASK_ID)).sum(axis=0) for a, b in pairwise([*watched.x, drawn]))
+    assert again[:2].max() < 0.93 * again[2:].min()  # weights exp(-0.98) to exp(-0.33), 1 where a token is alone
+
+
+def reverse_law(p: Callable[[np.ndarray, float], np.ndarray], rates: list[float], share: float) -> np.ndarray:
+    """Law of two positions after reverse steps of mixed noise, by multiplying out p(x_s | x_t), in float64."""
+    n, size = TOKENS, MASK_ID + 1
+    at = [[float(v) for v in shares(jnp.float32(m), share)] for m in rates]
+    start = np.array([at[0][2] / n] * n + [at[0][1]])
+    law = np.outer(start, start)
+    for m, (kept_t, masked_t, uniform_t), (kept_s, masked_s, uniform_s) in zip(rates, at, at[1:], strict=False):
+        a = kept_t / kept_s
+        back = a * np.eye(size) + np.array([(uniform_t - a * uniform_s) / n] * n + [masked_t - a * masked_s])
+        after = np.zeros_like(law)
+        for z in zip(*np.nonzero(law), strict=True):
+            step = []
+            for i in range(2):
+                q_s = np.array([*(kept_s * p(np.array(z), m)[i] + uniform_s / n), masked_s]) * back[:, z[i]]
+                step.append(q_s / q_s.sum() if q_s.sum() else q_s)
+            after += law[z] * np.outer(*step)
+        law = after
+    assert law[n].sum() + law[:, n].sum() == 0
+    return law[:n, :n]
+
+
+@pytest.mark.parametrize("share", [SLOW(1.0), 0.5])
+def test_mixed_noise_is_taken_back_as_multiplying_out_its_reverse_steps_gives(share: float) -> None:
+    table = rough_table(2)
+    denoise = exact_mixed_denoiser(table, SCHEDULES["linear"], share)
+
+    def p(x: np.ndarray, m: float) -> np.ndarray:
+        return np.exp(np.asarray(denoise(jnp.asarray(x[None], jnp.int32), jnp.float32([m])))[0, :, :TOKENS])
+
+    expected = reverse_law(p, [1, 2 / 3, 1 / 3, 0], share)
+    drawn = frequencies(draw(denoise, ROWS, 2, num_steps=3, uniform_share=share))
+    assert total_variation(drawn, expected) < 1.5 * sampling_error(expected, ROWS)
+
+
+@pytest.mark.parametrize(("share", "num_steps"), [(1.0, STEPS), SLOW(0.2, 2 * STEPS)])
+def test_mixed_noise_is_taken_back_to_the_law_in_many_steps(share: float, num_steps: int) -> None:
+    denoise = exact_mixed_denoiser(SHORT, SCHEDULES["poly"], share)
+    law = frequencies(draw(denoise, ROWS, 3, num_steps=num_steps, uniform_share=share, kind="poly"))
+    assert total_variation(law, SHORT) < 1.3 * sampling_error(SHORT, ROWS)
+
+
+def test_uniform_noise_starts_from_random_tokens_and_changes_them() -> None:
+    watched = Watched(fixed([0.8, 0.1, 0.1]))
+    drawn = watched.draw(2000, num_steps=4, uniform_share=1.0, prompt=jnp.asarray([2]))
+    for x in watched.x:
+        assert (x[:, 0] == 2).all()
+        assert x.max() < MASK_ID
+    np.testing.assert_allclose(np.bincount(watched.x[0][:, 1:].reshape(-1)) / 6000, 1 / 3, atol=0.03)
+    assert (watched.x[0] != drawn)[:, 1:].mean() > 0.3
+
+
+def test_guidance_is_the_formula_of_the_model_with_and_without_the_prompt() -> None:
+    with_prompt, without = np.array([0.2, 0.3, 0.5]), np.array([0.4, 0.4, 0.2])
+
+    def denoise(x_t: jax.Array, t: jax.Array) -> jax.Array:
+        seen = (x_t[:, :1] == 1)[..., None]  # the prompt
+        return jnp.where(seen, fixed(with_prompt.tolist())(x_t, t), fixed(without.tolist())(x_t, t))
+
+    def drawn(watched: Watched, **options: Any) -> np.ndarray:
+        rows = watched.draw(5000, num_steps=2, prompt=jnp.asarray([1]), **options)[:, 1:]
+        return np.bincount(rows.reshape(-1), minlength=TOKENS) / rows.size
+
+    for w in (0.0, 1.5):
+        watched = Watched(denoise)
+        p = with_prompt ** (1 + w) / without**w
+        p /= p.sum()
+        np.testing.assert_allclose(drawn(watched, guidance=w), p, atol=4 * 0.5 / np.sqrt(15_000))
+        assert len(watched.x) == (4 if w else 2)
+
+
+def test_guidance_without_a_prompt_changes_nothing_and_calls_nothing() -> None:
+    plain, guided = Watched(EXACT), Watched(EXACT)
+    empty = jnp.zeros(0, jnp.int32)
+    np.testing.assert_array_equal(plain.draw(), guided.draw(guidance=3.0, prompt=empty))
+    assert len(plain.x) == len(guided.x)
+
+
+def block_decoder(denoise: Denoise, length: int) -> Decoder:
+    """Of a known law: the cache is the tokens so far, with masks behind them, and their number."""
+
+    def put(cache: tuple[jax.Array, jax.Array], x: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_slice(cache[0], x, (0, cache[1]))
+
+    def extend(cache: tuple[jax.Array, jax.Array], x: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        return jnp.zeros((*x.shape, VOCAB)), (put(cache, x), cache[1] + x.shape[1])
+
+    def of_block(cache: tuple[jax.Array, jax.Array], x: jax.Array, t: jax.Array) -> jax.Array:
+        logits = denoise(put(cache, x), t)
+        return jax.lax.dynamic_slice_in_dim(logits, cache[1], x.shape[1], axis=1)
+
+    return Decoder(lambda rows: (jnp.full((rows, length), MASK_ID), jnp.int32(0)), extend, of_block)
+
+
+def token_decoder(denoise: Denoise, length: int) -> Decoder:
+    """Of a known law, token by token after a begin token: the last token fed says what the logits are of the next."""
+    blocks = block_decoder(denoise, length + 1)
+
+    def extend(cache: tuple[jax.Array, jax.Array], x: jax.Array) -> tuple[jax.Array, Any]:
+        _, cache = blocks.extend(cache, x)
+        logits = denoise(cache[0][:, 1:], jnp.ones(len(x)))
+        return jax.lax.dynamic_slice_in_dim(logits, cache[1] - 1, 1, axis=1), cache
+
+    return Decoder(blocks.init, extend, blocks.denoise)
+
+
+def draw_blocks(denoise: Denoise, rows: int, block_size: int, prompt: Any = None, **options: Any) -> np.ndarray:
+    options = {"num_steps": 4, "sampler": "first_hitting", "schedule": SCHEDULES["linear"]} | options
+    run = partial(sample_blocks, block_decoder(denoise, LENGTH), shape=(rows, LENGTH), block_size=block_size)
+    drawn = jax.jit(lambda key, prompt: run(key, mask_id=MASK_ID, prompt=prompt, **options))(KEY, prompt)
+    jax.effects_barrier()
+    return np.asarray(drawn)
+
+
+@pytest.mark.parametrize("block_size", [SLOW(1), 2, SLOW(LENGTH)])
+def test_blocks_draw_from_the_law(block_size: int) -> None:
+    drawn = frequencies(draw_blocks(EXACT, ROWS, block_size))
+    assert total_variation(drawn, TABLE) < 1.3 * sampling_error(TABLE, ROWS)
+
+
+def test_blocks_keep_a_traced_prompt_fill_its_masks_and_skip_what_is_whole() -> None:
+    watched = Watched(EXACT)
+    prompt = jnp.asarray([[1, 2, MASK_ID], [0, 1, 2]])
+    rows = draw_blocks(watched, 2, 2, prompt)
+    np.testing.assert_array_equal(np.where(prompt == MASK_ID, MASK_ID, rows[:, :3]), prompt)
+    assert rows.max() < MASK_ID
+    assert len(watched.x) == 2  # the first block costs nothing, the second a call for each mask
+    np.testing.assert_array_equal(watched.x[0], [[1, 2, MASK_ID, MASK_ID], [0, 1, 2, MASK_ID]])
+
+
+def test_a_block_is_drawn_given_those_before_it() -> None:
+    drawn = draw_blocks(EXACT, ROWS, 2, jnp.asarray([2, MASK_ID, MASK_ID, 1]))
+    first = TABLE[2].sum(axis=(1, 2)) / TABLE[2].sum()  # without sight of the token given in the second block
+    law = first[:, None] * TABLE[2, :, :, 1] / TABLE[2, :, :, 1].sum(axis=1, keepdims=True)
+    assert total_variation(frequencies(drawn[:, 1:3]), law) < 1.5 * sampling_error(law, ROWS)
+
+
+def test_token_by_token_draws_from_the_law_and_keeps_the_prompt() -> None:
+    run = partial(sample_autoregressive, token_decoder(EXACT, LENGTH), shape=(ROWS, LENGTH), mask_id=MASK_ID)
+    drawn = np.asarray(jax.jit(run)(KEY))
+    assert total_variation(frequencies(drawn), TABLE) < 1.3 * sampling_error(TABLE, ROWS)
+    prompt = jnp.asarray([MASK_ID, 2, MASK_ID])
+    greedy = np.asarray(jax.jit(partial(run, temperature=0.0))(KEY, prompt=prompt))
+    x_0 = TABLE.sum(axis=(1, 2, 3)).argmax()
+    x_2 = TABLE[x_0, 2].sum(axis=1).argmax()
+    np.testing.assert_array_equal(greedy, [[x_0, 2, x_2, TABLE[x_0, 2, x_2].argmax()]] * ROWS)
+    cut = np.asarray(jax.jit(partial(run, top_k=1))(KEY))
+    np.testing.assert_array_equal(cut, np.asarray(jax.jit(partial(run, temperature=0.0))(KEY)))
+
+
+def test_blocks_refuse_guidance_and_lengths_they_do_not_divide() -> None:
+    with pytest.raises(ValueError, match="the cache of earlier blocks has seen the prompt: choose guidance 0"):
+        draw_blocks(EXACT, 2, 2, guidance=1.0)
+    with pytest.raises(ValueError, match="the length 4 is no multiple of the block size 3: choose one that divides it"):
+        draw_blocks(EXACT, 2, 3)
+    with pytest.raises(ValueError, match="top_k must not be negative, not -2"):
+        sample_autoregressive(token_decoder(EXACT, LENGTH), KEY, shape=(2, LENGTH), mask_id=MASK_ID, top_k=-2)
+
+
+@pytest.mark.slow  # about JAX's noise; which of the two is drawn here, the last tests see bit for bit
+def test_gumbel_noise_of_low_precision_starves_rare_tokens_and_that_of_high_precision_does_not() -> None:
+    tiny = np.finfo(np.float32).tiny
+    noise = {  # JAX's functions of the 23 bits (of two numbers, for high precision) that it draws
+        "low": lambda u: -jnp.log(-jnp.log(jnp.maximum(u, tiny))),
+        "high": lambda u, v: -jnp.log(-jnp.log1p(-jnp.where(u >= 0.5, u, u + 2.0**-23 * v + tiny))),
+    }
+    u = jax.random.uniform(KEY, (1000,), minval=tiny)
+    np.testing.assert_allclose(noise["low"](u), jax.random.gumbel(KEY, (1000,), mode="low"), rtol=1e-6)
+    u = jax.random.uniform(KEY, (2, 1000))
+    np.testing.assert_allclose(noise["high"](*u), jax.random.gumbel(KEY, (1000,), mode="high"), rtol=1e-6)
+
+    # A token of probability 2^-24 against one of 1 - 2^-24: how often does it win, over all noise there is?
+    rare = 2.0**-24
+    advantage = np.float32(np.log1p(-rare) - np.log(rare))
+    every = jnp.arange(2**23, dtype=jnp.float32) * 2.0**-23
+    low = np.sort(np.asarray(noise["low"](every)))
+    assert low[-1] < 15.95  # of the true noise, 2^-23 is beyond: -log(-log(1 - 2^-23)) = 15.94
+    able = low[low > low[0] + advantage]
+    wins = np.searchsorted(low, able - advantage).sum() / 2.0**46
+    assert wins / rare == pytest.approx(0.313, abs=0.001)
+
+    wins = 0.0
+    for k in range(10):  # beyond, the rare token's noise is too small to win
+        g = np.asarray(noise["high"](jnp.float32(k * 2.0**-23), every[::32])).astype(np.float64)
+        wins += np.exp(-np.exp(advantage - g)).mean() * 2.0**-23
+    assert wins / rare == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sampler": "gibbs"}, "unknown sampler 'gibbs': choose one of ancestral, .*, remdm_loop"),
+        ({"grid": "log"}, "unknown grid 'log': choose uniform or cosine"),
+        ({"top_k": -1}, "top_k must not be negative, not -1"),
+        ({"top_p": 0.0}, "top_p must be above 0 and at most 1, not 0.0"),
+        ({"top_p": 1.5}, "top_p must be above 0 and at most 1, not 1.5"),
+        ({"guidance": -1.0}, "guidance must not be negative, not -1.0"),
+        ({"uniform_share": 1.5}, "uniform_share must be between 0 and 1, not 1.5"),
+        ({"uniform_share": 0.5, "sampler": "confidence"}, "confidence is for masks alone: choose ancestral"),
+        ({"uniform_share": 1.0, "guidance": 1.0}, "no mask to hide a prompt with: choose guidance 0"),
+        ({"entropy_bound": -0.1}, "entropy_bound must not be negative, not -0.1"),
+        ({"remask": 2.0}, "remask must be between 0 and 1, not 2.0"),
+        ({"loop_time": 1.0}, "loop_time must be above 0 and below 1, not 1.0"),
+        ({"num_steps": 0}, "num_steps must be at least 1, not 0"),
+        ({"num_steps": -3}, "num_steps must be at least 1, not -3"),
+        ({"temperature": -0.5}, "temperature must not be negative, not -0.5"),
+        ({"prompt": jnp.zeros(LENGTH + 1, jnp.int32)}, r"prompt of shape \(1, 5\) does not fit .* \(64, 4\)"),
+        ({"prompt": jnp.zeros((3, 2), jnp.int32)}, r"prompt of shape \(3, 2\) does not fit .* \(64, 4\)"),
+    ],
+)
+def test_an_argument_that_makes_no_sense_is_refused(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        draw(**options)
+
+
+def test_tokens_are_the_gumbel_maximum_of_high_precision_noise_bit_for_bit() -> None:
+    logits = jax.random.normal(jax.random.key(1), (3, 5, 200))
+    step = jnp.int32(4)
+    drawn = diffusion_tokens._categorical(KEY, step, logits)
+    for row in range(3):
+        key = jax.random.fold_in(KEY, 4 * 3 + row)
+        high, low = (
+            jnp.argmax(logits[row] + jax.random.gumbel(key, (5, 200), mode=mode), axis=-1) for mode in ("high", "low")
+        )
+        np.testing.assert_array_equal(drawn[row], high)
+        assert (high != low).any()
+
+
+def test_a_jitted_sampler_is_compiled_once_for_all_keys_and_prompts() -> None:
+    traced: list[int] = []
+
+    def counted(x_t: jax.Array, t: jax.Array) -> jax.Array:
+        traced.append(1)
+        return EXACT(x_t, t)
+
+    run = jax.jit(
+        partial(sample, counted, shape=(2, LENGTH), mask_id=MASK_ID, schedule=make_schedule("linear"), num_steps=3)
+    )
+    for seed in range(3):
+        run(jax.random.key(seed), prompt=jnp.asarray([seed]))
+    once = len(traced)
+    run(jax.random.key(9), prompt=jnp.asarray([2]))
+    assert len(traced) == once <= 2
+
+
+def test_a_document_end_is_followed_by_the_begin_token_where_documents_were_trained_apart() -> None:
+    fed: list[int] = []
+
+    def extend(cache: jax.Array, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+        jax.debug.callback(lambda token: fed.append(int(token)), tokens[0, 0], ordered=True)
+        return 50 * jax.nn.one_hot((cache + 1) % 3 * jnp.ones_like(tokens), VOCAB), cache + 1
+
+    decoder = Decoder(lambda rows: jnp.int32(0), extend, lambda cache, x_t, t: jnp.zeros((*x_t.shape, VOCAB)))
+    options = {"shape": (1, 5), "mask_id": MASK_ID}
+    rows = [sample_autoregressive(decoder, KEY, document_end=end, **options).tolist() for end in (None, 2)]
+    jax.effects_barrier()
+    assert rows == [[[1, 2, 0, 1, 2]]] * 2
+    assert fed == [MASK_ID, 1, 2, 0, 1, MASK_ID, 1, MASK_ID, 0, 1]
+
+
+def test_a_network_that_writes_left_to_right_and_a_prompt_of_numbers_are_refused() -> None:
+    class Causal:
+        block_size = 2
+
+        def __call__(self, x_t: jax.Array, t: jax.Array) -> jax.Array:
+            return EXACT(x_t, t)
+
+    options = {"shape": (2, LENGTH), "mask_id": MASK_ID, "schedule": make_schedule("linear"), "num_steps": 1}
+    with pytest.raises(ValueError, match="writes left to right"):
+        sample(Causal(), KEY, **options)
+    for prompt in (3, [0.5, 1.0]):
+        with pytest.raises(ValueError, match="prompt is one row of token ids"):  # without checks of types
+            inspect.unwrap(diffusion_tokens._start)(prompt, (2, LENGTH), MASK_ID)
+    with pytest.raises(ValueError, match="scores 5 ids cannot have 9"):
+        sample(EXACT, KEY, **{**options, "mask_id": 9})

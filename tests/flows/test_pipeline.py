@@ -1,0 +1,229 @@
+"""The pipeline as a person runs it: real processes, a real Prefect server, killed for real."""
+
+import json
+import os
+import signal
+import time
+import urllib.request
+from pathlib import Path
+
+import fsspec
+import psutil
+import pytest
+
+from flows.pipeline import pipeline
+from nanodlm.errors import UsageError
+from nanodlm.stages.table import NAMES, STAGES
+from tests.support.commands import nanodlm, result_of, started, statuses, tiny_flags
+
+ALL_CACHED = dict.fromkeys(NAMES, "cached")
+
+
+@pytest.fixture(scope="module")
+def server(prefect_server: dict[str, str]) -> dict[str, str]:
+    """Environment that names a Prefect server of the tests' own."""
+    return prefect_server
+
+
+@pytest.fixture(scope="module")
+def undisturbed(server: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
+    """A store filled by one uninterrupted run, and what the run printed."""
+    store = tmp_path_factory.mktemp("store")
+    return store, result_of(nanodlm("run", "--store", str(store), "--json", *tiny_flags(), **server))
+
+
+def _tokens(result: dict) -> bytes:
+    uri = next(s["uri"] for s in result["stages"] if s["stage"] == "sample")
+    return next(Path(uri).glob("attempts/*/tokens.npy")).read_bytes()
+
+
+def test_a_run_builds_every_stage_and_reports_its_metrics(undisturbed: tuple[Path, dict]) -> None:
+    _, result = undisturbed
+    assert statuses(result) == dict.fromkeys(NAMES, "built")
+    metrics = result["metrics"]
+    for name in ("val_bits_per_byte", "val_bits_per_byte_stderr", "val_unigram_bits_per_byte", "val_nats_per_token"):
+        assert 0 < metrics[name] < 10
+    assert metrics["train_tokens_per_second"] > 0
+    assert len(metrics["parameters_sha256"]) == 64
+    assert (next(Path(result["report"]).glob("attempts/*/report.html"))).read_text().startswith("<!doctype html>")
+
+
+def test_a_second_run_is_cached_and_starts_no_orchestrator(undisturbed: tuple[Path, dict]) -> None:
+    store, first = undisturbed
+    # Any attempt to reach a server at this address would fail the run.
+    again = result_of(
+        nanodlm("run", "--store", str(store), "--json", *tiny_flags(), PREFECT_API_URL="http://127.0.0.1:9/api")
+    )
+    assert statuses(again) == ALL_CACHED
+    assert again["metrics"] == first["metrics"]
+
+
+def test_prefect_shows_hits_as_cached_and_a_new_learning_rate_rebuilds_only_what_depends_on_it(
+    undisturbed: tuple[Path, dict], server: dict[str, str]
+) -> None:
+    store, _ = undisturbed
+    result = result_of(nanodlm("run", "--store", str(store), "--json", *tiny_flags(), "--train.lr", "0.002", **server))
+    assert statuses(result) == ALL_CACHED | dict.fromkeys(("train", "evaluate", "sample"), "built")
+    request = urllib.request.Request(
+        server["PREFECT_API_URL"] + "/task_runs/filter",
+        data=json.dumps({"sort": "EXPECTED_START_TIME_DESC", "limit": len(STAGES)}).encode(),
+        headers={"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        states = {run["name"]: run["state_name"] for run in json.load(answer)}
+    built = ("train", "evaluate", "sample", "report")
+    assert states == {name: "Completed" if name in built else "Cached" for name in STAGES}
+
+
+def test_rebuilding_a_stage_with_the_same_bytes_leaves_what_follows_cached(
+    undisturbed: tuple[Path, dict], server: dict[str, str]
+) -> None:
+    store, _ = undisturbed
+    result = result_of(nanodlm("run", "--store", str(store), "--json", "--rebuild", "shard", *tiny_flags(), **server))
+    assert statuses(result) == ALL_CACHED | {"shard": "built"}
+
+
+@pytest.mark.slow
+def test_a_run_killed_in_every_stage_ends_with_the_same_bits_as_an_undisturbed_one(
+    undisturbed: tuple[Path, dict], server: dict[str, str], tmp_path: Path
+) -> None:
+    store, reached = tmp_path / "store", []
+    arguments = ("run", "--store", str(store), "--json", *tiny_flags())
+    for stage in NAMES:
+        # In training, kill after the first checkpoint; elsewhere as soon as there is an attempt.
+        sign = "attempts/*/parts/checkpoints/*.json" if stage == "train" else "attempts/*"
+        with started(*arguments, **server) as process:
+            while not list(store.glob(f"{stage}/*/{sign}")):
+                assert process.poll() is None, process.communicate()
+                time.sleep(0.002)
+            reached.append((stage, list(store.glob(f"{stage}/*/manifest.json"))))
+            holders = [json.loads(p.read_text())["pid"] for p in store.glob(f"{stage}/*/lease.json")]
+            process.send_signal(signal.SIGKILL)
+            for pid in holders:
+                if pid != process.pid:
+                    os.kill(pid, signal.SIGKILL)
+            process.wait()
+    assert sum(not manifests for _, manifests in reached) >= 4, f"killed before the commit: {reached}"
+    result = result_of(nanodlm(*arguments, **server))
+    assert statuses(result) == ALL_CACHED | {"sample": "built"}
+    _, expected = undisturbed
+    assert result["metrics"]["parameters_sha256"] == expected["metrics"]["parameters_sha256"]
+    assert result["metrics"]["val_nats_per_token"] == expected["metrics"]["val_nats_per_token"]
+    assert result["metrics"]["resumed_from_update"] > 0
+    assert _tokens(result) == _tokens(expected)
+
+
+@pytest.mark.slow
+def test_sigterm_saves_a_checkpoint_exits_with_75_and_leaves_no_process(
+    undisturbed: tuple[Path, dict], server: dict[str, str], tmp_path: Path
+) -> None:
+    arguments = ("run", "--store", str(tmp_path), "--json", *tiny_flags())
+    with started(*arguments, **server) as process:
+        while not list(tmp_path.glob("train/*/attempts/*/parts/checkpoints/*.json")):
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.01)
+        trainer = json.loads(next(tmp_path.glob("train/*/lease.json")).read_text())["pid"]
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 75, said
+    assert "run again to continue" in said
+    with pytest.raises(ProcessLookupError):
+        os.kill(trainer, 0)
+    result = result_of(nanodlm(*arguments, **server))
+    assert result["metrics"]["parameters_sha256"] == undisturbed[1]["metrics"]["parameters_sha256"]
+
+
+def test_the_server_of_a_killed_run_ends_by_itself(tmp_path: Path) -> None:
+    home = {"PREFECT_HOME": str(tmp_path / "home"), "PREFECT_API_URL": ""}
+    with started("run", "--store", str(tmp_path / "store"), *tiny_flags(), **home) as process:
+        servers: list[int] = []
+        while not servers:
+            assert process.poll() is None, process.communicate()
+            servers = _children(process.pid)
+            time.sleep(0.01)
+        process.kill()
+        process.wait()
+    deadline = time.monotonic() + 30
+    while any(Path(f"/proc/{pid}").exists() for pid in servers):
+        assert time.monotonic() < deadline, "the Prefect server outlived its run"
+        time.sleep(0.1)
+
+
+@pytest.mark.slow
+def test_a_run_whose_server_is_killed_keeps_what_it_trains_and_says_so_at_once(tmp_path: Path) -> None:
+    store, home = tmp_path / "store", {"PREFECT_HOME": str(tmp_path / "home"), "PREFECT_API_URL": ""}
+    arguments = ("run", "--store", str(store), "--until", "train", *tiny_flags())
+    with started(*arguments, **home, PREFECT_CLIENT_MAX_RETRIES="0") as process:
+        while not list(store.glob("train/*/attempts/*/parts/checkpoints/*.json")):
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.01)
+        (server,) = [p for p in psutil.Process(process.pid).children() if "flows.server" in p.cmdline()]
+        server.kill()
+        _, said = process.communicate(timeout=100)
+    assert process.returncode == 1
+    assert "nanodlm: the local Prefect server has ended; what is finished is kept: run again" in said
+    assert list(store.glob("train/*/manifest.json"))
+
+
+def _children(pid: int) -> list[int]:
+    """Processes started by one (Linux)."""
+    found = Path(f"/proc/{pid}/task").glob("*/children")
+    return [int(child) for path in found for child in path.read_text().split()]
+
+
+@pytest.mark.slow
+def test_the_whole_pipeline_runs_on_s3(server: dict[str, str], s3_environment: None, tmp_path: Path) -> None:
+    fsspec.filesystem("s3").mkdir("pipeline")
+    arguments = ("run", "--store", "s3://pipeline/runs", "--json", *tiny_flags(), "--train.max_steps", "40")
+    result = result_of(nanodlm(*arguments, **server))
+    assert statuses(result) == dict.fromkeys(NAMES, "built")
+    assert statuses(result_of(nanodlm(*arguments))) == ALL_CACHED
+    found = result_of(nanodlm("verify", "--store", "s3://pipeline/runs", "--deep", "--json"))
+    assert (len(found["artifacts"]), found["damaged"]) == (len(STAGES), 0)
+    assert not (tmp_path / "s3:").exists()
+
+
+def test_a_flow_of_a_bad_configuration_is_refused_in_one_line(server: dict[str, str], tmp_path: Path) -> None:
+    text = tmp_path / "short.txt"
+    text.write_text("too short")
+    done = nanodlm("run", "--store", str(tmp_path / "s"), "--data.source", str(text), **server)
+    assert done.returncode == 1
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert "smaller than the validation split" in done.stderr
+
+
+def test_a_server_that_does_not_answer_is_one_line(tmp_path: Path) -> None:
+    named = {"PREFECT_API_URL": "http://127.0.0.1:9/api", "PREFECT_HOME": str(tmp_path)}
+    done = nanodlm("run", "--store", str(tmp_path / "s"), *tiny_flags(), **named)
+    assert done.returncode == 1
+    assert done.stderr.startswith("nanodlm: no Prefect server answers at http://127.0.0.1:9/api: start it")
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+
+
+@pytest.mark.slow
+def test_the_password_of_another_server_is_not_asked_for_by_that_of_a_run(tmp_path: Path) -> None:
+    named = {"PREFECT_API_URL": "", "PREFECT_HOME": str(tmp_path), "PREFECT_SERVER_API_AUTH_STRING": "operator:word"}
+    result_of(nanodlm("run", "--store", str(tmp_path / "s"), "--until", "download", "--json", *tiny_flags(), **named))
+
+
+@pytest.mark.parametrize(
+    ("parameters", "says"),
+    [
+        ({"store": "memory://x"}, "a store in memory is seen by no other process"),
+        ({"until": "shard", "rebuild": "train"}, "comes after --until shard: nothing would be rebuilt"),
+    ],
+)
+def test_a_flow_refuses_what_the_command_refuses(parameters: dict[str, str], says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        pipeline.fn(**parameters)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_benchmark_of_orchestration_runs_the_pipeline_both_ways() -> None:
+    flags = ["--repeats", "1", "--train.max_steps", "60"]
+    result = result_of(nanodlm("bench", "flow", "--json", *tiny_flags(), *flags))
+    assert result["flow_seconds"] > 0
+    assert result["cached_run_seconds"] > 0
+    assert len(result["train_ratios"]) == 1
+    assert all(0 < result[f"train_beside_{name}"] < 4 for name in ("direct", "flow"))

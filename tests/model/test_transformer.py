@@ -1,0 +1,475 @@
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from nanodlm.model.layers import ShortConvolution, rope, time_embedding
+from nanodlm.model.transformer import Transformer, count_parameters
+
+VOCAB, LENGTH = 11, 8
+SMALL = {"vocab_size": VOCAB, "n_layers": 2, "n_heads": 2, "d_model": 16, "d_ff": 24}
+TIMES = jnp.float32([0.3, 0.9])
+ROWS = jax.random.randint(jax.random.key(0), (2, LENGTH), 0, VOCAB)
+SLOW = partial(pytest.param, marks=pytest.mark.slow)
+
+
+def randomised(**options: Any) -> Transformer:
+    """A network all of whose parameters matter: at the start its output layers are zero."""
+    model = nnx.eval_shape(lambda: Transformer(**{**SMALL, **options}, rngs=nnx.Rngs(0)))
+    graphdef, abstract = nnx.split(model)
+    rng = np.random.default_rng(3)
+
+    def draw(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        is_scale = path[-1].key == "scale"
+        return jnp.asarray(rng.normal(scale=0.5, size=leaf.shape) + is_scale, leaf.dtype)
+
+    return nnx.merge(graphdef, jax.tree_util.tree_map_with_path(draw, nnx.to_pure_dict(abstract)))
+
+
+@nnx.jit
+def logits(model: Transformer, x_t: jax.Array, t: jax.Array = TIMES, segment_ids: jax.Array | None = None) -> jax.Array:
+    return model(x_t, t, segment_ids)
+
+
+def changed(x_t: jax.Array, positions: list[int]) -> jax.Array:
+    where = jnp.asarray(positions)
+    return x_t.at[:, where].set((x_t[:, where] + 3) % VOCAB)
+
+
+VARIANTS: list[dict[str, Any]] = [
+    {},
+    {"conv_width": 5},
+    {"time_conditioning": True},
+    {"tie_embeddings": True},
+    {"conv_width": 3, "time_conditioning": True, "tie_embeddings": True},
+    {"qk_norm": False, "zero_init": False},
+]
+
+
+@pytest.mark.parametrize(("options", "dtype"), [*((v, "float32") for v in VARIANTS), (VARIANTS[-1], "bfloat16")])
+def test_logits_are_float32_with_one_score_per_id(options: dict[str, Any], dtype: str) -> None:
+    out = logits(randomised(**options, dtype=dtype), ROWS)
+    assert out.shape == (2, LENGTH, VOCAB)
+    assert out.dtype == jnp.float32
+    assert bool(jnp.isfinite(out).all())
+    assert float(out.std()) > 0.1
+
+
+def test_bfloat16_rounds_products_but_keeps_float32_parameters() -> None:
+    half, full = randomised(dtype="bfloat16", conv_width=3), randomised(conv_width=3)
+    assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(half, nnx.Param))} == {np.dtype("float32")}
+    exact, rounded = logits(full, ROWS), logits(half, ROWS)
+    error = float(jnp.abs(exact - rounded).max() / jnp.abs(exact).max())
+    assert 1e-5 < error < 0.1
+
+
+def test_a_fresh_network_predicts_every_id_alike() -> None:
+    model = Transformer(**SMALL, conv_width=3, rngs=nnx.Rngs(0))
+    np.testing.assert_array_equal(logits(model, ROWS), 0.0)
+
+
+def test_a_fresh_tied_network_has_small_logits() -> None:
+    model = Transformer(**{**SMALL, "d_model": 64}, tie_embeddings=True, rngs=nnx.Rngs(0))
+    assert 0.1 < float(logits(model, ROWS).std()) < 1.5
+
+
+def test_the_seed_fixes_the_initial_parameters() -> None:
+    first, again, other = (
+        np.asarray(Transformer(**SMALL, rngs=nnx.Rngs(seed)).embedding.embedding[...]) for seed in (0, 0, 1)
+    )
+    np.testing.assert_array_equal(first, again)
+    assert (first != other).any()
+
+
+@pytest.mark.parametrize("conv_width", [0, 5])
+def test_every_position_reads_tokens_on_both_sides(conv_width: int) -> None:
+    model = randomised(conv_width=conv_width)
+    before = logits(model, ROWS)
+    for position in (0, LENGTH - 1):
+        moved = jnp.abs(logits(model, changed(ROWS, [position])) - before).max(axis=(0, 2))
+        assert float(moved.min()) > 1e-3
+
+
+def test_rows_of_a_batch_do_not_mix() -> None:
+    model = randomised(conv_width=5)
+    other = ROWS.at[1].set((ROWS[1] + 1) % VOCAB)
+    np.testing.assert_array_equal(logits(model, ROWS)[0], logits(model, other)[0])
+
+
+@pytest.mark.parametrize("conv_width", [SLOW(0), 5])
+def test_segments_keep_documents_apart(conv_width: int) -> None:
+    model = randomised(conv_width=conv_width)
+    # The last document has the first one's id but for one: neighbours of the middle one on both sides.
+    segment_ids = jnp.tile(jnp.asarray([0, 0, 0, 1, 1, 2, 2, 2]), (2, 1))
+    middle = changed(ROWS, [3, 4])
+    apart, apart_changed = logits(model, ROWS, TIMES, segment_ids), logits(model, middle, TIMES, segment_ids)
+    outside = np.array([0, 1, 2, 5, 6, 7])
+    np.testing.assert_array_equal(apart[:, outside], apart_changed[:, outside])
+    assert bool((apart[:, 3:5] != apart_changed[:, 3:5]).any(axis=-1).all())
+    together, together_changed = logits(model, ROWS), logits(model, middle)
+    assert bool((together[:, outside] != together_changed[:, outside]).any(axis=-1).all())
+
+
+def test_one_segment_is_the_same_as_none() -> None:
+    model = randomised(conv_width=5)
+    segment_ids = jnp.zeros((2, LENGTH), jnp.int32)
+    np.testing.assert_allclose(logits(model, ROWS, TIMES, segment_ids), logits(model, ROWS), rtol=1e-4, atol=1e-4)
+
+
+def test_a_document_scores_as_it_would_in_a_row_of_its_own() -> None:
+    model = randomised(conv_width=5)
+    segment_ids = jnp.tile(jnp.asarray([0, 0, 0, 1, 1, 1, 1, 1]), (2, 1))
+    packed = logits(model, ROWS, TIMES, segment_ids)
+    # RoPE is relative, so the second document's place in the row does not matter.
+    np.testing.assert_allclose(packed[:, :3], logits(model, ROWS[:, :3]), rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(packed[:, 3:], logits(model, ROWS[:, 3:]), rtol=1e-3, atol=1e-3)
+
+
+def test_the_convolution_is_the_sum_over_offsets_in_its_docstring() -> None:
+    model = randomised(conv_width=5)
+    conv = ShortConvolution(5, 16, nnx.Rngs(0))
+    assert model.blocks.conv is not None
+    conv.kernel[...] = model.blocks.conv.kernel[0]
+    x = np.random.default_rng(0).normal(size=(1, LENGTH, 16)).astype(np.float32)
+    kernel = np.asarray(conv.kernel[...])
+    expected = np.zeros_like(x)
+    for i in range(LENGTH):
+        for offset in range(-2, 3):
+            if 0 <= i + offset < LENGTH:
+                expected[:, i] += kernel[offset + 2] * x[:, i + offset]
+    np.testing.assert_allclose(conv(jnp.asarray(x)), expected, rtol=1e-4, atol=1e-5)
+
+
+def without_conditioning(model: Transformer) -> Transformer:
+    """The plain network with the same weights."""
+    params = nnx.to_pure_dict(nnx.split(model)[1])
+    params.pop("time_in")
+    params["blocks"].pop("modulation")
+    graphdef, _ = nnx.split(nnx.eval_shape(lambda: Transformer(**SMALL, rngs=nnx.Rngs(0))))
+    return nnx.merge(graphdef, params)
+
+
+def test_time_conditioning_begins_as_the_plain_network() -> None:
+    model = randomised(time_conditioning=True)
+    fresh = Transformer(**SMALL, time_conditioning=True, rngs=nnx.Rngs(0))
+    assert model.blocks.modulation is not None and fresh.blocks.modulation is not None
+    model.blocks.modulation.kernel[...] = fresh.blocks.modulation.kernel[...]
+    plain = logits(without_conditioning(model), ROWS)
+    np.testing.assert_allclose(logits(model, ROWS), plain, rtol=1e-5, atol=1e-5)
+    assert float(plain.std()) > 0.1
+
+
+def test_time_matters_with_trained_conditioning_and_never_without() -> None:
+    later = jnp.float32([0.4, 0.9])
+    conditioned, plain = randomised(time_conditioning=True), randomised()
+    moved = jnp.abs(logits(conditioned, ROWS, later) - logits(conditioned, ROWS, TIMES)).max(axis=(1, 2))
+    assert float(moved[0]) > 1e-2
+    assert float(moved[1]) == 0
+    np.testing.assert_array_equal(logits(plain, ROWS, later), logits(plain, ROWS, TIMES))
+
+
+def test_time_embedding_tells_times_apart_and_is_bounded() -> None:
+    embedded = np.asarray(time_embedding(jnp.linspace(0, 1, 101), 32))
+    assert embedded.shape == (101, 32)
+    assert np.abs(embedded).max() <= 1
+    distance = np.linalg.norm(embedded[:, None] - embedded[None], axis=-1) + 10 * np.eye(101)
+    assert distance.min() > 0.1
+
+
+def test_attention_scores_depend_on_relative_positions_only() -> None:
+    q, k = jax.random.normal(jax.random.key(1), (2, 1, 1, 2, 8))
+    length = 12
+    at = partial(jnp.broadcast_to, shape=(1, length, 2, 8))
+    scores = np.asarray(jnp.einsum("bqhd,bkhd->hqk", rope(at(q)), rope(at(k))))
+    for offset in range(-length + 1, length):
+        diagonal = np.diagonal(scores, offset, axis1=1, axis2=2)
+        np.testing.assert_allclose(diagonal, diagonal[:, :1] + np.zeros_like(diagonal), atol=1e-5)
+    assert np.abs(scores[:, 0, 1:] - scores[:, 0, :1]).min(axis=0).max() > 0.1
+
+
+def test_rope_turns_without_stretching_and_leaves_the_first_position() -> None:
+    x = jax.random.normal(jax.random.key(1), (2, 9, 3, 8))
+    turned = rope(x)
+    np.testing.assert_allclose(jnp.linalg.norm(turned, axis=-1), jnp.linalg.norm(x, axis=-1), rtol=1e-5)
+    np.testing.assert_array_equal(turned[:, 0], x[:, 0])
+    assert float(jnp.abs(turned[:, 1:] - x[:, 1:]).max()) > 0.1
+    assert rope(x.astype(jnp.bfloat16)).dtype == jnp.bfloat16
+
+
+def names(**options: Any) -> set[str]:
+    """Paths of the parameters."""
+    model = nnx.eval_shape(lambda: Transformer(**{**SMALL, **options}, rngs=nnx.Rngs(0)))
+    flat = jax.tree_util.tree_flatten_with_path(nnx.to_pure_dict(nnx.state(model, nnx.Param)))[0]
+    return {jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in flat}
+
+
+def test_an_option_that_is_off_has_no_parameters() -> None:
+    plain = names()
+    assert not [name for name in plain if "conv" in name or "modulation" in name or "time" in name]
+    assert names(conv_width=3) - plain == {"blocks/conv/kernel", "blocks/conv_norm/scale"}
+    assert plain - names(qk_norm=False) == {"blocks/query_norm/scale", "blocks/key_norm/scale"}
+    assert names(time_conditioning=True) - plain == {
+        "blocks/modulation/kernel",
+        "time_in/kernel",
+        "time_in/bias",
+    }
+
+
+def test_tied_embeddings_have_no_head() -> None:
+    assert names() - names(tie_embeddings=True) == {"head/embedding"}
+    model = randomised(tie_embeddings=True)
+    assert model.head is None
+    before = logits(model, ROWS)
+    # An id that is in no row: its embedding shows in its score alone.
+    unused = next(i for i in range(VOCAB) if i not in np.asarray(ROWS))
+    model.embedding.embedding[...] = model.embedding.embedding[...].at[unused].multiply(2)
+    after = logits(model, ROWS)
+    np.testing.assert_allclose(after[..., unused], 2 * before[..., unused], rtol=1e-5)
+    others = np.arange(VOCAB) != unused
+    np.testing.assert_allclose(after[..., others], before[..., others], rtol=1e-5)
+
+
+def expected_parameters(
+    vocab_size: int,
+    n_layers: int,
+    n_heads: int,
+    d_model: int,
+    d_ff: int,
+    conv_width: int = 0,
+    time_conditioning: bool = False,
+    tie_embeddings: bool = False,
+    qk_norm: bool = True,
+    zero_init: bool = True,
+) -> int:
+    block = 4 * d_model**2 + 2 * d_model * d_ff + 2 * d_model + 2 * d_model // n_heads * qk_norm
+    block += (conv_width + 1) * d_model * (conv_width > 0) + 6 * d_model**2 * time_conditioning
+    outside = vocab_size * d_model * (2 - tie_embeddings) + d_model + (d_model + 1) * d_model * time_conditioning
+    return n_layers * block + outside
+
+
+@pytest.mark.parametrize("options", VARIANTS)
+def test_the_number_of_parameters_follows_from_the_shapes(options: dict[str, Any]) -> None:
+    model = nnx.eval_shape(lambda: Transformer(**{**SMALL, **options}, rngs=nnx.Rngs(0)))
+    assert count_parameters(model) == expected_parameters(**SMALL, **options)
+
+
+@pytest.mark.parametrize(
+    ("n_layers", "n_heads", "d_model", "millions"),
+    [(12, 12, 768, 124), (24, 16, 1024, 354)],
+)
+def test_gpt2_sizes_have_gpt2_parameter_counts(n_layers: int, n_heads: int, d_model: int, millions: int) -> None:
+    shape = {"vocab_size": 50304, "n_layers": n_layers, "n_heads": n_heads, "d_model": d_model, "d_ff": 4 * d_model}
+    model = nnx.eval_shape(lambda: Transformer(**shape, tie_embeddings=True, rngs=nnx.Rngs(0)))
+    assert count_parameters(model) == pytest.approx(millions * 1e6, rel=0.005)
+
+
+@pytest.mark.parametrize("remat", ["dots", SLOW("full")])
+def test_what_the_backward_pass_computes_again_changes_no_gradient(remat: str) -> None:
+    def gradient(remat: str) -> Any:
+        graphdef, params = nnx.split(randomised(remat=remat, conv_width=3))
+        return jax.jit(jax.grad(lambda params: jnp.square(nnx.merge(graphdef, params)(ROWS, TIMES)).mean()))(params)
+
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), gradient(remat), gradient("none"))
+
+
+def test_an_untrained_network_scores_all_tokens_alike_only_if_its_outputs_start_at_zero() -> None:
+    zero, drawn = (Transformer(**SMALL, zero_init=flag, rngs=nnx.Rngs(0)) for flag in (True, False))
+    assert float(jnp.abs(logits(zero, ROWS)).max()) == 0
+    assert float(logits(drawn, ROWS).std()) > 0
+    outputs = [drawn.blocks.attention_out.kernel, drawn.blocks.mlp_out.kernel, drawn.head.embedding]  # type: ignore[union-attr]
+    assert all(float(kernel[...].std()) == pytest.approx(0.02, rel=0.1) for kernel in outputs)
+
+
+def test_logits_are_the_features_times_the_table() -> None:
+    for tied in (True, False):
+        model = randomised(tie_embeddings=tied)
+        features = model.features(ROWS, TIMES)
+        np.testing.assert_allclose(features @ model.table.T, logits(model, ROWS), rtol=1e-4, atol=1e-4)
+
+
+def tokens(seed: int, rows: int = 2, length: int = LENGTH) -> jax.Array:
+    return jax.random.randint(jax.random.key(seed), (rows, length), 0, VOCAB)
+
+
+@nnx.jit
+def beside(
+    model: Transformer, x_t: jax.Array, context: jax.Array, t: jax.Array = TIMES, segment_ids: jax.Array | None = None
+) -> jax.Array:
+    return model(x_t, t, segment_ids, context=context)
+
+
+extend = nnx.jit(lambda model, cache, ids: model.extend(cache, ids))
+denoise = nnx.jit(lambda model, cache, x_t, t: model.denoise_block(cache, x_t, t))
+close = partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-3)
+
+NOISED = tokens(5)
+BLOCKED: list[dict[str, Any]] = [
+    {"block_size": 2, "time_conditioning": True},
+    {"block_size": 3, "conv_width": 5, "time_conditioning": True},  # the last block is shorter
+    {"block_size": 1, "conv_width": 5},
+]
+
+
+def blocks(size: int, length: int = LENGTH) -> list[slice]:
+    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
+
+
+def moved_positions(before: jax.Array, after: jax.Array) -> list[int]:
+    return np.flatnonzero(np.asarray(before != after).any(axis=(0, 2))).tolist()
+
+
+@pytest.mark.parametrize("options", [SLOW(BLOCKED[0]), BLOCKED[1], SLOW(BLOCKED[2])])
+def test_a_noisy_block_reads_itself_and_the_context_before_it(options: dict[str, Any]) -> None:
+    model = randomised(**options)
+    before = beside(model, NOISED, ROWS)
+    for block in blocks(options["block_size"]):
+        inside = list(range(LENGTH)[block])
+        after = list(range(block.stop, LENGTH))
+        for position in {inside[0], inside[-1]}:
+            assert moved_positions(before, beside(model, changed(NOISED, [position]), ROWS)) == inside
+            assert moved_positions(before, beside(model, NOISED, changed(ROWS, [position]))) == after
+
+
+@pytest.mark.parametrize("options", [SLOW(BLOCKED[0]), BLOCKED[1], SLOW(BLOCKED[2])])
+def test_each_block_scores_as_if_it_alone_followed_its_context(options: dict[str, Any]) -> None:
+    # Times of 0, as the context always has.
+    model, t = randomised(**options), jnp.zeros(2)
+    together = beside(model, NOISED, ROWS, t)
+    for block in blocks(options["block_size"]):
+        row = ROWS.at[:, block].set(NOISED[:, block])
+        # One row is cut after its block; the rest spare a compilation each: as the next test shows, none reads on.
+        alone = logits(model, row[:, :6] if block.stop == 6 else row, t)
+        close(together[:, block], alone[:, block])
+
+
+@pytest.mark.parametrize("options", [SLOW(BLOCKED[0]), *BLOCKED[1:]])
+def test_one_stream_reads_no_later_block(options: dict[str, Any]) -> None:
+    model = randomised(**options)
+    before = logits(model, ROWS)
+    for block in blocks(options["block_size"]):
+        for position in {block.start, block.stop - 1}:
+            reading = list(range(block.start, LENGTH))
+            assert moved_positions(before, logits(model, changed(ROWS, [position]))) == reading
+
+
+@pytest.mark.parametrize("conv_width", [SLOW(0), 5])
+def test_a_block_as_long_as_the_row_makes_the_bidirectional_network(conv_width: int) -> None:
+    model = randomised(conv_width=conv_width, block_size=LENGTH)
+    expected = logits(randomised(conv_width=conv_width), NOISED)
+    close(logits(model, NOISED), expected)
+    close(beside(model, NOISED, ROWS), expected)
+
+
+def test_the_block_size_changes_no_parameter() -> None:
+    assert names(block_size=3, conv_width=3) == names(conv_width=3)
+
+
+@pytest.mark.parametrize("options", [SLOW(BLOCKED[0]), BLOCKED[1]])
+def test_segments_keep_documents_apart_in_blocks(options: dict[str, Any]) -> None:
+    model = randomised(**options)
+    segment_ids = jnp.tile(jnp.asarray([0, 0, 1, 1, 1, 2, 2, 2]), (2, 1))
+    inside, outside = [2, 3, 4], [0, 1, 5, 6, 7]
+    one, two = partial(logits, model, t=TIMES, segment_ids=segment_ids), partial(beside, model, NOISED)
+    two = partial(two, t=TIMES, segment_ids=segment_ids)
+    for score in (one, two):
+        own = moved_positions(score(ROWS), score(changed(ROWS, inside)))
+        assert own and set(own) <= set(inside)
+        other = moved_positions(score(ROWS), score(changed(ROWS, outside)))
+        assert other and set(other) <= set(outside)
+    other = beside(model, changed(NOISED, inside), ROWS, TIMES, segment_ids)
+    assert moved_positions(two(ROWS), other) == inside
+
+
+def test_padding_changes_nothing_in_blocks() -> None:
+    model = randomised(**BLOCKED[1])
+    segment_ids = jnp.tile(jnp.asarray([0, 0, 0, 0, 0, 9, 9, 9]), (2, 1))  # 5 tokens and padding
+    padded = beside(model, NOISED, ROWS, TIMES, segment_ids)
+    close(padded[:, :5], beside(model, NOISED[:, :5], ROWS[:, :5]))
+
+
+def test_a_time_per_block_reaches_its_block_only() -> None:
+    model = randomised(**BLOCKED[1])
+    times = jnp.float32([[0.1, 0.5, 0.9], [0.3, 0.3, 0.3]])
+    before = beside(model, NOISED, ROWS, times)
+    close(before[1], beside(model, NOISED, ROWS, jnp.full(2, 0.3))[1])
+    for k, block in enumerate(blocks(3)):
+        later = beside(model, NOISED, ROWS, times.at[:, k].add(0.05))
+        assert moved_positions(before, later) == list(range(LENGTH)[block])
+
+
+@pytest.mark.parametrize("options", [SLOW(BLOCKED[0]), *BLOCKED[1:]])
+def test_a_cache_gives_the_logits_of_the_whole_row(options: dict[str, Any]) -> None:
+    model = randomised(**options)
+    size = options["block_size"]
+    cache = model.new_cache(2, LENGTH * size)
+    two, one = beside(model, NOISED, ROWS), logits(model, ROWS, jnp.zeros(2))
+    for block in blocks(size)[: LENGTH // size]:
+        close(denoise(model, cache, NOISED[:, block], TIMES), two[:, block])
+        clean, cache = extend(model, cache, ROWS[:, block])
+        close(clean, one[:, block])
+    assert int(cache.count) == LENGTH // size * size
+
+
+@pytest.mark.parametrize(("conv_width", "window"), [SLOW(0, 4), (5, 2)])
+def test_a_prompt_in_one_piece_is_the_same_as_in_blocks(conv_width: int, window: int) -> None:
+    model = randomised(block_size=2, conv_width=conv_width)
+    prompt = tokens(6, length=10)
+    whole, at_once = extend(model, model.new_cache(2, window), prompt)
+
+    def step(cache: Any, block: jax.Array) -> tuple[Any, jax.Array]:
+        clean, cache = model.extend(cache, block)
+        return cache, clean
+
+    pieces = prompt.reshape(2, 5, 2).swapaxes(0, 1)
+    carried, parts = jax.jit(lambda cache: jax.lax.scan(step, cache, pieces))(model.new_cache(2, window))
+    close(parts.swapaxes(0, 1).reshape(whole.shape), whole)
+    for ours, theirs in zip(jax.tree.leaves(carried), jax.tree.leaves(at_once), strict=True):
+        assert ours.dtype == theirs.dtype
+        close(ours, theirs)
+
+
+@pytest.mark.parametrize("conv_width", [SLOW(0), 5])
+def test_one_layer_reads_the_window_and_no_further(conv_width: int) -> None:
+    model = randomised(n_layers=1, block_size=2, conv_width=conv_width)
+
+    def score(prompt: jax.Array) -> tuple[jax.Array, jax.Array]:
+        clean, cache = extend(model, model.new_cache(2, 4), prompt)
+        return clean, denoise(model, cache, NOISED[:, :2], TIMES)
+
+    clean, block = score(ROWS)
+    for position in range(LENGTH):
+        clean_after, block_after = score(changed(ROWS, [position]))
+        first, reached = position // 2 * 2, position + conv_width // 2  # a key has seen its neighbours
+        assert moved_positions(clean, clean_after) == list(range(first, min(reached // 2 * 2 + 6, LENGTH)))
+        assert moved_positions(block, block_after) == ([0, 1] if reached >= LENGTH - 4 else [])
+
+
+def test_a_cache_has_the_precision_of_the_products() -> None:
+    model = randomised(block_size=2, conv_width=3, dtype="bfloat16")
+    empty = model.new_cache(2, 4)
+    assert {leaf.dtype for leaf in jax.tree.leaves(empty.layers)} == {np.dtype(jnp.bfloat16)}
+    clean, cache = jax.eval_shape(model.extend, empty, ROWS[:, :4])
+    assert clean.dtype == jnp.float32
+    assert cache == jax.eval_shape(lambda: empty)
+
+
+def test_misuse_is_refused() -> None:
+    plain, blocked = randomised(), randomised(block_size=2)
+    with pytest.raises(ValueError, match="block_size above 0"):
+        plain(ROWS, TIMES, context=ROWS)
+    with pytest.raises(ValueError, match="block_size above 0"):
+        plain.new_cache(2, 4)
+    with pytest.raises(ValueError, match="window is 3"):
+        blocked.new_cache(2, 3)
+    with pytest.raises(ValueError, match="number of tokens is 3"):
+        blocked.extend(blocked.new_cache(2, 4), ROWS[:, :3])
+    with pytest.raises(ValueError, match="2 positions, not 4"):
+        blocked.denoise_block(blocked.new_cache(2, 4), ROWS[:, :4], TIMES)
+    with pytest.raises(ValueError, match="3 times for 8 positions in blocks of 2"):
+        blocked(ROWS, jnp.ones((2, 3)))
+    with pytest.raises(ValueError, match="block_size is -1"):
+        Transformer(**SMALL, block_size=-1, rngs=nnx.Rngs(0))

@@ -1,0 +1,206 @@
+"""Shards made one at a time, by whoever shares the store, give what the stage alone would have made."""
+
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from nanodlm.config import Config
+from nanodlm.data import rows
+from nanodlm.errors import Damaged, NanodlmError
+from nanodlm.stages import fanout, lookup, run
+from nanodlm.store import Artifact, Store, cache, files, finished_parts, new_attempt
+from nanodlm.upkeep import collect
+from tests.support.helpers import prose, tiny_config
+
+PREPARED = ("download", "tokenizer", "split")
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    """Of a corpus of several parts."""
+    for i in range(4):
+        (tmp_path / f"text-{i}.txt").write_text("\n".join(prose(130, seed=i)))
+    return tiny_config(str(tmp_path / "text-*.txt"), part_mb=0.005, sample_by="line")
+
+
+def prepared(config: Config, url: str) -> Store:
+    store = Store(url)
+    for name in PREPARED:
+        run.run_stage(name, config, store)
+    return store
+
+
+def made(config: Config, store: Store) -> Artifact:
+    return run.run_stage("shard", config, store)[0]
+
+
+def fingerprint_of(config: Config, store: Store) -> str:
+    fingerprint = lookup.ready("shard", config, store)[0].fingerprint
+    assert fingerprint is not None
+    return fingerprint
+
+
+def missing(config: Config, store: Store) -> list[int]:
+    with fanout.work(config, store) as work:
+        return work.missing
+
+
+def test_shards_made_one_by_one_are_adopted_to_the_digest_of_the_stage_alone(config: Config, tmp_path: Path) -> None:
+    alone = made(config, prepared(config, str(tmp_path / "alone")))
+    store = prepared(config, str(tmp_path / "shared"))
+    todo = missing(config, store)
+    assert len(todo) > 3
+    assert [fanout.build_shard(config, store, i) for i in reversed(todo)] == [True] * len(todo)
+    assert missing(config, store) == []
+    finished = {p.name: p.stat().st_ino for p in Path(store.root).glob("shard/*/attempts/*/train-*")}
+    artifact = made(config, store)
+    assert artifact.digest == alone.digest
+    assert artifact.metrics == alone.metrics
+    assert {name: (artifact.local() / name).stat().st_ino for name in finished} == finished
+
+
+def test_a_finished_shard_is_not_made_again_and_a_missing_one_is_left_to_the_stage(
+    config: Config, tmp_path: Path
+) -> None:
+    store = prepared(config, str(tmp_path / "store"))
+    assert fanout.build_shard(config, store, 1)
+    assert not fanout.build_shard(config, store, 1)
+    assert missing(config, store) == [i for i in range(len(missing(config, store)) + 1) if i != 1]
+    artifact = made(config, store)
+    assert missing(config, store) == []
+    assert not fanout.build_shard(config, store, 0)
+    assert artifact.digest == made(config, prepared(config, str(tmp_path / "alone"))).digest
+
+
+def test_workers_that_make_the_same_shards_at_once_change_no_bit(config: Config, tmp_path: Path) -> None:
+    url = str(tmp_path / "store")
+    todo = missing(config, prepared(config, url))
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda i: fanout.build_shard(config, Store(url), i), [*todo, *todo]))
+    assert made(config, Store(url)).digest == made(config, prepared(config, str(tmp_path / "alone"))).digest
+
+
+def test_a_rebuild_adopts_nothing_that_workers_made_before(config: Config, tmp_path: Path) -> None:
+    store = prepared(config, str(tmp_path / "store"))
+    for i in missing(config, store):
+        fanout.build_shard(config, store, i)
+    artifact = made(config, store)
+    with new_attempt(store, "shard", artifact.fingerprint, afresh=True) as attempt:
+        assert attempt.earlier == {}
+
+
+def test_a_damaged_shard_of_a_worker_is_made_again_by_the_stage(config: Config, tmp_path: Path) -> None:
+    store = prepared(config, str(tmp_path / "store"))
+    for i in missing(config, store):
+        fanout.build_shard(config, store, i)
+    (damaged,) = Path(store.root).glob(f"shard/*/attempts/*/{rows.name(2)}")
+    content = damaged.read_bytes()
+    damaged.write_bytes(content[:50] + bytes([content[50] ^ 1]) + content[51:])
+    assert (made(config, store).local() / rows.name(2)).read_bytes() == content
+
+
+def test_a_worker_needs_no_source_and_fetches_its_part_of_the_corpus_alone(
+    config: Config, tmp_path: Path, s3_environment: None
+) -> None:
+    fsspec.filesystem("s3").mkdir("worker")
+    prepared(config, "s3://worker/store")
+    store = Store("s3://worker/store")
+    with fanout.work(config, store) as work:
+        pass
+    for path in tmp_path.glob("text-*.txt"):
+        path.unlink()
+    cache.drop(next((cache.cache_dir() / "entries").glob("download-*")).name)
+    with pytest.raises(NanodlmError, match="no file matches"):
+        fanout.build_shard(config, store, 1)
+    assert fanout.build_shard(config, store, 1, work.inputs)
+    fetched = (cache.cache_dir() / "entries").glob("download-*/files/*")
+    assert [path.name for path in fetched] == ["part-00001.parquet"]
+
+
+def test_a_shard_adopted_in_a_bucket_is_copied_there_and_not_sent_again(
+    config: Config, s3_environment: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fsspec.filesystem("s3").mkdir("adopted")
+    store = prepared(config, "s3://adopted/store")
+    todo = missing(config, store)
+    for i in todo:
+        fanout.build_shard(config, store, i)
+    fingerprint = fingerprint_of(config, store)
+    (bad,) = finished_parts(store, "shard", fingerprint)[rows.name(1)]
+    path = store.path("shard", fingerprint, "attempts", bad, rows.name(1))
+    content = store.read(path)
+    store.fs.pipe_file(path, content[:50] + bytes([content[50] ^ 1]) + content[51:])
+    sent: list[str] = []
+    put = files.Storage.put
+
+    def noted(self: files.Storage, pairs: list, *done: object) -> None:
+        sent.extend(Path(target).name for _, target in pairs)
+        put(self, pairs, *done)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(files.Storage, "put", noted)
+    artifact = made(config, store)
+    assert sent == [rows.name(1), "validation.arrayrecord"]  # the damaged one alone is made again
+    assert artifact.problems(deep=True) == []
+    assert store.read(artifact.remote(rows.name(1))) == content
+
+
+def test_what_workers_have_finished_is_not_collected_before_the_stage_has_adopted_it(
+    config: Config, tmp_path: Path
+) -> None:
+    store = prepared(config, str(tmp_path / "store"))
+    todo = missing(config, store)
+    for i in todo:
+        fanout.build_shard(config, store, i)
+    fanout.build_shard(config, store, 0)
+    assert list(collect.collect(store, grace=-1.0)) == []
+    made(config, store)
+    gone = list(collect.collect(store, grace=-1.0))
+    assert [row["kind"] for row in gone] == ["attempt"] * len(todo)
+    assert made(config, store).problems(deep=True) == []
+
+
+def test_while_shards_are_made_the_stage_is_leased_with_its_inputs(config: Config, tmp_path: Path) -> None:
+    store = prepared(config, str(tmp_path / "store"))
+    lease = store.path("shard", fingerprint_of(config, store), "lease.json")
+    with fanout.work(config, store) as work:
+        assert work.missing
+        assert store.read_json(lease)["inputs"] == work.inputs
+        assert work.inputs.keys() == set(PREPARED)
+    assert not Path(lease).exists()
+    made(config, store)
+    with fanout.work(config, store) as work:
+        assert not Path(lease).exists()
+
+
+def test_a_shard_of_a_damaged_corpus_is_refused(config: Config, tmp_path: Path) -> None:
+    store = prepared(config, str(tmp_path / "store"))
+    (part,) = Path(store.root).glob("download/*/attempts/*/part-00002.parquet")
+    content = part.read_bytes()
+    part.write_bytes(content[:50] + bytes([content[50] ^ 1]) + content[51:])
+    assert fanout.build_shard(config, store, 1)
+    with pytest.raises(Damaged, match="part-00002"):
+        fanout.build_shard(config, store, 2)
+
+
+def test_a_worker_does_not_load_jax(config: Config, tmp_path: Path) -> None:
+    store = prepared(config, str(tmp_path / "store"))
+    with fanout.work(config, store) as work:
+        pass
+    (tmp_path / "config.json").write_text(config.model_dump_json())
+    code = f"""
+import sys
+from pathlib import Path
+from flows.sharding import build_shard
+from nanodlm.config import Config
+config = Config.model_validate_json(Path({str(tmp_path / "config.json")!r}).read_text())
+print(build_shard.fn(0, config, {store.uri()!r}, {work.inputs!r}), *sys.modules)
+"""
+    made, *loaded = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert made == "True"
+    assert not {"jax", "grain", "datasets"} & set(loaded)

@@ -1,0 +1,650 @@
+"""What goes wrong and what becomes of it: each row of the table in STORAGE.md, with faults by script and real kills."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flax import nnx
+
+import nanodlm
+from nanodlm.checkpoints.loading import parameters_sha256
+from nanodlm.errors import Damaged, NanodlmError, Unreachable
+from nanodlm.stages import run as stages_run
+from nanodlm.stages import table as stages_table
+from nanodlm.store import Artifact, Store, hold_lease, new_attempt, read_part
+from nanodlm.store import lease as store_lease
+from nanodlm.store import store as store_module
+from nanodlm.store import store as store_store
+from nanodlm.upkeep import collect, copy, verify
+from nanodlm.upkeep import collect as upkeep
+from tests.support.faults import Fault, busy, no_space, scripted
+from tests.support.helpers import committed, fill, identity, prose, tiny_config
+from tests.support.servers import Server, flaky
+from tests.training.test_loop import tiny
+
+ROOT = Path(nanodlm.__file__).parents[1]
+FILES = {"a.bin": b"first file", "b.bin": b"other file", "sub/c.bin": b"third, longer file"}
+
+
+def test_every_row_of_the_table_names_a_test_that_is_there() -> None:
+    text = (ROOT / "STORAGE.md").read_text()
+    table = text[text.index("| fault |") :].split("\n\n")[0].splitlines()[2:]
+    assert len(table) >= 20
+    tests = {path.name: path.read_text() for path in (ROOT / "tests").glob("test_*.py")}
+    for row in table:
+        named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", row.split("|")[3])
+        assert named, row
+        for file, name in named:
+            assert f"def {name}(" in tests[file], f"there is no {file}::{name}"
+
+
+# Processes that are killed
+
+# A process that builds a stage, and kills itself when it has come to a certain point.
+BUILD = """
+import os, signal, sys
+from nanodlm import shards, stages, storage
+from nanodlm.config import Config
+from nanodlm.store import Attempt, Store
+
+config, url, moment = Config.model_validate_json(sys.argv[1]), sys.argv[2], sys.argv[3]
+store = Store(url)
+
+def die(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def before(owner, name, here):
+    original = getattr(owner, name)
+    def call(*args, **kwargs):
+        if here(*args):
+            die()
+        return original(*args, **kwargs)
+    setattr(owner, name, call)
+
+if moment == "in mid-shard":
+    write = shards.write
+    def torn(rows):
+        yield from rows[: len(rows) // 2]
+        die()
+    shards.write = lambda path, rows: write(path, torn(rows) if "train-00002" in path.name else rows)
+elif moment == "in mid-upload":
+    put = type(store.fs)._put_file
+    async def put_half(self, source, target, *args, **kwargs):
+        if "train-00002" not in target:
+            return await put(self, source, target, *args, **kwargs)
+        bucket, _, key = target.partition("/")
+        named = {"Bucket": bucket, "Key": key}
+        upload = await self._call_s3("create_multipart_upload", **named)
+        await self._call_s3("upload_part", **named, PartNumber=1, UploadId=upload["UploadId"], Body=b"half of it")
+        die()
+    type(store.fs)._put_file = put_half
+elif moment == "before a part's record":
+    before(storage.Storage, "write_json", lambda self, path, *_: path.endswith("parts/train-00002.arrayrecord.json"))
+elif moment == "just before the manifest":
+    before(storage.Storage, "write_json", lambda self, path, *_: path.endswith("manifest.json"))
+elif moment == "just after the manifest":
+    before(Attempt, "close", lambda self: True)
+stages.run("shard", config, store)
+"""
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of 400 documents, which `part_mb` of 0.01 makes several parts of."""
+    path = tmp_path_factory.mktemp("source") / "corpus.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in prose(400)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def undisturbed(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store with the data stages of `tiny_config(source)`."""
+    store = tmp_path_factory.mktemp("undisturbed")
+    for name in stages_table.until("shard"):
+        stages_run.run_stage(name, tiny_config(source), Store(str(store)))
+    return store
+
+
+@pytest.fixture(autouse=True)
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take leases over without long pauses."""
+    monkeypatch.setattr(store_lease, "SETTLE_SECONDS", 0.05)
+
+
+def the(store: Store, stage: str = "shard") -> Artifact:
+    """The one artifact of a stage."""
+    (fingerprint,) = [fingerprint for name, fingerprint in store if name == stage]
+    return store.open(f"{stage}/{fingerprint}")
+
+
+def copied(undisturbed: Path, url: str) -> Store:
+    """A store that has all but the shards."""
+    source, target = Store(str(undisturbed)), Store(url)
+    wanted = [item for item in source if item[0] != "shard"]
+    assert len(list(copy.copy(source, target, wanted, lambda *_, **__: None))) == 3
+    return target
+
+
+def place(kind: str, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """URL of an empty store, on disk or on S3."""
+    if kind == "disk":
+        return str(tmp_path / "store")
+    server: Server = request.getfixturevalue("moto_server")
+    server.enter(monkeypatch)
+    return f"{server.store}/{tmp_path.name}"
+
+
+@pytest.mark.parametrize(
+    ("kind", "moment"),
+    [
+        ("disk", "in mid-shard"),
+        ("disk", "just before the manifest"),
+        ("disk", "just after the manifest"),
+        ("s3", "in mid-upload"),
+        pytest.param("s3", "before a part's record", marks=pytest.mark.slow),
+        ("s3", "just before the manifest"),
+    ],
+)
+def test_a_build_killed_at_any_moment_is_continued_to_the_same_digest(
+    kind: str,
+    moment: str,
+    source: Path,
+    undisturbed: Path,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    url = place(kind, tmp_path, request, monkeypatch)
+    store, config = copied(undisturbed, url), tiny_config(source)
+    done = subprocess.run([sys.executable, "-c", BUILD, config.model_dump_json(), url, moment], timeout=100)
+    assert done.returncode == -signal.SIGKILL
+    committed_already = moment == "just after the manifest"
+    assert bool([item for item in store if item[0] == "shard"]) == committed_already
+    finished = [path for path in store.sizes(store.path("shard")) if "/parts/" in path]
+    assert len(finished) >= 2
+    artifact, record = stages_run.run_stage("shard", config, store)
+    assert record["status"] == ("cached" if committed_already else "built")
+    assert artifact.digest == the(Store(str(undisturbed))).digest
+    assert artifact.problems(deep=True) == []
+    with new_attempt(store, "shard", artifact.fingerprint) as attempt:
+        assert len(attempt.earlier[finished[0].split("/parts/")[1].removesuffix(".json")]) == 2 - committed_already
+    if moment == "in mid-upload":
+        said = [row["kind"] for row in collect.collect(store, grace=-60)]
+        assert sorted(said)[-1] == "upload"
+
+
+# What is damaged
+
+
+def altered(content: bytes) -> Iterator[bytes]:
+    """A file with its last byte cut off, with each byte flipped, and with nothing left."""
+    yield content[:-1]
+    yield b""
+    for i in range(len(content)):
+        yield content[:i] + bytes([content[i] ^ 1]) + content[i + 1 :]
+
+
+def test_no_altered_byte_of_a_manifest_goes_unnoticed(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    artifact = committed(store, FILES)
+    path = Path(store.path("shard", "f0", "manifest.json"))
+    refused = 0
+    for content in altered(path.read_bytes()):
+        path.write_bytes(content)
+        try:
+            found = store.find("shard", "f0")
+        except Damaged as error:
+            assert "verify" in str(error)
+            refused += 1
+        else:  # a byte that JSON does not care about
+            assert found is not None
+            assert found.manifest == artifact.manifest
+    assert refused > 1000
+
+
+def test_no_altered_byte_of_a_parts_record_goes_unnoticed(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    with new_attempt(store, "shard", "f0") as attempt:
+        fill(attempt, FILES)
+        attempt.finish("all", list(FILES), rows=3)
+    path = attempt.path / "parts" / "all.json"
+    record = read_part(store, str(path))
+    assert record is not None
+    for content in altered(path.read_bytes()):
+        path.write_bytes(content)
+        assert read_part(store, str(path)) in (None, record)
+
+
+def test_no_altered_byte_of_a_file_goes_unnoticed(tmp_path: Path) -> None:
+    artifact = committed(Store(str(tmp_path)), FILES)
+    for name, content in FILES.items():
+        path = Path(artifact.remote(name))
+        for other in altered(content):
+            path.write_bytes(other)
+            with pytest.raises(Damaged, match=name):
+                artifact.local()
+        path.write_bytes(content)
+    assert artifact.local().is_dir()
+
+
+def cut(one: Path, _: Path) -> None:
+    one.write_bytes(one.read_bytes()[:-1])
+
+
+def flip(one: Path, _: Path) -> None:
+    content = one.read_bytes()
+    one.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+
+def swap(one: Path, other: Path) -> None:
+    first, second = one.read_bytes(), other.read_bytes()
+    one.write_bytes(second)
+    other.write_bytes(first)
+
+
+def delete(one: Path, _: Path) -> None:
+    one.unlink()
+
+
+@pytest.mark.parametrize("damage", [cut, flip, swap, delete])
+def test_damaged_shards_are_refused_and_repaired_to_the_same_digest(
+    damage: Callable[[Path, Path], None], undisturbed: Path, source: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(undisturbed, tmp_path / "store")
+    store = Store(str(tmp_path / "store"))
+    artifact = the(store)
+    one, other = (Path(artifact.remote(f"train-0000{i}.arrayrecord")) for i in (1, 2))
+    damage(one, other)
+    with pytest.raises(Damaged, match=r"train-00001\.arrayrecord .*nanodlm verify .*--repair"):
+        artifact.local()
+    everything = verify.chain(store, "shard", artifact.fingerprint)
+    found = {item.stage: item for item in verify.check(store, everything, deep=True)}
+    bad = [line.split()[0] for line in found["shard"].problems]
+    assert bad == [one.name, other.name][: 2 if damage is swap else 1]
+    assert not any(item.problems for stage, item in found.items() if stage != "shard")
+    repaired = {item.stage: item.repaired for item in verify.check(store, everything, deep=True, repair=True)}
+    assert repaired == {"download": False, "split": False, "shard": True} | ({"tokenizer": False})
+    again, record = stages_run.run_stage("shard", tiny_config(source), store)
+    assert (again.digest, record["status"]) == (artifact.digest, "cached")
+    assert not any(item.problems for item in verify.check(store, everything, deep=True))
+
+
+# Storage that does not answer
+
+
+def test_a_wire_that_fails_loses_nothing_and_commits_once(
+    moto_server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Every tenth request or so is answered with 503, cut off before or cut off after; with it that of the commit."""
+    count, fates = 0, {3: "busy", 11: "reset", 17: "unheard", 29: "busy", 41: "reset", 53: "unheard"}
+    commits: list[str] = []
+
+    def fail(method: str, path: str) -> str:
+        nonlocal count
+        if method == "PUT" and path.partition("?")[0].endswith("/shard/f0/manifest.json"):
+            commits.append("unheard" if not commits else "")
+            return commits[-1]
+        count += 1
+        return fates.get(count, "")
+
+    with flaky(moto_server, fail) as server:
+        server.enter(monkeypatch)
+        store = Store(f"{server.store}/{tmp_path.name}")
+        artifact = committed(store, {f"{i:02d}": bytes([i]) * 100 for i in range(20)})
+        found = store.open("shard/f0")
+        assert found.manifest == artifact.manifest
+        assert found.problems(deep=True) == []
+        assert len(list(found.local().iterdir())) == 20
+    assert commits[0] == "unheard"
+    assert len(commits) > 1  # the driver has asked again
+    assert count > 53
+
+
+@pytest.mark.slow
+def test_training_goes_on_while_its_checkpoint_cannot_be_published(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NANODLM_RETRY_SECONDS", "60")
+    config = tiny(exp={"save_every": 4, "log_every": 1, "keep": 3, "keep_best": 0})
+    reached: list[int] = []
+    failed_at: list[int] = []
+
+    def emit(kind: str, **fields: Any) -> None:
+        if kind == "progress" and fields["unit"] == "updates":
+            reached.append(fields["done"])
+
+    def fail() -> Exception:
+        failed_at.append(max(reached, default=0))
+        return busy()
+
+    # Were the first checkpoint waited for, update 6 would not be reached, and this would be given up after a minute.
+    def over() -> bool:
+        return len(failed_at) >= 3 and failed_at[-1] >= 6
+
+    fault = Fault("put_file", fail, "step_000004", times=float("inf"), until=over)
+    with scripted(fault):
+        run = nanodlm.train(config, "faulty://place", emit)
+        assert run.problems(deep=True) == []
+        assert run.files("checkpoints/step_000004/")
+    assert len(failed_at) >= 3
+
+
+def test_a_storage_that_stays_away_ends_the_run_and_the_next_continues(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NANODLM_RETRY_SECONDS", "0.1")
+    config = tiny(exp={"save_every": 4, "log_every": 1, "keep": 3, "keep_best": 0})
+    away = [Fault("put_file", busy, f"step_0000{step}", times=float("inf")) for step in ("08", "12")]
+    with scripted(*away) as storage:
+        with pytest.raises(Unreachable, match=r"does not answer: .*what is finished is kept, run again to continue"):
+            nanodlm.train(config, "faulty://place")
+        storage.script.clear()
+        run = nanodlm.train(config, "faulty://place")
+        assert run.metrics["resumed_from_update"] == 4
+        model, _ = nanodlm.load(run.uri)
+        assert parameters_sha256(nnx.to_pure_dict(nnx.state(model))) == run.metrics["parameters_sha256"]
+
+
+# Disks that are full or cannot be written
+
+LIMITED = """
+import resource, sys
+from nanodlm import stages
+from nanodlm.config import Config
+from nanodlm.errors import NanodlmError
+from nanodlm.store import Store
+
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
+try:
+    stages.run("shard", Config.model_validate_json(sys.argv[2]), Store(sys.argv[3]))
+except NanodlmError as error:
+    sys.exit(str(error))
+"""
+
+
+@pytest.mark.parametrize("limit", [1500, 6000])
+def test_a_disk_that_takes_no_more_ends_the_run_in_one_line_and_nothing_torn_is_kept(
+    limit: int, undisturbed: Path, source: Path, tmp_path: Path
+) -> None:
+    """The kernel refuses bytes beyond a limit, whoever writes them, also libraries that are not Python."""
+    store, config = copied(undisturbed, str(tmp_path / "store")), tiny_config(source)
+    command = [sys.executable, "-c", LIMITED, str(limit), config.model_dump_json(), store.root]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 1
+    assert not [item for item in store if item[0] == "shard"]
+    artifact, _ = stages_run.run_stage("shard", config, store)
+    assert artifact.digest == the(Store(str(undisturbed))).digest
+    said = done.stderr.strip().splitlines()
+    assert len(said) == 1, done.stderr
+    assert "make room" in said[0]
+
+
+def test_a_full_remote_storage_ends_the_run_in_one_line(source: Path) -> None:
+    with scripted(Fault("put_file", no_space, "part-00001", times=float("inf"))) as storage:
+        with pytest.raises(NanodlmError, match=r"nothing more fits.*make room.*run again") as caught:
+            stages_run.run_stage("download", tiny_config(source), Store("faulty://place"))
+        assert "\n" not in str(caught.value)
+        assert list(Store("faulty://place")) == []
+        storage.script.clear()
+        artifact, record = stages_run.run_stage("download", tiny_config(source), Store("faulty://place"))
+        assert record["status"] == "built"
+        assert artifact.problems(deep=True) == []
+
+
+def test_a_cache_that_cannot_be_written_is_one_line(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with scripted():
+        artifact = committed(Store("faulty://place"), FILES)
+        for folder in (str(tmp_path / "file" / "cache"), "/proc/nanodlm"):
+            monkeypatch.setenv("NANODLM_CACHE", folder)
+            for use in (
+                artifact.local,
+                lambda: stages_run.run_stage("download", tiny_config(source), Store("faulty://place")),
+            ):
+                with pytest.raises(NanodlmError, match=rf"cannot write to the cache {folder}: .*NANODLM_CACHE") as said:
+                    use()
+                assert "\n" not in str(said.value)
+        assert Store("faulty://place").find("shard", "f0") is not None
+    assert stages_run.run_stage("download", tiny_config(source), Store(str(tmp_path / "store")))[1]["status"] == "built"
+
+
+# Several at once
+
+
+def aged(folder: Path, seconds: float) -> None:
+    """Make files look as if they had not changed for so long."""
+    then = time.time() - seconds
+    for path in folder.rglob("*"):
+        os.utime(path, (then, then))
+
+
+def test_a_reader_can_finish_although_what_it_reads_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, long = Store(str(tmp_path)), 2 * collect.GRACE_SECONDS
+    with monkeypatch.context() as earlier:
+        earlier.setattr(store_module.time, "gmtime", lambda gmtime=time.gmtime: gmtime(time.time() - long))
+        reading = committed(store, FILES)
+    aged(tmp_path, long)
+    assert [row["kind"] for row in collect.collect(store, keep_last=0)] == ["artifact"]
+    assert store.find("shard", "f0") is None
+    assert list(collect.collect(store)) == []
+    assert {name: (reading.local() / name).read_bytes() for name in FILES} == FILES
+    aged(tmp_path, long)
+    assert [row["kind"] for row in collect.collect(store)] == ["attempt"]
+    with pytest.raises(Damaged, match="is missing"):
+        reading.local()
+
+
+@pytest.mark.parametrize("which", [1, 2, 3, 4])
+def test_a_collector_that_cannot_list_everything_removes_nothing(
+    which: int, moto_server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    listings = 0
+
+    def fail(method: str, path: str) -> str:
+        nonlocal listings
+        listings += method == "GET" and "list-type=2" in path
+        return "refused" if listings == which and "list-type=2" in path else ""
+
+    moto_server.enter(monkeypatch)
+    url = f"{moto_server.store}/{tmp_path.name}"
+    committed(Store(url), FILES)
+    with flaky(moto_server, fail) as server:
+        server.enter(monkeypatch)
+        try:
+            assert list(collect.collect(Store(url), grace=-60)) == []
+        except NanodlmError as error:
+            assert "refuses access" in str(error)
+    moto_server.enter(monkeypatch)
+    assert Store(url).open("shard/f0").check(deep=True)
+
+
+def test_readers_beside_a_collector_get_all_or_a_clear_error(tmp_path: Path) -> None:
+    store, stop = Store(str(tmp_path)), threading.Event()
+    seen: list[dict[str, bytes] | None] = []
+
+    def read() -> None:
+        while not stop.is_set():
+            found = store.find("shard", "f0")
+            if found is None:
+                continue
+            try:
+                folder = found.local()
+                seen.append({name: (folder / name).read_bytes() for name in FILES})
+            except (Damaged, FileNotFoundError):  # it was collected while it was read
+                seen.append(None)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    try:
+        rounds = 0
+        while rounds < 10 or FILES not in seen:
+            committed(store, FILES)
+            list(collect.collect(store, keep_last=0, grace=-60))
+            rounds += 1
+    finally:
+        stop.set()
+        reader.join()
+    assert all(read in (None, FILES) for read in seen)
+
+
+# Processes that begin at the same moment: one imports everything, then forks the others, which have opened nothing yet.
+TOGETHER = """
+import multiprocessing, sys, time
+from nanodlm import corpus, stages, store as store_module
+from nanodlm.config import Config
+from nanodlm.store import Store
+from tests.helpers import fill, identity
+
+what, url, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
+context = multiprocessing.get_context("fork")
+together = context.Barrier(count)
+store_module.SETTLE_SECONDS = 0.05
+
+def build(number):
+    config = Config.model_validate_json(sys.argv[4])
+    def emit(kind, **fields):
+        if kind == "progress":
+            time.sleep(0.05)  # long enough for the others to meet it at work
+    together.wait()
+    return stages.run("download", config, Store(url), emit=emit)[1]["status"]
+
+def commit(number):
+    store = Store(url)
+    with new_attempt(store, "shard", "f0") as attempt:
+        fill(attempt, {"same.bin": bytes([number]) * 1000, f"only-{number}.bin": b"mine"})
+        together.wait()
+        artifact = attempt.commit(identity=identity(), metrics={"by": number})
+    return artifact.metrics["by"]
+
+def run(number, answers):
+    answers.put({"build": build, "commit": commit}[what](number))
+
+answers = context.Queue()
+processes = [context.Process(target=run, args=(number, answers)) for number in range(count)]
+for process in processes:
+    process.start()
+print(sorted(answers.get(timeout=90) for _ in processes))
+for process in processes:
+    process.join()
+"""
+
+
+def together(what: str, url: str, count: int, *more: str) -> Any:
+    """What each of several processes says that did something at once."""
+    command = [sys.executable, "-c", TOGETHER, what, url, str(count), *more]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.replace("'", '"'))
+
+
+def test_of_ten_runs_at_once_one_builds_and_nine_find(source: Path, tmp_path: Path) -> None:
+    said = together("build", str(tmp_path), 10, tiny_config(source).model_dump_json())
+    assert said == ["built", *["cached"] * 9]
+    assert len(list(tmp_path.glob("download/*/attempts/*"))) == 1
+    assert the(Store(str(tmp_path)), "download").problems(deep=True) == []
+    assert not list(tmp_path.glob("download/*/lease.json"))
+
+
+@pytest.mark.parametrize("kind", ["disk", "s3"])
+def test_without_leases_there_is_one_manifest_and_files_never_mix(
+    kind: str, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = place(kind, tmp_path, request, monkeypatch)
+    said = together("commit", url, 4)
+    assert len(set(said)) == 1
+    artifact = the(Store(url))
+    assert artifact.metrics == {"by": said[0]}
+    folder = artifact.local()
+    assert (folder / "same.bin").read_bytes() == bytes([said[0]]) * 1000
+    assert sorted(file["path"] for file in artifact.files()) == [f"only-{said[0]}.bin", "same.bin"]
+    assert artifact.problems(deep=True) == []
+
+
+@pytest.mark.parametrize("days", [-1, 1])
+def test_clocks_a_day_apart_change_nothing(days: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, shift = Store(str(tmp_path)), timedelta(days=days)
+
+    class Elsewhere(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> Any:
+            return datetime.now(tz) + shift
+
+    with new_attempt(store, "shard", "f0") as here:
+        fill(here, {"a.bin": b"first file", "mine": b"x"})
+        here.finish("a.bin", ["a.bin"], rows=1)
+        with monkeypatch.context() as elsewhere:
+            elsewhere.setattr(store_store, "datetime", Elsewhere)
+            elsewhere.setattr(upkeep.time, "time", lambda now=time.time: now() + shift.total_seconds())
+            with new_attempt(store, "shard", "f0") as there:
+                assert (there.id < here.id) == (days < 0)
+                assert there.adopt("a.bin") == {"rows": 1}
+                fill(there, {"theirs": b"y"})
+                won = there.commit(identity=identity(), metrics={})
+        lost = here.commit(identity=identity(), metrics={})
+    assert lost.manifest == won.manifest
+    folder = store.open("shard/f0").local()
+    assert {p.name for p in folder.iterdir() if p.is_file()} == {"a.bin", "theirs"}
+    with monkeypatch.context() as elsewhere:  # a lease is not older for a clock that is ahead
+        elsewhere.setattr(store_module.time, "time", lambda now=time.time: now() + shift.total_seconds())
+        monkeypatch.setattr(store_lease, "LEASE_SECONDS", 0.6)
+        with hold_lease(store, "shard", "f1") as mine:
+            time.sleep(1)
+            assert store.read_json(store.path("shard", "f1", "lease.json"))["holder"] == mine["holder"]
+
+
+HELD = """
+import sys
+from pathlib import Path
+from nanodlm import store as store_module
+from nanodlm.store import Store
+from tests.helpers import fill, identity
+
+store_module.LEASE_SECONDS, store_module.SETTLE_SECONDS = 0.6, 0.05
+store = Store(sys.argv[1])
+with hold_lease(store, "shard", "f0"), new_attempt(store, "shard", "f0") as attempt:
+    fill(attempt, {"a.bin": b"of the stopped", "stopped.bin": b"x"})
+    print("building", flush=True)
+    sys.stdin.readline()
+    artifact = attempt.commit(identity=identity(), metrics={})
+print(artifact.manifest["attempt"], flush=True)
+"""
+
+
+def test_a_holder_that_was_stopped_past_its_lease_loses_cleanly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_lease, "LEASE_SECONDS", 0.6)
+    store, told = Store(str(tmp_path)), []
+    with subprocess.Popen(
+        [sys.executable, "-c", HELD, store.root], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as stopped:
+        try:
+            assert stopped.stdout is not None
+            assert stopped.stdin is not None
+            assert stopped.stdout.readline() == "building\n"
+            stopped.send_signal(signal.SIGSTOP)
+            with hold_lease(store, "shard", "f0", notify=told.append), new_attempt(store, "shard", "f0") as attempt:
+                assert told == [f"process {stopped.pid} on {os.uname().nodename} is building it; waiting"]
+                fill(attempt, {"a.bin": b"of the other"})
+                stopped.send_signal(signal.SIGCONT)
+                won = attempt.commit(identity=identity(), metrics={})
+                said, _ = stopped.communicate("\n", timeout=60)
+                lease = store.read_json(store.path("shard", "f0", "lease.json"))
+                assert lease is None or lease["pid"] in (os.getpid(), stopped.pid)
+        finally:
+            stopped.kill()
+    assert stopped.returncode == 0
+    assert said.strip() == won.manifest["attempt"] == the(store).manifest["attempt"]
+    assert (the(store).local() / "a.bin").read_bytes() == b"of the other"
+    assert [p.name for p in (tmp_path / "shard" / "f0" / "attempts").iterdir()] == [won.manifest["attempt"]]

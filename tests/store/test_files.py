@@ -1,0 +1,869 @@
+"""Storages: what is asked again, what is refused, and one suite of tests on each kind of them."""
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import botocore.exceptions
+import fsspec
+import pytest
+from fsspec.exceptions import FSTimeoutError
+from gcsfs.retry import HttpError
+from s3fs.errors import translate_boto_error
+
+from nanodlm.checkpoints.finding import find_checkpoint
+from nanodlm.errors import Damaged, NanodlmError, Unreachable, UsageError
+from nanodlm.stages import run, table
+from nanodlm.store import Artifact, Store, cache, hold_lease, lease, new_attempt, retry
+from nanodlm.store import files as storage
+from nanodlm.store.files import Storage
+from nanodlm.upkeep import collect, copy
+from tests.support.commands import nanodlm, result_of, statuses, tiny_flags
+from tests.support.faults import Fault, Faulty, answer, busy, no_space, scripted
+from tests.support.helpers import committed, fill, identity, prose, tiny_config
+from tests.support.servers import Server, forget_connections, free_ports, let_go_of_the_cache, s3_environ
+
+FILES = {"a.bin": b"first file", "b.bin": b"other file", "sub/c.bin": b"third, longer file", "empty": b""}
+
+
+class Killed(Exception):
+    """Stands for whatever ends an attempt half-way."""
+
+
+# What may pass
+
+
+@pytest.fixture
+def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The pauses between tries, which are not made; the clock moves on by each."""
+    made: list[float] = []
+    monkeypatch.setattr(storage.time, "sleep", made.append)
+    monkeypatch.setattr(storage.time, "monotonic", lambda: sum(made))
+    return made
+
+
+@pytest.fixture
+def faulty() -> Iterator[type[Faulty]]:
+    with scripted() as file_system:
+        yield file_system
+
+
+def translated(error: Exception) -> BaseException:
+    """What s3fs makes of what botocore says."""
+    made = translate_boto_error(error)
+    assert isinstance(made, BaseException)
+    return made
+
+
+PASSING: dict[str, Callable[[], BaseException]] = {
+    "S3 503": busy,
+    "S3 503, translated": lambda: translated(busy()),
+    "S3 500, translated": lambda: translated(answer(500, "InternalError")),
+    "S3 429": lambda: answer(429, "TooManyRequests"),
+    "S3 conflict of two conditional writes": lambda: translated(answer(409, "ConditionalRequestConflict")),
+    "GCS 503": lambda: HttpError({"code": 503, "message": "unavailable"}),
+    "GCS 429": lambda: HttpError({"code": 429, "message": "slow down"}),
+    "reset": lambda: ConnectionResetError(errno.ECONNRESET, "reset by peer"),
+    "refused connection": lambda: ConnectionRefusedError(errno.ECONNREFUSED, "refused"),
+    "server hung up": aiohttp.ServerDisconnectedError,
+    "payload cut off": lambda: aiohttp.ClientPayloadError("payload is not completed"),
+    "time-out": TimeoutError,
+    "fsspec's time-out": FSTimeoutError,
+    "S3 time-out": lambda: botocore.exceptions.ReadTimeoutError(endpoint_url="http://s3"),
+    "S3 out of reach": lambda: botocore.exceptions.EndpointConnectionError(endpoint_url="http://s3"),
+}
+REFUSED: dict[str, Callable[[], BaseException]] = {
+    "S3 403": lambda: answer(403, "SignatureDoesNotMatch"),
+    "S3 403, translated": lambda: translated(answer(403, "AccessDenied")),
+    "S3 401": lambda: answer(401, "Unauthorized"),
+    "GCS 403": lambda: HttpError({"code": 403, "message": "no"}),
+    "GCS forbidden": lambda: OSError("Forbidden: https://storage.googleapis.com/b\nyou may not"),
+    "no credentials": botocore.exceptions.NoCredentialsError,
+    "permissions": lambda: PermissionError(errno.EACCES, "Permission denied"),
+}
+
+
+@pytest.mark.parametrize("name", PASSING)
+def test_what_may_pass_is_asked_again_until_it_does(name: str, faulty: type[Faulty], pauses: list[float]) -> None:
+    faulty.script[:] = [Fault("cat_file", PASSING[name], times=3)]
+    there = Storage("faulty://place")
+    there.write_json(there.path("x.json"), {"a": 1})
+    assert there.read_json(there.path("x.json")) == {"a": 1}
+    assert len(pauses) == 3
+
+
+def test_pauses_grow_and_are_never_the_same_for_two(faulty: type[Faulty], pauses: list[float]) -> None:
+    faulty.script[:] = [Fault("cat_file", busy, times=12)]
+    there = Storage("faulty://place")
+    there.write_json(there.path("x.json"), 1)
+    there.read(there.path("x.json"))
+    longest = [min(retry.FIRST_PAUSE * 2**i, retry.LONGEST_PAUSE) for i in range(12)]
+    assert all(limit / 2 <= pause <= limit for pause, limit in zip(pauses, longest, strict=True))
+    assert len(set(pauses)) == 12
+
+
+@pytest.mark.parametrize("name", PASSING)
+def test_what_does_not_pass_is_given_up_after_the_time_that_is_set(
+    name: str, faulty: type[Faulty], pauses: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NANODLM_RETRY_SECONDS", "40")
+    faulty.script[:] = [Fault("cat_file", PASSING[name], times=1000)]
+    there = Storage("faulty://place")
+    with pytest.raises(Unreachable, match=r"faulty://.*place does not answer: .*run again to continue") as caught:
+        there.read(there.path("x.json"))
+    assert "\n" not in str(caught.value)
+    assert 40 - retry.LONGEST_PAUSE <= sum(pauses) <= 40
+
+
+def test_digits_of_a_path_are_no_answer_of_a_server(faulty: type[Faulty], pauses: list[float]) -> None:
+    full = OSError(errno.ENOSPC, "No space left on device", "/cache/shard-15036af502c504/x")
+    faulty.script[:] = [Fault("cat_file", lambda: full, times=1)]
+    there = Storage("faulty://place")
+    with pytest.raises(OSError, match="No space left"):
+        there.read(there.path("x.json"))
+    assert pauses == []
+
+
+@pytest.mark.parametrize("url", ["s3://", "s3:///prefix", "gs://"])
+def test_an_address_without_a_bucket_is_refused(url: str) -> None:
+    with pytest.raises(UsageError, match=f"cannot open the store {url}: it names no bucket"):
+        Storage(url)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_refusal_is_one_line_at_once(name: str, faulty: type[Faulty], pauses: list[float]) -> None:
+    faulty.script[:] = [Fault(request, REFUSED[name], times=9) for request in ("cat_file", "pipe_file", "find")]
+    there = Store("faulty://place")
+    worked = False
+    for ask in (lambda: there.find("shard", "f0"), lambda: there.sizes("/place"), there.require_create_only):
+        with pytest.raises(NanodlmError, match=r"refuses access: .*credentials in the environment") as caught:
+            ask()
+        assert "\n" not in str(caught.value)
+        assert not isinstance(caught.value, Unreachable)
+    with pytest.raises(NanodlmError, match="refuses access"), new_attempt(there, "shard", "f0"):
+        worked = True
+    assert not worked
+    assert pauses == []
+
+
+@pytest.mark.parametrize("error", [no_space, lambda: OSError(errno.EIO, "broken"), lambda: ValueError("a bug")])
+def test_what_stays_as_it_is_is_not_asked_again(
+    error: Callable[[], BaseException], faulty: type[Faulty], pauses: list[float]
+) -> None:
+    faulty.script[:] = [Fault("pipe_file", error, times=1000)]
+    there = Storage("faulty://place")
+    with pytest.raises(type(error())):
+        there.write_json(there.path("x.json"), 1)
+    assert pauses == []
+    assert [request for request, _ in faulty.asked] == ["pipe_file"]
+
+
+def test_a_time_that_is_no_number_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NANODLM_RETRY_SECONDS", "soon")
+    with pytest.raises(UsageError, match="NANODLM_RETRY_SECONDS must be a number of seconds, not 'soon'"):
+        Storage("memory://place").read("/x")
+
+
+# Creating once
+
+
+def test_a_creation_whose_acknowledgement_was_lost_counts(faulty: type[Faulty], pauses: list[float]) -> None:
+    faulty.script[:] = [Fault("pipe_file", ConnectionResetError, after=True)]
+    there = Storage("faulty://place")
+    assert there.write_json(there.path("x.json"), {"by": "me"}, create_only=True)
+    assert there.read_json(there.path("x.json")) == {"by": "me"}
+    assert len(pauses) == 1
+
+
+def test_a_creation_that_a_driver_repeated_by_itself_counts(faulty: type[Faulty]) -> None:
+    """Its second request finds the file of the first, and nobody but the driver knows of that."""
+    faulty.script[:] = [Fault("pipe_file", FileExistsError, after=True)]
+    there = Storage("faulty://place")
+    assert there.write_json(there.path("x.json"), {"by": "me"}, create_only=True)
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError, FileExistsError])
+def test_an_artifact_whose_commit_was_not_acknowledged_is_there_whole(
+    error: Callable[[], BaseException], faulty: type[Faulty], pauses: list[float]
+) -> None:
+    faulty.script[:] = [Fault("pipe_file", error, path="manifest.json", after=True)]
+    artifact = committed(Store("faulty://place"), FILES)
+    found = Store("faulty://place").find("shard", "f0")
+    assert found is not None
+    assert found.manifest == artifact.manifest
+    assert {name: (found.local() / name).read_bytes() for name in FILES} == FILES
+
+
+def test_a_creation_lost_to_another_writer_does_not_count(faulty: type[Faulty], pauses: list[float]) -> None:
+    there = Storage("faulty://place")
+
+    def meanwhile() -> BaseException:
+        there.fs.pipe_file(there.path("x.json"), b'{"by": "another"}')
+        return busy()
+
+    faulty.script[:] = [Fault("pipe_file", meanwhile)]
+    assert not there.write_json(there.path("x.json"), {"by": "me"}, create_only=True)
+    assert there.read_json(there.path("x.json")) == {"by": "another"}
+
+
+def test_a_server_that_ignores_the_condition_is_refused_by_name_before_any_work(faulty: type[Faulty]) -> None:
+    faulty.ignores_conditions = True
+    worked = False
+    with pytest.raises(NanodlmError, match=r"faulty://.*place lets an existing file be created again.*If-None-Match"):
+        with new_attempt(Store("faulty://place"), "shard", "f0"):
+            worked = True
+    assert not worked
+    assert not any("create-only" in path for path in faulty.store)
+
+
+def test_whether_a_server_creates_once_is_tried_once(faulty: type[Faulty]) -> None:
+    there = Storage("faulty://place")
+    there.require_create_only()
+    asked = len(faulty.asked)
+    there.require_create_only()
+    assert len(faulty.asked) == asked
+
+
+# Addresses
+
+
+@pytest.mark.parametrize(
+    ("url", "says"),
+    [
+        ("ftp://host/folder", r"ftp:// cannot create a file only once"),
+        ("http://host/folder", r"http:// cannot create a file only once"),
+        ("https://host/folder", r"https:// cannot create a file only once"),
+        ("zip://file.zip", r"zip:// cannot create a file only once"),
+        ("simplecache::s3://bucket/x", "cannot open the store simplecache::s3://bucket/x"),
+        ("nosuch://x", "nosuch:// is not known"),
+    ],
+)
+def test_what_cannot_create_once_is_refused_by_name(url: str, says: str) -> None:
+    with pytest.raises(UsageError, match=f"{says}.*(use a folder, or a bucket at s3:// or gs://)"):
+        Storage(url)
+
+
+@pytest.mark.parametrize(
+    ("url", "says"),
+    [
+        ("s3:/bucket/x", "write s3://bucket/x, or ./s3:/bucket/x for a folder"),
+        ("gs:bucket", "write gs://bucket, or ./gs:bucket for a folder"),
+        ("file:/data/store", "write file:///data/store, or"),
+        ("", "without a name"),
+    ],
+)
+def test_an_address_with_a_slip_is_not_taken_for_a_folder(url: str, says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        Storage(url)
+
+
+@pytest.mark.parametrize("url", ["s3://bucket/a*b", "memory://bucket/a[b]", "gs://bucket/a?b"])
+def test_prefixes_of_buckets_that_drivers_take_for_patterns_are_refused(url: str) -> None:
+    """Removing what is below `a*b` would remove what is below `axb`."""
+    with pytest.raises(UsageError, match=r"prefix must not hold \*, \? or \["):
+        Storage(url)
+
+
+@pytest.mark.parametrize(
+    "url", ["s3://me:hunter2@bucket/x", "s3://bucket/x?aws_secret_access_key=hunter2", "gs://bucket/x?token=hunter2"]
+)
+def test_secrets_in_an_address_are_refused_and_not_repeated(url: str) -> None:
+    with pytest.raises(UsageError, match="credentials come from the environment only") as caught:
+        Storage(url)
+    assert "hunter2" not in str(caught.value)
+
+
+# Transfers
+
+
+def test_a_file_that_was_not_wholly_fetched_is_not_there(
+    faulty: type[Faulty], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = Storage("faulty://place")
+    there.fs.pipe_file("/place/x", b"whole")
+
+    def torn(self: Faulty, source: str, target: str, **_: Any) -> None:
+        Path(target).write_bytes(b"who")
+        raise OSError(errno.EIO, "torn")
+
+    monkeypatch.setattr(Faulty, "get_file", torn)
+    with pytest.raises(OSError, match="torn"):
+        there.get([("/place/x", tmp_path / "x")])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_after_a_transfer_that_fails_no_more_are_begun(faulty: type[Faulty], tmp_path: Path) -> None:
+    there = Storage("faulty://place")
+    files = [tmp_path / f"{i:03d}" for i in range(100)]
+    for file in files:
+        file.write_bytes(b"x")
+    faulty.script[:] = [Fault("put_file", no_space, times=1000)]
+    with pytest.raises(OSError, match="No space left"):
+        there.put([(file, f"/place/{file.name}") for file in files])
+    assert len(faulty.asked) < 100
+    assert not faulty.store
+
+
+def test_transfers_are_tried_again(faulty: type[Faulty], tmp_path: Path, pauses: list[float]) -> None:
+    there = Storage("faulty://place")
+    files = [tmp_path / f"{i:03d}" for i in range(30)]
+    for file in files:
+        file.write_bytes(file.name.encode())
+    faulty.script[:] = [Fault("put_file", busy, times=7), Fault("get_file", ConnectionResetError, times=7)]
+    arrived: list[int] = []
+    there.put([(file, f"/place/{file.name}") for file in files], arrived.append)
+    assert sum(arrived) == 30 * 3
+    there.get([(f"/place/{file.name}", tmp_path / "back" / file.name) for file in files])
+    assert sorted(p.name for p in (tmp_path / "back").iterdir()) == [file.name for file in files]
+    assert all((tmp_path / "back" / file.name).read_bytes() == file.name.encode() for file in files)
+    asked = [request for request, _ in faulty.asked]
+    assert asked.count("put_file") >= 37
+    assert asked.count("get_file") >= 37
+
+
+# One suite for every kind of storage
+
+MOTO = pytest.param("moto", marks=pytest.mark.slow)  # SeaweedFS asks the same of us, and is a real server
+LOCAL, REMOTE = ("path", "file"), ("memory", MOTO, "seaweedfs", "gcs")
+
+
+@pytest.fixture
+def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """URL of a folder that is empty, on the kind of storage that the test asks for."""
+    kind = getattr(request, "param", "path")
+    folder = f"{request.node.originalname}-{tmp_path.name}"
+    if kind == "path":
+        yield str(tmp_path / "stores" / folder)
+    elif kind == "file":
+        yield f"file://{tmp_path / 'stores' / folder}"
+    elif kind == "memory":
+        yield f"memory://{folder}"
+        fsspec.filesystem("memory").store.clear()
+    else:
+        server: Server = request.getfixturevalue(f"{kind}_server")
+        server.enter(monkeypatch)
+        yield f"{server.store}/{folder}"
+
+
+everywhere = pytest.mark.parametrize("place", [*LOCAL, *REMOTE], indirect=True)
+remotely = pytest.mark.parametrize("place", REMOTE, indirect=True)
+
+
+def read(artifact: Artifact) -> dict[str, bytes]:
+    """An artifact's files, as a reader gets them."""
+    folder = artifact.local()
+    return {file["path"]: (folder / file["path"]).read_bytes() for file in artifact.files()}
+
+
+def killed_attempt(store: Store, parts: dict[str, dict[str, bytes]], fingerprint: str = "f0") -> str:
+    """An attempt that ended after these parts; returns its id."""
+    with pytest.raises(Killed), new_attempt(store, "shard", fingerprint) as attempt:
+        for name, files in parts.items():
+            fill(attempt, files)
+            attempt.finish(name, list(files), rows=len(files))
+        raise Killed
+    return attempt.id
+
+
+def in_parts(store: Store, fingerprint: str = "f0") -> Artifact:
+    """An artifact that adopts what parts it can and makes the others."""
+    with new_attempt(store, "shard", fingerprint) as attempt:
+        for name, content in FILES.items():
+            if attempt.adopt(name) is None:
+                fill(attempt, {name: content})
+                attempt.finish(name, [name])
+        return attempt.commit(identity=identity(), metrics={})
+
+
+@everywhere
+def test_a_stage_is_built_once_and_found_from_then_on(place: str, tmp_path: Path) -> None:
+    source = tmp_path / "corpus.jsonl"
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in prose(60)))
+    config = tiny_config(source)
+    built, record = run.run_stage("download", config, Store(place))
+    found, again = run.run_stage("download", config, Store(place))
+    assert (record["status"], again["status"]) == ("built", "cached")
+    assert found.manifest == built.manifest
+    assert found.check(deep=True).metrics["documents"] == 60
+    here, _ = run.run_stage("download", config, Store(str(tmp_path / "here")))
+    assert here.digest == built.digest
+    assert read(found) == read(here)
+    left = [path for path in Store(place).sizes(Store(place).root) if "/attempts/" not in path]
+    assert left == [f"download/{built.fingerprint}/manifest.json"]
+
+
+@everywhere
+def test_many_files_arrive_whole(place: str) -> None:
+    files = {f"sub{i % 3}/{i:03d}": bytes([i]) * (i * 37) for i in range(15)}
+    artifact = committed(Store(place), files)
+    found = Store(place).open(artifact.uri)
+    assert read(found) == files
+    assert found.problems(deep=True) == []
+    assert list(Store(place)) == [("shard", "f0")]
+
+
+@everywhere
+def test_finished_parts_are_adopted_when_whole_and_made_again_when_altered(place: str) -> None:
+    store = Store(place)
+    killed = killed_attempt(store, {name: {name: content} for name, content in FILES.items() if name != "empty"})
+    base = ("shard", "f0", "attempts", killed)
+    store.fs.pipe_file(store.path(*base, "b.bin"), b"OTHER FILE")
+    store.fs.rm_file(store.path(*base, "sub", "c.bin"))
+    with new_attempt(Store(place), "shard", "f0") as attempt:
+        assert {name: attempt.adopt(name) is not None for name in FILES} == {
+            "a.bin": True,
+            "b.bin": False,
+            "sub/c.bin": False,
+            "empty": False,
+        }
+    artifact = in_parts(Store(place))
+    assert read(artifact) == FILES
+
+
+@everywhere
+def test_each_damage_is_named_and_nothing_damaged_is_read(place: str) -> None:
+    store = Store(place)
+
+    def damaged(name: str, damage: Callable[[Callable[[str], str]], object]) -> list[list[str]]:
+        artifact = committed(store, FILES, fingerprint=name)
+        damage(artifact.remote)
+        with pytest.raises(Damaged, match=r"nanodlm verify .*--repair"):
+            artifact.local()
+        return [[line.split()[0] for line in artifact.problems(deep=deep)] for deep in (False, True)]
+
+    def swap(path: Callable[[str], str]) -> None:
+        one, other = store.read(path("a.bin")), store.read(path("b.bin"))
+        store.fs.pipe_file(path("a.bin"), other)
+        store.fs.pipe_file(path("b.bin"), one)
+
+    assert damaged("missing", lambda path: store.fs.rm_file(path("b.bin"))) == [["b.bin"], ["b.bin"]]
+    assert damaged("cut", lambda path: store.fs.pipe_file(path("a.bin"), b"first fil")) == [["a.bin"], ["a.bin"]]
+    assert damaged("flipped", lambda path: store.fs.pipe_file(path("a.bin"), b"first filf")) == [[], ["a.bin"]]
+    assert damaged("swapped", swap) == [[], ["a.bin", "b.bin"]]
+    assert damaged("more", lambda path: store.fs.pipe_file(path("more"), b"x")) == [["more"], ["more"]]
+
+
+@everywhere
+def test_what_is_retired_is_rebuilt_from_its_parts_to_the_same_digest(place: str) -> None:
+    first = in_parts(Store(place))
+    Store(place).retire(("shard", "f0"))
+    assert Store(place).find("shard", "f0") is None
+    again = in_parts(Store(place))
+    assert again.manifest["attempt"] != first.manifest["attempt"]
+    assert again.digest == first.digest
+    assert read(again) == FILES
+
+
+@everywhere
+def test_a_collection_removes_what_nobody_needs_and_nothing_else(place: str) -> None:
+    store = Store(place)
+    abandoned = killed_attempt(store, {"a": {"a.bin": b"aa"}})
+    kept = committed(store, FILES)
+    to_continue = killed_attempt(store, {"a": {"a.bin": b"aa"}}, fingerprint="f1")
+    assert list(collect.collect(store)) == []  # all is young
+    said = [row["uri"] for row in collect.collect(store, grace=-60)]
+    assert said == [store.uri("shard", "f0", "attempts", abandoned)]
+    assert list(collect.collect(store, grace=-60)) == []
+    assert read(Store(place).open("shard/f0")) == FILES
+    with new_attempt(Store(place), "shard", "f1") as attempt:
+        assert attempt.earlier == {"a": [to_continue]}
+        assert attempt.adopt("a") == {"rows": 1}
+    said = [row["uri"] for row in collect.collect(store, keep_last=0, grace=-60)]
+    assert kept.uri in said
+    assert Store(place).find("shard", "f0") is None
+    for _ in collect.collect(store, grace=-60, older_than=-60):
+        pass
+    assert not [path for path in store.sizes(store.root) if path.startswith("shard/f0/attempts")]
+
+
+@everywhere
+def test_a_copy_in_another_store_is_equal_and_made_once(place: str, tmp_path: Path) -> None:
+    committed(Store(f"{place}/one"), FILES)
+    for target in (f"{place}/other", str(tmp_path / "here")):
+        ((copied, sent),) = copy.copy(Store(f"{place}/one"), Store(target), [("shard", "f0")], lambda *_, **__: None)
+        assert sent
+        assert read(copied) == FILES
+        ((_, sent),) = copy.copy(Store(f"{place}/one"), Store(target), [("shard", "f0")], lambda *_, **__: None)
+        assert not sent
+    ((back, sent),) = copy.copy(
+        Store(str(tmp_path / "here")), Store(f"{place}/back"), [("shard", "f0")], lambda *_, **__: None
+    )
+    assert sent
+    assert back.digest == copied.digest
+    assert read(back) == FILES
+
+
+@pytest.mark.parametrize("place", [kind for kind in (*LOCAL, *REMOTE) if kind != "memory"], indirect=True)
+def test_of_writers_at_once_one_creates_and_all_read_its_file(place: str) -> None:
+    """A dictionary in memory cannot promise this to threads; it is for tests."""
+    there, writers, rounds = Storage(place), 3, 4
+    together = threading.Barrier(writers)
+
+    def write(number: int) -> list[bool]:
+        won = []
+        for i in range(rounds):
+            together.wait(30)
+            won.append(there.write_json(there.path(f"{i}.json"), {"by": number}, create_only=True))
+        return won
+
+    with ThreadPoolExecutor(writers) as pool:
+        won = list(pool.map(write, range(writers)))
+    for i in range(rounds):
+        winners = [number for number in range(writers) if won[number][i]]
+        assert len(winners) == 1
+        assert there.read_json(there.path(f"{i}.json")) == {"by": winners[0]}
+
+
+@everywhere
+def test_two_attempts_at_once_commit_one_artifact_of_one_of_them(place: str) -> None:
+    store = Store(place)
+    with new_attempt(store, "shard", "f0") as one, new_attempt(store, "shard", "f0") as other:
+        fill(one, {"a.bin": b"one", "only-one": b"1"})
+        fill(other, {"a.bin": b"other"})
+        won = one.commit(identity=identity(), metrics={})
+        lost = other.commit(identity=identity(), metrics={})
+    assert lost.manifest == won.manifest
+    assert read(Store(place).open("shard/f0")) == {"a.bin": b"one", "only-one": b"1"}
+
+
+@everywhere
+def test_prefixes_may_have_odd_names(place: str) -> None:
+    prefix = "a b/plus+minus/per%20cent/ümlaut/日本/a=b&c,d;e@f/dots.../x..y"
+    prefix += "" if "://" in place else "/[ab]*?"  # a bucket's are refused
+    store = Store(f"{place}/{prefix}")
+    odd = {"x y+z%41.bin": b"odd", "ü/ñ": b"letters"}
+    artifact = committed(store, odd)
+    assert list(Store(f"{place}/{prefix}")) == [("shard", "f0")]
+    assert read(Store(store.uri()).open(artifact.uri)) == odd
+    assert set(store.sizes(store.root)) == {
+        "shard/f0/manifest.json",
+        *(f"shard/f0/attempts/{artifact.manifest['attempt']}/{name}" for name in odd),
+    }
+    assert list(collect.collect(store, grace=-60)) == []
+    assert read(store.open("shard/f0")) == odd
+
+
+@everywhere
+def test_a_listing_is_never_stale(place: str) -> None:
+    there = Storage(place)
+    elsewhere = fsspec.filesystem(there.fs.protocol if isinstance(there.fs.protocol, str) else there.fs.protocol[0])
+    assert there.sizes(there.root) == {}
+    there.write_json(there.path("sub", "x.json"), 1)
+    assert there.sizes(there.root) == {"sub/x.json": 1}
+    elsewhere.pipe_file(there.path("sub", "y.json"), b"22")
+    assert there.sizes(there.root) == {"sub/x.json": 1, "sub/y.json": 2}
+    elsewhere.rm_file(there.path("sub", "x.json"))
+    assert there.sizes(there.root) == {"sub/y.json": 2}
+    assert there.sizes(there.path("sub")) == {"y.json": 2}
+    assert there.sizes(there.path("su")) == {}
+    (found,) = there.files(there.root).values()
+    assert abs(found.changed - time.time()) < 60
+
+
+@everywhere
+def test_reading_and_removing_what_is_not_there_is_told_apart(place: str, tmp_path: Path) -> None:
+    there = Storage(place)
+    there.write_json(there.path("x.json"), "abc")
+    there.fs.pipe_file(there.path("torn.json"), b'{"a"')
+    assert there.read_json(there.path("no.json")) is None
+    assert there.read_json(there.path("torn.json")) == ""
+    with pytest.raises(FileNotFoundError):
+        there.read(there.path("no.json"))
+    with pytest.raises(FileNotFoundError):
+        there.get([(there.path("no.json"), tmp_path / "no.json")])
+    there.remove(there.path("no.json"), there.path("torn.json"))
+    assert there.sizes(there.root) == {"x.json": 5}
+    there.remove_folder(there.path("no"))
+    there.remove_folder(there.root)
+    assert there.sizes(there.root) == {}
+
+
+@everywhere
+def test_a_checkpoint_is_found_by_its_address_and_verified(place: str, tmp_path: Path) -> None:
+    store, name = Store(place), "checkpoints/step_000100"
+    files = {f"{name}/model/a": b"weights", f"{name}/model/b": b"more", f"{name}/step": b"100"}
+    with new_attempt(store, "train", "f0") as attempt:
+        fill(attempt, files)
+        attempt.finish(name, list(files), loss=1.5)
+        under_way = find_checkpoint(f"{attempt.uri('checkpoints')}/step_100")
+        attempt.commit(identity=identity("train"), metrics={})
+    for base in (store.uri("train", "f0"), store.uri("train", "f0", "checkpoints")):
+        part = find_checkpoint(f"{base}/step_0100")
+        assert (part.info, part.digest, part.uri) == ({"loss": 1.5}, under_way.digest, under_way.uri)
+    folder = part.local(tmp_path / "scratch")
+    assert (folder / "model" / "a").read_bytes() == b"weights"
+    with pytest.raises(UsageError, match=r"no finished checkpoint step_7 .*there are step_000100"):
+        find_checkpoint(f"{store.uri('train', 'f0')}/step_7")
+    store.fs.pipe_file(part.storage.path(name, "model", "b"), b"mere")
+    with pytest.raises(Damaged, match=r"model/b has been altered; start from another checkpoint"):
+        part.local(tmp_path / "again")
+    store.fs.rm_file(part.storage.path(name, "model", "b"))
+    with pytest.raises(Damaged, match=r"model/b is missing"):
+        part.local(tmp_path / "third")
+
+
+# The cache of what lies in remote stores
+
+
+def entries() -> set[str]:
+    """Fingerprints of what the cache holds."""
+    return {path.name.split("-")[1] for path in (cache.cache_dir() / "entries").iterdir()}
+
+
+@remotely
+def test_the_cache_throws_out_what_was_used_longest_ago_and_never_what_is_in_use(
+    place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NANODLM_CACHE_GB", "0.000025")
+    store = Store(place)
+    artifacts = {name: committed(store, {"x": name.encode() * 5000}, fingerprint=name) for name in ("f0", "f1", "f2")}
+    for name in ("f0", "f1"):
+        artifacts[name].local()
+    os.utime(cache.cache_dir() / "entries" / f"shard-f0-{artifacts['f0'].manifest['attempt']}" / "used", (9, 9))
+    with pytest.raises(NanodlmError, match=r"may hold 2.5e-05 GB, of which 2e-05 are in use, and 1e-05 more"):
+        artifacts["f2"].local()
+    assert {"f0", "f1"} <= entries()
+    let_go_of_the_cache()
+    os.utime(cache.cache_dir() / "entries" / f"shard-f0-{artifacts['f0'].manifest['attempt']}" / "used", (9, 9))
+    assert (artifacts["f2"].local() / "x").read_bytes() == b"f2" * 5000
+    assert entries() == {"f1", "f2"}
+    assert (artifacts["f1"].local() / "x").read_bytes() == b"f1" * 5000
+    let_go_of_the_cache()
+    assert (artifacts["f0"].local() / "x").read_bytes() == b"f0" * 5000  # it is fetched again
+
+
+def test_room_is_made_while_others_move_their_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NANODLM_CACHE", str(tmp_path))
+    there = cache.hold("theirs")
+    (there / "going").write_bytes(b"x")
+    stat = os.stat
+
+    def vanish(path: Any, *args: Any, **kwargs: Any) -> os.stat_result:
+        if str(path).endswith("going"):
+            raise FileNotFoundError(errno.ENOENT, "renamed just now", path)
+        return stat(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "stat", vanish)
+    assert cache.hold("mine", 1).is_dir()
+
+
+def test_what_a_killed_fetch_left_goes_with_the_next(tmp_path: Path) -> None:
+    file = {"path": "x", "size": 1, "sha256": hashlib.sha256(b"x").hexdigest()}
+    folder = tmp_path / "entry" / "files"
+    folder.mkdir(parents=True)
+    arriving = tmp_path / "entry" / "arriving" / hashlib.sha256(b"x").hexdigest()[:16]
+    arriving.mkdir(parents=True)
+    (arriving / ".file.1-00.partial").write_bytes(b"half")
+
+    def get(pairs: list[tuple[str, Path]]) -> None:
+        for _, target in pairs:
+            target.write_bytes(b"x")
+
+    cache.fetch(folder, [file], get)
+    assert (folder / "x").read_bytes() == b"x"
+    assert [path.name for path in arriving.iterdir()] == ["lock"]
+
+
+def test_a_lock_ends_with_its_use_although_a_child_has_inherited_it(tmp_path: Path) -> None:
+    with cache._locked(tmp_path / "lock"):
+        child = os.dup(next(int(n) for n in os.listdir("/dev/fd") if _names(n, tmp_path / "lock")))
+    try:
+        with (tmp_path / "lock").open("a") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    finally:
+        os.close(child)
+
+
+def _names(number: str, path: Path) -> bool:
+    """Whether an open file is that at a path."""
+    try:
+        return os.path.samestat(os.fstat(int(number)), path.stat())
+    except OSError:
+        return False
+
+
+@remotely
+def test_what_was_fetched_is_read_offline_without_asking_the_store(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    read(committed(Store(place), FILES))
+    assert Store(place).find("shard", "f0") is not None
+    committed(Store(place), FILES, fingerprint="f1")
+    Store(place).find("shard", "f1")
+
+    def asked(*_: Any) -> None:
+        raise AssertionError("the store was asked")
+
+    monkeypatch.setattr(Storage, "patiently", asked)
+    monkeypatch.setenv("NANODLM_OFFLINE", "1")
+    found = Store(place).find("shard", "f0")
+    assert found is not None
+    assert read(found) == FILES
+    assert Store(place).find("shard", "f9") is None
+    never_fetched = Store(place).find("shard", "f1")
+    assert never_fetched is not None
+    with pytest.raises(NanodlmError, match=r"not wholly in the cache \(.* is missing\): unset NANODLM_OFFLINE"):
+        never_fetched.local()
+
+
+@remotely
+def test_nothing_is_built_offline_and_what_another_committed_stays(
+    place: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    theirs = committed(Store(place), FILES)
+    monkeypatch.setenv("NANODLM_CACHE", str(tmp_path / "empty"))
+    monkeypatch.setenv("NANODLM_OFFLINE", "1")
+    with pytest.raises(NanodlmError, match=r"is not asked while NANODLM_OFFLINE is set: unset it"):
+        committed(Store(place), {"other.bin": b"other"})
+    with pytest.raises(NanodlmError, match="is not asked while NANODLM_OFFLINE is set"):
+        list(Store(place))
+    monkeypatch.delenv("NANODLM_OFFLINE")
+    assert Store(place).open("shard/f0").manifest == theirs.manifest
+
+
+@remotely
+def test_a_scribbled_copy_is_fetched_again(place: str) -> None:
+    artifact = committed(Store(place), FILES)
+    (artifact.local() / "a.bin").write_bytes(b"scribbled!")
+    assert read(artifact) == FILES
+
+
+def test_a_cache_of_no_size_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for text in ("0", "-1", "many", "nan", "inf"):
+        monkeypatch.setenv("NANODLM_CACHE_GB", text)
+        with pytest.raises(NanodlmError, match=f"NANODLM_CACHE_GB must be a number of gigabytes above 0, not '{text}'"):
+            cache.limit()
+
+
+# What only servers do
+
+
+@pytest.mark.parametrize("place", ["moto", "gcs"], indirect=True)
+def test_a_bucket_that_is_not_there_is_one_clear_error_before_any_work(place: str) -> None:
+    protocol = place.partition("://")[0]
+    store = Store(f"{protocol}://nobody-made-this/runs")
+    assert store.find("shard", "f0") is None
+    assert list(store) == []
+    worked = False
+    with pytest.raises(NanodlmError, match=rf"cannot write to the store {protocol}://nobody-made-this/runs: .*bucket"):
+        with new_attempt(store, "shard", "f0"):
+            worked = True
+    assert not worked
+
+
+def test_a_wrong_secret_is_one_line_at_once(
+    seaweedfs_server: Server, monkeypatch: pytest.MonkeyPatch, pauses: list[float]
+) -> None:
+    seaweedfs_server.enter(monkeypatch)
+    for name, value in s3_environ(seaweedfs_server.endpoint, secret="hunter2-not-it").items():
+        monkeypatch.setenv(name, value)
+    forget_connections()
+    store = Store(f"{seaweedfs_server.store}/refused")
+    for ask in (lambda: store.find("shard", "f0"), lambda: list(store), store.require_create_only):
+        with pytest.raises(NanodlmError, match=r"refuses access: .*credentials in the environment") as caught:
+            ask()
+        assert "hunter2" not in str(caught.value)
+        assert "\n" not in str(caught.value)
+    forget_connections()
+    assert pauses == []
+
+
+@pytest.mark.parametrize("place", ["seaweedfs"], indirect=True)
+def test_an_upload_that_nobody_finished_is_collected(place: str) -> None:
+    store = Store(place)
+    key = store.path("shard", "f0", "attempts", "killed", "big.bin")
+    bucket, _, name = key.partition("/")
+    store.fs.call_s3("create_multipart_upload", Bucket=bucket, Key=name)
+    assert list(collect.collect(store)) == []
+    assert [row["kind"] for row in collect.collect(store, grace=-60)] == ["upload"]
+    assert list(collect.collect(store, grace=-60)) == []
+
+
+@pytest.fixture(scope="module")
+def run_here(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Digests of the stages of a tiny run on local disk."""
+    folder = tmp_path_factory.mktemp("here")
+    return digests(run_tiny(f"{folder}/store", folder))
+
+
+def run_tiny(store: str, folder: Path) -> dict[str, Any]:
+    """What a tiny run prints."""
+    flags = ("--train.max_steps", "40", "--store", store, "--json")
+    return result_of(nanodlm("run", *tiny_flags(), *flags, cwd=folder, PREFECT_HOME=str(folder / "prefect")))
+
+
+def digests(result: dict[str, Any]) -> dict[str, str]:
+    """Of each stage's artifact, after all its files were compared with their sha256."""
+    found = {}
+    for stage in result["stages"]:
+        store, _, address = stage["uri"].rpartition(f"/{stage['stage']}/")
+        found[stage["stage"]] = Store(store).open(f"{stage['stage']}/{address}").check(deep=True).digest
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("place", ["seaweedfs", "gcs"], indirect=True)
+def test_the_whole_pipeline_on_a_server_gives_the_digests_of_a_local_run(
+    run_here: dict[str, str], place: str, tmp_path: Path
+) -> None:
+    built = run_tiny(place, tmp_path)
+    assert statuses(built) == dict.fromkeys(table.NAMES, "built")
+    assert statuses(run_tiny(place, tmp_path)) == dict.fromkeys(table.NAMES, "cached")
+    assert digests(built) == run_here
+    assert {path.name for path in tmp_path.iterdir()} <= {"cache", "prefect"}  # no folder named s3: or gs:
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["s3", "gs"])
+def test_a_server_that_is_not_there_is_given_up_with_what_to_do(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The drivers try again by themselves first, for up to a minute."""
+    endpoint = f"http://127.0.0.1:{free_ports(1)[0]}"
+    environ = s3_environ(endpoint) if place == "s3" else {"STORAGE_EMULATOR_HOST": endpoint, "FSSPEC_GS_TOKEN": "anon"}
+    Server(endpoint, f"{place}://bucket", environ).enter(monkeypatch)
+    monkeypatch.setenv("NANODLM_RETRY_SECONDS", "1")
+    with pytest.raises(Unreachable, match=f"{place}://bucket/runs does not answer: .*run again to continue"):
+        Store(f"{place}://bucket/runs").find("shard", "f0")
+    forget_connections()
+
+
+def test_a_server_ends_with_the_process_that_started_it_however_that_ends() -> None:
+    code = "from tests import servers\nwith servers.fake_gcs() as s: print(s.endpoint, flush=True); input()"
+    root = Path(__file__).parents[2]
+    with subprocess.Popen(
+        [sys.executable, "-c", code], cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        host, _, port = process.stdout.readline().strip().removeprefix("http://").partition(":")
+        socket.create_connection((host, int(port)), 5).close()
+        process.kill()
+    for _ in range(500):
+        with socket.socket() as client:
+            if client.connect_ex((host, int(port))):
+                return
+        time.sleep(0.01)
+    pytest.fail("the server is still there")
+
+
+def test_leases_are_taken_over_on_remote_storage(
+    moto_server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    moto_server.enter(monkeypatch)
+    monkeypatch.setattr(lease, "LEASE_SECONDS", 0.6)
+    monkeypatch.setattr(lease, "SETTLE_SECONDS", 0.1)
+    store = Store(f"{moto_server.store}/{tmp_path.name}")
+    path = store.path("shard", "f0", "lease.json")
+    store.write_json(path, {"holder": "gone", "host": "another", "pid": 1, "beat": 3})
+    with hold_lease(store, "shard", "f0") as mine:
+        assert store.read_json(path)["holder"] == mine["holder"]
+    assert store.sizes(store.root) == {}

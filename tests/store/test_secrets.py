@@ -1,0 +1,497 @@
+"""Secrets stay in the environment, and what others have put into a store can do no harm."""
+
+import base64
+import json
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+import traceback
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import fsspec
+import numpy as np
+import pytest
+
+import nanodlm
+from nanodlm.checkpoints.finding import find_checkpoint
+from nanodlm.cli import main
+from nanodlm.config import refuse_secrets
+from nanodlm.errors import Damaged, NanodlmError, UsageError, redact
+from nanodlm.stages import run as stages_run
+from nanodlm.stages import table
+from nanodlm.store import Artifact, Store, new_attempt, sealed
+from nanodlm.upkeep import copy
+from tests.support import commands, servers
+from tests.support.helpers import committed, fill
+from tests.training.test_loop import tiny
+
+ROOT = Path(nanodlm.__file__).parents[1]
+PLANTED = {
+    "AWS_ACCESS_KEY_ID": "AKIAPLANTED7KEY0IDXY",
+    "AWS_SECRET_ACCESS_KEY": "planted/secret+key/0123456789abcdef01234",
+    "AWS_SESSION_TOKEN": "planted-session-token-77f1",
+    "HF_TOKEN": "hf_plantedhubtoken4711",
+    "WANDB_API_KEY": "4d" * 20,
+    "PREFECT_API_AUTH_STRING": "planted-user:planted-prefect-password",
+}
+
+
+def written_forms(secret: str) -> set[bytes]:
+    """How a secret may stand in a file."""
+    plain = secret.encode()
+    return {plain, quote(secret, safe="").encode(), base64.b64encode(plain), json.dumps(secret)[1:-1].encode()}
+
+
+def leaks(*texts: bytes | str) -> list[str]:
+    """Names of the planted secrets that stand in any of these."""
+    found = [text.encode() if isinstance(text, str) else text for text in texts]
+    return [n for n, secret in PLANTED.items() if any(form in text for form in written_forms(secret) for text in found)]
+
+
+def below(folder: Path) -> Iterator[bytes]:
+    """Names and bytes of all files below a folder."""
+    for path in folder.rglob("*"):
+        yield str(path).encode()
+        if path.is_file():
+            yield path.read_bytes()
+
+
+def in_bucket(url: str) -> Iterator[bytes]:
+    """Names and bytes of all files in a bucket."""
+    fs, root = fsspec.url_to_fs(url, use_listings_cache=False)
+    for path in fs.find(root):
+        yield str(path).encode()
+        yield fs.cat_file(path)
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    for name in ("home", "tmp"):
+        (tmp_path / name).mkdir()
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def planted(moto_server: servers.Server, home: Path) -> dict[str, str]:
+    """An environment with a secret in every place, whose folders are the test's own."""
+    own = {
+        "HOME": str(home),
+        "TMPDIR": str(home.parent / "tmp"),
+        "NANODLM_CACHE": str(home / "cache"),
+        "PREFECT_HOME": str(home / "prefect"),
+        "WANDB_MODE": "offline",
+        "AWS_ENDPOINT_URL": moto_server.endpoint,
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "NANODLM_RETRY_SECONDS": "1",
+    }
+    return {**PLANTED, **own}
+
+
+def process(planted: dict[str, str], *words: str) -> subprocess.CompletedProcess[str]:
+    environment = {**commands.environment(**planted), "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, *words], env=environment, cwd=planted["HOME"], capture_output=True, text=True, timeout=280
+    )
+
+
+def bucket(name: str, moto_server: servers.Server) -> str:
+    options = {"key": "test", "secret": "test", "client_kwargs": {"endpoint_url": moto_server.endpoint}}
+    fsspec.filesystem("s3", **options).mkdir(name)
+    return f"s3://{name}/runs"
+
+
+# Nothing that is planted comes out
+
+PIPELINE = """
+import sys
+from pathlib import Path
+from nanodlm import Config, stages
+from nanodlm.config import load_config
+from nanodlm.metrics import EventLog
+from nanodlm.store import Store
+for name in sys.argv[3:]:
+    events = EventLog(Path("events.jsonl"))
+    print(stages.run(name, load_config(sys.argv[2]), Store(sys.argv[1]), emit=events))
+"""
+
+
+def test_a_training_leaves_no_secret_in_store_cache_events_or_output(
+    planted: dict[str, str], s3_environment: None, moto_server: servers.Server, home: Path
+) -> None:
+    store = bucket("a-training", moto_server)
+    (home / "config.json").write_text(tiny(exp={"save_every": 100}).model_dump_json())
+    done = process(planted, "-c", PIPELINE, store, "config.json", *table.until("train"))
+    assert done.returncode == 0, done.stderr
+    assert leaks(done.stdout, done.stderr) == []
+    kept = list(in_bucket(store))
+    assert any(b"/checkpoints/step_" in text for text in kept)
+    assert leaks(*kept) == []
+    assert leaks(*below(home.parent)) == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_commands_and_the_orchestrator_leave_no_secret_anywhere(
+    planted: dict[str, str], s3_environment: None, moto_server: servers.Server, home: Path
+) -> None:
+    store, outputs = bucket("commands", moto_server), []
+    config = tiny(exp={"use_wandb": True, "use_tensorboard": True, "save_every": 100})
+    (home / "config.json").write_text(config.model_dump_json())
+
+    def run(*words: str, code: int = 0, **extra: str) -> None:
+        done = process({**planted, **extra}, "-m", "nanodlm", *words)
+        assert done.returncode == code, done.stderr
+        outputs.extend((done.stdout, done.stderr))
+
+    configured = ("config.json", "--store", store)
+    run("run", *configured, "--verbose", "--until", "shard")
+    for command in ("train", "evaluate", "sample"):
+        run(command, *configured, "--events", f"{command}.jsonl")
+    run("run", *configured, "--json")
+    for command in ("verify", "doctor"):
+        run(command, "--store", store)
+    run("copy", store, str(home / "copy"))
+    run("run", "config.json", "--store", "s3://no-such-bucket/runs", "--until", "split", "--debug", code=1)
+    run("run", *configured, "--data.val_tokens", "100000000", "--debug", "--verbose", code=1)  # fails in a flow
+    assert leaks(*outputs) == []
+    kept = list(in_bucket(store))
+    assert any(b"report.html" in text for text in kept)
+    assert leaks(*kept) == []
+    assert list(home.glob("prefect/*.db"))
+    assert list(home.rglob("*.wandb"))
+    assert leaks(*below(home.parent)) == []
+
+
+@pytest.fixture
+def inside(planted: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The planted environment in this process."""
+    for name, value in planted.items():
+        monkeypatch.setenv(name, value)
+    fsspec.filesystem("s3", skip_instance_cache=True).clear_instance_cache()  # they remember older credentials
+    yield
+    fsspec.filesystem("s3", skip_instance_cache=True).clear_instance_cache()
+
+
+def failing(capsys: pytest.CaptureFixture[str], *words: str, code: int = 1) -> str:
+    """What a command says that fails, with its traceback."""
+    with pytest.raises(SystemExit) as ended:
+        main.main([*words, "--debug"])
+    out, error = capsys.readouterr()
+    assert ended.value.code == code, (out, error)
+    assert "Traceback" in error
+    return f"{out}\n{error}"
+
+
+@pytest.fixture
+def refusing(moto_server: servers.Server) -> Iterator[None]:
+    """The server checks keys, and knows none."""
+
+    def after(requests: str) -> None:
+        address, header = f"{moto_server.endpoint}/moto-api/reset-auth", {"Content-Type": "text/plain"}
+        urllib.request.urlopen(urllib.request.Request(address, requests.encode(), header)).close()
+
+    after("0")
+    yield
+    after("inf")
+
+
+def test_refused_credentials_are_not_repeated(
+    inside: None, refusing: None, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    for words in (["ls", "--store", "s3://refused/x"], ["copy", "s3://refused/x", str(tmp_path / "copy")]):
+        text = failing(capsys, *words)
+        assert "refuses access" in text
+        assert leaks(text) == []
+    text = failing(capsys, "adopt", *commands.speeches(1), "--store", "s3://refused/x")
+    assert leaks(text) == []
+
+
+def test_a_missing_bucket_or_server_is_named_without_secrets(
+    inside: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = failing(capsys, "adopt", *commands.speeches(1), "--store", "s3://missing-bucket/x")
+    assert "cannot write to the store s3://missing-bucket/x" in text
+    assert leaks(text) == []
+    secret = PLANTED["HF_TOKEN"]
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://someone:{secret}@127.0.0.1:9")
+    fsspec.filesystem("s3", skip_instance_cache=True).clear_instance_cache()
+    text = failing(capsys, "ls", "--store", "s3://missing-bucket/x")
+    assert "does not answer" in text
+    assert leaks(text) == []
+
+
+def test_doctor_does_not_repeat_secrets(inside: None, capsys: pytest.CaptureFixture[str]) -> None:
+    assert leaks(failing(capsys, "doctor", "--store", "s3://missing-bucket/x")) == []
+
+
+SECRET = "planted9secret/with+slash"  # what is typed where it does not belong
+ADDRESSES = [
+    f"s3://AKIAKEY:{SECRET}@bucket/x",
+    f"https://me:{SECRET}@example.org/x.txt",
+    f"https://example.org/x.txt?token={SECRET}",
+    f"https://example.org/x.txt?part=1&X-Amz-Signature={SECRET}",
+    f"https://example.org/x.txt?sig={SECRET}",
+    f"https://example.org/x.txt?AUTH={SECRET}",
+    f"simplecache::https://me:{SECRET}@example.org/x.txt",
+    f"zip://*.txt::https://example.org/x.zip?api_key={SECRET}",
+]
+
+
+@pytest.mark.parametrize("address", ADDRESSES)
+def test_an_address_with_secrets_is_refused_and_not_repeated(address: str, capsys: pytest.CaptureFixture[str]) -> None:
+    readers = (nanodlm.load, find_checkpoint, Store, lambda uri: tiny(data={"source": uri}), refuse_secrets)
+    for read in readers:
+        with pytest.raises((UsageError, ValueError), match="credentials come from the environment only") as caught:
+            read(f"{address}/train/abcdef12")
+        assert "planted9secret" not in "".join(traceback.format_exception(caught.value))
+    assert "planted9secret" not in failing(capsys, "train", "--data.source", address, code=2)
+
+
+def test_every_command_refuses_an_address_with_secrets_and_does_not_repeat_it(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    address = ADDRESSES[0]
+    words = [
+        ["ls", "--store", address],
+        ["plan", "--store", address],
+        ["train", "--exp.resume_path", f"{address}/step_1"],
+        ["adopt", "x.parquet", "--store", str(tmp_path), "--data.source", address],
+        ["show", f"{address}/train/f0"],
+        ["verify", f"{address}/train/f0", "--store", str(tmp_path)],
+        ["explain", f"{address}/train/f0", "--store", str(tmp_path)],
+        ["copy", address, str(tmp_path / "copy")],
+    ]
+    for command in words:
+        text = failing(capsys, *command, code=2)
+        assert "credentials come from the environment only" in text, command
+        assert "planted9secret" not in text, command
+
+
+def test_a_secret_in_the_environments_store_is_refused_and_not_repeated(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NANODLM_STORE", ADDRESSES[0])
+    for command in (["ls"], ["train"], ["gc"]):
+        assert "planted9secret" not in failing(capsys, *command, code=2)
+    with pytest.raises(SystemExit):
+        main.main(["ls", "--help"])
+    assert "planted9secret" not in "".join(capsys.readouterr())
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "data/store",
+        "s3://bucket/prefix",
+        "hf://owner/name",
+        "http://host:8080/a@b.txt?part=1",
+        "zip://*.txt::s3://b/c.zip",
+    ],
+)
+def test_an_address_without_secrets_is_left_as_it_is(address: str) -> None:
+    assert refuse_secrets(address) == address
+    assert redact(f"cannot read {address}") == f"cannot read {address}"
+
+
+def test_an_error_leaves_out_what_the_environment_keeps_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOME_API_KEY", "a-key-of-some-length")
+    monkeypatch.setenv("SOME_KEY_FILE", "/home/me/key.json")
+    error = NanodlmError("403 for a-key-of-some-length from /home/me/key.json at http://me:pw@host/?X-Token=abc&n=1")
+    assert str(error) == "403 for *** from /home/me/key.json at http://***@host/?X-Token=***&n=1"
+
+
+# Paths in manifests
+
+
+def edit(artifact: Artifact, **fields: Any) -> None:
+    """Change a manifest as its writer would."""
+    from nanodlm.store.manifest import _digest
+
+    manifest = {**artifact.manifest, **fields}
+    manifest["digest"] = _digest(manifest["files"], [])
+    Path(artifact.store.path(artifact.stage, artifact.fingerprint, "manifest.json")).write_text(
+        json.dumps(sealed(manifest))
+    )
+
+
+OUTSIDE = ["..", "../x", "/etc", "a/b", "a\\b", "a\0b", "", "a\n", "."]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(str(tmp_path / "store"))
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_an_attempt_an_input_or_its_stage_that_leaves_the_store_is_refused(store: Store, name: str) -> None:
+    artifact = committed(store, {"a.bin": b"a"})
+    for fields in (
+        {"attempt": name},
+        {"inputs": {name: {"fingerprint": "f1", "digest": "0"}}},
+        {"inputs": {"train": {"fingerprint": name, "digest": "0"}}},
+    ):
+        edit(artifact, **fields)
+        with pytest.raises(Damaged, match="leaves"):
+            store.find("shard", "f0")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"files": [{"path": 1}]},
+        {"files": ["x"]},
+        {"inputs": []},
+        {"inputs": {"a": "b"}},
+        {"attempt": 1},
+        {"volatile": 1},
+    ],
+)
+def test_a_sealed_manifest_of_the_wrong_shape_is_refused(store: Store, fields: dict[str, Any]) -> None:
+    manifest = sealed({**committed(store, {"a.bin": b"a"}).manifest, **fields})
+    Path(store.path("shard", "f0", "manifest.json")).write_text(json.dumps(manifest))
+    with pytest.raises(Damaged, match=r"shard/f0/manifest\.json"):
+        store.find("shard", "f0")
+
+
+@pytest.mark.parametrize("path", ["../../../../x", "/etc/hostname", "a/../../x", "a\\..\\x", "a\0b", ""])
+def test_a_file_that_leaves_its_artifact_is_neither_read_nor_copied(store: Store, tmp_path: Path, path: str) -> None:
+    artifact = committed(store, {"a.bin": b"a"})
+    edit(artifact, files=[{**artifact.manifest["files"][0], "path": path}])
+    target = Store(str(tmp_path / "target" / "store"))
+    for use in (
+        lambda: list(copy.copy(store, target, [("shard", "f0")], lambda *_, **__: None)),
+        lambda: store.open("shard/f0").local(),
+        lambda: store.open("shard/f0").problems(deep=True),
+    ):
+        with pytest.raises(Damaged, match="leaves its artifact"):
+            use()
+    assert [p for p in (tmp_path / "target").rglob("*") if p.is_file()] == []
+
+
+def test_verify_names_what_leaves_its_artifact(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    artifact = committed(store, {"a.bin": b"a"})
+    edit(artifact, files=[{**artifact.manifest["files"][0], "path": "../x"}])
+    with pytest.raises(SystemExit) as ended:
+        main.main(["verify", "--store", store.uri()])
+    assert ended.value.code == 1
+    assert "'../x', which leaves its artifact: do not use this store" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_a_link_out_of_an_artifact_is_refused_even_to_equal_bytes(store: Store, tmp_path: Path, kind: str) -> None:
+    artifact = committed(store, {"sub/a.bin": b"private"})
+    inside, outside = Path(artifact.remote("sub/a.bin")), tmp_path / "outside"
+    outside.mkdir()
+    inside.rename(outside / "a.bin")
+    if kind == "file":
+        inside.symlink_to(outside / "a.bin")
+    else:
+        inside.parent.rmdir()
+        inside.parent.symlink_to(outside)
+    for deep in (False, True):
+        assert artifact.problems(deep=deep)[-1].startswith("sub/a.bin is ")
+    with pytest.raises(Damaged, match=r"a link that leaves its artifact|is not in its manifest"):
+        artifact.local()
+
+
+def test_a_store_or_an_artifact_may_itself_lie_behind_a_link(store: Store, tmp_path: Path) -> None:
+    artifact = committed(store, {"a.bin": b"a"})
+    Path(artifact.uri).rename(tmp_path / "other-disk")
+    Path(artifact.uri).symlink_to(tmp_path / "other-disk")
+    Path(tmp_path / "name").symlink_to(store.root)
+    assert Store(str(tmp_path / "name")).open("shard/f0").check(deep=True).digest == artifact.digest
+
+
+def test_a_part_that_is_a_link_out_of_the_store_is_not_adopted(store: Store, tmp_path: Path) -> None:
+    with new_attempt(store, "shard", "f0") as attempt:
+        fill(attempt, {"a.bin": b"private"})
+        attempt.finish("a", ["a.bin"])
+    (attempt.path / "a.bin").rename(tmp_path / "a.bin")
+    (attempt.path / "a.bin").symlink_to(tmp_path / "a.bin")
+    with new_attempt(store, "shard", "f0") as later:
+        assert later.adopt("a") is None
+
+
+# Nothing is unpickled
+
+
+def test_no_module_can_unpickle() -> None:
+    banned = re.compile(
+        r"\b(c?[Pp]ickle|cloudpickle|dill|joblib|marshal|shelve|torch)\b|allow_pickle\s*=\s*True|\b(eval|exec)\("
+    )
+    for path in [*(ROOT / "nanodlm").glob("*.py"), *(ROOT / "flows").glob("*.py")]:
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            assert not banned.search(line), f"{path.name}:{number}: {line}"
+            assert "np.load(" not in line or "allow_pickle=False" in line, f"{path.name}:{number}: {line}"
+
+
+class Malice:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, mark: Path):
+        self.mark = mark
+
+    def __reduce__(self) -> Any:
+        return (Path.touch, (self.mark,))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    return nanodlm.train(tiny(), str(tmp_path_factory.mktemp("store")))
+
+
+def test_a_checkpoint_from_others_is_loaded_without_running_what_it_holds(trained: Artifact, tmp_path: Path) -> None:
+    mark, folder = tmp_path / "executed", tmp_path / "theirs"
+    malice = pickle.dumps(Malice(mark))
+    pickle.loads(malice)
+    assert mark.exists(), "it does run when it is unpickled"
+    mark.unlink()
+    shutil.copytree(trained.local(), folder)
+    places = [folder, folder / "tokenizer", *(p for p in (folder / "checkpoints").rglob("*") if p.is_dir())]
+    for place in places:
+        for name in ("evil.pkl", "pytree.pkl", "model.pickle", "checkpoint.pt", "__init__.py", "descriptor.pbtxt"):
+            if not (place / name).exists():
+                content = f"open({str(mark)!r}, 'w')".encode() if name.endswith(".py") else malice
+                (place / name).write_bytes(content)
+    ours, _ = nanodlm.load(trained.uri)
+    model, tokenizer = nanodlm.load(f"{folder}/checkpoints/step_{trained.metrics['updates']:06d}")
+    assert tokenizer.n_vocab == 257
+    assert str(model) == str(ours)
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("name", ["model_state", "_METADATA", "tokenizer.json", "ranks.tiktoken", "config.json"])
+def test_a_pickle_in_the_place_of_a_checkpoints_file_is_an_error_and_is_not_run(
+    trained: Artifact, tmp_path: Path, name: str
+) -> None:
+    mark, folder = tmp_path / "executed", tmp_path / "theirs"
+    shutil.copytree(trained.local(), folder)
+    step = folder / "checkpoints" / f"step_{trained.metrics['updates']:06d}"
+    for path in [p for p in folder.rglob("*") if p.is_file() and name in p.parts]:
+        path.write_bytes(pickle.dumps(Malice(mark)))
+    with pytest.raises(Exception):  # noqa: B017  # whatever it is, it is no execution
+        nanodlm.load(str(step))
+    assert not mark.exists()
+
+
+def test_arrays_of_objects_are_not_read(store: Store, tmp_path: Path) -> None:
+    mark = tmp_path / "executed"
+    config = tiny()
+    for name in table.until("split"):
+        split, _ = stages_run.run_stage(name, config, store)
+    np.save(Path(split.remote("validation.npy")), np.array([Malice(mark)], dtype=object), allow_pickle=True)
+    with pytest.raises(Damaged):
+        stages_run.run_stage("shard", config, store)
+    # Whoever writes the manifest as well is read no further than the header.
+    path = Path(split.remote("validation.npy"))
+    record = {"path": path.name, "size": path.stat().st_size, "sha256": store.sha256(str(path))}
+    edit(split, files=[record, *(f for f in split.manifest["files"] if f["path"] != path.name)])
+    with pytest.raises(ValueError, match="allow_pickle=False"):
+        stages_run.run_stage("shard", config, store)
+    assert not mark.exists()

@@ -1,0 +1,858 @@
+import errno
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from datetime import datetime
+from pathlib import Path
+
+import fsspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nanodlm.errors import Damaged, NanodlmError, UsageError
+from nanodlm.store import Artifact, Store, canonical_json, fingerprint_of, hold_lease, lease_events, new_attempt
+from nanodlm.store import lease as store_lease
+from nanodlm.store import manifest as store_manifest
+from nanodlm.store import store as store_module
+from nanodlm.upkeep.collect import collect
+from tests.support.helpers import committed, fill, identity
+
+FILES = {"a.bin": b"first file", "b.bin": b"other file", "sub/c.bin": b"third, longer file"}
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(str(tmp_path / "store"))
+
+
+@pytest.fixture(params=["memory", "s3"])
+def remote_store(request: pytest.FixtureRequest) -> Iterator[Store]:
+    name = "".join(c for c in request.node.name if c.isalnum())
+    if request.param == "s3":
+        request.getfixturevalue("s3_environment")
+        bucket = name.lower()[:60]
+        fsspec.filesystem("s3").mkdir(bucket)
+        yield Store(f"s3://{bucket}/runs")
+    else:
+        yield Store(f"memory://{name}/runs")
+        fsspec.filesystem("memory").rm(f"/{name}", recursive=True)
+
+
+def attempt_folder(artifact: Artifact) -> Path:
+    return Path(artifact.remote("a.bin")).parent
+
+
+def manifest_path(store: Store, stage: str = "shard", fingerprint: str = "f0") -> Path:
+    return Path(store.path(stage, fingerprint, "manifest.json"))
+
+
+def edit_manifest(store: Store, change: Callable[[dict], object], *, sealed: bool = False) -> None:
+    """Change a manifest; `sealed` as its writer would have, else as a disk or a careless hand would."""
+    path = manifest_path(store)
+    manifest = json.loads(path.read_text())
+    change(manifest)
+    path.write_text(json.dumps(store_manifest.sealed(manifest) if sealed else manifest))
+
+
+class Killed(Exception):
+    """Stands for whatever ends an attempt half-way."""
+
+
+def killed_attempt(store: Store, parts: dict[str, dict[str, bytes]], unfinished: dict[str, bytes] | None = None) -> str:
+    """An attempt that ended after these parts, and in the middle of writing some other files; returns its id."""
+    with pytest.raises(Killed), new_attempt(store, "shard", "f0") as attempt:
+        for name, files in parts.items():
+            fill(attempt, files)
+            attempt.finish(name, list(files), rows=len(files))
+        fill(attempt, unfinished or {})
+        raise Killed
+    return attempt.id
+
+
+# Canonical JSON and fingerprints
+
+
+def test_canonical_json_does_not_depend_on_the_order_of_keys() -> None:
+    one, other = {"b": {"y": 1, "x": 2}, "a": [1]}, {"a": (1,), "b": {"x": 2, "y": 1}}
+    assert canonical_json(one) == canonical_json(other) == '{"a":[1],"b":{"x":2,"y":1}}'
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, {"a": [-math.inf]}])
+def test_canonical_json_refuses_numbers_that_json_lacks(value: object) -> None:
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        canonical_json(value)
+
+
+@pytest.mark.parametrize(
+    "value", [{1: "a"}, {"a": {None: 1}}, {"a": {1, 2}}, b"bytes", Path("p"), [object()], datetime(2026, 1, 1)]
+)
+def test_canonical_json_refuses_types_that_it_would_have_to_guess_a_text_for(value: object) -> None:
+    with pytest.raises(TypeError, match="a fingerprint takes"):
+        canonical_json(value)
+
+
+def test_a_bool_and_a_number_and_a_string_have_different_fingerprints() -> None:
+    values: list[object] = [1, 1.0, True, "1", "true", None, [1], {"v": 1}]
+    assert len({fingerprint_of({"v": value}) for value in values}) == len(values)
+
+
+def test_the_fingerprint_of_a_known_identity_never_changes() -> None:
+    known = {"stage": "train", "lr": 0.004, "layers": 3, "flags": [True, None], "name": "ä"}
+    assert fingerprint_of(known) == "f72ecdfacaa40ae54ef53dca7b9650ca2b3602ba6f7c1fa0518dfd4259d3dd97"
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@settings(derandomize=True, max_examples=50, deadline=None)
+@given(value=JSON_VALUES)
+def test_canonical_json_says_all_of_a_value_in_ascii(value: object) -> None:
+    text = canonical_json(value)
+    assert text.isascii()
+    assert json.loads(text) == value
+    assert canonical_json(json.loads(text)) == text
+
+
+# Committing
+
+
+def test_a_committed_artifact_is_found_with_its_files_and_metrics(store: Store) -> None:
+    with new_attempt(store, "shard", "f0") as attempt:
+        fill(attempt, FILES)
+        attempt.commit(identity=identity(), metrics={"rows": 3})
+    found = store.find("shard", "f0")
+    assert found is not None
+    assert found.metrics == {"rows": 3}
+    assert {name: (found.local() / name).read_bytes() for name in FILES} == FILES
+    assert list(store) == [("shard", "f0")]
+    assert store.open(found.uri).digest == store.open("shard/f0").digest == found.digest
+    assert store.open(f"{found.uri}/manifest.json").digest == found.digest
+
+
+def test_opening_what_is_not_there_is_one_clear_error(store: Store) -> None:
+    with pytest.raises(NanodlmError, match=r"no artifact at shard/f0.*nanodlm ls"):
+        store.open("shard/f0")
+
+
+def test_an_unknown_protocol_is_a_usage_error() -> None:
+    with pytest.raises(UsageError, match="cannot open the store nosuch://x"):
+        Store("nosuch://x")
+
+
+def test_opening_a_store_creates_nothing(tmp_path: Path) -> None:
+    empty = Store(str(tmp_path / "store"))
+    assert empty.find("shard", "f0") is None
+    assert list(empty) == []
+    assert not (tmp_path / "store").exists()
+
+
+def test_the_manifest_is_written_after_every_file(store: Store) -> None:
+    with new_attempt(store, "shard", "f0") as attempt:
+        fill(attempt, FILES)
+        attempt.finish("a", ["a.bin"])
+        assert store.find("shard", "f0") is None
+        artifact = attempt.commit(identity=identity(), metrics={})
+    newest = max(p.stat().st_mtime_ns for p in attempt_folder(artifact).rglob("*") if p.is_file())
+    assert manifest_path(store).stat().st_mtime_ns >= newest
+
+
+def test_an_attempt_without_a_manifest_is_no_artifact(store: Store) -> None:
+    killed_attempt(store, {"a": FILES})
+    assert store.find("shard", "f0") is None
+    assert list(store) == []
+
+
+def test_a_commit_that_was_said_to_have_failed_keeps_its_files(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a network's disk whose server made the link and went down before it could say so."""
+    link = os.link
+
+    def made_but_refused(source: Path, target: Path) -> None:
+        link(source, target)
+        raise FileExistsError(17, "File exists")
+
+    with new_attempt(store, "shard", "f0") as attempt:
+        fill(attempt, {"a.bin": b"a"})
+        monkeypatch.setattr(os, "link", made_but_refused)
+        artifact = attempt.commit(identity=identity(), metrics={})
+    assert store.open("shard/f0").manifest == artifact.manifest
+    assert artifact.check(deep=True)
+
+
+def test_a_link_that_leads_nowhere_is_no_manifest(store: Store) -> None:
+    manifest_path(store).parent.mkdir(parents=True)
+    manifest_path(store).symlink_to("gone")
+    assert committed(store, FILES).manifest == store.open("shard/f0").manifest
+
+
+def test_the_second_of_two_attempts_to_commit_gets_the_artifact_of_the_first(store: Store) -> None:
+    with new_attempt(store, "shard", "f0") as first, new_attempt(store, "shard", "f0") as second:
+        fill(first, {"a.bin": b"one"})
+        fill(second, {"a.bin": b"two"})
+        won = first.commit(identity=identity(), metrics={"by": 1})
+        before = manifest_path(store).read_bytes()
+        lost = second.commit(identity=identity(), metrics={"by": 2})
+    assert won.manifest["attempt"] == lost.manifest["attempt"] == first.id
+    assert lost.metrics == {"by": 1}
+    assert manifest_path(store).read_bytes() == before
+    assert (lost.local() / "a.bin").read_bytes() == b"one"
+
+
+def test_a_create_only_write_leaves_an_existing_file_and_no_temporary_ones(store: Store, tmp_path: Path) -> None:
+    path = str(tmp_path / "folder" / "x.json")
+    assert store.write_json(path, 1, create_only=True)
+    assert not store.write_json(path, 2, create_only=True)
+    assert json.loads(Path(path).read_text()) == 1
+    assert store.write_json(path, 3)
+    assert json.loads(Path(path).read_text()) == 3
+    assert [p.name for p in Path(path).parent.iterdir()] == ["x.json"]
+
+
+def test_a_rebuild_with_equal_bytes_keeps_the_manifest(store: Store) -> None:
+    committed(store, FILES)
+    before = manifest_path(store).read_bytes()
+    with new_attempt(store, "shard", "f0", afresh=True) as attempt:
+        fill(attempt, FILES)
+        artifact = attempt.commit(identity=identity(), metrics={"other": 1}, replace=True)
+    assert artifact.manifest["attempt"] != attempt.id
+    assert manifest_path(store).read_bytes() == before
+
+
+def test_a_rebuild_with_other_bytes_replaces_the_manifest(store: Store) -> None:
+    old = committed(store, FILES)
+    with new_attempt(store, "shard", "f0", afresh=True) as attempt:
+        fill(attempt, {**FILES, "a.bin": b"changed!!!"})
+        new = attempt.commit(identity=identity(), metrics={}, replace=True)
+    found = store.find("shard", "f0")
+    assert found is not None
+    assert found.manifest["attempt"] == new.manifest["attempt"] == attempt.id
+    assert found.digest != old.digest
+    assert (found.local() / "a.bin").read_bytes() == b"changed!!!"
+
+
+def test_a_rebuild_with_equal_bytes_replaces_a_manifest_whose_files_are_damaged(store: Store) -> None:
+    old = committed(store, FILES)
+    (attempt_folder(old) / "a.bin").write_bytes(b"FIRST FILE")
+    with new_attempt(store, "shard", "f0", afresh=True) as attempt:
+        fill(attempt, FILES)
+        new = attempt.commit(identity=identity(), metrics={}, replace=True)
+    assert new.manifest["attempt"] == attempt.id
+    assert new.digest == old.digest
+    assert (new.local() / "a.bin").read_bytes() == b"first file"
+
+
+# Digests
+
+
+def test_equal_files_have_equal_digests_wherever_and_whenever_they_were_made(tmp_path: Path) -> None:
+    one = committed(Store(str(tmp_path / "one")), FILES)
+    other = committed(
+        Store(str(tmp_path / "elsewhere" / "other")), dict(reversed(FILES.items())), fingerprint="another"
+    )
+    assert one.digest == other.digest
+    assert one.manifest["attempt"] != other.manifest["attempt"]
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {**FILES, "a.bin": b"First file"},
+        {**FILES, "a.bin": FILES["b.bin"], "b.bin": FILES["a.bin"]},
+        {**FILES, "d.bin": b""},
+        {k: v for k, v in FILES.items() if k != "a.bin"},
+    ],
+    ids=["altered", "swapped", "one more", "one less"],
+)
+def test_other_files_have_another_digest(store: Store, files: dict[str, bytes]) -> None:
+    assert committed(store, files).digest != committed(store, FILES, fingerprint="f1").digest
+
+
+def test_volatile_files_are_verified_but_do_not_change_the_digest(store: Store) -> None:
+    def commit(fingerprint: str, log: bytes) -> Artifact:
+        with new_attempt(store, "train", fingerprint) as attempt:
+            fill(attempt, {"model.bin": b"parameters", "logs/now.txt": log})
+            return attempt.commit(identity=identity("train"), metrics={}, volatile=["logs/"])
+
+    one, other = commit("f1", b"at noon"), commit("f2", b"at midnight")
+    assert one.digest == other.digest
+    Path(one.remote("logs/now.txt")).write_bytes(b"at NOON")
+    with pytest.raises(Damaged, match=r"logs/now.txt has been altered"):
+        one.local()
+    assert other.local().is_dir()
+
+
+# Damage
+
+
+def test_each_kind_of_damage_is_named_and_refused(store: Store) -> None:
+    def damaged(name: str, damage: Callable[[Path], object]) -> Artifact:
+        artifact = committed(store, FILES, fingerprint=name)
+        damage(attempt_folder(artifact))
+        return artifact
+
+    missing = damaged("missing", lambda folder: (folder / "sub" / "c.bin").unlink())
+    truncated = damaged("truncated", lambda folder: (folder / "b.bin").write_bytes(b"other"))
+    flipped = damaged("flipped", lambda folder: (folder / "a.bin").write_bytes(b"first fild"))
+    for artifact, message in ((missing, "sub/c.bin is missing"), (truncated, "b.bin has 5 bytes, not 10")):
+        with pytest.raises(Damaged, match=f"the shard artifact is damaged: {message}; .*--repair"):
+            artifact.check()
+        with pytest.raises(Damaged, match=message):
+            artifact.local()
+    assert flipped.check() is flipped  # sizes alone cannot tell
+    for reader in (flipped.local, lambda: flipped.check(deep=True)):
+        # The remedy has to look as deep as the check did, or it would find nothing to repair.
+        with pytest.raises(Damaged, match=r"a\.bin has been altered.*verify .*/flipped --deep --repair"):
+            reader()
+
+
+def test_a_file_that_the_disk_cannot_read_is_named_and_the_others_are_read(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    artifact = committed(store, FILES)
+    sha256, seen = Store.sha256, []
+
+    def failing(self: Store, path: str) -> str:
+        seen.append(path)
+        if path.endswith("/a.bin"):
+            raise OSError(errno.EIO, "Input/output error")
+        return sha256(self, path)
+
+    monkeypatch.setattr(Store, "sha256", failing)
+    assert artifact.problems(deep=True) == ["a.bin cannot be read: Input/output error"]
+    assert len(seen) == len(FILES)
+
+
+def test_two_files_of_one_size_that_changed_places_are_both_named(store: Store) -> None:
+    artifact = committed(store, FILES)
+    folder = attempt_folder(artifact)
+    (folder / "a.bin").rename(folder / "x")
+    (folder / "b.bin").rename(folder / "a.bin")
+    (folder / "x").rename(folder / "b.bin")
+    named = [line.split()[0] for line in artifact.problems(deep=True)]
+    assert named == ["a.bin", "b.bin"]
+    with pytest.raises(Damaged, match=r"a\.bin has been altered.*\(and 1 more\)"):
+        artifact.local()
+
+
+def test_an_artifact_whose_whole_folder_has_gone_is_refused(store: Store) -> None:
+    artifact = committed(store, FILES)
+    attempt_folder(artifact).rename(store.path("elsewhere"))
+    assert [line.split()[0] for line in artifact.problems()] == sorted(FILES)
+
+
+@pytest.mark.parametrize("content", [b"", b'{"schema": 1, "files": [', b"[]", b'{"schema": 1}', b"\xff\xfe"])
+def test_a_torn_manifest_is_refused_by_name(store: Store, content: bytes) -> None:
+    committed(store, FILES)
+    manifest_path(store).write_bytes(content)
+    with pytest.raises(Damaged, match=r"shard/f0/manifest\.json is not a manifest: `nanodlm verify .*--repair`"):
+        store.find("shard", "f0")
+
+
+@pytest.mark.parametrize("field", ["digest", "files", "volatile", "attempt", "metrics", "inputs", "parameters"])
+def test_a_manifest_that_lacks_a_field_is_refused(store: Store, field: str) -> None:
+    committed(store, FILES)
+    edit_manifest(store, lambda manifest: manifest.pop(field))
+    with pytest.raises(Damaged, match="is not a manifest"):
+        store.find("shard", "f0")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m["files"][0].update(sha256="0" * 64),
+        lambda m: m["files"][0].update(size=1),
+        lambda m: m["files"][0].update(path="other.bin"),
+        lambda m: m["files"].pop(),
+        lambda m: m.update(digest="0" * 64),
+        lambda m: m.update(volatile=["a.bin"]),
+    ],
+    ids=["sha256", "size", "path", "file dropped", "digest", "volatile"],
+)
+def test_an_edited_manifest_is_refused_by_name(store: Store, change: Callable[[dict], object]) -> None:
+    committed(store, FILES)
+    edit_manifest(store, change)
+    with pytest.raises(Damaged, match=r"shard/f0/manifest\.json has been altered.*nanodlm verify .*--repair"):
+        store.find("shard", "f0")
+
+
+@pytest.mark.parametrize("path", ["../../../../outside.txt", "/etc/hostname", "sub/../../up", "", "..\\up"])
+def test_a_manifest_whose_paths_leave_the_artifact_is_refused(store: Store, path: str) -> None:
+    committed(store, FILES)
+
+    def escape(manifest: dict) -> None:
+        manifest["files"][0]["path"] = path
+        manifest["digest"] = store_manifest._digest(manifest["files"], [])
+
+    edit_manifest(store, escape, sealed=True)
+    found = store.find("shard", "f0")
+    assert found is not None
+    for reader in (found.problems, found.check, found.local, lambda: found.remote(path)):
+        with pytest.raises(Damaged, match="leaves its artifact"):
+            reader()
+
+
+def test_retiring_an_artifact_leaves_its_parts_for_the_next_attempt(store: Store) -> None:
+    with new_attempt(store, "shard", "f0") as attempt:
+        fill(attempt, FILES)
+        attempt.finish("a", ["a.bin"])
+        attempt.commit(identity=identity(), metrics={})
+    store.retire(("shard", "f0"))
+    assert store.find("shard", "f0") is None
+    with new_attempt(store, "shard", "f0") as later:
+        assert later.adopt("a") == {}
+        assert (later.path / "a.bin").read_bytes() == b"first file"
+
+
+# Parts
+
+
+def test_a_later_attempt_adopts_the_parts_that_a_killed_one_finished(store: Store) -> None:
+    killed_attempt(
+        store,
+        {"a": {"a.bin": b"aa"}, "steps/one": {"sub/b": b"bb", "sub/c": b"cc"}},
+        unfinished={"sub/d": b"half writ"},
+    )
+    with new_attempt(store, "shard", "f0") as attempt:
+        assert set(attempt.earlier) == {"a", "steps/one"}
+        assert attempt.adopt("a") == {"rows": 1}
+        assert attempt.adopt("steps/one") == {"rows": 2}
+        assert attempt.adopt("sub/d") is None
+        fill(attempt, {"d": b"dd"})
+        resumed = attempt.commit(identity=identity(), metrics={})
+    undisturbed = committed(store, {"a.bin": b"aa", "sub/b": b"bb", "sub/c": b"cc", "d": b"dd"}, fingerprint="f1")
+    assert resumed.digest == undisturbed.digest
+    assert resumed.local().is_dir()
+
+
+@pytest.mark.parametrize("content", [b"AA", b"a", b"", None], ids=["flipped", "truncated", "empty", "missing"])
+def test_an_altered_part_is_not_adopted(store: Store, content: bytes | None) -> None:
+    id_ = killed_attempt(store, {"a": {"a.bin": b"aa"}, "b": {"b.bin": b"bb"}})
+    damaged = Path(store.path("shard", "f0", "attempts", id_, "a.bin"))
+    damaged.unlink()
+    if content is not None:
+        damaged.write_bytes(content)
+    with new_attempt(store, "shard", "f0") as attempt:
+        assert attempt.adopt("a") is None
+        assert attempt.adopt("b") == {"rows": 1}
+        assert [p.name for p in attempt.path.iterdir() if p.is_file()] == ["b.bin"]
+
+
+def test_half_a_damaged_part_does_not_stay_behind_to_be_committed(store: Store) -> None:
+    id_ = killed_attempt(store, {"step": {"one.bin": b"1", "two.bin": b"2"}})
+    earlier = Path(store.path("shard", "f0", "attempts", id_))
+    (earlier / "two.bin").write_bytes(b"!")
+    with new_attempt(store, "shard", "f0") as attempt:
+        assert attempt.adopt("step") is None
+        assert not (attempt.path / "one.bin").exists()
+        artifact = attempt.commit(identity=identity(), metrics={})
+    assert artifact.manifest["files"] == []
+    assert (earlier / "one.bin").read_bytes() == b"1"
+
+
+def test_an_attempt_falls_back_to_an_older_attempt_whose_part_is_whole(store: Store) -> None:
+    older = killed_attempt(store, {"a": {"a.bin": b"aa"}})
+    newer = killed_attempt(store, {"a": {"a.bin": b"aa"}})
+    newest = max(older, newer)  # within one second the ids are in no particular order
+    Path(store.path("shard", "f0", "attempts", newest, "a.bin")).write_bytes(b"xx")
+    with new_attempt(store, "shard", "f0") as attempt:
+        assert attempt.adopt("a") == {"rows": 1}
+        assert (attempt.path / "a.bin").read_bytes() == b"aa"
+
+
+def test_a_part_whose_record_is_torn_is_not_adopted(store: Store) -> None:
+    id_ = killed_attempt(store, {"a": {"a.bin": b"aa"}})
+    Path(store.path("shard", "f0", "attempts", id_, "parts", "a.json")).write_text('{"files": [')
+    with new_attempt(store, "shard", "f0") as attempt:
+        assert attempt.adopt("a") is None
+
+
+def test_a_part_in_the_place_of_another_is_not_adopted(store: Store) -> None:
+    id_ = killed_attempt(store, {"a": {"a.bin": b"aa"}, "b": {"b.bin": b"bb"}})
+    parts = Path(store.path("shard", "f0", "attempts", id_, "parts"))
+    (parts / "a.json").write_bytes((parts / "b.json").read_bytes())
+    with new_attempt(store, "shard", "f0") as attempt:
+        assert attempt.adopt("a") is None
+        assert attempt.adopt("b") == {"rows": 1}
+
+
+def test_a_part_of_another_artifact_is_not_adopted(store: Store) -> None:
+    killed_attempt(store, {"a": {"a.bin": b"aa"}})
+    Path(store.path("shard", "f0")).rename(store.path("shard", "f1"))
+    with new_attempt(store, "shard", "f1") as attempt:
+        assert attempt.adopt("a") is None
+
+
+def test_an_attempt_begun_afresh_adopts_nothing(store: Store) -> None:
+    killed_attempt(store, {"a": {"a.bin": b"aa"}})
+    with new_attempt(store, "shard", "f0", afresh=True) as attempt:
+        assert attempt.earlier == {}
+        assert attempt.adopt("a") is None
+        assert list(attempt.path.iterdir()) == []
+
+
+def test_what_an_attempt_adopted_can_be_adopted_again_from_it(store: Store) -> None:
+    first = killed_attempt(store, {"a": {"a.bin": b"aa"}})
+    with pytest.raises(Killed), new_attempt(store, "shard", "f0") as second:
+        second.adopt("a")
+        raise Killed
+    Path(store.path("shard", "f0", "attempts", first, "parts", "a.json")).unlink()
+    with new_attempt(store, "shard", "f0") as third:
+        assert third.earlier == {"a": [second.id]}
+        assert third.adopt("a") == {"rows": 1}
+
+
+def test_a_forgotten_part_is_neither_committed_nor_adopted_later(store: Store) -> None:
+    with pytest.raises(Killed), new_attempt(store, "shard", "f0") as attempt:
+        fill(attempt, {"a.bin": b"aa", "b.bin": b"bb"})
+        attempt.finish("a", ["a.bin"])
+        attempt.finish("b", ["b.bin"])
+        attempt.forget("a")
+        raise Killed
+    with new_attempt(store, "shard", "f0") as later:
+        assert later.adopt("a") is None
+        assert later.adopt("b") == {}
+        artifact = later.commit(identity=identity(), metrics={})
+    assert [file["path"] for file in artifact.manifest["files"]] == ["b.bin"]
+
+
+# Leases
+
+HOLD_LEASE = """
+import sys
+from nanodlm.store import Store
+with hold_lease(Store(sys.argv[1]), "shard", "f0"):
+    print("holding", flush=True)
+    sys.stdin.readline()
+print("released", flush=True)
+"""
+
+
+@pytest.fixture
+def holder(store: Store) -> Iterator[subprocess.Popen[str]]:
+    """Another process that holds the lease of shard/f0 until it reads a line."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD_LEASE, store.root], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdin is not None
+    assert process.stdout.readline() == "holding\n"
+    yield process
+    process.kill()
+    process.wait()
+    process.stdin.close()
+    process.stdout.close()
+
+
+def test_the_lease_is_there_while_it_is_held_and_gone_after_it(store: Store) -> None:
+    lease = Path(store.path("shard", "f0", "lease.json"))
+    with hold_lease(store, "shard", "f0") as mine:
+        held = json.loads(lease.read_text())
+        assert (held["holder"], held["pid"], held["host"]) == (mine["holder"], os.getpid(), socket.gethostname())
+    assert not lease.exists()
+    with pytest.raises(Killed), hold_lease(store, "shard", "f0"):
+        raise Killed
+    assert not lease.exists()
+
+
+def test_a_holder_leaves_the_lease_alone_that_another_has_taken_over(store: Store) -> None:
+    lease = Path(store.path("shard", "f0", "lease.json"))
+    with hold_lease(store, "shard", "f0"):
+        other = {"holder": "another run", "host": "elsewhere", "pid": 1, "beat": 7}
+        lease.write_text(json.dumps(other))
+    assert json.loads(lease.read_text()) == other
+
+
+def test_a_second_process_waits_until_the_holder_is_done(store: Store, holder: subprocess.Popen[str]) -> None:
+    told: list[str] = []
+    assert holder.stdin is not None
+
+    def release(message: str) -> None:
+        told.append(message)
+        assert Path(store.path("shard", "f0", "lease.json")).exists()
+        holder.stdin.write("\n")  # type: ignore[union-attr]
+        holder.stdin.flush()  # type: ignore[union-attr]
+
+    with hold_lease(store, "shard", "f0", notify=release):
+        assert told == [f"process {holder.pid} on {socket.gethostname()} is building it; waiting"]
+        assert holder.wait(10) == 0
+    assert not Path(store.path("shard", "f0", "lease.json")).exists()
+
+
+def test_the_lease_of_a_killed_process_is_taken_over_at_once(
+    store: Store, holder: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slept: list[float] = []
+    holder.kill()
+    holder.wait()
+    monkeypatch.setattr(store_module.time, "sleep", slept.append)
+    lease = Path(store.path("shard", "f0", "lease.json"))
+    with hold_lease(store, "shard", "f0") as mine:
+        assert json.loads(lease.read_text())["holder"] == mine["holder"]
+    assert slept == [store_lease.SETTLE_SECONDS]  # not waited out
+    assert not lease.exists()
+
+
+def test_a_lease_from_another_host_is_taken_over_once_it_stops_changing(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_lease, "LEASE_SECONDS", 0.3)
+    stale = {"holder": "gone", "host": "a host that is not this one", "pid": os.getpid(), "beat": 3}
+    store.write_json(store.path("shard", "f0", "lease.json"), stale)
+    told: list[str] = []
+    with hold_lease(store, "shard", "f0", notify=told.append) as mine:
+        assert store.read_json(store.path("shard", "f0", "lease.json"))["holder"] == mine["holder"]
+    assert told == [f"process {os.getpid()} on a host that is not this one is building it; waiting"]
+
+
+def test_nobody_waits_for_a_torn_lease_or_for_none(store: Store) -> None:
+    told: list[str] = []
+    with hold_lease(store, "shard", "f0", notify=told.append):
+        pass
+    lease = Path(store.path("shard", "f0", "lease.json"))
+    lease.write_text('{"holder"')
+    with hold_lease(store, "shard", "f0", notify=told.append):
+        pass
+    assert told == []
+
+
+@pytest.mark.parametrize("pid", [None, 10**12, "1"])
+def test_a_lease_without_a_process_is_taken_over(store: Store, pid: object) -> None:
+    held = {"holder": "x", "host": socket.gethostname(), "pid": pid, "events": [1], "inputs": [1]}
+    store.write_json(store.path("shard", "f0", "lease.json"), None if pid is None else held)
+    assert lease_events(store, "shard", "f0") == {}
+    assert list(collect(store)) == []
+    with hold_lease(store, "shard", "f0") as mine:
+        assert store.read_json(store.path("shard", "f0", "lease.json"))["holder"] == mine["holder"]
+
+
+# Stores that cannot be written
+
+
+def test_a_store_below_a_regular_file_is_one_clear_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    store = Store(str(tmp_path / "file" / "store"))
+    assert store.find("shard", "f0") is None
+    with pytest.raises(NanodlmError, match=r"cannot write to the store .*Not a directory.*choose another with --store"):
+        committed(store, FILES)
+
+
+def test_a_bucket_that_does_not_exist_is_one_clear_error_before_any_work(s3_environment: None) -> None:
+    store = Store("s3://nobody-made-this-bucket/runs")
+    assert store.find("shard", "f0") is None
+    assert list(collect(store)) == []
+    worked = False
+    with pytest.raises(NanodlmError, match=r"cannot write to the store s3://nobody-made-this-bucket/runs: .*bucket"):
+        with new_attempt(store, "shard", "f0"):
+            worked = True
+    assert not worked
+
+
+# Abandoned attempts
+
+
+def abandoned(store: Store, grace: float) -> dict[str, int]:
+    """Size of each attempt that a collection would remove, by its path."""
+    rows = list(collect(store, grace=grace, dry_run=True))
+    assert all(row["kind"] == "attempt" for row in rows)
+    return {row["uri"].removeprefix(store.uri() + "/"): row["bytes"] for row in rows}
+
+
+def test_only_attempts_that_no_manifest_names_are_abandoned(store: Store) -> None:
+    killed = killed_attempt(store, {"a": {"a.bin": b"aa"}}, unfinished={"b.bin": b"bbb"})
+    committed(store, FILES)
+    parts = Path(store.path("shard", "f0", "attempts", killed, "parts", "a.json")).stat().st_size
+    assert abandoned(store, -1.0) == {f"shard/f0/attempts/{killed}": parts + 5}
+
+
+def test_what_a_run_would_continue_or_somebody_works_on_is_not_abandoned(store: Store) -> None:
+    old = killed_attempt(store, {"a": {"a.bin": b"aa"}})
+    killed_attempt(store, {"a": {"a.bin": b"aa"}})
+    assert list(abandoned(store, -1.0)) == [f"shard/f0/attempts/{old}"]
+    with hold_lease(store, "shard", "f0"):
+        assert abandoned(store, -1.0) == {}
+
+
+def test_the_attempt_with_most_parts_is_kept_until_a_later_one_has_as_many(store: Store) -> None:
+    parts = {name: {f"{name}.bin": name.encode()} for name in "abc"}
+    full = killed_attempt(store, parts)
+    killed_attempt(store, {"a": parts["a"]})
+    assert abandoned(store, -1.0) == {}
+    killed_attempt(store, parts)
+    assert full in " ".join(abandoned(store, -1.0))
+    assert len(abandoned(store, -1.0)) == 2
+
+
+def test_an_attempt_that_changed_lately_is_not_abandoned(store: Store) -> None:
+    killed = killed_attempt(store, {}, unfinished={"a.bin": b"aa", "b.bin": b"bbb"})
+    folder = Path(store.path("shard", "f0", "attempts", killed))
+    assert abandoned(store, 600) == {}
+    old = time.time() - 3600
+    files = [p for p in folder.rglob("*") if p.is_file()]
+    for path in files[1:]:
+        os.utime(path, (old, old))
+    assert abandoned(store, 600) == {}  # one file is still fresh
+    os.utime(files[0], (old, old))
+    assert list(abandoned(store, 600)) == [f"shard/f0/attempts/{killed}"]
+
+
+# Remote stores
+
+
+def test_a_remote_artifact_is_found_and_copied_and_the_copy_is_reused(remote_store: Store) -> None:
+    artifact = committed(remote_store, FILES)
+    assert artifact.uri.startswith(remote_store.uri())
+    assert list(remote_store) == [("shard", "f0")]
+    found = remote_store.open(artifact.uri)
+    assert found.digest == artifact.digest
+    folder = found.local()
+    assert {name: (folder / name).read_bytes() for name in FILES} == FILES
+    inodes = {name: (folder / name).stat().st_ino for name in FILES}
+    assert found.local() == folder
+    assert {name: (folder / name).stat().st_ino for name in FILES} == inodes
+    assert found.problems(deep=True) == []
+
+
+def test_a_remote_artifact_has_the_digest_of_an_equal_local_one(remote_store: Store, store: Store) -> None:
+    assert committed(remote_store, FILES).digest == committed(store, FILES).digest
+
+
+def test_a_remote_attempt_leaves_no_lease_and_no_scratch_files(remote_store: Store, tmp_path: Path) -> None:
+    with hold_lease(remote_store, "shard", "f0"), new_attempt(remote_store, "shard", "f0") as attempt:
+        assert remote_store.fs.exists(remote_store.path("shard", "f0", "lease.json"))
+        fill(attempt, FILES)
+        attempt.commit(identity=identity(), metrics={})
+    assert not remote_store.fs.exists(remote_store.path("shard", "f0", "lease.json"))
+    assert list((tmp_path / "cache" / "entries").iterdir()) == []
+
+
+def test_a_damaged_remote_file_is_refused_and_a_damaged_copy_is_fetched_again(remote_store: Store) -> None:
+    artifact = committed(remote_store, FILES)
+    copy = artifact.local() / "a.bin"
+    copy.write_bytes(b"scribbled!")
+    assert (artifact.local() / "a.bin").read_bytes() == b"first file"
+    copy.unlink()
+    remote_store.fs.pipe_file(artifact.remote("a.bin"), b"FIRST FILE")
+    with pytest.raises(Damaged, match=r"a\.bin has been altered.*--deep --repair"):
+        artifact.local()
+    assert [p for p in copy.parent.iterdir() if p.name.startswith("a.bin")] == []
+    remote_store.fs.pipe_file(artifact.remote("b.bin"), b"short")
+    with pytest.raises(Damaged, match=r"b\.bin has 5 bytes, not 10"):
+        artifact.local()
+    remote_store.fs.rm_file(artifact.remote("b.bin"))
+    with pytest.raises(Damaged, match=r"b\.bin is missing"):
+        artifact.check()
+
+
+def test_a_remote_manifest_is_created_once(remote_store: Store) -> None:
+    with new_attempt(remote_store, "shard", "f0") as first, new_attempt(remote_store, "shard", "f0") as second:
+        fill(first, {"a.bin": b"one"})
+        fill(second, {"a.bin": b"two"})
+        first.commit(identity=identity(), metrics={})
+        lost = second.commit(identity=identity(), metrics={})
+    assert lost.manifest["attempt"] == first.id
+    assert (lost.local() / "a.bin").read_bytes() == b"one"
+    assert remote_store.write_json(remote_store.path("new.json"), 1, create_only=True)
+    assert not remote_store.write_json(remote_store.path("new.json"), 2, create_only=True)
+    assert json.loads(remote_store.fs.cat_file(remote_store.path("new.json"))) == 1
+
+
+def test_parts_in_a_remote_store_are_adopted_when_whole_and_refused_when_altered(remote_store: Store) -> None:
+    id_ = killed_attempt(remote_store, {"a": {"a.bin": b"aa"}, "b": {"b.bin": b"bb"}, "c": {"c.bin": b"cc"}})
+    base = ("shard", "f0", "attempts", id_)
+    remote_store.fs.pipe_file(remote_store.path(*base, "b.bin"), b"BB")
+    remote_store.fs.rm_file(remote_store.path(*base, "c.bin"))
+    with new_attempt(remote_store, "shard", "f0") as attempt:
+        assert attempt.adopt("a") == {"rows": 1}
+        assert attempt.adopt("b") is None
+        assert attempt.adopt("c") is None
+        artifact = attempt.commit(identity=identity(), metrics={})
+    assert [file["path"] for file in artifact.manifest["files"]] == ["a.bin"]
+    assert (artifact.local() / "a.bin").read_bytes() == b"aa"
+
+
+def test_a_part_forgotten_in_a_remote_store_is_gone_there_too(remote_store: Store) -> None:
+    with new_attempt(remote_store, "shard", "f0") as attempt:
+        fill(attempt, {"a.bin": b"aa", "b.bin": b"bb"})
+        attempt.finish("a", ["a.bin"])
+        attempt.finish("b", ["b.bin"])
+        attempt.forget("a")
+        artifact = attempt.commit(identity=identity(), metrics={})
+    assert set(remote_store.sizes(remote_store.path("shard", "f0", "attempts", attempt.id))) == {
+        "b.bin",
+        "parts/b.json",
+    }
+    assert [file["path"] for file in artifact.manifest["files"]] == ["b.bin"]
+
+
+def test_abandoned_attempts_are_found_in_a_remote_store(remote_store: Store) -> None:
+    killed = killed_attempt(remote_store, {"a": {"a.bin": b"aa"}})
+    killed_attempt(remote_store, {"a": {"a.bin": b"aa"}})
+    committed(remote_store, FILES, fingerprint="f1")
+    assert list(abandoned(remote_store, -60.0)) == [f"shard/f0/attempts/{killed}"]
+    assert abandoned(remote_store, 600) == {}
+
+
+def test_a_torn_remote_manifest_is_refused_and_can_be_retired(remote_store: Store) -> None:
+    committed(remote_store, FILES)
+    remote_store.fs.pipe_file(remote_store.path("shard", "f0", "manifest.json"), b'{"schema"')
+    with pytest.raises(Damaged, match="is not a manifest"):
+        remote_store.find("shard", "f0")
+    remote_store.retire(("shard", "f0"))
+    assert remote_store.find("shard", "f0") is None
+
+
+# What may stand at an address
+
+
+def test_two_artifacts_that_changed_places_are_refused(store: Store) -> None:
+    one, other = committed(store, FILES, fingerprint="f1"), committed(store, {"c.bin": b"c"}, fingerprint="f2")
+    first, second = Path(one.uri), Path(other.uri)
+    first.rename(first.with_name("x"))
+    second.rename(first)
+    first.with_name("x").rename(second)
+    with pytest.raises(Damaged, match="belongs to shard/f2"):
+        store.find("shard", "f1")
+
+
+def test_a_file_that_the_manifest_does_not_list_is_named_and_refused(store: Store) -> None:
+    artifact = committed(store, FILES)
+    (attempt_folder(artifact) / "train-99999.arrayrecord").write_bytes(b"stray")
+    assert artifact.problems() == ["train-99999.arrayrecord is not in its manifest"]
+    with pytest.raises(Damaged, match="train-99999"):
+        artifact.local()
+
+
+def test_an_interrupted_rebuild_is_continued_but_not_what_was_there_before(store: Store) -> None:
+    with new_attempt(store, "shard", "f0") as attempt:
+        fill(attempt, FILES)
+        attempt.finish("a", ["a.bin"])
+        attempt.commit(identity=identity(), metrics={})
+    with pytest.raises(Killed), new_attempt(store, "shard", "f0", afresh=True) as rebuild:
+        assert rebuild.adopt("a") is None
+        fill(rebuild, FILES)
+        rebuild.finish("a", ["a.bin"])
+        raise Killed
+    with new_attempt(store, "shard", "f0", afresh=True) as again:
+        assert again.earlier == {"a": [rebuild.id]}
+
+
+def test_a_rebuild_to_the_same_bytes_leaves_no_second_copy(store: Store) -> None:
+    artifact = committed(store, FILES)
+    with new_attempt(store, "shard", "f0", afresh=True) as attempt:
+        fill(attempt, FILES)
+        assert attempt.commit(identity=identity(), metrics={}, replace=True).manifest == artifact.manifest
+    assert not attempt.path.exists()
+
+
+def test_a_manifest_can_be_read_by_others(store: Store) -> None:
+    committed(store, FILES)
+    assert manifest_path(store).stat().st_mode & 0o777 == 0o644

