@@ -2,7 +2,7 @@
 
 nanodlm run                              # on a server of its own
 python -m flows.pipeline                 # on the server that PREFECT_API_URL names
-prefect deployment run pipeline/demo     # on a worker, once `prefect deploy --all` was run; see OPERATIONS.md
+prefect deployment run pipeline/demo     # on a worker, once `prefect deploy --all` was run; see docs/operations.md
 """
 
 import os
@@ -66,7 +66,7 @@ def run_stage(
     """Build one stage, in a process of its own if it uses JAX; or find it, and end as `Cached`.
 
     Args:
-        name: One of `nanodlm.stages.STAGES`.
+        name: One of `nanodlm.stages.table.STAGES`.
         config: The run's configuration.
         store_url: Where artifacts lie.
         inputs: The artifacts it reads.
@@ -76,7 +76,7 @@ def run_stage(
         on: The cluster that trains; by default a process of this machine does.
 
     Returns:
-        The artifact, and its record as `nanodlm.stages.run` gives it.
+        The artifact, and its record as `nanodlm.stages.run.run_stage` gives it.
     """
     if context := TaskRunContext.get():
         context.task_run.tags = [name]  # not from its start: see `untagged`

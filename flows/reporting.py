@@ -32,7 +32,7 @@ SECONDS = 30.0  # between two lines of a stage's progress in Prefect's log, and 
 
 
 class Watcher(Protocol):
-    """Whoever shows the stages to a person; `nanodlm.console.Console` is one, `Pages` another."""
+    """Whoever shows the stages to a person; `nanodlm.cli.console.Console` is one, `Pages` another."""
 
     def start(self, stage: str) -> None: ...
     def emit(self, kind: str, **fields: Any) -> None: ...

@@ -12,6 +12,7 @@ from nanodlm.model.transformer import Transformer
 def padded_vocab_size(encoding: tiktoken.Encoding) -> int:
     """Ids of the model: the encoding's, the mask, and padding up to a multiple of 128.
 
+    >>> from nanodlm.data.tokenizer import gpt2
     >>> padded_vocab_size(gpt2())
     50304
     """

@@ -146,7 +146,8 @@ class Text(NamedTuple):
     def recut(self, length: int) -> "Text":
         """The same tokens in rows of another length; what is left of the training tokens after the last row is dropped.
 
-        >>> text = Text(tokenizer.plain_bytes(), np.zeros((3, 4), np.int32), [np.zeros(4), np.zeros(3)], "")
+        >>> from nanodlm.data.tokenizer import plain_bytes
+        >>> text = Text(plain_bytes(), np.zeros((3, 4), np.int32), [np.zeros(4), np.zeros(3)], "")
         >>> again = text.recut(5)
         >>> again.train.shape, [len(row) for row in again.validation]
         ((2, 5), [5, 2])

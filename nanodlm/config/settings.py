@@ -398,6 +398,7 @@ class Config(Group):
         Raises:
             pydantic.ValidationError: For an unknown field or a value out of range.
 
+        >>> from nanodlm.config import PRESETS
         >>> PRESETS["demo"].replace(train={"lr": 0.5}).train.lr
         0.5
         """

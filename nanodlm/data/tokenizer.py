@@ -124,7 +124,7 @@ def tokenise(encoding: tiktoken.Encoding, document: str | list[int]) -> np.ndarr
     Raises:
         NanodlmError: For ids outside the encoding.
 
-    >>> tokenise(tokenizer.plain_bytes(), "Hi").tolist()
+    >>> tokenise(plain_bytes(), "Hi").tolist()
     [72, 105, 256]
     """
     if isinstance(document, str):

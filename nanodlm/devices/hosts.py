@@ -39,6 +39,7 @@ def my_share(mesh: Mesh) -> tuple[int, int]:
     Raises:
         UsageError: When the rows of a process's devices are not one such part.
 
+    >>> from nanodlm.devices.mesh import make_mesh
     >>> my_share(make_mesh(rows=jax.device_count()))
     (0, 1)
     """

@@ -59,7 +59,7 @@ def sample_blocks(
 
     Source: BD3-LM, arXiv:2503.09573, section 3.
 
-    >>> from nanodlm.schedules import make_schedule
+    >>> from nanodlm.diffusion.schedules import make_schedule
     >>> count = Decoder(lambda rows: 0, lambda n, x: (jnp.zeros((*x.shape, 9)), n + 1),
     ...                 lambda n, x, t: 50 * jax.nn.one_hot(jnp.full(x.shape, n), 9))
     >>> sample_blocks(count, jax.random.key(0), shape=(1, 6), block_size=2, mask_id=8,

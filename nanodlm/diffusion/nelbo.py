@@ -48,7 +48,8 @@ def nelbo(
     Raises:
         ValueError: For an unknown name, or a combination that has no bound.
 
-    >>> from nanodlm.schedules import make_schedule
+    >>> import jax, jax.numpy as jnp
+    >>> from nanodlm.diffusion.schedules import make_schedule
     >>> uniform = lambda x_t, t: jnp.zeros((*x_t.shape, 3))
     >>> nats = nelbo(uniform, jnp.zeros((4, 8), int), jax.random.key(0), schedule=make_schedule("linear"),
     ...              mask_id=2, estimator="count")

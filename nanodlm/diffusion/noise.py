@@ -83,7 +83,7 @@ def unmask_probability(schedule: Schedule, t: Float[Array, "..."], s: Float[Arra
     All is masked at t = 1 and nothing at s = 0, also under schedules that jump there; so it is exactly 1 at s = 0.
     Source: MDLM, arXiv:2406.07524, equation 7.
 
-    >>> from nanodlm.schedules import make_schedule
+    >>> from nanodlm.diffusion.schedules import make_schedule
     >>> float(unmask_probability(make_schedule("linear"), jnp.float32(0.5), jnp.float32(0.25)))
     0.5
     """

@@ -130,7 +130,7 @@ class Objective:
         Raises:
             ValueError: For an odd number of rows (or blocks) under `constant_count`.
 
-        >>> from nanodlm.schedules import make_schedule
+        >>> from nanodlm.diffusion.schedules import make_schedule
         >>> objective = Objective(make_schedule("linear"), mask_id=1, estimator="constant_count")
         >>> int((objective.corrupt(jnp.zeros((4, 8), int), jax.random.key(0)).x_t == 1).sum())  # always 4 * 9 / 2
         18
@@ -297,7 +297,7 @@ class Objective:
 
         Under `constant_count` it is K (b + 1) for an even number of rows of K blocks of b tokens, otherwise all.
 
-        >>> from nanodlm.schedules import make_schedule
+        >>> from nanodlm.diffusion.schedules import make_schedule
         >>> Objective(make_schedule("linear"), 9, estimator="constant_count").most_scored(4, 64)
         65
         """

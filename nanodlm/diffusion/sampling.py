@@ -87,7 +87,7 @@ def sample(
     Raises:
         ValueError: For an option that makes no sense, or a prompt that does not fit.
 
-    >>> from nanodlm.schedules import make_schedule
+    >>> from nanodlm.diffusion.schedules import make_schedule
     >>> always_1 = lambda x_t, t: jax.nn.one_hot(jnp.ones_like(x_t), 3) * 50
     >>> sample(always_1, jax.random.key(0), shape=(1, 4), mask_id=2, schedule=make_schedule("linear"),
     ...        num_steps=2, prompt=jnp.array([0])).tolist()

@@ -133,7 +133,7 @@ def train(config: Config, store: str | None = None, emit: Emit = lambda *_, **__
     Args:
         config: The run's configuration.
         store: Folder or fsspec URL of the artifacts; by default `$NANODLM_STORE`, else `data/store`.
-        emit: Called as `emit(kind, **fields)` with progress; `nanodlm.console.Console(sys.stderr).emit` shows it.
+        emit: Called as `emit(kind, **fields)` with progress; `nanodlm.cli.console.Console(sys.stderr).emit` shows it.
 
     Returns:
         The train artifact: `.uri` is what `nanodlm.load` takes, `.metrics` what was measured.

@@ -92,7 +92,7 @@ def test_a_report_divides_by_seconds_and_knows_no_mfu_on_a_cpu() -> None:
 
 
 def test_mfu_is_the_share_of_the_peak_of_all_devices(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_flops, "peak_flops", lambda kind, dtype: 100.0)
+    monkeypatch.setattr(speed, "peak_flops", lambda kind, dtype: 100.0)
     numbers = speed.report(tiny(), tokens=1, flops=120.0, seconds=2.0, steps=1, compile_seconds=0.0, devices=2)
     assert numbers["mfu"] == pytest.approx(60 / 200)
 
@@ -196,7 +196,7 @@ def test_speed_is_measured_without_what_only_data_needs(which: str) -> None:
     code = (
         "import sys\n"
         f"sys.modules.update(dict.fromkeys({HEAVY}))\n"
-        "from nanodlm.cli import main\n"
+        "from nanodlm.cli.main import main\n"
         f"main(['bench', {which!r}, 'demo', *{FLAGS}])"
     )
     command = [sys.executable, "-c", code]

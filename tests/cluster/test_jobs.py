@@ -21,7 +21,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from nanodlm.cluster import follow, jobs, settings
+from nanodlm.cluster import follow, jobs, kubernetes, settings
 from nanodlm.cluster.kubernetes import jobset
 from nanodlm.cluster.settings import Launch
 from nanodlm.cluster.slurm import slurm_script
@@ -363,10 +363,11 @@ esac
 def kubectl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder in which a stand-in for kubectl keeps what it is given and finds its answers: no cluster is here."""
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.setattr(settings, "LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(follow, "LOOK_SECONDS", 0.05)
     monkeypatch.setattr(follow, "ASK_SECONDS", 0.1)
     monkeypatch.setattr(follow, "SETTLE_SECONDS", 0.2)
-    monkeypatch.setattr(settings, "MOUNT", str(tmp_path))
+    for module in (settings, kubernetes):
+        monkeypatch.setattr(module, "MOUNT", str(tmp_path))
     stand_in(tmp_path, "kubectl", KUBECTL.format(folder=tmp_path))
     return tmp_path
 
@@ -428,7 +429,7 @@ def test_a_slurm_that_does_not_answer_gets_no_second_job_and_one_that_is_ending_
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.setattr(settings, "LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(follow, "LOOK_SECONDS", 0.05)
     stand_in(tmp_path, "sbatch", "echo 18")
     stand_in(tmp_path, "squeue", "echo error: Socket timed out >&2; exit 1")
     with pytest.raises(NanodlmError, match=r"^squeue does not say whether .*: error: Socket timed out$"):
@@ -494,7 +495,7 @@ def test_an_interrupted_wait_deletes_the_jobset(kubectl: Path, prepared: Path) -
 def test_the_lease_tells_others_how_far_a_stage_is_and_the_artifact_knows_nothing_of_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nanodlm.store.LEASE_SECONDS", 0.3)
+    monkeypatch.setattr("nanodlm.store.lease.LEASE_SECONDS", 0.3)
     text = tmp_path / "text.txt"
     text.write_text("\n\n".join(helpers.prose(200)))
     store, told = Store(str(tmp_path / "store")), []
@@ -532,7 +533,7 @@ def two_nodes(cluster_env: dict[str, str], prepared: Path, tmp_path: Path, monke
     """A store with data that a cluster of two nodes sees; the cluster's programs are those of this process."""
     for name, value in {**cluster_env, "NPROC": "16", "NO_COLOR": "1"}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(settings, "LOOK_SECONDS", 0.2)
+    monkeypatch.setattr(follow, "LOOK_SECONDS", 0.2)
     monkeypatch.setattr(follow, "ASK_SECONDS", 1.0)
     monkeypatch.chdir(tmp_path)
     shutil.copytree(prepared, tmp_path / "store")
@@ -592,7 +593,7 @@ def test_a_flow_trains_as_a_slurm_job_and_reports_it(two_nodes: Path, prefect_se
     program = """
 import sys
 from flows.pipeline import train
-from nanodlm.cluster import Launch
+from nanodlm.cluster.settings import Launch
 from nanodlm.config import load_config
 for record in train(load_config(sys.argv[1]), sys.argv[2], train_on=Launch(target="slurm", nodes=2, gpus_per_node=0)):
     print(record["stage"], record["status"])
@@ -696,7 +697,7 @@ def test_a_job_that_fails_or_is_cancelled_is_one_line_that_says_why(two_nodes: P
 def test_a_cluster_ends_with_the_tests_that_started_it_even_when_they_are_killed() -> None:
     code = """
 import time
-from tests.slurm import slurm
+from tests.support.slurm import slurm
 with slurm() as environ:
     print(environ["SLURM_CONF"], flush=True)
     time.sleep(600)

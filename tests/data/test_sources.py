@@ -426,7 +426,7 @@ FETCH = """
 import sys
 from pathlib import Path
 from nanodlm.errors import NanodlmError
-from tests.test_corpus import DATASET, documents, download
+from tests.data.test_sources import DATASET, documents, download
 
 store, revisions = Path(sys.argv[1]), sys.argv[2:]
 for i, revision in enumerate(revisions):

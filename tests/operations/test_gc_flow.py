@@ -114,7 +114,7 @@ def test_the_run_is_named_logged_and_stops_at_what_it_cannot_read(client: SyncPr
     assert set(runs) == {"Completed", "Failed"}
     assert runs["Completed"].name == "gc-dry-run"
     assert "planted" not in str(runs["Failed"].state)
-    assert "planted" in str(runs["Failed"].parameters)  # which the server had by then, as OPERATIONS.md warns
+    assert "planted" in str(runs["Failed"].parameters)  # which the server had by then, as docs/operations.md warns
     deadline = time.monotonic() + 30
     while len(logs := _logged(client, runs["Completed"].id)) < 4:
         assert time.monotonic() < deadline

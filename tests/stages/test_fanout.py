@@ -194,7 +194,7 @@ def test_a_worker_does_not_load_jax(config: Config, tmp_path: Path) -> None:
     code = f"""
 import sys
 from pathlib import Path
-from flows.sharding import build_shard
+from flows.shards import build_shard
 from nanodlm.config import Config
 config = Config.model_validate_json(Path({str(tmp_path / "config.json")!r}).read_text())
 print(build_shard.fn(0, config, {store.uri()!r}, {work.inputs!r}), *sys.modules)

@@ -311,8 +311,8 @@ def test_the_stages_are_those_of_the_pipeline_in_order() -> None:
 BUILD_DOWNLOAD = """
 import sys, time
 from pathlib import Path
-from nanodlm import stages
 from nanodlm.config import Config
+from nanodlm.stages.run import run_stage
 from nanodlm.store import Store
 
 config, folder = Config.model_validate_json(sys.argv[1]), Path(sys.argv[2])
@@ -325,7 +325,7 @@ def emit(kind, **fields):
     while not (folder / "go").exists():
         time.sleep(0.02)
 
-print(stages.run("download", config, Store(sys.argv[3]), emit=emit)[1]["status"])
+print(run_stage("download", config, Store(sys.argv[3]), emit=emit)[1]["status"])
 """
 
 

@@ -1,4 +1,4 @@
-"""What goes wrong and what becomes of it: each row of the table in STORAGE.md, with faults by script and real kills."""
+"""What goes wrong and what becomes of it: each row of the table in docs/storage.md, by script and by real kills."""
 
 import json
 import os
@@ -23,11 +23,9 @@ from nanodlm.errors import Damaged, NanodlmError, Unreachable
 from nanodlm.stages import run as stages_run
 from nanodlm.stages import table as stages_table
 from nanodlm.store import Artifact, Store, hold_lease, new_attempt, read_part
+from nanodlm.store import attempt as store_attempt
 from nanodlm.store import lease as store_lease
-from nanodlm.store import store as store_module
-from nanodlm.store import store as store_store
 from nanodlm.upkeep import collect, copy, verify
-from nanodlm.upkeep import collect as upkeep
 from tests.support.faults import Fault, busy, no_space, scripted
 from tests.support.helpers import committed, fill, identity, prose, tiny_config
 from tests.support.servers import Server, flaky
@@ -38,12 +36,12 @@ FILES = {"a.bin": b"first file", "b.bin": b"other file", "sub/c.bin": b"third, l
 
 
 def test_every_row_of_the_table_names_a_test_that_is_there() -> None:
-    text = (ROOT / "STORAGE.md").read_text()
+    text = (ROOT / "docs/storage.md").read_text()
     table = text[text.index("| fault |") :].split("\n\n")[0].splitlines()[2:]
     assert len(table) >= 20
-    tests = {path.name: path.read_text() for path in (ROOT / "tests").glob("test_*.py")}
+    tests = {str(path.relative_to(ROOT / "tests")): path.read_text() for path in (ROOT / "tests").rglob("test_*.py")}
     for row in table:
-        named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", row.split("|")[3])
+        named = re.findall(r"`([\w/]+\.py)::(test_\w+)`", row.split("|")[3])
         assert named, row
         for file, name in named:
             assert f"def {name}(" in tests[file], f"there is no {file}::{name}"
@@ -54,9 +52,10 @@ def test_every_row_of_the_table_names_a_test_that_is_there() -> None:
 # A process that builds a stage, and kills itself when it has come to a certain point.
 BUILD = """
 import os, signal, sys
-from nanodlm import shards, stages, storage
 from nanodlm.config import Config
-from nanodlm.store import Attempt, Store
+from nanodlm.data import shard
+from nanodlm.stages.run import run_stage
+from nanodlm.store import Attempt, Store, files
 
 config, url, moment = Config.model_validate_json(sys.argv[1]), sys.argv[2], sys.argv[3]
 store = Store(url)
@@ -73,11 +72,11 @@ def before(owner, name, here):
     setattr(owner, name, call)
 
 if moment == "in mid-shard":
-    write = shards.write
+    write = shard.write
     def torn(rows):
         yield from rows[: len(rows) // 2]
         die()
-    shards.write = lambda path, rows: write(path, torn(rows) if "train-00002" in path.name else rows)
+    shard.write = lambda path, rows: write(path, torn(rows) if "train-00002" in path.name else rows)
 elif moment == "in mid-upload":
     put = type(store.fs)._put_file
     async def put_half(self, source, target, *args, **kwargs):
@@ -90,12 +89,12 @@ elif moment == "in mid-upload":
         die()
     type(store.fs)._put_file = put_half
 elif moment == "before a part's record":
-    before(storage.Storage, "write_json", lambda self, path, *_: path.endswith("parts/train-00002.arrayrecord.json"))
+    before(files.Storage, "write_json", lambda self, path, *_: path.endswith("parts/train-00002.arrayrecord.json"))
 elif moment == "just before the manifest":
-    before(storage.Storage, "write_json", lambda self, path, *_: path.endswith("manifest.json"))
+    before(files.Storage, "write_json", lambda self, path, *_: path.endswith("manifest.json"))
 elif moment == "just after the manifest":
     before(Attempt, "close", lambda self: True)
-stages.run("shard", config, store)
+run_stage("shard", config, store)
 """
 
 
@@ -356,14 +355,14 @@ def test_a_storage_that_stays_away_ends_the_run_and_the_next_continues(monkeypat
 
 LIMITED = """
 import resource, sys
-from nanodlm import stages
 from nanodlm.config import Config
 from nanodlm.errors import NanodlmError
+from nanodlm.stages.run import run_stage
 from nanodlm.store import Store
 
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
 try:
-    stages.run("shard", Config.model_validate_json(sys.argv[2]), Store(sys.argv[3]))
+    run_stage("shard", Config.model_validate_json(sys.argv[2]), Store(sys.argv[3]))
 except NanodlmError as error:
     sys.exit(str(error))
 """
@@ -432,7 +431,7 @@ def test_a_reader_can_finish_although_what_it_reads_is_given_up(
 ) -> None:
     store, long = Store(str(tmp_path)), 2 * collect.GRACE_SECONDS
     with monkeypatch.context() as earlier:
-        earlier.setattr(store_module.time, "gmtime", lambda gmtime=time.gmtime: gmtime(time.time() - long))
+        earlier.setattr(time, "gmtime", lambda gmtime=time.gmtime: gmtime(time.time() - long))
         reading = committed(store, FILES)
     aged(tmp_path, long)
     assert [row["kind"] for row in collect.collect(store, keep_last=0)] == ["artifact"]
@@ -501,15 +500,16 @@ def test_readers_beside_a_collector_get_all_or_a_clear_error(tmp_path: Path) -> 
 # Processes that begin at the same moment: one imports everything, then forks the others, which have opened nothing yet.
 TOGETHER = """
 import multiprocessing, sys, time
-from nanodlm import corpus, stages, store as store_module
 from nanodlm.config import Config
-from nanodlm.store import Store
-from tests.helpers import fill, identity
+from nanodlm.data import sources
+from nanodlm.stages.run import run_stage
+from nanodlm.store import Store, lease, new_attempt
+from tests.support.helpers import fill, identity
 
 what, url, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
 context = multiprocessing.get_context("fork")
 together = context.Barrier(count)
-store_module.SETTLE_SECONDS = 0.05
+lease.SETTLE_SECONDS = 0.05
 
 def build(number):
     config = Config.model_validate_json(sys.argv[4])
@@ -517,7 +517,7 @@ def build(number):
         if kind == "progress":
             time.sleep(0.05)  # long enough for the others to meet it at work
     together.wait()
-    return stages.run("download", config, Store(url), emit=emit)[1]["status"]
+    return run_stage("download", config, Store(url), emit=emit)[1]["status"]
 
 def commit(number):
     store = Store(url)
@@ -584,8 +584,8 @@ def test_clocks_a_day_apart_change_nothing(days: int, tmp_path: Path, monkeypatc
         fill(here, {"a.bin": b"first file", "mine": b"x"})
         here.finish("a.bin", ["a.bin"], rows=1)
         with monkeypatch.context() as elsewhere:
-            elsewhere.setattr(store_store, "datetime", Elsewhere)
-            elsewhere.setattr(upkeep.time, "time", lambda now=time.time: now() + shift.total_seconds())
+            elsewhere.setattr(store_attempt, "datetime", Elsewhere)
+            elsewhere.setattr(time, "time", lambda now=time.time: now() + shift.total_seconds())
             with new_attempt(store, "shard", "f0") as there:
                 assert (there.id < here.id) == (days < 0)
                 assert there.adopt("a.bin") == {"rows": 1}
@@ -596,7 +596,7 @@ def test_clocks_a_day_apart_change_nothing(days: int, tmp_path: Path, monkeypatc
     folder = store.open("shard/f0").local()
     assert {p.name for p in folder.iterdir() if p.is_file()} == {"a.bin", "theirs"}
     with monkeypatch.context() as elsewhere:  # a lease is not older for a clock that is ahead
-        elsewhere.setattr(store_module.time, "time", lambda now=time.time: now() + shift.total_seconds())
+        elsewhere.setattr(time, "time", lambda now=time.time: now() + shift.total_seconds())
         monkeypatch.setattr(store_lease, "LEASE_SECONDS", 0.6)
         with hold_lease(store, "shard", "f1") as mine:
             time.sleep(1)
@@ -606,11 +606,10 @@ def test_clocks_a_day_apart_change_nothing(days: int, tmp_path: Path, monkeypatc
 HELD = """
 import sys
 from pathlib import Path
-from nanodlm import store as store_module
-from nanodlm.store import Store
-from tests.helpers import fill, identity
+from nanodlm.store import Store, hold_lease, lease, new_attempt
+from tests.support.helpers import fill, identity
 
-store_module.LEASE_SECONDS, store_module.SETTLE_SECONDS = 0.6, 0.05
+lease.LEASE_SECONDS, lease.SETTLE_SECONDS = 0.6, 0.05
 store = Store(sys.argv[1])
 with hold_lease(store, "shard", "f0"), new_attempt(store, "shard", "f0") as attempt:
     fill(attempt, {"a.bin": b"of the stopped", "stopped.bin": b"x"})

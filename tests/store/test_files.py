@@ -838,7 +838,7 @@ def test_a_server_that_is_not_there_is_given_up_with_what_to_do(place: str, monk
 
 
 def test_a_server_ends_with_the_process_that_started_it_however_that_ends() -> None:
-    code = "from tests import servers\nwith servers.fake_gcs() as s: print(s.endpoint, flush=True); input()"
+    code = "from tests.support import servers\nwith servers.fake_gcs() as s: print(s.endpoint, flush=True); input()"
     root = Path(__file__).parents[2]
     with subprocess.Popen(
         [sys.executable, "-c", code], cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

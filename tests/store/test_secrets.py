@@ -111,13 +111,13 @@ def bucket(name: str, moto_server: servers.Server) -> str:
 PIPELINE = """
 import sys
 from pathlib import Path
-from nanodlm import Config, stages
 from nanodlm.config import load_config
-from nanodlm.metrics import EventLog
+from nanodlm.stages.progress import EventLog
+from nanodlm.stages.run import run_stage
 from nanodlm.store import Store
 for name in sys.argv[3:]:
     events = EventLog(Path("events.jsonl"))
-    print(stages.run(name, load_config(sys.argv[2]), Store(sys.argv[1]), emit=events))
+    print(run_stage(name, load_config(sys.argv[2]), Store(sys.argv[1]), emit=events))
 """
 
 

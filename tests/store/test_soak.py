@@ -1,6 +1,6 @@
 """The pipeline under random kills and faults: it must end with the bits of an undisturbed run.
 
-SOAK_EVENTS=200 pytest tests/test_soak.py -m slow -n 0 -s
+SOAK_EVENTS=200 pytest tests/store/test_soak.py -m slow -n 0 -s
 """
 
 import json
@@ -34,16 +34,18 @@ CONFIG = PRESETS["demo"].replace(
 )
 RUN = """
 import sys
-from nanodlm import stages, upkeep
 from nanodlm.config import load_config
+from nanodlm.stages.run import run_stage
+from nanodlm.stages.table import STAGES, until
 from nanodlm.store import Store
+from nanodlm.upkeep.verify import check
 config, store = load_config(sys.argv[1]), Store(sys.argv[2])
 if sys.argv[3] == "repair":
-    found = sorted(store, key=lambda item: list(stages.STAGES).index(item[0]))
-    print([c for c in upkeep.check(store, found, deep=True, repair=True) if c.problems and not c.repaired])
+    found = sorted(store, key=lambda item: list(STAGES).index(item[0]))
+    print([c for c in check(store, found, deep=True, repair=True) if c.problems and not c.repaired])
 else:
-    for name in stages.until("sample"):
-        stages.run(name, config, store)
+    for name in until("sample"):
+        run_stage(name, config, store)
 """
 
 

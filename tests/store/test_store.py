@@ -19,7 +19,6 @@ from nanodlm.errors import Damaged, NanodlmError, UsageError
 from nanodlm.store import Artifact, Store, canonical_json, fingerprint_of, hold_lease, lease_events, new_attempt
 from nanodlm.store import lease as store_lease
 from nanodlm.store import manifest as store_manifest
-from nanodlm.store import store as store_module
 from nanodlm.upkeep.collect import collect
 from tests.support.helpers import committed, fill, identity
 
@@ -528,7 +527,7 @@ def test_a_forgotten_part_is_neither_committed_nor_adopted_later(store: Store) -
 
 HOLD_LEASE = """
 import sys
-from nanodlm.store import Store
+from nanodlm.store import Store, hold_lease
 with hold_lease(Store(sys.argv[1]), "shard", "f0"):
     print("holding", flush=True)
     sys.stdin.readline()
@@ -593,7 +592,7 @@ def test_the_lease_of_a_killed_process_is_taken_over_at_once(
     slept: list[float] = []
     holder.kill()
     holder.wait()
-    monkeypatch.setattr(store_module.time, "sleep", slept.append)
+    monkeypatch.setattr("time.sleep", slept.append)
     lease = Path(store.path("shard", "f0", "lease.json"))
     with hold_lease(store, "shard", "f0") as mine:
         assert json.loads(lease.read_text())["holder"] == mine["holder"]

@@ -144,7 +144,7 @@ def test_the_average_of_the_parameters_is_what_load_returns(averaged: Artifact) 
 @pytest.mark.slow
 def test_a_batch_that_devices_cannot_share_is_refused_by_name(tmp_path: Path) -> None:
     code = (
-        "import nanodlm, sys; from tests.test_training import tiny; from nanodlm.errors import UsageError\n"
+        "import nanodlm, sys; from tests.training.test_loop import tiny; from nanodlm.errors import UsageError\n"
         f"try: nanodlm.train(tiny(train={{'batch_size': 6}}), {str(tmp_path)!r})\n"
         "except UsageError as error: print(error)"
     )
@@ -155,7 +155,7 @@ def test_a_batch_that_devices_cannot_share_is_refused_by_name(tmp_path: Path) ->
 @pytest.mark.slow
 def test_four_devices_train_as_one_does(tmp_path: Path) -> None:
     code = (
-        "import json, nanodlm; from tests.test_training import tiny\n"
+        "import json, nanodlm; from tests.training.test_loop import tiny\n"
         f"run = nanodlm.train(tiny(train={{'grad_acc_steps': 2}}), {str(tmp_path)!r} + '/DEVICES')\n"
         "print(json.dumps({'devices': run.metrics['devices'], 'uri': run.uri}))"
     )

@@ -369,7 +369,7 @@ def print_steps_on_one_and_all_devices() -> None:
 def test_four_devices_take_the_same_step_as_one() -> None:
     # Virtual devices beyond the number of cores can wait for each other for ever unless NPROC says there are more.
     flags = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
-    script = "from tests.test_optimizer import *; print_steps_on_one_and_all_devices()"
+    script = "from tests.training.test_optimizer import *; print_steps_on_one_and_all_devices()"
     done = subprocess.run(
         [sys.executable, "-c", script],
         env={**os.environ, "NPROC": "16", "XLA_FLAGS": flags},

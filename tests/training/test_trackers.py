@@ -213,7 +213,8 @@ def test_the_process_that_wandb_starts_ends_with_the_run(offline: socket.socket,
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_run_outlives_the_process_that_wandb_starts(offline: socket.socket, tmp_path: Path) -> None:
     code = (  # in a process of its own, for W&B leaves its dead child to the interpreter
-        "import os, sys; from pathlib import Path; from tests.test_metrics import RECORDS, open_tracker, service_of\n"
+        "import os, sys; from pathlib import Path\n"
+        "from tests.training.test_trackers import RECORDS, open_tracker, service_of\n"
         "with open_tracker(Path(sys.argv[1]), said=(said := []), use_wandb=True) as tracker:\n"
         "    os.kill(*service_of(os.getpid()), 9)\n"
         "    for record in RECORDS: tracker.log(record)\n"

@@ -18,7 +18,7 @@ import pytest
 from nanodlm.checkpoints.finding import find_checkpoint
 from nanodlm.cli import main
 from nanodlm.config import Config
-from nanodlm.data import sources as data_sources
+from nanodlm.data import download
 from nanodlm.errors import Damaged, NanodlmError, UsageError
 from nanodlm.stages import run, why
 from nanodlm.store import Artifact, Store, hold_lease, new_attempt, sealed
@@ -308,13 +308,13 @@ def test_of_two_repairs_the_second_keeps_what_the_first_has_made(made: Made, mon
     path = Path(made.store.path("split", split.fingerprint, "manifest.json"))
     good = path.read_bytes()
     path.write_bytes(b"{")
-    lease, retired = Store.lease, []
+    lease, retired = verify.hold_lease, []
 
-    def waited(self: Store, *args: Any, **kwargs: Any) -> Any:
+    def waited(store: Store, *args: Any, **kwargs: Any) -> Any:
         path.write_bytes(good)  # the first commits while the second waits for its lease
-        return lease(self, *args, **kwargs)
+        return lease(store, *args, **kwargs)
 
-    monkeypatch.setattr(Store, "lease", waited)
+    monkeypatch.setattr(verify, "hold_lease", waited)
     monkeypatch.setattr(Store, "retire", lambda _, item: retired.append(item))
     assert made.check(repair=True)["split"].repaired
     assert retired == []
@@ -896,16 +896,16 @@ def test_documents_of_files_that_changed_while_they_were_read_are_not_kept(
     store: Store, at_hand: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, first = tiny_config(at_hand, part_mb=0.001), Path(at_hand[0])
-    before, read = first.read_bytes(), data_sources._read
+    before, read = first.read_bytes(), download._read
 
     def changing(*args: Any) -> Any:
         pq.write_table(pa.table({"text": ["other"] * 100}), first)
         yield from read(*args)
 
-    monkeypatch.setattr(data_sources, "_read", changing)
+    monkeypatch.setattr(download, "_read", changing)
     with pytest.raises(NanodlmError, match="changed while they were read: run again"):
         run.run_stage("download", config, store)
-    monkeypatch.setattr(data_sources, "_read", read)
+    monkeypatch.setattr(download, "_read", read)
     first.write_bytes(before)
     artifact, _ = run.run_stage("download", config, store)
     clean, _ = run.run_stage("download", config, Store(str(tmp_path / "clean")))
