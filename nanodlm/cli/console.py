@@ -1,13 +1,16 @@
 """What a person sees: a line per stage, a progress bar for long ones, and where everything lies at the end."""
 
+import json as json_module
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.console import Console as RichConsole
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from nanodlm.stages.progress import Pace, summary
+from nanodlm.stages.progress import Emit, Pace, summary
 
 if TYPE_CHECKING:
     from nanodlm.store import Artifact
@@ -17,10 +20,12 @@ PLAIN_SECONDS = 10.0  # between progress lines when the output is not a terminal
 
 
 class Console:
-    """Shows events of stages as they come; `emit` has the signature that stages call."""
+    """Show events of stages as they come; `emit` has the signature that stages call."""
 
-    def __init__(self, stream: TextIO):
-        self._rich = RichConsole(file=stream, highlight=False, soft_wrap=True)
+    def __init__(self, stream: TextIO, *, json: bool = False):
+        """Show events on a stream, and print results, or with `json` one JSON object, on standard output."""
+        self._rich = RichConsole(file=stream, highlight=False, soft_wrap=True, emoji=False)
+        self._json = json
         self._progress: Progress | None = None
         self._task: Any = None
         self._stage = ""
@@ -32,12 +37,17 @@ class Console:
         self._rich.print(text)
 
     def text(self, *lines: str) -> None:
-        """Print lines as they are, whatever brackets they hold."""
-        for line in lines:
-            self._rich.print(line, markup=False)
+        """Print lines of a result, unless it is to be JSON."""
+        if not self._json:
+            print(*lines, sep="\n")
+
+    def json(self, **result: Any) -> None:
+        """Print a result as one line of JSON, if that is asked for."""
+        if self._json:
+            print(json_module.dumps(result, sort_keys=True))
 
     def start(self, stage: str) -> None:
-        """A stage begins."""
+        """Say that a stage begins."""
         self._stage, self._printed, self._pace = stage, time.monotonic(), Pace()
         if self._rich.is_terminal:
             columns = (
@@ -66,10 +76,19 @@ class Console:
                 self.line(f"{self._stage:<10} {escape(text)}")
 
     def end(self) -> None:
-        """The stage is over, well or not; take its bar away."""
+        """Take the bar of a stage away that is over, well or not."""
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
+
+    @contextmanager
+    def showing(self, stage: str) -> Iterator[Emit]:
+        """Show a stage while it runs: what this gives is called with its events."""
+        self.start(stage)
+        try:
+            yield self.emit
+        finally:
+            self.end()
 
     def done(self, artifact: "Artifact", record: dict[str, Any]) -> None:
         """Print the line of a finished stage."""

@@ -1,0 +1,157 @@
+"""How the words after a command become the arguments of its function, with tyro.
+
+A command's signature declares its arguments. What stands before `/` is given without a flag; `config` is the PRESET
+with a flag for each setting.
+"""
+
+import difflib
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial, wraps
+from itertools import takewhile
+from typing import Annotated, Any, NoReturn, get_type_hints
+
+import tyro
+from pydantic import ValidationError
+from typing_extensions import Doc
+from tyro import _errors as tyro_errors  # its way to say what is wrong otherwise than in a box
+from tyro.conf import FlagConversionOff, FlagCreatePairsOff, PositionalMetavarFromFieldName, arg
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+
+from nanodlm.cli.console import Console
+from nanodlm.config import PRESETS, Config, explain, load_config
+from nanodlm.errors import UsageError
+from nanodlm.stages.run import default_store
+from nanodlm.store import Store
+
+
+def _open_store(
+    store: Annotated[
+        str,
+        Doc("Where artifacts lie: a folder or an fsspec URL."),
+        arg(metavar="URL", help_behavior_hint="(default: $NANODLM_STORE, else data/store)"),
+    ] = "",
+) -> Store:
+    return Store(store or default_store())
+
+
+def _open_console(
+    json: Annotated[bool, Doc("Print one JSON object as the last line of standard output.")] = False,
+) -> Console:
+    return Console(sys.stderr if json else sys.stdout, json=json)
+
+
+Settings = Annotated[Config, arg(name="")]
+OpenStore = Annotated[Store, arg(name="", constructor=_open_store)]
+Output = Annotated[Console, arg(name="", constructor=_open_console)]
+
+_registry = ConstructorRegistry()
+
+
+def parse(command: str, function: Callable[..., None], words: list[str]) -> Callable[[], None]:
+    """Return the call of a command's function with what its words say; `--help` prints the help and exits.
+
+    Raises:
+        UsageError: One line on what is wrong.
+    """
+    parameters = inspect.signature(function).parameters
+    own = [name.upper() for name, p in parameters.items() if p.kind is p.POSITIONAL_ONLY]
+    prog, defaults = ["nanodlm", command, *own], {}
+    if "config" in parameters:
+        preset, words = _take_preset(words, after=len(own))
+        prog, defaults = [*prog, "[PRESET]"], {"config": load_config(preset)}
+
+    @wraps(function)
+    def bind(*values: Any, **named: Any) -> Callable[[], None]:
+        return partial(function, *values, **named)
+
+    def refuse(event: tyro_errors.ParseErrorEvent) -> NoReturn:
+        raise UsageError(f"{_what_is_wrong(event, function)} (nanodlm {command} --help lists the flags)")
+
+    try:
+        with tyro_errors.on_parse_error(refuse):
+            return tyro.cli(
+                partial(bind, **defaults),
+                args=words,
+                prog=" ".join(prog),
+                use_underscores=True,
+                config=(FlagCreatePairsOff, PositionalMetavarFromFieldName),
+                registry=_registry,
+            )
+    except ValidationError as error:
+        raise UsageError(explain(error)) from None
+
+
+def _take_preset(words: list[str], after: int) -> tuple[str, list[str]]:
+    """Take the PRESET out of the words before the first flag, not looking at the first `after` of them."""
+    leading = list(takewhile(lambda word: not word.startswith("-"), words))
+    for i, word in list(enumerate(leading))[after:]:
+        if word in PRESETS or word.startswith("{") or word.endswith(".json"):
+            return word, words[:i] + words[i + 1 :]
+    return "demo", words
+
+
+@_registry.primitive_rule
+def _switch(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[bool] | None:
+    """Let a setting that is True or False stand alone, which means True: `--exp.resume`."""
+    if info.type is not bool or FlagConversionOff not in info.markers:
+        return None
+
+    def read(words: list[str]) -> bool:
+        if words not in ([], ["True"], ["False"]):
+            raise ValueError(f"neither True nor False: {words[0]!r}")
+        return words != ["False"]
+
+    return PrimitiveConstructorSpec(
+        nargs=(0, 1),
+        metavar="[{True,False}]",
+        instance_from_str=read,
+        is_instance=lambda value: isinstance(value, bool),
+        str_from_instance=lambda value: [str(value)],
+    )
+
+
+def _what_is_wrong(event: tyro_errors.ParseErrorEvent, function: Callable[..., None]) -> str:
+    argument = getattr(event, "argument", None)
+    flag = "/".join(argument.lowered.name_or_flags) if argument else ""
+    match event:
+        case tyro_errors.UnrecognizedArgs(tokens=[word, *_]):
+            return _unknown(word, function)
+        case tyro_errors.MissingArgs():
+            missing = [str(item.arg.field.helptext).strip().rstrip(".") for item in event.missing_arguments]
+            return f"{event.prog}: name {' and '.join(text[:1].lower() + text[1:] for text in missing)}"
+        case tyro_errors.InvalidChoice():
+            return f"{flag}: invalid choice {event.value!r}: choose one of {', '.join(event.choices)}"
+        case tyro_errors.InstantiationFailure(argument=None):
+            failure: Any = sys.exception()  # tyro's, raised while it handled the error of pydantic
+            error, group = failure.__context__, failure.arg.rpartition(".")[2]
+            if not isinstance(error, ValidationError):
+                return event.message
+            return f"{f'--{group}.' if error.errors()[0]['loc'] else ''}{explain(error)}"
+        case _ if argument:
+            given = event.message.rsplit(": ", 1)[-1] if isinstance(event, tyro_errors.InstantiationFailure) else ""
+            return f"{flag} takes {argument.lowered.metavar}, not {given or 'nothing'}"
+    return f"these arguments cannot be read: {event}"
+
+
+def _unknown(word: str, function: Callable[..., None]) -> str:
+    """Say what to do about a word that is no argument."""
+    if word.startswith("-"):
+        near = difflib.get_close_matches(word.replace("-", "_").replace("__", "--", 1), list(_flags(function)), 1)
+        return f"unknown flag {word}" + (f"; perhaps you meant {near[0]}" if near else "")
+    if "config" in inspect.signature(function).parameters:
+        load_config(word)  # says what a preset is, unless this is one
+        return f"the preset {word} must come first, before all flags"
+    return f"there is one word too many: {word}"
+
+
+def _flags(function: Callable[..., None]) -> Iterator[str]:
+    for name, kind in get_type_hints(function).items():
+        groups = _fields(kind) or {"json" if name == "out" else name: None}
+        for field, group in groups.items():
+            yield from [f"--{field}.{each}" for each in _fields(getattr(group, "annotation", None))] or [f"--{field}"]
+
+
+def _fields(kind: Any) -> dict[str, Any]:
+    return getattr(kind, "model_fields", None) or getattr(kind, "__dataclass_fields__", {})

@@ -1,0 +1,79 @@
+"""The command that checks whether this machine can do the job."""
+
+import os
+import sys
+import time
+
+from nanodlm.cli.arguments import OpenStore, Output
+from nanodlm.errors import NanodlmError, redact
+from nanodlm.store import Store
+
+BROKEN = {"fastapi": "0.151", "sqlalchemy": "2.1", "prefect": "3.9"}  # versions from which on they do not work here
+
+
+def doctor(*, store: OpenStore, out: Output) -> None:
+    """Check that this machine can do the job: packages, devices, store, corpus, encodings."""
+    rows = []
+    for name, check in (
+        ("python", lambda: sys.version.split()[0]),
+        ("packages", _packages),
+        ("devices", _devices),
+        ("store", lambda: _writable(store)),
+        ("corpus", _corpus),
+        ("gpt2", _gpt2),
+    ):
+        try:
+            row = {"name": name, "ok": True, "text": check()}
+        except Exception as error:
+            text = redact(" ".join(str(error).split()))[:200] or type(error).__name__
+            row = {"name": name, "ok": False, "text": text}
+        rows.append(row)
+        out.text(f"{'ok' if row['ok'] else 'FAILED':<7} {name:<10} {row['text']}")
+    failed = [row["name"] for row in rows if not row["ok"]]
+    out.json(checks=rows, ok=not failed)
+    if failed:
+        raise NanodlmError(f"{len(failed)} of {len(rows)} checks failed: {', '.join(failed)}")
+
+
+def _packages() -> str:
+    from importlib.metadata import version
+
+    from packaging.version import Version
+
+    for name, below in BROKEN.items():
+        if Version(version(name)) >= Version(below):
+            raise NanodlmError(f"{name} {version(name)} does not work here: pip install '{name}<{below}'")
+    return ", ".join(f"{name} {version(name)}" for name in ("jax", "flax", "orbax-checkpoint", "grain", "prefect"))
+
+
+def _devices() -> str:
+    import jax
+
+    return ", ".join(f"{d.platform} {d.device_kind}" for d in jax.devices())
+
+
+def _writable(store: Store) -> str:
+    if not store.is_local:
+        store.require_create_only()
+        return f"{store.uri()} can be written, and creates a file only once"
+    probe = store.path(f".doctor-{os.getpid()}-{time.time_ns()}.json")
+    try:
+        store.write_json(probe, {}, create_only=True)
+    except OSError as error:
+        raise NanodlmError(f"cannot write to {store.uri()}: {error.strerror or error}") from error
+    finally:
+        store.remove(probe)
+    return f"{store.uri()} can be written"
+
+
+def _corpus() -> str:
+    from nanodlm.config import DataConfig
+    from nanodlm.data.sources import source_files
+
+    return f"{len(source_files(DataConfig()))} built-in documents"
+
+
+def _gpt2() -> str:
+    from nanodlm.data.tokenizer import gpt2
+
+    return f"{gpt2().n_vocab:,} entries"

@@ -1,0 +1,244 @@
+"""Commands that build artifacts: the whole pipeline, one stage alone, or one on a cluster."""
+
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from typing_extensions import Doc
+from tyro.conf import arg
+
+from nanodlm.cli.arguments import OpenStore, Output, Settings
+from nanodlm.cli.console import Console
+from nanodlm.cluster.settings import Launch
+from nanodlm.config import Config
+from nanodlm.errors import UsageError
+from nanodlm.stages import table
+from nanodlm.stages.lookup import look_up, ready
+from nanodlm.stages.run import record, run_stage
+from nanodlm.store import Artifact, Store
+
+StageName = Literal["download", "tokenizer", "split", "shard", "train", "evaluate", "sample"]
+
+
+def run(
+    config: Settings,
+    *,
+    store: OpenStore,
+    until: Annotated[StageName, Doc("Last stage to run.")] = "sample",
+    rebuild: Annotated[StageName | None, Doc("A stage to build again even though the store holds it.")] = None,
+    runner: Annotated[
+        Literal["threads", "processes", "dask"] | None,
+        Doc("Where shards are made; by default $NANODLM_RUNNER, else threads."),
+    ] = None,
+    workers: Annotated[int | None, Doc("Shards at a time; by default $NANODLM_WORKERS, else one a core.")] = None,
+    verbose: Annotated[bool, Doc("Show Prefect's own log.")] = False,
+    out: Output,
+) -> None:
+    """Build what the store lacks, from text to samples, stage by stage, and reuse the rest."""
+    table.check_rebuild(rebuild, until)
+    lookups = list(look_up(config, store, table.until(until)[-1], rebuild))
+    artifacts = [lookup.artifact for lookup in lookups if lookup.artifact]
+    if rebuild is None and len(artifacts) == len(lookups):
+        records = [record(artifact, "cached", 0.0) for artifact in artifacts]
+        for artifact, done in zip(artifacts, records, strict=True):
+            out.done(artifact, done)
+    else:
+        if store.uri().startswith("memory:"):  # which no other process could see, an orchestrator's neither
+            records = [_build(name, config, store, name == rebuild, out) for name in table.until(until)]
+        else:
+            quiet_prefect(verbose)
+            if not os.environ.get("PREFECT_API_URL"):
+                out.line("[dim]starting the local Prefect server[/dim]")
+            from flows.pipeline import run_pipeline
+
+            records = run_pipeline(config, store.uri(), until, rebuild, out, verbose, runner, workers)
+        artifacts = [store.open(done["uri"]) for done in records]
+    out.finish({artifact.stage: artifact for artifact in artifacts})
+    _print_result(records, artifacts, out)
+
+
+def _build(name: str, config: Config, store: Store, rebuild: bool, out: Console) -> dict[str, Any]:
+    with out.showing(name) as emit:
+        artifact, done = run_stage(name, config, store, rebuild=rebuild, emit=emit)
+    out.done(artifact, done)
+    return done
+
+
+def quiet_prefect(verbose: bool = False) -> None:
+    """Before Prefect is imported, let it report nothing home, start no server by itself, and log what is asked for."""
+    for name in ("PREFECT_SERVER_ANALYTICS_ENABLED", "PREFECT_SERVER_EPHEMERAL_ENABLED"):
+        os.environ.setdefault(name, "false")
+    os.environ.setdefault("DO_NOT_TRACK", "1")
+    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "INFO" if verbose else "CRITICAL")
+
+
+def _print_result(records: list[dict[str, Any]], artifacts: list[Artifact], out: Console) -> None:
+    metrics = {name: value for artifact in artifacts for name, value in artifact.metrics.items()}
+    metrics.pop("first_sample", None)
+    report = next((artifact.uri for artifact in artifacts if artifact.stage == "report"), None)
+    out.json(stages=[done for done in records if done["stage"] != "report"], metrics=metrics, report=report)
+
+
+def plan(
+    config: Settings,
+    *,
+    store: OpenStore,
+    until: Annotated[StageName, Doc("Last stage to look at.")] = "sample",
+    rebuild: Annotated[StageName | None, Doc("A stage that `nanodlm run` would be told to build again.")] = None,
+    devices: Annotated[
+        int | None,
+        Doc("Instead, compile one update for so many devices, which need not exist, and say what each would hold."),
+    ] = None,
+    out: Output,
+) -> None:
+    """Say what `nanodlm run` would build or reuse, and why. Nothing is built."""
+    table.check_rebuild(rebuild, until)
+    if devices is not None:
+        from nanodlm.bench import memory
+
+        planned = memory.plan(config, devices)
+        out.text(memory.table(planned))
+        out.json(devices=planned)
+        return
+    from nanodlm.stages.why import why
+
+    rows = []
+    for lookup in look_up(config, store, until, rebuild):
+        stage, fingerprint, again = lookup.stage.name, lookup.fingerprint, lookup.stage.name == rebuild
+        if stage not in table.NAMES:
+            continue
+        action = "reuse" if lookup.artifact and not again else "build"
+        reason = "asked for" if again else "" if lookup.artifact else why(lookup, store)
+        rows.append({"stage": stage, "action": action, "fingerprint": fingerprint, "why": reason})
+        out.text(f"{stage:<10} {action:<6} {(fingerprint or '')[:12]:<12}  {reason}".rstrip())
+    out.json(stages=rows)
+
+
+@dataclass(frozen=True)
+class Alone:
+    """How a stage runs in this process, without Prefect."""
+
+    rebuild: Annotated[bool, Doc("Build again even though the store holds it.")] = False
+    inputs: Annotated[
+        tuple[str, ...],
+        Doc("What the stage reads, each as STAGE=FINGERPRINT; by default it is looked up, from the source on."),
+        arg(metavar="[STAGE=FINGERPRINT ...]"),
+    ] = ()
+    events: Annotated[str, Doc("File to which progress is written as JSON lines."), arg(metavar="FILE")] = ""
+
+
+@dataclass(frozen=True)
+class AloneOrTogether(Alone):
+    """How training runs in this process, alone or as one of several."""
+
+    coordinator: Annotated[
+        str, Doc("Address of the first of several processes that train together."), arg(metavar="HOST:PORT")
+    ] = ""
+    processes: Annotated[int | None, Doc("How many there are.")] = None
+    process: Annotated[int | None, Doc("Which one this is, from 0.")] = None
+
+
+def train(config: Settings, how: Annotated[AloneOrTogether, arg(name="")], *, store: OpenStore, out: Output) -> None:
+    """Run the train stage alone, in this process and without Prefect. What it reads must be in the store."""
+    _run_alone("train", config, how, store, out)
+
+
+def evaluate(config: Settings, how: Annotated[Alone, arg(name="")], *, store: OpenStore, out: Output) -> None:
+    """Run the evaluate stage alone, in this process and without Prefect. What it reads must be in the store."""
+    _run_alone("evaluate", config, how, store, out)
+
+
+def sample(config: Settings, how: Annotated[Alone, arg(name="")], *, store: OpenStore, out: Output) -> None:
+    """Run the sample stage alone, in this process and without Prefect. What it reads must be in the store."""
+    _run_alone("sample", config, how, store, out)
+
+
+def _run_alone(name: str, config: Config, how: Alone, store: Store, out: Console) -> None:
+    from nanodlm.stages.process import end_with_parent
+    from nanodlm.stages.progress import EventLog
+    from nanodlm.store.cache import cache_dir
+
+    end_with_parent()
+    # What one process has compiled serves the next, a resumed run above all.
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_dir() / "compiled"))
+    follow = False
+    if isinstance(how, AloneOrTogether):
+        from nanodlm.devices.hosts import join
+
+        follow = join(how.coordinator, how.processes, how.process) > 0
+    inputs = _open_inputs(name, config, store, how.inputs) if how.inputs else None
+    with out.showing(name) as emit:
+        emit = EventLog(Path(how.events)) if how.events else emit
+        artifact, done = run_stage(name, config, store, rebuild=how.rebuild, follow=follow, inputs=inputs, emit=emit)
+    out.done(artifact, done)
+    out.text(artifact.uri)
+    _print_result([done], [artifact], out)
+
+
+def _open_inputs(name: str, config: Config, store: Store, words: tuple[str, ...]) -> dict[str, Artifact]:
+    """Open the artifacts that words such as `shard=ab12…` name.
+
+    Raises:
+        UsageError: When they are not those that the stage reads.
+    """
+    named = {stage: fingerprint for stage, _, fingerprint in (word.partition("=") for word in words)}
+    needed = table.STAGES[name].inputs(config)
+    if set(named) != set(needed) or not all(named.values()):
+        raise UsageError(
+            f"{name} reads --inputs {' '.join(f'{stage}=FINGERPRINT' for stage in needed)}: name just these"
+        )
+    return {stage: store.open(f"{stage}/{fingerprint}") for stage, fingerprint in named.items()}
+
+
+class Cluster(Launch):
+    """Where the job runs, and with what."""
+
+    target: Literal["slurm", "k8s"] = "slurm"  # type: ignore[assignment]
+    """A Slurm job or a Kubernetes JobSet."""
+
+
+def launch(
+    config: Settings,
+    to: Annotated[Cluster, arg(name="")],
+    *,
+    stage: Annotated[Literal["train", "evaluate", "sample"], Doc("What to do there.")] = "train",
+    store: OpenStore,
+    rebuild: Annotated[bool, Doc("Build again even though the store holds it.")] = False,
+    dry_run: Annotated[bool, Doc("Print the batch script or the manifest, and do nothing.")] = False,
+    wait: Annotated[bool, Doc("Show how it goes until it is done; interrupted, the job is cancelled.")] = False,
+) -> None:
+    """Run a stage on a cluster, as a Slurm job or a Kubernetes JobSet."""
+    from nanodlm.cluster.follow import run_on_cluster
+    from nanodlm.cluster.jobs import submit
+
+    out = Console(sys.stdout)
+    if dry_run:
+        _print_job(stage, config, store.uri(), to, rebuild)
+    elif wait:
+        began = time.monotonic()
+        with out.showing(stage) as emit:
+            ran = run_on_cluster(stage, config, store.uri(), to, rebuild=rebuild, emit=emit)
+        artifact = store.open(f"{stage}/{ready(stage, config, store)[0].fingerprint}")
+        out.done(artifact, record(artifact, "built" if ran else "cached", time.monotonic() - began))
+        out.text(artifact.uri)
+    else:
+        if not store.is_local or Path(store.root).is_dir():  # else it is a disk that only the cluster has
+            ready(stage, config, store, rebuild=rebuild)
+        job = submit(stage, config, store.uri(), to, rebuild=rebuild)
+        out.text(f"{job}", f"`nanodlm ls --store {store.uri()}` shows what is done")
+
+
+def _print_job(stage: str, config: Config, store: str, to: Launch, rebuild: bool) -> None:
+    if to.target == "slurm":
+        from nanodlm.cluster.slurm import slurm_script
+
+        print(slurm_script(config, store, to, rebuild, stage=stage), end="")
+    else:
+        import yaml
+
+        from nanodlm.cluster.kubernetes import jobset
+
+        print(yaml.safe_dump(jobset(config, store, to, rebuild, stage=stage), sort_keys=False, width=1000), end="")

@@ -1,0 +1,214 @@
+"""Commands that look at a store, and look after it."""
+
+import json
+import re
+import sys
+from typing import Annotated
+
+from typing_extensions import Doc
+from tyro.conf import arg
+
+from nanodlm.cli.arguments import OpenStore, Output, Settings
+from nanodlm.config import refuse_secrets
+from nanodlm.errors import Damaged, NanodlmError, UsageError
+from nanodlm.stages.why import explain as differences
+from nanodlm.store import Artifact, Store
+from nanodlm.upkeep import ages
+from nanodlm.upkeep.collect import collect
+from nanodlm.upkeep.copy import copy as copy_artifacts
+from nanodlm.upkeep.verify import chain, check, in_order, named
+
+Uri = Annotated[str, Doc("An artifact, as `nanodlm ls` prints it.")]
+
+
+def ls(*, store: OpenStore, out: Output) -> None:
+    """List the artifacts of a store in the order of the stages: age, size, address, and what each was made from."""
+    rows = []
+    for stage, fingerprint in in_order(store):
+        try:
+            artifact = store.find(stage, fingerprint)
+        except Damaged as error:
+            print(f"nanodlm: {error}", file=sys.stderr)
+            continue
+        if artifact is None:  # it was removed just now
+            continue
+        size, age = _size(artifact), ages.age(artifact)
+        inputs = {name: made["fingerprint"] for name, made in artifact.manifest["inputs"].items()}
+        row = {"stage": stage, "uri": artifact.uri, "bytes": size, "created": artifact.manifest["created"]}
+        rows.append({**row, "age_seconds": round(age), "inputs": inputs})
+        out.text(f"{stage:<10} {_ago(age):>4} {ages.size(size):>10}  {artifact.uri}")
+        if inputs:
+            out.text(f"{'':<28}from {' '.join(f'{name} {made[:12]}' for name, made in inputs.items())}")
+    total = ages.size(sum(row["bytes"] for row in rows))
+    out.text(f"{_count(rows)}, {total}, in {store.uri()}" if rows else f"no artifacts in {store.uri()}")
+    out.json(artifacts=rows)
+
+
+def show(uri: Uri, /, *, store: OpenStore, out: Output) -> None:
+    """Show one artifact: where it came from, its settings, metrics, packages and files."""
+    artifact = _artifact(uri, store)
+    m = artifact.manifest
+    out.text(artifact.uri, f"made    {m['created']} ({_ago(ages.age(artifact))} ago) in {m['seconds']} s")
+    out.text(
+        f"size    {ages.size(_size(artifact))} in {_count(m['files'], 'file')}", f"digest  {m['digest']}", "", "lineage"
+    )
+    for stage, fingerprint in chain(artifact.store, artifact.stage, artifact.fingerprint)[:-1]:
+        try:
+            there = "" if artifact.store.find(stage, fingerprint) else "  (not there any more)"
+        except Damaged:
+            there = "  (damaged)"
+        out.text(f"  {stage:<12} {artifact.store.uri(stage, fingerprint)}{there}")
+    inputs = {name: made["digest"] for name, made in m["inputs"].items()}
+    for title in ("inputs", "parameters", "metrics", "packages"):
+        out.text("", title)
+        for key, value in (inputs if title == "inputs" else m[title]).items():
+            out.text(f"  {key:<28} {value if isinstance(value, str) else json.dumps(value)}")
+    out.text("", "files")
+    for file in m["files"]:
+        out.text(f"  {file['size']:>12,}  {file['sha256'][:12]}  {artifact.remote(file['path'])}")
+    out.json(uri=artifact.uri, **m)
+
+
+def explain(uri: Uri, /, config: Settings, *, store: OpenStore, out: Output) -> None:
+    """Say why a configuration would not reuse an artifact, field by field."""
+    artifact = _artifact(uri, store)
+    reasons = list(dict.fromkeys(differences(artifact, config)))
+    out.text(*(reasons or ["it would be reused: nothing that it depends on differs"]))
+    out.json(uri=artifact.uri, reused=not reasons, why=reasons)
+
+
+def verify(
+    uri: Annotated[str, Doc("Artifact to check, with all it was made from; by default the whole store.")] = "",
+    /,
+    *,
+    store: OpenStore,
+    deep: Annotated[bool, Doc("Read every file and compare its sha256, not only its size.")] = False,
+    repair: Annotated[bool, Doc("Build again what is bad, keeping the parts that are good.")] = False,
+    out: Output,
+) -> None:
+    """Check artifacts against their manifests."""
+    if uri:
+        address, stage, fingerprint = _address(uri)
+        store = Store(address) if address else store
+        if not stage or store.read_json(store.path(stage, fingerprint, "manifest.json")) is None:
+            raise NanodlmError(f"no artifact at {uri}: `nanodlm ls` shows what is there")
+        targets = chain(store, stage, fingerprint)
+    else:
+        targets = named(store)
+    rows = []
+    with out.showing("verify") as emit:
+        for found in check(store, targets, deep=deep, repair=repair, emit=emit):
+            address = store.uri(found.stage, found.fingerprint)
+            rows.append({"uri": address, "problems": found.problems, "repaired": found.repaired})
+            status = "REPAIRED" if found.repaired else "DAMAGED" if found.problems else "ok"
+            out.text(f"{status:<8} {address}", *(f"{'':<8} {line}" for line in found.problems))
+    bad, repaired = sum(bool(row["problems"]) for row in rows), sum(row["repaired"] for row in rows)
+    out.json(artifacts=rows, damaged=bad, repaired=repaired)
+    if bad > repaired:
+        advice = "what could not be repaired says why" if repair else "add --repair to build again what is bad"
+        raise NanodlmError(f"{bad - repaired} of {len(rows)} artifacts are damaged: {advice}")
+    mended = f", {repaired} repaired" if repaired else ""
+    good = f"{_count(rows)}{mended}: every file has its {'sha256' if deep else 'size'}"
+    out.text(good if rows else f"no artifacts in {store.uri()}")
+
+
+def gc(
+    *,
+    store: OpenStore,
+    dry_run: Annotated[bool, Doc("Only say what would be removed.")] = False,
+    keep_last: Annotated[
+        int | None, Doc("Results to keep, the newest, with all they were made from; all by default.")
+    ] = None,
+    older_than: Annotated[str | None, Doc("Give up results older than this, such as 30d."), arg(metavar="AGE")] = None,
+    grace: Annotated[str, Doc("Leave alone what changed this lately."), arg(metavar="AGE")] = "1h",
+    out: Output,
+) -> None:
+    """Remove what nobody needs: abandoned attempts and uploads, and old results when asked to."""
+    older, recent = None if older_than is None else ages.seconds(older_than), ages.seconds(grace)
+    removed = []
+    for row in collect(store, keep_last=keep_last, older_than=older, grace=recent, dry_run=dry_run):
+        removed.append(row)
+        size = "" if row["kind"] == "upload" else ages.size(row["bytes"])  # S3 does not say what it holds
+        out.text(f"{'would remove' if dry_run else 'removed'} {size:>10}  {row['kind']:<8} {row['uri']}")
+    if not removed:
+        out.text("nothing to remove")
+    elif any(row["kind"] == "artifact" for row in removed):
+        out.text(f"the files of artifacts go with the first collection after {grace}; until then a run may adopt them")
+    out.json(removed=removed, dry_run=dry_run)
+
+
+def copy(
+    src: Annotated[str, Doc("A store, or one artifact's URI.")],
+    dst: Annotated[str, Doc("The store to copy to.")],
+    /,
+    *,
+    out: Output,
+) -> None:
+    """Copy an artifact with all it was made from, or a whole store, to another store."""
+    address, stage, fingerprint = _address(src)
+    source = Store(address or src)
+    if address and source.find(stage, fingerprint):
+        targets = chain(source, stage, fingerprint)
+    else:
+        source = Store(src)
+        targets = in_order(source)
+    if not targets:
+        raise NanodlmError(f"nothing to copy: {src} holds no artifacts")
+    rows, sent = [], 0
+    with out.showing("copy") as emit:
+        for artifact, copied in copy_artifacts(source, Store(dst), targets, emit):
+            rows.append({"uri": artifact.uri, "copied": copied})
+            sent += _size(artifact) if copied else 0
+            out.text(f"{'copied' if copied else 'there':<8} {artifact.uri}")
+    out.text(f"{_count(rows)} there; {ages.size(sent)} copied, each file compared with its sha256")
+    if not all(row["copied"] for row in rows):
+        out.text("what was there before was compared by size: `nanodlm verify --deep` reads it")
+    out.json(artifacts=rows)
+
+
+def adopt(
+    files: Annotated[tuple[str, ...], Doc("The files, or a glob of them, in quotes.")],
+    /,
+    config: Settings,
+    *,
+    store: OpenStore,
+    out: Output,
+) -> None:
+    """Take files at hand for a configuration's download, instead of fetching its source."""
+    from nanodlm.upkeep.adopt import adopt as adopt_files
+
+    if not files:
+        raise UsageError("nanodlm adopt FILES [PRESET]: name the files, or a glob of them, in quotes")
+    with out.showing("download") as emit:
+        artifact, adopted = adopt_files(config, store, list(files), emit)
+    out.text(f"{'adopted' if adopted else 'there already'}  {artifact.uri}")
+    out.json(uri=artifact.uri, adopted=adopted)
+
+
+def _artifact(uri: str, store: Store) -> Artifact:
+    """Open the artifact at a URI, which may name another store than the given one."""
+    address, _, _ = _address(uri)
+    return (Store(address) if address else store).open(uri)
+
+
+def _address(uri: str) -> tuple[str, str, str]:
+    """Return the store ("" when it names none), the stage and the fingerprint that a URI names."""
+    parts = refuse_secrets(uri).rstrip("/").removesuffix("/manifest.json").rsplit("/", 2)
+    names_store = len(parts) == 3 and not re.fullmatch(r"\w+:/?", parts[0])  # s3://bucket/x is a store itself
+    store = (parts[0] or "/") if names_store else ""
+    return (store, parts[-2], parts[-1]) if len(parts) > 1 else (store, "", parts[-1])
+
+
+def _size(artifact: Artifact) -> int:
+    return sum(file["size"] for file in artifact.manifest["files"])
+
+
+def _count(things: list, noun: str = "artifact") -> str:
+    return f"{len(things):,} {noun}{'' if len(things) == 1 else 's'}"
+
+
+def _ago(seconds: float) -> str:
+    for unit, length in (("d", 86400), ("h", 3600), ("m", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.0f}{unit}"
+    return f"{max(seconds, 0):.0f}s"
