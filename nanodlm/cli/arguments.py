@@ -47,6 +47,9 @@ OpenStore = Annotated[Store, arg(name="", constructor=_open_store)]
 Output = Annotated[Console, arg(name="", constructor=_open_console)]
 
 _registry = ConstructorRegistry()
+for _group in Config.model_fields.values():  # so that --help breaks lines where the terminal ends
+    for _field in _group.annotation.model_fields.values():  # type: ignore[union-attr]
+        _field.description = " ".join((_field.description or "").split())
 
 
 def parse(command: str, function: Callable[..., None], words: list[str]) -> Callable[[], None]:
@@ -57,37 +60,43 @@ def parse(command: str, function: Callable[..., None], words: list[str]) -> Call
     """
     parameters = inspect.signature(function).parameters
     own = [name.upper() for name, p in parameters.items() if p.kind is p.POSITIONAL_ONLY]
-    prog, defaults = ["nanodlm", command, *own], {}
+    preset, defaults = "", {}
     if "config" in parameters:
-        preset, words = _take_preset(words, after=len(own))
-        prog, defaults = [*prog, "[PRESET]"], {"config": load_config(preset)}
+        name, words = _take_preset(words)
+        preset, defaults = " [PRESET]", {"config": load_config(name)}
 
     @wraps(function)
     def bind(*values: Any, **named: Any) -> Callable[[], None]:
         return partial(function, *values, **named)
 
     def refuse(event: tyro_errors.ParseErrorEvent) -> NoReturn:
-        raise UsageError(f"{_what_is_wrong(event, function)} (nanodlm {command} --help lists the flags)")
+        if isinstance(event, tyro_errors.UnrecognizedArgs):
+            raise UsageError(f"{_unknown(event.tokens[0], function)} (`nanodlm {command} --help` lists the flags)")
+        if isinstance(event, tyro_errors.MissingArgs):
+            missing = [str(item.arg.field.helptext).strip(" .") for item in event.missing_arguments]
+            texts = " and ".join(text[:1].lower() + text[1:] for text in missing)
+            raise UsageError(f"nanodlm {command} {' '.join(own)}{preset}: name {texts}")
+        raise UsageError(_wrong_value(event))
 
     try:
         with tyro_errors.on_parse_error(refuse):
             return tyro.cli(
                 partial(bind, **defaults),
                 args=words,
-                prog=" ".join(prog),
+                prog=f"nanodlm {command}{preset}",
                 use_underscores=True,
                 config=(FlagCreatePairsOff, PositionalMetavarFromFieldName),
                 registry=_registry,
             )
     except ValidationError as error:
-        raise UsageError(explain(error)) from None
+        raise UsageError(_explain(error, "--")) from None
 
 
-def _take_preset(words: list[str], after: int) -> tuple[str, list[str]]:
-    """Take the PRESET out of the words before the first flag, not looking at the first `after` of them."""
-    leading = list(takewhile(lambda word: not word.startswith("-"), words))
-    for i, word in list(enumerate(leading))[after:]:
-        if word in PRESETS or word.startswith("{") or word.endswith(".json"):
+def _take_preset(words: list[str]) -> tuple[str, list[str]]:
+    """Take the PRESET out of the words before the first flag."""
+    for i, word in enumerate(takewhile(lambda word: not word.startswith("-"), words)):
+        file = word.endswith(".json") and not word.endswith("manifest.json")  # which is an artifact's
+        if word in PRESETS or word.startswith("{") or file:
             return word, words[:i] + words[i + 1 :]
     return "demo", words
 
@@ -112,27 +121,21 @@ def _switch(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[bool] | None:
     )
 
 
-def _what_is_wrong(event: tyro_errors.ParseErrorEvent, function: Callable[..., None]) -> str:
+def _wrong_value(event: tyro_errors.ParseErrorEvent) -> str:
     argument = getattr(event, "argument", None)
-    flag = "/".join(argument.lowered.name_or_flags) if argument else ""
-    match event:
-        case tyro_errors.UnrecognizedArgs(tokens=[word, *_]):
-            return _unknown(word, function)
-        case tyro_errors.MissingArgs():
-            missing = [str(item.arg.field.helptext).strip().rstrip(".") for item in event.missing_arguments]
-            return f"{event.prog}: name {' and '.join(text[:1].lower() + text[1:] for text in missing)}"
-        case tyro_errors.InvalidChoice():
-            return f"{flag}: invalid choice {event.value!r}: choose one of {', '.join(event.choices)}"
-        case tyro_errors.InstantiationFailure(argument=None):
-            failure: Any = sys.exception()  # tyro's, raised while it handled the error of pydantic
-            error, group = failure.__context__, failure.arg.rpartition(".")[2]
-            if not isinstance(error, ValidationError):
-                return event.message
-            return f"{f'--{group}.' if error.errors()[0]['loc'] else ''}{explain(error)}"
-        case _ if argument:
-            given = event.message.rsplit(": ", 1)[-1] if isinstance(event, tyro_errors.InstantiationFailure) else ""
-            return f"{flag} takes {argument.lowered.metavar}, not {given or 'nothing'}"
-    return f"these arguments cannot be read: {event}"
+    if argument is None:  # a group of settings does not accept its values
+        failure: Any = sys.exception()  # tyro's, which it raised while it handled that of pydantic
+        return _explain(failure.__context__, f"--{failure.arg.rpartition('.')[2]}.")
+    flag, takes = argument.lowered.name_or_flags[-1], argument.lowered.metavar.removeprefix("{None}|").strip("[]")
+    if isinstance(event, tyro_errors.InvalidChoice):
+        return f"{flag}: invalid choice {event.value!r}: choose one of {', '.join(event.choices)}"
+    if isinstance(event, tyro_errors.InstantiationFailure):
+        return f"{flag} takes {takes}, not {event.message.rpartition(': ')[2]}"
+    return f"{flag} needs a value: {takes}"
+
+
+def _explain(error: ValidationError, prefix: str) -> str:
+    return (prefix if error.errors()[0]["loc"] else "") + explain(error)
 
 
 def _unknown(word: str, function: Callable[..., None]) -> str:

@@ -9,13 +9,12 @@ from typing_extensions import Doc
 from nanodlm.cli.arguments import Output, Settings
 from nanodlm.cli.console import Console
 
+Baseline = Annotated[bool, Doc("Also time updates of the plain recipe, of the same sizes, in turn with ours.")]
+Against = Annotated[float | None, Doc("Tokens per second that a trainer takes, to compare with.")]
+
 
 def train(
-    config: Settings,
-    *,
-    steps: Annotated[int, Doc("Updates to time.")] = 10,
-    baseline: Annotated[bool, Doc("Time updates of the plain recipe, of the same sizes, in turn with ours.")] = False,
-    out: Output,
+    config: Settings, *, steps: Annotated[int, Doc("Updates to time.")] = 10, baseline: Baseline = False, out: Output
 ) -> None:
     """Time updates of the network on random tokens."""
     from nanodlm.bench import speed
@@ -24,10 +23,7 @@ def train(
 
 
 def sample(
-    config: Settings,
-    *,
-    repeats: Annotated[int, Doc("Draws to time, of sample.num_samples texts each.")] = 5,
-    out: Output,
+    config: Settings, *, repeats: Annotated[int, Doc("Draws to time, of sample.num_samples texts.")] = 5, out: Output
 ) -> None:
     """Time the sampler, with a network that has learned nothing."""
     from nanodlm.bench import speed
@@ -36,11 +32,7 @@ def sample(
 
 
 def loader(
-    config: Settings,
-    *,
-    batches: Annotated[int, Doc("Batches to time.")] = 200,
-    against: Annotated[float | None, Doc("Tokens per second that a trainer takes, to compare with.")] = None,
-    out: Output,
+    config: Settings, *, batches: Annotated[int, Doc("Batches to time.")] = 200, against: Against = None, out: Output
 ) -> None:
     """Time how fast training rows are read."""
     from nanodlm.bench import speed

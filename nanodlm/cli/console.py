@@ -50,13 +50,8 @@ class Console:
         """Say that a stage begins."""
         self._stage, self._printed, self._pace = stage, time.monotonic(), Pace()
         if self._rich.is_terminal:
-            columns = (
-                SpinnerColumn(),
-                TextColumn("[bold]{task.description:<10}"),
-                BarColumn(bar_width=24),
-                TextColumn("{task.fields[text]}"),
-                TimeElapsedColumn(),
-            )
+            name, text = TextColumn("[bold]{task.description:<10}"), TextColumn("{task.fields[text]}")
+            columns = (SpinnerColumn(), name, BarColumn(bar_width=24), text, TimeElapsedColumn())
             self._progress = Progress(*columns, console=self._rich, transient=True)
             self._task = self._progress.add_task(stage, total=None, text="")
             self._progress.start()
@@ -68,9 +63,8 @@ class Console:
         elif kind == "progress":
             text = self._pace.describe(fields)
             if self._progress is not None:
-                self._progress.update(
-                    self._task, completed=fields["done"], total=fields.get("total"), text=escape(text)
-                )
+                done, total = fields["done"], fields.get("total")
+                self._progress.update(self._task, completed=done, total=total, text=escape(text))
             elif time.monotonic() - self._printed >= PLAIN_SECONDS:
                 self._printed = time.monotonic()
                 self.line(f"{self._stage:<10} {escape(text)}")
@@ -93,15 +87,12 @@ class Console:
     def done(self, artifact: "Artifact", record: dict[str, Any]) -> None:
         """Print the line of a finished stage."""
         self.end()
-        status = (
-            f"[green]{record['status']}[/green]" if record["status"] == "built" else f"[cyan]{record['status']}[/cyan]"
-        )
-        seconds = f"{record['seconds']:7.1f} s" if record["status"] == "built" else " " * 9
-        self.line(f"[bold]{record['stage']:<10}[/bold] {status:<6} {seconds}  {escape(summary(artifact))}")
+        built = record["status"] == "built"
+        status = f"[green]built  {record['seconds']:7.1f} s[/green]" if built else f"[cyan]{'cached':<16}[/cyan]"
+        self.line(f"[bold]{record['stage']:<10}[/bold] {status}  {escape(summary(artifact))}")
 
     def finish(self, artifacts: dict[str, "Artifact"]) -> None:
         """Print the results and where everything lies."""
-        self.end()
         self.line("")
         if "evaluate" in artifacts:
             m = artifacts["evaluate"].metrics

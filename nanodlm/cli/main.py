@@ -2,8 +2,7 @@
 
     nanodlm run demo --train.lr 1e-3
 
-Each command is a function of the same name in one of the files beside this one, which is imported only when it runs, so
-that `nanodlm --help` is quick.
+Each command is a function of that name in a file beside this one, imported when it runs, so that `--help` is quick.
 """
 
 import difflib
@@ -89,7 +88,7 @@ def _run(words: list[str]) -> None:
         raise UsageError(f"unknown command {command!r}: {advice}")
     from nanodlm.cli.arguments import parse
 
-    function = getattr(import_module(f"nanodlm.cli.{COMMANDS[command][0]}"), command.split()[-1])
+    function = getattr(import_module(f"nanodlm.cli.{COMMANDS[command][0]}"), words[length - 1])
     parse(command, function, words[length:])()
 
 

@@ -49,7 +49,7 @@ def run(
         if store.uri().startswith("memory:"):  # which no other process could see, an orchestrator's neither
             records = [_build(name, config, store, name == rebuild, out) for name in table.until(until)]
         else:
-            quiet_prefect(verbose)
+            _quiet_prefect(verbose)
             if not os.environ.get("PREFECT_API_URL"):
                 out.line("[dim]starting the local Prefect server[/dim]")
             from flows.pipeline import run_pipeline
@@ -67,12 +67,12 @@ def _build(name: str, config: Config, store: Store, rebuild: bool, out: Console)
     return done
 
 
-def quiet_prefect(verbose: bool = False) -> None:
+def _quiet_prefect(verbose: bool) -> None:
     """Before Prefect is imported, let it report nothing home, start no server by itself, and log what is asked for."""
-    for name in ("PREFECT_SERVER_ANALYTICS_ENABLED", "PREFECT_SERVER_EPHEMERAL_ENABLED"):
-        os.environ.setdefault(name, "false")
-    os.environ.setdefault("DO_NOT_TRACK", "1")
-    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "INFO" if verbose else "CRITICAL")
+    quiet = {"PREFECT_SERVER_ANALYTICS_ENABLED": "false", "PREFECT_SERVER_EPHEMERAL_ENABLED": "false"}
+    quiet |= {"DO_NOT_TRACK": "1", "PREFECT_LOGGING_LEVEL": "INFO" if verbose else "CRITICAL"}
+    for name, value in quiet.items():
+        os.environ.setdefault(name, value)
 
 
 def _print_result(records: list[dict[str, Any]], artifacts: list[Artifact], out: Console) -> None:
@@ -108,8 +108,6 @@ def plan(
     rows = []
     for lookup in look_up(config, store, until, rebuild):
         stage, fingerprint, again = lookup.stage.name, lookup.fingerprint, lookup.stage.name == rebuild
-        if stage not in table.NAMES:
-            continue
         action = "reuse" if lookup.artifact and not again else "build"
         reason = "asked for" if again else "" if lookup.artifact else why(lookup, store)
         rows.append({"stage": stage, "action": action, "fingerprint": fingerprint, "why": reason})
@@ -142,17 +140,17 @@ class AloneOrTogether(Alone):
 
 
 def train(config: Settings, how: Annotated[AloneOrTogether, arg(name="")], *, store: OpenStore, out: Output) -> None:
-    """Run the train stage alone, in this process and without Prefect. What it reads must be in the store."""
+    """Run the train stage alone, in this process, from what the store holds."""
     _run_alone("train", config, how, store, out)
 
 
 def evaluate(config: Settings, how: Annotated[Alone, arg(name="")], *, store: OpenStore, out: Output) -> None:
-    """Run the evaluate stage alone, in this process and without Prefect. What it reads must be in the store."""
+    """Run the evaluate stage alone, in this process, from what the store holds."""
     _run_alone("evaluate", config, how, store, out)
 
 
 def sample(config: Settings, how: Annotated[Alone, arg(name="")], *, store: OpenStore, out: Output) -> None:
-    """Run the sample stage alone, in this process and without Prefect. What it reads must be in the store."""
+    """Run the sample stage alone, in this process, from what the store holds."""
     _run_alone("sample", config, how, store, out)
 
 
@@ -164,12 +162,11 @@ def _run_alone(name: str, config: Config, how: Alone, store: Store, out: Console
     end_with_parent()
     # What one process has compiled serves the next, a resumed run above all.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_dir() / "compiled"))
-    follow = False
+    inputs, follow = _open_inputs(name, config, store, how.inputs) if how.inputs else None, False
     if isinstance(how, AloneOrTogether):
         from nanodlm.devices.hosts import join
 
         follow = join(how.coordinator, how.processes, how.process) > 0
-    inputs = _open_inputs(name, config, store, how.inputs) if how.inputs else None
     with out.showing(name) as emit:
         emit = EventLog(Path(how.events)) if how.events else emit
         artifact, done = run_stage(name, config, store, rebuild=how.rebuild, follow=follow, inputs=inputs, emit=emit)

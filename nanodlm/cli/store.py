@@ -146,9 +146,8 @@ def copy(
 ) -> None:
     """Copy an artifact with all it was made from, or a whole store, to another store."""
     address, stage, fingerprint = _address(src)
-    source = Store(address or src)
-    if address and source.find(stage, fingerprint):
-        targets = chain(source, stage, fingerprint)
+    if address and (one := Store(address).find(stage, fingerprint)):
+        source, targets = one.store, chain(one.store, stage, fingerprint)
     else:
         source = Store(src)
         targets = in_order(source)

@@ -1,40 +1,35 @@
-"""The command line: its exit codes and the one line it says when something is wrong."""
+"""The command line: its exit codes, and the one line it says when something is wrong."""
 
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 
-from nanodlm.cli import main
-from nanodlm.config import PRESETS
+from nanodlm.cli import arguments, run
+from nanodlm.cli.main import COMMANDS, main
+from nanodlm.config import PRESETS, Config
 from nanodlm.errors import NanodlmError
-from nanodlm.stages import run as stages_run
 from nanodlm.stages import table
-from nanodlm.stages.table import NAMES
-from nanodlm.store import Store
+from nanodlm.stages.run import run_stage
+from nanodlm.store import Artifact, Store
 from tests.support.commands import environment, nanodlm, result_of, speeches
+
+CONFIG = PRESETS["demo"].replace(
+    data={"source": speeches(6), "val_tokens": 20000, "tokenizer": "bytes", "part_mb": 0.05}, model={"seq_len": 32}
+)
+PREPARED = ["--data.source", *speeches(6), "--data.val_tokens", "20000", "--data.tokenizer", "bytes"]
+PREPARED += ["--data.part_mb", "0.05", "--model.seq_len", "32"]
 
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store with the data stages of the tiny configuration, built without Prefect."""
-    from nanodlm.config import PRESETS
-    from nanodlm.stages import run as stages_run
-    from nanodlm.store import Store
-
     path = tmp_path_factory.mktemp("store")
-    config = PRESETS["demo"].replace(
-        data={"source": speeches(6), "val_tokens": 20000, "tokenizer": "bytes", "part_mb": 0.05},
-        model={"seq_len": 32},
-    )
     for name in table.until("shard"):
-        stages_run.run_stage(name, config, Store(str(path)))
+        run_stage(name, CONFIG, Store(str(path)))
     return path
-
-
-PREPARED = ["--data.source", *speeches(6), "--data.val_tokens", "20000", "--data.tokenizer", "bytes"]
-PREPARED += ["--data.part_mb", "0.05", "--model.seq_len", "32"]
 
 
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -49,7 +44,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
     def run(*args: str) -> "subprocess.CompletedProcess[str]":
         capsys.readouterr()
         with pytest.raises(SystemExit) as ended:
-            main.main([*args])
+            main([*args])
         said = capsys.readouterr()
         assert isinstance(ended.value.code, int)
         return subprocess.CompletedProcess(args, ended.value.code, said.out, said.err)
@@ -67,95 +62,175 @@ def _fails(command: Command, code: int, *args: str, says: tuple[str, ...]) -> No
 
 
 BAD: list[tuple[list[str], tuple[str, ...]]] = [
-    (["frobnicate"], ("unknown command 'frobnicate'", "run")),
+    (["frobnicate"], ("unknown command 'frobnicate'", "choose one of run, plan")),
+    (["lss"], ("unknown command 'lss': perhaps you meant ls",)),
+    (["bench", "race"], ("unknown command 'bench race'", "bench train")),
+    (["automate"], ("unknown command 'automate'",)),
     (["run", "nope"], ("unknown preset 'nope'", "demo", "owt")),
-    (["run", "--train.lr", "abc"], ("--train.lr", "abc")),
-    (["run", "--train.lr", "-1"], ("lr", "greater than 0")),
-    (["run", "--schedule.kind", "quadratic"], ("quadratic", "linear", "cosine", "sqrt")),
-    (["run", "--until", "nowhere"], ("nowhere", "shard")),
+    (["run", "--verbose", "owt"], ("preset owt must come first",)),
+    (["train", "missing/config.json"], ("missing/config.json", "No such file")),
+    (["run", '{"model": {"n_layers": 0}}'], ("n_layers", "greater than or equal to 1")),
+    (["run", "--train.lrr", "3"], ("unknown flag --train.lrr", "perhaps you meant --train.lr", "run --help")),
+    (["train", "--corodinator", "x"], ("perhaps you meant --coordinator",)),
+    (["launch", "--partitio", "x"], ("perhaps you meant --partition",)),
+    (["ls", "--jsn"], ("perhaps you meant --json",)),
+    (["ls", "here"], ("one word too many: here",)),
+    (["run", "--train.lr"], ("--train.lr needs a value: FLOAT",)),
+    (["run", "--train.lr", "abc"], ("--train.lr takes FLOAT, not 'abc'",)),
+    (["run", "--workers", "many"], ("--workers takes INT, not 'many'",)),
+    (["run", "--exp.resume", "maybe"], ("--exp.resume takes {True,False}, not 'maybe'",)),
+    (["run", "--train.lr", "-1"], ("--train.lr: Input should be greater than 0",)),
+    (["run", "--train.lr", "inf"], ("--train.lr: Input should be a finite number",)),
+    (["run", "--schedule.kind", "quadratic"], ("--schedule.kind", "quadratic", "linear", "cosine", "sqrt")),
+    (["run", "--until", "nowhere"], ("--until", "nowhere", "shard")),
+    (["run", "--runner", "ray"], ("--runner", "'ray'", "threads")),
     (["run", "--model.d_model", "100", "--model.n_heads", "8"], ("d_model (100)", "n_heads (8)", "try")),
     (["run", "--train.min_lr", "1"], ("min_lr (1.0) is larger than lr",)),
-    (["run", "--train.lr", "inf"], ("lr", "finite")),
+    (["run", "--objective.kind", "block", "--objective.block_size", "512"], ("512", "seq_len (64)")),
     (["run", "--until", "split", "--rebuild", "train"], ("--rebuild train comes after --until split",)),
     (["run", "owt", "--data.tokenizer", "bpe"], ("pretokenized", "gpt2")),
     (["run", "--data.source", "hf://a/b"], ("pinned commit", "--data.revision")),
     (["run", "--store", "nothing://x"], ("nothing",)),
-    (["bench", "nothing"], ("cannot measure nothing", "sample, loader, store, flow, variance")),
-    (["train", "missing/config.json"], ("missing/config.json", "No such file")),
+    (["show"], ("nanodlm show URI", "name an artifact")),
+    (["explain", "owt"], ("nanodlm explain URI [PRESET]", "name an artifact")),
+    (["copy", "here"], ("nanodlm copy SRC DST", "name the store to copy to")),
+    (["adopt", "demo"], ("nanodlm adopt FILES [PRESET]", "name the files")),
+    (["launch", "--nodes", "0"], ("--nodes: Input should be greater than or equal to 1",)),
+    (["train", "--inputs", "shard=1"], ("train reads --inputs shard=FINGERPRINT tokenizer=FINGERPRINT",)),
 ]
 
 
-@pytest.mark.parametrize(("args", "says"), BAD)
+@pytest.mark.parametrize(("args", "says"), BAD, ids=lambda value: " ".join(value))
 def test_bad_usage_is_one_line_and_exit_code_2(command: Command, args: list[str], says: tuple[str, ...]) -> None:
     _fails(command, 2, *args, says=says)
 
 
-@pytest.mark.parametrize(
-    ("args", "says"), [BAD[0], (["run", "--train.lrr", "3"], ("--train.lrr", "perhaps you meant --train.lr"))]
-)
-def test_a_process_of_its_own_says_and_ends_the_same(args: list[str], says: tuple[str, ...]) -> None:
-    _fails(nanodlm, 2, *args, says=says)
+def test_a_process_of_its_own_says_and_ends_the_same() -> None:
+    _fails(nanodlm, 2, "run", "--train.lrr", "3", says=("--train.lrr", "perhaps you meant --train.lr"))
+
+
+def test_debug_adds_the_traceback_and_an_unforeseen_error_is_one_line(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> None:
+        raise RuntimeError("a\nb")
+
+    monkeypatch.setattr(Store, "__init__", broken)
+    _fails(command, 1, "ls", says=("nanodlm: RuntimeError: a b (add --debug for the traceback)",))
+    assert "Traceback" in command("ls", "--debug").stderr
+
+
+@pytest.fixture
+def parse(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
+    """Return the arguments that a stage alone gets from some words."""
+    calls: list[dict[str, Any]] = []
+
+    def call(name: str, config: Any, how: Any, store: Any, out: Any) -> None:
+        calls.append(locals())
+
+    monkeypatch.setattr(run, "_run_alone", call)
+
+    def parsed(*words: str) -> dict[str, Any]:
+        arguments.parse("train", run.train, [*words])()
+        return calls.pop()
+
+    return parsed
 
 
 @pytest.mark.parametrize(
-    ("words", "expected"),
+    ("words", "resume", "use_wandb"),
     [
-        (["--exp.resume"], (True, False)),
-        pytest.param(["--exp.use_wandb", "--exp.resume"], (True, True), marks=pytest.mark.slow),
-        (["--exp.use-wandb", "--exp.resume", "False"], (False, True)),
-        pytest.param(["--exp.resume", "True", "--exp.use_wandb", "False"], (True, False), marks=pytest.mark.slow),
-        (["--exp.resume=False"], (False, False)),
+        (["--exp.resume"], True, False),
+        (["--exp.use_wandb", "--exp.resume"], True, True),
+        (["--exp.use-wandb", "--exp.resume", "False"], False, True),
+        (["--exp.resume=False", "--exp.use_wandb", "True"], False, True),
     ],
 )
-def test_a_switch_may_stand_alone(words: list[str], expected: tuple[bool, bool]) -> None:
-    config, _ = main._parse("train", ["demo", *words, "--train.lr", "0.1"], {}, configured=True)
-    assert config is not None
-    assert (config.exp.resume, config.exp.use_wandb) == expected
-    config, _ = main._parse("train", ["--train.lr", "0.1", *words], {}, configured=True)
-    assert config is not None
-    assert (config.exp.resume, config.exp.use_wandb) == expected
+def test_a_switch_may_stand_alone(
+    parse: Callable[..., dict[str, Any]], words: list[str], resume: bool, use_wandb: bool
+) -> None:
+    for line in ([*words, "--train.lr", "0.1"], ["demo", "--train.lr", "0.1", *words]):
+        config = parse(*line)["config"]
+        assert (config.exp.resume, config.exp.use_wandb, config.train.lr) == (resume, use_wandb, 0.1)
 
 
-def test_help_and_version_exit_with_0() -> None:
-    assert "nanodlm COMMAND" in nanodlm("--help").stdout
-    assert nanodlm("--version").stdout.strip()
-    assert "--train.lr" in nanodlm("run", "--help").stdout
+def test_a_preset_is_a_name_a_file_or_json_and_flags_change_it(
+    parse: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(CONFIG.model_dump_json())
+    assert parse()["config"] == PRESETS["demo"]
+    assert parse("owt-1b")["config"] == PRESETS["owt-1b"]
+    for preset in (str(tmp_path / "config.json"), CONFIG.model_dump_json()):
+        assert parse(preset, "--train.seed", "7")["config"] == CONFIG.replace(train={"seed": 7})
+
+
+def test_the_store_is_the_flag_else_the_environment_else_a_folder(
+    parse: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("NANODLM_STORE", raising=False)
+    assert parse()["store"].uri() == str(tmp_path / "data" / "store")
+    monkeypatch.setenv("NANODLM_STORE", str(tmp_path / "a"))
+    assert parse()["store"].uri() == str(tmp_path / "a")
+    assert parse("--store", str(tmp_path / "b"))["store"].uri() == str(tmp_path / "b")
+
+
+def test_help_and_version_exit_with_0(command: Command) -> None:
+    text = command("--help").stdout
+    assert "nanodlm COMMAND" in text
+    assert all(f"  {name} " in text for name in COMMANDS)
+    assert max(map(len, text.splitlines())) <= 80
+    assert (command("bench", "--help").returncode, command().returncode, command("bench").returncode) == (0, 2, 2)
+    assert command("--version").stdout.strip()
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_explains_itself_and_every_flag_of_its_own(command: Command, name: str) -> None:
+    done = command(*name.split(), "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"usage: nanodlm {name}" in done.stdout
+    assert ("--train.lr FLOAT" in done.stdout) == ("[PRESET]" in done.stdout)
+
+
+def test_stages_are_named_as_in_the_table() -> None:
+    assert get_args(run.StageName) == table.NAMES
 
 
 def test_a_stage_alone_names_the_input_that_is_missing(command: Command, tmp_path: Path) -> None:
-    _fails(
-        command,
-        1,
-        "train",
-        "--store",
-        str(tmp_path),
-        says=("train needs tokenizer and shard", "nanodlm run --until shard"),
-    )
+    says = ("train needs tokenizer and shard", "nanodlm run --until shard")
+    _fails(command, 1, "train", "--store", str(tmp_path), says=says)
 
 
-@pytest.mark.parametrize("by", ["stage", pytest.param("command", marks=pytest.mark.slow)])
-def test_a_store_that_cannot_be_written_is_named(tmp_path: Path, by: str) -> None:
-    blocked = tmp_path / "file"
-    blocked.write_text("not a folder")
-    store = str(blocked / "store")
-    if by == "command":
-        _fails(nanodlm, 1, "run", "--store", store, "--until", "download", says=("cannot write", "--store"))
-        return
-    with pytest.raises(NanodlmError, match=r"^cannot write to .*--store[^\n]*$") as caught:
-        stages_run.run_stage("download", PRESETS["demo"], Store(store))
-    assert caught.value.exit_code == 1
+def test_a_store_that_cannot_be_written_is_named(command: Command, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    store = str(tmp_path / "file" / "store")
+    _fails(command, 1, "adopt", *speeches(1), "--store", store, says=("cannot write", "--store"))
+
+
+def test_a_stage_alone_takes_its_inputs_by_fingerprint_and_looks_nothing_up(
+    command: Command, prepared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = dict(iter(Store(str(prepared))))
+    given = []
+
+    def run_stage(name: str, config: Config, store: Store, *, inputs: dict[str, Artifact] | None, **_: Any) -> None:
+        given.append(inputs and {stage: artifact.fingerprint for stage, artifact in inputs.items()})
+        raise NanodlmError("far enough")
+
+    monkeypatch.setattr(run, "run_stage", run_stage)
+    words = ["train", "--store", str(prepared), *PREPARED]
+    needed = {name: made[name] for name in ("shard", "tokenizer")}
+    _fails(command, 1, *words, "--inputs", *(f"{n}={f}" for n, f in needed.items()), says=("far enough",))
+    _fails(command, 1, *words, says=("far enough",))
+    assert given == [needed, None]
+    _fails(command, 1, *words, "--inputs", "shard=0", "tokenizer=0", says=("no artifact at shard/0",))
 
 
 def test_plan_says_field_by_field_why_a_stage_would_be_built(command: Command, prepared: Path) -> None:
     done = command("plan", "--store", str(prepared), *PREPARED, "--data.val_tokens", "30000", "--json")
     rows = {row["stage"]: row for row in result_of(done)["stages"]}
-    assert list(rows) == list(NAMES)
-    assert [rows[name]["action"] for name in ("download", "tokenizer", "split", "shard")] == [
-        "reuse",
-        "reuse",
-        "build",
-        "build",
-    ]
+    assert list(rows) == list(table.NAMES)
+    assert [rows[name]["action"] for name in table.until("shard")] == ["reuse", "reuse", "build", "build"]
     assert "val_tokens: 20000 -> 30000" in rows["split"]["why"]
     assert rows["shard"]["fingerprint"] is None
 
@@ -210,17 +285,7 @@ def test_doctor_checks_this_machine_and_the_store(command: Command, tmp_path: Pa
     assert {c["name"] for c in checks["checks"]} == {"python", "packages", "devices", "store", "corpus", "gpt2"}
     blocked = tmp_path / "file"
     blocked.write_text("")
-    done = command("doctor", "--store", str(blocked / "s"))
-    assert done.returncode == 1
-    assert "checks failed: store" in done.stderr
-
-
-def test_the_corpus_must_be_larger_than_the_validation_split(tmp_path: Path) -> None:
-    config = PRESETS["demo"].replace(data={"source": speeches(1), "tokenizer": "bytes"})
-    for name in ("download", "tokenizer"):
-        stages_run.run_stage(name, config, Store(str(tmp_path)))
-    with pytest.raises(NanodlmError, match=r"smaller than the validation split.*--data\.val_tokens"):
-        stages_run.run_stage("split", config, Store(str(tmp_path)))
+    _fails(command, 1, "doctor", "--store", str(blocked / "s"), says=("1 of 6 checks failed: store",))
 
 
 def test_a_command_without_arguments_means_the_demo(

@@ -23,7 +23,7 @@ import psutil
 import pytest
 
 import flows
-from nanodlm.cli.main import _parse
+from nanodlm.cli.arguments import Settings, parse
 from nanodlm.config import Config
 from nanodlm.stages.table import NAMES
 from tests.support import servers
@@ -38,9 +38,13 @@ CACHED = dict.fromkeys(("download", "tokenizer", "split", "shard"), "Cached")
 
 def config_of(*flags: str) -> dict[str, Any]:
     """The parameter `config` of the settings that flags give."""
-    config, _ = _parse("plan", [*tiny_flags(), *flags], {}, configured=True)
-    assert isinstance(config, Config)
-    return config.model_dump(mode="json")
+    given: list[Config] = []
+
+    def keep(config: Settings) -> None:
+        given.append(config)
+
+    parse("plan", keep, [*tiny_flags(), *flags])()
+    return given[0].model_dump(mode="json")
 
 
 SHORT = config_of()

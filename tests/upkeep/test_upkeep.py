@@ -17,6 +17,7 @@ import pytest
 
 from nanodlm.checkpoints.finding import find_checkpoint
 from nanodlm.cli import main
+from nanodlm.cli import store as cli_store
 from nanodlm.config import Config
 from nanodlm.data import download
 from nanodlm.errors import Damaged, NanodlmError, UsageError
@@ -847,7 +848,7 @@ def test_copy_of_one_artifact_takes_what_it_was_made_from_along(
 
 @pytest.mark.parametrize("address", ["s3://bucket", "s3://bucket/store", "gs://bucket/store/", "store", "a/store"])
 def test_the_address_of_a_store_is_not_taken_for_an_artifacts(address: str) -> None:
-    assert main._address(address)[0] is None
+    assert cli_store._address(address)[0] == ""
 
 
 # Adopting
