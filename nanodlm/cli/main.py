@@ -62,13 +62,17 @@ def main(argv: list[str] | None = None) -> NoReturn:
     except Exception as error:
         if debug:
             print(redact(traceback.format_exc()), end="", file=sys.stderr)
-        if isinstance(error, NanodlmError):
-            print(f"nanodlm: {error}", file=sys.stderr)
-            _exit(error.exit_code)
-        text = redact(" ".join(str(error).split()))[:500]
-        hint = "" if debug else " (add --debug for the traceback)"
-        print(f"nanodlm: {type(error).__name__}: {text}{hint}", file=sys.stderr)
-        _exit(1)
+        message, code = str(error), error.exit_code if isinstance(error, NanodlmError) else 1
+        if not isinstance(error, NanodlmError):
+            hint = "" if debug else " (add --debug for the traceback)"
+            message = f"{type(error).__name__}: {redact(' '.join(message.split()))[:500]}{hint}"
+        print(f"nanodlm: {message}", file=sys.stderr)
+        hosts = sys.modules.get("nanodlm.devices.hosts")  # which processes that train together have imported
+        if hosts and hosts.is_one_of_several() and code != Stopped.exit_code:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)  # not waiting for the others, which then end as well
+        sys.exit(code)
 
 
 def _run(words: list[str]) -> None:
@@ -90,13 +94,3 @@ def _run(words: list[str]) -> None:
 
     function = getattr(import_module(f"nanodlm.cli.{COMMANDS[command][0]}"), words[length - 1])
     parse(command, function, words[length:])()
-
-
-def _exit(code: int) -> NoReturn:
-    """End; of several processes one that failed does not wait for the others, which then end as well."""
-    hosts = sys.modules.get("nanodlm.devices.hosts")  # processes that train together have imported it
-    if hosts and hosts.is_one_of_several() and code != Stopped.exit_code:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
