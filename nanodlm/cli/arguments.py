@@ -22,18 +22,6 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 from nanodlm.cli.console import Console
 from nanodlm.config import PRESETS, Config, explain, load_config
 from nanodlm.errors import UsageError
-from nanodlm.stages.run import default_store
-from nanodlm.store import Store
-
-
-def _open_store(
-    store: Annotated[
-        str,
-        Doc("Where artifacts lie: a folder or an fsspec URL."),
-        arg(metavar="URL", help_behavior_hint="(default: $NANODLM_STORE, else data/store)"),
-    ] = "",
-) -> Store:
-    return Store(store or default_store())
 
 
 def _open_console(
@@ -43,7 +31,6 @@ def _open_console(
 
 
 Settings = Annotated[Config, arg(name="")]
-OpenStore = Annotated[Store, arg(name="", constructor=_open_store)]
 Output = Annotated[Console, arg(name="", constructor=_open_console)]
 
 _registry = ConstructorRegistry()

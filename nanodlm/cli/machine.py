@@ -5,7 +5,8 @@ import sys
 import time
 from importlib.metadata import version
 
-from nanodlm.cli.arguments import OpenStore, Output
+from nanodlm.cli.arguments import Output
+from nanodlm.cli.store import OpenStore
 from nanodlm.errors import NanodlmError, redact
 from nanodlm.store import Store
 

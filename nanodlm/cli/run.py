@@ -10,8 +10,9 @@ from typing import Annotated, Any, Literal
 from typing_extensions import Doc
 from tyro.conf import arg
 
-from nanodlm.cli.arguments import OpenStore, Output, Settings
+from nanodlm.cli.arguments import Output, Settings
 from nanodlm.cli.console import Console
+from nanodlm.cli.store import OpenStore
 from nanodlm.cluster.settings import Launch
 from nanodlm.config import Config
 from nanodlm.errors import UsageError

@@ -8,9 +8,10 @@ from typing import Annotated
 from typing_extensions import Doc
 from tyro.conf import arg
 
-from nanodlm.cli.arguments import OpenStore, Output, Settings
+from nanodlm.cli.arguments import Output, Settings
 from nanodlm.config import refuse_secrets
 from nanodlm.errors import Damaged, NanodlmError, UsageError
+from nanodlm.stages.run import default_store
 from nanodlm.stages.why import explain as differences
 from nanodlm.store import Artifact, Store
 from nanodlm.upkeep import ages
@@ -18,6 +19,18 @@ from nanodlm.upkeep.collect import collect
 from nanodlm.upkeep.copy import copy as copy_artifacts
 from nanodlm.upkeep.verify import chain, check, in_order, named
 
+
+def _open_store(
+    store: Annotated[
+        str,
+        Doc("Where artifacts lie: a folder or an fsspec URL."),
+        arg(metavar="URL", help_behavior_hint="(default: $NANODLM_STORE, else data/store)"),
+    ] = "",
+) -> Store:
+    return Store(store or default_store())
+
+
+OpenStore = Annotated[Store, arg(name="", constructor=_open_store)]
 Uri = Annotated[str, Doc("An artifact, as `nanodlm ls` prints it.")]
 
 
