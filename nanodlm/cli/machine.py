@@ -12,7 +12,7 @@ from nanodlm.store import Store
 
 
 def doctor(*, store: OpenStore, out: Output) -> None:
-    """Check that this machine can do the job: packages, devices, store, corpus, encodings."""
+    """Check this machine: packages, devices, store, corpus, encodings."""
     rows = []
     for name, check in (
         ("python", lambda: sys.version.split()[0]),

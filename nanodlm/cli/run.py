@@ -38,7 +38,7 @@ def run(
     verbose: Annotated[bool, Doc("Show Prefect's own log.")] = False,
     out: Output,
 ) -> None:
-    """Build what the store lacks, from text to samples, stage by stage, and reuse the rest."""
+    """Build what the store lacks, from text to samples, and reuse the rest."""
     table.check_rebuild(rebuild, until)
     lookups = list(look_up(config, store, table.until(until)[-1], rebuild))
     artifacts = [lookup.artifact for lookup in lookups if lookup.artifact]

@@ -35,7 +35,7 @@ Uri = Annotated[str, Doc("An artifact, as `nanodlm ls` prints it.")]
 
 
 def ls(*, store: OpenStore, out: Output) -> None:
-    """List the artifacts of a store in the order of the stages: age, size, address, and what each was made from."""
+    """List the artifacts of a store: age, size, address, what each was made from."""
     rows = []
     for stage, fingerprint in in_order(store):
         try:
@@ -58,7 +58,7 @@ def ls(*, store: OpenStore, out: Output) -> None:
 
 
 def show(uri: Uri, /, *, store: OpenStore, out: Output) -> None:
-    """Show one artifact: where it came from, its settings, metrics, packages and files."""
+    """Show where an artifact came from, its settings, metrics, packages and files."""
     artifact = _artifact(uri, store)
     m = artifact.manifest
     out.text(artifact.uri, f"made    {m['created']} ({_ago(ages.age(artifact))} ago) in {m['seconds']} s")
@@ -99,7 +99,7 @@ def verify(
     repair: Annotated[bool, Doc("Build again what is bad, keeping the parts that are good.")] = False,
     out: Output,
 ) -> None:
-    """Check artifacts against their manifests."""
+    """Check artifacts against their manifests, and repair them when asked to."""
     if uri:
         address, stage, fingerprint = _address(uri)
         store = Store(address) if address else store
@@ -136,7 +136,7 @@ def gc(
     grace: Annotated[str, Doc("Leave alone what changed this lately."), arg(metavar="AGE")] = "1h",
     out: Output,
 ) -> None:
-    """Remove what nobody needs: abandoned attempts and uploads, and old results when asked to."""
+    """Remove abandoned attempts and uploads, and old results when asked to."""
     older, recent = None if older_than is None else ages.seconds(older_than), ages.seconds(grace)
     removed = []
     for row in collect(store, keep_last=keep_last, older_than=older, grace=recent, dry_run=dry_run):
@@ -186,7 +186,7 @@ def adopt(
     store: OpenStore,
     out: Output,
 ) -> None:
-    """Take files at hand for a configuration's download, instead of fetching its source."""
+    """Take files at hand for a download, instead of fetching its source."""
     from nanodlm.upkeep.adopt import adopt as adopt_files
 
     if not files:

@@ -185,10 +185,12 @@ def test_help_and_version_exit_with_0(command: Command) -> None:
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_command_explains_itself_and_every_flag_of_its_own(command: Command, name: str) -> None:
+def test_every_command_explains_itself(command: Command, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
     done = command(*name.split(), "--help")
     assert (done.returncode, done.stderr) == (0, "")
     assert f"usage: nanodlm {name}" in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 80, "a terminal would break a line anywhere"
     assert ("--train.lr FLOAT" in done.stdout) == ("[PRESET]" in done.stdout)
 
 
