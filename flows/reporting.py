@@ -7,6 +7,7 @@ import base64
 import json
 import time
 from collections.abc import Callable
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, Protocol
 from uuid import UUID
@@ -97,6 +98,14 @@ class Pages:
                 call()
         except Exception as error:  # whatever the server, the network or the client make of it
             self._logger.warning("not shown on a page: %s", type(error).__name__)
+
+
+WATCHER: ContextVar[Watcher | None] = ContextVar("watcher", default=None)
+
+
+def current_watcher() -> Watcher:
+    """Return what whoever runs the flow has set as `WATCHER`, else pages."""
+    return WATCHER.get() or Pages()
 
 
 def show_counts(shard: Artifact) -> None:

@@ -1,6 +1,6 @@
 """A Prefect server for one `nanodlm run`: loopback only, gone when its parent is, even after SIGKILL.
 
-And waiting for a server that is away.
+Also here: asking whether a server answers, and waiting for one that is away.
 
 python -m flows.server PORT
 """
@@ -80,6 +80,7 @@ def ephemeral_server() -> Iterator[str]:
 
 
 def _healthy(url: str) -> bool:
+    """Return whether a server answers at an API's URL."""
     try:
         with urllib.request.urlopen(f"{url}/health", timeout=5) as answer:
             return answer.status == 200
@@ -87,12 +88,35 @@ def _healthy(url: str) -> bool:
         return False
 
 
-@contextlib.contextmanager
-def heard(emit: Callable[..., None]) -> Iterator[None]:
-    """Leave only when the Prefect server of the settings answers, or when it was waited for long enough.
+def check_server() -> None:
+    """Ask the server that the settings name for something that needs its consent.
 
-    A task's last state is an event, which Prefect sends for some seconds only: lost, the task would look as if it ran
-    for ever. Whoever is stopped by a signal does not wait, nor for a server of one's own that has ended.
+    Raises:
+        NanodlmError: It does not answer, or refuses.
+    """
+    url = get_current_settings().api.url
+    try:
+        with get_client(sync_client=True) as client:
+            client.read_flows(limit=1)
+    except (httpx.HTTPError, RuntimeError, ValueError) as error:
+        if isinstance(error, httpx.HTTPStatusError) and error.response.status_code == httpx.codes.UNAUTHORIZED:
+            raise NanodlmError(
+                f"the Prefect server at {url} refuses access: set PREFECT_API_AUTH_STRING to the "
+                "PREFECT_SERVER_API_AUTH_STRING that it was started with"
+            ) from error
+        raise NanodlmError(
+            f"no Prefect server answers at {url}: start it (`prefect server start --host 127.0.0.1`), or correct "
+            "PREFECT_API_URL, which ends in /api"
+        ) from error
+
+
+@contextlib.contextmanager
+def wait_for_server_at_end(emit: Callable[..., None]) -> Iterator[None]:
+    """When the block has ended or failed, wait until the server of the settings answers, a quarter of an hour at most.
+
+    A task's last state is an event, which Prefect tries to send for some seconds only: lost, the task would look as if
+    it ran for ever. Whoever is stopped by a signal does not wait, and nobody waits for a server of their own that has
+    ended.
 
     Args:
         emit: Called as `emit("message", text=...)` when there is something to wait for.
@@ -102,16 +126,17 @@ def heard(emit: Callable[..., None]) -> Iterator[None]:
     except Stopped:
         raise
     except Exception:
-        _wait(emit)
+        _wait_for_server(emit)
         raise
-    _wait(emit)
+    _wait_for_server(emit)
 
 
-def _wait(emit: Callable[..., None]) -> None:
+def _wait_for_server(emit: Callable[..., None]) -> None:
     url, own = get_current_settings().api.url, OWN.get()
     if not url or _healthy(url):
         return
-    deadline, said = time.monotonic() + AWAY_SECONDS, False
+    emit("message", text="the Prefect server is away: waiting to tell it how the stage ended")
+    deadline = time.monotonic() + AWAY_SECONDS
     with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}), get_client(sync_client=True) as client:
         while time.monotonic() < deadline and (own is None or own.poll() is None):
             try:  # not `api_healthcheck`, which would swallow the error that a signal raises
@@ -120,11 +145,8 @@ def _wait(emit: Callable[..., None]) -> None:
             except httpx.HTTPStatusError as error:
                 if not error.response.is_server_error:
                     return
-            except httpx.HTTPError:  # it is away
+            except httpx.HTTPError:
                 pass
-            if not said:
-                emit("message", text="the Prefect server is away: waiting to tell it how the stage ended")
-                said = True
             time.sleep(1)
 
 

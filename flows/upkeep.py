@@ -10,7 +10,7 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.logging import get_run_logger
 from pydantic import Field
 
-from flows.automations import TAG
+from flows.environment import TAG
 from nanodlm.config import StoreUrl
 from nanodlm.stages.run import default_store
 from nanodlm.store import Store
