@@ -123,14 +123,10 @@ def hook(whole: Site, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hook
     folder = tmp_path_factory.mktemp("automations")
     with receiver() as hook:
         notify(whole.environ, hook.url, folder)
-        file = folder / "automations.yaml"
-        file.write_text(
-            (ROOT / "deploy/automations.yaml").read_text().replace("within: 900", f"within: {LOST_SECONDS}")
-        )
+        file, given = folder / "automations.yaml", (ROOT / "deploy/automations.yaml").read_text()
+        file.write_text(given.replace("within: 900", f"within: {LOST_SECONDS}"))
         whole.succeeds("automation", "create", "--from-file", str(file))
         yield hook
-        for name in ("nanodlm: lost runs", "nanodlm: failed runs"):
-            whole.succeeds("automation", "delete", name)
 
 
 def test_failures_of_this_projects_runs_are_posted_and_nothing_else_is(whole: Site, hook: Hook) -> None:
