@@ -12,7 +12,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
@@ -42,15 +41,12 @@ def ephemeral_server() -> Iterator[str]:
     url = f"http://127.0.0.1:{port}/api"
     for name in ("NO_PROXY", "no_proxy"):  # a proxy of the environment is not asked for this machine's own server
         os.environ[name] = ",".join(filter(None, (os.environ.get(name), "127.0.0.1")))
-    environ = {name: value for name, value in os.environ.items() if name != "PREFECT_SERVER_API_AUTH_STRING"}
+    environ = {**os.environ, PARENT: str(os.getpid()), "PREFECT_API_URL": "", "PREFECT_UI_ENABLED": "false"}
+    environ.pop("PREFECT_SERVER_API_AUTH_STRING", None)
+    command = [sys.executable, "-P", "-m", "flows.server", str(port)]
     with tempfile.TemporaryFile() as log:
         child = subprocess.Popen(
-            [sys.executable, "-P", "-m", "flows.server", str(port)],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            env={**environ, PARENT: str(os.getpid()), "PREFECT_API_URL": "", "PREFECT_UI_ENABLED": "false"},
-            start_new_session=True,
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environ, start_new_session=True
         )
         token = OWN.set(child)
         try:
@@ -84,7 +80,7 @@ def _healthy(url: str) -> bool:
     try:
         with urllib.request.urlopen(f"{url}/health", timeout=5) as answer:
             return answer.status == 200
-    except (urllib.error.URLError, OSError):
+    except OSError:
         return False
 
 
@@ -99,13 +95,11 @@ def check_server() -> None:
         with get_client(sync_client=True) as client:
             client.read_flows(limit=1)
     except (httpx.HTTPError, RuntimeError, ValueError) as error:
-        if isinstance(error, httpx.HTTPStatusError) and error.response.status_code == httpx.codes.UNAUTHORIZED:
-            raise NanodlmError(
-                f"the Prefect server at {url} refuses access: set PREFECT_API_AUTH_STRING to the "
-                "PREFECT_SERVER_API_AUTH_STRING that it was started with"
-            ) from error
+        refused = isinstance(error, httpx.HTTPStatusError) and error.response.status_code == 401
         raise NanodlmError(
-            f"no Prefect server answers at {url}: start it (`prefect server start --host 127.0.0.1`), or correct "
+            f"the Prefect server at {url} refuses access: set PREFECT_API_AUTH_STRING to its user and password"
+            if refused
+            else f"no Prefect server answers at {url}: start it (`prefect server start --host 127.0.0.1`), or correct "
             "PREFECT_API_URL, which ends in /api"
         ) from error
 
@@ -115,8 +109,7 @@ def wait_for_server_at_end(emit: Callable[..., None]) -> Iterator[None]:
     """When the block has ended or failed, wait until the server of the settings answers, a quarter of an hour at most.
 
     A task's last state is an event, which Prefect tries to send for some seconds only: lost, the task would look as if
-    it ran for ever. Whoever is stopped by a signal does not wait, and nobody waits for a server of their own that has
-    ended.
+    it ran for ever. Whoever is stopped by a signal does not wait, nor for a server of their own that has ended.
 
     Args:
         emit: Called as `emit("message", text=...)` when there is something to wait for.

@@ -6,8 +6,9 @@ python -m flows.upkeep                   # on the server that PREFECT_API_URL na
 from typing import Annotated, Any
 
 from prefect import flow, tags
-from prefect.artifacts import create_markdown_artifact
+from prefect.artifacts import create_table_artifact
 from prefect.logging import get_run_logger
+from prefect.runtime import flow_run
 from pydantic import Field
 
 from flows.environment import TAG
@@ -17,12 +18,8 @@ from nanodlm.store import Store
 from nanodlm.upkeep.ages import AGE, seconds, size
 from nanodlm.upkeep.collect import collect
 
-SHOWN = 500  # rows of the artifact; the log has all
-
 
 def _run_name() -> str:
-    from prefect.runtime import flow_run
-
     return "gc-dry-run" if flow_run.parameters["dry_run"] else "gc"
 
 
@@ -36,10 +33,10 @@ def gc(
 ) -> list[dict[str, Any]]:
     """Remove what nobody needs: abandoned attempts and uploads, and old results when asked to.
 
-    The artifact `gc` lists what was removed, also after an error.
+    A table of what was removed is kept as the artifact `gc`, also after an error.
 
     Args:
-        store: Where artifacts lie: a folder or an fsspec URL, without credentials; by default that of the worker's
+        store: Where artifacts lie: a folder or an address without credentials. Without it that of the worker's
             NANODLM_STORE, else data/store.
         dry_run: Only say what would be removed.
         keep_last: Results to keep, the newest, with all they were made from; all when empty.
@@ -60,10 +57,7 @@ def gc(
     finally:
         total = f"{done} {len(removed):,} of {opened.uri()}, {size(sum(row['bytes'] for row in removed))}"
         log.info(total)
-        lines = [f"| {row['kind']} | {row['bytes']:,} | {row['uri']} |" for row in removed]
-        shown = ["| kind | bytes | address |", "|---|---:|---|", *lines[:SHOWN]] if lines else []
-        more = [f"and {len(lines) - SHOWN:,} more, which the log names"] if len(lines) > SHOWN else []
-        create_markdown_artifact("\n".join([total, "", *shown, *more]), key="gc", description=total)
+        create_table_artifact(removed, key="gc", description=total)
     return removed
 
 
