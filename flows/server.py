@@ -68,11 +68,10 @@ def ephemeral_server() -> Iterator[str]:
         finally:
             OWN.reset(token)
             child.terminate()
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 child.wait(10)
-            except subprocess.TimeoutExpired:
-                child.kill()
-                child.wait()
+            child.kill()
+            child.wait()
 
 
 def _healthy(url: str) -> bool:
@@ -85,21 +84,16 @@ def _healthy(url: str) -> bool:
 
 
 def check_server() -> None:
-    """Ask the server that the settings name for something that needs its consent.
-
-    Raises:
-        NanodlmError: It does not answer, or refuses.
-    """
+    """Raise an error of one line when the server that the settings name does not answer, or refuses."""
     url = get_current_settings().api.url
     try:
         with get_client(sync_client=True) as client:
             client.read_flows(limit=1)
     except (httpx.HTTPError, RuntimeError, ValueError) as error:
-        refused = isinstance(error, httpx.HTTPStatusError) and error.response.status_code == 401
+        if isinstance(error, httpx.HTTPStatusError) and error.response.status_code == 401:
+            raise NanodlmError(f"the Prefect server at {url} refuses access: set PREFECT_API_AUTH_STRING") from error
         raise NanodlmError(
-            f"the Prefect server at {url} refuses access: set PREFECT_API_AUTH_STRING to its user and password"
-            if refused
-            else f"no Prefect server answers at {url}: start it (`prefect server start --host 127.0.0.1`), or correct "
+            f"no Prefect server answers at {url}: start it (`prefect server start --host 127.0.0.1`), or correct "
             "PREFECT_API_URL, which ends in /api"
         ) from error
 

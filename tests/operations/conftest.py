@@ -5,7 +5,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,11 @@ from prefect.client.orchestration import SyncPrefectClient
 import flows
 from nanodlm.cli.main import _parse
 from nanodlm.config import Config
+from nanodlm.stages.run import run_stage
+from nanodlm.stages.table import until
+from nanodlm.store import Store
 from tests.support import servers
-from tests.support.commands import environment, nanodlm, result_of, tiny_flags
+from tests.support.commands import environment, tiny_flags
 
 ROOT = Path(flows.__file__).parents[1]
 AUTH = "operator:planted-password-of-the-server"
@@ -59,6 +62,7 @@ class Site:
     """A Prefect server, what `prefect.yaml` deploys on it, a worker as soon as it is asked for, and a store."""
 
     home: Path
+    clone: Path
     environ: dict[str, str]  # of those who use the server
     stack: ExitStack
     store: Path = Path()
@@ -76,7 +80,7 @@ class Site:
         """Run a command of Prefect's in the clone."""
         return subprocess.run(
             [sys.executable, "-m", "prefect", *words],
-            cwd=self.home / "clone",
+            cwd=self.clone,
             env=environment(**self.environ),
             capture_output=True,
             text=True,
@@ -172,20 +176,22 @@ def below(pid: int) -> list[psutil.Process]:
         return []
 
 
-def clone(home: Path) -> None:
-    """Make a clone of this folder without a remote, as somebody may have who only got the files."""
-    subprocess.run(["git", "clone", "-q", str(ROOT), str(home / "clone")], check=True)
-    subprocess.run(["git", "remote", "remove", "origin"], cwd=home / "clone", check=True)
+@contextmanager
+def new_site(home: Path, clone: Path, **server: str) -> Iterator[Site]:
+    """Start a server, beside a clone of this folder without a remote, as somebody may have who only got the files."""
+    subprocess.run(["git", "clone", "-q", str(ROOT), str(clone)], check=True)
+    subprocess.run(["git", "remote", "remove", "origin"], cwd=clone, check=True)
+    with ExitStack() as stack:
+        named = stack.enter_context(servers.prefect(home, **server))
+        more = {"PREFECT_API_AUTH_STRING": server.get("PREFECT_SERVER_API_AUTH_STRING", ""), "PYTHONPATH": str(clone)}
+        yield Site(home, clone, {**named, **more}, stack)
 
 
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     """A server on which nothing is deployed yet."""
-    home = tmp_path_factory.mktemp("site")
-    clone(home)
-    with ExitStack() as stack:
-        named = stack.enter_context(servers.prefect(home, **SERVER))
-        yield Site(home, {**named, "PREFECT_API_AUTH_STRING": AUTH, "PYTHONPATH": str(home / "clone")}, stack)
+    with new_site(tmp_path_factory.mktemp("site"), tmp_path_factory.mktemp("clone"), **SERVER) as site:
+        yield site
 
 
 @pytest.fixture(scope="session")
@@ -197,12 +203,10 @@ def deployed(whole: Site) -> Site:
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store with everything up to the shards of `LONG`."""
-    home = tmp_path_factory.mktemp("prepared")
-    (home / "config.json").write_text(json.dumps(LONG))
-    named = {"PREFECT_API_URL": "", "PREFECT_HOME": str(home / "prefect")}
-    arguments = ("run", str(home / "config.json"), "--store", str(home / "store"), "--until", "shard", "--json")
-    result_of(nanodlm(*arguments, **named))
-    return home / "store"
+    store = Store(str(tmp_path_factory.mktemp("prepared")))
+    for name in until("shard"):
+        run_stage(name, Config.model_validate(LONG), store)
+    return Path(store.root)
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ import pytest
 from prefect.exceptions import PrefectHTTPStatusError
 
 from nanodlm.stages.table import NAMES
-from tests.operations.conftest import LONG, SHORT, Site, clone, config_of, wait_until
+from tests.operations.conftest import LONG, ROOT, SHORT, Site, config_of, wait_until
 from tests.support import servers
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # whole servers and workers
@@ -44,7 +44,7 @@ def test_prefect_deploys_everything_from_a_clone_without_a_remote(deployed: Site
         "gc/weekly",
     }
     step = found["train/gpu"]["pull_steps"][0]["prefect.deployments.steps.set_working_directory"]
-    assert step["directory"] == str(deployed.home / "clone")
+    assert step["directory"] == str(deployed.clone)
     assert all("nanodlm" in deployment["tags"] for deployment in found.values())
     (nightly,) = found["pipeline/nightly"]["schedules"]
     assert (nightly["schedule"]["cron"], nightly["schedule"]["timezone"]) == ("0 2 * * *", "Europe/Berlin")
@@ -178,11 +178,12 @@ def test_training_goes_on_while_the_server_is_away_and_runs_end_well_however_the
     (port,) = servers.free_ports(1)
     store = tmp_path / "store"
     subprocess.run(["cp", "-al", str(prepared), str(store)], check=True)
-    clone(tmp_path)
     config = config_of("--train.max_steps", str(int(200 * (away + 60))), "--exp.save_every", "500")
+    environ = {"PREFECT_API_URL": f"http://127.0.0.1:{port}/api", "PYTHONPATH": str(ROOT)}
+    environ["PREFECT_HOME"] = str(tmp_path / "client")
     with ExitStack() as stack, ExitStack() as server:
-        named = server.enter_context(servers.prefect(tmp_path, port))
-        site = Site(tmp_path, {**named, "PYTHONPATH": str(tmp_path / "clone")}, stack, store)
+        server.enter_context(servers.prefect(tmp_path, port))
+        site = Site(tmp_path, ROOT, environ, stack, store)
         site.deploy()
         site.succeeds("gcl", "create", "gpu", "--limit", "1")
 
