@@ -6,13 +6,9 @@ TAG = "nanodlm"  # of every run of this project: what deploy/automations.yaml an
 
 
 def quiet_prefect(verbose: bool = False) -> None:
-    """Let Prefect report nothing home, start no server by itself, and log no more than is asked for.
+    """Let Prefect report nothing home, start no server by itself, and show its own log only if `verbose`.
 
-    Prefect reads these variables of the environment when it is imported, so this has to be called before. What is set
-    already stays.
-
-    Args:
-        verbose: Whether Prefect's own log is shown.
+    Prefect reads these variables when it is imported, so call this before. What the environment has already stays.
     """
     for name in ("PREFECT_SERVER_ANALYTICS_ENABLED", "PREFECT_SERVER_EPHEMERAL_ENABLED"):
         os.environ.setdefault(name, "false")

@@ -8,8 +8,8 @@ prefect deployment run pipeline/demo     # on a worker, once `prefect deploy --a
 import os
 import signal
 import time
-from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any, Literal, TypeVar
 
 from prefect import flow, tags, task
@@ -22,7 +22,7 @@ from prefect.states import Completed
 from prefect.utilities.annotations import quote
 
 from flows.environment import TAG
-from flows.reporting import WATCHER, Watcher, current_watcher
+from flows.reporting import WATCHER, Pages, Watcher
 from flows.server import check_server, ephemeral_server, wait_for_server_at_end
 from flows.shards import shard_in_parallel, task_runner, worth_retrying
 from nanodlm.cluster.follow import run_on_cluster
@@ -62,20 +62,10 @@ def stage_task(
 ) -> Any:
     """Build one stage, in a process of its own if it uses JAX; or find it, and end as `Cached`.
 
-    Args:
-        name: One of `nanodlm.stages.table.STAGES`.
-        config: The run's configuration.
-        store_url: Where artifacts lie.
-        inputs: The artifacts it reads.
-        build: Whether to build it when the store lacks it, or to fail.
-        rebuild: Whether to build it even though the store holds it.
-        gpu_limit: A concurrency limit to hold a slot of while a stage that uses JAX is built.
-        train_on: The cluster that trains, or a process of this machine.
-
-    Returns:
-        The artifact, and its record as `nanodlm.stages.run.run_stage` gives it.
+    Where `build` is false and the store lacks the stage, it fails. A stage that uses JAX holds a slot of `gpu_limit`
+    while it is built. What returns is the artifact, and its record as `nanodlm.stages.run.run_stage` gives it.
     """
-    store, watcher, started = Store(store_url), current_watcher(), time.monotonic()
+    store, watcher, started = Store(store_url), WATCHER.get() or Pages(), time.monotonic()
     lookup, _ = ready(name, config, store, rebuild=rebuild, inputs=inputs)
     if lookup.artifact and not rebuild:
         found = record(lookup.artifact, "cached", time.monotonic() - started)
@@ -87,18 +77,19 @@ def stage_task(
             f"{name}`, with the same settings first"
         )
     own_process = lookup.stage.own_process
+    limits = [gpu_limit] if gpu_limit and own_process else []
+    if limits:
+        watcher.emit("message", text=f"waiting for a slot of the concurrency limit {gpu_limit}")
+    slot = concurrency(limits, lease_duration=LEASE_SECONDS, strict=False, raise_on_lease_renewal_failure=False)
     try:
-        # In this order: the slot is given back when the server answers again.
-        with _slot(gpu_limit if own_process else None, watcher), wait_for_server_at_end(watcher.emit):
+        with slot, wait_for_server_at_end(watcher.emit):  # in this order: a slot goes back to a server that answers
             watcher.start(name)
             if own_process:
                 if name == "train" and train_on.target != "process":
                     run_on_cluster(name, config, store_url, train_on, rebuild=rebuild, emit=watcher.emit)
                 else:
                     run_in_process(name, config, store_url, rebuild=rebuild, emit=watcher.emit)
-                artifact = store.find(name, str(lookup.fingerprint))
-                if artifact is None:
-                    raise NanodlmError(f"the {name} process ended without an artifact: run again to continue")
+                artifact = store.open(f"{name}/{lookup.fingerprint}")
                 found = record(artifact, "built", time.monotonic() - started)
             else:
                 artifact, found = run_stage(name, config, store, rebuild=rebuild, inputs=inputs, emit=watcher.emit)
@@ -112,17 +103,6 @@ def stage_task(
     return artifact, found
 
 
-@contextmanager
-def _slot(limit: str | None, watcher: Watcher) -> Iterator[None]:
-    """Hold a slot of a concurrency limit, once there is one; hold nothing where the server has no such limit."""
-    if limit is None:
-        yield
-        return
-    watcher.emit("message", text=f"waiting for a slot of the concurrency limit {limit}")
-    with concurrency(limit, lease_duration=LEASE_SECONDS, strict=False, raise_on_lease_renewal_failure=False):
-        yield
-
-
 def _run_name() -> str:
     """Return the preset and the start of a fingerprint of all settings, such as `demo-1f2e3d4c`."""
     config = Config.model_validate(flow_run.parameters["config"])
@@ -133,28 +113,36 @@ def _run_name() -> str:
 def _run(
     config: Config,
     store: str | None,
-    names: Collection[str],
+    until: str,
     rebuild: str | None,
     gpu_limit: str | None = None,
     train_on: Launch = HERE,
     *,
-    alone: str | None = None,
+    alone: bool = False,
 ) -> list[dict[str, Any]]:
-    """Go through stages in order, and return their records; with `alone`, all others must be in the store."""
+    """Go through stages in order; with `alone`, all that the last one needs must be there.
+
+    What returns is, for each, `stage`, `status` (built or cached), `uri`, `fingerprint` and `seconds`.
+    """
     found: dict[str, Artifact] = {}
-    records, url = [], store or default_store()
+    records, url, needed = [], store or default_store(), {until}
     if url.startswith("memory:"):
         raise UsageError("a store in memory is seen by no other process: give store a folder or a bucket")
-    for name in names:
-        inputs = {needed: found[needed] for needed in STAGES[name].inputs(config)}
-        if name == "shard" and not alone and name != rebuild:
-            shard_in_parallel(config, url, inputs, current_watcher())
+    for name in reversed(table.until(until)):
+        if name in needed:
+            needed |= set(STAGES[name].inputs(config))
+    for name in table.until(until):
+        if alone and name not in needed:
+            continue
+        inputs = {input_: found[input_] for input_ in STAGES[name].inputs(config)}
+        if name == "shard" and name != rebuild and not alone:
+            shard_in_parallel(config, url, inputs, WATCHER.get() or Pages())
         state = stage_task.with_options(name=name, task_run_name=name, tags=[name])(
             name,
             config,
             url,
             quote(inputs),  # type: ignore[arg-type]
-            build=alone in (None, name),
+            build=not alone or name == until,
             rebuild=name == rebuild,
             gpu_limit=gpu_limit,
             train_on=train_on,
@@ -163,18 +151,6 @@ def _run(
         found[name], told = state.result()
         records.append(told)
     return records
-
-
-def _run_alone(
-    name: str, config: Config, store: str | None, rebuild: bool, gpu_limit: str | None, train_on: Launch = HERE
-) -> list[dict[str, Any]]:
-    """Run one stage, after a look at all it is made from."""
-    needed = {name}
-    for earlier in reversed(table.until(name)):
-        if earlier in needed:
-            needed |= set(STAGES[earlier].inputs(config))
-    names = [earlier for earlier in table.until(name) if earlier in needed]
-    return _run(config, store, names, name if rebuild else None, gpu_limit, train_on, alone=name)
 
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -187,9 +163,6 @@ PARAMETERS = """
         rebuild: What to build even though the store holds it.
         gpu_limit: A concurrency limit to hold a slot of while a stage uses the accelerator, where the server has it.
         train_on: Where to train: in a process of the worker, or as a job of a Slurm or Kubernetes cluster.
-
-    Returns:
-        For each stage `stage`, `status` (built or cached), `uri`, `fingerprint` and `seconds`.
 """
 
 
@@ -211,7 +184,7 @@ def pipeline(
 ) -> list[dict[str, Any]]:
     """Go from text to samples: build what the store lacks, stage by stage, and the report at the end."""
     check_rebuild(rebuild, until)
-    return _run(config, store, table.until(until), rebuild, gpu_limit, train_on)
+    return _run(config, store, until, rebuild, gpu_limit, train_on)
 
 
 @flow(flow_run_name=_run_name, persist_result=False)
@@ -220,7 +193,7 @@ def prepare(
     config: Config = PRESETS["demo"], store: StoreUrl | None = None, rebuild: DataStageName | None = None
 ) -> list[dict[str, Any]]:
     """Prepare the data, up to the shards. It needs no accelerator."""
-    return _run(config, store, table.until("shard"), rebuild)
+    return _run(config, store, "shard", rebuild)
 
 
 @flow(flow_run_name=_run_name, persist_result=False)
@@ -233,7 +206,7 @@ def train(
     train_on: Launch = HERE,
 ) -> list[dict[str, Any]]:
     """Train, and nothing else: from the last checkpoint on, if there is one. The shards must be in the store."""
-    return _run_alone("train", config, store, rebuild, gpu_limit, train_on)
+    return _run(config, store, "train", "train" if rebuild else None, gpu_limit, train_on, alone=True)
 
 
 @flow(flow_run_name=_run_name, persist_result=False)
@@ -242,7 +215,7 @@ def evaluate(
     config: Config = PRESETS["demo"], store: StoreUrl | None = None, rebuild: bool = False, gpu_limit: str | None = None
 ) -> list[dict[str, Any]]:
     """Evaluate, and nothing else. The trained model must be in the store."""
-    return _run_alone("evaluate", config, store, rebuild, gpu_limit)
+    return _run(config, store, "evaluate", "evaluate" if rebuild else None, gpu_limit, alone=True)
 
 
 @flow(flow_run_name=_run_name, persist_result=False)
@@ -251,7 +224,7 @@ def sample(
     config: Config = PRESETS["demo"], store: StoreUrl | None = None, rebuild: bool = False, gpu_limit: str | None = None
 ) -> list[dict[str, Any]]:
     """Draw samples, and nothing else. The trained model must be in the store."""
-    return _run_alone("sample", config, store, rebuild, gpu_limit)
+    return _run(config, store, "sample", "sample" if rebuild else None, gpu_limit, alone=True)
 
 
 def run_pipeline(
@@ -266,8 +239,7 @@ def run_pipeline(
 ) -> list[dict[str, Any]]:
     """Run the flow `pipeline` in this process, on the server that the settings name, else on one started for it.
 
-    Raises:
-        Stopped: On SIGTERM, after a training has saved.
+    SIGTERM raises `Stopped`, after a training has saved.
     """
     task_runner(runner, workers)  # refuses what cannot be before a server is started
     os.environ.update({name: str(v) for name, v in (("NANODLM_RUNNER", runner), ("NANODLM_WORKERS", workers)) if v})

@@ -75,9 +75,8 @@ class Pages:
 
     def _show_progress(self, percent: float, text: str) -> None:
         if self._progress is None:
-            self._progress = self._write(
-                create_progress_artifact, percent, key=f"{self._stage}-progress", description=text
-            )
+            key = f"{self._stage}-progress"
+            self._progress = self._write(create_progress_artifact, percent, key=key, description=text)
         else:
             self._write(update_progress_artifact, self._progress, percent, description=text)
 
@@ -89,12 +88,7 @@ class Pages:
             self._logger.warning("not shown on Prefect's pages: %s", type(error).__name__)
 
 
-WATCHER: ContextVar[Watcher | None] = ContextVar("watcher", default=None)
-
-
-def current_watcher() -> Watcher:
-    """Return what whoever runs the flow has set as `WATCHER`, else pages."""
-    return WATCHER.get() or Pages()
+WATCHER: ContextVar[Watcher | None] = ContextVar("watcher", default=None)  # of this run; by default its pages
 
 
 def show_counts(shard: Artifact) -> None:
@@ -107,11 +101,10 @@ def show_counts(shard: Artifact) -> None:
         if artifact
     ]
     counts = shard.metrics
-    split = [
-        {"stage": "train", "holds": f"{counts['train_tokens']:,} tokens in {counts['train_rows']:,} rows"},
-        {"stage": "validation", "holds": f"{counts['val_tokens']:,} tokens in {counts['val_rows']:,} rows"},
-    ]
-    create_table_artifact([*rows, *split], key="data-counts", description="What the model is trained and tested on")
+    for name, side in (("train", "train"), ("validation", "val")):
+        holds = f"{counts[f'{side}_tokens']:,} tokens in {counts[f'{side}_rows']:,} rows"
+        rows.append({"stage": name, "holds": holds})
+    create_table_artifact(rows, key="data-counts", description="What the model is trained and tested on")
 
 
 def show_loss(train: Artifact) -> None:

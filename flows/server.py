@@ -1,8 +1,6 @@
-"""A Prefect server for one `nanodlm run`: loopback only, gone when its parent is, even after SIGKILL.
+"""A Prefect server for one `nanodlm run`, gone when its parent is, even after SIGKILL; waiting for one that is away.
 
-Also here: asking whether a server answers, and waiting for one that is away.
-
-python -m flows.server PORT
+python -m flows.server PORT              # on loopback only
 """
 
 import contextlib
@@ -30,11 +28,7 @@ OWN: ContextVar["subprocess.Popen[bytes] | None"] = ContextVar("own", default=No
 
 @contextlib.contextmanager
 def ephemeral_server() -> Iterator[str]:
-    """Start a server in a child process and yield its API's URL.
-
-    Raises:
-        NanodlmError: When it does not answer within two minutes, or ends while it is used.
-    """
+    """Start a server in a child process, and yield its API's URL; it is an error when it ends before its time."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -104,9 +98,6 @@ def wait_for_server_at_end(emit: Callable[..., None]) -> Iterator[None]:
 
     A task's last state is an event, which Prefect tries to send for some seconds only: lost, the task would look as if
     it ran for ever. Whoever is stopped by a signal does not wait, nor for a server of their own that has ended.
-
-    Args:
-        emit: Called as `emit("message", text=...)` when there is something to wait for.
     """
     try:
         yield
@@ -137,14 +128,10 @@ def _wait_for_server(emit: Callable[..., None]) -> None:
             time.sleep(1)
 
 
-def main(port: int) -> None:
-    """Serve the Prefect API on the loopback interface until told to stop."""
+if __name__ == "__main__":
     end_with_parent()
     import uvicorn
     from prefect.server.api.server import create_app
 
-    uvicorn.run(create_app(ephemeral=True, final=True), host="127.0.0.1", port=port, log_level="error", lifespan="on")
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    app, port = create_app(ephemeral=True, final=True), int(sys.argv[1])
+    uvicorn.run(app, host="127.0.0.1", port=port, log_level="error", lifespan="on")

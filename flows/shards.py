@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
 
-from prefect import flow, task, unmapped
+from prefect import flow, tags, task, unmapped
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.futures import as_completed
@@ -18,6 +18,7 @@ from prefect.logging import get_run_logger
 from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner, ThreadPoolTaskRunner
 from prefect.tasks import exponential_backoff
 
+from flows.environment import TAG
 from flows.reporting import Watcher
 from nanodlm.config import Config
 from nanodlm.errors import NanodlmError, Unreachable, UsageError
@@ -25,6 +26,7 @@ from nanodlm.stages import fanout
 from nanodlm.store import Artifact, Store
 
 RUNNERS = ("threads", "processes", "dask")
+EMIT: ContextVar[Callable[..., None]] = ContextVar("emit")  # shows progress of the flow of this process
 
 
 def worth_retrying(_task: Any, _run: Any, state: State) -> bool:
@@ -61,39 +63,26 @@ def build_shards(missing: list[int], config: Config, store_url: str, inputs: dic
         except Exception as error:  # also what a process that was killed leaves behind
             failed += 1
             get_run_logger().warning("a shard is left to the shard stage: %s", error)
-        _emit("progress", done=built, total=len(missing), unit="shards")
+        EMIT.get()("progress", done=built, total=len(missing), unit="shards")
     if failed:
-        _emit("message", text=f"{failed} of {len(missing)} shards are left to the stage itself")
+        EMIT.get()("message", text=f"{failed} of {len(missing)} shards are left to the stage itself")
     return built
-
-
-_EMIT: ContextVar[Callable[..., None]] = ContextVar("emit")
-
-
-def _emit(kind: str, **fields: Any) -> None:
-    """Show progress of the flow of this process; the variable itself could not be sent to others with the flow."""
-    _EMIT.get()(kind, **fields)
 
 
 def shard_in_parallel(config: Config, store_url: str, inputs: dict[str, Artifact], watcher: Watcher) -> None:
     """Inside a flow, make the missing shards as tasks on the runner that the environment names, when there are several.
 
     The shard stage has to run afterwards: it adopts them, makes those whose tasks failed, and says why if it cannot.
-
-    Args:
-        config: The run's configuration.
-        store_url: Where artifacts lie, for other processes as well.
-        inputs: What the shards are made from.
-        watcher: Who shows the progress.
     """
     store = Store(store_url)
     with fanout.work(config, store, inputs, watcher.emit) as work:
         if len(work.missing) < 2:
             return
-        runner, token = task_runner(), _EMIT.set(watcher.emit)
+        runner, token = task_runner(), EMIT.set(watcher.emit)
         watcher.start("shard")
-        try:  # with an absolute path, for other machines
-            build_shards.with_options(task_runner=runner)(work.missing, config, store.uri(), work.inputs)
+        try:
+            with tags(TAG):  # with an absolute path, for other machines
+                build_shards.with_options(task_runner=runner)(work.missing, config, store.uri(), work.inputs)
         except OSError as error:
             raise NanodlmError(
                 f"the workers that make shards cannot be reached: {' '.join(str(error).split())[:200]}; check "
@@ -101,7 +90,7 @@ def shard_in_parallel(config: Config, store_url: str, inputs: dict[str, Artifact
             ) from error
         finally:
             watcher.end()
-            _EMIT.reset(token)
+            EMIT.reset(token)
 
 
 def task_runner(name: str | None = None, workers: int | None = None) -> TaskRunner[Any]:
@@ -109,12 +98,8 @@ def task_runner(name: str | None = None, workers: int | None = None) -> TaskRunn
 
     Args:
         name: One of `RUNNERS`; by default `$NANODLM_RUNNER`, else threads. `dask` uses the cluster at
-            `$NANODLM_DASK_ADDRESS`, else starts one on this machine.
-        workers: How many at a time; by default `$NANODLM_WORKERS`, else as many as there are cores. A cluster that is
-            there already has its own number.
-
-    Raises:
-        UsageError: For another name or number, or when the package that it needs is not installed.
+            `$NANODLM_DASK_ADDRESS`, which has its own number of workers, else starts one on this machine.
+        workers: How many at a time; by default `$NANODLM_WORKERS`, else as many as there are cores.
     """
     name = name or os.environ.get("NANODLM_RUNNER") or RUNNERS[0]
     if name not in RUNNERS:

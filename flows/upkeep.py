@@ -33,7 +33,7 @@ def gc(
 ) -> list[dict[str, Any]]:
     """Remove what nobody needs: abandoned attempts and uploads, and old results when asked to.
 
-    A table of what was removed is kept as the artifact `gc`, also after an error.
+    The artifact `gc` lists `kind`, `uri` and `bytes` of each thing removed, also after an error.
 
     Args:
         store: Where artifacts lie: a folder or an address without credentials. Without it that of the worker's
@@ -42,9 +42,6 @@ def gc(
         keep_last: Results to keep, the newest, with all they were made from; all when empty.
         older_than: Give up results older than this, a number with s, m, h or d, such as 30d; none when empty.
         grace: Leave alone what changed this lately, such as 1h.
-
-    Returns:
-        `kind`, `uri` and `bytes` of each thing removed.
     """
     log, removed = get_run_logger(), []
     older = None if older_than is None else seconds(older_than)

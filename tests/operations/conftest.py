@@ -116,11 +116,9 @@ class Site:
         self.succeeds("flow-run", "cancel", run)
         assert self.ends(run) == "Cancelled"
 
-    def state(self, run: str) -> str:
-        return self.ask(f"/flow_runs/{run}")["state_name"]
-
-    def message(self, run: str) -> str:
-        return self.ask(f"/flow_runs/{run}")["state"]["message"]
+    def state(self, run: str, what: str = "name") -> str:
+        """Return the name of a run's state, or its message."""
+        return self.ask(f"/flow_runs/{run}")["state"][what]
 
     def ends(self, run: str, seconds: float = 120) -> str:
         """Return the name of the state in which a run ends."""
@@ -135,10 +133,6 @@ class Site:
             return {task["name"]: task["state_name"] for task in found}
 
         return wait_until(lambda: not {"Pending", "Running"} & set(states().values()) and states(), 20)
-
-    def artifacts(self, run: str) -> dict[str, dict[str, Any]]:
-        found = self.ask("/artifacts/filter", {"flow_runs": {"id": {"any_": [run]}}})
-        return {artifact["key"]: artifact for artifact in found}
 
     def lines(self, run: str, containing: str = "") -> list[dict[str, Any]]:
         """Return what the server's log has of a run."""

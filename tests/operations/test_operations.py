@@ -66,8 +66,6 @@ def test_the_form_of_a_run_shows_groups_descriptions_bounds_and_choices(deployed
     [
         ({"config": {"train": {"lr": -1}}}, "config.train.lr"),
         ({"config": {"trian": {"lr": 1}}}, "trian"),
-        ({"config": {"data": {"tokenizer": "words"}}}, "config.data.tokenizer"),
-        ({"until": "training"}, "until"),
         ({"store": "s3://key:secret@bucket/store"}, "store"),
     ],
 )
@@ -83,11 +81,9 @@ def test_a_bad_parameter_is_refused_before_a_run_is_scheduled(
 
 
 def test_the_command_line_refuses_a_parameter_that_the_flow_does_not_have(deployed: Site) -> None:
-    before = deployed.ask("/flow_runs/count", OF_DEMO)
     done = deployed.prefect("deployment", "run", "pipeline/demo", "--param", "learning_rate=1")
     assert done.returncode == 1
     assert "learning_rate" in done.stdout + done.stderr
-    assert deployed.ask("/flow_runs/count", OF_DEMO) == before
 
 
 def test_a_run_on_a_server_without_limits_shows_progress_counts_curve_samples_and_report(site: Site) -> None:
@@ -99,9 +95,10 @@ def test_a_run_on_a_server_without_limits_shows_progress_counts_curve_samples_an
     assert name.startswith("custom-")
     assert len(name) == len("custom-12345678")
     tasks = site.ask("/task_runs/filter", {"flow_runs": {"id": {"any_": [run]}}})
-    assert {task["name"]: set(task["tags"]) for task in tasks} == {n: {n, "nanodlm"} for n in (*NAMES, "report")}
+    assert {task["name"]: task["tags"] for task in tasks} == {name: [name] for name in (*NAMES, "report")}
 
-    shown = site.artifacts(run)
+    artifacts = site.ask("/artifacts/filter", {"flow_runs": {"id": {"any_": [run]}}})
+    shown = {artifact["key"]: artifact for artifact in artifacts}
     assert {"train-progress", "evaluate-progress", "data-counts", "loss-curve", "samples", "report"} <= set(shown)
     assert shown["train-progress"]["data"] == 100
     table = json.loads(shown["data-counts"]["data"])
@@ -112,7 +109,7 @@ def test_a_run_on_a_server_without_limits_shows_progress_counts_curve_samples_an
     assert words in shown["samples"]["data"]
     for text in ("validation bound", "bits per byte", "unigram entropy"):
         assert text in shown["report"]["data"]
-    assert '<img src="data:image/svg+xml;base64,' in shown["loss-curve"]["data"] or shown["loss-curve"]["data"]
+    assert shown["loss-curve"]["data"].startswith("data:image/svg+xml;base64,")
 
     again = site.start("pipeline/demo", config=SHORT)
     alone = site.start("sample/default", config=SHORT, rebuild=True)
@@ -122,14 +119,14 @@ def test_a_run_on_a_server_without_limits_shows_progress_counts_curve_samples_an
     assert site.ends(alone) == "Completed"
     assert site.tasks(alone) == CACHED | {"train": "Cached", "sample": "Completed"}
     assert site.ends(missing) == "Failed"
-    assert "train is not built" in site.message(missing)
+    assert "train is not built" in site.state(missing, "message")
 
 
 def test_a_killed_trainer_fails_its_run_and_a_retry_goes_on(site: Site) -> None:
     run = site.start("train/gpu", config=LONG)
     site.trainer(least_step=40).kill()
     assert site.ends(run) == "Failed"
-    assert site.message(run).endswith("the train process ended with signal 9; run again to continue")
+    assert site.state(run, "message").endswith("the train process ended with signal 9; run again to continue")
     assert site.tasks(run) == CACHED | {"train": "Failed"}
     saved = site.steps()
     site.succeeds("flow-run", "retry", run)
@@ -151,21 +148,26 @@ def test_a_killed_flow_is_reported_as_crashed_and_its_trainer_saves_and_ends(sit
     assert site.steps() >= before
 
 
-def test_runs_take_turns_at_a_limit_and_those_that_are_cancelled_give_their_slot_back(site: Site) -> None:
+def test_runs_take_turns_at_a_limit_and_give_their_slot_back_when_they_are_stopped(site: Site) -> None:
     site.succeeds("gcl", "create", "gpu", "--limit", "1")
     holder = site.start("train/gpu", config=LONG)
     trainer = site.trainer(least_step=20)
-    waiters = [site.start("train/gpu", config={**SHORT, "train": {**SHORT["train"], "seed": n}}) for n in (1, 2)]
-    for waiter in waiters:
-        wait_until(lambda run=waiter: site.lines(run, "waiting for a slot of the concurrency limit gpu"), 60, site.log)
-    assert site.taken() == 1
-    site.cancel(waiters[0])
+    impatient, patient = (site.start("train/gpu", config=config) for config in (SHORT, LONG))
+    for run in (impatient, patient):
+        wait_until(lambda run=run: site.lines(run, "waiting for a slot of the concurrency limit gpu"), 60, site.log)
+    site.cancel(impatient)
     assert trainer.is_running()
-    assert site.state(waiters[1]) == "Running"
-    assert "building" not in str(site.lines(waiters[1]))
-    site.cancel(holder)  # which saves
+    assert (site.taken(), site.state(patient)) == (1, "Running")
+    assert not site.lines(patient, "train: building")
+    site.cancel(holder)
     assert gone(trainer)
-    assert site.ends(waiters[1]) == "Completed"
+    wait_until(lambda: site.lines(patient, "train: building"), 60, site.log)
+    assert site.taken() == 1
+    saved = site.steps()
+    flow = site.trainer(least_step=saved + 20).parent()
+    assert flow is not None
+    flow.terminate()
+    assert site.ends(patient) == "Crashed"
     wait_until(lambda: site.taken() == 0, 20)
     site.succeeds("gcl", "delete", "gpu")
 
