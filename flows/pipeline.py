@@ -8,41 +8,38 @@ prefect deployment run pipeline/demo     # on a worker, once `prefect deploy --a
 import os
 import signal
 import time
-from collections.abc import Collection
-from contextlib import nullcontext
-from contextvars import ContextVar
-from typing import Any, Literal
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any, Literal, TypeVar
 
 from prefect import flow, tags, task
 from prefect.cache_policies import NO_CACHE
-from prefect.context import TaskRunContext
+from prefect.concurrency.sync import concurrency
 from prefect.exceptions import TerminationSignal
 from prefect.runtime import flow_run
-from prefect.settings import get_current_settings
+from prefect.settings import PREFECT_API_URL, PREFECT_LOGGING_LEVEL, get_current_settings, temporary_settings
 from prefect.states import Completed
 from prefect.utilities.annotations import quote
 
-from flows.automations import TAG, answering_server, untagged
-from flows.limits import place
-from flows.reporting import Pages, Watcher
-from flows.server import heard
+from flows.environment import TAG
+from flows.reporting import WATCHER, Pages, Watcher
+from flows.server import check_server, ephemeral_server, wait_for_server_at_end
 from flows.shards import shard_in_parallel, task_runner, worth_retrying
 from nanodlm.cluster.follow import run_on_cluster
 from nanodlm.cluster.settings import Launch
 from nanodlm.config import PRESETS, Config, StoreUrl
 from nanodlm.errors import NanodlmError, Stopped, UsageError
-from nanodlm.stages import run as stages_run
 from nanodlm.stages import table
 from nanodlm.stages.lookup import ready
 from nanodlm.stages.process import run_in_process
-from nanodlm.stages.run import default_store
+from nanodlm.stages.run import default_store, record, run_stage
 from nanodlm.stages.table import STAGES, check_rebuild
 from nanodlm.store import Artifact, Store, fingerprint_of
 
 StageName = Literal["download", "tokenizer", "split", "shard", "train", "evaluate", "sample"]
 DataStageName = Literal["download", "tokenizer", "split", "shard"]
-HERE = Launch()
-WATCHER: ContextVar[Watcher | None] = ContextVar("watcher", default=None)
+HERE = Launch()  # in a process of this machine
+LEASE_SECONDS = 900.0  # for which a slot stays taken after kill -9; the server may be away for a quarter of it
 
 
 @task(
@@ -52,143 +49,131 @@ WATCHER: ContextVar[Watcher | None] = ContextVar("watcher", default=None)
     retry_delay_seconds=[5, 30],
     retry_condition_fn=worth_retrying,
 )
-def run_stage(
+def stage_task(
     name: str,
     config: Config,
     store_url: str,
     inputs: dict[str, Artifact],
     *,
-    build: bool = True,
-    rebuild: bool = False,
+    build: bool,
+    rebuild: bool,
     gpu_limit: str | None = None,
-    on: Launch | None = None,
+    train_on: Launch = HERE,
 ) -> Any:
     """Build one stage, in a process of its own if it uses JAX; or find it, and end as `Cached`.
 
-    Args:
-        name: One of `nanodlm.stages.table.STAGES`.
-        config: The run's configuration.
-        store_url: Where artifacts lie.
-        inputs: The artifacts it reads.
-        build: Whether to build it when the store lacks it, or to fail.
-        rebuild: Whether to build it even though the store holds it.
-        gpu_limit: Name of a concurrency limit to hold while a stage that uses JAX is built.
-        on: The cluster that trains; by default a process of this machine does.
-
-    Returns:
-        The artifact, and its record as `nanodlm.stages.run.run_stage` gives it.
+    Where `build` is false and the store lacks the stage, it fails. A stage that uses JAX holds a slot of `gpu_limit`
+    while it is built. What returns is the artifact, and its record as `nanodlm.stages.run.run_stage` gives it.
     """
-    if context := TaskRunContext.get():
-        context.task_run.tags = [name]  # not from its start: see `untagged`
     store, watcher, started = Store(store_url), WATCHER.get() or Pages(), time.monotonic()
     lookup, _ = ready(name, config, store, rebuild=rebuild, inputs=inputs)
     if lookup.artifact and not rebuild:
-        record = stages_run.record(lookup.artifact, "cached", time.monotonic() - started)
-        watcher.done(lookup.artifact, record)
-        return Completed(name="Cached", data=(lookup.artifact, record))
+        found = record(lookup.artifact, "cached", time.monotonic() - started)
+        watcher.done(lookup.artifact, found)
+        return Completed(name="Cached", data=(lookup.artifact, found))
     if not build:
         raise NanodlmError(
             f"{name} is not built for this configuration in {store.uri()}: run the pipeline, or `nanodlm run --until "
             f"{name}`, with the same settings first"
         )
-    watcher.start(name)
-    held = place(gpu_limit, watcher.emit) if gpu_limit and lookup.stage.own_process else nullcontext()
+    own_process = lookup.stage.own_process
+    limits = [gpu_limit] if gpu_limit and own_process else []
+    if limits:
+        watcher.emit("message", text=f"waiting for a slot of the concurrency limit {gpu_limit}")
+    slot = concurrency(limits, lease_duration=LEASE_SECONDS, strict=False, raise_on_lease_renewal_failure=False)
     try:
-        with held, heard(watcher.emit):  # in this order: a server that is away is given back no place
-            if lookup.stage.own_process:
-                if on and on.target != "process" and name == "train":
-                    run_on_cluster(name, config, store_url, on, rebuild=rebuild, emit=watcher.emit)
+        with slot, wait_for_server_at_end(watcher.emit):  # in this order: a slot goes back to a server that answers
+            watcher.start(name)
+            if own_process:
+                if name == "train" and train_on.target != "process":
+                    run_on_cluster(name, config, store_url, train_on, rebuild=rebuild, emit=watcher.emit)
                 else:
                     run_in_process(name, config, store_url, rebuild=rebuild, emit=watcher.emit)
-                assert lookup.fingerprint is not None
-                artifact = store.find(name, lookup.fingerprint)
-                if artifact is None:
-                    raise NanodlmError(f"the {name} process ended without an artifact: run again to continue")
-                record = stages_run.record(artifact, "built", time.monotonic() - started)
+                artifact = store.open(f"{name}/{lookup.fingerprint}")
+                found = record(artifact, "built", time.monotonic() - started)
             else:
-                artifact, record = stages_run.run_stage(
-                    name, config, store, rebuild=rebuild, inputs=inputs, emit=watcher.emit
-                )
+                artifact, found = run_stage(name, config, store, rebuild=rebuild, inputs=inputs, emit=watcher.emit)
     except Stopped as stopped:
         if isinstance(stopped.__cause__, TerminationSignal):  # Prefect tells a cancellation from a crash by it
             raise stopped.__cause__ from None
         raise
     finally:
         watcher.end()
-    watcher.done(artifact, record)
-    return artifact, record
+    watcher.done(artifact, found)
+    return artifact, found
 
 
 def _run_name() -> str:
-    """The preset and the start of a fingerprint of all settings, such as `demo-1f2e3d4c`."""
+    """Return the preset and the start of a fingerprint of all settings, such as `demo-1f2e3d4c`."""
     config = Config.model_validate(flow_run.parameters["config"])
     preset = next((name for name, preset in PRESETS.items() if preset == config), "custom")
     return f"{preset}-{fingerprint_of(config.model_dump(mode='json'))[:8]}"
 
 
 def _run(
-    names: Collection[str],
     config: Config,
     store: str | None,
-    build: Collection[str],
-    rebuild: str | None = None,
+    until: str,
+    rebuild: str | None,
     gpu_limit: str | None = None,
-    on: Launch | None = None,
+    train_on: Launch = HERE,
+    *,
+    alone: bool = False,
 ) -> list[dict[str, Any]]:
-    """Go through stages in order; those not to be built must be there."""
+    """Go through stages in order; with `alone`, all that the last one needs must be there.
+
+    What returns is, for each, `stage`, `status` (built or cached), `uri`, `fingerprint` and `seconds`.
+    """
     found: dict[str, Artifact] = {}
-    records = []
-    url = store or default_store()
+    records, url, needed = [], store or default_store(), {until}
     if url.startswith("memory:"):
         raise UsageError("a store in memory is seen by no other process: give store a folder or a bucket")
-    for name in names:
-        inputs = {needed: found[needed] for needed in STAGES[name].inputs(config)}
-        if name == "shard" and name in build and name != rebuild:
-            _shard_in_parallel(config, url, inputs)
-        run = run_stage.with_options(name=name, task_run_name=name)
-        with untagged():
-            state = run(
-                name,
-                config,
-                url,
-                quote(inputs),  # type: ignore[arg-type]
-                build=name in build,
-                rebuild=name == rebuild,
-                gpu_limit=gpu_limit,
-                on=on,
-                return_state=True,
-            )
-        found[name], record = state.result()
-        records.append(record)
+    for name in reversed(table.until(until)):
+        if name in needed:
+            needed |= set(STAGES[name].inputs(config))
+    for name in table.until(until):
+        if alone and name not in needed:
+            continue
+        inputs = {input_: found[input_] for input_ in STAGES[name].inputs(config)}
+        if name == "shard" and name != rebuild and not alone:
+            shard_in_parallel(config, url, inputs, WATCHER.get() or Pages())
+        state = stage_task.with_options(name=name, task_run_name=name, tags=[name])(
+            name,
+            config,
+            url,
+            quote(inputs),  # type: ignore[arg-type]
+            build=not alone or name == until,
+            rebuild=name == rebuild,
+            gpu_limit=gpu_limit,
+            train_on=train_on,
+            return_state=True,
+        )
+        found[name], told = state.result()
+        records.append(told)
     return records
 
 
-def _shard_in_parallel(config: Config, store_url: str, inputs: dict[str, Artifact]) -> None:
-    """Make missing shards as tasks of their own; the shard stage then adopts them."""
-    lookup, _ = ready("shard", config, Store(store_url), inputs=inputs)
-    if lookup.artifact:
-        return
-    watcher = WATCHER.get() or Pages()
-    watcher.start("shard")
-    try:
-        shard_in_parallel(config, store_url, inputs, watcher.emit)
-    finally:
-        watcher.end()
+F = TypeVar("F", bound=Callable[..., Any])
+PARAMETERS = """
+    Args:
+        config: Every setting of the run.
+        store: Where artifacts lie: a folder, or an address such as s3://bucket/prefix, without credentials, which come
+            from the worker's environment. Without it that of the worker's NANODLM_STORE, else data/store.
+        until: The last stage to run.
+        rebuild: What to build even though the store holds it.
+        gpu_limit: A concurrency limit to hold a slot of while a stage uses the accelerator, where the server has it.
+        train_on: Where to train: in a process of the worker, or as a job of a Slurm or Kubernetes cluster.
+"""
 
 
-def _alone(
-    name: str, config: Config, store: str | None, rebuild: bool, gpu_limit: str | None, on: Launch | None = None
-) -> list[dict[str, Any]]:
-    """One stage, after a look at all it is made from."""
-    needed = {name}
-    for earlier in reversed(table.until(name)):
-        if earlier in needed:
-            needed |= set(STAGES[earlier].inputs(config))
-    names = [earlier for earlier in table.until(name) if earlier in needed]
-    return _run(names, config, store, (name,), name if rebuild else None, gpu_limit, on)
+def described(function: F) -> F:
+    """Add `PARAMETERS` to a flow's docstring, from which Prefect takes what its forms say."""
+    function.__doc__ = f"{function.__doc__}\n{PARAMETERS}"
+    return function
 
 
 @flow(flow_run_name=_run_name, persist_result=False)
+@described
 def pipeline(
     config: Config = PRESETS["demo"],
     store: StoreUrl | None = None,
@@ -197,42 +182,22 @@ def pipeline(
     gpu_limit: str | None = None,
     train_on: Launch = HERE,
 ) -> list[dict[str, Any]]:
-    """Text to samples: build what the store lacks, stage by stage, and the report at the end.
-
-    Args:
-        config: Every setting of the run.
-        store: Where artifacts lie: a folder, or an address such as s3://bucket/prefix, without credentials, which come
-            from the worker's environment. Without it that of the worker's NANODLM_STORE, else data/store.
-        until: The last stage to run.
-        rebuild: A stage to build even though the store holds it.
-        gpu_limit: Name of the concurrency limit to hold while a stage trains, evaluates or samples; it must exist.
-        train_on: Where to train: in a process of the worker, or as a job of a Slurm or Kubernetes cluster.
-
-    Returns:
-        For each stage `stage`, `status` (built or cached), `uri`, `fingerprint` and `seconds`.
-    """
+    """Go from text to samples: build what the store lacks, stage by stage, and the report at the end."""
     check_rebuild(rebuild, until)
-    return _run(table.until(until), config, store, STAGES, rebuild, gpu_limit, train_on)
+    return _run(config, store, until, rebuild, gpu_limit, train_on)
 
 
 @flow(flow_run_name=_run_name, persist_result=False)
+@described
 def prepare(
     config: Config = PRESETS["demo"], store: StoreUrl | None = None, rebuild: DataStageName | None = None
 ) -> list[dict[str, Any]]:
-    """The stages up to the shards, which need no accelerator.
-
-    Args:
-        config: Every setting of the run.
-        store: As in `pipeline`.
-        rebuild: A stage to build even though the store holds it.
-
-    Returns:
-        As `pipeline` does.
-    """
-    return _run(table.until("shard"), config, store, STAGES, rebuild)
+    """Prepare the data, up to the shards. It needs no accelerator."""
+    return _run(config, store, "shard", rebuild)
 
 
 @flow(flow_run_name=_run_name, persist_result=False)
+@described
 def train(
     config: Config = PRESETS["demo"],
     store: StoreUrl | None = None,
@@ -240,61 +205,26 @@ def train(
     gpu_limit: str | None = None,
     train_on: Launch = HERE,
 ) -> list[dict[str, Any]]:
-    """The train stage alone: it goes on from its last checkpoint. The shards must be there.
-
-    Args:
-        config: Every setting of the run.
-        store: As in `pipeline`.
-        rebuild: Train even though the store holds the result.
-        gpu_limit: As in `pipeline`.
-        train_on: As in `pipeline`.
-
-    Returns:
-        As `pipeline` does.
-    """
-    return _alone("train", config, store, rebuild, gpu_limit, train_on)
+    """Train, and nothing else: from the last checkpoint on, if there is one. The shards must be in the store."""
+    return _run(config, store, "train", "train" if rebuild else None, gpu_limit, train_on, alone=True)
 
 
 @flow(flow_run_name=_run_name, persist_result=False)
+@described
 def evaluate(
-    config: Config = PRESETS["demo"],
-    store: StoreUrl | None = None,
-    rebuild: bool = False,
-    gpu_limit: str | None = None,
+    config: Config = PRESETS["demo"], store: StoreUrl | None = None, rebuild: bool = False, gpu_limit: str | None = None
 ) -> list[dict[str, Any]]:
-    """The evaluate stage alone. The trained model must be there.
-
-    Args:
-        config: Every setting of the run.
-        store: As in `pipeline`.
-        rebuild: Evaluate even though the store holds the result.
-        gpu_limit: As in `pipeline`.
-
-    Returns:
-        As `pipeline` does.
-    """
-    return _alone("evaluate", config, store, rebuild, gpu_limit)
+    """Evaluate, and nothing else. The trained model must be in the store."""
+    return _run(config, store, "evaluate", "evaluate" if rebuild else None, gpu_limit, alone=True)
 
 
 @flow(flow_run_name=_run_name, persist_result=False)
+@described
 def sample(
-    config: Config = PRESETS["demo"],
-    store: StoreUrl | None = None,
-    rebuild: bool = False,
-    gpu_limit: str | None = None,
+    config: Config = PRESETS["demo"], store: StoreUrl | None = None, rebuild: bool = False, gpu_limit: str | None = None
 ) -> list[dict[str, Any]]:
-    """The sample stage alone. The trained model must be there.
-
-    Args:
-        config: Every setting of the run.
-        store: As in `pipeline`.
-        rebuild: Sample even though the store holds the result.
-        gpu_limit: As in `pipeline`.
-
-    Returns:
-        As `pipeline` does.
-    """
-    return _alone("sample", config, store, rebuild, gpu_limit)
+    """Draw samples, and nothing else. The trained model must be in the store."""
+    return _run(config, store, "sample", "sample" if rebuild else None, gpu_limit, alone=True)
 
 
 def run_pipeline(
@@ -303,40 +233,30 @@ def run_pipeline(
     until: str,
     rebuild: str | None,
     watcher: Watcher,
-    verbose: bool,
+    verbose: bool = False,
     runner: str | None = None,
     workers: int | None = None,
 ) -> list[dict[str, Any]]:
-    """Run the flow in this process, on the server that the settings name or else on one started for it.
+    """Run the flow `pipeline` in this process, on the server that the settings name, else on one started for it.
 
-    Raises:
-        Stopped: On SIGTERM, after a training has saved.
+    SIGTERM raises `Stopped`, after a training has saved.
     """
-    from prefect.settings import PREFECT_API_URL, PREFECT_LOGGING_LEVEL, temporary_settings
-
-    from flows.server import ephemeral_server
-
     task_runner(runner, workers)  # refuses what cannot be before a server is started
     os.environ.update({name: str(v) for name, v in (("NANODLM_RUNNER", runner), ("NANODLM_WORKERS", workers)) if v})
 
     def stop(*_: Any) -> None:
         raise Stopped("stopped by a signal; finished stages, parts and checkpoints are kept: run again to continue")
 
-    def run() -> list[dict[str, Any]]:
-        token, handler = WATCHER.set(watcher), signal.signal(signal.SIGTERM, stop)
-        try:
-            with temporary_settings({PREFECT_LOGGING_LEVEL: "INFO" if verbose else "CRITICAL"}), tags(TAG):
-                return pipeline(config, store, until, rebuild)  # type: ignore[arg-type]
-        finally:
-            WATCHER.reset(token)
-            signal.signal(signal.SIGTERM, handler)
-
-    if get_current_settings().api.url:
-        with answering_server():
-            pass
-        return run()
-    with ephemeral_server() as url, temporary_settings({PREFECT_API_URL: url}):
-        return run()
+    with ExitStack() as stack:
+        if get_current_settings().api.url:
+            check_server()
+        else:
+            stack.enter_context(temporary_settings({PREFECT_API_URL: stack.enter_context(ephemeral_server())}))
+        stack.enter_context(temporary_settings({PREFECT_LOGGING_LEVEL: "INFO" if verbose else "CRITICAL"}))
+        stack.enter_context(tags(TAG))
+        stack.callback(WATCHER.reset, WATCHER.set(watcher))
+        stack.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, stop))
+        return pipeline(config, store, until, rebuild)  # type: ignore[arg-type]
 
 
 if __name__ == "__main__":

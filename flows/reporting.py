@@ -7,9 +7,9 @@ import base64
 import json
 import time
 from collections.abc import Callable
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, Protocol
-from uuid import UUID
 
 from prefect.artifacts import (
     create_image_artifact,
@@ -27,7 +27,6 @@ from nanodlm.stages.progress import Pace, summary
 from nanodlm.stages.table import NAMES
 from nanodlm.store import Artifact
 
-LOOK = 'width="720" style="background: white; font-family: sans-serif"'  # legible on light and dark pages
 SECONDS = 30.0  # between two lines of a stage's progress in Prefect's log, and on its page
 
 
@@ -48,7 +47,7 @@ class Pages:
         self._stage, self._progress = "", None
 
     def start(self, stage: str) -> None:
-        """A stage is about to be built."""
+        """Say that a stage is about to be built."""
         self._stage = stage
         self._logger.info("%s: building", stage)
 
@@ -61,17 +60,7 @@ class Pages:
             if time.monotonic() - self._last >= SECONDS:
                 self._last = time.monotonic()
                 self._logger.info(text)
-                self._show(100.0 * fields["done"] / fields["total"] if fields.get("total") else 0.0, text)
-
-    def _show(self, percent: float, text: str) -> None:
-        def show() -> None:
-            if self._progress is None:
-                made = create_progress_artifact(percent, key=f"{self._stage}-progress", description=text)
-                self._progress = made if isinstance(made, UUID) else None
-            else:
-                update_progress_artifact(self._progress, percent, description=text)
-
-        self._write(show)
+                self._show_progress(100.0 * fields["done"] / fields["total"] if fields.get("total") else 0.0, text)
 
     def end(self) -> None:
         """Leave the log as it is: there is no bar to take away."""
@@ -80,27 +69,30 @@ class Pages:
         """Show what a finished stage holds."""
         self._logger.info("%(stage)s: %(status)s in %(seconds)s s, %(uri)s", record)
         if self._progress is not None:
-            self._show(100.0, f"{summary(artifact)} in {record['seconds']:,.0f} s")
-        match artifact.stage:
-            case "shard":
-                self._write(lambda: show_counts(artifact))
-            case "train":
-                self._write(lambda: show_loss(artifact))
-            case "sample":
-                self._write(lambda: show_samples(artifact))
-            case "report":
-                self._write(lambda: show_report(artifact))
+            self._show_progress(100.0, f"{summary(artifact)} in {record['seconds']:,.0f} s")
+        if show := SHOWN.get(artifact.stage):
+            self._write(show, artifact)
 
-    def _write(self, call: Callable[[], Any]) -> None:
+    def _show_progress(self, percent: float, text: str) -> None:
+        if self._progress is None:
+            key = f"{self._stage}-progress"
+            self._progress = self._write(create_progress_artifact, percent, key=key, description=text)
+        else:
+            self._write(update_progress_artifact, self._progress, percent, description=text)
+
+    def _write(self, call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         try:
             with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}):
-                call()
+                return call(*arguments, **options)
         except Exception as error:  # whatever the server, the network or the client make of it
-            self._logger.warning("not shown on a page: %s", type(error).__name__)
+            self._logger.warning("not shown on Prefect's pages: %s", type(error).__name__)
+
+
+WATCHER: ContextVar[Watcher | None] = ContextVar("watcher", default=None)  # of this run; by default its pages
 
 
 def show_counts(shard: Artifact) -> None:
-    """A table of what the data stages counted, under the key `data-counts`."""
+    """Show a table of what the data stages counted, under the key `data-counts`."""
     made_from = shard.manifest["inputs"]
     inputs = {name: shard.store.find(name, made_from[name]["fingerprint"]) for name in NAMES if name in made_from}
     rows = [
@@ -109,36 +101,36 @@ def show_counts(shard: Artifact) -> None:
         if artifact
     ]
     counts = shard.metrics
-    split = [
-        {"stage": "train", "holds": f"{counts['train_tokens']:,} tokens in {counts['train_rows']:,} rows"},
-        {"stage": "validation", "holds": f"{counts['val_tokens']:,} tokens in {counts['val_rows']:,} rows"},
-    ]
-    create_table_artifact([*rows, *split], key="data-counts", description="What the model is trained and tested on")
+    for name, side in (("train", "train"), ("validation", "val")):
+        holds = f"{counts[f'{side}_tokens']:,} tokens in {counts[f'{side}_rows']:,} rows"
+        rows.append({"stage": name, "holds": holds})
+    create_table_artifact(rows, key="data-counts", description="What the model is trained and tested on")
 
 
 def show_loss(train: Artifact) -> None:
-    """The training bound over the updates, a picture under the key `loss-curve`."""
+    """Show the training bound over the updates, a picture under the key `loss-curve`."""
     logs = json.loads(train.file("logs.json").read_text())
     points = [(record["step"], record["nats_per_token"]) for record in logs if record["nats_per_token"] is not None]
     if points:
-        picture = loss_curve(points).replace(
-            "<svg ", '<svg xmlns="http://www.w3.org/2000/svg" width="720" height="290" '
-        )
-        encoded = base64.b64encode(picture.encode()).decode()
-        url = f"data:image/svg+xml;base64,{encoded}"
-        create_image_artifact(image_url=url, key="loss-curve", description=f"Training bound: {summary(train)}")
+        size = '<svg xmlns="http://www.w3.org/2000/svg" width="720" height="290" '
+        picture = base64.b64encode(loss_curve(points).replace("<svg ", size).encode()).decode()
+        url, said = f"data:image/svg+xml;base64,{picture}", f"Training bound: {summary(train)}"
+        create_image_artifact(image_url=url, key="loss-curve", description=said)
 
 
 def show_samples(sample: Artifact) -> None:
-    """The texts that the model wrote, under the key `samples`."""
+    """Show the texts that the model wrote, under the key `samples`."""
     texts = [json.loads(line)["text"] for line in sample.file("samples.jsonl").read_text().splitlines()]
     quoted = ["\n".join(f"    {line}" for line in text.splitlines()) for text in texts]  # as code: no markup of theirs
     create_markdown_artifact("\n\n---\n\n".join(quoted), key="samples", description=f"{len(texts)} samples")
 
 
 def show_report(report: Artifact) -> None:
-    """The report's numbers under the key `report`, and a link to its page under `report-page`."""
+    """Show the report's numbers under the key `report`, and a link to its page under `report-page`."""
     create_markdown_artifact(report.file("report.md").read_text(), key="report", description=report.uri)
     page = report.remote("report.html")
     link = Path(page).as_uri() if report.store.is_local else report.store.fs.unstrip_protocol(page)
     create_link_artifact(link, link_text="report.html", key="report-page", description=report.uri)
+
+
+SHOWN = {"shard": show_counts, "train": show_loss, "sample": show_samples, "report": show_report}

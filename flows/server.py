@@ -1,8 +1,6 @@
-"""A Prefect server for one `nanodlm run`: loopback only, gone when its parent is, even after SIGKILL.
+"""A Prefect server for one `nanodlm run`, gone when its parent is, even after SIGKILL; waiting for one that is away.
 
-And waiting for a server that is away.
-
-python -m flows.server PORT
+python -m flows.server PORT              # on loopback only
 """
 
 import contextlib
@@ -12,7 +10,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
@@ -31,26 +28,19 @@ OWN: ContextVar["subprocess.Popen[bytes] | None"] = ContextVar("own", default=No
 
 @contextlib.contextmanager
 def ephemeral_server() -> Iterator[str]:
-    """Start a server in a child process and yield its API's URL.
-
-    Raises:
-        NanodlmError: When it does not answer within two minutes, or ends while it is used.
-    """
+    """Start a server in a child process, and yield its API's URL; it is an error when it ends before its time."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     url = f"http://127.0.0.1:{port}/api"
     for name in ("NO_PROXY", "no_proxy"):  # a proxy of the environment is not asked for this machine's own server
         os.environ[name] = ",".join(filter(None, (os.environ.get(name), "127.0.0.1")))
-    environ = {name: value for name, value in os.environ.items() if name != "PREFECT_SERVER_API_AUTH_STRING"}
+    environ = {**os.environ, PARENT: str(os.getpid()), "PREFECT_API_URL": "", "PREFECT_UI_ENABLED": "false"}
+    environ.pop("PREFECT_SERVER_API_AUTH_STRING", None)
+    command = [sys.executable, "-P", "-m", "flows.server", str(port)]
     with tempfile.TemporaryFile() as log:
         child = subprocess.Popen(
-            [sys.executable, "-P", "-m", "flows.server", str(port)],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            env={**environ, PARENT: str(os.getpid()), "PREFECT_API_URL": "", "PREFECT_UI_ENABLED": "false"},
-            start_new_session=True,
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environ, start_new_session=True
         )
         token = OWN.set(child)
         try:
@@ -72,46 +62,59 @@ def ephemeral_server() -> Iterator[str]:
         finally:
             OWN.reset(token)
             child.terminate()
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 child.wait(10)
-            except subprocess.TimeoutExpired:
-                child.kill()
-                child.wait()
+            child.kill()
+            child.wait()
 
 
 def _healthy(url: str) -> bool:
+    """Return whether a server answers at an API's URL."""
     try:
         with urllib.request.urlopen(f"{url}/health", timeout=5) as answer:
             return answer.status == 200
-    except (urllib.error.URLError, OSError):
+    except OSError:
         return False
 
 
+def check_server() -> None:
+    """Raise an error of one line when the server that the settings name does not answer, or refuses."""
+    url = get_current_settings().api.url
+    try:
+        with get_client(sync_client=True) as client:
+            client.read_flows(limit=1)
+    except (httpx.HTTPError, RuntimeError, ValueError) as error:
+        if isinstance(error, httpx.HTTPStatusError) and error.response.status_code == 401:
+            raise NanodlmError(f"the Prefect server at {url} refuses access: set PREFECT_API_AUTH_STRING") from error
+        raise NanodlmError(
+            f"no Prefect server answers at {url}: start it (`prefect server start --host 127.0.0.1`), or correct "
+            "PREFECT_API_URL, which ends in /api"
+        ) from error
+
+
 @contextlib.contextmanager
-def heard(emit: Callable[..., None]) -> Iterator[None]:
-    """Leave only when the Prefect server of the settings answers, or when it was waited for long enough.
+def wait_for_server_at_end(emit: Callable[..., None]) -> Iterator[None]:
+    """When the block has ended or failed, wait until the server of the settings answers, a quarter of an hour at most.
 
-    A task's last state is an event, which Prefect sends for some seconds only: lost, the task would look as if it ran
-    for ever. Whoever is stopped by a signal does not wait, nor for a server of one's own that has ended.
-
-    Args:
-        emit: Called as `emit("message", text=...)` when there is something to wait for.
+    A task's last state is an event, which Prefect tries to send for some seconds only: lost, the task would look as if
+    it ran for ever. Whoever is stopped by a signal does not wait, nor for a server of their own that has ended.
     """
     try:
         yield
     except Stopped:
         raise
     except Exception:
-        _wait(emit)
+        _wait_for_server(emit)
         raise
-    _wait(emit)
+    _wait_for_server(emit)
 
 
-def _wait(emit: Callable[..., None]) -> None:
+def _wait_for_server(emit: Callable[..., None]) -> None:
     url, own = get_current_settings().api.url, OWN.get()
     if not url or _healthy(url):
         return
-    deadline, said = time.monotonic() + AWAY_SECONDS, False
+    emit("message", text="the Prefect server is away: waiting to tell it how the stage ended")
+    deadline = time.monotonic() + AWAY_SECONDS
     with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}), get_client(sync_client=True) as client:
         while time.monotonic() < deadline and (own is None or own.poll() is None):
             try:  # not `api_healthcheck`, which would swallow the error that a signal raises
@@ -120,22 +123,15 @@ def _wait(emit: Callable[..., None]) -> None:
             except httpx.HTTPStatusError as error:
                 if not error.response.is_server_error:
                     return
-            except httpx.HTTPError:  # it is away
+            except httpx.HTTPError:
                 pass
-            if not said:
-                emit("message", text="the Prefect server is away: waiting to tell it how the stage ended")
-                said = True
             time.sleep(1)
 
 
-def main(port: int) -> None:
-    """Serve the Prefect API on the loopback interface until told to stop."""
+if __name__ == "__main__":
     end_with_parent()
     import uvicorn
     from prefect.server.api.server import create_app
 
-    uvicorn.run(create_app(ephemeral=True, final=True), host="127.0.0.1", port=port, log_level="error", lifespan="on")
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    app, port = create_app(ephemeral=True, final=True), int(sys.argv[1])
+    uvicorn.run(app, host="127.0.0.1", port=port, log_level="error", lifespan="on")

@@ -1,36 +1,36 @@
-"""The shards as tasks of their own, in threads, processes, or on the workers of a Dask or Ray cluster.
+"""The shards as tasks of their own, in threads, processes, or on the workers of a Dask cluster.
 
 nanodlm run --runner processes --workers 4
 """
 
 import multiprocessing
 import os
-import re
 import threading
 from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
 
-from prefect import flow, task, unmapped
+from prefect import flow, tags, task, unmapped
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
-from prefect.context import FlowRunContext
 from prefect.futures import as_completed
 from prefect.logging import get_run_logger
 from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner, ThreadPoolTaskRunner
 from prefect.tasks import exponential_backoff
 
-from flows.automations import as_part, untagged
+from flows.environment import TAG
+from flows.reporting import Watcher
 from nanodlm.config import Config
 from nanodlm.errors import NanodlmError, Unreachable, UsageError
 from nanodlm.stages import fanout
 from nanodlm.store import Artifact, Store
 
-RUNNERS = ("threads", "processes", "dask", "ray")
+RUNNERS = ("threads", "processes", "dask")
+EMIT: ContextVar[Callable[..., None]] = ContextVar("emit")  # shows progress of the flow of this process
 
 
 def worth_retrying(_task: Any, _run: Any, state: State) -> bool:
-    """Only what may pass by itself, such as a network that was away; never what the user has to mend."""
+    """Retry only what may pass by itself, such as a network that was away; never what the user has to mend."""
     error = state.result(raise_on_failure=False)
     return isinstance(error, OSError | Unreachable)
 
@@ -45,18 +45,17 @@ def worth_retrying(_task: Any, _run: Any, state: State) -> bool:
     retry_condition_fn=worth_retrying,
 )
 def build_shard(index: int, config: Config, store_url: str, inputs: dict[str, str]) -> bool:
-    """Make one shard as a finished part of an attempt of its own; whether it had to be made."""
+    """Make one shard as a finished part of an attempt of its own, and return whether it had to be made."""
     return fanout.build_shard(config, Store(store_url), index, inputs)
 
 
 @flow(name="shards", flow_run_name="{store_url}", persist_result=False)
 def build_shards(missing: list[int], config: Config, store_url: str, inputs: dict[str, str]) -> int:
-    """Make shards as tasks, as many at a time as the task runner does; how many were made.
+    """Make shards as tasks, as many at a time as the task runner takes, and return how many were made.
 
     It is a flow of its own, in this module, because a task in another process gets the flow it belongs to with it.
     """
-    with untagged():
-        futures = build_shard.map(missing, unmapped(config), store_url, unmapped(inputs))
+    futures = build_shard.map(missing, unmapped(config), store_url, unmapped(inputs))
     built = failed = 0
     for future in as_completed(futures):
         try:
@@ -64,87 +63,55 @@ def build_shards(missing: list[int], config: Config, store_url: str, inputs: dic
         except Exception as error:  # also what a process that was killed leaves behind
             failed += 1
             get_run_logger().warning("a shard is left to the shard stage: %s", error)
-        _emit("progress", done=built, total=len(missing), unit="shards")
+        EMIT.get()("progress", done=built, total=len(missing), unit="shards")
     if failed:
-        _emit("message", text=f"{failed} of {len(missing)} shards are left to the stage itself")
+        EMIT.get()("message", text=f"{failed} of {len(missing)} shards are left to the stage itself")
     return built
 
 
-_EMIT: ContextVar[Callable[..., None]] = ContextVar("emit")
-
-
-def _emit(kind: str, **fields: Any) -> None:
-    """Progress of the flow of this process; a context variable could not be sent to others with the flow."""
-    _EMIT.get()(kind, **fields)
-
-
-def shard_in_parallel(
-    config: Config,
-    store_url: str,
-    inputs: dict[str, Artifact] | None = None,
-    emit: Callable[..., None] = lambda *_, **__: None,
-) -> int:
+def shard_in_parallel(config: Config, store_url: str, inputs: dict[str, Artifact], watcher: Watcher) -> None:
     """Inside a flow, make the missing shards as tasks on the runner that the environment names, when there are several.
 
     The shard stage has to run afterwards: it adopts them, makes those whose tasks failed, and says why if it cannot.
-
-    Args:
-        config: The run's configuration, whose earlier stages are built.
-        store_url: Where artifacts lie.
-        inputs: What the shards are made from, where it is known; else it is looked up, from the source on.
-        emit: Called as `emit(kind, **fields)` with progress.
-
-    Returns:
-        How many shards were made.
     """
     store = Store(store_url)
-    if FlowRunContext.get() is None or store_url.startswith("memory://"):  # which no other thread or process could see
-        return 0
-    with fanout.work(config, store, inputs, emit) as work:
+    with fanout.work(config, store, inputs, watcher.emit) as work:
         if len(work.missing) < 2:
-            return 0
-        flow_ = build_shards.with_options(task_runner=task_runner())
-        token = _EMIT.set(emit)
+            return
+        runner, token = task_runner(), EMIT.set(watcher.emit)
+        watcher.start("shard")
         try:
-            with as_part():
-                return flow_(work.missing, config, store.uri(), work.inputs)  # an absolute path, for other machines
+            with tags(TAG):  # with an absolute path, for other machines
+                build_shards.with_options(task_runner=runner)(work.missing, config, store.uri(), work.inputs)
         except OSError as error:
             raise NanodlmError(
                 f"the workers that make shards cannot be reached: {' '.join(str(error).split())[:200]}; check "
-                "NANODLM_DASK_ADDRESS or NANODLM_RAY_ADDRESS, or use --runner threads"
+                "NANODLM_DASK_ADDRESS, or use --runner threads"
             ) from error
         finally:
-            _EMIT.reset(token)
+            watcher.end()
+            EMIT.reset(token)
 
 
 def task_runner(name: str | None = None, workers: int | None = None) -> TaskRunner[Any]:
-    """What runs the tasks that make shards, and how many of them at a time.
+    """Return what runs the tasks that make shards, and how many of them at a time.
 
     Args:
-        name: One of `RUNNERS`; by default `$NANODLM_RUNNER`, else threads. `dask` and `ray` use the cluster at
-            `$NANODLM_DASK_ADDRESS` or `$NANODLM_RAY_ADDRESS`, else start one on this machine.
-        workers: How many at a time; by default `$NANODLM_WORKERS`, else as many as there are cores. A cluster that is
-            there already has its own number.
-
-    Raises:
-        UsageError: For another name or number, or when the package that it needs is not installed.
+        name: One of `RUNNERS`; by default `$NANODLM_RUNNER`, else threads. `dask` uses the cluster at
+            `$NANODLM_DASK_ADDRESS`, which has its own number of workers, else starts one on this machine.
+        workers: How many at a time; by default `$NANODLM_WORKERS`, else as many as there are cores.
     """
     name = name or os.environ.get("NANODLM_RUNNER") or RUNNERS[0]
     if name not in RUNNERS:
         raise UsageError(f"unknown runner {name!r}: choose one of {', '.join(RUNNERS)} (--runner or NANODLM_RUNNER)")
-    count = _workers(workers)
+    count = str(workers) if workers is not None else os.environ.get("NANODLM_WORKERS") or str(os.cpu_count() or 1)
+    if not count.isdecimal() or int(count) < 1:
+        raise UsageError(f"--workers (or NANODLM_WORKERS) counts tasks at a time, from 1, not {count}")
     if name == "threads":
-        return ThreadPoolTaskRunner(max_workers=count)
+        return ThreadPoolTaskRunner(max_workers=int(count))
     if name == "processes":
-        return ProcessPoolTaskRunner(max_workers=count, initializer=_end_with_parent)
-    return _dask(count) if name == "dask" else _ray(count)
-
-
-def _workers(workers: int | None) -> int:
-    text = str(workers) if workers is not None else os.environ.get("NANODLM_WORKERS") or str(os.cpu_count() or 1)
-    if not text.isdecimal() or int(text) < 1:
-        raise UsageError(f"--workers (or NANODLM_WORKERS) counts tasks at a time, from 1, not {text}")
-    return int(text)
+        return ProcessPoolTaskRunner(max_workers=int(count), initializer=_end_with_parent)
+    return _dask(int(count))
 
 
 def _dask(workers: int) -> TaskRunner[Any]:
@@ -154,23 +121,10 @@ def _dask(workers: int) -> TaskRunner[Any]:
     except ImportError as error:
         raise UsageError("the runner dask is not installed: pip install '.[dask]'") from error
     if address := os.environ.get("NANODLM_DASK_ADDRESS"):
-        if not re.fullmatch(r"(\w+://)?[^/]+:[0-9]+/?", address):
-            raise UsageError(f"NANODLM_DASK_ADDRESS is no address: give HOST:PORT or tls://HOST:PORT, not {address!r}")
         return DaskTaskRunner(address=address)
     # Loopback only, and no page that others could see.
     local = {"n_workers": workers, "threads_per_worker": 1, "host": "127.0.0.1", "dashboard_address": None}
     return DaskTaskRunner(cluster_kwargs=local)
-
-
-def _ray(workers: int) -> TaskRunner[Any]:
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    try:
-        from prefect_ray import RayTaskRunner  # type: ignore[import-not-found]
-    except ImportError as error:
-        raise UsageError("the runner ray is not installed: pip install '.[ray]'") from error
-    if address := os.environ.get("NANODLM_RAY_ADDRESS"):
-        return RayTaskRunner(address=address)
-    return RayTaskRunner(init_kwargs={"num_cpus": workers, "include_dashboard": False})
 
 
 def _end_with_parent() -> None:

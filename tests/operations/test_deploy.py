@@ -1,15 +1,12 @@
 """The files for containers: read as Docker, Prefect's workers, its server and Kubernetes would read them."""
 
-import ast
 import json
-import os
 import re
 import shlex
 import subprocess
 import sys
 import tomllib
 import urllib.request
-from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -22,7 +19,6 @@ from docker.types import HostConfig
 from prefect.utilities.templating import apply_values, find_placeholders
 
 import flows
-from flows.server import ephemeral_server
 from nanodlm.errors import SECRETS
 from tests.support.commands import environment
 
@@ -67,15 +63,11 @@ def test_the_variables_of_a_pool_are_a_schema_and_every_placeholder_is_one_of_th
 
 
 @pytest.mark.parametrize("pool", POOLS)
-def test_a_pool_offers_what_its_worker_knows_but_no_privileges(pool: str) -> None:
+def test_a_pool_offers_what_its_worker_knows_but_no_privileges_and_deployments_set_nothing_else(pool: str) -> None:
     known, ours = prefects_own(pool), template(pool)
     assert set(known["job_configuration"]) - set(ours["job_configuration"]) <= {"privileged"}
     assert set(known["variables"]["properties"]) - set(ours["variables"]["properties"]) <= {"privileged"}
-
-
-@pytest.mark.parametrize("pool", POOLS)
-def test_the_variables_that_deployments_set_are_those_of_their_pool(pool: str) -> None:
-    schema = {**template(pool)["variables"], "additionalProperties": False}
+    schema = {**ours["variables"], "additionalProperties": False}
     for deployment in deployments(pool):
         assert deployment["work_pool"]["name"] == pool
         jsonschema.validate(deployment["work_pool"].get("job_variables", {}), schema)
@@ -125,56 +117,27 @@ def test_deployments_start_flows_that_are_there_from_where_the_image_holds_them(
         assert deployment["parameters"] == {"store": "/store"}
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """Environment that names a Prefect server of the tests' own."""
-    home = str(tmp_path_factory.mktemp("prefect"))
-    before = dict(os.environ)
-    os.environ.update(PREFECT_HOME=home, PREFECT_SERVER_ANALYTICS_ENABLED="false")
-    try:
-        with ephemeral_server() as url:
-            yield {"PREFECT_API_URL": url, "PREFECT_HOME": home}
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
-
-
-def present() -> set[str]:
-    """Flows in flows/pipeline.py."""
-    tree = ast.parse((ROOT / "flows" / "pipeline.py").read_text())
-    return {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("pool", POOLS)
-def test_a_server_takes_the_pool_and_its_deployments(server: dict[str, str], pool: str) -> None:
-    flow = {"nightly": "pipeline", "gpu": "train"}
-    wanted = [d["name"] for d in deployments(pool) if d["entrypoint"].rpartition(":")[2] in present()]
+def test_a_server_takes_the_pool_and_its_deployments(prefect_server: dict[str, str], pool: str) -> None:
     create = ["work-pool", "create", pool, "--type", pool, "--base-job-template", f"deploy/{pool}-pool.json"]
-    names = [word for name in wanted for word in ("-n", f"{flow[name.split('-')[0]]}/{name}")]
-    for command in (create, ["--no-prompt", "deploy", *names, "--prefect-file", f"deploy/{pool}.yaml"]):
-        done = subprocess.run(
-            [sys.executable, "-m", "prefect", *command],
-            cwd=ROOT,
-            env=environment(**server),
-            capture_output=True,
-            text=True,
-            timeout=200,
-        )
+    for command in (create, ["--no-prompt", "deploy", "--all", "--prefect-file", f"deploy/{pool}.yaml"]):
+        prefect = [sys.executable, "-m", "prefect", *command]
+        env = environment(**prefect_server)
+        done = subprocess.run(prefect, cwd=ROOT, env=env, capture_output=True, text=True, timeout=200)
         assert done.returncode == 0, done.stdout + done.stderr
-    for name in wanted:
-        found = asked(server, f"deployments/name/{flow[name.split('-')[0]]}/{name}")
+
+    def asked(path: str) -> dict[str, Any]:
+        with urllib.request.urlopen(f"{prefect_server['PREFECT_API_URL']}/{path}", timeout=30) as answer:
+            return json.load(answer)
+
+    for name in (f"pipeline/nightly-{pool}", f"train/gpu-{pool}"):
+        found = asked(f"deployments/name/{name}")
         assert found["work_pool_name"] == pool
         assert found["pull_steps"][0]["prefect.deployments.steps.set_working_directory"]["directory"] == "/app"
-        if name.startswith("nightly"):
-            assert found["schedules"][0]["schedule"]["cron"] == "0 3 * * *"
-    made = asked(server, f"work_pools/{pool}")
+        assert [s["schedule"]["cron"] for s in found["schedules"]] == ["0 3 * * *"] * name.startswith("pipeline")
+    made = asked(f"work_pools/{pool}")
     assert (made["type"], made["base_job_template"]) == (pool, template(pool))
-
-
-def asked(server: dict[str, str], path: str) -> dict[str, Any]:
-    with urllib.request.urlopen(f"{server['PREFECT_API_URL']}/{path}", timeout=30) as answer:
-        return json.load(answer)
 
 
 # The image

@@ -1,15 +1,12 @@
 """A Prefect server that is closed to others: authentication, forged requests, PostgreSQL, old runs."""
 
 import base64
-import json
 import shutil
 import socket
 import sqlite3
 import tempfile
-import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -18,30 +15,18 @@ from prefect.client.orchestration import get_client
 from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 from prefect.states import Completed
 
-from tests.operations.test_automations import CALLS, ENDS, flows_run, receiver, until
+from flows.upkeep import gc
+from tests.operations.conftest import AUTH, MONTH, SERVER, Site, wait_until
+from tests.operations.test_automations import ENDS, calls_told, notify, receiver
 from tests.store.test_secrets import below, written_forms
 from tests.support import servers
 from tests.support.commands import nanodlm, result_of, speeches, tiny_flags
 
 pytestmark = pytest.mark.slow  # whole servers, with all their services
 
-AUTH = "operator:planted-password-of-the-server"
-GUARDED = {"PREFECT_SERVER_API_AUTH_STRING": AUTH, "PREFECT_SERVER_CSRF_PROTECTION_ENABLED": "true"}
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("prefect")
-
-
-@pytest.fixture(scope="module")
-def server(home: Path) -> Iterator[dict[str, str]]:
-    with servers.prefect(home, **GUARDED) as client:
-        yield client
-
 
 def answer(url: str, method: str = "GET", auth: str = "", **headers: str) -> int:
-    """The status of a plain request."""
+    """Return the status of a plain request."""
     if auth:
         headers["Authorization"] = "Basic " + base64.b64encode(auth.encode()).decode()
     body = b"{}" if method == "POST" else None
@@ -54,46 +39,36 @@ def answer(url: str, method: str = "GET", auth: str = "", **headers: str) -> int
             return error.code
 
 
-def test_a_server_with_authentication_answers_nobody_else(server: dict[str, str]) -> None:
-    url = server["PREFECT_API_URL"]
+def test_a_server_with_authentication_answers_nobody_else_at_no_other_address(whole: Site) -> None:
+    url = whole.environ["PREFECT_API_URL"]
     assert answer(f"{url}/health") == answer(f"{url}/ready") == 200  # which say nothing but that it is there
-    assert answer(url.removesuffix("/api")) == 200  # the pages, which are empty without the API
     for path in ("/admin/settings", "/admin/version", "/automations/count", "/block_types/slug/webhook"):
         assert answer(url + path) == 401
         assert answer(url + path, auth="operator:wrong") == 401
     assert answer(f"{url}/admin/version", auth=AUTH) == 200
-    assert answer(f"{url}/flow_runs/count", "POST") in (401, 403)
-
-
-def test_a_request_that_another_site_could_forge_is_refused(server: dict[str, str]) -> None:
-    url = f"{server['PREFECT_API_URL']}/flow_runs/count"
-    assert answer(url, "POST", auth=AUTH) == 403  # a browser that knows the password would send it along
-    with temporary_settings({PREFECT_API_URL: server["PREFECT_API_URL"], PREFECT_API_AUTH_STRING: AUTH}):
-        with get_client(sync_client=True) as client:
-            assert client.request("POST", "/flow_runs/count", json={}).status_code == 200
-
-
-def test_a_server_on_the_loopback_address_listens_at_no_other(server: dict[str, str]) -> None:
-    port = urlsplit(server["PREFECT_API_URL"]).port
-    socket.create_connection(("127.0.0.1", port), timeout=5).close()
     with pytest.raises(OSError, match="refused"):
-        socket.create_connection(("127.0.0.2", port), timeout=5)
+        socket.create_connection(("127.0.0.2", urlsplit(url).port), timeout=5)
 
 
-def test_a_run_with_the_password_in_its_environment_works_and_writes_it_nowhere(
-    server: dict[str, str], home: Path, tmp_path: Path
-) -> None:
+def test_a_request_that_another_site_could_forge_is_refused(whole: Site) -> None:
+    url = f"{whole.environ['PREFECT_API_URL']}/flow_runs/count"
+    assert answer(url, "POST") in (401, 403)
+    assert answer(url, "POST", auth=AUTH) == 403  # a browser that knows the password would send it along
+    assert whole.ask("/flow_runs/count", {}) >= 0
+
+
+def test_a_run_with_the_password_in_its_environment_works_and_writes_it_nowhere(whole: Site, tmp_path: Path) -> None:
     arguments = ("run", "--store", str(tmp_path / "store"), "--until", "tokenizer", *tiny_flags())
-    own = {**server, "PREFECT_API_AUTH_STRING": AUTH, "HOME": str(tmp_path), "TMPDIR": str(tmp_path)}
+    own = {**whole.environ, "HOME": str(tmp_path), "TMPDIR": str(tmp_path)}
     done = nanodlm(*arguments, "--verbose", **own)
     assert done.returncode == 0, done.stderr
     assert "tokenizer  built" in done.stdout
-    refused = nanodlm(
-        *arguments, "--rebuild", "tokenizer", "--debug", **{**own, "PREFECT_API_AUTH_STRING": "a:bad-one"}
-    )
-    assert refused.returncode == 1
+    own["PREFECT_API_AUTH_STRING"] = "a:bad-one"
+    refused = nanodlm(*arguments, "--rebuild", "tokenizer", **own)
+    assert (refused.returncode, len(refused.stderr.strip().splitlines())) == (1, 1)
+    assert "refuses access: set PREFECT_API_AUTH_STRING" in refused.stderr
     texts = [text.encode() for run in (done, refused) for text in (run.stdout, run.stderr)]
-    kept = [*below(home), *below(tmp_path)]
+    kept = [*below(whole.home), *below(tmp_path)]
     assert any(b"prefect.db" in text for text in kept)
     for secret in (AUTH, AUTH.partition(":")[2], "a:bad-one"):
         assert not any(form in text for form in written_forms(secret) for text in (*texts, *kept))
@@ -118,52 +93,38 @@ def test_a_key_for_one_bucket_is_enough_to_build_and_one_that_only_reads_to_use_
         assert "refuses access" in refused.stderr
 
 
-def test_runs_that_ended_long_ago_are_deleted_when_the_server_is_told_so(tmp_path: Path) -> None:
-    told = {
-        "PREFECT_SERVER_SERVICES_DB_VACUUM_ENABLED": "events,flow_runs",
-        "PREFECT_SERVER_SERVICES_DB_VACUUM_RETENTION_PERIOD": str(30 * 86400),
-        "PREFECT_SERVER_SERVICES_DB_VACUUM_LOOP_SECONDS": "2",
-    }
-    with (
-        servers.prefect(tmp_path, **told) as environ,
-        temporary_settings({PREFECT_API_URL: environ["PREFECT_API_URL"]}),
-    ):
-        with get_client(sync_client=True) as client:
-            from flows.upkeep import gc
+def test_runs_that_ended_long_ago_are_deleted_when_the_server_is_told_so(whole: Site) -> None:
+    def ids() -> set[str]:
+        return {run["id"] for run in whole.ask("/flow_runs/filter", {})}
 
-            for name in ("old", "new"):
-                run = client.create_flow_run(gc, name=name, parameters={}, state=Completed())
-                assert run.state_name == "Completed"
-            database = sqlite3.connect(tmp_path / "server" / "prefect.db", timeout=60)
-            with database:
-                for name, days in (("old", 31), ("new", 29)):
-                    ended = f"datetime('now', '-{days} days') || '.000000'"
-                    database.execute(f"update flow_run set end_time = {ended} where name = '{name}'")
-            database.close()
-            until(lambda: {run.name for run in client.read_flow_runs()} == {"new"})
+    named = {PREFECT_API_URL: whole.environ["PREFECT_API_URL"], PREFECT_API_AUTH_STRING: AUTH}
+    with temporary_settings(named), get_client(sync_client=True) as client:
+        old, new = (str(client.create_flow_run(gc, parameters={}, state=Completed()).id) for _ in range(2))
+    database = sqlite3.connect(whole.home / "server" / "prefect.db", timeout=60)
+    with database:
+        for run, days in ((old, MONTH // 86400 + 1), (new, MONTH // 86400 - 1)):
+            ended = f"datetime('now', '-{days} days') || '.000000'"
+            database.execute(
+                f"update flow_run set end_time = {ended} where replace(id, '-', '') = ?", [run.replace("-", "")]
+            )
+    database.close()
+    wait_until(lambda: old not in ids())
+    assert new in ids()
 
 
 @pytest.mark.timeout(420)
-def test_flows_run_and_notify_once_on_postgresql_with_authentication(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_flows_run_and_notify_once_on_postgresql_with_authentication(tmp_path: Path) -> None:
     folder = Path(tempfile.mkdtemp(prefix="nanodlm-postgresql-"))
     try:
         with servers.postgresql(folder) as address:
-            guarded = {**GUARDED, "PREFECT_API_DATABASE_CONNECTION_URL": address}
+            guarded = {**SERVER, "PREFECT_API_DATABASE_CONNECTION_URL": address}
             with servers.prefect(tmp_path, **guarded) as client, receiver() as hook:
                 own = {**client, "PREFECT_API_AUTH_STRING": AUTH}
-                done = nanodlm("automate", "--json", **own, NANODLM_WEBHOOK_URL=hook.url)
-                assert {row["action"] for row in json.loads(done.stdout)["automated"]} == {"create"}
-                flows_run(own, *CALLS).communicate(timeout=120)
+                notify(own, hook.url, tmp_path)
+                assert calls_told(own, hook) == ENDS
                 arguments = ("--store", str(tmp_path / "store"), "--until", "tokenizer", "--json", *tiny_flags())
                 assert len(result_of(nanodlm("run", *arguments, **own))["stages"]) == 2
-                until(lambda: hook.named("last"))
-                time.sleep(2)
-                told = [
-                    (body["flow"], body["run"], body["state"]) for body in hook.bodies if body["flow"] != "pipeline"
-                ]
-                assert sorted(told) == sorted(ENDS)
+                assert hook.ends() == ENDS
             assert not (tmp_path / "server" / "prefect.db").exists()
             password = servers.POSTGRESQL_PASSWORD.encode()
             assert not any(password in text for text in below(tmp_path))

@@ -1,0 +1,84 @@
+"""The server of one run, one that is away, and what Prefect reads from the environment."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from prefect.settings import PREFECT_API_URL, temporary_settings
+
+from flows import server
+from flows.server import ephemeral_server, wait_for_server_at_end
+from nanodlm.errors import NanodlmError, Stopped
+from tests.support.commands import environment
+from tests.support.servers import free_ports
+
+
+@pytest.fixture
+def silent() -> str:
+    """The address of a server that is away."""
+    return f"http://127.0.0.1:{free_ports(1)[0]}/api"
+
+
+@pytest.mark.parametrize("after", [0.3, 1.3])
+def test_whoever_waits_for_a_server_is_stopped_by_a_signal_at_any_moment(after: float, silent: str) -> None:
+    said: list[str] = []
+
+    def stop(*_: object) -> None:
+        raise Stopped("stopped by a signal")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    try:
+        with (
+            temporary_settings({PREFECT_API_URL: silent}),
+            pytest.raises(Stopped),
+            wait_for_server_at_end(lambda _, text: said.append(text)),
+        ):
+            signal.setitimer(signal.ITIMER_REAL, after)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert said == ["the Prefect server is away: waiting to tell it how the stage ended"]
+
+
+def test_a_server_that_stays_away_is_not_waited_for_for_ever(silent: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "AWAY_SECONDS", 0.5)
+    with (
+        temporary_settings({PREFECT_API_URL: silent}),
+        pytest.raises(ValueError, match="the stage's own error"),
+        wait_for_server_at_end(lambda *_, **__: None),
+    ):
+        raise ValueError("the stage's own error")
+
+
+@pytest.mark.slow
+def test_nobody_waits_for_a_server_of_their_own_that_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PREFECT_SERVER_API_AUTH_STRING", "operator:word")  # of others
+    began = time.monotonic()
+    with (
+        pytest.raises(NanodlmError, match="the local Prefect server has ended; what is finished is kept: run again"),
+        ephemeral_server() as url,
+        temporary_settings({PREFECT_API_URL: url}),
+        wait_for_server_at_end(lambda *_, **__: None),
+    ):
+        server.check_server()
+        child = server.OWN.get()
+        assert child is not None
+        child.kill()
+        child.wait()
+        raise OSError("the request that this would have made fails")
+    assert time.monotonic() - began < server.AWAY_SECONDS / 2
+
+
+def test_prefect_is_quiet_unless_the_environment_says_otherwise() -> None:
+    code = """
+import os, sys
+from flows.environment import quiet_prefect
+quiet_prefect()
+print(os.environ["PREFECT_LOGGING_LEVEL"], os.environ["DO_NOT_TRACK"], "prefect" in sys.modules)
+"""
+    env = environment(DO_NOT_TRACK="yes")
+    env.pop("PREFECT_LOGGING_LEVEL", None)
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["CRITICAL", "yes", "False"]
