@@ -6,14 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from nanodlm.errors import Damaged
-from nanodlm.store.cache import whole
+from nanodlm.store.disk import is_whole, is_within
 from nanodlm.store.files import Storage
-from nanodlm.store.manifest import _digest, _safe, sealed
-
-
-def _within(folder: Path, path: Path) -> bool:
-    """Whether a local path lies in a folder, links followed."""
-    return path.resolve().is_relative_to(folder.resolve())
+from nanodlm.store.manifest import digest_of, safe, sealed
 
 
 @dataclass(frozen=True)
@@ -32,11 +27,11 @@ class Part:
 
     @property
     def digest(self) -> str:
-        """sha256 over the paths, sizes and sha256 of its files."""
-        return _digest(self.files, [])
+        """The sha256 over the paths, sizes and sha256 of its files."""
+        return digest_of(self.files, [])
 
     def local(self, scratch: Path) -> Path:
-        """A local folder with its files, each checked against its sha256.
+        """Return a local folder with its files, each checked against its sha256.
 
         Args:
             scratch: An empty folder, for the copies of remote files.
@@ -46,12 +41,12 @@ class Part:
         """
         folder = Path(self.storage.root) if self.storage.is_local else scratch
         for file in self.files:
-            path = folder / _safe(file["path"])
+            path = folder / safe(file["path"])
             if not self.storage.is_local:
                 with contextlib.suppress(FileNotFoundError):
                     self.storage.get([(self.storage.path(file["path"]), path)])
-            problem = "is missing" if not path.is_file() else "" if whole(path, file) else "has been altered"
-            if not problem and not _within(folder, path):
+            problem = "is missing" if not path.is_file() else "" if is_whole(path, file) else "has been altered"
+            if not problem and not is_within(folder, path):
                 problem = "is a link that leaves it"
             if problem:
                 raise Damaged(f"{self.uri} is damaged: {file['path']} {problem}; start from another checkpoint")
@@ -59,7 +54,7 @@ class Part:
 
 
 def read_part(storage: Storage, path: str, **of: str) -> dict[str, Any] | None:
-    """The record of a finished part; None when there is none that is whole.
+    """Return the record of a finished part, or None when there is none that is whole.
 
     Args:
         storage: Where it lies.
@@ -73,14 +68,7 @@ def read_part(storage: Storage, path: str, **of: str) -> dict[str, Any] | None:
 
 
 def finished_parts(store: Storage, stage: str, fingerprint: str, since: str = "") -> dict[str, list[str]]:
-    """Names of the parts that attempts have finished, each with the attempts that did, newest first.
-
-    Args:
-        store: Where it lies.
-        stage: The artifact's stage.
-        fingerprint: Its fingerprint.
-        since: Leave out attempts up to this one.
-    """
+    """Return the names of the parts that attempts after `since` have finished, each with these attempts, newest first."""
     found: dict[str, list[str]] = {}
     for relative in sorted(store.sizes(store.path(stage, fingerprint, "attempts")), reverse=True):
         attempt, _, rest = relative.partition("/")

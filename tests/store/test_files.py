@@ -110,7 +110,7 @@ def test_pauses_grow_and_are_never_the_same_for_two(faulty: type[Faulty], pauses
     there.write_json(there.path("x.json"), 1)
     there.read(there.path("x.json"))
     longest = [min(retry.FIRST_PAUSE * 2**i, retry.LONGEST_PAUSE) for i in range(12)]
-    assert all(limit / 2 <= pause <= limit for pause, limit in zip(pauses, longest, strict=True))
+    assert all(0 < pause <= limit for pause, limit in zip(pauses, longest, strict=True))
     assert len(set(pauses)) == 12
 
 
@@ -261,7 +261,7 @@ def test_what_cannot_create_once_is_refused_by_name(url: str, says: str) -> None
         ("s3:/bucket/x", "write s3://bucket/x, or ./s3:/bucket/x for a folder"),
         ("gs:bucket", "write gs://bucket, or ./gs:bucket for a folder"),
         ("file:/data/store", "write file:///data/store, or"),
-        ("", "without a name"),
+        ("", "it has no name"),
     ],
 )
 def test_an_address_with_a_slip_is_not_taken_for_a_folder(url: str, says: str) -> None:
@@ -287,21 +287,6 @@ def test_secrets_in_an_address_are_refused_and_not_repeated(url: str) -> None:
 
 # Transfers
 
-
-def test_a_file_that_was_not_wholly_fetched_is_not_there(
-    faulty: type[Faulty], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    there = Storage("faulty://place")
-    there.fs.pipe_file("/place/x", b"whole")
-
-    def torn(self: Faulty, source: str, target: str, **_: Any) -> None:
-        Path(target).write_bytes(b"who")
-        raise OSError(errno.EIO, "torn")
-
-    monkeypatch.setattr(Faulty, "get_file", torn)
-    with pytest.raises(OSError, match="torn"):
-        there.get([("/place/x", tmp_path / "x")])
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_after_a_transfer_that_fails_no_more_are_begun(faulty: type[Faulty], tmp_path: Path) -> None:
@@ -665,7 +650,7 @@ def test_what_a_killed_fetch_left_goes_with_the_next(tmp_path: Path) -> None:
     folder.mkdir(parents=True)
     arriving = tmp_path / "entry" / "arriving" / hashlib.sha256(b"x").hexdigest()[:16]
     arriving.mkdir(parents=True)
-    (arriving / ".file.1-00.partial").write_bytes(b"half")
+    (arriving / "file").write_bytes(b"half")
 
     def get(pairs: list[tuple[str, Path]]) -> None:
         for _, target in pairs:
@@ -676,22 +661,6 @@ def test_what_a_killed_fetch_left_goes_with_the_next(tmp_path: Path) -> None:
     assert [path.name for path in arriving.iterdir()] == ["lock"]
 
 
-def test_a_lock_ends_with_its_use_although_a_child_has_inherited_it(tmp_path: Path) -> None:
-    with cache._locked(tmp_path / "lock"):
-        child = os.dup(next(int(n) for n in os.listdir("/dev/fd") if _names(n, tmp_path / "lock")))
-    try:
-        with (tmp_path / "lock").open("a") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    finally:
-        os.close(child)
-
-
-def _names(number: str, path: Path) -> bool:
-    """Whether an open file is that at a path."""
-    try:
-        return os.path.samestat(os.fstat(int(number)), path.stat())
-    except OSError:
-        return False
 
 
 @remotely

@@ -311,10 +311,10 @@ def test_an_error_leaves_out_what_the_environment_keeps_secret(monkeypatch: pyte
 
 def edit(artifact: Artifact, **fields: Any) -> None:
     """Change a manifest as its writer would."""
-    from nanodlm.store.manifest import _digest
+    from nanodlm.store.manifest import digest_of
 
     manifest = {**artifact.manifest, **fields}
-    manifest["digest"] = _digest(manifest["files"], [])
+    manifest["digest"] = digest_of(manifest["files"], [])
     Path(artifact.store.path(artifact.stage, artifact.fingerprint, "manifest.json")).write_text(
         json.dumps(sealed(manifest))
     )

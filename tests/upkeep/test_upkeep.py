@@ -775,7 +775,7 @@ def test_a_copy_is_repaired_and_gone_on_from_like_its_original(made: Made, tmp_p
 def test_a_copy_that_was_killed_within_a_file_goes_on(tmp_path: Path) -> None:
     source, target = Store(str(tmp_path / "source")), Store(str(tmp_path / "target"))
     artifact = committed(source, {"x": b"one"})
-    begun = Path(target.path("shard", "f0", "attempts", artifact.manifest["attempt"], ".tmp0"))
+    begun = Path(target.path("shard", "f0", "attempts", artifact.manifest["attempt"], "x"))
     begun.parent.mkdir(parents=True)
     begun.write_bytes(b"o")
     assert copied(source, target) == {"shard": True}
