@@ -233,7 +233,9 @@ def new_attempt(store: Store, stage: str, fingerprint: str, *, afresh: bool = Fa
     """Make a new attempt at an artifact. Any number may go on at once: the first to commit wins.
 
     Args:
-        store, stage, fingerprint: Where it will lie.
+        store: Where it will lie.
+        stage: The artifact's stage.
+        fingerprint: Its fingerprint.
         afresh: Whether to leave aside what was finished before the artifact was committed: then only an
             interrupted rebuild is continued.
 

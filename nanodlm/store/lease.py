@@ -35,7 +35,9 @@ def hold_lease(
     paused process) is taken over after `LEASE_SECONDS`, and then lost to its holder; nothing rests on it.
 
     Args:
-        store, stage, fingerprint: Where the artifact will lie.
+        store: Where the artifact will lie.
+        stage: The artifact's stage.
+        fingerprint: Its fingerprint.
         notify: Called with a sentence that says who is being waited for.
         inputs: Fingerprints, by stage, of what is read meanwhile, which a collection then keeps.
 

@@ -68,7 +68,7 @@ def read_part(storage: Storage, path: str, **of: str) -> dict[str, Any] | None:
 
 
 def finished_parts(store: Storage, stage: str, fingerprint: str, since: str = "") -> dict[str, list[str]]:
-    """Return the names of the parts that attempts after `since` have finished, each with these attempts, newest first."""
+    """Return the names of the parts attempts after `since` finished, each with these attempts, newest first."""
     found: dict[str, list[str]] = {}
     for relative in sorted(store.sizes(store.path(stage, fingerprint, "attempts")), reverse=True):
         attempt, _, rest = relative.partition("/")
