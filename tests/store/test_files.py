@@ -252,18 +252,6 @@ def test_prefixes_of_buckets_that_drivers_take_for_patterns_are_refused(url: str
 # Transfers
 
 
-def test_after_a_transfer_that_fails_no_more_are_begun(faulty: type[Faulty], tmp_path: Path) -> None:
-    there = Storage("faulty://place")
-    files = [tmp_path / f"{i:03d}" for i in range(100)]
-    for file in files:
-        file.write_bytes(b"x")
-    faulty.script[:] = [Fault("put_file", no_space, times=1000)]
-    with pytest.raises(OSError, match="No space left"):
-        there.put([(file, f"/place/{file.name}") for file in files])
-    assert len(faulty.asked) < 100
-    assert not faulty.store
-
-
 def test_transfers_are_tried_again(faulty: type[Faulty], tmp_path: Path, pauses: list[float]) -> None:
     there = Storage("faulty://place")
     files = [tmp_path / f"{i:03d}" for i in range(30)]
@@ -606,21 +594,6 @@ def test_the_cache_throws_out_what_was_used_longest_ago_and_never_what_is_in_use
     assert (artifacts["f1"].local() / "x").read_bytes() == b"f1" * 5000
     let_go_of_the_cache()
     assert (artifacts["f0"].local() / "x").read_bytes() == b"f0" * 5000  # it is fetched again
-
-
-def test_room_is_made_while_others_move_their_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NANODLM_CACHE", str(tmp_path))
-    there = cache.hold("theirs")
-    (there / "going").write_bytes(b"x")
-    stat = os.stat
-
-    def vanish(path: Any, *args: Any, **kwargs: Any) -> os.stat_result:
-        if str(path).endswith("going"):
-            raise FileNotFoundError(errno.ENOENT, "renamed just now", path)
-        return stat(path, *args, **kwargs)
-
-    monkeypatch.setattr(os, "stat", vanish)
-    assert cache.hold("mine", 1).is_dir()
 
 
 def test_what_a_killed_fetch_left_goes_with_the_next(tmp_path: Path) -> None:
