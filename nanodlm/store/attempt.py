@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from nanodlm.errors import Damaged, NanodlmError
 from nanodlm.store.cache import drop, hold
 from nanodlm.store.disk import describe, is_whole, is_within
 from nanodlm.store.files import show_transfer
-from nanodlm.store.manifest import MANIFEST, digest_of, safe, sealed, utc_now, versions
+from nanodlm.store.manifest import MANIFEST, PACKAGES, digest_of, safe, sealed, utc_now
 from nanodlm.store.part import finished_parts, read_part
 from nanodlm.store.store import Artifact, Store
 
@@ -49,12 +50,10 @@ class Attempt:
         return self.store.path(self.stage, self.fingerprint, "attempts", self.id, *relative)
 
     def finish(self, name: str, files: Iterable[str], **info: Any) -> None:
-        """Record files (relative paths) as a finished part, which a later attempt may adopt.
+        """Record files (relative paths), which will not change any more, as a finished part.
 
-        Args:
-            name: The part's name, unique in the attempt; it may contain slashes.
-            files: Files that will not change any more.
-            **info: Anything JSON can hold that whoever adopts it will want to know.
+        A later attempt may adopt it, and then reads `info`: anything that JSON can hold. The part's name is unique in
+        the attempt, and may contain slashes.
         """
         described = [describe(self.path, file) for file in sorted(files)]
         self._publish(described, lambda *_, **__: None)
@@ -87,9 +86,7 @@ class Attempt:
         if self.afresh:
             artifact = self.store.find(self.stage, self.fingerprint)
             since = artifact.manifest["attempt"] if artifact else self.id
-        found = finished_parts(self.store, self.stage, self.fingerprint, since)
-        others = {name: [attempt for attempt in attempts if attempt != self.id] for name, attempts in found.items()}
-        return {name: attempts for name, attempts in others.items() if attempts}
+        return finished_parts(self.store, self.stage, self.fingerprint, since, but=self.id)
 
     def uri(self, name: str) -> str:
         """Return the address, in the store, of a file or folder of this attempt."""
@@ -200,7 +197,7 @@ class Attempt:
             "digest": digest_of(files, volatile),
             "metrics": metrics,
             "config": config,
-            "packages": versions(),
+            "packages": {package: version(package) for package in PACKAGES},
             "created": utc_now(),
             "seconds": round(time.monotonic() - self.started, 3),
         })  # fmt: skip
@@ -232,12 +229,8 @@ class Attempt:
 def new_attempt(store: Store, stage: str, fingerprint: str, *, afresh: bool = False) -> Iterator[Attempt]:
     """Make a new attempt at an artifact. Any number may go on at once: the first to commit wins.
 
-    Args:
-        store: Where it will lie.
-        stage: The artifact's stage.
-        fingerprint: Its fingerprint.
-        afresh: Whether to leave aside what was finished before the artifact was committed: then only an
-            interrupted rebuild is continued.
+    One made `afresh` leaves aside what was finished before the artifact was committed: it continues only an
+    interrupted rebuild.
 
     Raises:
         NanodlmError: When the store cannot be written, or cannot create a file only once.

@@ -64,9 +64,7 @@ def limit() -> int:
 def hold(name: str, needed: int = 0) -> Path:
     """Open an entry, keep it until this process ends, and return the folder for its files.
 
-    Args:
-        name: The entry's name.
-        needed: Bytes that will be added; others, the least recently used first, are thrown out to make room.
+    Entries that nobody uses, the least recently used first, are thrown out for the bytes that are `needed`.
 
     Raises:
         NanodlmError: When there is not so much room, or the cache cannot be written.
@@ -108,15 +106,10 @@ def fetch(
     get: Callable[[list[tuple[str, Path]]], None],
     arrived: Callable[[int], None] = lambda _: None,
 ) -> None:
-    """Make local copies of files, several at a time, of those that are not there whole.
+    """Make local copies of files in what `hold` returned, several at a time, of those that are not there whole.
 
-    Two processes do not fetch the same file: one waits, and then finds it.
-
-    Args:
-        folder: What `hold` returned.
-        files: The `path`, `size` and `sha256` of each.
-        get: Copies files, given by their `path`, to local paths.
-        arrived: Called with numbers of bytes that are there.
+    Two processes do not fetch the same file: one waits, and then finds it. `get` copies files, given by their `path`,
+    to local paths; `arrived` is called with numbers of bytes that are there.
 
     Raises:
         Damaged: When what arrived is not what it should be; nothing is kept of it.
@@ -143,13 +136,8 @@ def fetch(
     files = sorted(files, key=lambda file: file["path"])
     groups = [files[i : i + GROUP] for i in range(0, len(files), GROUP)]
     with ThreadPoolExecutor(THREADS, thread_name_prefix="fetch") as pool:  # some verify while others transfer
-        running = [pool.submit(fetch_some, group) for group in groups]
-        try:
-            for future in running:
-                arrived(future.result())
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+        for size in pool.map(fetch_some, groups):  # which begins no more after one that fails
+            arrived(size)
 
 
 def _arriving(folder: Path, path: str) -> Path:

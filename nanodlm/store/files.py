@@ -7,10 +7,11 @@ again for `$NANODLM_RETRY_SECONDS`, what will not (no access, no such bucket, di
 import contextlib
 import hashlib
 import json
+import os
 import secrets
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -125,9 +126,7 @@ class Storage:
         """
         for _, target in pairs:
             target.parent.mkdir(parents=True, exist_ok=True)
-        for i in range(0, len(pairs), TRANSFERS):
-            batch = pairs[i : i + TRANSFERS]
-            sources, targets = [source for source, _ in batch], [str(target) for _, target in batch]
+        for sources, targets in _batches(pairs):
             self.patiently(partial(self.fs.get, sources, targets))
 
     # Writing
@@ -135,20 +134,16 @@ class Storage:
     def put(self, pairs: list[tuple[Path, str]], done: Callable[[int], None] = lambda _: None) -> None:
         """Copy local files to paths here, several at a time; one that is there already is replaced.
 
-        Args:
-            pairs: Local path and path here of each.
-            done: Called with the number of bytes that have arrived since its last call.
+        `done` is called with the number of bytes that have arrived since its last call.
         """
-        for i in range(0, len(pairs), TRANSFERS):
-            batch = pairs[i : i + TRANSFERS]
+        for sources, targets in _batches(pairs):
             if self.is_local:
-                for source, target in batch:
+                for source, target in zip(sources, targets, strict=True):
                     Path(target).parent.mkdir(parents=True, exist_ok=True)
                     shutil.copyfile(source, target)
             else:
-                sources, targets = [str(source) for source, _ in batch], [target for _, target in batch]
                 self.patiently(partial(self.fs.put, sources, targets))
-            done(sum(source.stat().st_size for source, _ in batch))
+            done(sum(os.path.getsize(source) for source in sources))
 
     def copy(self, pairs: list[tuple[str, str]]) -> None:
         """Copy files here to other paths here, several at a time; a bucket's server does it without sending them.
@@ -156,8 +151,7 @@ class Storage:
         Raises:
             FileNotFoundError: When one is not there.
         """
-        for i in range(0, len(pairs), TRANSFERS):
-            sources, targets = map(list, zip(*pairs[i : i + TRANSFERS], strict=True))
+        for sources, targets in _batches(pairs):
             self.patiently(partial(self.fs.copy, sources, targets))
 
     def write_json(self, path: str, value: Any, *, create_only: bool = False) -> bool:
@@ -230,6 +224,13 @@ class Storage:
         """Remove all below a folder, and it."""
         with contextlib.suppress(FileNotFoundError):
             self.patiently(lambda: self.fs.rm(folder, recursive=True))
+
+
+def _batches(pairs: Sequence[tuple[str | Path, str | Path]]) -> Iterator[tuple[list[str], list[str]]]:
+    """Yield the sources and targets of as many transfers as may go on at once."""
+    for i in range(0, len(pairs), TRANSFERS):
+        batch = pairs[i : i + TRANSFERS]
+        yield [str(source) for source, _ in batch], [str(target) for _, target in batch]
 
 
 def _problem_with(url: str) -> str:

@@ -34,12 +34,8 @@ def hold_lease(
     Ages are measured by this process's own clock, so clocks that differ cannot mislead it. One that stopped (a
     paused process) is taken over after `LEASE_SECONDS`, and then lost to its holder; nothing rests on it.
 
-    Args:
-        store: Where the artifact will lie.
-        stage: The artifact's stage.
-        fingerprint: Its fingerprint.
-        notify: Called with a sentence that says who is being waited for.
-        inputs: Fingerprints, by stage, of what is read meanwhile, which a collection then keeps.
+    `notify` is called with a sentence that says who is being waited for. `inputs` are the fingerprints, by stage, of
+    what is read meanwhile, which a collection then keeps.
 
     Yields:
         What the lease says of this holder. What it puts under `events` is there for others to read from the next

@@ -4,7 +4,6 @@ import hashlib
 import json
 import re
 import time
-from importlib import metadata
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -104,14 +103,3 @@ def problem_with(manifest: Any, stage: str, fingerprint: str) -> str:
 def utc_now() -> str:
     """Return the time as manifests give it, such as 2026-11-23T14:00:00Z."""
     return time.strftime(TIME, time.gmtime())
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of the installed packages that results may depend on."""
-    installed = {}
-    for package in PACKAGES:
-        try:
-            installed[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return installed

@@ -31,10 +31,7 @@ class Part:
         return digest_of(self.files, [])
 
     def local(self, scratch: Path) -> Path:
-        """Return a local folder with its files, each checked against its sha256.
-
-        Args:
-            scratch: An empty folder, for the copies of remote files.
+        """Return a local folder with its files, each checked against its sha256; remote ones are copied to `scratch`.
 
         Raises:
             Damaged: When a file is missing, truncated, swapped or altered.
@@ -56,10 +53,7 @@ class Part:
 def read_part(storage: Storage, path: str, **of: str) -> dict[str, Any] | None:
     """Return the record of a finished part, or None when there is none that is whole.
 
-    Args:
-        storage: Where it lies.
-        path: Its path there.
-        **of: What it must be of: `stage`, `fingerprint`, and its own name as `part`.
+    It must be `of` these: `stage`, `fingerprint`, and its own name as `part`.
     """
     part = storage.read_json(path)
     if not isinstance(part, dict) or not part.keys() >= {"files", "info"} or part != sealed(part):
@@ -67,11 +61,16 @@ def read_part(storage: Storage, path: str, **of: str) -> dict[str, Any] | None:
     return part if of.items() <= part.items() else None
 
 
-def finished_parts(store: Storage, stage: str, fingerprint: str, since: str = "") -> dict[str, list[str]]:
-    """Return the names of the parts attempts after `since` finished, each with these attempts, newest first."""
+def finished_parts(
+    store: Storage, stage: str, fingerprint: str, since: str = "", but: str = ""
+) -> dict[str, list[str]]:
+    """Return the names of finished parts, each with the attempts (after `since`, `but` for one) that finished it.
+
+    The newest attempt is the first.
+    """
     found: dict[str, list[str]] = {}
     for relative in sorted(store.sizes(store.path(stage, fingerprint, "attempts")), reverse=True):
         attempt, _, rest = relative.partition("/")
-        if since < attempt and rest.startswith("parts/") and rest.endswith(".json"):
+        if since < attempt != but and rest.startswith("parts/") and rest.endswith(".json"):
             found.setdefault(rest.removeprefix("parts/").removesuffix(".json"), []).append(attempt)
     return found

@@ -35,11 +35,7 @@ PASSING_ERRNOS = {errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EBUSY, errno.EAGA
 
 
 def ask(uri: str, call: Callable[[], T]) -> T:
-    """Return the result of a request, which is made again while it fails for a reason that may pass.
-
-    Args:
-        uri: Whom it asks, for messages.
-        call: Makes the request; it must be the same when it is made twice.
+    """Return the result of a request to `uri`, which is made again while it fails for a reason that may pass.
 
     Raises:
         Unreachable: When it still fails after `$NANODLM_RETRY_SECONDS` (300).

@@ -49,20 +49,14 @@ class Artifact:
         return f"{self.folder}/{safe(relative)}"
 
     def files(self, *only: str) -> list[dict[str, Any]]:
-        """Return what its manifest says of each file: `path`, `size`, `sha256`.
-
-        Args:
-            only: Prefixes of the files that are wanted; without any all are.
-        """
+        """Return `path`, `size` and `sha256` of its files: of those whose paths begin so, or of all."""
         return [file for file in self.manifest["files"] if not only or file["path"].startswith(only)]
 
     def problems(self, *only: str, deep: bool = False, emit: Callable[..., None] = lambda *_, **__: None) -> list[str]:
-        """Say what is wrong with its files, one line each: names and sizes, or with `deep` also their sha256.
+        """Say what is wrong with its files, one line each; `only` as in `files`.
 
-        Args:
-            only: Prefixes of the files to look at; without any all are.
-            deep: Whether to read the files.
-            emit: Called as `emit("progress", done, total, unit)` while they are read.
+        Names and sizes are compared; with `deep` the files are read, their sha256 compared, and
+        `emit("progress", done, total, unit)` is called meanwhile.
         """
         found = {path: size for path, size in self.store.sizes(self.folder).items() if not path.startswith("parts/")}
         listed = {safe(file["path"]) for file in self.manifest["files"]}
@@ -110,12 +104,9 @@ class Artifact:
         )
 
     def local(self, *only: str) -> Path:
-        """Return a local folder with its files, each checked against its sha256.
+        """Return a local folder with its files (`only` as in `files`), each checked against its sha256.
 
         Files of a remote store are fetched, several at a time, into the cache, and stay there while this process lives.
-
-        Args:
-            only: Prefixes of the files that are needed; without any all are.
 
         Raises:
             Damaged: When a file is missing, truncated, swapped or altered.
@@ -134,13 +125,9 @@ class Artifact:
         return self.local(path) / path
 
     def on_demand(self, *only: str) -> Callable[[str], Path]:
-        """Do as `local`, but fetch a file of a remote store when it is first asked for.
+        """Return a function from a file's path in the artifact to its local path; it raises what `local` does.
 
-        Args:
-            only: Prefixes of the files that may be asked for; without any all may.
-
-        Returns:
-            A function from a file's path in the artifact to its local path; it raises what `local` does.
+        It does as `local`, but fetches a file of a remote store when it is first asked for.
         """
         if self.store.is_local:
             return self.local(*only).joinpath
