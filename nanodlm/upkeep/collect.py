@@ -74,36 +74,24 @@ def collect(
         except NanodlmError:
             if not dry_run:
                 raise
-    artifacts: dict[Item, Artifact] = {}
-    busy, torn = set(), ""  # of what is busy no attempt is removed
-    for item in store:
-        try:
-            found = store.find(*item)
-        except Damaged as error:
-            found, torn = None, str(error)
-        if found:
-            artifacts[item] = found
-        else:
-            busy.add(item)  # its manifest may name any attempt, or is about to be made again
+    artifacts, unreadable, torn = _artifacts(store)
     building, read = _leases(store, listed, now - max(grace, LEASE_GRACE))
     young = {i for i, a in artifacts.items() if now - max(made_at(a), listed[i].manifest) < grace}  # or copied here
-    kept = set(artifacts)
-    if torn and (keep_last is not None or older_than is not None):  # what it was made from is not known
+    kept, wished = set(artifacts), keep_last is not None or older_than is not None
+    if wished and torn:  # what it was made from is not known
         log.warning("no result is given up while one cannot be read: %s", torn)
-    elif keep_last is not None or older_than is not None:
-        oldest = inf if older_than is None else now - older_than
-        kept = _needed(artifacts, young | read, keep_last or 0, oldest)
+    elif wished:
+        kept = _needed(artifacts, young | read, keep_last or 0, inf if older_than is None else now - older_than)
     for item in sorted(set(artifacts) - kept):
         if not dry_run:
             store.write_json(store.path(*item, "retired.json"), {"retired": utc_now()})
             store.retire(item)
         listed[item].retired = now
         yield {"kind": "artifact", "uri": store.uri(*item), "bytes": sum(f["size"] for f in artifacts[item].files())}
-    for item in sorted(listed.keys() - busy - building - read):
+    oldest = -inf if older_than is None else now - older_than
+    for item in sorted(listed.keys() - unreadable - building - read):
         named = artifacts[item].manifest["attempt"] if item in kept else ""
-        for attempt in _abandoned(
-            item[0], listed[item], named, now - grace, -inf if older_than is None else now - older_than
-        ):
+        for attempt in _abandoned(item[0], listed[item], named, now - grace, oldest):
             if not dry_run:
                 store.remove_folder(store.path(*item, "attempts", attempt))
             size = sum(found.size for found in listed[item].attempts[attempt])
@@ -112,6 +100,21 @@ def collect(
         if not dry_run:
             abort()
         yield {"kind": "upload", "uri": store.fs.unstrip_protocol(path), "bytes": 0}
+
+
+def _artifacts(store: Store) -> tuple[dict[Item, Artifact], set[Item], str]:
+    """Return the artifacts of a store, those whose manifest cannot be read, and what is wrong with one of these."""
+    artifacts, unreadable, torn = {}, set(), ""
+    for item in store:
+        try:
+            found = store.find(*item)
+        except Damaged as error:
+            found, torn = None, str(error)
+        if found:
+            artifacts[item] = found
+        else:
+            unreadable.add(item)  # its manifest may name any attempt, or is about to be made again
+    return artifacts, unreadable, torn
 
 
 def _contents(store: Store) -> dict[Item, Contents]:
