@@ -50,20 +50,27 @@ def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[st
 
 
 @pytest.fixture(scope="session")
-def moto_server() -> Iterator[servers.Server]:
-    with servers.moto() as server:
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all workers of this test run share."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
+@pytest.fixture(scope="session")
+def moto_server(run_folder: Path) -> Iterator[servers.Server]:
+    with servers.shared(run_folder, "moto") as server:
         yield server
 
 
 @pytest.fixture(scope="session")
-def seaweedfs_server() -> Iterator[servers.Server]:
-    with servers.seaweedfs() as server:
+def seaweedfs_server(run_folder: Path) -> Iterator[servers.Server]:
+    with servers.shared(run_folder, "seaweedfs") as server:
         yield server
 
 
 @pytest.fixture(scope="session")
-def gcs_server() -> Iterator[servers.Server]:
-    with servers.fake_gcs() as server:
+def gcs_server(run_folder: Path) -> Iterator[servers.Server]:
+    with servers.shared(run_folder, "fake_gcs") as server:
         yield server
 
 

@@ -1,6 +1,6 @@
 """Settings of a run: what they are, complete configurations by name, and how two differ. Nothing here imports JAX."""
 
-from nanodlm.config.addresses import StoreUrl, refuse_secrets
+from nanodlm.config.addresses import Address, StoreUrl, parse_address, refuse_secrets
 from nanodlm.config.differences import differences, explain
 from nanodlm.config.presets import PRESETS, load_config
 from nanodlm.config.settings import (
@@ -18,6 +18,7 @@ from nanodlm.config.settings import (
 
 __all__ = [
     "PRESETS",
+    "Address",
     "Config",
     "DataConfig",
     "EvalConfig",
@@ -32,5 +33,6 @@ __all__ = [
     "differences",
     "explain",
     "load_config",
+    "parse_address",
     "refuse_secrets",
 ]

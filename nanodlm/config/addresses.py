@@ -1,7 +1,7 @@
-"""The addresses that settings hold, which must carry no secrets."""
+"""The addresses that people type and settings hold: of stores, artifacts and checkpoints. They carry no secrets."""
 
 import re
-from typing import Annotated
+from typing import Annotated, NamedTuple
 from urllib.parse import parse_qsl
 
 from pydantic import AfterValidator, Field
@@ -37,3 +37,45 @@ def refuse_secrets(url: str) -> str:
 
 # The pattern lets a server refuse credentials in a form, before they are kept with a run's parameters.
 StoreUrl = Annotated[str, Field(min_length=1, pattern=r"^[^@?*\[\]]*$"), AfterValidator(refuse_secrets)]
+
+
+class Address(NamedTuple):
+    """The parts of an address.
+
+    Attributes:
+        folder: The address itself, without a checkpoint, a manifest's name or slashes at its end.
+        store: The store that it names; empty when it names none, as `train/3f2a` does.
+        stage: The artifact's stage; empty when the address is a store's own, as `s3://bucket/prefix` is.
+        fingerprint: The artifact's fingerprint; empty when the stage is.
+        checkpoint: The number of updates of the checkpoint that it names, or None.
+    """
+
+    folder: str
+    store: str
+    stage: str
+    fingerprint: str
+    checkpoint: int | None
+
+
+def parse_address(address: str) -> Address:
+    """Split the address of an artifact, of its manifest, or of a checkpoint; nothing is looked up.
+
+    A plain path of two words, such as `data/store`, may be a store or `stage/fingerprint`: whoever asks knows which.
+
+    Raises:
+        UsageError: When it holds secrets.
+
+    >>> parse_address("s3://bucket/runs/train/3f2a/manifest.json")[1:]
+    ('s3://bucket/runs', 'train', '3f2a', None)
+    >>> parse_address("train/3f2a/checkpoints/step_100")[1:]
+    ('', 'train', '3f2a', 100)
+    """
+    folder = refuse_secrets(address).rstrip("/").removesuffix("/manifest.json")
+    named = re.fullmatch(r"(?:(.*)/)?step_([0-9]+)", folder)
+    if named:
+        folder = (named[1] or ".").removesuffix("/checkpoints")
+    parts = re.sub("/attempts/[^/]+$", "", folder).rsplit("/", 2)
+    if len(parts) < 2 or re.fullmatch(r"\w+:/?", parts[0]):  # a bucket or a folder of it is a store itself
+        parts = ["", "", ""]
+    store = (parts[0] or "/") if len(parts) == 3 and parts[2] else ""
+    return Address(folder, store, parts[-2], parts[-1], int(named[2]) if named else None)

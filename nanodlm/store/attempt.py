@@ -9,14 +9,16 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from nanodlm.errors import Damaged, NanodlmError
-from nanodlm.store.cache import drop, hold, whole
-from nanodlm.store.disk import sha256_of
-from nanodlm.store.manifest import PACKAGES, _digest, _safe, _version, sealed
-from nanodlm.store.part import _within, finished_parts, read_part
+from nanodlm.store.cache import drop, hold
+from nanodlm.store.disk import describe, is_whole, is_within
+from nanodlm.store.files import show_transfer
+from nanodlm.store.manifest import MANIFEST, PACKAGES, digest_of, safe, sealed, utc_now
+from nanodlm.store.part import finished_parts, read_part
 from nanodlm.store.store import Artifact, Store
 
 
@@ -48,16 +50,14 @@ class Attempt:
         return self.store.path(self.stage, self.fingerprint, "attempts", self.id, *relative)
 
     def finish(self, name: str, files: Iterable[str], **info: Any) -> None:
-        """Record files (relative paths) as a finished part, which a later attempt may adopt.
+        """Record files (relative paths), which will not change any more, as a finished part.
 
-        Args:
-            name: The part's name, unique in the attempt; it may contain slashes.
-            files: Files that will not change any more.
-            **info: Anything JSON can hold that whoever adopts it will want to know.
+        A later attempt may adopt it, and then reads `info`: anything that JSON can hold. The part's name is unique in
+        the attempt, and may contain slashes.
         """
-        names = sorted(files)
-        self._publish(names, lambda *_, **__: None)
-        self._record(name, [_listed(self.path, file) for file in names], info)
+        described = [describe(self.path, file) for file in sorted(files)]
+        self._publish(described, lambda *_, **__: None)
+        self._record(name, described, info)
 
     def _record(self, name: str, files: list[dict[str, Any]], info: dict[str, Any]) -> None:
         # It says whose it is, so that one in another's place is not taken for that.
@@ -65,24 +65,17 @@ class Attempt:
         self.store.write_json(self._remote("parts", f"{name}.json"), sealed(part))
         self._parts[name] = part
 
-    def _publish(self, files: list[str], emit: Callable[..., None]) -> None:
+    def _publish(self, files: list[dict[str, Any]], emit: Callable[..., None]) -> None:
         """Copy files to the store, unless they are in it already because it is on this disk."""
-        if self.store.is_local:
-            return
-        done, total = 0, sum((self.path / file).stat().st_size for file in files)
-
-        def arrived(size: int) -> None:
-            nonlocal done
-            done += size
-            emit("progress", done=done / 1e6, total=total / 1e6, unit="MB published")
-
-        self.store.put([(self.path / file, self._remote(file)) for file in files], arrived)
+        if not self.store.is_local:
+            pairs = [(self.path / file["path"], self._remote(file["path"])) for file in files]
+            self.store.put(pairs, show_transfer(emit, "MB published", files))
 
     def forget(self, name: str) -> None:
         """Drop a finished part and its files, here and in the store."""
         part = self._parts.pop(name)
         self.store.remove(self._remote("parts", f"{name}.json"))
-        self._unlink(part)
+        self._unlink(part["files"])
         if not self.store.is_local:
             self.store.remove(*(self._remote(file["path"]) for file in part["files"]))
 
@@ -93,16 +86,14 @@ class Attempt:
         if self.afresh:
             artifact = self.store.find(self.stage, self.fingerprint)
             since = artifact.manifest["attempt"] if artifact else self.id
-        found = finished_parts(self.store, self.stage, self.fingerprint, since)
-        others = {name: [attempt for attempt in attempts if attempt != self.id] for name, attempts in found.items()}
-        return {name: attempts for name, attempts in others.items() if attempts}
+        return finished_parts(self.store, self.stage, self.fingerprint, since, but=self.id)
 
     def uri(self, name: str) -> str:
-        """Address, in the store, of a file or folder of this attempt."""
+        """Return the address, in the store, of a file or folder of this attempt."""
         return self.store.uri(self.stage, self.fingerprint, "attempts", self.id, name)
 
     def info(self, name: str) -> dict[str, Any] | None:
-        """What a part that an earlier attempt finished was finished with; its files are not looked at."""
+        """Return what a part that an earlier attempt finished was finished with; its files are not looked at."""
         return next((part["info"] for _, part in self._earlier_parts(name)), None)
 
     def adopt(self, name: str) -> dict[str, Any] | None:
@@ -111,26 +102,26 @@ class Attempt:
         Returns:
             The `info` it was finished with, or None: then build it.
         """
+        take = self._link if self.store.is_local else self._copy
         for base, part in self._earlier_parts(name):
-            copy = self._link if self.store.is_local else self._copy
-            if copy(base, part["files"]):
+            if take(base, part["files"]):
                 self._record(name, part["files"], part["info"])
                 return part["info"]
-            self._unlink(part)  # half a part must not be committed
+            self._unlink(part["files"])  # half a part must not be committed
         return None
 
     def _earlier_parts(self, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
-        """The folders of earlier attempts that finished a part, and its records, newest first."""
+        """Yield the folders of earlier attempts that finished a part, and its records, newest first."""
         for attempt in self.earlier.get(name, ()):
             base = self.store.path(self.stage, self.fingerprint, "attempts", attempt)
             of = {"stage": self.stage, "fingerprint": self.fingerprint, "part": name}
             if part := read_part(self.store, f"{base}/parts/{name}.json", **of):
                 yield base, part
 
-    def _unlink(self, part: dict[str, Any]) -> None:
-        """Remove a part's local files and the folders that this leaves empty."""
-        for file in part["files"]:
-            path = self.path / _safe(file["path"])
+    def _unlink(self, files: list[dict[str, Any]]) -> None:
+        """Remove local files and the folders that this leaves empty."""
+        for file in files:
+            path = self.path / safe(file["path"])
             path.unlink(missing_ok=True)
             for folder in path.parents:
                 if folder == self.path or not folder.is_dir() or any(folder.iterdir()):
@@ -138,37 +129,33 @@ class Attempt:
                 folder.rmdir()
 
     def _link(self, base: str, files: list[dict[str, Any]]) -> bool:
-        """Take files of an earlier attempt on this disk over; whether all of them are whole."""
+        """Take files of an earlier attempt on this disk over, and say if all of them are whole."""
         root = Path(self.store.path(self.stage, self.fingerprint))
         for file in files:
-            source, target = Path(base, _safe(file["path"])), self.path / file["path"]
+            source, target = Path(base, safe(file["path"])), self.path / file["path"]
             target.parent.mkdir(parents=True, exist_ok=True)
             target.unlink(missing_ok=True)
-            if not _within(root, source):
+            if not is_within(root, source) or not source.is_file():
                 return False
             try:
                 os.link(source, target)  # finished files never change, so sharing them is safe
-            except FileNotFoundError:
-                return False
             except OSError:
                 shutil.copyfile(source, target)
-            if not whole(target, file):
+            if not is_whole(target, file):
                 return False
         return True
 
     def _copy(self, base: str, files: list[dict[str, Any]]) -> bool:
-        """Take files of an earlier attempt in a bucket over; whether all of them are whole.
+        """Take files of an earlier attempt in a bucket over, and say if all of them are whole.
 
         The server copies them, so nothing is sent. What is read and compared is the copies: that is what is committed.
         """
-        copies = [(f"{base}/{_safe(file['path'])}", self._remote(file["path"])) for file in files]
-        try:
+        copies = [(f"{base}/{safe(file['path'])}", self._remote(file["path"])) for file in files]
+        with contextlib.suppress(FileNotFoundError):
             self.store.copy(copies)
             self.store.get([(copy, self.path / file["path"]) for (_, copy), file in zip(copies, files, strict=True)])
-            if all(whole(self.path / file["path"], file) for file in files):
+            if all(is_whole(self.path / file["path"], file) for file in files):
                 return True
-        except FileNotFoundError:
-            pass
         self.store.remove(*(copy for _, copy in copies))
         return False
 
@@ -197,9 +184,9 @@ class Attempt:
         known = {file["path"]: file for part in self._parts.values() for file in part["files"]}
         names = sorted(p.relative_to(self.path).as_posix() for p in self.path.rglob("*") if p.is_file())
         names = [name for name in names if not name.startswith("parts/")]
-        self._publish([name for name in names if name not in known], self.store.emit)
         with ThreadPoolExecutor(4, thread_name_prefix="hash") as pool:
-            files = list(pool.map(lambda name: known.get(name) or _listed(self.path, name), names))
+            files = list(pool.map(lambda name: known.get(name) or describe(self.path, name), names))
+        self._publish([file for file in files if file["path"] not in known], self.store.emit)
         volatile = sorted(volatile)
         manifest = sealed({
             **identity,
@@ -207,14 +194,18 @@ class Attempt:
             "attempt": self.id,
             "files": files,
             "volatile": volatile,
-            "digest": _digest(files, volatile),
+            "digest": digest_of(files, volatile),
             "metrics": metrics,
             "config": config,
-            "packages": {p: v for p in PACKAGES if (v := _version(p))},
-            "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "packages": {package: version(package) for package in PACKAGES},
+            "created": utc_now(),
             "seconds": round(time.monotonic() - self.started, 3),
         })  # fmt: skip
-        target = self.store.path(self.stage, self.fingerprint, "manifest.json")
+        return self._write_manifest(manifest, replace)
+
+    def _write_manifest(self, manifest: dict[str, Any], replace: bool) -> Artifact:
+        """Create the manifest, or return the artifact that another attempt has committed before."""
+        target = self.store.path(self.stage, self.fingerprint, MANIFEST)
         while not self.store.write_json(target, manifest, create_only=True):
             try:
                 existing = self.store.find(self.stage, self.fingerprint)
@@ -236,14 +227,10 @@ class Attempt:
 
 @contextlib.contextmanager
 def new_attempt(store: Store, stage: str, fingerprint: str, *, afresh: bool = False) -> Iterator[Attempt]:
-    """A new attempt at an artifact. Any number may go on at once: the first to commit wins.
+    """Make a new attempt at an artifact. Any number may go on at once: the first to commit wins.
 
-    Args:
-        store: Where it will lie.
-        stage: The artifact's stage.
-        fingerprint: Its fingerprint.
-        afresh: Whether to leave aside what was finished before the artifact was committed: then only an
-            interrupted rebuild is continued.
+    One made `afresh` leaves aside what was finished before the artifact was committed: it continues only an
+    interrupted rebuild.
 
     Raises:
         NanodlmError: When the store cannot be written, or cannot create a file only once.
@@ -260,14 +247,9 @@ def new_attempt(store: Store, stage: str, fingerprint: str, *, afresh: bool = Fa
 
 
 def cannot_write(store: Store, error: OSError) -> NanodlmError:
-    """The error of a store that cannot be written, in one line."""
+    """Return the error, in one line, of a store that cannot be written."""
     no_bucket = isinstance(error, FileNotFoundError) and not store.is_local
     reason = "there is no such bucket" if no_bucket else error.strerror or error
     return NanodlmError(
         f"cannot write to the store {store.uri()}: {reason}; choose another with --store, or mend its permissions"
     )
-
-
-def _listed(folder: Path, name: str) -> dict[str, Any]:
-    """What a manifest says of a file."""
-    return {"path": name, "size": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)}

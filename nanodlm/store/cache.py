@@ -3,25 +3,31 @@
     {cache}/entries/{name}/files/...     copies; each appears whole, after its sha256 was checked
     {cache}/entries/{name}/used          locked by every process that uses the entry; its time is that of the last use
     {cache}/entries/{name}/arriving/...  copies on their way, each with a lock, so that two processes do not fetch it
+    {cache}/manifests/...                manifests of what was found, for when no store may be asked
     {cache}/lock                         held while entries are opened or thrown out
 
 An entry is all copies of one artifact, or the files that one attempt is making. Locks are the kernel's (`flock`), so
-they end with the process that holds them, however it ends.
+they end with the process that holds them, however it ends. filelock's `FileLock` is that, exclusively; for the use of
+an entry, which processes share, it has only a lock in an SQLite file, which a forked process must not touch.
 """
 
 import contextlib
 import fcntl
 import hashlib
+import json
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
 
+from filelock import FileLock
+
 from nanodlm.errors import Damaged, NanodlmError
-from nanodlm.store.disk import sha256_of
+from nanodlm.store.disk import is_whole, list_files, write_whole
+from nanodlm.store.retry import one_line
 
 DEFAULT_GB = 100.0
 THREADS, GROUP = 2, 8  # that fetch and verify, and files of each at once
@@ -30,17 +36,17 @@ _holding = threading.Lock()
 
 
 def cache_dir() -> Path:
-    """Where copies lie: `$NANODLM_CACHE`, else `~/.cache/nanodlm`."""
+    """Return the folder of copies: `$NANODLM_CACHE`, else `~/.cache/nanodlm`."""
     return Path(os.environ.get("NANODLM_CACHE") or Path.home() / ".cache" / "nanodlm")
 
 
 def offline() -> bool:
-    """Whether `$NANODLM_OFFLINE` is set: then stores are not asked, and what was fetched before is used."""
+    """Say if `$NANODLM_OFFLINE` is set: then stores are not asked, and what was fetched before is used."""
     return os.environ.get("NANODLM_OFFLINE", "").lower() in ("1", "true", "yes")
 
 
 def limit() -> int:
-    """Bytes that entries may take together: `$NANODLM_CACHE_GB`, else 100 GB.
+    """Return the bytes that entries may take together: `$NANODLM_CACHE_GB`, else 100 GB.
 
     Raises:
         NanodlmError: When that is no positive number.
@@ -56,30 +62,33 @@ def limit() -> int:
 
 
 def hold(name: str, needed: int = 0) -> Path:
-    """Open an entry, and keep it until this process ends: the folder for its files.
+    """Open an entry, keep it until this process ends, and return the folder for its files.
 
-    Args:
-        name: The entry's name.
-        needed: Bytes that will be added; others, the least recently used first, are thrown out to make room.
+    Entries that nobody uses, the least recently used first, are thrown out for the bytes that are `needed`.
 
     Raises:
         NanodlmError: When there is not so much room, or the cache cannot be written.
     """
     entry = cache_dir() / "entries" / name
     try:
-        (entry / "files").mkdir(parents=True, exist_ok=True)
-        with _locked(cache_dir() / "lock"), _holding:
-            (entry / "files").mkdir(parents=True, exist_ok=True)  # it may have been thrown out just now
+        cache_dir().mkdir(parents=True, exist_ok=True)
+        with _holding, FileLock(cache_dir() / "lock"):
+            (entry / "files").mkdir(parents=True, exist_ok=True)
             if entry not in _held:
                 _held[entry] = (entry / "used").open("a")
                 fcntl.flock(_held[entry], fcntl.LOCK_SH)
             os.utime(entry / "used")
             _make_room(needed)
     except OSError as error:
-        raise NanodlmError(
-            f"cannot write to the cache {cache_dir()}: {error.strerror}; set NANODLM_CACHE to a folder with room"
-        ) from error
+        raise cannot_write_cache(error) from error
     return entry / "files"
+
+
+def cannot_write_cache(error: OSError) -> NanodlmError:
+    """Return the error, in one line, of a cache that cannot be written."""
+    return NanodlmError(
+        f"cannot write to the cache {cache_dir()}: {one_line(error)}; set NANODLM_CACHE to a folder with room"
+    )
 
 
 def drop(name: str) -> None:
@@ -97,15 +106,10 @@ def fetch(
     get: Callable[[list[tuple[str, Path]]], None],
     arrived: Callable[[int], None] = lambda _: None,
 ) -> None:
-    """Make local copies of files, several at a time, of those that are not there whole.
+    """Make local copies of files in what `hold` returned, several at a time, of those that are not there whole.
 
-    Two processes do not fetch the same file: one waits, and then finds it.
-
-    Args:
-        folder: What `hold` returned.
-        files: The `path`, `size` and `sha256` of each.
-        get: Copies files, given by their `path`, to local paths.
-        arrived: Told bytes that are there.
+    Two processes do not fetch the same file: one waits, and then finds it. `get` copies files, given by their `path`,
+    to local paths; `arrived` is called with numbers of bytes that are there.
 
     Raises:
         Damaged: When what arrived is not what it should be; nothing is kept of it.
@@ -113,18 +117,16 @@ def fetch(
     """
 
     def fetch_some(some: list[dict[str, Any]]) -> int:
-        arriving = {file["path"]: _arriving(folder, file) for file in some}
+        arriving = {file["path"]: _arriving(folder, file["path"]) for file in some}
         with contextlib.ExitStack() as locks:
             for path in arriving.values():  # everyone takes locks in the order of paths, so nobody deadlocks
-                locks.enter_context(_locked(path.with_name("lock")))
-            missing = [file for file in some if not whole(folder / file["path"], file)]
-            for file in missing:
-                for left in arriving[file["path"]].parent.glob("[!l]*"):  # all but the lock: a killed process left it
-                    left.unlink()
+                path.parent.mkdir(parents=True, exist_ok=True)
+                locks.enter_context(FileLock(path.with_name("lock")))
+            missing = [file for file in some if not is_whole(folder / file["path"], file)]
             if missing:
                 get([(file["path"], arriving[file["path"]]) for file in missing])
             for file in missing:
-                if not whole(arriving[file["path"]], file):
+                if not is_whole(arriving[file["path"]], file):
                     arriving[file["path"]].unlink(missing_ok=True)
                     raise Damaged(f"{file['path']} has been altered")
                 (folder / file["path"]).parent.mkdir(parents=True, exist_ok=True)
@@ -134,46 +136,25 @@ def fetch(
     files = sorted(files, key=lambda file: file["path"])
     groups = [files[i : i + GROUP] for i in range(0, len(files), GROUP)]
     with ThreadPoolExecutor(THREADS, thread_name_prefix="fetch") as pool:  # some verify while others transfer
-        running = [pool.submit(fetch_some, group) for group in groups]
-        try:
-            for future in running:
-                arrived(future.result())
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+        for size in pool.map(fetch_some, groups):  # which begins no more after one that fails
+            arrived(size)
 
 
-def _arriving(folder: Path, file: dict[str, Any]) -> Path:
-    """Where a file lies until it is verified, beside the lock of who fetches it."""
-    return folder.parent / "arriving" / hashlib.sha256(file["path"].encode()).hexdigest()[:16] / "file"
-
-
-def whole(path: Path, file: dict[str, Any]) -> bool:
-    """Whether a local file has the size and sha256 of its record."""
-    return path.is_file() and path.stat().st_size == file["size"] and sha256_of(path) == file["sha256"]
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        try:
-            yield
-        finally:  # closing is not enough while a process forked meanwhile has it open as well
-            fcntl.flock(file, fcntl.LOCK_UN)
+def _arriving(folder: Path, path: str) -> Path:
+    """Return where a file lies until it is verified, beside the lock of who fetches it."""
+    return folder.parent / "arriving" / hashlib.sha256(path.encode()).hexdigest()[:16] / "file"
 
 
 def _make_room(needed: int) -> None:
     """Throw out what nobody uses, the least recently used first, until `needed` more bytes fit."""
     entries = [entry for entry in (cache_dir() / "entries").iterdir() if entry.is_dir()]
-    sizes = {entry: _size(entry) for entry in entries}
+    sizes = {entry: sum(found.size for found in list_files(str(entry)).values()) for entry in entries}
     total = sum(sizes.values())
     for entry in sorted(entries, key=_last_used):
         left_behind = entry.name.startswith("attempt-")
         if total + needed <= limit() and not left_behind:
             continue
-        if entry in _held or not _unused(entry):
+        if entry in _held or not _is_unused(entry):
             continue
         shutil.rmtree(entry, ignore_errors=True)
         total -= sizes[entry]
@@ -184,16 +165,6 @@ def _make_room(needed: int) -> None:
         )
 
 
-def _size(entry: Path) -> int:
-    """Bytes below it; its users add, rename and remove files meanwhile."""
-    total = 0
-    for folder, _, names in os.walk(entry):
-        for name in names:
-            with contextlib.suppress(FileNotFoundError):
-                total += os.stat(os.path.join(folder, name)).st_size
-    return total
-
-
 def _last_used(entry: Path) -> float:
     try:
         return (entry / "used").stat().st_mtime
@@ -201,8 +172,8 @@ def _last_used(entry: Path) -> float:
         return 0.0
 
 
-def _unused(entry: Path) -> bool:
-    """Whether no process holds it. Nobody can take it meanwhile: that needs the cache's own lock."""
+def _is_unused(entry: Path) -> bool:
+    """Say if no process holds an entry. Nobody can take it meanwhile: that needs the cache's own lock."""
     try:
         with (entry / "used").open("a") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -211,3 +182,20 @@ def _unused(entry: Path) -> bool:
     except FileNotFoundError:  # its user has thrown it out just now
         return True
     return True
+
+
+def _manifest(store: str, stage: str, fingerprint: str) -> Path:
+    return cache_dir() / "manifests" / hashlib.sha256(store.encode()).hexdigest()[:16] / stage / f"{fingerprint}.json"
+
+
+def remember(store: str, stage: str, fingerprint: str, manifest: dict[str, Any]) -> None:
+    """Keep a manifest of a remote store, for when it may not be asked; a cache that cannot be written is no error."""
+    with contextlib.suppress(OSError):
+        write_whole(_manifest(store, stage, fingerprint), json.dumps(manifest).encode())
+
+
+def recall(store: str, stage: str, fingerprint: str) -> Any:
+    """Return the manifest that was kept, or None."""
+    with contextlib.suppress(FileNotFoundError, ValueError):  # a machine that went down may have torn it
+        return json.loads(_manifest(store, stage, fingerprint).read_bytes())
+    return None

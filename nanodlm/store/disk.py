@@ -1,20 +1,14 @@
-"""Files on local disk: hashing, listing, and writing them whole or not at all."""
+"""Files on local disk: hashing and comparing, listing, and writing them whole or not at all."""
 
 import hashlib
 import os
 import stat
 import tempfile
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-TRANSFERS = 32  # files on their way at once
+from typing import Any, NamedTuple
 
 
-@dataclass(frozen=True)
-class Found:
+class Found(NamedTuple):
     """A file that a listing shows."""
 
     size: int
@@ -22,13 +16,28 @@ class Found:
 
 
 def sha256_of(path: Path) -> str:
-    """sha256 of a local file, in hex."""
+    """Return the sha256 of a local file, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _local_files(folder: str) -> dict[str, Found]:
-    """All files and links below a local folder; fsspec would leave out the folders that it could not list."""
+def describe(folder: Path, name: str) -> dict[str, Any]:
+    """Return what a manifest says of a file: its path below the folder, its size and its sha256."""
+    return {"path": name, "size": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)}
+
+
+def is_whole(path: Path, file: dict[str, Any]) -> bool:
+    """Say if a local file has the size and the sha256 that a manifest gives it."""
+    return path.is_file() and path.stat().st_size == file["size"] and sha256_of(path) == file["sha256"]
+
+
+def is_within(folder: Path, path: Path) -> bool:
+    """Say if a local path lies in a folder when links are followed."""
+    return path.resolve().is_relative_to(folder.resolve())
+
+
+def list_files(folder: str) -> dict[str, Found]:
+    """Return all files and links below a local folder, by relative path; a folder that cannot be listed raises."""
 
     def refuse(error: OSError) -> None:
         if not isinstance(error, FileNotFoundError | NotADirectoryError):
@@ -48,41 +57,16 @@ def _local_files(folder: str) -> dict[str, Found]:
     return found
 
 
-def _each(call: Callable[..., None], arguments: Iterable[tuple[Any, ...]]) -> None:
-    """Make several calls at a time; after the first that fails begin no more, and raise its error."""
-    todo = list(arguments)
-    if len(todo) < 2:
-        for words in todo:
-            call(*words)
-        return
-    with ThreadPoolExecutor(min(TRANSFERS, len(todo)), thread_name_prefix="transfers") as pool:
-        running = [pool.submit(call, *words) for words in todo]
-        try:
-            for future in running:
-                future.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-
-
-def _write_local(target: Path, data: bytes, create_only: bool) -> bool:
-    def fill(path: Path) -> None:
-        with path.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-
-    return _replace(target, fill, create_only)
-
-
-def _replace(target: Path, fill: Callable[[Path], Any], create_only: bool = False) -> bool:
-    """Make a local file appear whole, in the place of an old one, or only where there is none."""
+def write_whole(target: Path, data: bytes, create_only: bool = False) -> bool:
+    """Make a local file appear whole in the place of an old one; or only where there is none, else return False."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=target.parent, prefix=".", delete=False) as file:
         path = Path(file.name)
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
     try:
         path.chmod(0o644)  # a store is shared
-        fill(path)
         if create_only:
             os.link(path, target)
         else:

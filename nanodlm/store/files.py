@@ -8,10 +8,10 @@ import contextlib
 import hashlib
 import json
 import os
-import random
+import secrets
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -21,11 +21,12 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from nanodlm.config import refuse_secrets
-from nanodlm.errors import NanodlmError, Unreachable, UsageError
-from nanodlm.store.disk import TRANSFERS, Found, _each, _local_files, _replace, _write_local
-from nanodlm.store.retry import FIRST_PAUSE, LONGEST_PAUSE, _exists, _may_pass, _patience, _refused, _text, log
+from nanodlm.errors import NanodlmError, UsageError
+from nanodlm.store.disk import Found, list_files, write_whole
+from nanodlm.store.retry import ask, one_line, says_it_exists
 
 T = TypeVar("T")
+TRANSFERS = 32  # files on their way at once
 # Protocols whose fsspec drivers send a creation as one conditional request. A server may still ignore the condition:
 # `Storage.require_create_only` tries it.
 CREATE_ONLY = {"file", "local", "s3", "s3a", "gs", "gcs", "memory"}
@@ -47,23 +48,8 @@ class Storage:
             UsageError: When the protocol is unknown, its driver is not installed, or it cannot create a file only
                 once; or when the URL holds secrets, or signs that drivers take for patterns.
         """
-        protocol = fsspec.core.split_protocol(refuse_secrets(url))[0] or "file"
-        if not url:
-            raise UsageError("cannot open a store without a name: give a folder, or a bucket at s3:// or gs://")
-        word, colon, rest = url.partition(":")
-        if colon and not rest.startswith((":", "//")) and word in fsspec.available_protocols():
-            right = f"{word}://{rest if word in ('file', 'local') else rest.lstrip('/')}"
-            raise UsageError(f"cannot open the store {url}: write {right}, or ./{url} for a folder")
-        if "::" in url or protocol not in CREATE_ONLY:
-            known = protocol in fsspec.available_protocols()
-            problem = "cannot create a file only once, which commits rely on" if known else "is not known"
-            raise UsageError(
-                f"cannot open the store {url}: {protocol}:// {problem}; use a folder, or a bucket at s3:// or gs://"
-            )
-        if protocol in ("s3", "s3a", "gs", "gcs") and not url.partition("://")[2].split("/")[0]:
-            raise UsageError(f"cannot open the store {url}: it names no bucket")  # a stage would pass for one
-        if protocol not in ("file", "local") and any(sign in url for sign in "*?["):
-            raise UsageError(f"cannot open the store {url}: its prefix must not hold *, ? or [, which stand for others")
+        if problem := _problem_with(refuse_secrets(url)):
+            raise UsageError(f"cannot open the store {url}: {problem}")
         try:
             self.fs, root = fsspec.url_to_fs(url, use_listings_cache=False)
         except (ValueError, ImportError) as error:
@@ -73,50 +59,21 @@ class Storage:
         self._create_only = self.is_local
 
     def path(self, *parts: str) -> str:
-        """Path below the root, for the file system's own calls."""
+        """Return a path below the root, for the file system's own calls."""
         return "/".join((self.root, *parts))
 
     def uri(self, *parts: str) -> str:
-        """Address of a path below the root: a plain path on local disk, else a URL."""
+        """Return the address of a path below the root: a plain path on local disk, else a URL."""
         return self.path(*parts) if self.is_local else self.fs.unstrip_protocol(self.path(*parts))
 
     def patiently(self, call: Callable[[], T]) -> T:
-        """The result of a call, made again while it fails for a reason that may pass.
-
-        Raises:
-            Unreachable: When it still does after `$NANODLM_RETRY_SECONDS` (300).
-            NanodlmError: When access is refused.
-            OSError: For what the caller knows best: FileNotFoundError, FileExistsError, and others that stay.
-        """
-        deadline = time.monotonic() + _patience()
-        pause, told = FIRST_PAUSE, False
-        while True:
-            try:
-                return call()
-            except (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, NanodlmError):
-                raise
-            except Exception as error:
-                if _refused(error):
-                    raise NanodlmError(
-                        f"{self.uri()} refuses access: {_text(error)}; mend the credentials in the environment, or "
-                        "the permissions, or choose another --store"
-                    ) from error
-                if not _may_pass(error):
-                    raise
-                if time.monotonic() + pause > deadline:
-                    raise Unreachable(
-                        f"{self.uri()} does not answer: {_text(error)}; what is finished is kept, run again to continue"
-                    ) from error
-                if pause > 1 and not told:
-                    told = True
-                    log.warning("%s does not answer (%s): trying again", self.uri(), _text(error))
-            time.sleep(pause * random.uniform(0.5, 1.0))
-            pause = min(2 * pause, LONGEST_PAUSE)
+        """Return the result of a request, made again while it fails for a reason that may pass; see `retry.ask`."""
+        return ask(self.uri(), call)
 
     # Reading
 
     def read(self, path: str) -> bytes:
-        """A whole file.
+        """Return the content of a file.
 
         Raises:
             FileNotFoundError: When there is none.
@@ -124,7 +81,7 @@ class Storage:
         return self.patiently(lambda: self.fs.cat_file(path))
 
     def read_json(self, path: str) -> Any:
-        """Parsed content, None where there is no file, and the empty string where it is not JSON, or null."""
+        """Return parsed content, None where there is no file, and the empty string where it is not JSON, or null."""
         try:
             value = json.loads(self.read(path))
         except (FileNotFoundError, NotADirectoryError):
@@ -134,9 +91,9 @@ class Storage:
         return "" if value is None else value
 
     def files(self, folder: str) -> dict[str, Found]:
-        """All files below a folder, by relative path; none where there is no folder."""
+        """Return all files below a folder, by relative path; none where there is no folder."""
         if self.is_local:
-            return self.patiently(lambda: _local_files(folder))
+            return self.patiently(lambda: list_files(folder))
         try:
             found: dict[str, Any] = self.patiently(lambda: self.fs.find(folder, detail=True))
         except FileNotFoundError:
@@ -149,11 +106,11 @@ class Storage:
         }
 
     def sizes(self, folder: str) -> dict[str, int]:
-        """Sizes in bytes of all files below a folder, by relative path."""
+        """Return the sizes in bytes of all files below a folder, by relative path."""
         return {path: found.size for path, found in self.files(folder).items()}
 
     def sha256(self, path: str) -> str:
-        """sha256 of a file, in hex."""
+        """Return the sha256 of a file, in hex."""
 
         def call() -> str:
             with self.fs.open(path, "rb", **({} if self.is_local else {"cache_type": "readahead"})) as file:
@@ -162,44 +119,31 @@ class Storage:
         return self.patiently(call)
 
     def get(self, pairs: list[tuple[str, Path]]) -> None:
-        """Copy files to local paths, several at a time; none of them is at its path before all of a few are whole.
+        """Copy files to local paths, several at a time; what is cut off leaves half a file, so compare them.
 
         Raises:
             FileNotFoundError: When one is not there.
         """
-        for i in range(0, len(pairs), TRANSFERS):
-            sources = [source for source, _ in pairs[i : i + TRANSFERS]]
-            targets = [target for _, target in pairs[i : i + TRANSFERS]]
-            unique = f"{os.getpid()}-{random.getrandbits(32):08x}.partial"
-            partials = [target.with_name(f".{target.name}.{unique}") for target in targets]
-            for target in targets:
-                target.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                self.patiently(partial(self.fs.get, sources, [str(path) for path in partials]))
-                for path, target in zip(partials, targets, strict=True):
-                    path.replace(target)
-            finally:
-                for path in partials:
-                    path.unlink(missing_ok=True)
+        for _, target in pairs:
+            target.parent.mkdir(parents=True, exist_ok=True)
+        for sources, targets in _batches(pairs):
+            self.patiently(partial(self.fs.get, sources, targets))
 
     # Writing
 
     def put(self, pairs: list[tuple[Path, str]], done: Callable[[int], None] = lambda _: None) -> None:
         """Copy local files to paths here, several at a time; one that is there already is replaced.
 
-        Args:
-            pairs: Local path and path here of each.
-            done: Told bytes that have arrived.
+        `done` is called with the number of bytes that have arrived since its last call.
         """
-        for i in range(0, len(pairs), TRANSFERS):
-            batch = pairs[i : i + TRANSFERS]
+        for sources, targets in _batches(pairs):
             if self.is_local:
-                for source, target in batch:
-                    _replace(Path(target), partial(shutil.copyfile, source))
+                for source, target in zip(sources, targets, strict=True):
+                    Path(target).parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(source, target)
             else:
-                sources, targets = [str(source) for source, _ in batch], [target for _, target in batch]
                 self.patiently(partial(self.fs.put, sources, targets))
-            done(sum(source.stat().st_size for source, _ in batch))
+            done(sum(os.path.getsize(source) for source in sources))
 
     def copy(self, pairs: list[tuple[str, str]]) -> None:
         """Copy files here to other paths here, several at a time; a bucket's server does it without sending them.
@@ -207,25 +151,24 @@ class Storage:
         Raises:
             FileNotFoundError: When one is not there.
         """
-        for i in range(0, len(pairs), TRANSFERS):
-            sources, targets = map(list, zip(*pairs[i : i + TRANSFERS], strict=True))
+        for sources, targets in _batches(pairs):
             self.patiently(partial(self.fs.copy, sources, targets))
 
     def write_json(self, path: str, value: Any, *, create_only: bool = False) -> bool:
-        """Write atomically. With `create_only` return False, changing nothing, when the file exists.
+        """Write a file whole. With `create_only` return False, changing nothing, when it exists.
 
         A creation whose acknowledgement was lost counts as one, whether it is repeated here or by the driver: the file
         then holds what was to be written. So no two writers may create the same content at one path.
         """
         data = json.dumps(value, indent=1, sort_keys=True).encode()
         if self.is_local:
-            return _write_local(Path(path), data, create_only)
+            return write_whole(Path(path), data, create_only)
 
         def call() -> bool:
             try:
                 self.fs.pipe_file(path, data, mode="create" if create_only else "overwrite")
             except OSError as error:
-                if not (isinstance(error, FileExistsError) or _exists(error)):
+                if not (isinstance(error, FileExistsError) or says_it_exists(error)):
                     raise
                 with contextlib.suppress(FileNotFoundError):  # it has been removed since
                     return self.read(path) == data
@@ -242,7 +185,7 @@ class Storage:
         """
         if self._create_only:
             return
-        probe = self.path(f".create-only-{os.getpid()}-{random.getrandbits(32):08x}")
+        probe = self.path(f".create-only-{secrets.token_hex(8)}")
         try:
             self.write_json(probe, {"created": 1}, create_only=True)
             if self.write_json(probe, {"created": 2}, create_only=True):
@@ -256,29 +199,26 @@ class Storage:
                 self.remove(probe)
 
     def now(self) -> float:
-        """The time by the storage's own clock, a Unix time: that of a file written now.
+        """Return the Unix time by the storage's own clock: that of a file written now.
 
         Raises:
             NanodlmError: When the storage cannot be written.
         """
-        name = f".now-{os.getpid()}-{random.getrandbits(32):08x}"
+        probe = self.path(f".now-{secrets.token_hex(8)}")
         try:
-            self.write_json(self.path(name), {})
-            return _changed(self.patiently(lambda: self.fs.info(self.path(name))))
+            self.write_json(probe, {})
+            return _changed(self.patiently(lambda: self.fs.info(probe)))
         except OSError as error:
-            raise NanodlmError(f"cannot write to {self.uri()}: {_text(error)}") from error
+            raise NanodlmError(f"cannot write to {self.uri()}: {one_line(error)}") from error
         finally:
             with contextlib.suppress(OSError, NanodlmError):
-                self.remove(self.path(name))
+                self.remove(probe)
 
     def remove(self, *paths: str) -> None:
         """Remove files; those that are not there are no error."""
-
-        def call(path: str) -> None:
+        for path in paths:
             with contextlib.suppress(FileNotFoundError):
-                self.patiently(lambda: self.fs.rm_file(path))
-
-        _each(call, ((path,) for path in paths))
+                self.patiently(partial(self.fs.rm_file, path))
 
     def remove_folder(self, folder: str) -> None:
         """Remove all below a folder, and it."""
@@ -286,14 +226,48 @@ class Storage:
             self.patiently(lambda: self.fs.rm(folder, recursive=True))
 
 
+def _batches(pairs: Sequence[tuple[str | Path, str | Path]]) -> Iterator[tuple[list[str], list[str]]]:
+    """Yield the sources and targets of as many transfers as may go on at once."""
+    for i in range(0, len(pairs), TRANSFERS):
+        batch = pairs[i : i + TRANSFERS]
+        yield [str(source) for source, _ in batch], [str(target) for _, target in batch]
+
+
+def _problem_with(url: str) -> str:
+    """Say why no store can be at a URL; an empty text when one can."""
+    if not url:
+        return "it has no name: give a folder, or a bucket at s3:// or gs://"
+    known = fsspec.available_protocols()
+    word, colon, rest = url.partition(":")
+    if colon and not rest.startswith((":", "//")) and word in known:
+        return f"write {word}://{rest if word in ('file', 'local') else rest.lstrip('/')}, or ./{url} for a folder"
+    protocol = fsspec.core.split_protocol(url)[0] or "file"
+    if "::" in url or protocol not in CREATE_ONLY:
+        problem = "cannot create a file only once, which commits rely on" if protocol in known else "is not known"
+        return f"{protocol}:// {problem}; use a folder, or a bucket at s3:// or gs://"
+    if protocol in ("s3", "s3a", "gs", "gcs") and not url.partition("://")[2].split("/")[0]:
+        return "it names no bucket"  # a stage would be taken for one
+    if protocol not in ("file", "local") and any(sign in url for sign in "*?["):
+        return "its prefix must not hold *, ? or [, which stand for others"
+    return ""
+
+
 def _changed(info: dict[str, Any]) -> float:
-    """When a file last changed, as a Unix time; drivers name it differently."""
-    for key in ("mtime", "LastModified", "updated", "created"):
-        value = info.get(key)
-        if isinstance(value, datetime):
-            return value.timestamp()
-        if isinstance(value, int | float):
-            return float(value)
-        if isinstance(value, str):
-            return datetime.fromisoformat(value).timestamp()
-    return time.time()
+    """Return when a file last changed, as a Unix time; drivers name it differently."""
+    names = ("mtime", "LastModified", "updated", "created")
+    value = next((info[name] for name in names if info.get(name)), time.time())
+    if isinstance(value, str):
+        value = datetime.fromisoformat(value)
+    return value.timestamp() if isinstance(value, datetime) else float(value)
+
+
+def show_transfer(emit: Callable[..., None], unit: str, files: list[dict[str, Any]]) -> Callable[[int], None]:
+    """Return what to call with numbers of bytes that have arrived, so that `emit` is called with progress in MB."""
+    done, total = 0, sum(file["size"] for file in files)
+
+    def arrived(size: int) -> None:
+        nonlocal done
+        done += size
+        emit("progress", done=done / 1e6, total=total / 1e6, unit=unit)
+
+    return arrived

@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import psutil
+
 from nanodlm.errors import NanodlmError
 from nanodlm.store.attempt import cannot_write
 from nanodlm.store.retry import retrying_for
@@ -32,12 +34,8 @@ def hold_lease(
     Ages are measured by this process's own clock, so clocks that differ cannot mislead it. One that stopped (a
     paused process) is taken over after `LEASE_SECONDS`, and then lost to its holder; nothing rests on it.
 
-    Args:
-        store: Where the artifact will lie.
-        stage: The artifact's stage.
-        fingerprint: Its fingerprint.
-        notify: Told, in words, who is being waited for.
-        inputs: Fingerprints, by stage, of what is read meanwhile, which a collection then keeps.
+    `notify` is called with a sentence that says who is being waited for. `inputs` are the fingerprints, by stage, of
+    what is read meanwhile, which a collection then keeps.
 
     Yields:
         What the lease says of this holder. What it puts under `events` is there for others to read from the next
@@ -46,16 +44,20 @@ def hold_lease(
     Raises:
         NanodlmError: When the store cannot be written.
     """
+    holder: dict[str, Any] = {"holder": secrets.token_hex(8), "host": socket.gethostname(), "pid": os.getpid()}
+    holder |= {"inputs": inputs or {}, "events": {}}
     path = store.path(stage, fingerprint, "lease.json")
-    mine: dict[str, Any] = {"holder": secrets.token_hex(8), "host": socket.gethostname(), "pid": os.getpid()}
-    mine |= {"inputs": inputs or {}, "events": {}}
+
+    def is_held() -> bool:
+        return (read_lease(store, path) or {}).get("holder") == holder["holder"]
+
     try:  # before any work, so that a store that cannot be written says so at once
-        while not store.write_json(path, {**mine, "beat": 0}, create_only=True):
+        while not store.write_json(path, {**holder, "beat": 0}, create_only=True):
             if not _wait_for_lease(store, path, notify):
                 continue
-            store.write_json(path, {**mine, "beat": 0})
+            store.write_json(path, {**holder, "beat": 0})
             time.sleep(SETTLE_SECONDS)
-            if _holder(store, path) == mine["holder"]:
+            if is_held():
                 break
     except OSError as error:
         raise cannot_write(store, error) from error
@@ -66,61 +68,46 @@ def hold_lease(
         while not stop.wait(LEASE_SECONDS / 3):
             count += 1
             with retrying_for(BEAT_PATIENCE), contextlib.suppress(OSError, NanodlmError):
-                if _holder(store, path) != mine["holder"]:
+                if not is_held():
                     return  # taken over while this process stood still
-                store.write_json(path, {**mine, "beat": count})
+                store.write_json(path, {**holder, "beat": count})
 
     thread = threading.Thread(target=beat, name="lease", daemon=True)
     thread.start()
     try:
-        yield mine
+        yield holder
     finally:
         stop.set()
         thread.join()
-        with (
-            retrying_for(BEAT_PATIENCE),
-            contextlib.suppress(OSError, NanodlmError),
-        ):  # nobody waits for this to end
-            if _holder(store, path) == mine["holder"]:
+        with retrying_for(BEAT_PATIENCE), contextlib.suppress(OSError, NanodlmError):
+            if is_held():
                 store.remove(path)
 
 
-def lease_events(store: Store, stage: str, fingerprint: str) -> dict[str, dict[str, Any]]:
-    """The latest events, by kind, of whoever is building an artifact, as its lease tells; empty where nobody is."""
-    held = store.read_json(store.path(stage, fingerprint, "lease.json"))
-    events = held.get("events") if isinstance(held, dict) else None
-    return {k: event for k, event in events.items() if isinstance(event, dict)} if isinstance(events, dict) else {}
-
-
-def _holder(store: Store, path: str) -> str | None:
+def read_lease(store: Store, path: str) -> dict[str, Any] | None:
+    """Return what the lease at a path says: nothing when it is torn, None when there is none."""
     held = store.read_json(path)
-    return held.get("holder") if isinstance(held, dict) else None
+    return held if isinstance(held, dict) or held is None else {}
+
+
+def lease_events(store: Store, stage: str, fingerprint: str) -> dict[str, dict[str, Any]]:
+    """Return the latest events, by kind, of whoever is building an artifact; none where nobody is."""
+    return (read_lease(store, store.path(stage, fingerprint, "lease.json")) or {}).get("events", {})
 
 
 def _wait_for_lease(store: Store, path: str, notify: Callable[[str], None]) -> bool:
-    """Wait while a live run holds it. Whether a dead one's is left to be taken over."""
-    seen, since = store.read_json(path), time.monotonic()
-    if isinstance(seen, dict):
+    """Wait while a live run holds the lease, and say if a dead one's is left to be taken over."""
+    seen, since = read_lease(store, path), time.monotonic()
+    if seen:
         notify(f"process {seen.get('pid')} on {seen.get('host')} is building it; waiting")
-    while isinstance(seen, dict):
-        if seen.get("host") == socket.gethostname() and not _alive(seen.get("pid")):
+    while seen:
+        pid = seen.get("pid")
+        if seen.get("host") == socket.gethostname() and not (isinstance(pid, int) and psutil.pid_exists(pid)):
             return True
         time.sleep(0.2 if store.is_local else 0.5)
-        now = store.read_json(path)
+        now = read_lease(store, path)
         if now != seen:
             seen, since = now, time.monotonic()
         elif time.monotonic() - since > LEASE_SECONDS:
             return True
     return seen is not None
-
-
-def _alive(pid: Any) -> bool:
-    if type(pid) is not int or pid <= 0:
-        return False
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        return True
-    return True

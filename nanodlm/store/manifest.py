@@ -3,21 +3,21 @@
 import hashlib
 import json
 import re
-from importlib import metadata
+import time
 from pathlib import PurePosixPath
 from typing import Any
 
 from nanodlm.errors import Damaged
 
 MANIFEST = "manifest.json"
-
 SCHEMA = 1
 PACKAGES = ("nanodlm", "jax", "flax", "optax", "orbax-checkpoint", "grain", "array-record", "tiktoken", "tokenizers")
 NAME = re.compile(r"[0-9A-Za-z_-]+")  # of an attempt, a stage or a fingerprint in a manifest
+TIME = "%Y-%m-%dT%H:%M:%SZ"
 
 
 def canonical_json(value: Any) -> str:
-    """The one JSON text of a value: sorted keys, no spaces, no NaN.
+    """Return the one JSON text of a value: sorted keys, no spaces, no NaN.
 
     Raises:
         TypeError: For anything but dict (with string keys), list, tuple, str, int, float, bool and None.
@@ -43,7 +43,7 @@ def canonical_json(value: Any) -> str:
 
 
 def fingerprint_of(identity: dict[str, Any]) -> str:
-    """sha256 of the canonical JSON of everything that determines an artifact's bytes, in hex.
+    """Return the sha256, in hex, of the canonical JSON of everything that determines an artifact's bytes.
 
     >>> fingerprint_of({"stage": "shard"})[:8]
     'a8c0b4ff'
@@ -52,7 +52,7 @@ def fingerprint_of(identity: dict[str, Any]) -> str:
 
 
 def sealed(value: dict[str, Any]) -> dict[str, Any]:
-    """A record with a checksum over the rest of it, so that no altered byte of it goes unnoticed.
+    """Return a record with a checksum over the rest of it, so that no altered byte of it goes unnoticed.
 
     >>> sealed({"a": 1})["checksum"][:8]
     'f9d86028'
@@ -62,42 +62,44 @@ def sealed(value: dict[str, Any]) -> dict[str, Any]:
     return {**rest, "checksum": hashlib.sha256(text.encode()).hexdigest()}
 
 
-def _safe(relative: str) -> str:
-    """Refuse a manifest's path that would leave its artifact."""
+def digest_of(files: list[dict[str, Any]], volatile: list[str]) -> str:
+    """Return the sha256 over path, size and sha256 of the files whose bytes the inputs determine."""
+    stable = [file for file in files if not file["path"].startswith(tuple(volatile))]
+    return fingerprint_of({file["path"]: [file["size"], file["sha256"]] for file in stable})
+
+
+def safe(relative: str) -> str:
+    """Return a manifest's path, unless it would leave its artifact.
+
+    Raises:
+        Damaged: When it would.
+    """
     path = PurePosixPath(relative)
     if path.is_absolute() or ".." in path.parts or not path.parts or "\\" in relative or "\0" in relative:
         raise Damaged(f"a manifest names the path {relative!r}, which leaves its artifact: do not use this store")
     return relative
 
 
-def _wrong_with(manifest: Any, stage: str, fingerprint: str) -> str:
-    """What is wrong with a manifest in itself; empty when nothing is."""
+def problem_with(manifest: Any, stage: str, fingerprint: str) -> str:
+    """Say what is wrong with a manifest in itself; an empty text when nothing is."""
     needed = {"schema", "digest", "files", "volatile", "attempt", "metrics", "inputs", "parameters"}
     if not isinstance(manifest, dict) or not needed <= manifest.keys():
         return "is not a manifest"
     if manifest != sealed(manifest):
         return "has been altered: its checksum is not that of its content"
-    if manifest["digest"] != _digest(manifest["files"], manifest["volatile"]):
-        return "has been altered: its digest is not its files'"
-    if (manifest.get("stage"), manifest.get("fingerprint")) != (stage, fingerprint):
-        return f"belongs to {manifest.get('stage')}/{manifest.get('fingerprint')}"
-    if not NAME.fullmatch(manifest["attempt"]):
-        return "names an attempt that leaves its artifact"
-    inputs = [(name, made["fingerprint"]) for name, made in manifest["inputs"].items()]
-    if not all(NAME.fullmatch(part) for address in inputs for part in address):
-        return "names an input that leaves the store"
-    return ""
-
-
-def _digest(files: list[dict[str, Any]], volatile: list[str]) -> str:
-    """sha256 over path, size and sha256 of the files whose bytes the inputs determine."""
-    return fingerprint_of(
-        {f["path"]: [f["size"], f["sha256"]] for f in files if not f["path"].startswith(tuple(volatile))}
-    )
-
-
-def _version(package: str) -> str | None:
     try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
+        if manifest["digest"] != digest_of(manifest["files"], manifest["volatile"]):
+            return "has been altered: its digest is not its files'"
+        if (manifest.get("stage"), manifest.get("fingerprint")) != (stage, fingerprint):
+            return f"belongs to {manifest.get('stage')}/{manifest.get('fingerprint')}"
+        if not NAME.fullmatch(manifest["attempt"]):
+            return "names an attempt that leaves its artifact"
+        inputs = [name for pair in manifest["inputs"].items() for name in (pair[0], pair[1]["fingerprint"])]
+        return "" if all(map(NAME.fullmatch, inputs)) else "names an input that leaves the store"
+    except (TypeError, KeyError, AttributeError, ValueError):  # it was sealed by somebody else's program
+        return "is not a manifest"
+
+
+def utc_now() -> str:
+    """Return the time as manifests give it, such as 2026-11-23T14:00:00Z."""
+    return time.strftime(TIME, time.gmtime())

@@ -1,19 +1,25 @@
-"""Which failures of a storage may pass by themselves, and how long they are tried again."""
+"""Requests to a storage: which failures may pass by themselves, and for how long they are tried again."""
 
 import contextlib
 import errno
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
+from typing import TypeVar
 
-from nanodlm.errors import UsageError
+from tenacity import RetryCallState, Retrying, retry_if_exception, stop_before_delay, wait_random_exponential
 
+from nanodlm.errors import NanodlmError, Unreachable, UsageError
+
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 RETRY_SECONDS = 300.0  # for how long what may pass by itself is tried again
-FIRST_PAUSE, LONGEST_PAUSE = 0.2, 15.0  # seconds between tries; each is twice the last, and shortened at random
-_most: ContextVar[float] = ContextVar("most", default=float("inf"))  # see `briefly`
+FIRST_PAUSE, LONGEST_PAUSE = 0.2, 15.0  # the longest pauses in seconds: doubled every time, and shortened at random
+_longest: ContextVar[float] = ContextVar("longest", default=float("inf"))
+# What the caller of a request knows best, whatever caused it.
+SETTLED = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, NanodlmError)
 PASSING_CODES = {408, 409, 425, 429, 499, 500, 502, 503, 504}
 # Numbers stand alone: fingerprints in paths hold any digits.
 PASSING_WORDS = re.compile(r"SlowDown|ServiceUnavailable|InternalError|RequestTimeout|Throttling|\b50[234]\b")
@@ -25,51 +31,69 @@ PASSING_CLASSES = {
     "ReadTimeoutError", "ResponseParserError", "ResponseStreamingError", "ServerDisconnectedError", "ChecksumError",
     "FSTimeoutError", "ServerTimeoutError",
 }  # fmt: skip
-PASSING_ERRNOS = {
-    errno.ECONNREFUSED, errno.ECONNRESET, errno.EPIPE, errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH,
-    errno.EBUSY, errno.EAGAIN, getattr(errno, "EREMOTEIO", errno.EAGAIN),  # macOS has no such error
-}  # fmt: skip
+PASSING_ERRNOS = {errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EBUSY, errno.EAGAIN}
+
+
+def ask(uri: str, call: Callable[[], T]) -> T:
+    """Return the result of a request to `uri`, which is made again while it fails for a reason that may pass.
+
+    Raises:
+        Unreachable: When it still fails after `$NANODLM_RETRY_SECONDS` (300).
+        NanodlmError: When access is refused.
+        OSError: For what the caller knows best: FileNotFoundError, FileExistsError, and others that stay.
+    """
+
+    def warn(state: RetryCallState) -> None:
+        if state.attempt_number == 4 and state.outcome:
+            log.warning("%s does not answer (%s): trying again", uri, one_line(state.outcome.exception()))
+
+    tries = Retrying(
+        retry=retry_if_exception(may_pass),
+        wait=wait_random_exponential(multiplier=FIRST_PAUSE, max=LONGEST_PAUSE),
+        stop=stop_before_delay(_patience()),
+        before_sleep=warn,
+        reraise=True,
+    )
+    try:
+        return tries(call)
+    except SETTLED:
+        raise
+    except Exception as error:
+        if _refused(error):
+            raise NanodlmError(
+                f"{uri} refuses access: {one_line(error)}; mend the credentials in the environment, or "
+                "the permissions, or choose another --store"
+            ) from error
+        if may_pass(error):
+            raise Unreachable(
+                f"{uri} does not answer: {one_line(error)}; what is finished is kept, run again to continue"
+            ) from error
+        raise
 
 
 @contextlib.contextmanager
 def retrying_for(seconds: float) -> Iterator[None]:
-    """Try again for no longer than this, whatever is set: what is done here may as well fail."""
-    token = _most.set(seconds)
+    """Try requests again for no longer than this, whatever is set: what is done here may as well fail."""
+    token = _longest.set(seconds)
     try:
         yield
     finally:
-        _most.reset(token)
+        _longest.reset(token)
 
 
 def _patience() -> float:
-    """Seconds for which what may pass is tried again."""
+    """Return the seconds for which what may pass is tried again."""
     text = os.environ.get("NANODLM_RETRY_SECONDS") or str(RETRY_SECONDS)
     try:
-        return min(float(text), _most.get())
+        return min(float(text), _longest.get())
     except ValueError:
         raise UsageError(f"NANODLM_RETRY_SECONDS must be a number of seconds, not {text!r}") from None
 
 
-def _causes(error: BaseException) -> list[BaseException]:
-    found: list[BaseException] = []
-    while error is not None and error not in found and len(found) < 8:
-        found.append(error)
-        error = error.__cause__ or error.__context__  # type: ignore[assignment]
-    return found
-
-
-def _code(error: BaseException) -> int | None:
-    """The HTTP status behind an error, where its driver tells."""
-    response = getattr(error, "response", None)
-    told = response.get("ResponseMetadata", {}).get("HTTPStatusCode") if isinstance(response, dict) else None
-    for value in (told, getattr(error, "code", None), getattr(error, "status", None)):
-        if isinstance(value, int | str) and str(value).isdecimal():
-            return int(value)
-    return None
-
-
-def _may_pass(error: BaseException) -> bool:
-    """Whether the same request may succeed later."""
+def may_pass(error: BaseException) -> bool:
+    """Say if the same request may succeed later."""
+    if isinstance(error, SETTLED) or _refused(error):
+        return False
     for cause in _causes(error):
         code = _code(cause)
         if code is not None:
@@ -82,17 +106,36 @@ def _may_pass(error: BaseException) -> bool:
 
 
 def _refused(error: BaseException) -> bool:
-    """Whether asking again would be refused again for lack of rights."""
+    """Say if the same request would be refused again for lack of rights."""
     if isinstance(error, PermissionError) or type(error).__name__ in ("NoCredentialsError", "RefreshError"):
         return True
     return any(_code(cause) in (401, 403) for cause in _causes(error)) or str(error).startswith("Forbidden")
 
 
-def _exists(error: BaseException) -> bool:
-    """Whether an error says that a file to be created was there already; SeaweedFS says it in its cause."""
+def says_it_exists(error: BaseException) -> bool:
+    """Say if an error means that a file to be created was there already; SeaweedFS says it in the error's cause."""
     return any(_code(cause) == 412 or "PreconditionFailed" in f"{cause}" for cause in _causes(error))
 
 
-def _text(error: BaseException) -> str:
-    """One short line of an error."""
+def one_line(error: BaseException | None) -> str:
+    """Return the message of an error as one short line."""
     return " ".join((getattr(error, "strerror", None) or str(error) or type(error).__name__).split())[:200]
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error and what it came from."""
+    for _ in range(8):
+        if error is None:
+            return
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _code(error: BaseException) -> int | None:
+    """Return the HTTP status behind an error, where its driver says it."""
+    response = getattr(error, "response", None)
+    status = response.get("ResponseMetadata", {}).get("HTTPStatusCode") if isinstance(response, dict) else None
+    for value in (status, getattr(error, "code", None), getattr(error, "status", None)):
+        if isinstance(value, int | str) and str(value).isdecimal():
+            return int(value)
+    return None

@@ -38,8 +38,6 @@ def adopt(config: Config, store: Store, files: list[str], emit: Emit = lambda *_
     ):
         if there := store.find("download", lookup.fingerprint):  # another process may have been quicker
             return there, False
-        metrics = download(config, {}, attempt, emit, adopted=files)
-        artifact = attempt.commit(
-            identity=lookup.identity, config=config.model_dump(mode="json"), metrics={**metrics, "adopted": True}
-        )
-    return artifact, True
+        metrics = {**download(config, {}, attempt, emit, adopted=files), "adopted": True}
+        settings = config.model_dump(mode="json")
+        return attempt.commit(identity=lookup.identity, config=settings, metrics=metrics), True

@@ -6,24 +6,23 @@ from datetime import UTC, datetime
 
 from nanodlm.errors import UsageError
 from nanodlm.store import Artifact
+from nanodlm.store.manifest import TIME
+
+AGE = r"^[0-9]+(\.[0-9]+)?[smhd]$"
 
 
-def _now() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-
-
-def _time(text: str) -> float:
-    """Unix time of a manifest's time stamp."""
-    return datetime.strptime(text, "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=UTC).timestamp()
+def made_at(artifact: Artifact) -> float:
+    """Return when an artifact was made, as a Unix time."""
+    return datetime.strptime(artifact.manifest["created"], TIME).replace(tzinfo=UTC).timestamp()
 
 
 def age(artifact: Artifact) -> float:
-    """Seconds since an artifact was made."""
-    return time.time() - _time(artifact.manifest["created"])
+    """Return the seconds since an artifact was made."""
+    return time.time() - made_at(artifact)
 
 
 def size(count: int) -> str:
-    """Bytes, for a person.
+    """Return a number of bytes as a person reads it.
 
     >>> size(1_234_000)
     '1.23 MB'
@@ -34,11 +33,8 @@ def size(count: int) -> str:
     return f"{count} B"
 
 
-AGE = r"^[0-9]+(\.[0-9]+)?[smhd]$"
-
-
 def seconds(text: str) -> float:
-    """Of an age.
+    """Return the seconds of an age such as 12h.
 
     Raises:
         UsageError: When it is no number with s, m, h or d behind it.
@@ -46,7 +42,6 @@ def seconds(text: str) -> float:
     >>> seconds("12h")
     43200.0
     """
-    units = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
     if not re.fullmatch(AGE, text):
         raise UsageError(f"{text!r} is no age: give a number and s, m, h or d, such as 30d")
-    return float(text[:-1]) * units[text[-1]]
+    return float(text[:-1]) * {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}[text[-1]]

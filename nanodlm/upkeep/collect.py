@@ -1,22 +1,41 @@
-"""Keeping a store: check the chain from samples to data, repair, collect, copy to another store, adopt what exists."""
+"""Collecting what nobody needs: abandoned attempts and uploads, and, when asked, old results."""
 
 import contextlib
 import logging
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from math import inf
 from typing import Any
 
 from nanodlm.errors import Damaged, NanodlmError, UsageError
 from nanodlm.stages.table import STAGES
-from nanodlm.store import Store
+from nanodlm.store import Artifact, Store
 from nanodlm.store.disk import Found
-from nanodlm.store.lease import LEASE_SECONDS
-from nanodlm.store.manifest import MANIFEST
-from nanodlm.upkeep.ages import _now, _time
+from nanodlm.store.lease import LEASE_SECONDS, read_lease
+from nanodlm.store.manifest import utc_now
+from nanodlm.upkeep.ages import made_at
 
 log = logging.getLogger(__name__)
 GRACE_SECONDS = 3600.0  # nothing that changed so lately is collected
 LEASE_GRACE = 4 * LEASE_SECONDS  # a lease that was not renewed for so long is a dead run's, whatever the grace
+Item = tuple[str, str]  # stage and fingerprint
+
+
+@dataclass
+class Contents:
+    """What a listing shows below one stage's fingerprint; Unix times are 0 for what is not there."""
+
+    manifest: float = 0.0
+    retired: float = 0.0
+    lease: float = 0.0
+    attempts: dict[str, list[Found]] = field(default_factory=lambda: defaultdict(list))
+    parts: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))  # finished, of each attempt
+
+    def changed(self, attempt: str) -> float:
+        """Return when a file of an attempt last changed."""
+        return max(found.changed for found in self.attempts[attempt])
 
 
 def collect(
@@ -48,14 +67,43 @@ def collect(
     """
     if keep_last is not None and keep_last < 0:
         raise UsageError(f"--keep-last counts results to keep, from 0, not {keep_last}")
-    listed = store.listed()
-    now = time.time()
+    listed, now = _contents(store), time.time()
     if listed:
         try:
             now = store.now()  # ages are by the storage's own clock, whatever this machine's says
         except NanodlmError:
             if not dry_run:
                 raise
+    artifacts, unreadable, torn = _artifacts(store)
+    building, read = _leases(store, listed, now - max(grace, LEASE_GRACE))
+    young = {i for i, a in artifacts.items() if now - max(made_at(a), listed[i].manifest) < grace}  # or copied here
+    kept, wished = set(artifacts), keep_last is not None or older_than is not None
+    if wished and torn:  # what it was made from is not known
+        log.warning("no result is given up while one cannot be read: %s", torn)
+    elif wished:
+        kept = _needed(artifacts, young | read, keep_last or 0, inf if older_than is None else now - older_than)
+    for item in sorted(set(artifacts) - kept):
+        if not dry_run:
+            store.write_json(store.path(*item, "retired.json"), {"retired": utc_now()})
+            store.retire(item)
+        listed[item].retired = now
+        yield {"kind": "artifact", "uri": store.uri(*item), "bytes": sum(f["size"] for f in artifacts[item].files())}
+    oldest = -inf if older_than is None else now - older_than
+    for item in sorted(listed.keys() - unreadable - building - read):
+        named = artifacts[item].manifest["attempt"] if item in kept else ""
+        for attempt in _abandoned(item[0], listed[item], named, now - grace, oldest):
+            if not dry_run:
+                store.remove_folder(store.path(*item, "attempts", attempt))
+            size = sum(found.size for found in listed[item].attempts[attempt])
+            yield {"kind": "attempt", "uri": store.uri(*item, "attempts", attempt), "bytes": size}
+    for path, abort in _uploads(store, building, now - grace):
+        if not dry_run:
+            abort()
+        yield {"kind": "upload", "uri": store.fs.unstrip_protocol(path), "bytes": 0}
+
+
+def _artifacts(store: Store) -> tuple[dict[Item, Artifact], set[Item], str]:
+    """Return the artifacts of a store, those whose manifest cannot be read, and what is wrong with one of these."""
     artifacts, unreadable, torn = {}, set(), ""
     for item in store:
         try:
@@ -66,123 +114,65 @@ def collect(
             artifacts[item] = found
         else:
             unreadable.add(item)  # its manifest may name any attempt, or is about to be made again
-    leased, read = _leases(store, listed, now, grace)
-    came = {item: listed[path].changed for item in artifacts if (path := "/".join((*item, MANIFEST))) in listed}
-    dropped = set(artifacts) - _needed(artifacts, came, read, now, keep_last, older_than, grace)
-    if dropped and torn:  # what it was made from is not known
-        log.warning("no result is given up while one cannot be read: %s", torn)
-        dropped = set()
-    for item in sorted(dropped):
-        size = sum(file["size"] for file in artifacts[item].manifest["files"])
-        if not dry_run:
-            store.write_json(store.path(*item, "retired.json"), {"retired": _now()})
-            store.retire(item)
-        yield {"kind": "artifact", "uri": store.uri(*item), "bytes": size}
-    kept = {item: a.manifest["attempt"] for item, a in artifacts.items() if item not in dropped}
-    for attempt, size in _abandoned(listed, kept, leased | unreadable | read, dropped, now, grace, older_than):
-        if not dry_run:
-            store.remove_folder(store.path(attempt))
-        yield {"kind": "attempt", "uri": store.uri(attempt), "bytes": size}
-    for path, abort in _uploads(store, leased, now, grace):
-        if not dry_run:
-            abort()
-        yield {"kind": "upload", "uri": store.fs.unstrip_protocol(path), "bytes": 0}
+    return artifacts, unreadable, torn
 
 
-def _leases(
-    store: Store, listed: dict[str, Found], now: float, grace: float
-) -> tuple[set[tuple[str, str]], set[tuple[str, str]]]:
-    """What runs under way are building, and what they read. A lease that nobody has renewed is a dead run's."""
-    building, read = set(), set()
-    for path, found in listed.items():
-        parts = path.split("/")
-        if len(parts) == 3 and parts[2] == "lease.json" and now - found.changed < max(grace, LEASE_GRACE):
-            building.add((parts[0], parts[1]))
-            held = store.read_json(store.path(path))
-            inputs = held.get("inputs") if isinstance(held, dict) else None
-            if isinstance(inputs, dict):
-                read |= {(name, made) for name, made in inputs.items() if isinstance(made, str)}
-    return building, read
+def _contents(store: Store) -> dict[Item, Contents]:
+    """List a store."""
+    listed: dict[Item, Contents] = defaultdict(Contents)
+    for path, found in store.listed().items():
+        match path.split("/"):
+            case [stage, fingerprint, "manifest.json" | "retired.json" | "lease.json" as name]:
+                setattr(listed[stage, fingerprint], name.removesuffix(".json"), found.changed)
+            case [stage, fingerprint, "attempts", attempt, first, *rest]:
+                listed[stage, fingerprint].attempts[attempt].append(found)
+                if first == "parts":
+                    listed[stage, fingerprint].parts[attempt].add("/".join(rest))
+    return listed
 
 
-def _needed(
-    artifacts: dict[tuple[str, str], Any],
-    came: dict[tuple[str, str], float],
-    read: set[tuple[str, str]],
-    now: float,
-    keep_last: int | None,
-    older_than: float | None,
-    grace: float,
-) -> set[tuple[str, str]]:
-    """Mark: results that stay, what runs under way read, and all that these were made from."""
-    if keep_last is None and older_than is None:
-        return set(artifacts)
-    sources = {(n, made["fingerprint"]) for a in artifacts.values() for n, made in a.manifest["inputs"].items()}
-    ages = {item: now - _time(a.manifest["created"]) for item, a in artifacts.items()}
-    results = sorted(set(artifacts) - sources, key=ages.__getitem__)
-    young = [item for item in artifacts if min(ages[item], now - came.get(item, 0.0)) < grace]  # made, or copied here
-    todo = [*young, *read, *results[: keep_last or 0]]
-    if older_than is not None:
-        todo += [item for item in results if ages[item] <= older_than]
-    needed: set[tuple[str, str]] = set()
+def _leases(store: Store, listed: dict[Item, Contents], since: float) -> tuple[set[Item], set[Item]]:
+    """Return what runs under way are building, and what they read. A lease that nobody renews is a dead run's."""
+    building = {item for item, contents in listed.items() if contents.lease > since}
+    held = [read_lease(store, store.path(*item, "lease.json")) or {} for item in building]
+    return building, {item for lease in held for item in lease.get("inputs", {}).items()}
+
+
+def _needed(artifacts: dict[Item, Artifact], needed: set[Item], keep_last: int, oldest: float) -> set[Item]:
+    """Return the artifacts that stay: the last results, those that are younger, and all that these were made from."""
+    sources = {
+        item: [(n, made["fingerprint"]) for n, made in a.manifest["inputs"].items()] for item, a in artifacts.items()
+    }
+    used = {source for made_from in sources.values() for source in made_from}
+    results = sorted(artifacts.keys() - used, key=lambda item: made_at(artifacts[item]), reverse=True)
+    todo = [*needed, *results[:keep_last], *(item for item in results if made_at(artifacts[item]) >= oldest)]
+    kept: set[Item] = set()
     while todo:
         item = todo.pop()
-        if item in artifacts and item not in needed:
-            needed.add(item)
-            todo += [(name, made["fingerprint"]) for name, made in artifacts[item].manifest["inputs"].items()]
-    return needed
+        if item in artifacts and item not in kept:
+            kept.add(item)
+            todo += sources[item]
+    return kept
 
 
-def _abandoned(
-    listed: dict[str, Found],
-    kept: dict[tuple[str, str], str],
-    untouched: set[tuple[str, str]],
-    dropped: set[tuple[str, str]],
-    now: float,
-    grace: float,
-    older_than: float | None,
-) -> Iterator[tuple[str, int]]:
-    """Attempts that nobody needs: relative path and size in bytes.
+def _abandoned(stage: str, contents: Contents, named: str, since: float, oldest: float) -> Iterator[str]:
+    """Yield the attempts that nobody needs.
 
-    Kept are those that a manifest names, all attempts at what is `untouched`, and those from which a run would continue
-    what has no manifest (see `_resumed`), unless it was retired since, or is older than what is asked for. An attempt
-    that another took the place of may have readers still: its age is that of the manifest that is there now.
+    Kept are the one that the manifest names, and where there is no manifest those from which a run would continue (see
+    `_resumed`), unless it was retired since, or they are older than what is asked for. An attempt that another took the
+    place of may have readers still: its age is that of the manifest that is there now.
     """
-    attempts: dict[str, list[Found]] = {}
-    finished: dict[tuple[str, str], dict[str, set[str]]] = {}  # the parts of each attempt, the oldest first
-    retired, since = {}, {}  # when a manifest was given up; when it was, or another came
-    for path, found in sorted(listed.items()):
-        parts = path.split("/")
-        item = (parts[0], parts[1]) if len(parts) > 2 else ("", "")
-        if len(parts) > 4 and parts[2] == "attempts":
-            attempts.setdefault("/".join(parts[:4]), []).append(found)
-            if parts[4] == "parts":
-                finished.setdefault(item, {}).setdefault(parts[3], set()).add("/".join(parts[5:]))
-        elif parts[2:] in ([MANIFEST], ["retired.json"]):
-            since[item] = max(found.changed, since.get(item, 0.0))
-        if parts[2:] == ["retired.json"]:
-            retired[item] = found.changed
-    retired |= dict.fromkeys(dropped, now)
-    since |= dict.fromkeys(dropped, now)
-    changed = {attempt: max(found.changed for found in files) for attempt, files in attempts.items()}
-    resumed: set[str] = set()
-    for item, made in finished.items():
-        folder = "/".join((*item, "attempts"))
-        if item not in kept:
-            later = {n: of for n, of in made.items() if changed[f"{folder}/{n}"] > retired.get(item, 0.0)}
-            resumed |= {f"{folder}/{number}" for number in _resumed(item[0], later)}
-    for attempt, files in attempts.items():
-        stage, fingerprint, _, number = attempt.split("/")
-        item = (stage, fingerprint)
-        if item in untouched or kept.get(item) == number:
-            continue
-        age = now - max(changed[attempt], since.get(item, 0.0))
-        if age > grace and not (attempt in resumed and (older_than is None or age <= older_than)):
-            yield attempt, sum(found.size for found in files)
+    later = {n: parts for n, parts in contents.parts.items() if contents.changed(n) > contents.retired}
+    resumed = set() if named else _resumed(stage, later)
+    for attempt in contents.attempts:
+        changed = max(contents.changed(attempt), contents.manifest, contents.retired)
+        continued = attempt in resumed and changed >= oldest
+        if attempt != named and changed < since and not continued:
+            yield attempt
 
 
 def _resumed(stage: str, finished: dict[str, set[str]]) -> set[str]:
-    """Attempts from which a run would continue, of those that have finished parts.
+    """Return the attempts from which a run would continue, of those that have finished parts.
 
     The newest, and the one that has most parts, where the newest was ended before it had adopted them all. Parts that
     go into the result, unlike checkpoints, are all needed: each is kept once, for every worker has its own attempt.
@@ -200,12 +190,10 @@ def _resumed(stage: str, finished: dict[str, set[str]]) -> set[str]:
     return needed
 
 
-def _uploads(
-    store: Store, leased: set[tuple[str, str]], now: float, grace: float
-) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Uploads in several parts that nobody finished: their path, and what ends them. Only S3 keeps such.
+def _uploads(store: Store, building: set[Item], since: float) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Yield uploads in several parts that nobody finished: their path, and what ends them. Only S3 keeps such.
 
-    Those of what is `leased` may be under way for longer than the grace: files can be large.
+    Those of what is being built may be under way for longer than the grace: files can be large.
     """
     if not store.uri().startswith("s3"):
         return
@@ -216,8 +204,8 @@ def _uploads(
         listed = store.patiently(lambda: store.fs.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=prefix))
     for upload in listed.get("Uploads", []):
         parts = upload["Key"].removeprefix(prefix).split("/")
-        if not upload["Key"].startswith(prefix) or parts[2:3] != ["attempts"] or (parts[0], parts[1]) in leased:
+        if not upload["Key"].startswith(prefix) or parts[2:3] != ["attempts"] or (parts[0], parts[1]) in building:
             continue  # of others that use this bucket, or under way
-        if now - upload["Initiated"].timestamp() > grace:
+        if upload["Initiated"].timestamp() < since:
             named = {"Bucket": bucket, "Key": upload["Key"], "UploadId": upload["UploadId"]}
             yield f"{bucket}/{upload['Key']}", lambda named=named: store.fs.call_s3("abort_multipart_upload", **named)

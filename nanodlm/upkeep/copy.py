@@ -7,6 +7,8 @@ from nanodlm.errors import NanodlmError
 from nanodlm.stages.progress import Emit
 from nanodlm.stages.run import full_disk_in_one_line
 from nanodlm.store import Artifact, Store, hold_lease, read_part
+from nanodlm.store.files import show_transfer
+from nanodlm.store.manifest import MANIFEST
 
 
 def copy(source: Store, target: Store, artifacts: list[tuple[str, str]], emit: Emit) -> Iterator[tuple[Artifact, bool]]:
@@ -29,19 +31,19 @@ def copy(source: Store, target: Store, artifacts: list[tuple[str, str]], emit: E
     target.require_create_only()
     for stage, fingerprint in artifacts:
         artifact = source.open(f"{stage}/{fingerprint}")
-        there, sent = _same(artifact, target), False
+        there, sent = _find_same(artifact, target), False
         if there is None:
             reads = {name: made["fingerprint"] for name, made in artifact.manifest["inputs"].items()}
             lease = hold_lease(target, stage, fingerprint, lambda text: emit("message", text=text), reads)
             with lease, full_disk_in_one_line(target):
-                there = _same(artifact, target)  # another process may have been quicker
+                there = _find_same(artifact, target)  # another process may have been quicker
                 if there is None:
                     there, sent = _send(artifact, target, emit), True
         yield (there if sent else there.check()), sent
 
 
-def _same(artifact: Artifact, target: Store) -> Artifact | None:
-    """What the target holds in an artifact's place, which must be the same."""
+def _find_same(artifact: Artifact, target: Store) -> Artifact | None:
+    """Return what the target holds in an artifact's place, which must be the same."""
     there = target.find(artifact.stage, artifact.fingerprint)
     if there is not None and there.digest != artifact.digest:
         raise NanodlmError(f"{there.uri} holds another artifact than {artifact.uri}: remove one of them")
@@ -52,30 +54,21 @@ def _send(artifact: Artifact, target: Store, emit: Emit) -> Artifact:
     """Copy an artifact that the target does not hold; its lease there keeps a collection away meanwhile."""
     stage, fingerprint = artifact.stage, artifact.fingerprint
     copied = Artifact(target, stage, fingerprint, artifact.manifest)
-    sizes = target.sizes(copied.remote("parts").rsplit("/", 1)[0])
+    sizes = target.sizes(copied.folder)
 
-    def there_already(file: dict[str, Any]) -> bool:
+    def is_there(file: dict[str, Any]) -> bool:
         same_size = sizes.get(file["path"]) == file["size"]
         return same_size and target.sha256(copied.remote(file["path"])) == file["sha256"]
 
-    listed = {file["path"] for file in artifact.files()}  # what a killed copy had begun on a local disk goes
-    target.remove(*(copied.remote(path) for path in sizes if path not in listed and not path.startswith("parts/")))
-    wanted = [file for file in artifact.files() if not there_already(file)]
-    done, total = 0, sum(file["size"] for file in wanted)
-
-    def arrived(size: int) -> None:
-        nonlocal done
-        done += size
-        emit("progress", done=done / 1e6, total=total / 1e6, unit="MB copied")
-
+    wanted = [file for file in artifact.files() if not is_there(file)]
     if wanted:
         folder = artifact.local(*(file["path"] for file in wanted))
-        target.put([(folder / file["path"], copied.remote(file["path"])) for file in wanted], arrived)
+        pairs = [(folder / file["path"], copied.remote(file["path"])) for file in wanted]
+        target.put(pairs, show_transfer(emit, "MB copied", wanted))
     copied.check(deep=True)
-    parts = artifact.remote("parts")  # from which a repair keeps what is good, and a training may be started
-    for path in artifact.store.sizes(parts):
+    for path in artifact.store.sizes(f"{artifact.folder}/parts"):  # a repair keeps them, a training starts from them
         of = {"stage": stage, "fingerprint": fingerprint, "part": path.removesuffix(".json")}
-        if part := read_part(artifact.store, f"{parts}/{path}", **of):
-            target.write_json(copied.remote(f"parts/{path}"), part)
-    target.write_json(target.path(stage, fingerprint, "manifest.json"), artifact.manifest, create_only=True)
-    return _same(artifact, target) or copied
+        if part := read_part(artifact.store, f"{artifact.folder}/parts/{path}", **of):
+            target.write_json(f"{copied.folder}/parts/{path}", part)
+    target.write_json(target.path(stage, fingerprint, MANIFEST), artifact.manifest, create_only=True)
+    return _find_same(artifact, target) or copied

@@ -26,40 +26,41 @@ class Checked:
 
 
 def chain(store: Store, stage: str, fingerprint: str) -> list[tuple[str, str]]:
-    """An artifact and all that it was made from, in the order of the pipeline.
+    """Return an artifact and all that it was made from, in the order of the pipeline.
 
     What a manifest that cannot be read was made from is not known, and left out.
     """
-    found: dict[tuple[str, str], None] = {}
-
-    def walk(stage: str, fingerprint: str) -> None:
-        try:
-            artifact = store.find(stage, fingerprint)
-        except Damaged:
-            artifact = None
-        for name, made in (artifact.manifest["inputs"] if artifact else {}).items():
-            walk(name, made["fingerprint"])
-        found.setdefault((stage, fingerprint))
-
-    walk(stage, fingerprint)
+    found, todo = set(), [(stage, fingerprint)]
+    while todo:
+        item = todo.pop()
+        if item not in found:
+            found.add(item)
+            todo += _made_from(_find(store, item))
     return in_order(found)
-
-
-def in_order(artifacts: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Stages and fingerprints in the order of the pipeline."""
-    order = list(STAGES)
-    return sorted(artifacts, key=lambda item: order.index(item[0]) if item[0] in order else len(order))
 
 
 def named(store: Store) -> list[tuple[str, str]]:
-    """All artifacts of a store, and those that they were made from, whether these are there or not, in order."""
-    found = dict.fromkeys(store)
-    for item in list(found):
-        with contextlib.suppress(Damaged):
-            artifact = store.find(*item)
-            inputs = artifact.manifest["inputs"] if artifact else {}
-            found |= dict.fromkeys((name, made["fingerprint"]) for name, made in inputs.items())
-    return in_order(found)
+    """Return all artifacts of a store, and those that they were made from, whether these are there or not, in order."""
+    found = set(store)
+    return in_order(found.union(*(_made_from(_find(store, item)) for item in found)))
+
+
+def in_order(artifacts: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Return stages and fingerprints in the order of the pipeline; those of unknown stages last."""
+    order = list(STAGES)
+    return sorted(artifacts, key=lambda item: (order.index(item[0]) if item[0] in order else len(order), item))
+
+
+def _find(store: Store, item: tuple[str, str]) -> Artifact | None:
+    """Return an artifact, or None where there is none whose manifest can be read."""
+    with contextlib.suppress(Damaged):
+        return store.find(*item)
+    return None
+
+
+def _made_from(artifact: Artifact | None) -> list[tuple[str, str]]:
+    inputs = artifact.manifest["inputs"] if artifact else {}
+    return [(name, made["fingerprint"]) for name, made in inputs.items()]
 
 
 def check(
@@ -79,96 +80,76 @@ def check(
         repair: Build again what is bad, from what is good: finished parts that are whole are kept.
         emit: Called as `emit(kind, **fields)` with progress.
     """
-    for stage, fingerprint in artifacts:
-        artifact, problems = None, []
+    for item in artifacts:
+        artifact = None
         try:
-            artifact = store.find(stage, fingerprint)
+            artifact = store.find(*item)
             problems = _problems(artifact, deep, emit) if artifact else ["its manifest is missing"]
         except Damaged as error:
             problems = [str(error)]
-        if not (problems and repair):
-            yield Checked(stage, fingerprint, problems)
-            continue
-        settings = _settings(store, (stage, fingerprint), artifacts)
-        remedy = _repair(store, stage, fingerprint, artifact, settings, emit)
-        yield Checked(stage, fingerprint, [*problems, *([remedy] if remedy else [])], repaired=not remedy)
+        repaired = False
+        if problems and repair:
+            obstacle = _repair(store, item, artifact, _settings(store, item, artifacts), emit)
+            repaired, problems = not obstacle, [*problems, *filter(None, [obstacle])]
+        yield Checked(*item, problems, repaired)
 
 
 def _problems(artifact: Artifact, deep: bool, emit: Emit) -> list[str]:
     lines = artifact.problems(deep=deep, emit=emit)
     for name, made in artifact.manifest["inputs"].items():
-        try:
-            source = artifact.store.find(name, made["fingerprint"])
-        except Damaged:
-            continue  # named by itself
+        source = _find(artifact.store, (name, made["fingerprint"]))
         if source and source.digest != made["digest"]:
             lines.append(f"it was made from another {name} than the one that is there now")
     return lines
 
 
 def _settings(store: Store, item: tuple[str, str], artifacts: list[tuple[str, str]]) -> dict[str, Any] | None:
-    """The settings an artifact was made with, from its own manifest, else from that of one that was made from it."""
-    for stage, fingerprint in [item, *artifacts]:
-        with contextlib.suppress(Damaged):
-            found = store.find(stage, fingerprint)
-            if found is None or not found.manifest.get("config"):
-                continue
-            made = found.manifest["inputs"].get(item[0], {})
-            if item in ((stage, fingerprint), (item[0], made.get("fingerprint"))):
-                return found.manifest["config"]
+    """Return the settings an artifact was made with: its own manifest's, else those of one that was made from it."""
+    for other in [item, *artifacts]:
+        found = _find(store, other)
+        if found and (other == item or item in _made_from(found)) and found.manifest.get("config"):
+            return found.manifest["config"]
     return None
 
 
 def _repair(
-    store: Store,
-    stage: str,
-    fingerprint: str,
-    artifact: Artifact | None,
-    settings: dict[str, Any] | None,
-    emit: Emit,
+    store: Store, item: tuple[str, str], artifact: Artifact | None, settings: dict[str, Any] | None, emit: Emit
 ) -> str:
-    """Build an artifact again; what stands in the way, or nothing."""
-    manifest = None if artifact else store.read_json(store.path(stage, fingerprint, MANIFEST))
-    if whose := _misplaced(manifest, stage, fingerprint):
-        return f"not repaired, for it is not damaged but out of place: move its folder to {whose}, or remove it"
+    """Build an artifact again, and return what stands in the way, or nothing."""
+    stage, fingerprint = item
+    manifest = None if artifact else store.read_json(store.path(*item, MANIFEST))
+    if isinstance(manifest, dict) and manifest == sealed(manifest):  # such as that of a renamed folder, or of a backup
+        whose = (manifest.get("stage", stage), manifest.get("fingerprint", fingerprint))
+        if whose != item:
+            home = f"{whose[0]}/{whose[1]}"
+            return f"not repaired, for it is not damaged but out of place: move its folder to {home}, or remove it"
     if settings is None:
-        store.retire((stage, fingerprint))
+        store.retire(item)
         return "its settings are not known, so it was set aside: `nanodlm run` with those it was made with rebuilds it"
     try:
         config, inputs = Config(**settings), None
         if artifact:  # then the source need not be there, unless it is the download that is bad
-            lineage = artifact.manifest["inputs"].items()
-            inputs = {name: store.open(f"{name}/{made['fingerprint']}").check() for name, made in lineage}
+            inputs = {name: store.open(f"{name}/{made}").check() for name, made in _made_from(artifact)}
         lookup, _ = ready(stage, config, store, rebuild=True, inputs=inputs)
         if lookup.fingerprint != fingerprint:
             raise NanodlmError("this version of nanodlm, or the source's files now, would make another one")
     except (NanodlmError, ValueError) as error:
-        return f"not repaired: {_short(error)}"
+        return f"not repaired: {_one_line(error)}"
     with hold_lease(store, stage, fingerprint):  # of two repairs at once the second finds what the first has made
-        there = None
-        with contextlib.suppress(Damaged):
-            there = store.find(stage, fingerprint)
+        there = _find(store, item)
         if there is None or (artifact and there.manifest == artifact.manifest):
-            store.retire((stage, fingerprint))
+            store.retire(item)
     try:
         run_stage(stage, config, store, inputs=inputs, emit=emit)
     except BaseException as error:
         if artifact is not None:  # what was there is there again
             with contextlib.suppress(OSError, NanodlmError):
-                store.write_json(store.path(stage, fingerprint, "manifest.json"), artifact.manifest, create_only=True)
+                store.write_json(store.path(*item, MANIFEST), artifact.manifest, create_only=True)
         if not isinstance(error, NanodlmError):
             raise
-        return f"not repaired: {_short(error)}"
+        return f"not repaired: {_one_line(error)}"
     return ""
 
 
-def _misplaced(manifest: Any, stage: str, fingerprint: str) -> str:
-    """Where an intact manifest belongs, if that is somewhere else; such as that of a renamed folder, or of a backup."""
-    if not isinstance(manifest, dict) or manifest != sealed(manifest):
-        return ""
-    whose = (str(manifest.get("stage", stage)), str(manifest.get("fingerprint", fingerprint)))
-    return "" if whose == (stage, fingerprint) else "/".join(whose)
-
-
-def _short(error: Exception) -> str:
+def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:300]

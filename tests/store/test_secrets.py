@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 import traceback
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -108,32 +107,6 @@ def bucket(name: str, moto_server: servers.Server) -> str:
 
 # Nothing that is planted comes out
 
-PIPELINE = """
-import sys
-from pathlib import Path
-from nanodlm.config import load_config
-from nanodlm.stages.progress import EventLog
-from nanodlm.stages.run import run_stage
-from nanodlm.store import Store
-for name in sys.argv[3:]:
-    events = EventLog(Path("events.jsonl"))
-    print(run_stage(name, load_config(sys.argv[2]), Store(sys.argv[1]), emit=events))
-"""
-
-
-def test_a_training_leaves_no_secret_in_store_cache_events_or_output(
-    planted: dict[str, str], s3_environment: None, moto_server: servers.Server, home: Path
-) -> None:
-    store = bucket("a-training", moto_server)
-    (home / "config.json").write_text(tiny(exp={"save_every": 100}).model_dump_json())
-    done = process(planted, "-c", PIPELINE, store, "config.json", *table.until("train"))
-    assert done.returncode == 0, done.stderr
-    assert leaks(done.stdout, done.stderr) == []
-    kept = list(in_bucket(store))
-    assert any(b"/checkpoints/step_" in text for text in kept)
-    assert leaks(*kept) == []
-    assert leaks(*below(home.parent)) == []
-
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
@@ -188,22 +161,15 @@ def failing(capsys: pytest.CaptureFixture[str], *words: str, code: int = 1) -> s
     return f"{out}\n{error}"
 
 
-@pytest.fixture
-def refusing(moto_server: servers.Server) -> Iterator[None]:
-    """The server checks keys, and knows none."""
-
-    def after(requests: str) -> None:
-        address, header = f"{moto_server.endpoint}/moto-api/reset-auth", {"Content-Type": "text/plain"}
-        urllib.request.urlopen(urllib.request.Request(address, requests.encode(), header)).close()
-
-    after("0")
-    yield
-    after("inf")
-
-
 def test_refused_credentials_are_not_repeated(
-    inside: None, refusing: None, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    inside: None,
+    seaweedfs_server: servers.Server,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
+    """SeaweedFS checks keys, and does not know these."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", seaweedfs_server.endpoint)
     for words in (["ls", "--store", "s3://refused/x"], ["copy", "s3://refused/x", str(tmp_path / "copy")]):
         text = failing(capsys, *words)
         assert "refuses access" in text
@@ -217,17 +183,13 @@ def test_a_missing_bucket_or_server_is_named_without_secrets(
 ) -> None:
     text = failing(capsys, "adopt", *commands.speeches(1), "--store", "s3://missing-bucket/x")
     assert "cannot write to the store s3://missing-bucket/x" in text
-    assert leaks(text) == []
+    assert leaks(text, failing(capsys, "doctor", "--store", "s3://missing-bucket/x")) == []
     secret = PLANTED["HF_TOKEN"]
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://someone:{secret}@127.0.0.1:9")
     fsspec.filesystem("s3", skip_instance_cache=True).clear_instance_cache()
     text = failing(capsys, "ls", "--store", "s3://missing-bucket/x")
     assert "does not answer" in text
     assert leaks(text) == []
-
-
-def test_doctor_does_not_repeat_secrets(inside: None, capsys: pytest.CaptureFixture[str]) -> None:
-    assert leaks(failing(capsys, "doctor", "--store", "s3://missing-bucket/x")) == []
 
 
 SECRET = "planted9secret/with+slash"  # what is typed where it does not belong
@@ -244,13 +206,12 @@ ADDRESSES = [
 
 
 @pytest.mark.parametrize("address", ADDRESSES)
-def test_an_address_with_secrets_is_refused_and_not_repeated(address: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_address_with_secrets_is_refused_and_not_repeated(address: str) -> None:
     readers = (nanodlm.load, find_checkpoint, Store, lambda uri: tiny(data={"source": uri}), refuse_secrets)
     for read in readers:
         with pytest.raises((UsageError, ValueError), match="credentials come from the environment only") as caught:
             read(f"{address}/train/abcdef12")
         assert "planted9secret" not in "".join(traceback.format_exception(caught.value))
-    assert "planted9secret" not in failing(capsys, "train", "--data.source", address, code=2)
 
 
 def test_every_command_refuses_an_address_with_secrets_and_does_not_repeat_it(
@@ -311,10 +272,10 @@ def test_an_error_leaves_out_what_the_environment_keeps_secret(monkeypatch: pyte
 
 def edit(artifact: Artifact, **fields: Any) -> None:
     """Change a manifest as its writer would."""
-    from nanodlm.store.manifest import _digest
+    from nanodlm.store.manifest import digest_of
 
     manifest = {**artifact.manifest, **fields}
-    manifest["digest"] = _digest(manifest["files"], [])
+    manifest["digest"] = digest_of(manifest["files"], [])
     Path(artifact.store.path(artifact.stage, artifact.fingerprint, "manifest.json")).write_text(
         json.dumps(sealed(manifest))
     )
@@ -374,15 +335,6 @@ def test_a_file_that_leaves_its_artifact_is_neither_read_nor_copied(store: Store
     assert [p for p in (tmp_path / "target").rglob("*") if p.is_file()] == []
 
 
-def test_verify_names_what_leaves_its_artifact(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
-    artifact = committed(store, {"a.bin": b"a"})
-    edit(artifact, files=[{**artifact.manifest["files"][0], "path": "../x"}])
-    with pytest.raises(SystemExit) as ended:
-        main.main(["verify", "--store", store.uri()])
-    assert ended.value.code == 1
-    assert "'../x', which leaves its artifact: do not use this store" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize("kind", ["file", "folder"])
 def test_a_link_out_of_an_artifact_is_refused_even_to_equal_bytes(store: Store, tmp_path: Path, kind: str) -> None:
     artifact = committed(store, {"sub/a.bin": b"private"})
@@ -425,7 +377,9 @@ def test_no_module_can_unpickle() -> None:
     banned = re.compile(
         r"\b(c?[Pp]ickle|cloudpickle|dill|joblib|marshal|shelve|torch)\b|allow_pickle\s*=\s*True|\b(eval|exec)\("
     )
-    for path in [*(ROOT / "nanodlm").glob("*.py"), *(ROOT / "flows").glob("*.py")]:
+    paths = [*(ROOT / "nanodlm").rglob("*.py"), *(ROOT / "flows").rglob("*.py")]
+    assert len(paths) > 50
+    for path in paths:
         for number, line in enumerate(path.read_text().splitlines(), 1):
             assert not banned.search(line), f"{path.name}:{number}: {line}"
             assert "np.load(" not in line or "allow_pickle=False" in line, f"{path.name}:{number}: {line}"

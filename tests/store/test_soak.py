@@ -1,6 +1,6 @@
 """The pipeline under random kills and faults: it must end with the bits of an undisturbed run.
 
-SOAK_EVENTS=200 pytest tests/store/test_soak.py -m slow -n 0 -s
+SOAK_EVENTS=200 pytest tests/store/test_soak.py -m soak -n 0 -s
 """
 
 import json
@@ -24,6 +24,7 @@ from nanodlm.upkeep import verify
 from tests.support import servers
 from tests.support.commands import environment, speeches
 
+EVENTS = int(os.environ.get("SOAK_EVENTS", "12"))
 CONFIG = PRESETS["demo"].replace(
     data={"source": speeches(12), "val_tokens": 20000, "tokenizer": "bytes", "part_mb": 0.05},
     model={"n_layers": 1, "d_model": 32, "n_heads": 2, "d_ff": 64, "seq_len": 32},
@@ -36,20 +37,16 @@ RUN = """
 import sys
 from nanodlm.config import load_config
 from nanodlm.stages.run import run_stage
-from nanodlm.stages.table import STAGES, until
+from nanodlm.stages.table import until
 from nanodlm.store import Store
-from nanodlm.upkeep.verify import check
-config, store = load_config(sys.argv[1]), Store(sys.argv[2])
-if sys.argv[3] == "repair":
-    found = sorted(store, key=lambda item: list(STAGES).index(item[0]))
-    print([c for c in check(store, found, deep=True, repair=True) if c.problems and not c.repaired])
+from nanodlm.upkeep.verify import check, named
+config, store, last = load_config(sys.argv[1]), Store(sys.argv[2]), sys.argv[3]
+if sys.argv[4] == "repair":
+    print([c for c in check(store, named(store), deep=True, repair=True) if c.problems and not c.repaired])
 else:
-    for name in until("sample"):
+    for name in until(last):
         run_stage(name, config, store)
 """
-
-
-EVENTS = int(os.environ.get("SOAK_EVENTS", "12"))
 
 
 class Wire:
@@ -66,10 +63,10 @@ class Wire:
 
 
 @contextmanager
-def process(store: str, config: Path, what: str) -> Iterator[subprocess.Popen[str]]:
-    words = [sys.executable, "-c", RUN, str(config), store, what]
+def process(*words: str) -> Iterator[subprocess.Popen[str]]:
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
-    with subprocess.Popen(words, env=environment(), text=True, start_new_session=True, **pipes) as started:
+    command = [sys.executable, "-c", RUN, *words]
+    with subprocess.Popen(command, env=environment(), text=True, start_new_session=True, **pipes) as started:
         try:
             yield started
         finally:
@@ -77,29 +74,28 @@ def process(store: str, config: Path, what: str) -> Iterator[subprocess.Popen[st
                 os.killpg(started.pid, signal.SIGKILL)
 
 
-def results(store: Store) -> dict[str, str]:
+def results(store: Store, last: str) -> dict[str, str]:
     """What must be the same: digests of the data, of the parameters, of the evaluation and of the samples."""
     digests = {}
-    for lookup in stages_lookup.look_up(CONFIG, store, "sample"):
+    for lookup in stages_lookup.look_up(CONFIG, store, last):
         assert lookup.artifact is not None, lookup.stage.name
         digests[lookup.stage.name] = lookup.artifact.digest
     return digests
 
 
 def damage(store: Store, moments: random.Random) -> str:
-    """Alter a committed artifact: flip a byte, cut one off, delete a file, swap two, or tear the manifest."""
+    """Flip a byte of a committed artifact, cut it off, delete a file, swap two, or tear the manifest; say which."""
     stage, fingerprint = moments.choice(list(store))
-    artifact = store.find(stage, fingerprint)
-    assert artifact is not None
-    paths = [artifact.remote(file["path"]) for file in artifact.manifest["files"] if file["size"]]
+    artifact = store.open(f"{stage}/{fingerprint}")
+    paths = [artifact.remote(file["path"]) for file in artifact.files() if file["size"]]
     path = moments.choice(paths)
     content = store.read(path)
     kind = moments.choice(["flip", "cut", "delete", "swap", "tear"])
+    at = moments.randrange(len(content))
     if kind == "swap" and len(paths) > 1:
         other = moments.choice([p for p in paths if p != path])
-        content, swapped = store.read(other), content
-        store.fs.pipe_file(other, swapped)
-        store.fs.pipe_file(path, content)
+        store.fs.pipe_file(path, store.read(other))
+        store.fs.pipe_file(other, content)
     elif kind == "delete":
         store.remove(path)
     elif kind == "tear":
@@ -107,86 +103,85 @@ def damage(store: Store, moments: random.Random) -> str:
         whole = store.read(manifest)
         store.fs.pipe_file(manifest, whole[: moments.randrange(len(whole))])
     else:
-        at = moments.randrange(len(content))
         flipped = content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
         store.fs.pipe_file(path, flipped if kind != "cut" else content[:at])
-    return f"{kind} {stage}"
+    return kind
 
 
-def soak(url: str, expected: dict[str, str], config: Path, events: int, wire: Wire | None = None) -> Counter[str]:
-    """So many kills and faults over the pipeline, which begins anew with what it lost whenever it is complete."""
-    moments, happened, complete = random.Random(0), Counter(), False
-    store = Store(url)
-    while happened.total() - happened["refused"] - happened["network"] < events:
+def soak(url: str, folder: Path, events: int, last: str, patience: float, wire: Wire) -> None:
+    """Kill and damage so many times, then compare with an undisturbed run.
+
+    Args:
+        url: The store; whenever it is complete it is damaged, and begins anew with what it lost.
+        folder: An empty folder.
+        events: How many kills and damages.
+        last: The last stage of the pipeline.
+        patience: Seconds within which a process is killed.
+        wire: What lets requests fail, if the store is behind it.
+    """
+    undisturbed = Store(str(folder / "undisturbed"))
+    for name in table.until(last):
+        run.run_stage(name, CONFIG, undisturbed)
+    expected = results(undisturbed, last)
+    config = folder / "config.json"
+    config.write_text(CONFIG.model_dump_json())
+    store, moments, complete = Store(url), random.Random(0), False
+    happened: Counter[str] = Counter()
+    while happened.total() - happened["refused"] < events:
         if complete:
-            happened[damage(store, moments).partition(" ")[0]] += 1
-        print(json.dumps(happened), flush=True)
-        if wire:
-            wire.share = moments.choice([0.0, 0.05, 0.2])
-        with process(url, config, "repair" if complete else "run") as running:
+            happened[damage(store, moments)] += 1
+        print(json.dumps(happened), wire.faults, flush=True)
+        wire.share = moments.choice([0.0, 0.05, 0.2])
+        with process(str(config), url, last, "repair" if complete else "run") as running:
             try:
-                patience = moments.uniform(1.0, 9.0) if moments.random() < 0.75 else 120.0
-                _, said = running.communicate(timeout=patience)
+                _, said = running.communicate(timeout=moments.uniform(1, patience) if moments.random() < 0.75 else 120)
             except subprocess.TimeoutExpired:
                 os.killpg(running.pid, signal.SIGKILL)
                 running.communicate()
                 happened["kill"] += 1
                 complete = False
                 continue
-        if wire:
-            happened["network"], wire.share = wire.faults, 0.0
+        wire.share = 0.0
         if running.returncode:  # refused by name, never accepted
             assert "damaged" in said or "manifest" in said or "altered" in said, said
             happened["refused"] += 1
-            with process(url, config, "repair") as repairing:
+            with process(str(config), url, last, "repair") as repairing:
                 assert repairing.wait(120) == 0
             complete = False
-            continue
-        if complete:  # a torn manifest is set aside by a repair, and built by the next run
+        elif complete:  # a torn manifest is set aside by a repair, and built by the next run
             complete = False
-            continue
-        complete = True
-        assert results(store) == expected
-    if wire:
-        wire.share = 0.0
+        else:
+            complete = True
+            assert results(store, last) == expected
+    wire.share = 0.0
     for what in ("repair", "run"):
-        with process(url, config, what) as last:
-            assert last.wait(200) == 0
-    return happened
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    store = Store(str(tmp_path_factory.mktemp("undisturbed")))
-    for name in table.until("sample"):
-        run.run_stage(name, CONFIG, store)
-    return results(store)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(7200)
-def test_kills_and_damage_on_local_disk_change_no_bit(undisturbed: dict[str, str], tmp_path: Path) -> None:
-    config = tmp_path / "config.json"
-    config.write_text(CONFIG.model_dump_json())
-    happened = soak(str(tmp_path / "store"), undisturbed, config, EVENTS)
-    store = Store(str(tmp_path / "store"))
-    assert results(store) == undisturbed
+        with process(str(config), url, last, what) as ending:
+            assert ending.wait(200) == 0
+    assert results(store, last) == expected
     assert not [c for c in verify.check(store, list(store), deep=True) if c.problems]
-    print(json.dumps(happened))
+
+
+@pytest.fixture(params=["disk", "s3"])
+def place(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[str, Wire]]:
+    """URL of an empty store, and the wire that it is behind if it is on S3."""
+    wire = Wire()
+    if request.param == "disk":
+        yield str(tmp_path / "store"), wire
+        return
+    server: servers.Server = request.getfixturevalue("seaweedfs_server")
+    with servers.flaky(server, wire.fate) as flaky:
+        flaky.enter(monkeypatch)
+        yield f"{server.store}/soak-{tmp_path.name}", wire
 
 
 @pytest.mark.slow
+def test_a_few_kills_and_damages_of_the_data_stages_change_no_bit(place: tuple[str, Wire], tmp_path: Path) -> None:
+    soak(place[0], tmp_path, 3, "shard", 3.0, place[1])
+
+
+@pytest.mark.soak
 @pytest.mark.timeout(7200)
-def test_kills_damage_and_a_failing_network_on_s3_change_no_bit(
-    undisturbed: dict[str, str], tmp_path: Path, seaweedfs_server: servers.Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config, wire = tmp_path / "config.json", Wire()
-    config.write_text(CONFIG.model_dump_json())
-    url = f"{seaweedfs_server.store}/soak"
-    with servers.flaky(seaweedfs_server, wire.fate) as server:
-        server.enter(monkeypatch)
-        happened = soak(url, undisturbed, config, EVENTS, wire)
-    seaweedfs_server.enter(monkeypatch)
-    assert results(Store(url)) == undisturbed
-    assert not [c for c in verify.check(Store(url), list(Store(url)), deep=True) if c.problems]
-    print(json.dumps(happened))
+def test_kills_and_damages_and_a_failing_network_change_no_bit(place: tuple[str, Wire], tmp_path: Path) -> None:
+    soak(place[0], tmp_path, EVENTS, "sample", 9.0, place[1])

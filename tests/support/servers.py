@@ -1,5 +1,6 @@
 """Storage servers of the tests' own: moto, SeaweedFS (both S3) and fake-gcs-server, on loopback, ended for certain."""
 
+import fcntl
 import http.client
 import http.server
 import json
@@ -16,12 +17,13 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
 import fsspec
 import pytest
+from filelock import FileLock
 from fsspec.config import conf
 
 from nanodlm.store import cache
@@ -82,6 +84,27 @@ def let_go_of_the_cache() -> None:
     for held in cache._held.values():
         held.close()
     cache._held.clear()
+
+
+@contextmanager
+def shared(folder: Path, name: str) -> Iterator[Server]:
+    """A server that the workers of one test run share: the first starts it, and ends it when no other needs it."""
+    described = folder / f"{name}.json"
+    with ExitStack() as stack:
+        with FileLock(folder / f"{name}.starting"):
+            used = stack.enter_context((folder / f"{name}.used").open("a"))
+            started = not described.exists()
+            if started:
+                server = stack.enter_context({"moto": moto, "seaweedfs": seaweedfs, "fake_gcs": fake_gcs}[name]())
+                described.write_text(json.dumps(asdict(server)))
+            else:
+                fcntl.flock(used, fcntl.LOCK_SH)  # ends with this process, however that ends
+                server = Server(**json.loads(described.read_text()))
+        yield server
+        if started:
+            with FileLock(folder / f"{name}.starting"):
+                described.unlink()
+            fcntl.flock(used, fcntl.LOCK_EX)
 
 
 def s3_environ(endpoint: str, key: str = KEY, secret: str = SECRET) -> dict[str, str]:

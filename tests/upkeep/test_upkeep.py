@@ -93,16 +93,10 @@ def store(tmp_path: Path) -> Store:
     return Store(str(tmp_path / "store"))
 
 
-@pytest.fixture(params=["memory", "s3"])
-def remote(request: pytest.FixtureRequest) -> Iterator[Store]:
-    name = f"upkeep-{abs(hash(request.node.name))}"
-    if request.param == "s3":
-        request.getfixturevalue("s3_environment")
-        fsspec.filesystem("s3").mkdir(name)
-        yield Store(f"s3://{name}/runs")
-    else:
-        yield Store(f"memory://{name}/runs")
-        fsspec.filesystem("memory").rm(f"/{name}", recursive=True)
+@pytest.fixture
+def remote() -> Iterator[Store]:
+    yield Store("memory://upkeep/runs")
+    fsspec.filesystem("memory").rm("/upkeep", recursive=True)
 
 
 def flip(path: Path) -> bytes:
@@ -184,14 +178,6 @@ def test_a_deep_check_shows_how_far_it_is(master: Made) -> None:
     assert len(told) == len(master.artifacts["shard"].manifest["files"])
     assert (told[-1]["kind"], told[-1]["unit"]) == ("progress", "MB of shard read")
     assert told[-1]["done"] == pytest.approx(told[-1]["total"])
-
-
-def test_a_damaged_shard_is_found_from_the_sample_when_looked_for_deeply(made: Made) -> None:
-    flip(made.first("shard", "train-*"))
-    assert not any(found.problems for found in made.check().values()), "sizes alone cannot tell"
-    bad = {stage: found.problems for stage, found in made.check(deep=True).items() if found.problems}
-    assert list(bad) == ["shard"]
-    assert bad["shard"][0].startswith("train-00000.arrayrecord has been altered")
 
 
 def test_a_repair_builds_the_bad_shard_alone_and_what_depends_on_it_stays_cached(made: Made) -> None:
@@ -579,12 +565,6 @@ def test_a_collectors_clock_that_is_a_day_ahead_ends_nothing_under_way(
         assert list(collect.collect(store)) == []
 
 
-def test_what_vanishes_while_it_is_collected_is_left_alone(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    made_from(store, "train", "f1", age=9000)
-    monkeypatch.setattr(Store, "find", lambda *_: None)
-    assert collected(store, keep_last=0, grace=EVERYTHING) == []
-
-
 def test_a_folder_that_cannot_be_listed_stops_a_collection(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     made_from(store, "train", "f1", age=9000)
     scandir = os.scandir
@@ -666,11 +646,6 @@ def reasons(made: Made, **groups: dict[str, Any]) -> list[str]:
     return sorted(set(why.explain(made.artifacts["sample"], made.config.replace(**groups))))
 
 
-def test_an_artifact_of_the_same_settings_would_be_reused(made: Made) -> None:
-    assert reasons(made) == []
-    assert reasons(made, exp={"run_name": "another"}, eval={"max_rows": 5}) == []
-
-
 def test_each_setting_that_differs_is_named_with_its_stage(made: Made) -> None:
     assert reasons(made, sample={"seed": 7}) == ["sample: seed: 0 -> 7"]
     found = reasons(made, sample={"seed": 7}, train={"lr": 0.5}, data={"val_tokens": 900})
@@ -721,8 +696,7 @@ class Cut(Exception):
 
 
 def test_a_store_copied_there_and_back_is_the_same(master: Made, remote: Store, tmp_path: Path) -> None:
-    last = "sample" if remote.uri().startswith("memory") else "split"  # a request to S3 takes its time
-    artifacts = verify.chain(master.store, last, master.artifacts[last].fingerprint)
+    artifacts = verify.chain(master.store, "sample", master.artifacts["sample"].fingerprint)
     names = [stage for stage, _ in artifacts]
     assert copied(master.store, remote, artifacts) == dict.fromkeys(names, True)
     back = Store(str(tmp_path / "back"))
@@ -776,7 +750,7 @@ def test_a_copy_is_repaired_and_gone_on_from_like_its_original(made: Made, tmp_p
 def test_a_copy_that_was_killed_within_a_file_goes_on(tmp_path: Path) -> None:
     source, target = Store(str(tmp_path / "source")), Store(str(tmp_path / "target"))
     artifact = committed(source, {"x": b"one"})
-    begun = Path(target.path("shard", "f0", "attempts", artifact.manifest["attempt"], ".tmp0"))
+    begun = Path(target.path("shard", "f0", "attempts", artifact.manifest["attempt"], "x"))
     begun.parent.mkdir(parents=True)
     begun.write_bytes(b"o")
     assert copied(source, target) == {"shard": True}
@@ -844,11 +818,6 @@ def test_copy_of_one_artifact_takes_what_it_was_made_from_along(
     assert rows[3]["uri"].startswith(f"{target}/shard/")
     assert "holds no artifacts" in said(capsys, "copy", str(tmp_path / "nothing"), target, code=1)[1]
     assert "nanodlm copy SRC DST" in said(capsys, "copy", code=2)[1]
-
-
-@pytest.mark.parametrize("address", ["s3://bucket", "s3://bucket/store", "gs://bucket/store/", "store", "a/store"])
-def test_the_address_of_a_store_is_not_taken_for_an_artifacts(address: str) -> None:
-    assert cli_store._address(address)[0] == ""
 
 
 # Adopting
@@ -923,15 +892,6 @@ def test_adopt_prints_what_it_took(store: Store, at_hand: list[str], capsys: pyt
     assert "name the files" in said(capsys, "adopt", *config, code=2)[1]
     nothing = ["adopt", "missing-*.parquet", *config, "--data.column", "other"]
     assert "no file matches 'missing-*.parquet': check what is to be adopted" in said(capsys, *nothing, code=1)[1]
-
-
-def test_a_column_that_is_not_there_is_one_clear_line(
-    store: Store, at_hand: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    config = ["--store", store.uri(), "--data.source", HUB["source"], "--data.revision", HUB["revision"]]
-    _, error = said(capsys, "adopt", *at_hand, *config, "--data.column", "content", code=1)
-    assert "hub-0.parquet has no column 'content' but ['text']: set --data.column" in error
-    assert left(store) == []
 
 
 @pytest.mark.parametrize(("stage", "kept"), [("shard", 4), ("train", 2)])
