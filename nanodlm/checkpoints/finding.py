@@ -1,4 +1,4 @@
-"""Finding a checkpoint by its address, without reading it."""
+"""The names of checkpoints, and how one is found by its address without being read."""
 
 import re
 
@@ -8,8 +8,27 @@ from nanodlm.store import Part, Store, read_part
 from nanodlm.store.manifest import NAME
 
 
+def step_name(step: int) -> str:
+    """Return the name of the part that holds the checkpoint after an update.
+
+    >>> step_name(100)
+    'checkpoints/step_000100'
+    """
+    return f"checkpoints/step_{step:06d}"
+
+
+def step_of(name: str) -> int:
+    """Return how many updates were done at a checkpoint; -1 for a name that is not one's.
+
+    >>> step_of("checkpoints/step_000100"), step_of("step_100"), step_of("step_000100.orbax-checkpoint-tmp-7")
+    (100, 100, -1)
+    """
+    found = re.fullmatch(r"(?:.*/)?step_([0-9]+)", name)
+    return int(found[1]) if found else -1
+
+
 def find_checkpoint(address: str) -> Part:
-    """The checkpoint at an address; its files are not read yet.
+    """Find the checkpoint at an address; its files are not read yet.
 
     Args:
         address: `BASE/step_100` or `BASE/checkpoints/step_100`, the number with or without leading zeros, where BASE is
@@ -19,7 +38,7 @@ def find_checkpoint(address: str) -> Part:
         UsageError: When no finished checkpoint is there.
     """
     base, _, step = refuse_secrets(address).rstrip("/").rpartition("/")
-    if not re.fullmatch(r"step_[0-9]+", step):
+    if step_of(step) < 0:
         raise UsageError(f"{address!r} names no checkpoint: it must end in step_ and a number")
     store = Store(base or ".")
     if store.root.endswith("/checkpoints"):
@@ -27,7 +46,7 @@ def find_checkpoint(address: str) -> Part:
     manifest = store.read_json(store.path("manifest.json"))
     if isinstance(manifest, dict) and NAME.fullmatch(str(manifest.get("attempt", ""))):
         store = Store(store.uri("attempts", str(manifest["attempt"])))
-    name = f"checkpoints/step_{int(step.removeprefix('step_')):06d}"
+    name = step_name(step_of(step))
     part = read_part(store, store.path("parts", f"{name}.json"), stage="train", part=name)
     if part is None:
         finished = sorted(path.removesuffix(".json") for path in store.sizes(store.path("parts", "checkpoints")))

@@ -34,7 +34,7 @@ from nanodlm.errors import Damaged, NanodlmError, Stopped, Unreachable, UsageErr
 from nanodlm.model.transformer import Transformer
 from nanodlm.stages import lookup
 from nanodlm.store import Artifact, Attempt, Store, new_attempt
-from nanodlm.training.logger import _Logger
+from nanodlm.training.logger import Logger
 from nanodlm.training.optimizer import make_optimizer
 from nanodlm.training.step import init_state, train_step
 from tests.support import commands
@@ -398,14 +398,14 @@ def test_a_run_that_has_saved_nothing_says_so(trained: Artifact, store: Store) -
         nanodlm.train(config, store.uri())
 
 
-def logger(said: list[dict[str, Any]], **train: Any) -> _Logger:
+def logger(said: list[dict[str, Any]], **train: Any) -> Logger:
     config = tiny(train=train)
 
     def emit(kind: str, **fields: Any) -> None:
         said.append(fields)
 
     tracker: Any = SimpleNamespace(log=lambda record: None)
-    return _Logger(config, [], emit, tracker, limit=50.0, last_good=lambda before: f"/before/{before}")
+    return Logger(config, [], emit, tracker, limit=50.0, last_good=lambda before: f"/before/{before}")
 
 
 def scalars(bound: float) -> dict[str, Any]:
