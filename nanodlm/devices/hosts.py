@@ -94,8 +94,8 @@ def join(coordinator: str = "", processes: int | None = None, process: int | Non
     if not complete and (coordinator or processes > 0 or process >= 0):
         raise UsageError(
             "several processes need all of --coordinator HOST:PORT, --processes N and --process I, from 0 to N - 1, or "
-            f"of JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID: found {coordinator or 'no coordinator'}, "
-            f"{processes} processes and process {process}"
+            "of JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID: "
+            f"found {coordinator or 'no coordinator'}, {processes} processes and process {process}"
         )
     slurm = not coordinator and int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_STEP_NODELIST" in env
     if not coordinator and not slurm:
