@@ -1,4 +1,6 @@
-"""Finding a checkpoint by its address, without reading it."""
+"""The names of checkpoints, and how one is found by its address without being read."""
+
+import re
 
 from nanodlm.config import parse_address
 from nanodlm.errors import UsageError
@@ -6,8 +8,27 @@ from nanodlm.store import Part, Store, read_part
 from nanodlm.store.manifest import MANIFEST, NAME
 
 
+def step_name(step: int) -> str:
+    """Return the name of the part that holds the checkpoint after an update.
+
+    >>> step_name(100)
+    'checkpoints/step_000100'
+    """
+    return f"checkpoints/step_{step:06d}"
+
+
+def step_of(name: str) -> int:
+    """Return how many updates were done at a checkpoint; -1 for a name that is not one's.
+
+    >>> step_of("checkpoints/step_000100"), step_of("step_100"), step_of("step_000100.orbax-checkpoint-tmp-7")
+    (100, 100, -1)
+    """
+    found = re.fullmatch(r"(?:.*/)?step_([0-9]+)", name)
+    return int(found[1]) if found else -1
+
+
 def find_checkpoint(address: str) -> Part:
-    """Return the checkpoint at an address; its files are not read yet.
+    """Find the checkpoint at an address; its files are not read yet.
 
     Args:
         address: `BASE/step_100` or `BASE/checkpoints/step_100`, the number with or without leading zeros, where BASE is
@@ -23,7 +44,7 @@ def find_checkpoint(address: str) -> Part:
     manifest = store.read_json(store.path(MANIFEST))
     if isinstance(manifest, dict) and NAME.fullmatch(str(manifest.get("attempt", ""))):
         store = Store(store.uri("attempts", str(manifest["attempt"])))
-    name = f"checkpoints/step_{parsed.checkpoint:06d}"
+    name = step_name(parsed.checkpoint)
     part = read_part(store, store.path("parts", f"{name}.json"), stage="train", part=name)
     if part is None:
         finished = sorted(path.removesuffix(".json") for path in store.sizes(store.path("parts", "checkpoints")))

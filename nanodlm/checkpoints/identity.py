@@ -12,7 +12,7 @@ FREE = ("model.init_seed", "model.seq_len", "model.dtype")  # settings of `model
 
 
 def describe_run(config: Config, dataset: str, encoding: str, key: jax.Array) -> dict[str, Any]:
-    """What every checkpoint of a run remembers, as JSON; it must be the same when one is continued.
+    """Return what every checkpoint of a run remembers, as JSON; it must be the same when one is continued.
 
     Args:
         config: The run's configuration.

@@ -2,8 +2,9 @@
 
 import hashlib
 import re
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,14 +14,12 @@ from flax import nnx
 from jax.experimental.multihost_utils import process_allgather
 
 from nanodlm.build import make_model
-from nanodlm.checkpoints.saving import _step_of
+from nanodlm.checkpoints.finding import step_of
 from nanodlm.config import load_config, refuse_secrets
 from nanodlm.data import tokenizer
 from nanodlm.errors import NanodlmError
 from nanodlm.model.transformer import Transformer
-
-if TYPE_CHECKING:
-    from nanodlm.store import Artifact
+from nanodlm.store import Artifact, Store
 
 
 def load(uri: str) -> tuple[Transformer, tiktoken.Encoding]:
@@ -38,12 +37,11 @@ def load(uri: str) -> tuple[Transformer, tiktoken.Encoding]:
         model, tokenizer = nanodlm.load("data/store/train/3f2a…")
         logits = model(x_t, t)
     """
-    from nanodlm.store import Store
-
     base, _, step = refuse_secrets(uri).rstrip("/").removesuffix("/manifest.json").partition("/checkpoints/")
     address = re.sub(r"/attempts/[^/]+$", "", base)  # that of the artifact, when a run has committed its folder
     parts = address.rsplit("/", 2)
-    artifact = Store(parts[0]).find(parts[1], parts[2]) if len(parts) == 3 and _is_hex(parts[2]) else None
+    is_artifact = len(parts) == 3 and re.fullmatch(r"[0-9a-f]{8,64}", parts[2])
+    artifact = Store(parts[0]).find(parts[1], parts[2]) if is_artifact else None
     if artifact is None:
         if step and Path(base).is_dir():  # of a run under way, or a copy of a run's folder
             return load_folder(Path(base), step)
@@ -57,53 +55,55 @@ def load(uri: str) -> tuple[Transformer, tiktoken.Encoding]:
     return load_artifact(artifact, step)
 
 
-def _is_hex(text: str) -> bool:
-    return re.fullmatch(r"[0-9a-f]{8,64}", text) is not None
-
-
-def load_artifact(artifact: "Artifact", step: str = "") -> tuple[Transformer, tiktoken.Encoding]:
-    """The model of one checkpoint (the last by default) of a train artifact; no more of it is read than that.
+def load_artifact(artifact: Artifact, step: str = "") -> tuple[Transformer, tiktoken.Encoding]:
+    """Load one checkpoint (the last by default) of a train artifact; no more of it is read than that.
 
     Raises:
         NanodlmError: When it has no such checkpoint.
         Damaged: When a file is not what the manifest says.
     """
-    if step.removeprefix("step_").isdecimal():
-        step = f"step_{_step_of(step):06d}"  # step_100 names it as well
     paths = [file["path"] for file in artifact.files("checkpoints/")]
-    steps = sorted({path.split("/")[1] for path in paths}, key=_step_of)
-    if not steps or (step and step not in steps):
-        raise NanodlmError(f"no checkpoint {step} in {artifact.uri}: there are {', '.join(steps) or 'none'}")
-    folder = f"checkpoints/{step or steps[-1]}"
+    step = _choose({path.split("/")[1] for path in paths}, step, artifact.uri)
+    folder = f"checkpoints/{step}"
     item = "ema_state" if any(path.startswith(f"{folder}/ema_state/") for path in paths) else "model_state"
-    local = artifact.local("config.json", "tokenizer/", f"{folder}/{item}/", f"{folder}/_")
-    return load_folder(local, step or steps[-1])
+    return load_folder(artifact.local("config.json", "tokenizer/", f"{folder}/{item}/", f"{folder}/_"), step)
 
 
 def load_folder(folder: Path, step: str = "") -> tuple[Transformer, tiktoken.Encoding]:
-    """The model of one checkpoint (the last by default) in a run's folder, beside its config and tokenizer."""
+    """Load one checkpoint (the last by default) in a run's folder, beside its config and tokenizer.
+
+    Raises:
+        NanodlmError: When there is no such checkpoint.
+    """
     config = load_config(str(folder / "config.json"))
     encoding = tokenizer.load(folder / "tokenizer")
-    if step.removeprefix("step_").isdecimal():
-        step = f"step_{_step_of(step):06d}"  # step_100 names it as well
-    steps = sorted((folder / "checkpoints").glob(step or "step_*"), key=lambda path: _step_of(path.name))
-    if not steps:
-        raise NanodlmError(f"no checkpoint {step} in {folder}/checkpoints")
+    found = (path.name for path in (folder / "checkpoints").glob("*"))
+    checkpoint = (folder / "checkpoints" / _choose(found, step, str(folder))).absolute()
     graphdef, abstract = nnx.split(nnx.eval_shape(lambda: make_model(config, encoding)))
-    device = jax.devices()[0]
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     target = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=jax.sharding.SingleDeviceSharding(device)),
-        nnx.to_pure_dict(abstract),
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), nnx.to_pure_dict(abstract)
     )
-    item = "ema_state" if (steps[-1] / "ema_state").exists() else "model_state"
-    with ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+    item = "ema_state" if (checkpoint / "ema_state").exists() else "model_state"
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
         args = ocp.args.Composite(**{item: ocp.args.StandardRestore(target)})  # type: ignore[call-arg]
-        params = checkpointer.restore(steps[-1].absolute(), args=args)[item]
+        params = checkpointer.restore(checkpoint, args=args)[item]
     return nnx.merge(graphdef, params), encoding
 
 
+def _choose(names: Iterable[str], step: str, where: str) -> str:
+    """Return the name of a checkpoint among names of folders, the last one by default; `step_100` is `step_000100`."""
+    steps = {step_of(name): name for name in names if step_of(name) >= 0}
+    wanted = step_of(f"step_{step.removeprefix('step_')}") if step else max(steps, default=-1)
+    chosen = steps.get(wanted)
+    if chosen is None:
+        have = ", ".join(steps[number] for number in sorted(steps)) or "none"
+        raise NanodlmError(f"no checkpoint {step} in {where}: there are {have}")
+    return chosen
+
+
 def parameters_sha256(params: Any) -> str:
-    """sha256 over the bytes of all parameters, in the order of their sorted paths; every process must call it.
+    """Return the sha256 over the bytes of all parameters, in the order of their sorted paths; every process calls it.
 
     >>> import jax.numpy as jnp
     >>> parameters_sha256({"a": jnp.zeros(1)}) == parameters_sha256({"a": jnp.ones(1)})

@@ -1,4 +1,4 @@
-"""Orbax checkpoints as parts of an attempt, and loading a trained model back.
+"""Saving and restoring the state of a training, with Orbax, as parts of an attempt.
 
     checkpoints/step_000100/{model_state, ema_state, optimizer_state}
 
@@ -12,7 +12,7 @@ import time
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,13 +20,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental.multihost_utils import process_allgather
 
+from nanodlm.checkpoints.finding import find_checkpoint, step_name, step_of
 from nanodlm.checkpoints.identity import check_run
 from nanodlm.devices.hosts import from_leader
 from nanodlm.errors import NanodlmError, UsageError
-
-if TYPE_CHECKING:
-    from nanodlm.store import Attempt
-
+from nanodlm.store import Attempt
 
 logging.getLogger("absl").setLevel(logging.ERROR)
 
@@ -35,19 +33,10 @@ State = dict[str, Any]
 QUEUE = 4  # saves that may wait to be published
 
 
-def _items(state: State) -> dict[str, Any]:
-    """What goes into a checkpoint, by the names of its folders."""
-    items = {name: state[name] for name in ("model_state", "ema_state") if name in state}
-    return {**items, "optimizer_state": {"optimizer": state["optimizer_state"], "step": state["step"]}}
-
-
 def retained(scores: dict[int, float | None], keep: int, keep_best: int) -> set[int]:
-    """Which checkpoints stay: the latest `keep`, and the `keep_best` with the lowest scores.
+    """Return the steps of the checkpoints that stay: the latest `keep`, and the `keep_best` with the lowest scores.
 
-    Args:
-        scores: Of each checkpoint, by its step.
-        keep: At least 1, so that the latest always stays.
-        keep_best: May be 0.
+    `keep` is at least 1, so that the latest always stays.
 
     >>> sorted(retained({10: 3.0, 20: 1.0, 30: 2.0, 40: None}, keep=1, keep_best=1))
     [20, 40]
@@ -56,15 +45,10 @@ def retained(scores: dict[int, float | None], keep: int, keep_best: int) -> set[
     return {*sorted(scores)[-keep:], *(step for _, step in ranked[:keep_best])}
 
 
-def score_of(info: dict[str, Any]) -> float | None:
-    """The bound that ranks a checkpoint: on validation rows, else on those trained on, else none."""
-    return info.get("val_nats_per_token", info.get("train_nats_per_token"))
-
-
 class Checkpoints:
     """Saves in the background, and keeps the last few and the best; use as a context manager."""
 
-    def __init__(self, attempt: "Attempt | None", run: dict[str, Any], *, keep: int, keep_best: int = 0):
+    def __init__(self, attempt: Attempt | None, run: dict[str, Any], *, keep: int, keep_best: int = 0):
         """Work in an attempt's folder, which all processes must be able to write.
 
         Args:
@@ -74,24 +58,23 @@ class Checkpoints:
             keep_best: Best ones that stay besides.
         """
         self._attempt, self._run, self._keep, self._keep_best = attempt, run, keep, keep_best
-        places = [str(attempt.path.absolute()), attempt.uri("checkpoints")] if attempt else None
-        folder, self._uri = from_leader(places)
+        folder, self._uri = from_leader([str(attempt.path.absolute()), attempt.uri("")] if attempt else None)
         self._folder = Path(folder)
         if not process_allgather(np.array([_appears(self._folder)])).all():
             raise NanodlmError(f"{folder} is not on every host: several hosts need a --store on a disk that they share")
         self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="written")
         self._recorder = ThreadPoolExecutor(1, thread_name_prefix="checkpoints")
+        self._pending: deque[Future[None]] = deque()  # of saves that are not recorded yet
         self._written: Future[None] | None = None
-        self._pending: deque[Future[None]] = deque()
         self._scores: dict[int, float | None] = {}
-        self._origin: tuple[int, str] | None = None
+        self._origin: dict[int, str] = {}  # address of the checkpoint that the run started from
 
     def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Record the save under way, even when the training failed after it."""
+        """Record the saves under way, even when the training failed after them."""
         try:
             self.finish()
         finally:
@@ -114,11 +97,11 @@ class Checkpoints:
             self._written.result()
         while self._pending and (len(self._pending) >= QUEUE or self._pending[0].done()):
             self._pending.popleft().result()
-        args = {key: ocp.args.StandardSave(item) for key, item in _items(state).items()}  # type: ignore[call-arg]
-        self._checkpointer.save(self._folder / _name(step), args=ocp.args.Composite(**args))
-        counted = {"skipped": int(state["skipped"])} if "skipped" in state else {}
+        args = {name: ocp.args.StandardSave(item) for name, item in _items(state).items()}  # type: ignore[call-arg]
+        self._checkpointer.save(self._folder / step_name(step), args=ocp.args.Composite(**args))
+        skipped = {"skipped": int(state["skipped"])} if "skipped" in state else {}
         self._written = self._writer.submit(self._checkpointer.wait_until_finished)
-        record = {**self._run, **counted, **info}
+        record = {**self._run, **skipped, **info}
         self._pending.append(self._recorder.submit(self._record, step, record, self._written))
 
     def finish(self) -> None:
@@ -126,37 +109,35 @@ class Checkpoints:
         while self._pending:
             self._pending.popleft().result()
 
-    def _record(self, step: int, info: dict[str, Any], written: "Future[None]") -> None:
-        """Wait for a save, record it, and drop those that neither `keep` nor `keep_best` holds."""
+    def _record(self, step: int, info: dict[str, Any], written: Future[None]) -> None:
+        """Wait for a save, record it, and drop the checkpoints that neither `keep` nor `keep_best` holds."""
         written.result()
         if self._attempt:
-            found = (self._folder / _name(step)).rglob("*")
+            found = (self._folder / step_name(step)).rglob("*")
             files = [p.relative_to(self._folder).as_posix() for p in found if p.is_file()]
-            self._attempt.finish(_name(step), files, **info)
-        self._scores[step] = score_of(info)
+            self._attempt.finish(step_name(step), files, **info)
+        self._scores[step] = _score_of(info)
         for old in self._scores.keys() - retained(self._scores, self._keep, self._keep_best):
             if self._attempt:
-                self._attempt.forget(_name(old))
+                self._attempt.forget(step_name(old))
             del self._scores[old]
 
     def last(self, before: int) -> str:
-        """Address of the newest checkpoint of an update before this one; empty when there is none."""
+        """Return the address of the newest checkpoint of an update before this one; empty when there is none."""
         self.finish()
-        steps = {step: self._uri_of(step) for step in self._scores if step < before}
-        if self._origin and self._origin[0] < before:
-            steps.setdefault(*self._origin)
-        return steps[max(steps)] if steps else ""
+        known = self._origin | {step: self._address(step) for step in self._scores}
+        steps = [step for step in known if step < before]
+        return known[max(steps)] if steps else ""
 
-    def _uri_of(self, step: int) -> str:
-        return f"{self._uri}/{_name(step).rpartition('/')[2]}"
+    def _address(self, step: int) -> str:
+        return self._uri + step_name(step)
 
     def best(self) -> int | None:
-        """The update of the best checkpoint that is kept; None when none was scored."""
-        ranked = [(score, step) for step, score in self._scores.items() if score is not None]
-        return min(ranked)[1] if ranked else None
+        """Return the update of the best checkpoint that is kept; None when none was scored."""
+        return min(((score, step) for step, score in self._scores.items() if score is not None), default=(0, None))[1]
 
     def restore(self, abstract: State, allowed: tuple[str, ...] = ()) -> tuple[State, dict[str, Any]] | None:
-        """The newest whole checkpoint of an earlier attempt and its info, or None. The best ones are taken over too.
+        """Return the newest whole checkpoint of an earlier attempt and its info, or None; take over the best ones too.
 
         Args:
             abstract: Shapes, types and shardings of the state, as `jax.eval_shape` gives them.
@@ -169,29 +150,27 @@ class Checkpoints:
         if found is None:
             return None
         step, info, scores = found
-        check_run(info, self._run, allowed, f"the checkpoint {self._uri_of(step)}")
+        check_run(info, self._run, allowed, f"the checkpoint {self._address(step)}")
         self._scores = dict(scores)
-        return _restore(self._checkpointer, self._folder / _name(step), abstract, info), info
+        return _restore(self._checkpointer, self._folder / step_name(step), abstract, info), info
 
-    def _adopt(self, attempt: "Attempt") -> tuple[int, dict[str, Any], list[tuple[int, float | None]]] | None:
+    def _adopt(self, attempt: Attempt) -> tuple[int, dict[str, Any], list[tuple[int, float | None]]] | None:
         """Take over the newest whole checkpoint, and the best: the former's step and info, the scores of all."""
-        steps = sorted(_step_of(name) for name in attempt.earlier if name.startswith("checkpoints/"))
-        while steps:
-            step = steps.pop()
-            info = attempt.adopt(_name(step))
-            if info is None:
-                continue
-            infos = {earlier: attempt.info(_name(earlier)) for earlier in steps}
-            scores = {earlier: score_of(found) for earlier, found in infos.items() if found} | {step: score_of(info)}
-            best = retained(scores, 1, self._keep_best) - {step}
-            return step, info, [(step, scores[step]), *((b, scores[b]) for b in best if attempt.adopt(_name(b)))]
-        return None
+        steps = sorted((step_of(name) for name in attempt.earlier if name.startswith("checkpoints/")), reverse=True)
+        whole = ((step, info) for step in steps if (info := attempt.adopt(step_name(step))) is not None)
+        if (newest := next(whole, None)) is None:
+            return None
+        step, info = newest
+        infos = {earlier: attempt.info(step_name(earlier)) for earlier in steps if earlier < step}
+        scores = {earlier: _score_of(found) for earlier, found in infos.items() if found} | {step: _score_of(info)}
+        best = [b for b in retained(scores, 1, self._keep_best) - {step} if attempt.adopt(step_name(b))]
+        return step, info, [(kept, scores[kept]) for kept in (step, *best)]
 
     def start(self, address: str, abstract: State, allowed: tuple[str, ...] = ()) -> tuple[State, dict[str, Any]]:
-        """The checkpoint at an address, of any run, and its info.
+        """Return the checkpoint at an address, of any run, and its info.
 
         Args:
-            address: See `store.find_checkpoint`.
+            address: See `find_checkpoint`.
             abstract: As for `restore`.
             allowed: As for `restore`.
 
@@ -199,25 +178,22 @@ class Checkpoints:
             UsageError: When there is none, or it remembers another run, or its arrays do not fit.
             Damaged: When its files are not what they were.
         """
-        from nanodlm.checkpoints.finding import find_checkpoint
-
         part = find_checkpoint(address)
         check_run(part.info, self._run, allowed, f"the checkpoint {part.uri}")
-        self._origin = (_step_of(part.name), part.uri)
+        self._origin = {step_of(part.name): part.uri}
         with tempfile.TemporaryDirectory() as scratch:
             folder = part.local(Path(scratch))
             try:
-                state = _restore(self._checkpointer, folder, abstract, part.info)
+                return _restore(self._checkpointer, folder, abstract, part.info), part.info
             except (ValueError, KeyError, TypeError) as error:
                 raise UsageError(
                     f"the arrays of {part.uri} do not fit this configuration: one of these cannot change in "
                     f"mid-training: {', '.join(allowed)}"
                 ) from error
-            return state, part.info
 
 
 def _appears(folder: Path) -> bool:
-    """Whether a folder is there, or comes within 70 s: a network's disk may remember for a minute that it was not."""
+    """Wait until a folder is there, for 70 s: a network's disk may remember for a minute that it was not."""
     for _ in range(350):
         if folder.is_dir():
             return True
@@ -225,23 +201,25 @@ def _appears(folder: Path) -> bool:
     return False
 
 
-def _name(step: int) -> str:
-    """Of the part that holds the checkpoint of an update."""
-    return f"checkpoints/step_{step:06d}"
+def _score_of(info: dict[str, Any]) -> float | None:
+    """Return the bound that ranks a checkpoint: on validation rows, else on those trained on, else none."""
+    return info.get("val_nats_per_token", info.get("train_nats_per_token"))
 
 
-def _step_of(name: str) -> int:
-    """Updates done at `…step_000100`."""
-    return int(name.rpartition("_")[2])
+def _items(state: State) -> dict[str, Any]:
+    """Return what goes into a checkpoint, by the names of its folders."""
+    items = {name: state[name] for name in ("model_state", "ema_state") if name in state}
+    return {**items, "optimizer_state": {"optimizer": state["optimizer_state"], "step": state["step"]}}
 
 
 def _restore(checkpointer: ocp.AsyncCheckpointer, folder: Path, abstract: State, info: dict[str, Any]) -> State:
+    """Read a checkpoint's folder onto the devices that `abstract` names."""
     items = _items(abstract)
     if not (folder / "ema_state").exists():
         items.pop("ema_state", None)
-    args = {key: ocp.args.StandardRestore(item) for key, item in items.items()}  # type: ignore[call-arg]
+    args = {name: ocp.args.StandardRestore(item) for name, item in items.items()}  # type: ignore[call-arg]
     found = checkpointer.restore(folder.absolute(), args=ocp.args.Composite(**args))
-    state = {key: found[key] for key in args if key != "optimizer_state"}
+    state = {name: found[name] for name in args if name != "optimizer_state"}
     state |= {"optimizer_state": found["optimizer_state"]["optimizer"], "step": found["optimizer_state"]["step"]}
     if "ema_state" in abstract:  # an average that begins now begins at the parameters
         state.setdefault("ema_state", jax.tree.map(jnp.copy, state["model_state"]))

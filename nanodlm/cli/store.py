@@ -1,7 +1,6 @@
 """Commands that look at a store, and look after it."""
 
 import json
-import re
 import sys
 from typing import Annotated
 
@@ -9,7 +8,7 @@ from typing_extensions import Doc
 from tyro.conf import arg
 
 from nanodlm.cli.arguments import Output, Settings
-from nanodlm.config import refuse_secrets
+from nanodlm.config import parse_address
 from nanodlm.errors import Damaged, NanodlmError, UsageError
 from nanodlm.stages.run import default_store
 from nanodlm.stages.why import explain as differences
@@ -101,7 +100,7 @@ def verify(
 ) -> None:
     """Check artifacts against their manifests, and repair them when asked to."""
     if uri:
-        address, stage, fingerprint = _address(uri)
+        _, address, stage, fingerprint, _ = parse_address(uri)
         store = Store(address) if address else store
         if not stage or store.read_json(store.path(stage, fingerprint, "manifest.json")) is None:
             raise NanodlmError(f"no artifact at {uri}: `nanodlm ls` shows what is there")
@@ -158,7 +157,7 @@ def copy(
     out: Output,
 ) -> None:
     """Copy an artifact with all it was made from, or a whole store, to another store."""
-    address, stage, fingerprint = _address(src)
+    _, address, stage, fingerprint, _ = parse_address(src)
     if address and (one := Store(address).find(stage, fingerprint)):
         source, targets = one.store, chain(one.store, stage, fingerprint)
     else:
@@ -199,16 +198,8 @@ def adopt(
 
 def _artifact(uri: str, store: Store) -> Artifact:
     """Open the artifact at a URI, which may name another store than the given one."""
-    address, _, _ = _address(uri)
+    address = parse_address(uri).store
     return (Store(address) if address else store).open(uri)
-
-
-def _address(uri: str) -> tuple[str, str, str]:
-    """Return the store ("" when it names none), the stage and the fingerprint that a URI names."""
-    parts = refuse_secrets(uri).rstrip("/").removesuffix("/manifest.json").rsplit("/", 2)
-    names_store = len(parts) == 3 and not re.fullmatch(r"\w+:/?", parts[0])  # s3://bucket/x is a store itself
-    store = (parts[0] or "/") if names_store else ""
-    return (store, parts[-2], parts[-1]) if len(parts) > 1 else (store, "", parts[-1])
 
 
 def _size(artifact: Artifact) -> int:

@@ -8,7 +8,6 @@ Any axis may be 1. Source of the scheme: ZeRO, arXiv:1910.02054 (fsdp); Megatron
 """
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -22,32 +21,28 @@ AXES = ("data", "fsdp", "tensor")
 LOGITS_AT_ONCE = {"cpu": 2**26, "gpu": 2**28, "tpu": 2**28}
 
 
-@dataclass(frozen=True)
-class Rules:
-    """Which mesh axis, or axes, each logical axis of an array is cut along; None is none.
+# The mesh axis, or axes, along which each named axis of an array is cut.
+RULES = {
+    "batch": ("data", "fsdp"),
+    "group": "data",  # rows of all devices that share one copy of the parameters
+    "embed": "fsdp",
+    "heads": "tensor",
+    "mlp": "tensor",
+    "vocab": "tensor",
+}
 
-    >>> tuple(Rules().spec(("vocab", "embed")))
-    ('tensor', 'fsdp')
+
+def cut(*logical: str | None) -> PartitionSpec:
+    """Return the cut of an array whose axes are called so; None is an axis that every device holds whole.
+
+    >>> tuple(cut("vocab", "embed", None))
+    ('tensor', 'fsdp', None)
     """
-
-    batch: tuple[str, ...] = ("data", "fsdp")
-    group: str | None = "data"
-    """Rows of all devices that share one copy of the parameters."""
-    embed: str | None = "fsdp"
-    heads: str | None = "tensor"
-    mlp: str | None = "tensor"
-    vocab: str | None = "tensor"
-
-    def spec(self, logical: tuple[str | None, ...]) -> PartitionSpec:
-        """The cut of an array whose axes are called so."""
-        return PartitionSpec(*(getattr(self, name) if name else None for name in logical))
-
-
-RULES = Rules()
+    return PartitionSpec(*(RULES[name] if name else None for name in logical))
 
 
 def make_mesh(rows: int, *, fsdp: int = 1, tensor: int = 1) -> Mesh:
-    """A mesh over all devices of all processes; `data` is what `fsdp` and `tensor` leave.
+    """Return a mesh over all devices of all processes; `data` is what `fsdp` and `tensor` leave.
 
     Args:
         rows: Rows of a batch, which `data` and `fsdp` share evenly.
@@ -77,12 +72,14 @@ def make_mesh(rows: int, *, fsdp: int = 1, tensor: int = 1) -> Mesh:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Sharding of an array that every device holds whole."""
+    """Return the sharding of an array that every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def shardings(mesh: Mesh, tree: Any, logical_axes: dict[str, tuple[str | None, ...]]) -> Any:
-    """Where each array of a tree lives, by the last two names of its path: parameters, averages, optimizer states.
+    """Return the sharding of each array of a tree, by the last two names of its path.
+
+    Averages and optimizer states end in the names of their parameters, and so are cut like them.
 
     Args:
         mesh: From `make_mesh`.
@@ -98,26 +95,26 @@ def shardings(mesh: Mesh, tree: Any, logical_axes: dict[str, tuple[str | None, .
     (None, 'fsdp', 'tensor')
     """
 
-    def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+    def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         name = "/".join(str(getattr(key, "key", key)) for key in path[-2:])
         logical = logical_axes.get(name, ())
-        if len(leaf.shape) < len(logical):  # such as the empty places of an optimizer that leaves a parameter alone
+        if len(leaf.shape) < len(logical) or not logical:  # such as what Muon leaves empty for AdamW's parameters
             return replicated(mesh)
-        spec = PartitionSpec(*(None,) * (len(leaf.shape) - len(logical)), *RULES.spec(logical))
+        spec = cut(*(None,) * (len(leaf.shape) - len(logical)), *logical)
         for size, axis in zip(leaf.shape, spec, strict=False):
             if axis is not None and size % mesh.shape[axis]:
-                cut = f"--train.{axis} {mesh.shape[axis]}"
+                flag = f"--train.{axis} {mesh.shape[axis]}"
                 raise UsageError(
-                    f"{name} has {size} along an axis that {cut} cannot cut evenly: use a divisor of {size}"
+                    f"{name} has {size} along an axis that {flag} cannot cut evenly: use a divisor of {size}"
                 )
-        return NamedSharding(mesh, spec if logical else PartitionSpec())
+        return NamedSharding(mesh, spec)
 
-    return jax.tree_util.tree_map_with_path(place, tree)
+    return jax.tree_util.tree_map_with_path(sharding, tree)
 
 
 def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
-    """Sharding of rows, cut along `axis`."""
-    return NamedSharding(mesh, PartitionSpec(*[None] * axis, RULES.batch))
+    """Return the sharding of rows, cut along `axis`."""
+    return NamedSharding(mesh, cut(*[None] * axis, "batch"))
 
 
 def put_whole(mesh: Mesh, rows: np.ndarray) -> jax.Array:
@@ -126,7 +123,7 @@ def put_whole(mesh: Mesh, rows: np.ndarray) -> jax.Array:
 
 
 def logit_chunks(positions: int, outputs: int) -> int:
-    """Parts in which the logits of so many positions are made, so that a device holds a bounded number at a time.
+    """Return in how many parts the logits of so many positions are made, which bounds what a device holds at a time.
 
     >>> logit_chunks(64, 1000)
     1
@@ -135,7 +132,7 @@ def logit_chunks(positions: int, outputs: int) -> int:
 
 
 def batch_shares() -> int:
-    """Devices that share the rows of a batch, under the mesh that `jax.set_mesh` names; 1 without.
+    """Return how many devices share the rows of a batch, under the mesh that `jax.set_mesh` names; 1 without.
 
     >>> batch_shares()
     1
@@ -153,11 +150,11 @@ def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or set(AXES) - set(mesh.axis_names):
         return x
-    return jax.lax.with_sharding_constraint(x, RULES.spec(logical))
+    return jax.lax.with_sharding_constraint(x, cut(*logical))
 
 
 def bytes_per_device(tree: Any) -> int:
-    """The largest part of a tree of arrays, or of shapes that carry shardings, that one device holds.
+    """Return how many bytes of a tree of arrays, or of shapes that carry shardings, one device holds at most.
 
     >>> bytes_per_device({"a": jax.numpy.ones((4, 2), "float32")})
     32

@@ -1,4 +1,4 @@
-"""The record of a training, fetched an update late so that the device always has work."""
+"""The numbers of a training: fetched, recorded, and judged."""
 
 import math
 import time
@@ -14,8 +14,8 @@ from nanodlm.training.step import all_finite
 from nanodlm.training.trackers import Tracker
 
 
-class _Logger:
-    """Fetches scalars an update late, so that the device always has work."""
+class Logger:
+    """Fetches scalars an update late, so that the device always has work, and ends a run that diverges."""
 
     def __init__(
         self,
@@ -32,43 +32,32 @@ class _Logger:
         Args:
             config: The run's configuration.
             records: Those of before.
-            emit: Called with each.
-            tracker: Told each, if there is one.
-            limit: Of the bound in nats per token, which two records in a row may not exceed.
-            last_good: Address of the newest checkpoint before an update.
+            emit: Called with each new one, as `progress`.
+            tracker: Writes each new one down, if there is a tracker.
+            limit: The bound, in nats per token, that two records in a row may not exceed.
+            last_good: Gives the address of the newest checkpoint before an update.
         """
         self.records = list(records)
-        self._limit, self._last_good = limit, last_good
-        self._high = 0  # the first update of those whose bound is above the limit now
         self.tokens_per_second: float = records[-1]["tokens_per_second"] if records else 0.0
         self._config, self._emit, self._tracker = config, emit, tracker
+        self._limit, self._last_good = limit, last_good
+        self._exceeded = 0  # the first update of those whose bound is above the limit now
         self._waiting: tuple[int, dict[str, Array]] | None = None
-        self._clock: tuple[int, float] | None = None
+        self.start_clock(0)
 
-    def start(self, step: int) -> None:
-        """Start the clock: update `step` is done."""
-        self._clock = (step, time.monotonic())
-
-    def stop(self, step: int) -> None:
-        """Stop the clock: update `step` is done, and with it all before."""
-        self._measure(step, time.monotonic())
+    def start_clock(self, step: int) -> None:
+        """Measure the speed from here on, where update `step` is done."""
+        self._since, self._began = step, time.monotonic()
 
     def off_the_clock(self, work: Callable[[State], dict[str, float]], state: State) -> dict[str, float]:
         """Do something that is no training."""
         began = time.monotonic()
         result = work(state)
-        if self._clock:
-            self._clock = (self._clock[0], self._clock[1] + time.monotonic() - began)
+        self._began += time.monotonic() - began
         return result
 
-    def _measure(self, step: int, now: float) -> None:
-        if self._clock and step > self._clock[0]:
-            train = self._config.train
-            per_update = train.batch_size * train.grad_acc_steps * self._config.model.seq_len
-            self.tokens_per_second = (step - self._clock[0]) * per_update / (now - self._clock[1])
-
     def add(self, step: int, scalars: dict[str, Array]) -> None:
-        """Record the scalars of an update, which are fetched at the next `flush`."""
+        """Take the scalars of an update, which become a record at the next `flush`."""
         self.flush()
         self._waiting = (step, scalars)
 
@@ -82,20 +71,16 @@ class _Logger:
             return
         (step, scalars), self._waiting = self._waiting, None
         values = self._fetch(step, scalars)
-        self._measure(step, time.monotonic())
+        if step > self._since:
+            train = self._config.train
+            tokens = train.batch_size * train.grad_acc_steps * self._config.model.seq_len
+            self.tokens_per_second = (step - self._since) * tokens / (time.monotonic() - self._began)
         record = {"step": step, **values, "tokens_per_second": round(self.tokens_per_second, 1)}
         self.records.append(record)
         if self._tracker:
             self._tracker.log(record)
         self._emit("progress", done=step, total=self._config.train.max_steps, unit="updates", **record)
-        self._judge(step, record["nats_per_token"])
-
-    def _judge(self, step: int, bound: float | None) -> None:
-        """Two bounds in a row above the limit, of records or of saves, are an explosion."""
-        high = bound is not None and bound > self._limit
-        if high and self._high and step > self._high:
-            raise self._diverged(f"the loss has exploded at update {step}, to {bound:.0f} nats per token", self._high)
-        self._high = (self._high or step) if high else 0
+        self._judge(step, values["nats_per_token"])
 
     def check(self, step: int, scalars: dict[str, Array], state: State) -> None:
         """Make sure that the state after an update is worth saving.
@@ -109,7 +94,7 @@ class _Logger:
             raise self._diverged(f"parameters or optimizer are not finite after update {step}", step)
 
     def mean_bound(self, after: int, until: int) -> dict[str, float]:
-        """The mean training bound of the records in a range of updates, if there are any."""
+        """Return the mean training bound of the records in a range of updates, if there are any."""
         bounds = [r["nats_per_token"] for r in self.records if after < r["step"] <= until]
         bounds = [bound for bound in bounds if bound is not None]
         return {"train_nats_per_token": sum(bounds) / len(bounds)} if bounds else {}
@@ -123,6 +108,14 @@ class _Logger:
         if "skipped" in values:
             values["skipped"] = int(values["skipped"])
         return {name: None if name in bad else value for name, value in values.items()}
+
+    def _judge(self, step: int, bound: float | None) -> None:
+        """Call two bounds in a row above the limit, of records or of saves, an explosion."""
+        high = bound is not None and bound > self._limit
+        if high and self._exceeded and step > self._exceeded:
+            what = f"the loss has exploded at update {step}, to {bound:.0f} nats per token"
+            raise self._diverged(what, self._exceeded)
+        self._exceeded = (self._exceeded or step) if high else 0
 
     def _diverged(self, what: str, before: int) -> NanodlmError:
         good = self._last_good(before)

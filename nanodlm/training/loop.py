@@ -1,4 +1,4 @@
-"""The train stage: the loop around the jitted `update.train_step`.
+"""The train stage: restore, then batch, step, log and save until all updates are done.
 
     nanodlm train demo --train.max_steps 200      # a laptop: a minute
     nanodlm train owt --train.batch_size 64       # one or many GPUs: the batch is shared by all devices
@@ -12,13 +12,13 @@ checkpoint from which it can go on.
 import contextlib
 import json
 import math
-import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import tiktoken
 from flax import nnx
 from jax.sharding import Mesh
@@ -38,17 +38,16 @@ from nanodlm.errors import NanodlmError, Stopped, UsageError
 from nanodlm.evaluation.scoring import make_scorer, score_rows
 from nanodlm.store import Artifact, Attempt
 from nanodlm.store.cache import cache_dir
-from nanodlm.training.logger import _Logger
-from nanodlm.training.signals import _agreement, _catch_signals
-from nanodlm.training.step import make_program
+from nanodlm.training.logger import Logger
+from nanodlm.training.signals import catch_signals, make_stop_vote
+from nanodlm.training.step import Program, make_program
 from nanodlm.training.trackers import Tracker
+
+Emit = Callable[..., None]
 
 
 def train(
-    config: Config,
-    inputs: dict[str, Artifact],
-    attempt: Attempt | None,
-    emit: Callable[..., None] = lambda *_, **__: None,
+    config: Config, inputs: dict[str, Artifact], attempt: Attempt | None, emit: Emit = lambda *_, **__: None
 ) -> dict[str, Any]:
     """Stage: train for `max_steps` updates, from the newest whole checkpoint if an earlier attempt left one, else from
     that of `exp.resume_path`.
@@ -61,174 +60,190 @@ def train(
         UsageError: When the checkpoint to continue from is missing or of another run.
         NanodlmError: When the loss is not a number or explodes; the last good checkpoint is named.
     """
-    with _catch_signals() as stop:
-        return _train(config, inputs, attempt, emit, stop)
-
-
-def _train(
-    config: Config,
-    inputs: dict[str, Artifact],
-    attempt: Attempt | None,
-    emit: Callable[..., None],
-    stop: threading.Event,
-) -> dict[str, Any]:
-    digests = {name: artifact.digest for name, artifact in inputs.items()}
-    _check_same({**config.model_dump(mode="json"), "inputs": digests, "jax": jax.__version__})
-    shard = inputs["shard"].on_demand()
-    tokens = inputs["shard"].metrics
-    encoding = load(inputs["tokenizer"].local())
-    rows_per_step = config.train.batch_size * config.train.grad_acc_steps
-    mesh = make_mesh(config.train.batch_size, fsdp=config.train.fsdp, tensor=config.train.tensor)
-    program = make_program(config, encoding, mesh)
-    if tokens["n_vocab"] != encoding.n_vocab:
-        raise NanodlmError("the shards were made with another tokenizer: rebuild them with --rebuild shard")
-    if attempt:
-        (attempt.path / "config.json").write_text(config.model_dump_json(indent=1))
-        (attempt.path / "tokenizer").mkdir()
-        save(encoding, attempt.path / "tokenizer")
-    key = jax.random.key(config.train.seed)
-    run = describe_run(config, inputs["shard"].digest, inputs["tokenizer"].digest, key)
-    validate = _validation(config, encoding, program.graphdef, shard, tokens["dtype"], mesh)
-    kept = {"keep": config.exp.keep, "keep_best": config.exp.keep_best}
-    with (
-        jax.set_mesh(mesh),
-        contextlib.ExitStack() as late,
-        Checkpoints(attempt, run, **kept) as checkpoints,
-    ):
-        restored = _restore(config, checkpoints, program.state)
-        info = restored[1] if restored else {"logs": [], "rows_seen": 0}
-        tracker = None
+    with catch_signals() as stop:
+        _require_same_start(config, inputs)
+        tokens, fetch = inputs["shard"].metrics, inputs["shard"].on_demand()
+        encoding = load(inputs["tokenizer"].local())
+        mesh = make_mesh(config.train.batch_size, fsdp=config.train.fsdp, tensor=config.train.tensor)
+        program = make_program(config, encoding, mesh)
+        if tokens["n_vocab"] != encoding.n_vocab:
+            raise NanodlmError("the shards were made with another tokenizer: rebuild them with --rebuild shard")
         if attempt:
-            run_id, file = attempt.fingerprint[:16], attempt.path / "logs.jsonl"
-            tracker = Tracker(config, file, run_id=run_id, folder=cache_dir(), records=info["logs"], emit=emit)
-            late.enter_context(tracker)  # closed once the last checkpoint is safe
-        state = restored[0] if restored else program.initialise()
-        first, since = int(state["step"]), int(state["step"])
-        shift = info["rows_seen"] - first * rows_per_step  # 0, unless the batch size was allowed to change
-        emit("message", text=_describe(mesh, program.n_parameters, first))
-        share, shares = my_share(mesh)
-        late.callback(_fetch_ahead(tokens["rows_per_shard"], shard, config.data.shuffle_seed).set)
-        batches = train_batches(
-            tokens["rows_per_shard"],
-            shard,
-            dtype=tokens["dtype"],
-            batch_size=config.train.batch_size,
-            grad_acc_steps=config.train.grad_acc_steps,
-            seed=config.data.shuffle_seed,
-            first_row=info["rows_seen"],
-            share=share,
-            shares=shares,
-        )
-        limit = 10 * math.log(encoding.n_vocab)
-        logger = _Logger(config, info["logs"], emit, tracker, limit=limit, last_good=checkpoints.last)
-        if any_process(stop.is_set()):
+            (attempt.path / "config.json").write_text(config.model_dump_json(indent=1))
+            (attempt.path / "tokenizer").mkdir()
+            save(encoding, attempt.path / "tokenizer")
+        validate = _validation(config, encoding, program.graphdef, fetch, tokens["dtype"], mesh)
+        key = jax.random.key(config.train.seed)
+        run = describe_run(config, inputs["shard"].digest, inputs["tokenizer"].digest, key)
+        with jax.set_mesh(mesh):
+            checkpoints = Checkpoints(attempt, run, keep=config.exp.keep, keep_best=config.exp.keep_best)
+            state, past = _restore(config, checkpoints, program)
+            first, rows_seen = int(state["step"]), past["rows_seen"]
+            emit("message", text=_describe(mesh, program.n_parameters, first))
+            with (
+                _tracker(config, attempt, past["logs"], emit) as tracker,  # closed once the last checkpoint is safe
+                checkpoints,
+                _batches(config, tokens, fetch, mesh, rows_seen) as batches,
+            ):
+                limit = 10 * math.log(encoding.n_vocab)
+                logger = Logger(config, past["logs"], emit, tracker, limit=limit, last_good=checkpoints.last)
+                loop = _Loop(config, mesh, program, key, checkpoints, logger, validate, stop, emit)
+                state = loop.run(state, batches, rows_seen)
+    new_rows = (config.train.max_steps - first) * config.train.batch_size * config.train.grad_acc_steps
+    trained_tokens = (rows_seen + new_rows) * config.model.seq_len
+    found = {"resumed_from_update": first, "best_update": checkpoints.best(), "trained_tokens": trained_tokens}
+    return _finish(config, attempt, state, logger) | {"parameters": program.n_parameters, **found}
+
+
+class _Loop(NamedTuple):
+    """What stays the same from update to update."""
+
+    config: Config
+    mesh: Mesh
+    program: Program
+    key: jax.Array
+    checkpoints: Checkpoints
+    logger: Logger
+    validate: Callable[[State], dict[str, float]] | None
+    stop: threading.Event
+    emit: Emit
+
+    def run(self, state: State, batches: Iterator[np.ndarray], rows_seen: int) -> State:
+        """Take updates until `max_steps` are done; log and save now and then."""
+        train, exp, logger = self.config.train, self.config.exp, self.logger
+        first = saved = int(state["step"])
+        if any_process(self.stop.is_set()):
             raise Stopped(f"stopped by a signal after update {first}, before another: run again to continue")
-        signalled = _agreement(mesh, stop)
-        for step in range(first + 1, config.train.max_steps + 1):
-            state, scalars = program.step(state, put_rows(mesh, next(batches), axis=1), key)
+        shall_stop = make_stop_vote(self.mesh, self.stop)
+        for step in range(first + 1, train.max_steps + 1):
+            state, scalars = self.program.step(state, put_rows(self.mesh, next(batches), axis=1), self.key)
+            rows_seen += train.batch_size * train.grad_acc_steps
             if step == first + 1:
                 jax.block_until_ready(scalars)  # compiled; from here on the clock runs
-                logger.start(step)
+                logger.start_clock(step)
             logger.flush()  # the record of the update before, while this one is computed
-            last, stopping = step == config.train.max_steps, signalled(scalars)
-            saving = step % config.exp.save_every == 0 or last or stopping
-            scored: dict[str, Any] = {}
+            last, stopping = step == train.max_steps, shall_stop(scalars)
+            saving = last or stopping or step % exp.save_every == 0
+            scores: dict[str, Any] = {}
             if saving:
                 logger.check(step, scalars, state)
-                if validate and not stopping:  # a signal leaves no time for it
-                    scored = logger.off_the_clock(validate, state)
-            if step % config.exp.log_every == 0 or last:
-                logger.add(step, {**scalars, **scored})
+                if self.validate and not stopping:  # a signal leaves no time for it
+                    scores = logger.off_the_clock(self.validate, state)
+            if last or step % exp.log_every == 0:
+                logger.add(step, scalars | scores)
             if saving:
                 logger.flush()  # this update is done, for its state has been checked
-                if not (validate or stopping):
-                    scored = logger.mean_bound(since, step)
-                seen = step * rows_per_step + shift
-                checkpoints.save(state, step, logs=list(logger.records), rows_seen=seen, **scored)
-                since = step
-                emit("checkpoint", step=step)
+                if not (self.validate or stopping):
+                    scores = logger.mean_bound(saved, step)
+                self.checkpoints.save(state, step, logs=list(logger.records), rows_seen=rows_seen, **scores)
+                self.emit("checkpoint", step=step)
+                saved = step
             if stopping and not last:
-                checkpoints.finish()
+                self.checkpoints.finish()
                 raise Stopped(f"stopped by a signal after update {step}; a checkpoint is saved: run again to continue")
-        logger.stop(config.train.max_steps)
-        checkpoints.finish()
-        best = checkpoints.best()
-    final = state.get("ema_state", state["model_state"])
-    result = {"parameters_sha256": parameters_sha256(final), "updates": config.train.max_steps}
+        return state
+
+
+def _finish(config: Config, attempt: Attempt | None, state: State, logger: Logger) -> dict[str, Any]:
+    """Write what lies beside the checkpoints, and return the metrics of the run."""
+    parameters = state.get("ema_state", state["model_state"])
+    result = {"parameters_sha256": parameters_sha256(parameters), "updates": config.train.max_steps}
     if attempt:
         (attempt.path / "logs.json").write_text(json.dumps(logger.records, indent=1))
         identity = {**result, **config.model_dump(include={"model", "schedule", "objective"})}
         (attempt.path / "parameters.json").write_text(json.dumps(identity, indent=1))
-        for leftover in (attempt.path / "checkpoints").glob("*.orbax-checkpoint-tmp*"):
-            shutil.rmtree(leftover)
     return {
         **result,
-        "parameters": program.n_parameters,
-        "trained_tokens": (config.train.max_steps * rows_per_step + shift) * config.model.seq_len,
         "train_tokens_per_second": round(logger.tokens_per_second, 1),
         "train_loss": logger.records[-1]["loss"],
         "train_nats_per_token": logger.records[-1]["nats_per_token"],
         "devices": jax.device_count(),
         "device": jax.devices()[0].device_kind,
-        "resumed_from_update": first,
-        "best_update": best,
         **({"skipped": int(state["skipped"])} if "skipped" in state else {}),
     }
 
 
-def _check_same(run: dict[str, Any]) -> None:
+def _require_same_start(config: Config, inputs: dict[str, Artifact]) -> None:
     """Make sure that all processes train the same; they would hang, or publish something else than they say.
 
     Raises:
         UsageError: On all of them, with what differs on this one.
     """
-    differ = differences(from_leader(run), json.loads(json.dumps(run)))
+    digests = {name: artifact.digest for name, artifact in inputs.items()}
+    run = {**config.model_dump(mode="json"), "inputs": digests, "jax": jax.__version__}
+    differ = differences(from_leader(run), run)
     if any_process(bool(differ)):
         fields = "; ".join(f"{field}: {values}" for field, values in differ.items())
         here = f"process {jax.process_index()} has {fields}" if differ else "another one says what differs"
         raise UsageError(f"the processes were not started alike ({here}): give all the same flags and versions")
 
 
-def _restore(config: Config, checkpoints: Checkpoints, target: State) -> tuple[State, dict[str, Any]] | None:
-    """The state to continue from and what its checkpoint remembers; None is to start anew."""
+def _restore(config: Config, checkpoints: Checkpoints, program: Program) -> tuple[State, dict[str, Any]]:
+    """Return the state to begin with, of a checkpoint or anew, and what the checkpoint remembers."""
     exp = config.exp
-    restored = checkpoints.restore(target, exp.allow_changed) if exp.resume else None
+    restored = checkpoints.restore(program.state, exp.allow_changed) if exp.resume else None
     if restored is None and exp.resume_path:
-        restored = checkpoints.start(exp.resume_path, target, exp.allow_changed)
+        restored = checkpoints.start(exp.resume_path, program.state, exp.allow_changed)
         if int(restored[0]["step"]) >= config.train.max_steps:
             raise UsageError(f"{exp.resume_path} has all {config.train.max_steps} updates: raise --train.max_steps")
-    return restored
+    return restored or (program.initialise(), {"logs": [], "rows_seen": 0})
 
 
-def _fetch_ahead(rows_per_shard: list[int], shard: Callable[[str], Path], seed: int) -> threading.Event:
-    """Ask for all shards in the order in which they are read, beside the training; the event ends that.
+@contextlib.contextmanager
+def _batches(
+    config: Config, tokens: dict[str, Any], fetch: Callable[[str], Path], mesh: Mesh, rows_seen: int
+) -> Iterator[Iterator[np.ndarray]]:
+    """Give this process's rows of each update, and fetch the shards in the order in which they are read, beside it.
 
-    The loader asks for those that are late itself, and raises what goes wrong.
+    The loader asks for a shard that has not come itself, and raises what goes wrong.
     """
-    ended = threading.Event()
+    ended, (share, shares) = threading.Event(), my_share(mesh)
 
-    def fetch() -> None:
-        for number in (i for window in windows(rows_per_shard, seed) for i in window):
+    def fetch_ahead() -> None:
+        for number in (i for window in windows(tokens["rows_per_shard"], config.data.shuffle_seed) for i in window):
             if ended.is_set():
                 return
             with contextlib.suppress(NanodlmError, OSError, RuntimeError):  # the last: while the interpreter ends
-                shard(data_rows.name(number))
+                fetch(data_rows.name(number))
 
-    threading.Thread(target=fetch, name="fetch-ahead", daemon=True).start()
-    return ended
+    threading.Thread(target=fetch_ahead, name="fetch-ahead", daemon=True).start()
+    try:
+        yield train_batches(
+            tokens["rows_per_shard"],
+            fetch,
+            dtype=tokens["dtype"],
+            batch_size=config.train.batch_size,
+            grad_acc_steps=config.train.grad_acc_steps,
+            seed=config.data.shuffle_seed,
+            first_row=rows_seen,
+            share=share,
+            shares=shares,
+        )
+    finally:
+        ended.set()
+
+
+def _tracker(
+    config: Config, attempt: Attempt | None, records: list[dict[str, Any]], emit: Emit
+) -> contextlib.AbstractContextManager[Tracker | None]:
+    """Open the tracker in the process that has the attempt."""
+    if attempt is None:
+        return contextlib.nullcontext()
+    file, run_id = attempt.path / "logs.jsonl", attempt.fingerprint[:16]
+    return Tracker(config, file, run_id=run_id, folder=cache_dir(), records=records, emit=emit)
 
 
 def _validation(
     config: Config,
     encoding: tiktoken.Encoding,
     graphdef: nnx.GraphDef,
-    shard: Callable[[str], Path],
+    fetch: Callable[[str], Path],
     dtype: str,
     mesh: Mesh,
 ) -> Callable[[State], dict[str, float]] | None:
-    """What scores a state, always with the same noise on the first validation rows; None is not wanted."""
-    length = config.model.seq_len
-    rows = read(shard("validation.arrayrecord"), dtype)[: config.exp.val_rows] if config.exp.val_rows else []
+    """Return what scores a state, always with the same noise on the first validation rows, or None."""
+    length, count = config.model.seq_len, config.exp.val_rows
+    rows = read(fetch("validation.arrayrecord"), dtype)[:count] if count else []
     rows = [row for row in rows if len(row) == length]
     if not rows:
         return None

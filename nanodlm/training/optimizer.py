@@ -10,7 +10,7 @@ from nanodlm.config import TrainConfig
 
 
 def learning_rate(train: TrainConfig) -> optax.Schedule:
-    """Learning rate as a function of the number of updates done.
+    """Return the learning rate as a function of the number of updates done.
 
     | lr_schedule | after a linear rise from 0 over warmup_steps |
     |---|---|
@@ -29,14 +29,13 @@ def learning_rate(train: TrainConfig) -> optax.Schedule:
         return optax.constant_schedule(train.lr)
     warmup = min(train.warmup_steps, train.max_steps)
     left = max(1, train.max_steps - warmup)
-    cooldown = min(train.cooldown_steps, left)
+    after = optax.constant_schedule(train.lr)
     if train.lr_schedule == "warmup_cosine":
         after = optax.cosine_decay_schedule(train.lr, left, alpha=train.min_lr / train.lr)
     elif train.lr_schedule == "warmup_stable_decay":
+        cooldown = min(train.cooldown_steps, left)
         decay = optax.linear_schedule(train.lr, train.min_lr, max(1, cooldown))
-        after = optax.join_schedules([optax.constant_schedule(train.lr), decay], [left - cooldown])
-    else:
-        after = optax.constant_schedule(train.lr)
+        after = optax.join_schedules([after, decay], [left - cooldown])
     if not warmup:
         return after
     # The first update has a rate of lr / warmup_steps, not 0, so that no update is wasted.
@@ -45,7 +44,7 @@ def learning_rate(train: TrainConfig) -> optax.Schedule:
 
 
 def make_optimizer(train: TrainConfig) -> optax.GradientTransformation:
-    """Clip by global norm, then AdamW, or Muon for the blocks' matrices and AdamW for the rest.
+    """Return clipping by global norm, then AdamW, or Muon for the blocks' matrices and AdamW for the rest.
 
     Weight decay acts on the matrices of linear layers only. With Muon the rest is optax's Adam with Nesterov momentum
     and no decay. Sources: AdamW, arXiv:1711.05101, algorithm 2; Muon, arXiv:2502.16982, equation 1.
@@ -75,10 +74,9 @@ def make_optimizer(train: TrainConfig) -> optax.GradientTransformation:
 
 
 def is_matrix(params: Any) -> Any:
-    """Which parameters are matrices of linear layers, an untied output layer's too: not norms, embeddings, biases or
-    convolutions.
+    """Mark the parameters that are matrices of linear layers, an untied output layer's too.
 
-    Those inside blocks are stacked: their first axis is the layer.
+    Norms, embeddings, biases and convolutions are none. Those inside blocks are stacked: their first axis is the layer.
     """
 
     def test(path: tuple[Any, ...], leaf: jax.Array) -> bool:
@@ -89,7 +87,7 @@ def is_matrix(params: Any) -> Any:
 
 
 def _muon_dimensions(params: Any) -> Any:
-    """Muon takes the matrices inside blocks, layer by layer."""
+    """Give Muon the matrices inside blocks, layer by layer."""
 
     def dimensions(path: tuple[Any, ...], matrix: bool) -> Any:
         in_block = matrix and path[0].key == "blocks"

@@ -21,7 +21,7 @@ ADAMW = optax.chain(optax.scale_by_adam(b1=0.9, b2=0.95), optax.add_decayed_weig
 
 
 def make_network(vocab_size: int, *, n_layers: int, n_heads: int, d_model: int, d_ff: int) -> Transformer:
-    """A usual transformer, with an output layer of its own and without normalised queries and keys.
+    """Return a usual transformer, with an output layer of its own and without normalised queries and keys.
 
     >>> make_network(64, n_layers=1, n_heads=2, d_model=8, d_ff=16)(jnp.zeros((1, 4), int), jnp.ones(1)).shape
     (1, 4, 64)
@@ -39,7 +39,7 @@ def make_network(vocab_size: int, *, n_layers: int, n_heads: int, d_model: int, 
 
 
 def init_state(params: Any, updates: float = float("inf")) -> dict[str, Any]:
-    """The state before the first of so many updates; without an end, the rate stays where it is."""
+    """Return the state before the first of so many updates; without an end, the rate stays where it is."""
     start = {"model_state": params, "optimizer_state": ADAMW.init(params), "step": jnp.int32(0)}
     return {**start, "updates": jnp.float32(updates)}
 
@@ -47,7 +47,7 @@ def init_state(params: Any, updates: float = float("inf")) -> dict[str, Any]:
 def plain_step(
     state: dict[str, Any], rows: Int[Array, "1 B L"], key: Key[Array, ""], *, graphdef: nnx.GraphDef, mask_id: int
 ) -> tuple[dict[str, Any], dict[str, Array]]:
-    """One update as textbooks have it: tokens masked with probability t, cross-entropies over t."""
+    """Take one update as textbooks have it: tokens masked with probability t, cross-entropies over t."""
     x_0 = rows[0]
     time_key, mask_key = jax.random.split(jax.random.fold_in(key, state["step"]))
     t = 1 - jax.random.uniform(time_key, (len(x_0),))

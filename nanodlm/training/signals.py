@@ -13,29 +13,8 @@ from jaxtyping import Array
 from nanodlm.devices.mesh import replicated
 
 
-def _agreement(mesh: Mesh, stop: threading.Event) -> Callable[[dict[str, Array]], bool]:
-    """What tells, after every update, whether a signal has reached any process.
-
-    With several processes it is an update late: their votes are counted on the devices, behind the update whose scalars
-    it is given, and read while the next one runs. So all stop at the same update.
-    """
-    if jax.process_count() == 1:
-        return lambda _: stop.is_set()
-    everywhere = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-    count = jax.jit(lambda votes, _: votes.max(), out_shardings=replicated(mesh))
-    counted: list[Array] = []
-
-    def signalled(scalars: dict[str, Array]) -> bool:
-        vote = np.array([stop.is_set()], np.int32)
-        votes = jax.make_array_from_callback((mesh.size,), everywhere, lambda _: vote)
-        counted.append(count(votes, scalars["loss"]))
-        return len(counted) > 1 and bool(counted.pop(0))
-
-    return signalled
-
-
 @contextlib.contextmanager
-def _catch_signals() -> Iterator[threading.Event]:
+def catch_signals() -> Iterator[threading.Event]:
     """Yield an event that SIGTERM or SIGUSR1 sets; outside the main thread, where none can be caught, nothing does."""
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
@@ -47,3 +26,24 @@ def _catch_signals() -> Iterator[threading.Event]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def make_stop_vote(mesh: Mesh, stop: threading.Event) -> Callable[[dict[str, Array]], bool]:
+    """Return what every process calls after every update, with its scalars, to learn whether all shall stop.
+
+    With several processes the answer comes an update late: their votes are counted on the devices, behind the update,
+    and read while the next one runs. So a signal to any process stops all of them at the same update.
+    """
+    if jax.process_count() == 1:
+        return lambda _: stop.is_set()
+    everywhere = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    count = jax.jit(lambda votes, _: votes.max(), out_shardings=replicated(mesh))
+    counted: list[Array] = []
+
+    def shall_stop(scalars: dict[str, Array]) -> bool:
+        vote = np.array([stop.is_set()], np.int32)
+        votes = jax.make_array_from_callback((mesh.size,), everywhere, lambda _: vote)
+        counted.append(count(votes, scalars["loss"]))
+        return len(counted) > 1 and bool(counted.pop(0))
+
+    return shall_stop

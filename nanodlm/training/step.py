@@ -1,4 +1,4 @@
-"""One update: its loss, its state, and the program of both on a mesh of devices. It knows nothing of data or files."""
+"""One update: its loss, its state, and its program on a mesh of devices. Nothing here knows of data or files."""
 
 from collections.abc import Callable
 from functools import partial
@@ -33,7 +33,7 @@ def train_step(
     objective: Objective,
     config: Config,
 ) -> tuple[State, dict[str, Array]]:
-    """One update from A micro-batches of B rows.
+    """Take one update from A micro-batches of B rows.
 
     The loss is the objective's in nats per token: summed over a row's tokens, divided by all of them. The noise of all
     micro-batches is drawn at once, so that its times are spread evenly over the whole update.
@@ -71,6 +71,13 @@ def train_step(
     else:
         zero = jax.tree.map(jnp.zeros_like, ((jnp.float32(0), jnp.float32(0)), state["model_state"]))
         ((loss, bound), grads), _ = jax.lax.scan(accumulate, zero, micro)
+    return _apply(state, grads, loss, bound, optimizer, config)
+
+
+def _apply(
+    state: State, grads: Any, loss: Array, bound: Array, optimizer: optax.GradientTransformation, config: Config
+) -> tuple[State, dict[str, Array]]:
+    """Return the state after an update with these gradients, and what is logged of it."""
     updates, optimizer_state = optimizer.update(grads, state["optimizer_state"], state["model_state"])
     params = optax.apply_updates(state["model_state"], updates)
     new = {"model_state": params, "optimizer_state": optimizer_state, "step": state["step"] + 1}
@@ -78,12 +85,8 @@ def train_step(
         # The average starts as the parameters do; early on it follows them faster (arXiv:2206.00364, appendix).
         decay = jnp.minimum(config.train.ema_decay, (1 + state["step"]) / (10 + state["step"]))
         new["ema_state"] = optax.incremental_update(params, state["ema_state"], 1 - decay)
-    scalars = {
-        "loss": loss,
-        "nats_per_token": bound,
-        "grad_norm": optax.tree.norm(grads),
-        "lr": learning_rate(config.train)(state["step"] - state.get("skipped", 0)),
-    }
+    lr = learning_rate(config.train)(state["step"] - state.get("skipped", 0))
+    scalars = {"loss": loss, "nats_per_token": bound, "grad_norm": optax.tree.norm(grads), "lr": lr}
     if "skipped" in state:
         fine = jnp.isfinite(loss) & jnp.isfinite(scalars["grad_norm"])
         new = jax.tree.map(partial(jnp.where, fine), new, {name: state[name] for name in new})
@@ -93,7 +96,7 @@ def train_step(
 
 
 def init_state(config: Config, params: Any, optimizer: optax.GradientTransformation) -> State:
-    """The state before the first update."""
+    """Return the state before the first update."""
     state = {"model_state": params, "optimizer_state": optimizer.init(params), "step": jnp.int32(0)}
     if config.train.skip_nonfinite:
         state["skipped"] = jnp.int32(0)
@@ -114,7 +117,7 @@ class Program(NamedTuple):
 
 
 def make_program(config: Config, encoding: tiktoken.Encoding, mesh: Mesh) -> Program:
-    """The training program of a configuration on a mesh.
+    """Return the training program of a configuration on a mesh.
 
     Raises:
         UsageError: When the mesh cannot cut the parameters.
@@ -132,19 +135,19 @@ def make_program(config: Config, encoding: tiktoken.Encoding, mesh: Mesh) -> Pro
         return init_state(config, params, optimizer)
 
     shapes = jax.eval_shape(initialise)
-    places = shardings(mesh, shapes, LOGICAL_AXES)
+    cuts = shardings(mesh, shapes, LOGICAL_AXES)
     step = partial(train_step, graphdef=graphdef, optimizer=optimizer, objective=objective, config=config)
     return Program(
         graphdef,
         count_parameters(nnx.merge(graphdef, abstract)),
-        jax.jit(initialise, out_shardings=places),
-        jax.jit(step, donate_argnums=0, out_shardings=(places, replicated(mesh))),
-        jax.tree.map(lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), shapes, places),
+        jax.jit(initialise, out_shardings=cuts),
+        jax.jit(step, donate_argnums=0, out_shardings=(cuts, replicated(mesh))),
+        jax.tree.map(lambda leaf, cut: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=cut), shapes, cuts),
     )
 
 
 def abstract_rows(config: Config, mesh: Mesh) -> jax.ShapeDtypeStruct:
-    """Shape, type and sharding of one update's rows."""
+    """Return shape, type and sharding of one update's rows."""
     shape = (config.train.grad_acc_steps, config.train.batch_size, config.model.seq_len)
     return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(mesh, axis=1))
 
@@ -158,7 +161,7 @@ def compile_step(config: Config, program: Program, mesh: Mesh) -> jax.stages.Com
 
 @jax.jit
 def all_finite(tree: Any) -> Bool[Array, ""]:
-    """Whether no array of a tree holds a NaN or an infinity.
+    """Return whether no array of a tree holds a NaN or an infinity.
 
     >>> bool(all_finite({"a": jnp.zeros(2), "b": jnp.log(jnp.zeros(2))}))
     False

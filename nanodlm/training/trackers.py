@@ -1,4 +1,4 @@
-"""Records of what a run does: an event log for whoever watches, and trackers for whoever compares."""
+"""The record of a run, for whoever watches it, and trackers, for whoever compares runs."""
 
 import contextlib
 import json
@@ -18,7 +18,8 @@ from nanodlm.errors import NanodlmError, UsageError
 class Tracker:
     """Writes log records to a JSONL file and, where the configuration asks for it, to W&B and TensorBoard.
 
-    Use it as a context manager. When W&B or TensorBoard fails after the start, that is said once and it is left alone.
+    Use it as a context manager. When W&B or TensorBoard fails after the start, one message says so, and it gets no more
+    records.
     """
 
     def __init__(
@@ -39,7 +40,7 @@ class Tracker:
             run_id: Names the run at W&B, where one that exists goes on, and in TensorBoard's folder.
             folder: Where `tensorboard/` and, unless `$WANDB_DIR` is set, `wandb/` go.
             records: What a resumed run has logged before; W&B has it already, the others begin with it.
-            emit: Told, as a `message`, where to look and what failed.
+            emit: Called with each `message`: where to look, and what failed.
 
         Raises:
             UsageError: When a package is missing.
@@ -53,8 +54,7 @@ class Tracker:
             _need("tensorboardX", "tensorboard", "--exp.use_tensorboard")
         self._file = path.open("w", buffering=1)
         try:
-            for record in records:
-                self._file.write(_json_line(record))
+            self._file.writelines(map(_json_line, records))
             if config.exp.use_tensorboard:
                 name = re.sub(r"[^\w.-]+", "_", f"{config.exp.run_name}-{run_id}".lstrip("-"))
                 self._others["TensorBoard"] = _TensorBoard(folder / "tensorboard" / name, records)
@@ -62,15 +62,19 @@ class Tracker:
             if config.exp.use_wandb:
                 self._others["W&B"] = run = _Wandb(config, run_id, folder)
                 emit("message", text=f"records for W&B: {run.where}")
-        except BaseException:
-            self.close(failed=True)
+        except BaseException as error:
+            self.__exit__(type(error))
             raise
 
     def __enter__(self) -> "Tracker":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self.close(failed=kind is not None)
+        """Write what is left and end what was started; W&B learns whether the run was cut short."""
+        self._file.close()
+        for name, other in tuple(self._others.items()):
+            with self._forgiving(name):
+                other.close(failed=kind is not None)
 
     def log(self, record: dict[str, Any]) -> None:
         """Write one record; its `step` is the number of updates done."""
@@ -78,14 +82,6 @@ class Tracker:
         for name, other in tuple(self._others.items()):
             with self._forgiving(name):
                 other.log(record)
-
-    def close(self, *, failed: bool = False) -> None:
-        """Write what is left and end what was started; `failed` tells W&B that the run was cut short."""
-        self._file.close()
-        for name, other in tuple(self._others.items()):
-            with self._forgiving(name):
-                other.close(failed)
-        self._others.clear()
 
     @contextlib.contextmanager
     def _forgiving(self, name: str) -> Iterator[None]:
@@ -99,9 +95,7 @@ class Tracker:
 
 
 class _TensorBoard:
-    """One event file, written in the caller's thread: a full disk is an error here, not a queue that blocks."""
-
-    FLUSH_SECONDS = 10.0
+    """One event file, written in the caller's thread: after an error of its own thread, SummaryWriter hangs at exit."""
 
     def __init__(self, folder: Path, records: Iterable[dict[str, Any]]):
         from tensorboardX.event_file_writer import EventsWriter
@@ -111,28 +105,19 @@ class _TensorBoard:
         self._writer = EventsWriter(str(folder / "events"), f".{time.time_ns()}")
         self._write(0, session_log=SessionLog(status=SessionLog.START))  # forget what earlier files say
         for record in records:
-            self._log(record)
-        self._flush()
+            self.log(record)
 
     def _write(self, step: int, **content: Any) -> None:
         from tensorboardX.proto.event_pb2 import Event  # type: ignore[attr-defined]
 
         self._writer.write_event(Event(wall_time=time.time(), step=step, **content))
 
-    def _log(self, record: dict[str, Any]) -> None:
+    def log(self, record: dict[str, Any]) -> None:
         from tensorboardX.proto.summary_pb2 import Summary  # type: ignore[attr-defined]
 
         values = [Summary.Value(tag=k, simple_value=v) for k, v in record.items() if k != "step" and v is not None]
         self._write(record["step"], summary=Summary(value=values))
-
-    def _flush(self) -> None:
         self._writer.flush()
-        self._flushed = time.monotonic()
-
-    def log(self, record: dict[str, Any]) -> None:
-        self._log(record)
-        if time.monotonic() - self._flushed > self.FLUSH_SECONDS:
-            self._flush()
 
     def close(self, failed: bool) -> None:
         self._writer.close()

@@ -1,10 +1,6 @@
-import json
-import os
-import subprocess
-import sys
-from collections.abc import Callable
+"""The learning rate and the optimizers, against their formulas."""
+
 from functools import cache, partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,17 +10,10 @@ import optax
 import pytest
 from flax import nnx
 
-from nanodlm.build import make_model, make_objective
-from nanodlm.checkpoints.saving import State
-from nanodlm.config import PRESETS, Config, TrainConfig
+from nanodlm.build import make_model
+from nanodlm.config import PRESETS, TrainConfig
 from nanodlm.data.tokenizer import plain_bytes
-from nanodlm.devices.hosts import put_rows
-from nanodlm.devices.mesh import make_mesh, replicated
-from nanodlm.diffusion import cross_entropy, nelbo
-from nanodlm.diffusion import objective as diffusion_objective
-from nanodlm.diffusion.schedules import make_schedule
 from nanodlm.training.optimizer import is_matrix, learning_rate, make_optimizer
-from nanodlm.training.step import init_state, train_step
 
 ENCODING = plain_bytes()
 MASK_ID = ENCODING.n_vocab
@@ -110,6 +99,12 @@ def last_update(params: Any, gradients: list[Any], optimizer: optax.GradientTran
 def by_name(tree: Any) -> dict[str, np.ndarray]:
     flat = jax.tree_util.tree_flatten_with_path(tree)[0]
     return {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf) for path, leaf in flat}
+
+
+def assert_trees_close(left: Any, right: Any, **tolerance: float) -> None:
+    right = by_name(right)
+    for name, value in by_name(left).items():
+        np.testing.assert_allclose(value, right[name], **tolerance, err_msg=name)
 
 
 def in_block(name: str) -> bool:
@@ -211,177 +206,3 @@ def test_clipping_bounds_the_update_and_spares_small_gradients() -> None:
     left, right = updates(clipped, params, small), updates(free, params, small)
     for name in left:
         np.testing.assert_allclose(left[name], right[name], rtol=1e-6)
-
-
-ROWS = np.random.default_rng(0).integers(0, ENCODING.n_vocab, (8, 8)).astype(np.int32)
-KEY = jax.random.key(9)
-STILL = optax.sgd(0.0)  # leaves the parameters as they are
-
-
-@cache
-def compiled_step(config: Config, optimizer: optax.GradientTransformation) -> Callable[..., Any]:
-    graphdef, _ = start_of(config)
-    objective = make_objective(config, ENCODING)
-    return jax.jit(partial(train_step, graphdef=graphdef, optimizer=optimizer, objective=objective, config=config))
-
-
-def start_of(config: Config) -> tuple[nnx.GraphDef, Any]:
-    return fresh(**config.model.model_dump(exclude={"init_seed"}))
-
-
-def run_step(
-    config: Config,
-    rows: np.ndarray | jax.Array,
-    optimizer: optax.GradientTransformation,
-    *,
-    key: jax.Array = KEY,
-    start: State | None = None,
-    updates: int = 1,
-) -> tuple[State, list[dict[str, float]]]:
-    """Take some updates on the same rows."""
-    state = init_state(config, start_of(config)[1], optimizer) if start is None else start
-    records = []
-    for _ in range(updates):
-        state, scalars = compiled_step(config, optimizer)(state, rows, key)
-        records.append({name: float(value) for name, value in scalars.items()})
-    return state, records
-
-
-def assert_trees_close(left: Any, right: Any, **tolerance: float) -> None:
-    right = by_name(right)
-    for name, value in by_name(left).items():
-        np.testing.assert_allclose(value, right[name], **tolerance, err_msg=name)
-
-
-@pytest.mark.parametrize("kind", ["absorbing", pytest.param("hybrid", marks=pytest.mark.slow)])
-def test_micro_batches_give_the_update_of_one_batch_of_their_rows(kind: str) -> None:
-    # Plain gradient descent shows the gradient itself, of which Adam would show little more than the signs.
-    descent = optax.sgd(0.5)
-    config = TINY.replace(objective={"kind": kind})
-    whole, of_whole = run_step(config, ROWS[None], descent, updates=2)
-    parts, of_parts = run_step(config, ROWS.reshape(4, 2, 8), descent, updates=2)
-    for one, four in zip(of_whole, of_parts, strict=True):
-        assert four == pytest.approx(one, rel=1e-3)
-        assert one["grad_norm"] > 1e-2
-    assert_trees_close(parts["model_state"], whole["model_state"], rtol=1e-3, atol=1e-4)
-
-
-def test_the_learning_rate_advances_by_updates_and_not_by_micro_batches() -> None:
-    config = TINY.replace(train={"warmup_steps": 4, "optimizer": "adamw"})
-    state, records = run_step(config, ROWS.reshape(4, 2, 8), make_optimizer(config.train), updates=3)
-    assert [record["lr"] for record in records] == pytest.approx([2e-3, 4e-3, 6e-3])
-    assert int(state["step"]) == 3
-    counts = [int(leaf) for leaf in jax.tree.leaves(state["optimizer_state"]) if leaf.ndim == 0]
-    assert counts and set(counts) == {3}
-
-
-def test_the_steps_loss_is_the_bound_per_token() -> None:
-    config = TINY.replace(
-        objective={"weighting": "bound", "estimator": "discrete", "num_timesteps": 5}, schedule={"kind": "cosine"}
-    )
-    state, [record] = run_step(config, ROWS[None], STILL)
-    graphdef, params = start_of(config)
-    bound = partial(
-        nelbo.nelbo,
-        nnx.merge(graphdef, params),
-        schedule=make_schedule("cosine"),
-        mask_id=MASK_ID,
-        estimator="discrete",
-        num_timesteps=5,
-    )
-    expected = jax.jit(bound)(jnp.asarray(ROWS), jax.random.fold_in(KEY, 0))
-    assert record["loss"] == pytest.approx(float(expected.mean()) / 8, rel=1e-4)
-    assert record["nats_per_token"] == pytest.approx(record["loss"], rel=1e-5)
-    assert int(state["step"]) == 1
-
-
-def test_uniform_weighting_changes_the_loss_but_not_the_bound_that_is_reported() -> None:
-    _, [bound] = run_step(TINY, ROWS[None], STILL)
-    _, [uniform] = run_step(TINY.replace(objective={"weighting": "uniform"}), ROWS[None], STILL)
-    assert uniform["nats_per_token"] == pytest.approx(bound["nats_per_token"], rel=1e-5)
-    graphdef, params = start_of(TINY)
-
-    @jax.jit
-    def unweighted(x_0: jax.Array, key: jax.Array) -> jax.Array:
-        noised = diffusion_objective.Objective(make_schedule("linear"), MASK_ID).corrupt(x_0, key)
-        scores = nnx.merge(graphdef, params)(noised.x_t, noised.t)
-        return cross_entropy.cross_entropy(scores, x_0, noised.x_t == MASK_ID, mask_id=MASK_ID).sum(axis=1).mean() / 8
-
-    expected = 2 * float(unweighted(jnp.asarray(ROWS), jax.random.fold_in(KEY, 0)))
-    assert uniform["loss"] == pytest.approx(expected, rel=1e-4)
-
-
-def test_every_step_draws_its_own_noise_from_the_seed_and_its_number() -> None:
-    state, records = run_step(TINY, ROWS[None], STILL, updates=3)
-    values = [r["nats_per_token"] for r in records]
-    assert len(set(values)) == 3
-    _, again = run_step(TINY, ROWS[None], STILL, updates=3)
-    assert again == records
-    _, [resumed] = run_step(TINY, ROWS[None], STILL, start={**state, "step": jnp.int32(1)})
-    assert resumed == records[1]
-    _, [other] = run_step(TINY, ROWS[None], STILL, key=jax.random.key(10))
-    assert other["nats_per_token"] not in values
-
-
-def test_no_average_is_kept_unless_asked_for() -> None:
-    assert "ema_state" not in run_step(TINY, ROWS[None], STILL)[0]
-
-
-def test_the_average_of_the_parameters_follows_them_fast_at_first_and_slowly_later() -> None:
-    config, optimizer = TINY.replace(train={"ema_decay": 0.9}), optax.sgd(0.5)
-    state, _ = run_step(config, ROWS[None], optimizer)
-    _, start = start_of(config)
-
-    expected = jax.tree.map(lambda old, new: 0.1 * old + 0.9 * new, start, state["model_state"])
-    assert_trees_close(state["ema_state"], expected, rtol=1e-5, atol=1e-6)
-    later = {**state, "step": jnp.int32(10_000)}
-    after, _ = run_step(config, ROWS[None], optimizer, start=later)
-    expected = jax.tree.map(lambda old, new: 0.9 * old + 0.1 * new, state["ema_state"], after["model_state"])
-    assert_trees_close(after["ema_state"], expected, rtol=1e-5, atol=1e-6)
-    moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), after["ema_state"], after["model_state"])
-    assert max(jax.tree.leaves(moved)) > 1e-3
-
-
-def print_steps_on_one_and_all_devices() -> None:
-    """Take two updates on the first device and on all of them, and print how they compare, as JSON."""
-    config = TINY.replace(train={"eps": 1e-3})
-    optimizer = make_optimizer(config.train)
-    rows = ROWS.reshape(2, 4, 8)
-    start = init_state(config, start_of(config)[1], optimizer)
-    one, of_one = run_step(config, rows, optimizer, start=start, updates=2)
-    mesh = make_mesh(4)
-    shared = put_rows(mesh, rows, axis=1)
-    spread = jax.device_put(start, replicated(mesh))
-    four, of_four = run_step(config, shared, optimizer, start=spread, updates=2)
-    difference = jax.tree.map(lambda a, b: float(np.abs(np.asarray(a) - b).max()), one, jax.device_get(four))
-    moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), one["model_state"], start["model_state"])
-    report = {
-        "one": of_one,
-        "four": of_four,
-        "rows_on_each_device": [shard.data.shape for shard in shared.addressable_shards],
-        "difference": max(jax.tree.leaves(difference["model_state"])),
-        "moved": max(jax.tree.leaves(moved)),
-    }
-    print(json.dumps(report))
-
-
-@pytest.mark.slow
-def test_four_devices_take_the_same_step_as_one() -> None:
-    # Virtual devices beyond the number of cores can wait for each other for ever unless NPROC says there are more.
-    flags = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
-    script = "from tests.training.test_optimizer import *; print_steps_on_one_and_all_devices()"
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        env={**os.environ, "NPROC": "16", "XLA_FLAGS": flags},
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert done.returncode == 0, done.stderr
-    seen = json.loads(done.stdout.splitlines()[-1])
-    assert seen["rows_on_each_device"] == [[2, 1, 8]] * 4
-    for one, four in zip(seen["one"], seen["four"], strict=True):
-        assert four == pytest.approx(one, rel=1e-4)
-    assert seen["moved"] > 1e-3
-    assert seen["difference"] < 1e-2 * seen["moved"]

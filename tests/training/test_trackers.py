@@ -112,11 +112,11 @@ def lines(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-def test_a_record_can_be_read_from_the_jsonl_file_as_soon_as_it_is_logged(tmp_path: Path) -> None:
-    with open_tracker(tmp_path) as tracker:
-        for done, record in enumerate(RECORDS, start=1):
-            tracker.log(record)
-            assert lines(tmp_path / "logs.jsonl") == RECORDS[:done]
+def test_the_jsonl_file_begins_with_restored_records_and_holds_each_new_one_at_once(tmp_path: Path) -> None:
+    with open_tracker(tmp_path, records=RECORDS[:1]) as tracker:
+        assert lines(tmp_path / "logs.jsonl") == RECORDS[:1]
+        tracker.log(RECORDS[1])
+        assert lines(tmp_path / "logs.jsonl") == RECORDS
 
 
 def test_what_is_not_finite_becomes_null_in_the_jsonl_file(tmp_path: Path) -> None:
@@ -124,12 +124,6 @@ def test_what_is_not_finite_becomes_null_in_the_jsonl_file(tmp_path: Path) -> No
         tracker.log({"step": 1, "loss": math.nan, "lr": -math.inf, "grad_norm": 2.0})
     text = (tmp_path / "logs.jsonl").read_text()
     assert json.loads(text, parse_constant=pytest.fail) == {"step": 1, "loss": None, "lr": None, "grad_norm": 2.0}
-
-
-def test_the_jsonl_file_of_a_resumed_run_begins_with_the_restored_records(tmp_path: Path) -> None:
-    with open_tracker(tmp_path, records=RECORDS[:1]) as tracker:
-        tracker.log(RECORDS[1])
-    assert lines(tmp_path / "logs.jsonl") == RECORDS
 
 
 def test_nothing_but_the_jsonl_file_is_written_unless_asked_for(tmp_path: Path) -> None:
@@ -153,12 +147,16 @@ def test_a_missing_package_is_named_with_its_extra_before_anything_is_written(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_wandb_offline_holds_the_records_the_names_and_the_settings(offline: socket.socket, tmp_path: Path) -> None:
+def test_wandb_offline_holds_the_records_and_settings_contacts_nobody_and_leaves_no_key_and_no_process(
+    offline: socket.socket, tmp_path: Path
+) -> None:
     exp = {"use_wandb": True, "project_name": "planets", "run_name": "mars"}
     said: list[str] = []
     with open_tracker(tmp_path, said=said, **exp) as tracker:
         for record in RECORDS:
             tracker.log(record)
+        assert sys.platform != "linux" or len(service_of(os.getpid())) == 1
+    assert sys.platform != "linux" or service_of(os.getpid()) == []
     (file,) = tmp_path.glob("cache/wandb/offline-run-*-a1b2/run-a1b2.wandb")
     assert without_clock(wandb_history(file)) == RECORDS
     (run,) = [r.run for r in wandb_records(file) if r.WhichOneof("record_type") == "run"]
@@ -166,31 +164,19 @@ def test_wandb_offline_holds_the_records_the_names_and_the_settings(offline: soc
     settings = {update.key: json.loads(update.value_json) for update in run.config.update}
     assert settings["train"] == config().train.model_dump()
     assert said == [f"records for W&B: {file.parent}"]
-
-
-def test_wandb_offline_contacts_nobody_and_its_key_is_written_nowhere(offline: socket.socket, tmp_path: Path) -> None:
-    with open_tracker(tmp_path, use_wandb=True) as tracker:
-        tracker.log(RECORDS[0])
     with pytest.raises(BlockingIOError):
         offline.accept()
-    written = [p for p in tmp_path.rglob("*") if p.is_file()]
-    assert any(p.suffix == ".wandb" for p in written)
-    assert [p for p in written if API_KEY.encode() in p.read_bytes()] == []
+    assert [p for p in tmp_path.rglob("*") if p.is_file() and API_KEY.encode() in p.read_bytes()] == []
 
 
-def test_wandb_files_go_where_wandb_dir_says(
+def test_a_resumed_run_continues_at_wandb_and_its_files_go_where_wandb_dir_says(
     offline: socket.socket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_DIR", str(tmp_path / "elsewhere"))
-    open_tracker(tmp_path, use_wandb=True).close()
-    assert list(tmp_path.glob("elsewhere/wandb/offline-run-*/run-a1b2.wandb"))
-    assert not (tmp_path / "cache").exists()
-
-
-def test_wandb_is_told_to_continue_the_run_of_the_same_id(offline: socket.socket, tmp_path: Path) -> None:
     with open_tracker(tmp_path, use_wandb=True, records=RECORDS[:1]) as tracker:
         tracker.log(RECORDS[1])
-    (file,) = tmp_path.glob("cache/wandb/offline-run-*/run-a1b2.wandb")
+    (file,) = tmp_path.glob("elsewhere/wandb/offline-run-*/run-a1b2.wandb")
+    assert not (tmp_path / "cache").exists()
     (run,) = [r.run for r in wandb_records(file) if r.WhichOneof("record_type") == "run"]
     assert run.resume
     assert without_clock(wandb_history(file)) == RECORDS[1:]
@@ -201,13 +187,6 @@ def service_of(pid: int) -> list[int]:
     threads = Path(f"/proc/{pid}/task").glob("*/children")
     pids = [int(child) for file in threads for child in file.read_text().split()]
     return [child for child in pids if "wandb" in Path(f"/proc/{child}/cmdline").read_text()]
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_the_process_that_wandb_starts_ends_with_the_run(offline: socket.socket, tmp_path: Path) -> None:
-    with open_tracker(tmp_path, use_wandb=True):
-        assert len(service_of(os.getpid())) == 1
-    assert service_of(os.getpid()) == []
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -237,32 +216,26 @@ def test_wandb_that_does_not_start_is_said_before_the_training_with_what_to_do(
         open_tracker(tmp_path, use_wandb=True, use_tensorboard=True)
 
 
-def test_tensorboard_event_files_hold_the_records(tmp_path: Path) -> None:
-    said: list[str] = []
-    with open_tracker(tmp_path, said=said, use_tensorboard=True) as tracker:
-        for record in RECORDS:
-            tracker.log(record)
-    (file,) = tmp_path.glob("cache/tensorboard/a1b2/events.out.tfevents.*")
-    assert tensorboard_rows(file) == RECORDS
-    assert next(tensorboard_events(file)).file_version == "brain.Event:2"
-    assert said == [f"records for TensorBoard: {file.parent}"]
-
-
 def test_the_event_file_of_a_resumed_run_is_whole_and_takes_the_place_of_the_earlier_one(tmp_path: Path) -> None:
+    said: list[str] = []
     with open_tracker(tmp_path, use_tensorboard=True) as tracker:
         tracker.log({"step": 10, "loss": 3.5, "lr": 0.25})
         tracker.log({"step": 20, "loss": 99.0, "lr": 0.125})
-    with open_tracker(tmp_path, use_tensorboard=True, records=RECORDS[:1]) as tracker:
+    with open_tracker(tmp_path, said=said, use_tensorboard=True, records=RECORDS[:1]) as tracker:
         tracker.log(RECORDS[1])
-    _, later = sorted(tmp_path.glob("cache/tensorboard/a1b2/*"), key=lambda path: path.name.rpartition(".")[2])
+    files = tmp_path.glob("cache/tensorboard/a1b2/events.out.tfevents.*")
+    _, later = sorted(files, key=lambda path: path.name.rpartition(".")[2])
+    assert said == [f"records for TensorBoard: {later.parent}"]
     assert tensorboard_rows(later) == RECORDS
-    _, start, *_ = tensorboard_events(later)
+    version, start, *_ = tensorboard_events(later)
+    assert version.file_version == "brain.Event:2"
     assert start.session_log.status == start.session_log.START  # a reader drops what came before from this step on
     assert start.step == 0
 
 
 def test_a_run_name_cannot_lead_out_of_the_folder_of_tensorboard(tmp_path: Path) -> None:
-    open_tracker(tmp_path, use_tensorboard=True, run_name="../../my run").close()
+    with open_tracker(tmp_path, use_tensorboard=True, run_name="../../my run"):
+        pass
     assert [p.name for p in (tmp_path / "cache" / "tensorboard").iterdir()] == [".._.._my_run-a1b2"]
 
 

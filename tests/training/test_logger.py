@@ -1,0 +1,51 @@
+"""What is recorded of a training, and what ends one that diverges."""
+
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import jax.numpy as jnp
+import pytest
+
+from nanodlm.errors import NanodlmError
+from nanodlm.training.logger import Logger
+from tests.training.test_loop import tiny
+
+
+def logger(said: list[dict[str, Any]], **train: Any) -> Logger:
+    config = tiny(train=train)
+
+    def emit(kind: str, **fields: Any) -> None:
+        said.append(fields)
+
+    tracker: Any = SimpleNamespace(log=lambda record: None)
+    return Logger(config, [], emit, tracker, limit=50.0, last_good=lambda before: f"/before/{before}")
+
+
+def scalars(bound: float) -> dict[str, Any]:
+    return {"loss": jnp.float32(bound), "nats_per_token": jnp.float32(bound), "grad_norm": jnp.float32(1.0)}
+
+
+def test_two_records_in_a_row_beyond_the_limit_stop_the_run() -> None:
+    said: list[dict[str, Any]] = []
+    log = logger(said)
+    for step, bound in ((10, 60.0), (20, 5.0), (30, 51.0)):
+        log.add(step, scalars(bound))
+    log.add(40, scalars(1e6))
+    with pytest.raises(NanodlmError, match=r"exploded at update 40, to 1000000 .* last good checkpoint is /before/30:"):
+        log.flush()
+    assert [fields["step"] for fields in said] == [10, 20, 30, 40]
+
+
+def test_records_that_are_not_finite_are_written_as_null_when_updates_are_skipped() -> None:
+    said: list[dict[str, Any]] = []
+    log = logger(said, skip_nonfinite=True)
+    log.add(1, {**scalars(float("nan")), "skipped": jnp.int32(1)})
+    log.add(2, {**scalars(2.0), "skipped": jnp.int32(1)})
+    log.flush()
+    assert [(r["loss"], r["nats_per_token"], r["grad_norm"], r["skipped"]) for r in log.records] == [
+        (None, None, 1.0, 1),
+        (2.0, 2.0, 1.0, 1),
+    ]
+    assert log.mean_bound(0, 2) == {"train_nats_per_token": 2.0}
+    assert json.loads(json.dumps(said, allow_nan=False))[0]["loss"] is None
