@@ -28,7 +28,7 @@ COMMANDS = {
     "evaluate": "the evaluate stage alone",
     "sample": "the sample stage alone",
     "launch": "train on a cluster: a Slurm job or a Kubernetes JobSet",
-    "bench": "measure: bench train, sample, loader, store, flow, variance, race or ablation",
+    "bench": "measure: bench train, sample or loader",
     "ls": "list the store's artifacts",
     "show": "one artifact: where it came from, what it holds",
     "explain": "why a configuration would not reuse an artifact, field by field",
@@ -482,11 +482,6 @@ BENCHES = {
     "train": "speed of updates on random tokens; --baseline times the plain recipe beside them",
     "sample": "speed of the sampler, with a network that knows nothing",
     "loader": "speed of reading training rows",
-    "store": "what a bucket costs: requests, and transfers beside those of plain fsspec",
-    "flow": "what orchestration costs: the pipeline as a flow beside the same functions called directly",
-    "variance": "how much the estimators of the bound and of its gradient vary (needs the trained run)",
-    "race": "how much sooner the preset reaches the bound of a plain recipe",
-    "ablation": "what each part of the preset is worth",
 }
 
 
@@ -565,131 +560,6 @@ def _bench_loader(argv: list[str]) -> None:
         lambda config, args, emit: loader(config, batches=args.batches, against=args.against, emit=emit),
     )
     _print_measured(result, args.as_json)
-
-
-def _bench_store(argv: list[str]) -> None:
-    from nanodlm.bench.bucket import measure
-
-    fields = {
-        "store": _store_flag(),
-        "files": _flag("Files of an artifact.", 32, int),
-        "megabytes": _flag("Size of each.", 4.0, float),
-        "repeats": _flag("Transfers of each kind.", 6, int),
-    }
-
-    def call(_: "Config", args: Any, emit: Callable[..., None]) -> dict[str, Any]:
-        return measure(args.store, files=args.files, megabytes=args.megabytes, repeats=args.repeats, emit=emit)
-
-    result, args = _measure("store", argv, fields, call)
-    _print_measured(result, args.as_json)
-
-
-def _bench_flow(argv: list[str]) -> None:
-    _quiet_prefect()
-    from flows.overhead import measure
-
-    fields = {"repeats": _flag("Runs of each kind.", 3, int)}
-    result, args = _measure(
-        "flow", argv, fields, lambda config, args, emit: measure(config, repeats=args.repeats, emit=emit)
-    )
-    _print_measured(result, args.as_json)
-
-
-def _bench_variance(argv: list[str]) -> None:
-    from nanodlm.bench.experiments import variance
-    from nanodlm.store import Store
-
-    fields = {"store": _store_flag(), "draws": _flag("Draws of noise for each estimator.", 1024, int)}
-    rows, args = _measure(
-        "variance",
-        argv,
-        fields,
-        lambda config, args, emit: variance(config, Store(args.store), draws=args.draws, emit=emit),
-    )
-    first = rows[0]
-    print("| estimator | bound, nats/token | standard deviation | variance | gradient noise | relative |")
-    print("|---|---|---|---|---|---|")
-    for row in rows:
-        print(
-            f"| {row['estimator']} | {row['bound']:.3f} ± {row['bound_error']:.3f} | {row['bound_sd']:.3f} "
-            f"| {(row['bound_sd'] / first['bound_sd']) ** 2:.3f} | {row['gradient_noise']:.1f} "
-            f"| {row['gradient_noise'] / first['gradient_noise']:.3f} |"
-        )
-    if args.as_json:
-        _print_json({"variance": rows})
-
-
-def _eval_rows_flag() -> tuple[Any, Any]:
-    return _flag("Held-out rows to score, from the front; by default eval.max_rows.", None, int | None)
-
-
-def _with_eval_rows(config: "Config", rows: int | None) -> "Config":
-    return config if rows is None else config.replace(eval={"max_rows": rows})
-
-
-def _bench_race(argv: list[str]) -> None:
-    from nanodlm.bench.experiments import race
-    from nanodlm.store import Store
-
-    fields = {
-        "store": _store_flag(),
-        "minutes": _flag("Training time of the plain recipe.", 10.0, float),
-        "updates": _flag("Numbers of updates to try, each a whole run.", (100, 150, 200, 300, 400), tuple[int, ...]),
-        "eval_rows": _eval_rows_flag(),
-    }
-
-    def measure(config: "Config", args: Any, emit: Callable[..., None]) -> dict[str, Any]:
-        config = _with_eval_rows(config, args.eval_rows)
-        return race(config, Store(args.store), minutes=args.minutes, updates=args.updates, emit=emit)
-
-    result, args = _measure("race", argv, fields, measure)
-    print("| recipe | updates | tokens | training, s | with compilation, s | bits per byte |")
-    print("|---|---|---|---|---|---|")
-    for name, row in (("plain", result["plain"]), *(("ours", row) for row in result["ours"])):
-        print(
-            f"| {name} | {row['updates']:,} | {row['tokens']:,} | {row['seconds']:.1f} "
-            f"| {row['seconds'] + row['compile_seconds']:.1f} | {row['bits_per_byte']:.4f} ± {row['stderr']:.4f} |"
-        )
-    if result["ratio"] is None:
-        print("the plain bound was not reached: try more --updates")
-    else:
-        print(f"{result['ratio']:.1f} times sooner, {result['ratio_with_compilation']:.1f} with compilation")
-    if args.as_json:
-        _print_json(result)
-
-
-def _bench_ablation(argv: list[str]) -> None:
-    from nanodlm.bench.experiments import ablation
-    from nanodlm.store import Store
-
-    fields = {
-        "store": _store_flag(),
-        "seeds": _flag("Runs of each variant.", 3, int),
-        "updates": _flag("Updates of each run; by default train.max_steps.", None, int | None),
-        "eval_rows": _eval_rows_flag(),
-        "only": _flag("Names of variants; none is all.", (), tuple[str, ...]),
-        "out": _flag("File to which runs are appended as JSON lines, and in which finished ones are found.", "", str),
-    }
-
-    def measure(config: "Config", args: Any, emit: Callable[..., None]) -> list[dict[str, Any]]:
-        config = _with_eval_rows(config, args.eval_rows)
-        options = {"seeds": args.seeds, "updates": args.updates, "only": args.only}
-        return ablation(config, Store(args.store), **options, out=Path(args.out) if args.out else None, emit=emit)
-
-    def number(value: float | None, form: str) -> str:
-        return "" if value is None else format(value, form)
-
-    rows, args = _measure("ablation", argv, fields, measure)
-    print("| variant | bits per byte | sd over seeds | difference | standard error | training, s |")
-    print("|---|---|---|---|---|---|")
-    for row in rows:
-        bits = "diverged" if row["bits_per_byte"] is None else f"{row['bits_per_byte']:.4f}"
-        print(
-            f"| {row['variant']} | {bits} | {number(row['sd'], '.4f')} | {number(row['difference'], '+.4f')} "
-            f"| {number(row['difference_stderr'], '.4f')} | {row['seconds']:.1f} |"
-        )
-    if args.as_json:
-        _print_json({"ablation": rows})
 
 
 # The store

@@ -140,7 +140,7 @@ def test_sampling_takes_the_counted_calls_of_the_network(
     draw = generate.make_draw(config.sample, config, encoding, graphdef)
     jax.block_until_ready(draw(params, jax.random.key(0)))
     jax.effects_barrier()
-    steps, flops = bench_flops._sampling_work(config, len(config.sample.prompt))
+    steps, flops = bench_flops.sampling_work(config, len(config.sample.prompt))
     assert steps is not None
     assert flops is not None
     kind = config.objective.kind
@@ -164,15 +164,15 @@ def test_the_sampler_bench_reports_every_field() -> None:
 
 def test_steps_that_depend_on_the_text_are_unknown() -> None:
     for sampler in ("ancestral_skip", "confidence", "margin", "entropy"):
-        assert bench_flops._sampling_work(tiny(sample={"sampler": sampler}), 0) == (None, None)
+        assert bench_flops.sampling_work(tiny(sample={"sampler": sampler}), 0) == (None, None)
 
 
 def test_the_loader_bench_reads_the_rows_of_an_update() -> None:
-    numbers = speed.loader(tiny(), batches=3, rows=40, against=10.0)
+    numbers = speed.loader(tiny(), batches=3, against=10.0)
     assert numbers["batch_tokens"] == 4 * 2 * 8
     assert numbers["batch_seconds"] * numbers["tokens_per_second"] == pytest.approx(64)
     assert numbers["multiple"] == pytest.approx(numbers["tokens_per_second"] / 10)
-    assert speed.loader(tiny(), batches=1, rows=1)["multiple"] is None
+    assert speed.loader(tiny(), batches=1)["multiple"] is None
 
 
 def test_benches_refuse_what_measures_nothing() -> None:

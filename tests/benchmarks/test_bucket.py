@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from nanodlm.bench import bucket as bench_bucket
+from benchmarks import bucket as costs
 from nanodlm.errors import UsageError
 from nanodlm.stages import lookup as stages_lookup
 from nanodlm.stages import run, table
@@ -27,7 +27,7 @@ def test_a_cached_lookup_makes_at_most_three_requests_a_stage(bucket: str, tmp_p
     names = table.until("shard")
     for name in names:
         run.run_stage(name, config, store)
-    with bench_bucket.counted(store) as requests:
+    with costs.counted(store) as requests:
         lookups = list(stages_lookup.look_up(config, store, names[-1]))
     assert all(lookup.artifact for lookup in lookups)
     assert len(lookups) == len(names)
@@ -35,7 +35,7 @@ def test_a_cached_lookup_makes_at_most_three_requests_a_stage(bucket: str, tmp_p
 
 
 def test_a_publication_sends_each_file_once_and_the_manifest(bucket: str) -> None:
-    found = bench_bucket.measure(bucket, files=3, megabytes=0.1, repeats=1)
+    found = costs.bucket(bucket, files=3, megabytes=0.1, repeats=1)
     assert sum(found["requests_publish"].values()) == 3 + 1
     assert sum(found["requests_hit"].values()) <= 3
     assert sum(found["requests_miss"].values()) <= 3
@@ -45,4 +45,4 @@ def test_a_publication_sends_each_file_once_and_the_manifest(bucket: str) -> Non
 
 def test_a_store_on_this_disk_costs_nothing(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="used in place"):
-        bench_bucket.measure(str(tmp_path))
+        costs.bucket(str(tmp_path))

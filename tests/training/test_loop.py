@@ -18,7 +18,6 @@ import pytest
 from flax import nnx
 
 import nanodlm
-from nanodlm.bench import experiments
 from nanodlm.checkpoints.loading import parameters_sha256
 from nanodlm.config import PRESETS, Config
 from nanodlm.data import loader, tokenizer
@@ -423,33 +422,6 @@ def test_a_prompt_longer_than_a_row_is_taken_by_models_that_write_left_to_right(
     nanodlm.train(config, store.uri())
     drawn, _ = stages_run.run_stage("sample", config, store)
     assert drawn.metrics["first_sample"].startswith(prompt)
-
-
-@pytest.mark.slow
-def test_the_variance_benchmark_measures_every_estimator_of_a_trained_model(store: Store) -> None:
-    nanodlm.train(tiny(), store.uri())
-    rows = experiments.variance(tiny(train={"batch_size": 4}), store, draws=48)
-    assert [row["estimator"] for row in rows] == [label for label, _, _ in experiments.ESTIMATORS]
-    by_name = {row["estimator"]: row for row in rows}
-    assert by_name["count, systematic"]["bound_sd"] < by_name["continuous, independent"]["bound_sd"]
-    assert all(row["gradient_noise"] > 0 for row in rows)
-    for row in rows:  # the same number, whatever estimates it
-        assert abs(row["bound"] - rows[3]["bound"]) < 4 * math.hypot(row["bound_error"], rows[3]["bound_error"])
-
-
-@pytest.mark.parametrize(
-    ("groups", "draws", "message"),
-    [
-        ({"objective": {"kind": "autoregressive"}}, 8, "no estimators to compare"),
-        ({"train": {"batch_size": 3}}, 8, "use an even --train.batch_size"),
-        ({}, 1, "raise --draws"),
-    ],
-)
-def test_the_variance_benchmark_refuses_what_it_cannot_measure(
-    store: Store, groups: dict[str, Any], draws: int, message: str
-) -> None:
-    with pytest.raises(UsageError, match=message):
-        experiments.variance(tiny(**groups), store, draws=draws)
 
 
 def test_generation_decodes_only_real_tokens(trained: Artifact, store: Store) -> None:
