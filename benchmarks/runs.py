@@ -26,9 +26,9 @@ def measure(config: Config, store: Store) -> dict[str, Any]:
     """Train and score a configuration, and return what that took and gave.
 
     Returns:
-        `updates`, two and more, `tokens`, `seconds` of training by its own clock, which starts after the first update
-        and so counts no compilation, `stage_seconds` of the whole stage with compilation and checkpoints, `bits_per_byte` of the
-        held-out text and its `stderr`.
+        `updates`, two and more; `tokens`; `seconds` of training by its own clock, which starts after the first update
+        and so counts no compilation; `stage_seconds` of the whole stage, with compilation and checkpoints;
+        `bits_per_byte` of the held-out text, and its `stderr`.
     """
     artifacts = build(config, store, "evaluate")
     trained, scored = artifacts["train"].metrics, artifacts["evaluate"].metrics

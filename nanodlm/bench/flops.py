@@ -29,9 +29,7 @@ PEAKS: dict[str, tuple[float, float | None, float | None]] = {
 
 
 def peak_flops(device_kind: str, dtype: Precision) -> float | None:
-    """Return the peak FLOP/s of a device by its `jax.Device.device_kind`.
-
-    It is None where the peak is not known: of a part of a GPU, say, or of a CPU.
+    """Return the peak FLOP/s of a device by its `device_kind`; None for what is not known, such as parts of a GPU.
 
     >>> peak_flops("NVIDIA H100 80GB HBM3", "bfloat16")
     989400000000000.0
@@ -58,9 +56,9 @@ def precision(config: Config) -> Precision:
 def forward_flops(model: ModelConfig, vocab_size: int, *, keys: float, output_share: float = 1.0) -> float:
     """Count the FLOPs at one position in one pass forward: 2 for each element of a matrix, and attention.
 
-    A block has 4 d_model^2 + 2 d_model d_ff elements. Attention multiplies queries with keys and weights with values:
-    4 d_model for each of the `keys` positions that a position reads on average. The output layer is computed at
-    `output_share` of the positions. Time conditioning, a few products per row, is left out.
+    A block has 4 d_model^2 + 2 d_model d_ff elements. Attention takes 4 d_model for each of the `keys` positions that
+    a position reads on average. The output layer is computed at `output_share` of the positions. Time conditioning, a
+    few products per row, is left out.
 
     >>> shape = ModelConfig(n_layers=1, d_model=8, d_ff=16, n_heads=2)
     >>> forward_flops(shape, 128, keys=32)  # 2 * 512 + 4 * 8 * 32 + 2 * 8 * 128
@@ -76,12 +74,9 @@ def flops_per_token(config: Config, vocab_size: int, *, output_share: float = 1.
 
     That is three times a forward pass, for the backward pass has two products for each of the forward one. It is the
     count of PaLM (arXiv:2204.02311, appendix B) and of nanoGPT's `estimate_mfu`, but for what is not needed: embeddings
-    are looked up, not multiplied, and masks hide half of the row from an autoregressive network, whose attention PaLM
-    counts in full. A block network reads the clean row as well, of which the last layer gives keys and values alone.
-
-    An `output_share` of 1 counts the model as it is defined, with logits at every position; a smaller one counts the
-    work that was done. An MFU must come from the second: with the first, skipping work would count as doing it. The
-    count estimators mask (seq_len + 1) / 2 positions of a row on average.
+    are looked up, not multiplied, and masks hide half of the row from an autoregressive network. A block network reads
+    the clean row as well, of which the last layer gives keys and values alone. Logits are computed at `output_share`
+    of the positions: an MFU must not count skipped work as done.
 
     >>> config = Config().replace(model={"n_layers": 1, "d_model": 8, "d_ff": 16, "n_heads": 2, "seq_len": 32})
     >>> flops_per_token(config, 128), flops_per_token(config, 128, output_share=0.5)
@@ -131,10 +126,7 @@ def flops_per_update(config: Config) -> float:
 
 
 def sampling_work(config: Config, prompt: int) -> tuple[int, float] | tuple[None, None]:
-    """Count the steps and FLOPs of drawing all texts behind a prompt of so many tokens.
-
-    Both are None for samplers that stop when all is written, whose steps depend on the text.
-    """
+    """Count steps and FLOPs of drawing all texts behind so many tokens of prompt; None where they depend on texts."""
     options, kind, outputs = config.sample, config.objective.kind, vocab_size(config)
     length = options.length or config.model.seq_len
     size = {"block": config.objective.block_size, "autoregressive": 1}.get(kind, 0)
@@ -145,8 +137,7 @@ def sampling_work(config: Config, prompt: int) -> tuple[int, float] | tuple[None
         calls = steps * (2 if options.guidance and prompt else 1)
         forward = forward_flops(config.model, outputs, keys=length)
         return steps, options.num_samples * length * calls * forward
-    window = cache_window(config.model.seq_len, size)
-    steps, flops = 0, 0.0
+    steps, flops, window = 0, 0.0, cache_window(config.model.seq_len, size)
     for start in range(0, length, size):
         keys = min(start, window) + size
         masked = min(size, start + size - prompt)

@@ -14,15 +14,9 @@ from typing import Any
 from nanodlm.config import Config
 from nanodlm.errors import UsageError
 
-COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
-
 
 def plan(config: Config, devices: int) -> dict[str, Any]:
-    """Compile one update for so many devices, and return what each of them would hold.
-
-    Args:
-        config: What to train; `train.fsdp` and `train.tensor` shape the mesh.
-        devices: How many share the work.
+    """Compile one update for so many devices, in a mesh of `train.fsdp` and `train.tensor`.
 
     Returns:
         `devices`; `mesh`, its axes; `parameters`, their number; `tokens_per_update`; `flops_per_update`, by the formula
@@ -35,10 +29,6 @@ def plan(config: Config, devices: int) -> dict[str, Any]:
 
     Raises:
         UsageError: When the devices cannot share rows or parameters.
-        RuntimeError: When JAX was used in this process before.
-
-    Example:
-        plan(nanodlm.PRESETS["owt-1b"], 64)["bytes"]["total"]
     """
     if devices < 1:
         raise UsageError(f"nothing is planned for {devices} devices: raise --devices")
@@ -67,6 +57,7 @@ def plan(config: Config, devices: int) -> dict[str, Any]:
         "rows": bytes_per_device(abstract_rows(config, mesh)),
         "temporaries": getattr(compiled.memory_analysis(), "temp_size_in_bytes", 0),
     }
+    collectives = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
     text = compiled.as_text() or ""
     return {
         "devices": mesh.size,
@@ -75,7 +66,7 @@ def plan(config: Config, devices: int) -> dict[str, Any]:
         "tokens_per_update": train.grad_acc_steps * train.batch_size * config.model.seq_len,
         "flops_per_update": flops_per_update(config),
         "bytes": {**size, "gradients": held["model_state"], "total": sum(size.values())},
-        "collectives": {name: len(re.findall(rf" {name}(?:-start)?\(", text)) for name in COLLECTIVES},
+        "collectives": {name: len(re.findall(rf" {name}(?:-start)?\(", text)) for name in collectives},
         "compile_seconds": seconds,
     }
 

@@ -4,15 +4,15 @@
     nanodlm bench sample demo      # drawing texts
     nanodlm bench loader demo      # reading training rows from disk
 
-FLOP/s are those of a formula divided by measured seconds. The formula counts products of matrices, and only those that
-a program cannot do without: no recomputation, no lookups, no norms, nothing that a mask hides.
+FLOP/s are those of a formula (`nanodlm.bench.flops`), which counts products that no program can do without, divided by
+measured seconds.
 """
 
 import resource
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -33,24 +33,18 @@ from nanodlm.training import plain
 from nanodlm.training.step import compile_step, make_program
 
 Emit = Callable[..., None]
+silent: Emit = lambda *_, **__: None  # noqa: E731
 
 
 def report(
-    config: Config,
-    *,
-    tokens: int,
-    flops: float | None,
-    seconds: float,
-    steps: int | None,
-    compile_seconds: float,
-    devices: int = 1,
+    config: Config, *, tokens: int, flops: float | None, seconds: float, steps: int | None, devices: int = 1
 ) -> dict[str, Any]:
     """Put together the numbers that `train` and `sample` share; `tokens`, `flops` and `steps` are those in `seconds`.
 
     Returns:
         `tokens_per_second`, `step_seconds`, `flops_per_second`, `mfu` (FLOP/s over the peak of all devices, None where
         the peak is unknown), `peak_bytes` since the process began and `peak_bytes_of` (the first `device` or, where
-        that does not tell, the whole `process`), `compile_seconds`, `precision`, `device`, `devices`.
+        that does not tell, the whole `process`), `precision`, `device`, `devices`.
     """
     device = jax.devices()[0]
     peak = peak_flops(device.device_kind, precision(config))
@@ -63,7 +57,6 @@ def report(
         "mfu": flops / seconds / (peak * devices) if flops and peak else None,
         "peak_bytes": on_device or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
         "peak_bytes_of": "device" if on_device else "process",
-        "compile_seconds": compile_seconds,
         "precision": precision(config),
         "device": device.device_kind,
         "devices": devices,
@@ -82,21 +75,23 @@ def _medians(calls: list[Callable[[], Any]], repeats: int, unit: str, emit: Emit
     return [median(taken[1:]) for taken in seconds]
 
 
-def train(
-    config: Config, *, steps: int = 10, baseline: bool = False, emit: Emit = lambda *_, **__: None
-) -> dict[str, Any]:
+def _updates(step: Callable[[Any], tuple[Any, Any]], state: Any) -> Iterator[Any]:
+    """Do one update after the other, each from where the last one ended, and yield its scalars."""
+    while True:
+        state, scalars = step(state)
+        yield scalars
+
+
+def train(config: Config, *, steps: int = 10, baseline: bool = False, emit: Emit = silent) -> dict[str, Any]:
     """Time updates on random tokens, on all devices, in the training program itself.
 
     Returns:
-        The fields of `report`, of the median update, and `parameters`. With `baseline` also `baseline_step_seconds`, of
-        an update of `nanodlm.training.plain` of the same sizes (float32, every logit computed, on one device), timed in
-        turn with these, and `speedup`, the ratio of the two medians.
+        The fields of `report`, of the median update, `compile_seconds` and `parameters`. With `baseline` also
+        `baseline_step_seconds`, of an update of `nanodlm.training.plain` of the same sizes (float32, every logit
+        computed, on one device), timed in turn with these, and `speedup`, the ratio of the two medians.
 
     Raises:
         UsageError: When there is nothing to repeat, or devices cannot share the work.
-
-    Example:
-        train(nanodlm.PRESETS["demo"])["tokens_per_second"]
     """
     if steps < 1:
         raise UsageError(f"nothing is measured in {steps} updates: raise --steps")
@@ -110,51 +105,35 @@ def train(
     tokens = np.random.default_rng(0).integers(0, encoding.n_vocab, shape, np.int32)
     key = jax.random.key(size.seed)
     with jax.set_mesh(mesh):
-        state = program.initialise()
-
-    def ours() -> Any:
-        nonlocal state
-        state, scalars = compiled(state, put_rows(mesh, tokens, axis=1), key)
-        return scalars
-
-    calls = [ours, _plain_update(config, tokens.reshape(1, -1, shape[-1]))] if baseline else [ours]
+        start = program.initialise()
+    calls = [_updates(lambda state: compiled(state, put_rows(mesh, tokens, axis=1), key), start).__next__]
+    if baseline:
+        sizes = config.model.model_dump(include={"n_layers", "n_heads", "d_model", "d_ff"})
+        graphdef, params = nnx.split(plain.make_network(vocab_size(config), **sizes))
+        plain_step = partial(plain.plain_step, graphdef=graphdef, mask_id=encoding.n_vocab)
+        step, rows = jax.jit(plain_step, donate_argnums=0), tokens.reshape(1, -1, shape[-1])
+        start = plain.init_state(nnx.to_pure_dict(params))
+        calls.append(_updates(lambda state: step(state, rows, key), start).__next__)
     seconds = _medians(calls, steps, "updates", emit)
-    measured = {"seconds": seconds[0], "steps": 1, "compile_seconds": compile_seconds, "devices": mesh.size}
-    result = report(config, tokens=tokens.size, flops=flops_per_update(config), **measured)
-    compared = {"baseline_step_seconds": seconds[1], "speedup": seconds[1] / seconds[0]} if baseline else {}
-    return {**result, "parameters": program.n_parameters, **compared}
+    flops = flops_per_update(config)
+    return {
+        **report(config, tokens=tokens.size, flops=flops, seconds=seconds[0], steps=1, devices=mesh.size),
+        "compile_seconds": compile_seconds,
+        "parameters": program.n_parameters,
+        **({"baseline_step_seconds": seconds[1], "speedup": seconds[1] / seconds[0]} if baseline else {}),
+    }
 
 
-def _plain_update(config: Config, tokens: np.ndarray) -> Callable[[], Any]:
-    """Make a function that does one more update of the plain recipe at a configuration's sizes."""
-    shape = config.model.model_dump(include={"n_layers", "n_heads", "d_model", "d_ff"})
-    graphdef, params = nnx.split(plain.make_network(vocab_size(config), **shape))
-    mask_id = synthetic_encoding(config).n_vocab
-    step = jax.jit(partial(plain.plain_step, graphdef=graphdef, mask_id=mask_id), donate_argnums=0)
-    state, key = plain.init_state(nnx.to_pure_dict(params)), jax.random.key(config.train.seed)
-
-    def update() -> Any:
-        nonlocal state
-        state, scalars = step(state, tokens, key)
-        return scalars
-
-    return update
-
-
-def sample(config: Config, *, repeats: int = 5, emit: Emit = lambda *_, **__: None) -> dict[str, Any]:
+def sample(config: Config, *, repeats: int = 5, emit: Emit = silent) -> dict[str, Any]:
     """Time the configured sampler with a freshly initialised network, on one device.
 
     Returns:
-        The fields of `report`, of the median over `repeats` draws of `sample.num_samples` texts, and `sample_tokens`,
+        The fields of `report`, of the median draw of `sample.num_samples` texts, `compile_seconds`, `sample_tokens` and
         `steps`. A step is one call of the network on all texts, of each block when there are blocks. How many steps
-        some samplers take depends on the text, of which an untrained network says nothing: their `steps`, and what is
-        derived from them, are None.
+        some samplers take depends on the text, of which an untrained network says nothing: theirs are None.
 
     Raises:
         UsageError: When there is nothing to repeat, or the prompt leaves no space to write.
-
-    Example:
-        sample(nanodlm.PRESETS["demo"])["step_seconds"]
     """
     if repeats < 1:
         raise UsageError(f"nothing is measured in {repeats} repeats: raise --repeats")
@@ -167,24 +146,16 @@ def sample(config: Config, *, repeats: int = 5, emit: Emit = lambda *_, **__: No
     (seconds,) = _medians([lambda: compiled(params, key)], repeats, "draws", emit)
     tokens = config.sample.num_samples * (config.sample.length or config.model.seq_len)
     steps, flops = sampling_work(config, len(encoding.encode_ordinary(config.sample.prompt)))
-    measured = {"seconds": seconds, "steps": steps, "compile_seconds": compile_seconds}
-    return {**report(config, tokens=tokens, flops=flops, **measured), "sample_tokens": tokens, "steps": steps}
+    result = report(config, tokens=tokens, flops=flops, seconds=seconds, steps=steps)
+    return {**result, "compile_seconds": compile_seconds, "sample_tokens": tokens, "steps": steps}
 
 
-def loader(
-    config: Config, *, batches: int = 200, against: float | None = None, emit: Emit = lambda *_, **__: None
-) -> dict[str, Any]:
+def loader(config: Config, *, batches: int = 200, against: float | None = None, emit: Emit = silent) -> dict[str, Any]:
     """Time reading updates' rows: a shard of random rows in a temporary folder, through `loader.train_batches`.
 
     Returns:
         `tokens_per_second`; `batch_seconds`; `batch_tokens`; `multiple`, of `against`, the tokens per second that a
         trainer takes, or None without.
-
-    Raises:
-        UsageError: When there is nothing to measure.
-
-    Example:
-        loader(nanodlm.PRESETS["demo"], against=200_000)["multiple"]
     """
     if batches < 1:
         raise UsageError(f"nothing is measured in {batches} batches: raise --batches")
