@@ -9,19 +9,19 @@ from nanodlm.config import PRESETS
 from nanodlm.errors import UsageError
 from tests.support.commands import nanodlm, result_of
 
-SHAPE = {"seq_len": 8, "n_layers": 2, "n_heads": 2, "d_model": 16, "d_ff": 32}
-TRAIN = {"batch_size": 16, "grad_acc_steps": 2, "optimizer": "adamw", "ema_decay": 0.9}
-TINY = PRESETS["demo"].replace(data={"tokenizer": "bytes"}, model=SHAPE, train=TRAIN)
-
-
-def flags(**groups: dict[str, object]) -> list[str]:
-    return [word for group, of in groups.items() for k, v in of.items() for word in (f"--{group}.{k}", str(v))]
+TINY = PRESETS["demo"].replace(
+    data={"tokenizer": "bytes"},
+    model={"seq_len": 8, "n_layers": 2, "n_heads": 2, "d_model": 16, "d_ff": 32},
+    train={"batch_size": 16, "grad_acc_steps": 2, "optimizer": "adamw", "ema_decay": 0.9},
+)
 
 
 @pytest.mark.slow
-def test_each_device_holds_its_share_of_the_matrices_and_all_of_the_rest(tmp_path: Path) -> None:
-    tiny = flags(data={"tokenizer": "bytes"}, model=SHAPE, train={**TRAIN, "fsdp": 2, "tensor": 2})
-    planned = result_of(nanodlm("plan", *tiny, "--devices", "8", "--json", "--store", str(tmp_path / "new")))["devices"]
+def test_a_plan_says_that_each_device_holds_its_share_of_the_matrices_and_all_of_the_rest(tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(TINY.replace(train={"fsdp": 2, "tensor": 2}).model_dump_json())
+    command = ["plan", str(file), "--devices", "8", "--json", "--store", str(tmp_path / "new")]
+    planned = result_of(nanodlm(*command))["devices"]
     assert not (tmp_path / "new").exists()
     assert (planned["devices"], planned["mesh"]) == (8, {"data": 2, "fsdp": 2, "tensor": 2})
     matrices = 384 * 16 + 2 * (4 * 16 * 16 + 2 * 16 * 32)
@@ -36,25 +36,11 @@ def test_each_device_holds_its_share_of_the_matrices_and_all_of_the_rest(tmp_pat
     assert planned["flops_per_update"] == flops.flops_per_update(TINY)
     assert planned["collectives"]["all-reduce"] > 0
     assert planned["collectives"]["all-gather"] > 1
-
-
-def test_a_plan_is_laid_out_as_a_table() -> None:
-    sizes = ("parameters", "optimizer", "average", "rows", "temporaries", "gradients", "total")
-    planned = {
-        "devices": 4,
-        "mesh": {"data": 2, "fsdp": 2, "tensor": 1},
-        "parameters": 10_512,
-        "tokens_per_update": 64,
-        "flops_per_update": 3e6,
-        "bytes": {name: i * 2**20 for i, name in enumerate(sizes)},
-        "collectives": {"all-reduce": 3, "all-to-all": 0},
-        "compile_seconds": 2.0,
-    }
-    lines = memory.table(planned).splitlines()
-    assert lines[0] == "4 devices: data 2 x fsdp 2 x tensor 1"
-    assert lines[1] == "10,512 parameters; an update takes 64 tokens and 3e+06 FLOPs"
-    assert "temporaries         4.0 MiB  an indication; gradients are 5.0 MiB of it" in lines
-    assert "collectives  3 all-reduce (those in a loop count once)" in lines
+    text = memory.table(planned)
+    assert text.startswith(
+        f"8 devices: data 2 x fsdp 2 x tensor 2\n{planned['parameters']:,} parameters; an update takes"
+    )
+    assert all(words in text for words in ("an indication; gradients are", "all-gather", "total  "))
 
 
 def test_sizes_that_devices_cannot_share_are_one_line_and_exit_code_2() -> None:
