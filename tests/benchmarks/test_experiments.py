@@ -1,13 +1,13 @@
-"""The race, the ablation and the variance in their smallest form: that they train and score what they say."""
+"""The experiments in their smallest form: that they train and score what they say."""
 
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from benchmarks.ablation import ablation, compare, variants
+from benchmarks.orchestration import orchestration
 from benchmarks.race import race
 from benchmarks.runs import measure
 from benchmarks.variance import variance
@@ -30,6 +30,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
         train={"batch_size": 4, "optimizer": "adamw", "max_steps": 2, "cooldown_steps": 1},
         eval={"max_rows": 24, "batch_size": 8},
         exp={"val_rows": 0},
+        sample={"num_samples": 2, "num_steps": 4},
     )
 
 
@@ -43,19 +44,13 @@ def test_the_race_scores_the_same_tokens_and_ends_when_the_plain_bound_is_reache
     plain = config.replace(model={**SHAPE, "seq_len": 24}, train={"max_steps": 1000, "lr": 1e-9, "warmup_steps": 0})
     result = race(config, plain, store, minutes=1e-5, updates=(3, 2))
     assert result["plain"]["tokens"] == result["plain"]["updates"] * 4 * 24
-    scored = {
-        found.metrics["scored_tokens"]
-        for s, f in Store(store)
-        if s == "evaluate"
-        for found in [Store(store).find(s, f)]
-    }
-    assert scored == {24 * 16}
+    artifacts = [Store(store).find(stage, fingerprint) for stage, fingerprint in Store(store) if stage == "evaluate"]
+    assert {artifact.metrics["scored_tokens"] for artifact in artifacts} == {24 * 16}
     reached = [row["bits_per_byte"] <= result["plain"]["bits_per_byte"] for row in result["ours"]]
     assert [row["updates"] for row in result["ours"]] == [2, 3][: len(reached)]
     assert not any(reached[:-1])
-    assert reached[-1] == (result["ratio"] is not None)
-    if reached[-1]:
-        assert result["ratio"] == pytest.approx(result["plain"]["seconds"] / result["ours"][-1]["seconds"])
+    ratio = result["plain"]["seconds"] / result["ours"][-1]["seconds"]
+    assert result["ratio"] == (pytest.approx(ratio) if reached[-1] else None)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -110,8 +105,17 @@ def test_the_estimators_of_a_trained_models_bound_agree_and_vary_less_the_better
         assert abs(row["bound"] - count["bound"]) < 4 * math.hypot(row["bound_error"], count["bound_error"])
 
 
-def test_experiments_refuse_what_measures_nothing(config: Config, store: str, tmp_path: Path) -> None:
+def test_experiments_refuse_what_measures_nothing(config: Config, store: str) -> None:
     with pytest.raises(UsageError, match=r"no variant 'nothing': choose from preset"):
         ablation(config, store, only=("nothing",))
     with pytest.raises(UsageError, match="no estimators to compare"):
         variance(config.replace(objective={"kind": "autoregressive"}), store)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_pipeline_runs_both_ways_and_again_from_the_store(config: Config) -> None:
+    result = orchestration(config.replace(train={"max_steps": 60}), repeats=1)
+    assert 0 < result["cached_run_seconds"] < result["flow_seconds"]
+    assert len(result["train_ratios"]) == 1
+    assert all(0 < result[f"train_beside_{name}"] < 4 for name in ("direct", "flow"))
