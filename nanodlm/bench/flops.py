@@ -74,9 +74,8 @@ def flops_per_token(config: Config, vocab_size: int, *, output_share: float = 1.
 
     That is three times a forward pass, for the backward pass has two products for each of the forward one. It is the
     count of PaLM (arXiv:2204.02311, appendix B) and of nanoGPT's `estimate_mfu`, but for what is not needed: embeddings
-    are looked up, not multiplied, and masks hide half of the row from an autoregressive network. A block network reads
-    the clean row as well, of which the last layer gives keys and values alone. Logits are computed at `output_share`
-    of the positions: an MFU must not count skipped work as done.
+    are looked up, and half of the row is hidden from an autoregressive network. A block network reads the clean row as
+    well, of which the last layer gives keys and values alone. `output_share` of the positions have logits.
 
     >>> config = Config().replace(model={"n_layers": 1, "d_model": 8, "d_ff": 16, "n_heads": 2, "seq_len": 32})
     >>> flops_per_token(config, 128), flops_per_token(config, 128, output_share=0.5)
@@ -95,8 +94,9 @@ def flops_per_token(config: Config, vocab_size: int, *, output_share: float = 1.
 def synthetic_encoding(config: Config) -> tiktoken.Encoding:
     """Make an encoding with as many entries as the configuration's tokenizer; beyond bytes they stand for nothing.
 
-    >>> synthetic_encoding(Config()).n_vocab
-    4095
+    >>> encoding = synthetic_encoding(Config())
+    >>> encoding.n_vocab, encoding.encode_ordinary("Hi")
+    (4095, [72, 105])
     """
     entries = {"gpt2": 50257, "bytes": 257, "bpe": config.data.vocab_size}[config.data.tokenizer] - 1
     ranks = {bytes([i]) if i < 256 else i.to_bytes(4, "big"): i for i in range(entries)}

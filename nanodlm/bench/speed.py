@@ -4,8 +4,7 @@
     nanodlm bench sample demo      # drawing texts
     nanodlm bench loader demo      # reading training rows from disk
 
-FLOP/s are those of a formula (`nanodlm.bench.flops`), which counts products that no program can do without, divided by
-measured seconds.
+FLOP/s are those of the formula in `nanodlm.bench.flops`, divided by measured seconds.
 """
 
 import resource
