@@ -1,4 +1,4 @@
-"""FLOPs of an update by formula, and the peak that a device could reach."""
+"""FLOPs of updates and of sampling by formula, and the peak that a device could reach."""
 
 import re
 from typing import Literal
@@ -29,16 +29,10 @@ PEAKS: dict[str, tuple[float, float | None, float | None]] = {
 
 
 def peak_flops(device_kind: str, dtype: Precision) -> float | None:
-    """Peak FLOP/s of a device, None where it is not known: a part of a GPU, say, or a CPU.
-
-    Args:
-        device_kind: As `jax.Device.device_kind` has it.
-        dtype: Precision of the products; see `precision`.
+    """Return the peak FLOP/s of a device by its `device_kind`; None for what is not known, such as parts of a GPU.
 
     >>> peak_flops("NVIDIA H100 80GB HBM3", "bfloat16")
     989400000000000.0
-    >>> peak_flops("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "bfloat16") is None
-    True
     """
     column = ("bfloat16", "tensorfloat32", "float32").index(dtype)
     if "MIG" in device_kind:
@@ -47,7 +41,7 @@ def peak_flops(device_kind: str, dtype: Precision) -> float | None:
 
 
 def precision(config: Config) -> Precision:
-    """What products are computed in: unless it is told otherwise, JAX multiplies float32 in TF32 on a GPU.
+    """Return the precision of matrix products: unless it is set otherwise, JAX multiplies float32 in TF32 on a GPU.
 
     >>> precision(Config().replace(model={"dtype": "bfloat16"}))
     'bfloat16'
@@ -60,16 +54,11 @@ def precision(config: Config) -> Precision:
 
 
 def forward_flops(model: ModelConfig, vocab_size: int, *, keys: float, output_share: float = 1.0) -> float:
-    """FLOPs at one position in one pass forward: 2 for each element of a matrix, and attention.
+    """Count the FLOPs at one position in one pass forward: 2 for each element of a matrix, and attention.
 
-    A block has 4 d_model^2 + 2 d_model d_ff elements. Attention multiplies queries with keys and weights with values:
-    4 d_model for each position that is read. Time conditioning, a few products per row, is left out.
-
-    Args:
-        model: The network's shape.
-        vocab_size: Outputs; see `vocab_size`.
-        keys: Positions that a position reads, on average.
-        output_share: Share of positions at which the output layer is computed.
+    A block has 4 d_model^2 + 2 d_model d_ff elements. Attention takes 4 d_model for each of the `keys` positions that
+    a position reads on average. The output layer is computed at `output_share` of the positions. Time conditioning, a
+    few products per row, is left out.
 
     >>> shape = ModelConfig(n_layers=1, d_model=8, d_ff=16, n_heads=2)
     >>> forward_flops(shape, 128, keys=32)  # 2 * 512 + 4 * 8 * 32 + 2 * 8 * 128
@@ -81,26 +70,12 @@ def forward_flops(model: ModelConfig, vocab_size: int, *, keys: float, output_sh
 
 
 def flops_per_token(config: Config, vocab_size: int, *, output_share: float = 1.0) -> float:
-    """FLOPs of training, per token of a row: 6 for each element of a matrix and 12 n_layers d_model seq_len.
+    """Count the FLOPs of training for each token: 6 for each element of a matrix, and 12 n_layers d_model seq_len.
 
     That is three times a forward pass, for the backward pass has two products for each of the forward one. It is the
     count of PaLM (arXiv:2204.02311, appendix B) and of nanoGPT's `estimate_mfu`, but for what is not needed: embeddings
-    are looked up, not multiplied, and masks hide half of the row from an autoregressive network, whose attention PaLM
-    counts in full. A block network reads the clean row as well, of which the last layer gives keys and values alone.
-
-    There are two definitions, which differ in the output layer:
-
-        output_share = 1    FLOPs of the model as it is defined, with logits at every position
-        output_share < 1    FLOPs that were done, when logits are computed at a share of the positions alone
-
-    An MFU must come from the second: with the first, skipping work would count as doing it. Speed has no such question,
-    so compare tokens/s, or step times, between programs that skip different things.
-
-    Args:
-        config: Shape and objective.
-        vocab_size: Outputs; see `vocab_size`.
-        output_share: Share of positions at which the output layer is computed. The count estimators mask
-            (seq_len + 1) / 2 positions of a row on average.
+    are looked up, and half of the row is hidden from an autoregressive network. A block network reads the clean row as
+    well, of which the last layer gives keys and values alone. `output_share` of the positions have logits.
 
     >>> config = Config().replace(model={"n_layers": 1, "d_model": 8, "d_ff": 16, "n_heads": 2, "seq_len": 32})
     >>> flops_per_token(config, 128), flops_per_token(config, 128, output_share=0.5)
@@ -109,19 +84,19 @@ def flops_per_token(config: Config, vocab_size: int, *, output_share: float = 1.
     model, block_size = config.model, config.objective.block_size
     if config.objective.kind == "block":
         keys = (model.seq_len + block_size) / 2
-        context = forward_flops(model, vocab_size, keys=keys, output_share=0)
-        unused = forward_flops(model.model_copy(update={"n_layers": 1}), vocab_size, keys=keys, output_share=0)
-        context += 2 * 2 * model.d_model**2 - unused
-        return 3 * (context + forward_flops(model, vocab_size, keys=keys, output_share=output_share))
+        layers = forward_flops(model, vocab_size, keys=keys, output_share=0)
+        clean = layers * (model.n_layers - 1) / model.n_layers + 4 * model.d_model**2
+        return 3 * (clean + forward_flops(model, vocab_size, keys=keys, output_share=output_share))
     keys = (model.seq_len + 1) / 2 if config.objective.kind == "autoregressive" else model.seq_len
     return 3 * forward_flops(model, vocab_size, keys=keys, output_share=output_share)
 
 
 def synthetic_encoding(config: Config) -> tiktoken.Encoding:
-    """An encoding with as many entries as the configuration's tokenizer; beyond bytes they stand for nothing.
+    """Make an encoding with as many entries as the configuration's tokenizer; beyond bytes they stand for nothing.
 
-    >>> synthetic_encoding(Config()).n_vocab
-    4095
+    >>> encoding = synthetic_encoding(Config())
+    >>> encoding.n_vocab, encoding.encode_ordinary("Hi")
+    (4095, [72, 105])
     """
     entries = {"gpt2": 50257, "bytes": 257, "bpe": config.data.vocab_size}[config.data.tokenizer] - 1
     ranks = {bytes([i]) if i < 256 else i.to_bytes(4, "big"): i for i in range(entries)}
@@ -129,7 +104,7 @@ def synthetic_encoding(config: Config) -> tiktoken.Encoding:
 
 
 def vocab_size(config: Config) -> int:
-    """Outputs of a configuration's network: the tokenizer's entries, the mask, and padding.
+    """Return the number of a network's outputs: the tokenizer's entries, the mask, and padding.
 
     >>> vocab_size(Config().replace(data={"tokenizer": "gpt2"}))
     50304
@@ -138,7 +113,7 @@ def vocab_size(config: Config) -> int:
 
 
 def flops_per_update(config: Config) -> float:
-    """FLOPs that one update does, over all devices: logits are computed where the objective may score, and only there.
+    """Count the FLOPs of one update over all devices, with logits where the objective may score, and only there.
 
     >>> config = Config().replace(train={"batch_size": 2, "grad_acc_steps": 4})
     >>> flops_per_update(config) == 8 * 64 * flops_per_token(config, vocab_size(config), output_share=65 / 128)
@@ -150,8 +125,8 @@ def flops_per_update(config: Config) -> float:
     return size.grad_acc_steps * size.batch_size * length * per_token
 
 
-def _sampling_work(config: Config, prompt: int) -> tuple[int, float] | tuple[None, None]:
-    """Steps and FLOPs of drawing all texts behind a prompt of so many tokens, where they do not depend on the texts."""
+def sampling_work(config: Config, prompt: int) -> tuple[int, float] | tuple[None, None]:
+    """Count steps and FLOPs of drawing all texts behind so many tokens of prompt; None where they depend on texts."""
     options, kind, outputs = config.sample, config.objective.kind, vocab_size(config)
     length = options.length or config.model.seq_len
     size = {"block": config.objective.block_size, "autoregressive": 1}.get(kind, 0)
@@ -162,15 +137,14 @@ def _sampling_work(config: Config, prompt: int) -> tuple[int, float] | tuple[Non
         calls = steps * (2 if options.guidance and prompt else 1)
         forward = forward_flops(config.model, outputs, keys=length)
         return steps, options.num_samples * length * calls * forward
-    window = cache_window(config.model.seq_len, size)
-    steps, flops = 0, 0.0
+    steps, flops, window = 0, 0.0, cache_window(config.model.seq_len, size)
     for start in range(0, length, size):
         keys = min(start, window) + size
-        if kind == "autoregressive":
-            steps, flops = steps + 1, flops + forward_flops(config.model, outputs, keys=keys)
-            continue
         masked = min(size, start + size - prompt)
         calls = (masked if options.sampler == "first_hitting" else options.num_steps) if masked > 0 else 0
-        noisy = calls * forward_flops(config.model, outputs, keys=keys)
-        steps, flops = steps + calls, flops + noisy + forward_flops(config.model, outputs, keys=keys, output_share=0)
+        if kind == "block":  # what is written is read once more, for the blocks behind it
+            flops += forward_flops(config.model, outputs, keys=keys, output_share=0)
+        else:
+            calls = 1
+        steps, flops = steps + calls, flops + calls * forward_flops(config.model, outputs, keys=keys)
     return steps, options.num_samples * size * flops

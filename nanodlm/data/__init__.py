@@ -1,1 +1,1 @@
-"""From any source to rows of token ids: download, tokenizer, split, shards, loader."""
+"""Turn any source into rows of token ids: download, tokenizer, split, shards, loader."""

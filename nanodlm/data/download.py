@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nanodlm.config import Config
-from nanodlm.data.sources import BATCH, _files, _read, identity
+from nanodlm.data.sources import BATCH, identity, read_documents, source_files
 from nanodlm.errors import NanodlmError
 from nanodlm.store import Artifact, Attempt, fingerprint_of
 
@@ -20,14 +20,9 @@ def download(
     emit: Callable[..., None],
     adopted: list[str] | None = None,
 ) -> dict[str, Any]:
-    """Stage: copy the source's documents into parquet parts of about `data.part_mb` megabytes each.
+    """Copy the source's documents into parquet parts of about `data.part_mb` megabytes each.
 
-    Args:
-        config: Its `data` names the source.
-        inputs: None are needed.
-        attempt: Where the parts go.
-        emit: Called as `emit(kind, **fields)` with progress.
-        adopted: Paths or globs of files to read instead of the source, which they are copies of.
+    With `adopted`, paths or globs of copies of the source's files, those are read instead.
 
     Raises:
         NanodlmError: For a file that is empty, unreadable, or lacks the column.
@@ -56,7 +51,7 @@ def download(
         part, pending, size = part + 1, [], 0
         emit("progress", done=done["bytes"] / 1e6, unit="MB")
 
-    for batch in _read(data, _files(data, adopted)):
+    for batch in read_documents(data, source_files(data, adopted)):
         if skip >= len(batch):
             skip -= len(batch)
             continue
@@ -77,12 +72,12 @@ def download(
 
 
 def parts(download: Artifact) -> list[str]:
-    """Names of a download's parts, in order; nothing is fetched."""
+    """Return the names of a download's parts, in order; nothing is fetched."""
     return sorted(file["path"] for file in download.files("part-"))
 
 
 def documents(part: Path) -> Iterator[str] | Iterator[list[int]]:
-    """The documents of one part: texts, or lists of token ids."""
+    """Read the documents of one part: texts, or lists of token ids."""
     with pq.ParquetFile(part) as file:
         for batch in file.iter_batches(batch_size=BATCH):
             yield from batch.column(0).to_pylist()

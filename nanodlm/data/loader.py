@@ -14,7 +14,7 @@ WINDOW = 16  # shards whose rows are shuffled together; training begins when the
 
 
 def windows(rows_per_shard: Sequence[int], seed: int) -> list[list[int]]:
-    """Which shards are shuffled together, in the order in which an epoch reads them.
+    """Return which shards are shuffled together, in the order in which an epoch reads them.
 
     >>> windows([10, 10, 10], seed=0)
     [[0, 1, 2]]
@@ -38,11 +38,11 @@ def train_batches(
     share: int = 0,
     shares: int = 1,
 ) -> Iterator[Int[np.ndarray, "A R L"]]:
-    """Endless updates' rows, reshuffled every epoch: window by window, all rows of a window together.
+    """Yield the rows of update after update without end, reshuffled every epoch within windows of shards.
 
     Args:
         rows_per_shard: Rows of each training shard.
-        fetch: Gives the local path of a shard, by its file name; asked when its first row is read.
+        fetch: Gives the local path of a shard by its file name, when its first row is read.
         dtype: Their token type.
         batch_size: Rows of a micro-batch over all processes.
         grad_acc_steps: Micro-batches of an update, A.

@@ -15,7 +15,7 @@ OPEN = 64  # files that are open at once: those that are read together, and not 
 
 
 def dtype_for(ids: int) -> str:
-    """Smallest of uint16 and uint32 that holds ids below `ids`.
+    """Return the smallest of uint16 and uint32 that holds ids below `ids`.
 
     >>> dtype_for(50258)
     '<u2'
@@ -24,7 +24,7 @@ def dtype_for(ids: int) -> str:
 
 
 def write(path: Path, rows: Iterable[np.ndarray]) -> None:
-    """Write rows; equal rows give equal bytes."""
+    """Write rows to a file; equal rows give equal bytes."""
     writer = ArrayRecordWriter(str(path), "group_size:1,zstd:3")
     try:
         for row in rows:
@@ -34,7 +34,7 @@ def write(path: Path, rows: Iterable[np.ndarray]) -> None:
 
 
 def name(part: int) -> str:
-    """File name of the training shard that is made of a part of the corpus.
+    """Return the file name of the training shard that is made of a part of the corpus.
 
     >>> name(3)
     'train-00003.arrayrecord'
@@ -43,7 +43,7 @@ def name(part: int) -> str:
 
 
 class Rows:
-    """Records of several files one after the other, by number; a file is asked for when it is first read.
+    """The records of several files one after the other, by number; a file is fetched when it is first read.
 
     Example:
         rows = Rows({"train-00000.arrayrecord": 100}, folder.joinpath)
@@ -51,13 +51,7 @@ class Rows:
     """
 
     def __init__(self, counts: Mapping[str, int], fetch: Callable[[str], Path], opened: dict[str, Any] | None = None):
-        """Know of files.
-
-        Args:
-            counts: Rows of each file, by its name.
-            fetch: Gives the local path of a file.
-            opened: Those that are open, by name, when they are shared with others.
-        """
+        """Take the rows of each file by its name, what gives its local path, and the open files, when shared."""
         self._names, self._ends, self._fetch = list(counts), list(accumulate(counts.values())), fetch
         self._opened = {} if opened is None else opened
 
@@ -78,7 +72,7 @@ class Rows:
 
 
 def read(path: Path, dtype: str) -> list[np.ndarray]:
-    """All rows of a file, int32.
+    """Read all rows of a file, as int32.
 
     Raises:
         Damaged: When it is not a whole ArrayRecord file (the reader itself would be silent).

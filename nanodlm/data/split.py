@@ -1,4 +1,4 @@
-"""The stages between text and training: which documents are held out, the tokenizer, the shards of token rows.
+"""The stages that decide which documents are held out and make the tokenizer.
 
 What is held out is decided by content alone. Units (documents, or rows of pre-tokenised data) are sorted by a
 keyed hash; the front gives exactly `val_tokens` validation tokens, the rest of the unit where the budget ends is
@@ -26,7 +26,7 @@ MAX_BPE_BYTES = 200_000_000
 
 
 def document_key(content: str | list[int], seed: int) -> str:
-    """Key of a unit: 32 hex digits, uniform over contents, a function of content and seed only.
+    """Return the key of a unit: 32 hex digits, uniform over contents, a function of content and seed only.
 
     >>> document_key("a", 0) == document_key("a", 0) != document_key("a", 1)
     True
@@ -44,7 +44,7 @@ def _keyed_documents(folder: Path, seed: int) -> Iterator[tuple[str, Any]]:
 def build_tokenizer(
     config: Config, inputs: dict[str, Artifact], attempt: Attempt, emit: Callable[..., None]
 ) -> dict[str, Any]:
-    """Stage: make the encoding. A trained one sees only documents that the split cannot hold out.
+    """Make the encoding; a trained one sees only documents that the split cannot hold out.
 
     How many documents the split takes depends on the encoding. So first a zone at the front of their order is set
     aside, the encoding is trained on the rest, and the zone is counted with it; if that gives fewer than
@@ -100,7 +100,7 @@ def _up_to(limit: int, texts: Iterable[str]) -> Iterator[str]:
 def build_split(
     config: Config, inputs: dict[str, Artifact], attempt: Attempt, emit: Callable[..., None]
 ) -> dict[str, Any]:
-    """Stage: choose the held-out units and write their tokens (`validation.npy`) and the cut (`split.json`).
+    """Choose the held-out units and write their tokens (`validation.npy`) and the cut (`split.json`).
 
     One pass keeps the units with the smallest keys, just as many as the budget needs, so memory does not grow with
     the corpus.

@@ -23,13 +23,13 @@ PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$
 
 
 def make_encoding(name: str, ranks: dict[bytes, int]) -> tiktoken.Encoding:
-    """An encoding from byte-pair ranks, with the end-of-text mark as its last id."""
+    """Make an encoding of byte-pair ranks, with the end-of-text mark as its last id."""
     special = {END_OF_TEXT: len(ranks)}
     return tiktoken.Encoding(name, pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special)
 
 
 def plain_bytes() -> tiktoken.Encoding:
-    """The encoding whose tokens are the 256 bytes.
+    """Make the encoding whose tokens are the 256 bytes.
 
     >>> plain_bytes().encode_ordinary("Hi")
     [72, 105]
@@ -38,7 +38,7 @@ def plain_bytes() -> tiktoken.Encoding:
 
 
 def gpt2() -> tiktoken.Encoding:
-    """GPT-2's encoding, from the files that an installed package carries, checked against OpenAI's sha256.
+    """Make GPT-2's encoding of the files that an installed package carries, checked against OpenAI's sha256.
 
     >>> gpt2().encode_ordinary("Hello world")
     [15496, 995]
@@ -83,7 +83,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> tiktoken.Encoding:
 
 
 def _bytes_of_characters() -> dict[str, int]:
-    """GPT-2's reversible map of bytes to printable characters, inverted."""
+    """Return GPT-2's reversible map of bytes to printable characters, inverted."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [b for b in range(256) if b not in printable]
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
@@ -108,7 +108,7 @@ def load(folder: Path) -> tiktoken.Encoding:
 
 
 def token_bytes(encoding: tiktoken.Encoding) -> list[int]:
-    """Length in bytes of each id's text; the end-of-text mark stands for none.
+    """Return the length in bytes of each id's text; the end-of-text mark stands for none.
 
     >>> token_bytes(gpt2())[995]  # " world"
     6
@@ -119,7 +119,7 @@ def token_bytes(encoding: tiktoken.Encoding) -> list[int]:
 
 
 def tokenise(encoding: tiktoken.Encoding, document: str | list[int]) -> np.ndarray:
-    """Token ids (int64) of a document, with the end-of-text mark after a text; rows of ids are only checked.
+    """Return the token ids (int64) of a document, with the end-of-text mark after a text; ids are only checked.
 
     Raises:
         NanodlmError: For ids outside the encoding.

@@ -45,31 +45,15 @@ def test_batches_are_whole_rows_as_int32(folder: Path) -> None:
     assert (found == found[..., :1]).all()
 
 
-@pytest.mark.parametrize("steps", [1, 5, 6, 11, 40])
+@pytest.mark.parametrize("steps", [1, 6, 40])
 def test_a_later_first_row_gives_the_batches_of_an_uninterrupted_run(folder: Path, steps: int) -> None:
     whole = batches(folder, steps + 8)
     np.testing.assert_array_equal(batches(folder, 8, first_row=steps * STEP), whole[steps:])
 
 
-@pytest.mark.parametrize("size", [2, 5])
-def test_batches_of_another_size_continue_where_the_last_ones_ended(folder: Path, size: int) -> None:
-    whole = batches(folder, 30)[:, :, 0].ravel()
-    found = batches(folder, 3, first_row=6 * STEP, batch_size=size)
-    np.testing.assert_array_equal(found[:, :, 0].ravel(), whole[6 * STEP : 6 * STEP + 3 * size])
-
-
-def test_every_epoch_visits_every_row_once(folder: Path) -> None:
-    visited = batches(folder, 2 * EPOCH)[..., 0].ravel()
-    for epoch in visited.reshape(4, ROWS):
-        assert sorted(epoch) == list(range(ROWS))
-
-
-def test_no_validation_row_is_ever_visited(folder: Path) -> None:
-    assert batches(folder, 2 * EPOCH).max() == ROWS - 1
-
-
-def test_epochs_differ_in_their_order(folder: Path) -> None:
+def test_every_epoch_visits_every_training_row_once_in_an_order_of_its_own(folder: Path) -> None:
     epochs = batches(folder, 2 * EPOCH)[..., 0].reshape(4, ROWS)
+    assert all(sorted(epoch) == list(range(ROWS)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in [*epochs, np.arange(ROWS)]}) == 5
 
 
@@ -78,9 +62,7 @@ def test_the_order_is_that_of_the_seed(folder: Path) -> None:
     assert (batches(folder, EPOCH) != batches(folder, EPOCH, seed=1)).any()
 
 
-@pytest.mark.parametrize("first_row", [0, 20])
-@pytest.mark.parametrize("shares", [2, 4])
-@pytest.mark.parametrize("micro", [1, 3])
+@pytest.mark.parametrize(("shares", "micro", "first_row"), [(2, 1, 20), (4, 1, 0), (2, 3, 20), (4, 3, 0)])
 def test_the_shares_of_each_micro_batch_side_by_side_are_what_one_process_reads(
     folder: Path, shares: int, micro: int, first_row: int
 ) -> None:
@@ -92,12 +74,7 @@ def test_the_shares_of_each_micro_batch_side_by_side_are_what_one_process_reads(
         np.testing.assert_array_equal(np.concatenate(found, axis=1), expected)
 
 
-def test_a_step_may_hold_more_rows_than_there_are(folder: Path) -> None:
-    visited = batches(folder, 2, batch_size=ROWS + 11)[..., 0].ravel()
-    assert [sorted(epoch) for epoch in visited.reshape(3, ROWS)] == [list(range(ROWS))] * 3
-
-
-@pytest.mark.parametrize("batch_size", [1, 2, 3, 22])
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 22, 33])  # more than there are, too
 def test_batches_of_any_size_visit_the_same_rows_in_the_same_order(folder: Path, batch_size: int) -> None:
     visited = batches(folder, 66 // batch_size, batch_size=batch_size)[..., 0].ravel()
     np.testing.assert_array_equal(visited, batches(folder, 17)[..., 0].ravel()[:66])

@@ -1,5 +1,4 @@
 import json
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,8 @@ from nanodlm.errors import NanodlmError
 from nanodlm.store import Artifact, Store, new_attempt
 from tests.support.helpers import downloaded, identity, prose, tiny_config
 
-BUILD = {
-    "tokenizer": split.build_tokenizer,
-    "split": split.build_split,
-    "shard": shard.build_shards,
-}
-DOCUMENTS = prose(200)
+BUILD = {"tokenizer": split.build_tokenizer, "split": split.build_split, "shard": shard.build_shards}
+DOCUMENTS = [*prose(199), "<|endoftext|> is only text here.\n"]
 
 
 def silent(*_: object, **__: object) -> None:
@@ -94,13 +89,8 @@ def test_a_key_is_a_function_of_content_and_seed_only() -> None:
     assert document_key([1, 50256], 7) == "0719a691d63fe8bfd18e0e943aca1e4d"
 
 
-def test_keys_are_spread_evenly() -> None:
-    below = sum(int(document_key(text, 0), 16) < 2**128 // 4 for text in prose(4000, words=4))
-    assert 880 < below < 1120
-
-
 @pytest.mark.parametrize(
-    ("val_tokens", "kind"), [*((n, "bytes") for n in (1, 2, 999, 1000, 1001, 5000)), (1000, "bpe"), (3000, "gpt2")]
+    ("val_tokens", "kind"), [(1, "bytes"), (999, "bytes"), (1000, "bytes"), (1000, "bpe"), (3000, "gpt2")]
 )
 def test_the_validation_split_is_the_front_of_the_order_cut_to_exactly_the_budget(
     tmp_path: Path, val_tokens: int, kind: str
@@ -117,13 +107,6 @@ def test_the_validation_split_is_the_front_of_the_order_cut_to_exactly_the_budge
     assert metrics["documents"] == len(DOCUMENTS)
     text_tokens = [i for i in stream if i != encoding.eot_token]
     assert metrics["val_bytes"] == len(encoding.decode_bytes(text_tokens))
-
-
-def test_the_bytes_of_the_validation_are_those_of_its_text(tmp_path: Path) -> None:
-    artifacts = prepare(tmp_path, [DOCUMENTS], "split", val_tokens=3000, tokenizer="bpe", vocab_size=300)
-    stream = validation_of(artifacts)
-    whole = [d for d in bytes(encoding_of(artifacts).decode_bytes(stream)).split(b"<|endoftext|>") if d]
-    assert artifacts["split"].metrics["val_bytes"] == sum(map(len, whole))
 
 
 CORPORA = st.lists(st.integers(0, 40).map(lambda i: f"{i} " * (i % 7 + 1)), min_size=40, max_size=80)
@@ -143,19 +126,9 @@ def test_added_documents_move_others_out_only_at_the_edge_and_none_in(
     assert new_cut <= cut  # so nothing that was trained on is ever held out later
     old = [d for d in documents if document_key(d, seed) <= cut]
     pushed_out = [d for d in old if document_key(d, seed) > new_cut]
-    # Old held-out documents leave from the edge inwards: all that left lie behind all that stayed...
+    # Old held-out documents leave from the edge inwards: all that left lie behind all that stayed.
     stayed = [document_key(d, seed) for d in old if d not in pushed_out]
     assert max(stayed, default="") <= min((document_key(d, seed) for d in pushed_out), default="g")
-    # ...and only as many tokens leave as new documents (or copies) bring, plus the rest of the unit at the edge.
-    # Copies of the unit at the edge are dropped on both sides, so count them apart.
-    chosen, _ = held_out(documents, val_tokens, byte_tokens, seed)
-    new_chosen, _ = held_out(documents + added, val_tokens, byte_tokens, seed)
-    came = sum((Counter(new_chosen) - Counter(chosen)).values())
-    went = Counter(chosen) - Counter(new_chosen)
-    tokens_in = sum(len(byte_tokens(d)) * n for d, n in (Counter(new_chosen) - Counter(chosen)).items())
-    tokens_out = sum(len(byte_tokens(d)) * n for d, n in went.items())
-    assert tokens_out <= tokens_in + before["split"].metrics["val_dropped_tokens"]
-    assert came or not went
     assert validation_of(after) == held_out(documents + added, val_tokens, byte_tokens, seed)[1]
 
 
@@ -200,14 +173,6 @@ def test_the_order_of_the_documents_and_parts_does_not_matter_for_what_is_held_o
         assert len({artifacts["split"].digest for artifacts in found}) == 1
 
 
-def test_another_seed_holds_out_other_documents(tmp_path: Path) -> None:
-    one, other = (
-        validation_of(prepare(tmp_path / str(seed), [DOCUMENTS], "split", split_seed=seed)) for seed in (0, 1)
-    )
-    assert len(one) == len(other)
-    assert one != other
-
-
 # The trained tokenizer
 
 
@@ -225,23 +190,6 @@ def test_the_tokenizer_is_the_one_trained_on_the_documents_behind_its_zone(tmp_p
     assert artifacts["tokenizer"].metrics["zone_bytes"] == sum(len(t.encode()) for t in zone)
 
 
-def test_what_only_held_out_documents_hold_leaves_no_trace_in_the_tokenizer(tmp_path: Path) -> None:
-    front = sorted(DOCUMENTS, key=lambda text: document_key(text, 0))[0]
-    plain = prepare(tmp_path / "plain", [DOCUMENTS], "tokenizer", tokenizer="bpe", vocab_size=400)
-    # A document that would earn a merge of its own, and whose key lies far in front of the cut.
-    loud = next(
-        text for i in range(100_000) if document_key(text := f"zzqx{i} " + "zzqx " * 200, 0) < document_key(front, 0)
-    )
-    marked = prepare(
-        tmp_path / "marked", [[*DOCUMENTS, loud]], "split", tokenizer="bpe", vocab_size=400, val_tokens=1000
-    )
-    assert document_key(loud, 0) <= cut_of(marked)
-    assert not any(b"zq" in token for token in encoding_of(marked)._mergeable_ranks)
-    trained_on_all = tokenizer.train_bpe([*DOCUMENTS, loud], 400)
-    assert any(b"zq" in token for token in trained_on_all._mergeable_ranks)
-    assert plain["tokenizer"].metrics["n_vocab"] == marked["tokenizer"].metrics["n_vocab"] == 400
-
-
 def test_the_zone_grows_until_it_holds_the_validation_tokens(tmp_path: Path) -> None:
     # Long repetitive words: more bytes a token than first guessed, so that the first zone gives too few tokens.
     documents = [f"{'extraordinarily ' * 30}{i}." for i in range(100)]
@@ -257,12 +205,6 @@ def test_the_zone_grows_until_it_holds_the_validation_tokens(tmp_path: Path) -> 
     inputs["split"] = build("split", config, store, inputs)
     assert len(validation_of(inputs)) == 600
     assert cut_of(inputs) <= inputs["tokenizer"].metrics["zone_end"]
-
-
-@pytest.mark.parametrize("kind", ["gpt2", "bytes"])
-def test_a_fixed_tokenizer_needs_no_corpus(tmp_path: Path, kind: str) -> None:
-    artifact = build("tokenizer", tiny_config(tokenizer=kind), Store(str(tmp_path)), {})
-    assert artifact.metrics == {"n_vocab": 50257 if kind == "gpt2" else 257}
 
 
 # Rows
@@ -303,15 +245,6 @@ def test_the_last_validation_row_holds_what_is_left(tmp_path: Path, val_tokens: 
     assert artifacts["shard"].metrics["val_bytes"] == artifacts["split"].metrics["val_bytes"]
 
 
-def test_a_special_mark_inside_a_text_is_only_text(tmp_path: Path) -> None:
-    documents = [f"<|endoftext|> {text}" for text in DOCUMENTS]
-    artifacts = prepare(tmp_path, [documents], seq_len=2)
-    cut = cut_of(artifacts)
-    ends = sum(row.count(256) for row in training_rows(artifacts))
-    kept = sum(document_key(text, 0) > cut for text in documents)
-    assert kept - ends in (0, 1)  # the very last one may be in the rest that makes no whole row
-
-
 def test_a_part_without_training_documents_is_an_empty_shard(tmp_path: Path) -> None:
     ordered = sorted(DOCUMENTS, key=lambda text: document_key(text, 0))
     artifacts = prepare(tmp_path, [ordered[:2], ordered[2:]])
@@ -335,16 +268,6 @@ def test_rows_of_ids_are_held_out_and_cut_like_documents_but_not_joined(tmp_path
     expected = [row[i : i + 32] for row in rows if row not in chosen for i in (0, 32) if len(row) == 64]
     assert training_rows(artifacts) == expected
     assert artifacts["shard"].metrics["dropped_tokens"] == (3 if [1, 2, 3] not in chosen else 0)
-
-
-def test_equal_rows_of_ids_all_lie_on_one_side(tmp_path: Path) -> None:
-    rows = token_rows(30) * 3
-    artifacts = prepare(tmp_path, [rows], pretokenized=True, column="tokens", val_tokens=1000)
-    chosen, stream = held_out(rows, 1000, list)
-    assert validation_of(artifacts) == stream
-    trained = training_rows(artifacts)
-    assert all(row[:32] not in trained and row[32:] not in trained for row in chosen)
-    assert len(trained) == 2 * sum(row not in chosen for row in rows)
 
 
 @pytest.mark.parametrize("bad", [257, 65535, -1])
@@ -375,11 +298,6 @@ def test_a_corpus_smaller_than_the_validation_split_is_refused_with_what_to_do(
     assert str(caught.value).startswith("the corpus is smaller than the validation split: ")
     assert f"cannot give {val_tokens:,} validation tokens and leave some to train on" in str(caught.value)
     assert "lower --data.val_tokens" in str(caught.value)
-
-
-def test_a_corpus_of_one_document_has_nothing_left_to_train_on(tmp_path: Path) -> None:
-    with pytest.raises(NanodlmError, match=r"in 1 documents cannot give 10 validation tokens"):
-        prepare(tmp_path, [["one long text " * 100]], val_tokens=10)
 
 
 def test_no_whole_training_row_is_refused_with_what_to_do(tmp_path: Path) -> None:

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 import tiktoken
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiktoken.load import load_tiktoken_bpe
 
 from nanodlm import build
 from nanodlm.data import tokenizer
@@ -38,18 +39,12 @@ def bpe() -> tiktoken.Encoding:
 # GPT-2
 
 
-def test_gpt2_has_the_sizes_and_the_end_mark_of_the_original(gpt2: tiktoken.Encoding) -> None:
-    assert gpt2.name == "gpt2"
-    assert gpt2.n_vocab == 50257
-    assert gpt2.eot_token == 50256
+def test_gpt2_has_the_sizes_the_end_mark_and_the_ids_of_the_original(gpt2: tiktoken.Encoding) -> None:
+    assert (gpt2.name, gpt2.n_vocab, gpt2.eot_token) == ("gpt2", 50257, 50256)
     assert gpt2.decode([50256]) == "<|endoftext|>"
     assert build.padded_vocab_size(gpt2) == 50304
-
-
-def test_gpt2_gives_the_published_ids(gpt2: tiktoken.Encoding) -> None:
     known = {
         "Hello world": [15496, 995],
-        "hello world": [31373, 995],
         "The quick brown fox jumps over the lazy dog": [464, 2068, 7586, 21831, 18045, 625, 262, 16931, 3290],
         "a\n\nb": [64, 198, 198, 65],
     }
@@ -105,43 +100,19 @@ def hugging_face_ids(texts: list[str], vocab_size: int, samples: list[str]) -> l
     return [theirs.encode(text).ids for text in samples]
 
 
-@pytest.mark.parametrize("vocab_size", [257, 300, 500, 2000])
+@pytest.mark.parametrize("vocab_size", [257, 300, 500])
 def test_trained_bpe_gives_the_ids_of_the_library_that_trained_it(vocab_size: int) -> None:
     samples = [*TEXTS[:50], *prose(50, seed=1), *AWKWARD]
     encoding = tokenizer.train_bpe(TEXTS, vocab_size)
+    assert (encoding.n_vocab, encoding.eot_token) == (vocab_size, vocab_size - 1)
+    assert {bytes([i]) for i in range(256)} <= set(encoding._mergeable_ranks), "those it has not seen as well"
     assert [encoding.encode_ordinary(s) for s in samples] == hugging_face_ids(TEXTS, vocab_size, samples)
-
-
-def test_trained_bpe_merges_until_it_has_the_entries_asked_for(bpe: tiktoken.Encoding) -> None:
-    assert bpe.n_vocab == 500
-    assert bpe.eot_token == 499
-    held_out = prose(50, seed=2)
-    tokens = sum(len(bpe.encode_ordinary(text)) for text in held_out)
-    assert tokens < 0.6 * sum(len(text.encode()) for text in held_out)
 
 
 def test_trained_bpe_is_smaller_when_no_pair_occurs_twice() -> None:
     encoding = tokenizer.train_bpe(["ab ab"], 1000)
     assert encoding.n_vocab == 256 + 1 + 1  # the bytes, "ab", the end
     assert encoding.encode_ordinary("abab") == [256, 256]
-
-
-def test_trained_bpe_does_not_depend_on_the_order_of_the_texts(bpe: tiktoken.Encoding) -> None:
-    again = tokenizer.train_bpe(iter(TEXTS[::-1]), 500)
-    assert again._mergeable_ranks == bpe._mergeable_ranks
-
-
-def test_trained_bpe_holds_every_byte_even_those_it_has_not_seen(bpe: tiktoken.Encoding) -> None:
-    single = [token for token in bpe._mergeable_ranks if len(token) == 1]
-    assert sorted(single) == [bytes([i]) for i in range(256)]
-    assert sorted(bpe._mergeable_ranks.values()) == list(range(499))
-
-
-@settings(derandomize=True, max_examples=100, deadline=None)
-@given(text=st.text())
-@example(text="\ud7ff\ue000")
-def test_trained_bpe_gives_any_text_back(bpe: tiktoken.Encoding, text: str) -> None:
-    assert bpe.decode_bytes(bpe.encode_ordinary(text)) == text.encode()
 
 
 @settings(derandomize=True, max_examples=30, deadline=None)
@@ -156,32 +127,18 @@ def test_the_pattern_cuts_as_the_published_one_does(text: str) -> None:
 # Files and counts
 
 
-def test_a_saved_encoding_is_loaded_as_it_was(tmp_path: Path, bpe: tiktoken.Encoding, gpt2: tiktoken.Encoding) -> None:
+def test_a_saved_encoding_is_loaded_as_it_was_and_is_in_tiktokens_own_format(
+    tmp_path: Path, bpe: tiktoken.Encoding, gpt2: tiktoken.Encoding, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "")  # which would remember the file of the encoding before
     for encoding in (bpe, gpt2, tokenizer.plain_bytes()):
         tokenizer.save(encoding, tmp_path)
+        assert load_tiktoken_bpe(str(tmp_path / "ranks.tiktoken")) == encoding._mergeable_ranks
         loaded = tokenizer.load(tmp_path)
         assert (loaded.name, loaded.n_vocab, loaded.eot_token) == (encoding.name, encoding.n_vocab, encoding.eot_token)
         assert loaded._mergeable_ranks == encoding._mergeable_ranks
         for text in AWKWARD:
             assert loaded.encode_ordinary(text) == encoding.encode_ordinary(text)
-
-
-def test_equal_encodings_are_saved_as_equal_bytes(tmp_path: Path, bpe: tiktoken.Encoding) -> None:
-    saved = []
-    for name in ("one", "other"):
-        folder = tmp_path / name
-        folder.mkdir()
-        tokenizer.save(bpe if name == "one" else tokenizer.train_bpe(TEXTS, 500), folder)
-        saved.append({path.name: path.read_bytes() for path in folder.iterdir()})
-    assert saved[0] == saved[1]
-    assert set(saved[0]) == {"ranks.tiktoken", "tokenizer.json"}
-
-
-def test_saved_ranks_are_in_tiktokens_own_format(tmp_path: Path, bpe: tiktoken.Encoding) -> None:
-    from tiktoken.load import load_tiktoken_bpe
-
-    tokenizer.save(bpe, tmp_path)
-    assert load_tiktoken_bpe(str(tmp_path / "ranks.tiktoken")) == bpe._mergeable_ranks
 
 
 @pytest.mark.parametrize("name", ["gpt2", "bpe", "bytes"])

@@ -197,14 +197,3 @@ def test_a_server_that_does_not_answer_is_one_line(tmp_path: Path) -> None:
 def test_a_flow_refuses_what_the_command_refuses(parameters: dict[str, str], says: str) -> None:
     with pytest.raises(UsageError, match=says):
         pipeline.fn(**parameters)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_the_benchmark_of_orchestration_runs_the_pipeline_both_ways() -> None:
-    flags = ["--repeats", "1", "--train.max_steps", "60"]
-    result = result_of(nanodlm("bench", "flow", "--json", *tiny_flags(), *flags))
-    assert result["flow_seconds"] > 0
-    assert result["cached_run_seconds"] > 0
-    assert len(result["train_ratios"]) == 1
-    assert all(0 < result[f"train_beside_{name}"] < 4 for name in ("direct", "flow"))
