@@ -17,7 +17,6 @@ import pytest
 
 from nanodlm.checkpoints.finding import find_checkpoint
 from nanodlm.cli import main
-from nanodlm.cli import store as cli_store
 from nanodlm.config import Config
 from nanodlm.data import download
 from nanodlm.errors import Damaged, NanodlmError, UsageError
