@@ -15,18 +15,7 @@ SNIPPET = re.compile(r"```python\n(.*?)```\n(?:\n```text\n.*?```\n)?", re.DOTALL
 
 
 def with_output(page: str) -> str:
-    """Return the page with what its snippets print, each in a `text` block below the snippet.
-
-    >>> print(with_output("```python\\nprint(1 + 1)\\n```\\n").replace("`", "'"))
-    '''python
-    print(1 + 1)
-    '''
-    <BLANKLINE>
-    '''text
-    2
-    '''
-    <BLANKLINE>
-    """
+    """Return the page with what its snippets print, each in a `text` block below the snippet."""
     names: dict[str, Any] = {"__name__": "__main__"}
 
     def run(match: re.Match[str]) -> str:
