@@ -1,4 +1,4 @@
-"""The README's snippets, run as a newcomer would: a fresh clone, a new virtual environment, nothing else."""
+"""The README and the pages of docs/: lengths, links, lists, and the snippets as a newcomer would run them."""
 
 import contextlib
 import json
@@ -10,40 +10,74 @@ import sys
 import time
 from pathlib import Path
 
-import fsspec
 import pytest
 
 import nanodlm
+from docs.animate import places
 from tests.support.servers import free_ports
 
 ROOT = Path(nanodlm.__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+PAGES = sorted(path.relative_to(ROOT).as_posix() for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 SNIPPETS = re.findall(r"```(bash|python)\n(.*?)```", README, re.DOTALL)
 TEST_COMMAND = "pip install -c constraints.txt -e '.[test]' && pytest\n"
 
 
-def test_the_file_tree_lists_every_module_once() -> None:
-    listed = re.findall(r"^((?:nanodlm|flows)/\w+\.py) ", README, re.MULTILINE)
-    present = {f"{p.parent.name}/{p.name}" for folder in ("nanodlm", "flows") for p in (ROOT / folder).glob("*.py")}
-    assert sorted(listed) == sorted(present - {"nanodlm/__init__.py", "nanodlm/__main__.py", "flows/__init__.py"})
+def _anchors(page: Path) -> set[str]:
+    """What a link may name behind `#`: the page's headings, written as GitHub and GitLab do."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_link_leads_to_a_file_or_a_heading_that_exists(page: str) -> None:
+    text = re.sub(r"```.*?```", "", (ROOT / page).read_text(), flags=re.DOTALL)
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if not re.match(r"[a-z]+:", link):
+            name, _, anchor = link.partition("#")
+            target = ((ROOT / page).parent / name) if name else ROOT / page
+            assert target.exists(), link
+            assert not anchor or anchor in _anchors(target), link
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.split()) <= 900
+
+
+def test_the_readme_lists_every_room_once() -> None:
+    listed = re.findall(r"^([a-z][\w/]*(?:/|\.py))  +\S", README, re.MULTILINE)
+    hidden = ("__init__.py", "__main__.py", "__pycache__")
+    inner = [path for path in (ROOT / "nanodlm").iterdir() if path.name not in hidden]
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    outer = {f"{name.split('/')[0]}/" for name in tracked.splitlines() if "/" in name and name[0] != "."} - {"nanodlm/"}
+    rooms = [f"nanodlm/{path.name}{'/' * path.is_dir()}" for path in inner if path.suffix == ".py" or path.is_dir()]
+    assert sorted(listed) == sorted([*rooms, *outer])
+
+
+def test_the_picture_is_small_and_moves() -> None:
+    picture = (ROOT / "docs" / "sampling.svg").read_text()
+    assert len(picture) < 100_000
+    assert "@keyframes" in picture
+    assert "prefers-reduced-motion" in picture
+
+
+def test_a_line_of_the_picture_breaks_before_a_word() -> None:
+    assert places(["one", " " + "x" * 62, "!"]) == [(0, 0), (-1, 1), (62, 1)]
 
 
 def test_continuous_integration_runs_the_test_command() -> None:
     assert ("bash", TEST_COMMAND) in SNIPPETS
     script = (ROOT / ".ci" / "run").read_text()
     assert "pip install -q -c constraints.txt -e '.[test]'\n" in script
-    assert "\npytest\n" in script
+    assert re.search(r"^\W*(\w+ )*pytest$", script, re.MULTILINE)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(2400)
-def test_every_snippet_works_in_a_fresh_clone_and_the_demo_reaches_its_bound(
-    s3_environment: None, tmp_path: Path
-) -> None:
+def test_every_snippet_works_in_a_fresh_clone_and_the_demo_reaches_its_bound(tmp_path: Path) -> None:
     clone, venv = tmp_path / "clone", tmp_path / "venv"
     subprocess.run(["git", "clone", "-q", str(ROOT), str(clone)], check=True)
     subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
-    fsspec.filesystem("s3").mkdir("my-bucket")
     hidden = (
         "VIRTUAL_ENV",
         "PYTHONPATH",
@@ -52,15 +86,13 @@ def test_every_snippet_works_in_a_fresh_clone_and_the_demo_reaches_its_bound(
         "JAX_PLATFORMS",
         "JAX_DISABLE_MOST_OPTIMIZATIONS",
     )
-    env = {name: value for name, value in os.environ.items() if name not in hidden}
-    env |= {
-        "PATH": f"{venv / 'bin'}{os.pathsep}{env['PATH']}",
+    (port,) = free_ports(1)
+    env = {name: value for name, value in os.environ.items() if name not in hidden} | {
+        "PATH": f"{venv / 'bin'}{os.pathsep}{os.environ['PATH']}",
         "NO_COLOR": "1",
         "PREFECT_HOME": str(tmp_path / "prefect"),
+        "PREFECT_SERVER_API_PORT": str(port),
     }
-
-    (port,) = free_ports(1)
-    env["PREFECT_SERVER_API_PORT"] = str(port)
 
     def run(command: list[str]) -> str:
         began = time.monotonic()
@@ -70,21 +102,22 @@ def test_every_snippet_works_in_a_fresh_clone_and_the_demo_reaches_its_bound(
             said, errors = done.communicate(timeout=1500)
         finally:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(done.pid, signal.SIGKILL)  # servers and workers that it has left running
+                os.killpg(done.pid, signal.SIGKILL)  # servers that it has left running
         print(f"$ {command[-1]}\n{said}({time.monotonic() - began:.0f} s)\n")  # `pytest -rA` shows it
         assert done.returncode == 0, f"{command}\n{said}\n{errors}"
         return said
 
-    assert SNIPPETS[0] == ("bash", "pip install -c constraints.txt . && nanodlm run\n")
+    assert SNIPPETS[0] == ("bash", "pip install -c constraints.txt -e . && nanodlm run\n")
     for language, snippet in SNIPPETS:
         if language == "python":
             run(["python", "-c", snippet])
         elif snippet != TEST_COMMAND:  # that is what is running
-            run(["bash", "-euc", snippet.replace(":4200", f":{port}")])
+            run(["bash", "-euc", snippet])
     result = json.loads(run(["nanodlm", "run", "--json"]).splitlines()[-1])
     assert {stage["status"] for stage in result["stages"]} == {"cached"}
     metrics = result["metrics"]
     assert metrics["val_tokens"] == 1_000_000
     assert metrics["val_bits_per_byte"] + 3 * metrics["val_bits_per_byte_stderr"] <= 2.0
     assert metrics["val_bits_per_byte"] <= 0.88 * metrics["val_unigram_bits_per_byte"]
-    assert not list(clone.glob("s3:*"))
+    (trained,) = (stage["uri"] for stage in result["stages"] if stage["stage"] == "train")
+    run(["python", "docs/animate.py", trained, str(tmp_path / "picture.svg")])
