@@ -134,9 +134,9 @@ class _Meter:
 
 def _directly(config: Config, url: str, meter: _Meter) -> None:
     for name in until("sample"):
-        lookup, _ = ready(name, config, Store(url))
+        lookup = ready(name, config, Store(url))
         if lookup.stage.own_process and not lookup.artifact:
-            run_in_process(name, config, url, emit=meter.note)
+            run_in_process(name, config, url, inputs=lookup.input_fingerprints, emit=meter.note)
         else:
             run_stage(name, config, Store(url))
 
@@ -158,6 +158,6 @@ _WAYS = (("direct", _directly), ("flow", _as_flow))
 
 
 def _train_metrics(config: Config, url: str) -> dict[str, Any]:
-    lookup, _ = ready("train", config, Store(url))
-    assert lookup.artifact is not None
-    return lookup.artifact.metrics
+    artifact = ready("train", config, Store(url)).artifact
+    assert artifact is not None
+    return artifact.metrics

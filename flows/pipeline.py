@@ -81,7 +81,7 @@ def run_stage(
     if context := TaskRunContext.get():
         context.task_run.tags = [name]  # not from its start: see `untagged`
     store, watcher, started = Store(store_url), WATCHER.get() or Pages(), time.monotonic()
-    lookup, _ = ready(name, config, store, rebuild=rebuild, inputs=inputs)
+    lookup = ready(name, config, store, rebuild=rebuild, inputs=inputs)
     if lookup.artifact and not rebuild:
         record = stages_run.record(lookup.artifact, "cached", time.monotonic() - started)
         watcher.done(lookup.artifact, record)
@@ -97,13 +97,11 @@ def run_stage(
         with held, heard(watcher.emit):  # in this order: a server that is away is given back no place
             if lookup.stage.own_process:
                 if on and on.target != "process" and name == "train":
-                    run_on_cluster(name, config, store_url, on, rebuild=rebuild, emit=watcher.emit)
+                    artifact = run_on_cluster(lookup, config, store, on, rebuild=rebuild, emit=watcher.emit)
                 else:
-                    run_in_process(name, config, store_url, rebuild=rebuild, emit=watcher.emit)
-                assert lookup.fingerprint is not None
-                artifact = store.find(name, lookup.fingerprint)
-                if artifact is None:
-                    raise NanodlmError(f"the {name} process ended without an artifact: run again to continue")
+                    told = lookup.input_fingerprints
+                    run_in_process(name, config, store_url, inputs=told, rebuild=rebuild, emit=watcher.emit)
+                    artifact = store.open(f"{name}/{lookup.fingerprint}")
                 record = stages_run.record(artifact, "built", time.monotonic() - started)
             else:
                 artifact, record = stages_run.run_stage(
@@ -165,13 +163,13 @@ def _run(
 
 def _shard_in_parallel(config: Config, store_url: str, inputs: dict[str, Artifact]) -> None:
     """Make missing shards as tasks of their own; the shard stage then adopts them."""
-    lookup, _ = ready("shard", config, Store(store_url), inputs=inputs)
+    lookup = ready("shard", config, Store(store_url), inputs=inputs)
     if lookup.artifact:
         return
     watcher = WATCHER.get() or Pages()
     watcher.start("shard")
     try:
-        shard_in_parallel(config, store_url, inputs, watcher.emit)
+        shard_in_parallel(config, store_url, lookup, watcher.emit)
     finally:
         watcher.end()
 

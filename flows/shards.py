@@ -24,7 +24,8 @@ from flows.automations import as_part, untagged
 from nanodlm.config import Config
 from nanodlm.errors import NanodlmError, Unreachable, UsageError
 from nanodlm.stages import fanout
-from nanodlm.store import Artifact, Store
+from nanodlm.stages.lookup import Lookup
+from nanodlm.store import Store
 
 RUNNERS = ("threads", "processes", "dask", "ray")
 
@@ -81,7 +82,7 @@ def _emit(kind: str, **fields: Any) -> None:
 def shard_in_parallel(
     config: Config,
     store_url: str,
-    inputs: dict[str, Artifact] | None = None,
+    lookup: Lookup,
     emit: Callable[..., None] = lambda *_, **__: None,
 ) -> int:
     """Inside a flow, make the missing shards as tasks on the runner that the environment names, when there are several.
@@ -91,7 +92,7 @@ def shard_in_parallel(
     Args:
         config: The run's configuration, whose earlier stages are built.
         store_url: Where artifacts lie.
-        inputs: What the shards are made from, where it is known; else it is looked up, from the source on.
+        lookup: The shard stage's, with what the shards are made from.
         emit: Called as `emit(kind, **fields)` with progress.
 
     Returns:
@@ -100,14 +101,14 @@ def shard_in_parallel(
     store = Store(store_url)
     if FlowRunContext.get() is None or store_url.startswith("memory://"):  # which no other thread or process could see
         return 0
-    with fanout.work(config, store, inputs, emit) as work:
-        if len(work.missing) < 2:
+    with fanout.missing_shards(lookup, store, emit) as missing:
+        if len(missing) < 2:
             return 0
         flow_ = build_shards.with_options(task_runner=task_runner())
         token = _EMIT.set(emit)
         try:
             with as_part():
-                return flow_(work.missing, config, store.uri(), work.inputs)  # an absolute path, for other machines
+                return flow_(missing, config, store.uri(), lookup.input_fingerprints)  # an absolute path, for others
         except OSError as error:
             raise NanodlmError(
                 f"the workers that make shards cannot be reached: {' '.join(str(error).split())[:200]}; check "

@@ -86,7 +86,7 @@ def variance(
         raise UsageError(f"a variance takes two draws and more, not {draws}: raise --draws")
     if config.train.batch_size % 2:
         raise UsageError(f"constant counts pair rows: use an even --train.batch_size, not {config.train.batch_size}")
-    _, inputs = ready("evaluate", config, store)
+    inputs = ready("evaluate", config, store).inputs
     model, encoding = load_artifact(inputs["train"])
     rows = read(inputs["shard"].file("validation.arrayrecord"), inputs["shard"].metrics["dtype"])
     rows = [row for row in rows if len(row) == len(rows[0])][: config.train.batch_size]
@@ -162,7 +162,7 @@ def load_text(config: Config, store: Store, emit: Emit = lambda *_, **__: None) 
     """A configuration's tokens; what the store lacks of them is built."""
     for name in until("shard"):
         run_stage(name, config, store, emit=emit)
-    _, inputs = ready("train", config, store)
+    inputs = ready("train", config, store).inputs
     folder, dtype = inputs["shard"].local(), inputs["shard"].metrics["dtype"]
     rows = [row for path in sorted(folder.glob("train-*.arrayrecord")) for row in read(path, dtype)]
     held_out = read(folder / "validation.arrayrecord", dtype)[: config.eval.max_rows]

@@ -371,6 +371,9 @@ def _one_stage(name: str, argv: list[str]) -> None:
         {
             "store": _store_flag(),
             "rebuild": _flag("Build again even though the store holds it."),
+            "inputs": _flag(
+                "The artifacts it reads, as STAGE=FINGERPRINT; else they are looked up.", (), tuple[str, ...]
+            ),
             "events": _flag("File to which progress is written as JSON lines.", "", str),
             "as_json": _json_flag(),
             **(_hosts_flags() if name == "train" else {}),
@@ -381,15 +384,19 @@ def _one_stage(name: str, argv: list[str]) -> None:
     end_with_parent()
     # What one process has compiled serves the next, a resumed run above all.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_dir() / "compiled"))
-    follow = name == "train" and join(args.coordinator, args.processes, args.process) > 0
+    helping = name == "train" and join(args.coordinator, args.processes, args.process) > 0
     console = Console(sys.stderr if args.as_json else sys.stdout)
     if args.events:
         emit: Callable[..., None] = EventLog(Path(args.events))
     else:
         console.start(name)
         emit = console.emit
+    store, told = Store(args.store), dict(word.split("=", 1) for word in args.inputs)
     try:
-        artifact, record = run_stage(name, config, Store(args.store), rebuild=args.rebuild, follow=follow, emit=emit)
+        inputs = {stage: store.open(f"{stage}/{fingerprint}") for stage, fingerprint in told.items()} or None
+        artifact, record = run_stage(
+            name, config, store, rebuild=args.rebuild, helping=helping, inputs=inputs, emit=emit
+        )
     finally:
         console.end()
     console.done(artifact, record)
@@ -418,10 +425,9 @@ def launch(argv: list[str]) -> None:
     from pydantic import ValidationError
 
     from nanodlm.cli.console import Console
-    from nanodlm.cluster.follow import run_on_cluster
-    from nanodlm.cluster.jobs import submit
+    from nanodlm.cluster.follow import SCHEDULERS, run_on_cluster
     from nanodlm.cluster.kubernetes import jobset
-    from nanodlm.cluster.settings import Launch
+    from nanodlm.cluster.settings import Launch, Work
     from nanodlm.cluster.slurm import slurm_script
     from nanodlm.config import explain as explained
     from nanodlm.stages import run as stages_run
@@ -450,31 +456,36 @@ def launch(argv: list[str]) -> None:
         to = Launch(**{name: getattr(args, name) for name in Launch.model_fields})
     except ValidationError as error:
         raise UsageError(explained(error)) from None
+    store, console, lookup = Store(args.store), Console(sys.stdout), None
+    with contextlib.suppress(NanodlmError) if args.dry_run else contextlib.nullcontext():
+        # A folder that is not here is a disk that only the cluster has: the job then looks its inputs up.
+        if args.wait or not store.is_local or Path(store.root).is_dir():
+            lookup = ready(args.stage, config, store, rebuild=args.rebuild)
+    inputs = lookup.input_fingerprints if lookup else {}
+    work = Work(config, args.store, to, args.stage, inputs, args.rebuild)
     if args.dry_run and to.target == "slurm":
-        print(slurm_script(config, args.store, to, args.rebuild, stage=args.stage), end="")
+        print(slurm_script(work), end="")
         return
     if args.dry_run:
         import yaml
 
-        manifest = jobset(config, args.store, to, args.rebuild, stage=args.stage)
+        manifest = jobset(work)
         print(yaml.safe_dump(manifest, sort_keys=False, width=1000), end="")
         return
-    store, console = Store(args.store), Console(sys.stdout)
-    if args.wait:
+    if args.wait and lookup:
         console.start(args.stage)
         began = time.monotonic()
+        artifact, status = lookup.artifact, "cached"
         try:
-            ran = run_on_cluster(args.stage, config, args.store, to, rebuild=args.rebuild, emit=console.emit)
+            if artifact is None or args.rebuild:
+                status = "built"
+                artifact = run_on_cluster(lookup, config, store, to, rebuild=args.rebuild, emit=console.emit)
         finally:
             console.end()
-        artifact = ready(args.stage, config, store)[0].artifact
-        assert artifact is not None
-        console.done(artifact, stages_run.record(artifact, "built" if ran else "cached", time.monotonic() - began))
+        console.done(artifact, stages_run.record(artifact, status, time.monotonic() - began))
         console.text(artifact.uri)
         return
-    if not store.is_local or Path(store.root).is_dir():  # else it is a disk that only the cluster has
-        ready(args.stage, config, store, rebuild=args.rebuild)
-    job = submit(args.stage, config, args.store, to, rebuild=args.rebuild)
+    job = SCHEDULERS[to.target].submit(work)
     print(f"{job}\n`nanodlm ls --store {store.uri()}` shows what is done")
 
 

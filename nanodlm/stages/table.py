@@ -1,4 +1,4 @@
-"""The seven stages as data, and the one way to run any of them: look it up, else build it.
+"""The seven stages and their report, as data.
 
     download -> tokenizer -> split -> shard -> train -> evaluate -> sample   (a report gathers them)
 
@@ -8,13 +8,12 @@ Its fingerprint covers just those, so a changed setting rebuilds what depends on
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 from nanodlm.checkpoints.finding import find_checkpoint
 from nanodlm.config import Config
 from nanodlm.errors import UsageError
-
-Emit = Callable[..., None]
 
 
 @dataclass(frozen=True)
@@ -23,7 +22,7 @@ class Stage:
 
     Attributes:
         name: Also the name of its folder in the store.
-        build: `module:function` that does the work; imported when it runs.
+        build: `module:function` that does the work; see `run`.
         inputs: Stages whose artifacts it reads.
         parameters: The settings that determine its bytes, given the inputs.
         version: Raised when the function's output changes for equal inputs.
@@ -38,6 +37,11 @@ class Stage:
     version: int = 1
     own_process: bool = False
     volatile: tuple[str, ...] = ()
+
+    def run(self, *arguments: Any) -> dict[str, Any]:
+        """Call `build`, imported now, with `(config, inputs, attempt, emit)`; it returns the stage's metrics."""
+        module, function = self.build.split(":")
+        return getattr(import_module(module), function)(*arguments)
 
 
 def _source(config: Config) -> dict[str, Any]:
@@ -114,7 +118,7 @@ NAMES = tuple(name for name in STAGES if name != "report")
 
 
 def until(last: str) -> tuple[str, ...]:
-    """Names of the stages up to one; the report comes with the samples.
+    """Return the names of the stages up to one; the report comes with the samples.
 
     >>> until("split")
     ('download', 'tokenizer', 'split')
@@ -123,10 +127,10 @@ def until(last: str) -> tuple[str, ...]:
 
 
 def check_rebuild(rebuild: str | None, last: str) -> None:
-    """Whether a stage that is to be rebuilt is among those up to one.
+    """Refuse to rebuild a stage that comes after the last one.
 
     Raises:
-        UsageError: When it is not.
+        UsageError: When it does.
     """
     if rebuild is not None and rebuild not in until(last):
         raise UsageError(f"--rebuild {rebuild} comes after --until {last}: nothing would be rebuilt")

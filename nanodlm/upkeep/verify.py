@@ -139,7 +139,7 @@ def _repair(
         if artifact:  # then the source need not be there, unless it is the download that is bad
             lineage = artifact.manifest["inputs"].items()
             inputs = {name: store.open(f"{name}/{made['fingerprint']}").check() for name, made in lineage}
-        lookup, _ = ready(stage, config, store, rebuild=True, inputs=inputs)
+        lookup = ready(stage, config, store, rebuild=True, inputs=inputs)
         if lookup.fingerprint != fingerprint:
             raise NanodlmError("this version of nanodlm, or the source's files now, would make another one")
     except (NanodlmError, ValueError) as error:
