@@ -26,6 +26,7 @@ class Console:
         self._stage = ""
         self._printed = 0.0
         self._pace = Pace()
+        self.artifacts: dict[str, Artifact] = {}  # of finished stages, by stage
 
     def line(self, text: str) -> None:
         """Print one line, in which `[bold]` and the like mean what they do to rich."""
@@ -74,6 +75,7 @@ class Console:
     def done(self, artifact: "Artifact", record: dict[str, Any]) -> None:
         """Print the line of a finished stage."""
         self.end()
+        self.artifacts[artifact.stage] = artifact
         status = (
             f"[green]{record['status']}[/green]" if record["status"] == "built" else f"[cyan]{record['status']}[/cyan]"
         )

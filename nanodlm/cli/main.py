@@ -249,7 +249,7 @@ def run(argv: list[str]) -> None:
         for artifact, record in zip(artifacts, records, strict=True):
             console.done(artifact, record)
     elif args.store.startswith("memory://"):  # which no other process could see, an orchestrator's neither
-        records, artifacts = [], []
+        records = []
         for name in until(args.until):
             console.start(name)
             try:
@@ -258,7 +258,6 @@ def run(argv: list[str]) -> None:
                 console.end()
             console.done(artifact, record)
             records.append(record)
-            artifacts.append(artifact)
     else:
         _quiet_prefect(args.verbose)
         console.line("[dim]starting the local Prefect server[/dim]" if not os.environ.get("PREFECT_API_URL") else "")
@@ -267,8 +266,7 @@ def run(argv: list[str]) -> None:
         records = run_pipeline(
             config, args.store, args.until, args.rebuild, console, args.verbose, args.runner, args.workers
         )
-        artifacts = [store.open(record["uri"]) for record in records]
-    by_stage = {artifact.stage: artifact for artifact in artifacts}
+    by_stage = console.artifacts
     console.finish(by_stage)
     if args.as_json:
         _print_json(_result(records, by_stage))

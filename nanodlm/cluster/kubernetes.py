@@ -17,6 +17,7 @@ def jobset(work: Work) -> dict[str, Any]:
     Raises:
         UsageError: When the pods would not all see the store, or the text that they look up.
 
+    >>> from nanodlm.cluster.settings import Config, Launch
     >>> pods = jobset(Work(Config(), "s3://bucket/store", Launch(target="k8s", image="nanodlm:1")))
     >>> pods["kind"], pods["spec"]["failurePolicy"]["maxRestarts"]
     ('JobSet', 3)

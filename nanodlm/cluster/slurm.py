@@ -24,6 +24,7 @@ def slurm_script(work: Work) -> str:
     Raises:
         UsageError: When the hosts would not all see the store.
 
+    >>> from nanodlm.cluster.settings import Config, Launch
     >>> slurm_script(Work(Config(), "/shared", Launch(target="slurm", nodes=2, gpus_per_node=8))).splitlines()[2:4]
     ['#SBATCH --nodes=2', '#SBATCH --ntasks-per-node=8']
     """

@@ -284,8 +284,8 @@ def test_a_stage_whose_inputs_are_missing_names_them_and_the_command(store: Stor
 def test_a_ready_stage_gets_its_inputs_and_no_others(store: Store, source: Path) -> None:
     config = tiny_config(source)
     found = run_all(config, store)
-    lookup, inputs = stages_lookup.ready("shard", config, store)
-    assert {name: a.fingerprint for name, a in inputs.items()} == {
+    lookup = stages_lookup.ready("shard", config, store)
+    assert lookup.input_fingerprints == {
         name: found[name][0].fingerprint for name in ("download", "tokenizer", "split")
     }
     assert lookup.fingerprint == found["shard"][0].fingerprint
