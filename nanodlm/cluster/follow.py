@@ -15,6 +15,7 @@ from nanodlm.store.retry import retrying_for
 
 ASK_SECONDS = 15.0  # between questions to the scheduler
 SETTLE_SECONDS = 60.0  # for a finished job's manifest to be seen here: a shared disk may be late
+SILENT_SECONDS = 1800.0  # for which a scheduler may leave questions unanswered
 SCHEDULERS: dict[str, Any] = {"slurm": slurm, "k8s": kubernetes}
 
 
@@ -65,7 +66,8 @@ def _follow(job: Job, lookup: Lookup, store: Store, rebuild: bool, emit: Emit) -
     """Emit what the job's lease in the store tells, until its artifact is there."""
     address, shown = (lookup.stage.name, lookup.fingerprint), {}
     label = f"{job.launch.target} job {job.name}"
-    asked, ended = time.monotonic(), None
+    asked = answered = time.monotonic()
+    ended = None
     while True:
         with contextlib.suppress(Unreachable), retrying_for(LOOK_SECONDS):  # the job may reach it nevertheless
             for kind, fields in lease_events(store, *address).items():
@@ -84,4 +86,8 @@ def _follow(job: Job, lookup: Lookup, store: Store, rebuild: bool, emit: Emit) -
                 raise _Ended(f"{label} did not finish: {words}; run again to continue")
             if state in ("done", "failed"):
                 ended = now
+            if state != "unknown":
+                answered = now
+            elif now - answered > SILENT_SECONDS:
+                raise NanodlmError(f"nobody tells how {label} stands ({words}): {job.hint}")
         time.sleep(LOOK_SECONDS)

@@ -54,14 +54,7 @@ class Lookup:
 
 @dataclass(frozen=True)
 class Missing:
-    """A stage that has no fingerprint yet, because that depends on inputs which are not built.
-
-    Attributes:
-        stage: The stage.
-        lacking: Names of the inputs that are not built.
-        fingerprint: None.
-        artifact: None.
-    """
+    """A stage that has no fingerprint yet, because that depends on inputs which are not built: those `lacking`."""
 
     stage: Stage
     lacking: list[str]

@@ -25,12 +25,7 @@ GRACE_SECONDS = 60.0  # for a child to save after SIGTERM, before it is killed
 
 
 def stage_flags(store: str, inputs: dict[str, str], *, rebuild: bool = False) -> list[str]:
-    """Return the flags that follow the configuration in the command of one stage.
-
-    Args:
-        store: The store's address.
-        inputs: Fingerprints, by stage, of the artifacts it reads; empty lets it look them up, from the source on.
-        rebuild: Whether to build even when the artifact exists.
+    """Return the flags of one stage's command; without fingerprints of its inputs it looks up all from the source on.
 
     >>> stage_flags("data/store", {"train": "3fe1"}, rebuild=True)
     ['--store', 'data/store', '--inputs', 'train=3fe1', '--rebuild']

@@ -85,7 +85,7 @@ ALL = (
         "nanodlm.data.shard:build_shards",
         ("download", "tokenizer", "split"),
         _settings("model", "seq_len"),
-        version=2,
+        version=2,  # its metrics list the rows of each shard
     ),
     Stage("train", "nanodlm.training.loop:train", ("shard", "tokenizer"), _training, own_process=True, volatile=LOGS),
     Stage("evaluate", "nanodlm.evaluation.evaluate:evaluate", ("shard", "train"), _settings("eval"), own_process=True),

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from nanodlm.cluster.settings import Launch
 from nanodlm.config import PRESETS
 from nanodlm.stages import run, table
 from nanodlm.store import Store
@@ -15,6 +16,20 @@ CONFIG = PRESETS["demo"].replace(
     train={"max_steps": 30, "warmup_steps": 2, "cooldown_steps": 4, "batch_size": 8},
     exp={"save_every": 10, "val_rows": 8},
 )
+NASTY = PRESETS["demo"].replace(sample={"prompt": 'it\'s $(HOME) `id` $PATH \\ "é"\nCONFIG\n$$'})
+SLURM = Launch(target="slurm", nodes=2, gpus_per_node=0)
+GPUS = Launch(target="slurm", nodes=4, gpus_per_node=8, cpus_per_task=6, memory_gb=512, time_limit=600,
+              partition="gpu,big", account="lab", grace_seconds=300)  # fmt: skip
+PODS = Launch(target="k8s", nodes=4, gpus_per_node=8, cpus_per_task=96, memory_gb=512, image="registry.local/nanodlm:1",
+              namespace="research", queue="gpus", store_volume="shared", secret="bucket", service_account="trainer",
+              grace_seconds=300, restarts=5)  # fmt: skip
+BUCKET = Launch(target="k8s", image="registry.local/nanodlm:1")
+INPUTS = {"shard": "ab12", "tokenizer": "cd34"}
+
+
+def stand_in(folder: Path, name: str, body: str) -> None:
+    (folder / name).write_text(f"#!/bin/bash\n{body}\n")
+    (folder / name).chmod(0o755)
 
 
 @pytest.fixture(scope="module")

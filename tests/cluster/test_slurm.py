@@ -24,8 +24,8 @@ from nanodlm.errors import NanodlmError
 from nanodlm.stages import run
 from nanodlm.stages.lookup import ready
 from nanodlm.store import Store
-from tests.cluster.conftest import CONFIG
-from tests.cluster.test_jobs import GPUS, options
+from tests.cluster.conftest import CONFIG, GPUS
+from tests.cluster.test_jobs import options
 from tests.support.commands import nanodlm, started
 from tests.support.slurm import slurm
 
@@ -145,10 +145,10 @@ def test_a_job_outlives_a_killed_wait_is_followed_by_others_and_cancelled_by_one
         except NanodlmError as error:
             ended.append(str(error))
 
-    follower = threading.Thread(target=wait)
+    follower = threading.Thread(target=wait, daemon=True)
     follower.start()
     eventually(lambda: "progress" in dict(events))
-    assert dict(events)["message"] == {"text": f"slurm job {job} is there already: squeue -j {job}"}
+    assert events[0] == ("message", {"text": f"slurm job {job} is there already: squeue -j {job}"})
     with started(*flags) as process:
         for line in process.stdout or ():
             if f"slurm job {job} is there already" in line:
