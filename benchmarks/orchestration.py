@@ -140,7 +140,7 @@ def _measure(
     """Run the pipeline twice in a store, the second time with all stages cached."""
     meter = Meter(processes)
     seconds, cached = _seconds(lambda: run(config, store, meter)), _seconds(lambda: run(config, store, meter))
-    trained = ready("evaluate", config, Store(store))[1]["train"].metrics
+    trained = ready("evaluate", config, Store(store)).inputs["train"].metrics
     speed = trained["train_tokens_per_second"]
     return {
         "seconds": seconds,
@@ -159,9 +159,9 @@ def _seconds(call: Callable[[], Any]) -> float:
 
 def _directly(config: Config, url: str, meter: Meter) -> None:
     for name in STAGES:
-        lookup, _ = ready(name, config, Store(url))
+        lookup = ready(name, config, Store(url))
         if lookup.stage.own_process and not lookup.artifact:
-            run_in_process(name, config, url, emit=meter.note)
+            run_in_process(name, config, url, inputs=lookup.input_fingerprints, emit=meter.note)
         else:
             run_stage(name, config, Store(url))
 

@@ -66,7 +66,7 @@ def stage_task(
     while it is built. What returns is the artifact, and its record as `nanodlm.stages.run.run_stage` gives it.
     """
     store, watcher, started = Store(store_url), WATCHER.get() or Pages(), time.monotonic()
-    lookup, _ = ready(name, config, store, rebuild=rebuild, inputs=inputs)
+    lookup = ready(name, config, store, rebuild=rebuild, inputs=inputs)
     if lookup.artifact and not rebuild:
         found = record(lookup.artifact, "cached", time.monotonic() - started)
         watcher.done(lookup.artifact, found)
@@ -86,10 +86,11 @@ def stage_task(
             watcher.start(name)
             if own_process:
                 if name == "train" and train_on.target != "process":
-                    run_on_cluster(name, config, store_url, train_on, rebuild=rebuild, emit=watcher.emit)
+                    artifact = run_on_cluster(lookup, config, store, train_on, rebuild=rebuild, emit=watcher.emit)
                 else:
-                    run_in_process(name, config, store_url, rebuild=rebuild, emit=watcher.emit)
-                artifact = store.open(f"{name}/{lookup.fingerprint}")
+                    told = lookup.input_fingerprints
+                    run_in_process(name, config, store_url, inputs=told, rebuild=rebuild, emit=watcher.emit)
+                    artifact = store.open(f"{name}/{lookup.fingerprint}")
                 found = record(artifact, "built", time.monotonic() - started)
             else:
                 artifact, found = run_stage(name, config, store, rebuild=rebuild, inputs=inputs, emit=watcher.emit)

@@ -23,6 +23,7 @@ from flows.reporting import Watcher
 from nanodlm.config import Config
 from nanodlm.errors import NanodlmError, Unreachable, UsageError
 from nanodlm.stages import fanout
+from nanodlm.stages.lookup import ready
 from nanodlm.store import Artifact, Store
 
 RUNNERS = ("threads", "processes", "dask")
@@ -75,14 +76,16 @@ def shard_in_parallel(config: Config, store_url: str, inputs: dict[str, Artifact
     The shard stage has to run afterwards: it adopts them, makes those whose tasks failed, and says why if it cannot.
     """
     store = Store(store_url)
-    with fanout.work(config, store, inputs, watcher.emit) as work:
-        if len(work.missing) < 2:
+    lookup = ready("shard", config, store, inputs=inputs)
+    with fanout.missing_shards(lookup, store, watcher.emit) as missing:
+        if len(missing) < 2:
             return
         runner, token = task_runner(), EMIT.set(watcher.emit)
         watcher.start("shard")
         try:
             with tags(TAG):  # with an absolute path, for other machines
-                build_shards.with_options(task_runner=runner)(work.missing, config, store.uri(), work.inputs)
+                make = build_shards.with_options(task_runner=runner)
+                make(missing, config, store.uri(), lookup.input_fingerprints)
         except OSError as error:
             raise NanodlmError(
                 f"the workers that make shards cannot be reached: {' '.join(str(error).split())[:200]}; check "

@@ -41,7 +41,7 @@ ROOMS = {
     "__init__": {"checkpoints", "config", "diffusion", "stages"},
     "__main__": {"cli"},
 }  # fmt: skip
-LIGHT = ("cli.main", "cluster.jobs", "config", "stages.run", "data.download", "data.split", "evaluation.report")
+LIGHT = ("cli.main", "cluster.follow", "config", "stages.run", "data.download", "data.split", "evaluation.report")
 
 
 def _modules() -> dict[str, Path]:

@@ -31,6 +31,7 @@ class Console:
         self._stage = ""
         self._printed = 0.0
         self._pace = Pace()
+        self.artifacts: dict[str, Artifact] = {}  # of finished stages, by stage
 
     def line(self, text: str) -> None:
         """Print one line, in which `[bold]` and the like mean what they do to rich."""
@@ -87,12 +88,14 @@ class Console:
     def done(self, artifact: "Artifact", record: dict[str, Any]) -> None:
         """Print the line of a finished stage."""
         self.end()
+        self.artifacts[artifact.stage] = artifact
         built = record["status"] == "built"
         status = f"[green]built  {record['seconds']:7.1f} s[/green]" if built else f"[cyan]{'cached':<16}[/cyan]"
         self.line(f"[bold]{record['stage']:<10}[/bold] {status}  {escape(summary(artifact))}")
 
-    def finish(self, artifacts: dict[str, "Artifact"]) -> None:
-        """Print the results and where everything lies."""
+    def finish(self) -> None:
+        """Print the results of the finished stages and where everything lies."""
+        artifacts = self.artifacts
         self.line("")
         if "evaluate" in artifacts:
             m = artifacts["evaluate"].metrics

@@ -1,5 +1,6 @@
 """Commands that build artifacts: the whole pipeline, one stage alone, or one on a cluster."""
 
+import contextlib
 import os
 import sys
 import time
@@ -13,9 +14,9 @@ from tyro.conf import arg
 from nanodlm.cli.arguments import Output, Settings
 from nanodlm.cli.console import Console
 from nanodlm.cli.store import OpenStore
-from nanodlm.cluster.settings import Launch
+from nanodlm.cluster.settings import Launch, Work
 from nanodlm.config import Config
-from nanodlm.errors import UsageError
+from nanodlm.errors import NanodlmError, UsageError
 from nanodlm.stages import table
 from nanodlm.stages.lookup import look_up, ready
 from nanodlm.stages.run import record, run_stage
@@ -56,9 +57,8 @@ def run(
             from flows.pipeline import run_pipeline
 
             records = run_pipeline(config, store.uri(), until, rebuild, out, verbose, runner, workers)
-        artifacts = [store.open(done["uri"]) for done in records]
-    out.finish({artifact.stage: artifact for artifact in artifacts})
-    _print_result(records, artifacts, out)
+    out.finish()
+    _print_result(records, out)
 
 
 def _build(name: str, config: Config, store: Store, rebuild: bool, out: Console) -> dict[str, Any]:
@@ -76,11 +76,12 @@ def _quiet_prefect(verbose: bool) -> None:
         os.environ.setdefault(name, value)
 
 
-def _print_result(records: list[dict[str, Any]], artifacts: list[Artifact], out: Console) -> None:
-    metrics = {name: value for artifact in artifacts for name, value in artifact.metrics.items()}
+def _print_result(records: list[dict[str, Any]], out: Console) -> None:
+    metrics = {name: value for artifact in out.artifacts.values() for name, value in artifact.metrics.items()}
     metrics.pop("first_sample", None)
-    report = next((artifact.uri for artifact in artifacts if artifact.stage == "report"), None)
-    out.json(stages=[done for done in records if done["stage"] != "report"], metrics=metrics, report=report)
+    report = out.artifacts.get("report")
+    stages = [done for done in records if done["stage"] != "report"]
+    out.json(stages=stages, metrics=metrics, report=report.uri if report else None)
 
 
 def plan(
@@ -163,17 +164,17 @@ def _run_alone(name: str, config: Config, how: Alone, store: Store, out: Console
     end_with_parent()
     # What one process has compiled serves the next, a resumed run above all.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_dir() / "compiled"))
-    inputs, follow = _open_inputs(name, config, store, how.inputs) if how.inputs else None, False
+    inputs, helping = _open_inputs(name, config, store, how.inputs) if how.inputs else None, False
     if isinstance(how, AloneOrTogether):
         from nanodlm.devices.hosts import join
 
-        follow = join(how.coordinator, how.processes, how.process) > 0
+        helping = join(how.coordinator, how.processes, how.process) > 0
     with out.showing(name) as emit:
         emit = EventLog(Path(how.events)) if how.events else emit
-        artifact, done = run_stage(name, config, store, rebuild=how.rebuild, follow=follow, inputs=inputs, emit=emit)
+        artifact, done = run_stage(name, config, store, rebuild=how.rebuild, helping=helping, inputs=inputs, emit=emit)
     out.done(artifact, done)
     out.text(artifact.uri)
-    _print_result([done], [artifact], out)
+    _print_result([done], out)
 
 
 def _open_inputs(name: str, config: Config, store: Store, words: tuple[str, ...]) -> dict[str, Artifact]:
@@ -209,34 +210,37 @@ def launch(
     wait: Annotated[bool, Doc("Show how it goes until it is done; interrupted, the job is cancelled.")] = False,
 ) -> None:
     """Run a stage on a cluster, as a Slurm job or a Kubernetes JobSet."""
-    from nanodlm.cluster.follow import run_on_cluster
-    from nanodlm.cluster.jobs import submit
+    from nanodlm.cluster.follow import SCHEDULERS, run_on_cluster
 
-    out = Console(sys.stdout)
+    out, lookup = Console(sys.stdout), None
+    with contextlib.suppress(NanodlmError) if dry_run else contextlib.nullcontext():
+        # A folder that is not here is a disk that only the cluster has: the job then looks its inputs up.
+        if wait or not store.is_local or Path(store.root).is_dir():
+            lookup = ready(stage, config, store, rebuild=rebuild)
+    work = Work(config, store.uri(), to, stage, lookup.input_fingerprints if lookup else {}, rebuild)
     if dry_run:
-        _print_job(stage, config, store.uri(), to, rebuild)
-    elif wait:
-        began = time.monotonic()
-        with out.showing(stage) as emit:
-            ran = run_on_cluster(stage, config, store.uri(), to, rebuild=rebuild, emit=emit)
-        artifact = store.open(f"{stage}/{ready(stage, config, store)[0].fingerprint}")
-        out.done(artifact, record(artifact, "built" if ran else "cached", time.monotonic() - began))
+        _print_job(work)
+    elif wait and lookup:
+        began, artifact, status = time.monotonic(), lookup.artifact, "cached"
+        if artifact is None or rebuild:
+            with out.showing(stage) as emit:
+                artifact = run_on_cluster(lookup, config, store, to, rebuild=rebuild, emit=emit)
+            status = "built"
+        out.done(artifact, record(artifact, status, time.monotonic() - began))
         out.text(artifact.uri)
     else:
-        if not store.is_local or Path(store.root).is_dir():  # else it is a disk that only the cluster has
-            ready(stage, config, store, rebuild=rebuild)
-        job = submit(stage, config, store.uri(), to, rebuild=rebuild)
+        job = SCHEDULERS[to.target].submit(work)
         out.text(f"{job}", f"`nanodlm ls --store {store.uri()}` shows what is done")
 
 
-def _print_job(stage: str, config: Config, store: str, to: Launch, rebuild: bool) -> None:
-    if to.target == "slurm":
+def _print_job(work: Work) -> None:
+    if work.launch.target == "slurm":
         from nanodlm.cluster.slurm import slurm_script
 
-        print(slurm_script(config, store, to, rebuild, stage=stage), end="")
+        print(slurm_script(work), end="")
     else:
         import yaml
 
         from nanodlm.cluster.kubernetes import jobset
 
-        print(yaml.safe_dump(jobset(config, store, to, rebuild, stage=stage), sort_keys=False, width=1000), end="")
+        print(yaml.safe_dump(jobset(work), sort_keys=False, width=1000), end="")

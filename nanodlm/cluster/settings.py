@@ -1,18 +1,20 @@
-"""Where a job of a cluster is to run, and with what."""
+"""Where a job of a cluster runs and what it does, and how schedulers' programs are asked."""
 
+import subprocess
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from nanodlm.config import Config, Group
-from nanodlm.errors import UsageError
+from nanodlm.errors import NanodlmError, UsageError
+from nanodlm.stages.process import stage_flags
 from nanodlm.store import Store, fingerprint_of
 
 MOUNT = "/store"  # where `Launch.store_volume` lies in a pod
 PORT = 4321  # of the first pod, on which the others find it
 LOOK_SECONDS = 2.0  # between looks into the store
-LONGEST = 120_000  # bytes of a configuration: Linux takes no word above 128 KiB
 NAME = r"^[A-Za-z0-9]([A-Za-z0-9_.,-]*[A-Za-z0-9])?$|^$"
 K8S_NAME = r"^[a-z0-9]([a-z0-9.-]*[a-z0-9])?$|^$"
 
@@ -69,58 +71,125 @@ class Launch(Group):
         return self
 
 
-def _nodes(stage: str, launch: Launch) -> int:
-    """Hosts that a stage uses: only training is shared."""
-    return launch.nodes if stage == "train" else 1
+@dataclass(frozen=True)
+class Work:
+    """What a job is to do, and where.
 
-
-def _place(stage: str, store_url: str, launch: Launch) -> str:
-    """The store's address as the job will use it.
-
-    Raises:
-        UsageError: When the job's hosts would not all see it.
+    Attributes:
+        config: The run's configuration, which the job holds.
+        store: Address of a store that all its hosts see.
+        launch: The hosts.
+        stage: `train`, `evaluate` or `sample`.
+        inputs: Fingerprints, by stage, of what it reads; without them the job needs the source, and looks them up.
+        rebuild: Whether to build even when the artifact exists.
     """
-    store = Store(store_url)
-    address = store.uri()
-    if address.startswith("memory:"):
-        raise UsageError("a store in memory is seen by no other process: give --store a shared folder or a bucket")
-    if _nodes(stage, launch) > 1 and not store.is_local:
-        raise UsageError(
-            f"several hosts save one checkpoint together, so {address} cannot be their store: give --store a folder on "
-            "a disk that they share, and `nanodlm copy` the result to the bucket"
-        )
-    if launch.target == "k8s" and store.is_local:
-        if not launch.store_volume:
+
+    config: Config
+    store: str
+    launch: Launch
+    stage: str = "train"
+    inputs: dict[str, str] = field(default_factory=dict)
+    rebuild: bool = False
+
+    @property
+    def nodes(self) -> int:
+        """How many hosts it takes: only training is shared."""
+        return self.launch.nodes if self.stage == "train" else 1
+
+    @property
+    def name(self) -> str:
+        """The job's name, the same for the same work, so that a job that somebody has left is found again."""
+        config = self.config
+        work: dict[str, Any] = {"store": Store(self.store).uri(), "rebuild": self.rebuild}
+        work |= {
+            "data": config.data.model_dump(mode="json"),
+            "train": config.training(),
+            "from": config.exp.resume_path,
+        }
+        if self.stage != "train":
+            work[self.stage] = {"evaluate": config.eval, "sample": config.sample}[self.stage].model_dump(mode="json")
+        return f"nanodlm-{self.stage}-{fingerprint_of(work)[:12]}"
+
+    def flags(self) -> list[str]:
+        """Return what follows the configuration in the job's command.
+
+        Raises:
+            UsageError: When the job's hosts would not all see the store, or the text that they look up.
+        """
+        store, launch = Store(self.store), self.launch
+        address = store.uri()
+        if address.startswith("memory:"):
+            raise UsageError("a store in memory is seen by no other process: give --store a shared folder or a bucket")
+        if self.nodes > 1 and not store.is_local:
+            raise UsageError(
+                f"several hosts save one checkpoint together, so {address} cannot be their store: give --store a "
+                "folder on a disk that they share, and `nanodlm copy` the result to the bucket"
+            )
+        if launch.target == "k8s" and store.is_local and not launch.store_volume:
             raise UsageError(
                 f"no pod sees the folder {address} of this machine: give --store a bucket, or name a volume that pods "
                 f"share with --store_volume and give --store {MOUNT} or a folder in it"
             )
-        if not Path(store.root).is_relative_to(MOUNT):
+        if launch.target == "k8s" and store.is_local and not Path(store.root).is_relative_to(MOUNT):
             raise UsageError(
                 f"the volume {launch.store_volume} is mounted at {MOUNT}, and {address} is not in it: give --store "
                 f"{MOUNT}, or a folder in it"
             )
-    return address
+        for source in self.config.data.source if launch.target == "k8s" and not self.inputs else ():
+            if (
+                source != "sotu"
+                and "://" not in source
+                and not (launch.store_volume and source.startswith(f"{MOUNT}/"))
+            ):
+                raise UsageError(f"no pod sees the file {source}: give --data.source a URL, or a path below {MOUNT}")
+        return stage_flags(address, self.inputs, rebuild=self.rebuild)
 
 
-def _job_name(stage: str, config: Config, place: str, rebuild: bool) -> str:
-    """A name that is the same for the same artifact, so that a job that somebody has left is found again."""
-    work: dict[str, Any] = {"store": place, "rebuild": rebuild, "data": config.data.model_dump(mode="json")}
-    work |= {"train": config.training(), "from": config.exp.resume_path}
-    if stage != "train":
-        work[stage] = {"evaluate": config.eval, "sample": config.sample}[stage].model_dump(mode="json")
-    return f"nanodlm-{stage}-{fingerprint_of(work)[:12]}"
+@dataclass(frozen=True)
+class Job:
+    """A job that a scheduler has taken.
+
+    Attributes:
+        launch: Where it runs.
+        name: Its number at Slurm, or the name of its JobSet.
+        hint: A command that shows it.
+        found: Whether it was there already: submitted before, by somebody who has left it or waits for it as well.
+    """
+
+    launch: Launch
+    name: str
+    hint: str
+    found: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.launch.target} job {self.name} is {'there already' if self.found else 'submitted'}: {self.hint}"
 
 
-def _argument(text: str) -> str:
-    """A configuration as one word of a command.
+def ask(command: list[str], text: str = "", seconds: float = 60) -> tuple[int, str, str]:
+    """Run a scheduler's program: its exit code, output and errors; 127 when it is not there, 124 when it hangs."""
+    try:
+        done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=seconds)
+    except FileNotFoundError:
+        return 127, "", f"{command[0]} is not there"
+    except subprocess.TimeoutExpired:
+        return 124, "", f"{command[0]} did not answer within {seconds:.0f} s"
+    return done.returncode, done.stdout.strip(), done.stderr.strip()
+
+
+def hand_over(command: list[str], job: str, remedy: str) -> str:
+    """Give a job to a scheduler's program, and return its answer.
 
     Raises:
-        UsageError: When it is longer than Linux lets a word be.
+        NanodlmError: When the program is not there, or refuses.
     """
-    if len(text.encode()) > LONGEST:
-        raise UsageError(
-            f"the settings take {len(text.encode()):,} bytes, more than a job's command may hold: give --data.source "
-            "as a glob, in quotes, instead of each file"
-        )
-    return text
+    code, answer, error = ask(command, job)
+    if code == 127:
+        raise NanodlmError(f"there is no program {command[0]} here: {remedy}, or print the job with --dry-run")
+    if code:
+        raise NanodlmError(f"{command[0]} did not take the job: {last_line(error) or f'exit code {code}'}")
+    return answer
+
+
+def last_line(text: str) -> str:
+    """Return the last line of a text, without the program's name."""
+    return (text.strip().splitlines() or [""])[-1].removeprefix("nanodlm: ")

@@ -1,12 +1,12 @@
-"""Slurm: the batch script of a job, and what the scheduler says of it."""
+"""Slurm: a job's batch script, submitting it, and asking how it stands."""
 
 import shlex
 import sys
 import time
+from pathlib import Path
+from typing import Literal
 
-from nanodlm.cluster.commands import _last, _run
-from nanodlm.cluster.settings import LOOK_SECONDS, Launch, _argument, _job_name, _nodes, _place
-from nanodlm.config import Config
+from nanodlm.cluster.settings import LOOK_SECONDS, Job, Work, ask, hand_over, last_line
 from nanodlm.errors import NanodlmError, Stopped
 
 WAIT_SECONDS = 600  # for the other tasks of a Slurm job to end after the first has
@@ -14,31 +14,25 @@ WAITING = {"PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "STOP
 WAITING |= {"REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD", "STAGE_OUT", "REVOKED"}
 
 
-def slurm_script(config: Config, store_url: str, launch: Launch, rebuild: bool = False, *, stage: str = "train") -> str:
-    """A batch script for Slurm.
+def slurm_script(work: Work) -> str:
+    """Write a batch script for Slurm.
 
-    One task for each GPU; they find each other by themselves (see `launch.join`). Before the time limit, when it is
-    preempted, or on `scancel --signal=TERM`, the job's tasks save and end with 75, and the script puts the job back
-    into the queue. Environment variables come from where it is submitted; nothing secret is in the script.
-
-    Args:
-        config: The run's configuration, which the script holds.
-        store_url: A store that all hosts see.
-        launch: The hosts.
-        rebuild: Whether to build even when the artifact exists.
-        stage: train, evaluate or sample.
+    It starts one task for each GPU; they find each other by themselves (see `devices.hosts.join`). Before the time
+    limit, when it is preempted, or on `scancel --signal=TERM`, the job's tasks save and end with 75, and the script
+    puts the job back into the queue. Environment variables come from where it is submitted; no secret is in the script.
 
     Raises:
         UsageError: When the hosts would not all see the store.
 
-    >>> slurm_script(Config(), "/shared/store", Launch(target="slurm", nodes=2, gpus_per_node=8)).splitlines()[2:4]
+    >>> from nanodlm.cluster.settings import Config, Launch
+    >>> slurm_script(Work(Config(), "/shared", Launch(target="slurm", nodes=2, gpus_per_node=8))).splitlines()[2:4]
     ['#SBATCH --nodes=2', '#SBATCH --ntasks-per-node=8']
     """
-    place, nodes = _place(stage, store_url, launch), _nodes(stage, launch)
+    launch, stage = work.launch, work.stage
     tasks = max(1, launch.gpus_per_node) if stage == "train" else 1
     options = {
-        "job-name": _job_name(stage, config, place, rebuild),
-        "nodes": nodes,
+        "job-name": work.name,
+        "nodes": work.nodes,
         "ntasks-per-node": tasks,
         "gpus-per-node": launch.gpus_per_node or None,
         "cpus-per-task": launch.cpus_per_task,
@@ -56,18 +50,17 @@ def slurm_script(config: Config, store_url: str, launch: Launch, rebuild: bool =
     if launch.cpus_per_task:
         srun.append(f"--cpus-per-task={launch.cpus_per_task}")  # which it does not take from the job
     words = [*srun, sys.executable, "-P", "-m", "nanodlm", stage]
-    text = _argument(config.model_dump_json(indent=1))
     return "\n".join([
         "#!/usr/bin/env bash",
         *lines,
         "set -uo pipefail",
         "",
         "config=$(cat <<'CONFIG'",
-        text,
+        work.config.model_dump_json(indent=1),
         "CONFIG",
         ")",
         "",
-        f'{shlex.join(words)} "$config" --store {shlex.quote(place)}{" --rebuild" if rebuild else ""}',
+        f'{shlex.join(words)} "$config" {shlex.join(work.flags())}',
         "code=$?",
         f"if [ $code -eq {Stopped.exit_code} ]; then  # a signal ended it and it has saved: go on later",
         '    scontrol requeue "$SLURM_JOB_ID"',
@@ -77,23 +70,55 @@ def slurm_script(config: Config, store_url: str, launch: Launch, rebuild: bool =
     ])  # fmt: skip
 
 
-def _slurm_job(name: str, patience: float) -> str:
-    """The number of the caller's job of that name that waits or runs, or an empty string.
+def submit(work: Work) -> Job:
+    """Submit a job, unless one for the same work waits or runs.
 
     One that is ending, and may yet go back into the queue, is waited for.
 
     Raises:
-        NanodlmError: When Slurm does not say.
+        UsageError: When the hosts would not all see the store.
+        NanodlmError: When Slurm is not here, does not answer, or refuses.
     """
-    states, deadline = "PENDING,CONFIGURING,RUNNING,SUSPENDED,COMPLETING", time.monotonic() + patience
+    script, deadline = slurm_script(work), time.monotonic() + work.launch.grace_seconds + 60
+    states = "PENDING,CONFIGURING,RUNNING,SUSPENDED,COMPLETING"
     while True:
-        words = ["squeue", "--noheader", "--me", f"--name={name}", f"--states={states}", "--format=%i %T"]
-        code, said, error = _run(words)
+        words = ["squeue", "--noheader", "--me", f"--name={work.name}", f"--states={states}", "--format=%i %T"]
+        code, answer, error = ask(words)
         if code not in (0, 127):
-            raise NanodlmError(f"squeue does not say whether the job is there already: {_last(error)}")
-        jobs = [line.split() for line in said.splitlines()]
-        if found := [number for number, state in jobs if state != "COMPLETING"]:
-            return found[0]
-        if not jobs or time.monotonic() > deadline:
-            return ""
+            raise NanodlmError(f"squeue does not say whether the job is there already: {last_line(error)}")
+        jobs = [line.split() for line in answer.splitlines()]
+        going_on = [number for number, state in jobs if state != "COMPLETING"]
+        if going_on or not jobs or time.monotonic() > deadline:
+            break
         time.sleep(LOOK_SECONDS)
+    remedy = "run this where jobs are submitted to Slurm"
+    number = going_on[0] if going_on else hand_over(["sbatch", "--parsable"], script, remedy).split(";")[0]
+    return Job(work.launch, number, f"squeue -j {number}", found=bool(going_on))
+
+
+def state(job: Job) -> tuple[Literal["waiting", "done", "failed", "unknown"], str]:
+    """Ask how a job stands, and in words: `waiting` is queued or running, `unknown` is without an answer."""
+    code, answer, error = ask(["squeue", "--noheader", "--states=all", "--format=%T", "-j", job.name])
+    if code and "Invalid job id" not in error:
+        return "unknown", last_line(error)
+    word = answer.split()[0] if answer else "gone from the queue"
+    if word in WAITING:
+        return "waiting", word
+    return ("done", word) if word == "COMPLETED" else ("failed", f"it is {word}{_last_output(job)}")
+
+
+def _last_output(job: Job) -> str:
+    """Return the last line of a job's output, and where that lies."""
+    _, answer, _ = ask(["scontrol", "--oneliner", "show", "job", job.name])
+    path = next((word.removeprefix("StdOut=") for word in answer.split() if word.startswith("StdOut=")), "")
+    try:
+        lines = Path(path).read_text(errors="replace").strip().splitlines()
+    except OSError:
+        return ""
+    own = [line for line in lines if line.startswith("nanodlm: ")] or lines
+    return f" ({last_line(own[-1])}; see {path})" if own else f" (see {path})"
+
+
+def cancel(job: Job) -> None:
+    """End a job, if it has not ended; it saves first. That Slurm cannot be asked is not an error."""
+    ask(["scancel", job.name])

@@ -56,9 +56,13 @@ def build(config: Config, inputs: dict[str, Artifact], attempt: Attempt, emit: C
 
 
 def loss_curve(points: list[tuple[int, float]], level: float | None = None) -> str:
-    """An SVG of the training bound in nats per token over updates; with the unigram entropy a dashed line.
+    """Return an SVG of the training bound in nats per token over updates, with a dashed line at `level`.
 
     Each point is the mean of up to 1/50 of the records, because the bound of one batch is noisy.
+
+    Args:
+        points: Updates done, and the bound of the batch then.
+        level: The unigram entropy in nats per token, or None for no line.
     """
     size = max(1, len(points) // 50)
     groups = [points[i : i + size] for i in range(0, len(points), size)]

@@ -28,10 +28,10 @@ if TYPE_CHECKING:
 def generate(
     config: Config, inputs: dict[str, "Artifact"], attempt: "Attempt", emit: Callable[..., None] = lambda *_, **__: None
 ) -> dict[str, Any]:
-    """Stage: draw `sample.num_samples` texts; write `samples.txt`, `.jsonl` and `tokens.npy`.
+    """Draw `sample.num_samples` texts and write them to `samples.txt`, `samples.jsonl` and `tokens.npy`.
 
     Raises:
-        UsageError: When the prompt leaves no room to write.
+        UsageError: When the prompt is as long as the texts.
     """
     options = config.sample
     model, encoding = load_artifact(inputs["train"])
@@ -51,16 +51,16 @@ def generate(
 def make_draw(
     options: SampleConfig, trained: Config, encoding: tiktoken.Encoding, graphdef: nnx.GraphDef
 ) -> jax.stages.Wrapped:
-    """The jitted function of a network's parameters and a key that draws texts as the options say.
+    """Return a jitted function `(params, key) -> tokens` that draws texts, int32 of shape (num_samples, length).
 
     Args:
         options: How to sample.
-        trained: What the network was trained as.
+        trained: The configuration that the network was trained with.
         encoding: Its tokenizer.
-        graphdef: The network's own, from `nnx.split`.
+        graphdef: The network's structure, from `nnx.split`.
 
     Raises:
-        UsageError: When the prompt leaves no room to write.
+        UsageError: When the prompt is as long as the texts.
     """
     length = options.length or trained.model.seq_len
     prompt = np.array(encoding.encode_ordinary(options.prompt), np.int32)
@@ -80,7 +80,7 @@ def make_draw(
 
 
 def cache_window(seq_len: int, block_size: int) -> int:
-    """Tokens before a block that the block reads: whole blocks, no more than in training.
+    """Return how many tokens before a block it reads: whole blocks, no more than in training.
 
     >>> cache_window(64, 16), cache_window(64, 1)
     (48, 63)
@@ -98,7 +98,7 @@ def _draw(
     key: Key[Array, ""],
     prompt: Int[Array, "P"],
 ) -> Int[Array, "B L"]:
-    """Token ids from the sampler of the objective that the model was trained on.
+    """Draw token ids with the sampler that belongs to the objective the model was trained on.
 
     A network of blocks looks back over `window` tokens, no further than in training.
     """

@@ -1,8 +1,8 @@
-"""What the store says about each stage of a configuration."""
+"""What the store holds of each stage of a configuration."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 from nanodlm.config import Config
 from nanodlm.errors import Damaged, NanodlmError
@@ -12,18 +12,71 @@ from nanodlm.store import SCHEMA, Artifact, Store, fingerprint_of
 
 @dataclass(frozen=True)
 class Lookup:
-    """What the store says about a stage: its artifact, or why there is none yet.
+    """A stage whose inputs are there, and what the store holds of it.
 
-    `fingerprint` is None while an input is missing, for then it cannot be known.
+    Attributes:
+        stage: The stage.
+        inputs: The artifacts it reads, by stage.
+        identity: Everything that determines its bytes.
+        fingerprint: The sha256 of its identity.
+        artifact: What the store holds under this fingerprint, or None.
     """
 
     stage: Stage
-    identity: dict[str, Any] | None
-    fingerprint: str | None
-    artifact: Artifact | None
+    inputs: dict[str, Artifact]
+    identity: dict[str, Any]
+    fingerprint: str
+    artifact: Artifact | None = None
+
+    @property
+    def input_fingerprints(self) -> dict[str, str]:
+        """Fingerprints of the inputs by stage, as another process is told them."""
+        return {name: artifact.fingerprint for name, artifact in self.inputs.items()}
+
+    def find_in(self, store: Store, *, may_be_damaged: bool = False) -> Self:
+        """Return this lookup with the artifact that the store holds now.
+
+        Raises:
+            Damaged: When its files are missing or have other sizes than its manifest says, unless it may be damaged.
+        """
+        try:
+            artifact = store.find(self.stage.name, self.fingerprint)
+            if artifact:
+                if comparable({k: artifact.manifest[k] for k in self.identity}) != comparable(self.identity):
+                    raise Damaged(artifact.remedy("its manifest is that of other settings or inputs"))
+                artifact.check()
+        except Damaged:
+            if not may_be_damaged:
+                raise
+            artifact = None
+        return replace(self, artifact=artifact)
 
 
-def look_up(config: Config, store: Store, until: str = "report", rebuild: str | None = None) -> Iterator[Lookup]:
+@dataclass(frozen=True)
+class Missing:
+    """A stage that has no fingerprint yet, because that depends on inputs which are not built: those `lacking`."""
+
+    stage: Stage
+    lacking: list[str]
+    fingerprint: None = None
+    artifact: None = None
+
+
+def identify(stage: Stage, config: Config, inputs: dict[str, Artifact]) -> Lookup:
+    """Return a stage's identity and fingerprint, without asking the store."""
+    identity = {
+        "schema": SCHEMA,
+        "stage": stage.name,
+        "version": stage.version,
+        "parameters": stage.parameters(config),
+        "inputs": {name: artifact.digest for name, artifact in inputs.items()},
+    }
+    return Lookup(stage, inputs, identity, fingerprint_of(identity))
+
+
+def look_up(
+    config: Config, store: Store, until: str = "report", rebuild: str | None = None
+) -> Iterator[Lookup | Missing]:
     """Look up every stage up to `until`, in order; that of `rebuild` may be damaged.
 
     Raises:
@@ -31,11 +84,12 @@ def look_up(config: Config, store: Store, until: str = "report", rebuild: str | 
     """
     found: dict[str, Artifact] = {}
     for stage in STAGES.values():
-        missing = [name for name in stage.inputs(config) if name not in found]
-        if missing:
-            yield Lookup(stage, None, None, None)
+        needed = stage.inputs(config)
+        if lacking := sorted(set(needed) - set(found), key=NAMES.index):
+            yield Missing(stage, lacking)
         else:
-            lookup = _look_up_one(stage, config, store, found, stage.name == rebuild)
+            lookup = identify(stage, config, {name: found[name] for name in needed})
+            lookup = lookup.find_in(store, may_be_damaged=stage.name == rebuild)
             if lookup.artifact:
                 found[stage.name] = lookup.artifact
             yield lookup
@@ -43,39 +97,10 @@ def look_up(config: Config, store: Store, until: str = "report", rebuild: str | 
             return
 
 
-def _look_up_one(
-    stage: Stage, config: Config, store: Store, inputs: dict[str, Artifact], may_be_damaged: bool
-) -> Lookup:
-    identity = _identity(stage, config, inputs)
-    fingerprint = fingerprint_of(identity)
-    try:
-        artifact = store.find(stage.name, fingerprint)
-        if artifact:
-            if _comparable({k: artifact.manifest[k] for k in identity}) != _comparable(identity):
-                raise Damaged(artifact.remedy("its manifest is that of other settings or inputs"))
-            artifact.check()
-    except Damaged:
-        if not may_be_damaged:
-            raise
-        artifact = None
-    return Lookup(stage, identity, fingerprint, artifact)
-
-
-def _identity(stage: Stage, config: Config, found: dict[str, Artifact]) -> dict[str, Any]:
-    inputs = {name: found[name] for name in stage.inputs(config) if name in found}
-    return {
-        "schema": SCHEMA,
-        "stage": stage.name,
-        "version": stage.version,
-        "parameters": stage.parameters(config),
-        "inputs": {name: artifact.digest for name, artifact in inputs.items()},
-    }
-
-
 def ready(
     name: str, config: Config, store: Store, *, rebuild: bool = False, inputs: dict[str, Artifact] | None = None
-) -> tuple[Lookup, dict[str, Artifact]]:
-    """A stage's lookup and its input artifacts.
+) -> Lookup:
+    """Look up one stage, whose inputs have to be there.
 
     Args:
         name: One of `STAGES`.
@@ -88,24 +113,17 @@ def ready(
         NanodlmError: When an input has not been built.
     """
     if inputs is not None:
-        return _look_up_one(STAGES[name], config, store, inputs, rebuild), inputs
-    found: dict[str, Artifact] = {}
-    for lookup in look_up(config, store, until=name, rebuild=name if rebuild else None):
-        if lookup.stage.name == name:
-            needed = lookup.stage.inputs(config)
-            if lookup.identity is None:
-                lacking = sorted((i for i in needed if i not in found), key=NAMES.index)
-                raise NanodlmError(
-                    f"{name} needs {' and '.join(lacking)}, which {store.uri()} does not hold for this configuration: "
-                    f"run `nanodlm run --until {lacking[-1]}` with the same flags first"
-                )
-            return lookup, {i: found[i] for i in needed}
-        if lookup.artifact:
-            found[lookup.stage.name] = lookup.artifact
-    raise KeyError(name)
+        return identify(STAGES[name], config, inputs).find_in(store, may_be_damaged=rebuild)
+    *_, last = look_up(config, store, STAGES[name].name, name if rebuild else None)
+    if isinstance(last, Missing):
+        raise NanodlmError(
+            f"{name} needs {' and '.join(last.lacking)}, which {store.uri()} does not hold for this configuration: "
+            f"run `nanodlm run --until {last.lacking[-1]}` with the same flags first"
+        )
+    return last
 
 
-def _comparable(identity: dict[str, Any]) -> dict[str, Any]:
-    """Inputs by digest alone, with the settings at the top."""
+def comparable(identity: dict[str, Any]) -> dict[str, Any]:
+    """Return an identity with its settings at the top and its inputs by digest alone."""
     inputs = {n: i["digest"] if isinstance(i, dict) else i for n, i in identity["inputs"].items()}
     return {**identity["parameters"], "input": inputs, "version": identity["version"], "schema": identity["schema"]}

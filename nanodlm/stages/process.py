@@ -1,7 +1,8 @@
 """Starting and supervising a stage in a process of its own, without Prefect.
 
-The child is `nanodlm train|evaluate|sample CONFIG.json --store URL --events FILE`, in its own process group. It ends
-when its parent does, writes its progress to the events file, and on SIGTERM saves and exits with 75.
+The child is `nanodlm train|evaluate|sample CONFIG.json --store URL --inputs STAGE=FINGERPRINT … --events FILE`, in its
+own process group. It ends when its parent does, writes its progress to the events file, and on SIGTERM saves and exits
+with 75.
 """
 
 import json
@@ -12,19 +13,29 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from nanodlm.config import Config
 from nanodlm.errors import NanodlmError, Stopped, UsageError
+from nanodlm.stages.progress import Emit
 
 PARENT = "NANODLM_PARENT_PID"
 GRACE_SECONDS = 60.0  # for a child to save after SIGTERM, before it is killed
 
 
+def stage_flags(store: str, inputs: dict[str, str], *, rebuild: bool = False) -> list[str]:
+    """Return the flags of one stage's command; without fingerprints of its inputs it looks up all from the source on.
+
+    >>> stage_flags("data/store", {"train": "3fe1"}, rebuild=True)
+    ['--store', 'data/store', '--inputs', 'train=3fe1', '--rebuild']
+    """
+    told = ["--inputs", *(f"{stage}={fingerprint}" for stage, fingerprint in inputs.items())] if inputs else []
+    return ["--store", store, *told, *(["--rebuild"] if rebuild else [])]
+
+
 def run_in_process(
-    name: str, config: Config, store_url: str, *, rebuild: bool = False, emit: Callable[..., None]
+    name: str, config: Config, store_url: str, *, inputs: dict[str, str], rebuild: bool = False, emit: Emit
 ) -> None:
     """Run one stage in a child process until it ends.
 
@@ -32,6 +43,7 @@ def run_in_process(
         name: `train`, `evaluate` or `sample`.
         config: The run's configuration.
         store_url: Where artifacts lie.
+        inputs: Fingerprints, by stage, of the artifacts it reads: the child looks nothing else up.
         rebuild: Build even when the artifact exists.
         emit: Called with the child's events.
 
@@ -44,21 +56,11 @@ def run_in_process(
         config_file, events, errors = (Path(folder) / n for n in ("config.json", "events.jsonl", "stderr.txt"))
         config_file.write_text(config.model_dump_json())
         events.touch()
-        command = [
-            sys.executable,
-            "-P",
-            "-m",
-            "nanodlm",
-            name,
-            str(config_file),
-            "--store",
-            store_url,
-            "--events",
-            str(events),
-        ]
+        command = [sys.executable, "-P", "-m", "nanodlm", name, str(config_file)]
+        command += [*stage_flags(store_url, inputs, rebuild=rebuild), "--events", str(events)]
         with errors.open("wb") as stderr, events.open() as feed:
             child = subprocess.Popen(
-                [*command, *(["--rebuild"] if rebuild else [])],
+                command,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=stderr,
@@ -67,14 +69,11 @@ def run_in_process(
             )
             try:
                 while child.poll() is None:
-                    for event in _new_events(feed):
-                        emit(event.pop("event"), **event)
+                    _emit_new_events(feed, emit)
                     time.sleep(0.1)
-                for event in _new_events(feed):
-                    emit(event.pop("event"), **event)
+                _emit_new_events(feed, emit)
             except BaseException as interruption:
-                code = _stop(child)
-                if code == Stopped.exit_code:
+                if _stop(child) == Stopped.exit_code:
                     raise Stopped(_last_line(errors)) from interruption
                 raise
             finally:
@@ -85,17 +84,16 @@ def run_in_process(
             raise kind(_last_line(errors) or f"the {name} process ended with {ending}; run again to continue")
 
 
-def _new_events(feed: IO[str]) -> Iterator[dict[str, Any]]:
-    """Whole lines written since the last call."""
+def _emit_new_events(feed: IO[str], emit: Emit) -> None:
+    """Emit the events of the whole lines that were written since the last call."""
     while True:
-        at = feed.tell()
-        line = feed.readline()
+        start, line = feed.tell(), feed.readline()
         if not line.endswith("\n"):
-            feed.seek(at)
+            feed.seek(start)
             return
         event = json.loads(line)
-        event.pop("time", None)
-        yield event
+        del event["time"]
+        emit(event.pop("event"), **event)
 
 
 def _last_line(path: Path) -> str:
@@ -104,7 +102,7 @@ def _last_line(path: Path) -> str:
 
 
 def _stop(child: subprocess.Popen[bytes]) -> int:
-    """Ask the child to save and stop; kill its group when it takes too long."""
+    """Ask the child to save and stop, kill its group when it takes too long, and return how it ended."""
     if child.poll() is None:
         child.send_signal(signal.SIGTERM)
         try:
@@ -115,7 +113,7 @@ def _stop(child: subprocess.Popen[bytes]) -> int:
 
 
 def end_with_parent() -> None:
-    """When a supervisor started this process, watch it and end with it: SIGTERM first, so that work is saved."""
+    """Watch the supervisor that started this process, if one did, and end with it: SIGTERM first, to save work."""
     parent = int(os.environ.pop(PARENT, "0"))
     if not parent:
         return

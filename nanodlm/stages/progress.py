@@ -1,4 +1,4 @@
-"""What a running stage tells: events in a file, the pace of progress, a line on each result."""
+"""What a running stage reports: events in a file, the pace of its progress, a line on each result."""
 
 import json
 import time
@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from nanodlm.store import Artifact
 
+Emit = Callable[..., None]  # called as emit(kind, **fields)
+
 
 class EventLog:
-    """Appends one JSON object per event to a file; call it as `emit(kind, **fields)`."""
+    """Append one JSON object per event to a file; call it as `emit(kind, **fields)`."""
 
     def __init__(self, path: Path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -27,7 +29,7 @@ class EventLog:
 
 
 class Pace:
-    """Puts the progress of one stage into words, with the time that is left.
+    """Put the progress of one stage into words, with the time that is left.
 
     >>> Pace().describe({"done": 20, "total": 120, "unit": "updates", "loss": 2.5})
     '20/120 updates, loss 2.500'
@@ -37,7 +39,7 @@ class Pace:
         self._first: tuple[float | None, float, float] | None = None  # total, done and time of a count's first event
 
     def describe(self, fields: dict[str, Any]) -> str:
-        """Words for the fields of a `progress` event."""
+        """Return words for the fields of a `progress` event."""
         done, total = fields["done"], fields.get("total")
         digits = 1 if total and total < 100 and not float(total).is_integer() else 0
         count = f"{done:,.{digits}f}/{total:,.{digits}f}" if total else f"{done:,.1f}"
@@ -56,7 +58,7 @@ class Pace:
 
 
 def summary(artifact: "Artifact") -> str:
-    """One phrase on what an artifact holds."""
+    """Return one phrase on what an artifact holds."""
     m = artifact.metrics
     match artifact.stage:
         case "download":
@@ -78,6 +80,3 @@ def summary(artifact: "Artifact") -> str:
             return f"{m['samples']} samples"
         case _:
             return ""
-
-
-Emit = Callable[..., None]

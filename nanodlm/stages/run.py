@@ -5,13 +5,13 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import import_module
 from typing import Any
 
 from nanodlm.config import Config
 from nanodlm.errors import NanodlmError
-from nanodlm.stages.lookup import Lookup, ready
-from nanodlm.stages.table import Emit, until
+from nanodlm.stages.lookup import Lookup, identify, ready
+from nanodlm.stages.progress import Emit
+from nanodlm.stages.table import STAGES, until
 from nanodlm.store import Artifact, Store, hold_lease, new_attempt
 from nanodlm.store.cache import cache_dir
 
@@ -25,21 +25,22 @@ def run_stage(
     store: Store,
     *,
     rebuild: bool = False,
-    follow: bool = False,
+    helping: bool = False,
     inputs: dict[str, Artifact] | None = None,
     emit: Emit = lambda *_, **__: None,
 ) -> tuple[Artifact, dict[str, Any]]:
-    """Find a stage's artifact or build it, here and now, its inputs being there.
+    """Return a stage's artifact, which is built in this process unless the store holds it.
 
-    When another process is building the same artifact, wait for it.
+    While another process is building the same artifact, wait for that.
 
     Args:
         name: One of `STAGES`.
         config: The run's configuration.
         store: Where artifacts lie.
         rebuild: Build even when the artifact exists; equal bytes leave the old manifest in place.
-        follow: Whether this process helps another one, which has the attempt and commits it.
-        inputs: Its input artifacts, where they are known; else they are looked up, from the source on.
+        helping: Whether this is one of several processes that train together, but not process 0, which commits.
+        inputs: Its input artifacts, where the caller knows them, and that the stage is to be built: then the store is
+            only asked once the stage's lease is held. Else everything is looked up, from the source on.
         emit: Called as `emit(kind, **fields)` with progress.
 
     Returns:
@@ -47,65 +48,73 @@ def run_stage(
     """
     started = time.monotonic()
     store.emit = emit
-    lookup, inputs = ready(name, config, store, rebuild=rebuild, inputs=inputs)
-    assert lookup.identity is not None
-    assert lookup.fingerprint is not None
-    stage, artifact, status = lookup.stage, lookup.artifact, "cached"
-    if follow and (artifact is None or rebuild):
-        module, function = stage.build.split(":")
-        getattr(import_module(module), function)(config, inputs, None)
-        done = time.monotonic()
-        while (artifact := store.find(name, lookup.fingerprint)) is None:
-            if time.monotonic() > done + COMMIT_SECONDS:
-                raise NanodlmError(f"process 0 did not commit the {name} artifact: see what it says")
-            time.sleep(0.2)
-        return artifact, record(artifact, "built", time.monotonic() - started)
-    if artifact is None or rebuild:
-        reads = {input_: found.fingerprint for input_, found in inputs.items()}
-        with hold_lease(store, name, lookup.fingerprint, lambda text: emit("message", text=text), reads) as mine:
-
-            def publish(kind: str, **fields: Any) -> None:
-                mine["events"] = {**mine["events"], kind: fields}  # whoever waits elsewhere reads the lease
-                emit(kind, **fields)
-
-            store.emit = publish
-            artifact = None if rebuild else store.find(name, lookup.fingerprint)  # another run may have been quicker
-            if artifact is None:
-                artifact, status = _build(lookup, config, store, inputs, rebuild, publish), "built"
-    return artifact, record(artifact, status, time.monotonic() - started)
+    if inputs is None:
+        lookup = ready(name, config, store, rebuild=rebuild)
+    else:
+        lookup = identify(STAGES[name], config, inputs)
+    if lookup.artifact and not rebuild:
+        artifact, built = lookup.artifact, False
+    else:
+        artifact, built = (_help if helping else _build)(lookup, config, store, rebuild, emit)
+    return artifact, record(artifact, "built" if built else "cached", time.monotonic() - started)
 
 
-def _build(
-    lookup: Lookup, config: Config, store: Store, inputs: dict[str, Artifact], rebuild: bool, emit: Emit
-) -> Artifact:
-    assert lookup.identity is not None
-    assert lookup.fingerprint is not None
-    module, function = lookup.stage.build.split(":")
-    afresh = rebuild and lookup.artifact is not None
-    with (
-        full_disk_in_one_line(store),
-        new_attempt(store, lookup.stage.name, lookup.fingerprint, afresh=afresh) as attempt,
-    ):
-        metrics = getattr(import_module(module), function)(config, inputs, attempt, emit)
-        # Beside the digests that are part of the identity, the fingerprints tell where the inputs lie.
-        lineage = {n: {"digest": a.digest, "fingerprint": a.fingerprint} for n, a in inputs.items()}
-        return attempt.commit(
-            identity={**lookup.identity, "inputs": lineage},
-            config=config.model_dump(mode="json"),
-            metrics=metrics,
-            volatile=lookup.stage.volatile,
-            replace=rebuild,
-        )
+def _build(lookup: Lookup, config: Config, store: Store, rebuild: bool, emit: Emit) -> tuple[Artifact, bool]:
+    """Build and commit a stage while holding its lease; the artifact, and False where another run was quicker."""
+    stage, fingerprint, reads = lookup.stage, lookup.fingerprint, lookup.input_fingerprints
+    with hold_lease(store, stage.name, fingerprint, lambda text: emit("message", text=text), reads) as lease:
+
+        def publish(kind: str, **fields: Any) -> None:
+            lease["events"] = {**lease["events"], kind: fields}  # whoever waits elsewhere reads the lease
+            emit(kind, **fields)
+
+        store.emit = publish
+        existing = lookup.find_in(store, may_be_damaged=rebuild).artifact
+        if existing and not rebuild:
+            return existing, False
+        with (
+            full_disk_in_one_line(store),
+            new_attempt(store, stage.name, fingerprint, afresh=existing is not None) as attempt,
+        ):
+            metrics = stage.run(config, lookup.inputs, attempt, publish)
+            # Beside the digests that are part of the identity, the fingerprints tell where the inputs lie.
+            lineage = {n: {"digest": a.digest, "fingerprint": a.fingerprint} for n, a in lookup.inputs.items()}
+            artifact = attempt.commit(
+                identity={**lookup.identity, "inputs": lineage},
+                config=config.model_dump(mode="json"),
+                metrics=metrics,
+                volatile=stage.volatile,
+                replace=rebuild,
+            )
+            return artifact, True
+
+
+def _help(lookup: Lookup, config: Config, store: Store, rebuild: bool, emit: Emit) -> tuple[Artifact, bool]:
+    """Take part in a stage that process 0 builds and commits, as `_build` does there."""
+    artifact = lookup.find_in(store, may_be_damaged=rebuild).artifact
+    if artifact and not rebuild:
+        return artifact, False
+    lookup.stage.run(config, lookup.inputs, None, emit)
+    deadline = time.monotonic() + COMMIT_SECONDS
+    while (artifact := store.find(lookup.stage.name, lookup.fingerprint)) is None:
+        if time.monotonic() > deadline:
+            raise NanodlmError(f"process 0 did not commit the {lookup.stage.name} artifact: see what it says")
+        time.sleep(0.2)
+    return artifact, True
 
 
 @contextmanager
 def full_disk_in_one_line(store: Store) -> Iterator[None]:
-    """Say in one line when a disk is full, whoever wrote to it."""
+    """Turn whatever a library raises when a disk is full into one line that names the disk.
+
+    Raises:
+        NanodlmError: When nothing more fits.
+    """
     try:
         yield
     except Exception as error:  # libraries that write by themselves say it in words of their own
-        said = {getattr(error, "errno", None), *(code for code in FULL if os.strerror(code) in str(error))}
-        if isinstance(error, NanodlmError) or not (full := said & FULL):
+        codes = {getattr(error, "errno", None), *(code for code in FULL if os.strerror(code) in str(error))}
+        if isinstance(error, NanodlmError) or not (full := codes & FULL):
             raise
         where = store.uri() if store.is_local else f"{store.uri()}, or into the cache {cache_dir()}"
         raise NanodlmError(
@@ -115,7 +124,7 @@ def full_disk_in_one_line(store: Store) -> Iterator[None]:
 
 
 def record(artifact: Artifact, status: str, seconds: float) -> dict[str, Any]:
-    """What `--json` and the flows say of a stage."""
+    """Return what `--json` and the flows say of a stage."""
     return {
         "stage": artifact.stage,
         "status": status,
@@ -143,11 +152,14 @@ def train(config: Config, store: str | None = None, emit: Emit = lambda *_, **__
         print(run.uri, run.metrics["train_nats_per_token"])
     """
     opened = Store(store or default_store())
+    found: dict[str, Artifact] = {}
     for name in until("train"):
-        artifact, _ = run_stage(name, config, opened, emit=emit)
-    return artifact  # type: ignore[possibly-unbound]
+        inputs = {needed: found[needed] for needed in STAGES[name].inputs(config)}
+        existing = ready(name, config, opened, inputs=inputs).artifact
+        found[name] = existing or run_stage(name, config, opened, inputs=inputs, emit=emit)[0]
+    return found["train"]
 
 
 def default_store() -> str:
-    """`$NANODLM_STORE`, else `data/store`."""
+    """Return `$NANODLM_STORE`, else `data/store`."""
     return os.environ.get("NANODLM_STORE") or "data/store"

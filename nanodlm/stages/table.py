@@ -1,4 +1,4 @@
-"""The seven stages as data, and the one way to run any of them: look it up, else build it.
+"""The seven stages and their report, as data.
 
     download -> tokenizer -> split -> shard -> train -> evaluate -> sample   (a report gathers them)
 
@@ -8,13 +8,12 @@ Its fingerprint covers just those, so a changed setting rebuilds what depends on
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 from nanodlm.checkpoints.finding import find_checkpoint
 from nanodlm.config import Config
 from nanodlm.errors import UsageError
-
-Emit = Callable[..., None]
 
 
 @dataclass(frozen=True)
@@ -23,8 +22,8 @@ class Stage:
 
     Attributes:
         name: Also the name of its folder in the store.
-        build: `module:function` that does the work; imported when it runs.
-        inputs: Stages whose artifacts it reads.
+        build: `module:function` that does the work; see `run`.
+        reads: Stages whose artifacts it reads; see `inputs`.
         parameters: The settings that determine its bytes, given the inputs.
         version: Raised when the function's output changes for equal inputs.
         own_process: Whether it uses JAX, and so runs in a process of its own beside an orchestrator.
@@ -33,11 +32,25 @@ class Stage:
 
     name: str
     build: str
-    inputs: Callable[[Config], tuple[str, ...]]
+    reads: tuple[str, ...]
     parameters: Callable[[Config], dict[str, Any]]
     version: int = 1
     own_process: bool = False
     volatile: tuple[str, ...] = ()
+
+    def inputs(self, config: Config) -> tuple[str, ...]:
+        """Return the stages whose artifacts it reads: a tokenizer reads the text only to be trained on it."""
+        return () if self.name == "tokenizer" and config.data.tokenizer != "bpe" else self.reads
+
+    def run(self, *arguments: Any) -> dict[str, Any]:
+        """Call `build`, imported now, with `(config, inputs, attempt, emit)`; it returns the stage's metrics."""
+        module, function = self.build.split(":")
+        return getattr(import_module(module), function)(*arguments)
+
+
+def _settings(group: str, *names: str) -> Callable[[Config], dict[str, Any]]:
+    """Return a function that takes settings of one group out of a configuration: all of them without names."""
+    return lambda config: getattr(config, group).model_dump(include=set(names) or None)
 
 
 def _source(config: Config) -> dict[str, Any]:
@@ -46,75 +59,45 @@ def _source(config: Config) -> dict[str, Any]:
     return sources.identity(config.data)
 
 
-def _tokenizer_parameters(config: Config) -> dict[str, Any]:
+def _tokenizer(config: Config) -> dict[str, Any]:
     fields = {"tokenizer", "vocab_size", "val_tokens", "split_seed"}
     return config.data.model_dump(include=fields if config.data.tokenizer == "bpe" else {"tokenizer"})
 
 
-def _train_parameters(config: Config) -> dict[str, Any]:
+def _training(config: Config) -> dict[str, Any]:
     if not config.exp.resume_path:
         return config.training()
     return {**config.training(), "started_from": find_checkpoint(config.exp.resume_path).digest}
 
 
-STAGES: dict[str, Stage] = {
-    stage.name: stage
-    for stage in (
-        Stage("download", "nanodlm.data.download:download", lambda c: (), _source),
-        Stage(
-            "tokenizer",
-            "nanodlm.data.split:build_tokenizer",
-            lambda c: ("download",) if c.data.tokenizer == "bpe" else (),
-            _tokenizer_parameters,
-        ),
-        Stage(
-            "split",
-            "nanodlm.data.split:build_split",
-            lambda c: ("download", "tokenizer"),
-            lambda c: c.data.model_dump(include={"val_tokens", "split_seed"}),
-        ),
-        Stage(
-            "shard",
-            "nanodlm.data.shard:build_shards",
-            lambda c: ("download", "tokenizer", "split"),
-            lambda c: c.model.model_dump(include={"seq_len"}),
-            version=2,  # its metrics list the rows of each shard
-        ),
-        Stage(
-            "train",
-            "nanodlm.training.loop:train",
-            lambda c: ("shard", "tokenizer"),
-            _train_parameters,
-            own_process=True,
-            volatile=("checkpoints/", "config.json", "logs.json"),
-        ),
-        Stage(
-            "evaluate",
-            "nanodlm.evaluation.evaluate:evaluate",
-            lambda c: ("shard", "train"),
-            lambda c: c.eval.model_dump(),
-            own_process=True,
-        ),
-        Stage(
-            "sample",
-            "nanodlm.generation.generate:generate",
-            lambda c: ("train",),
-            lambda c: c.sample.model_dump(),
-            own_process=True,
-        ),
-        Stage(
-            "report",
-            "nanodlm.evaluation.report:build",
-            lambda c: ("train", "evaluate", "sample"),
-            lambda c: c.exp.model_dump(include={"run_name"}),
-        ),
-    )
-}
+LOGS = ("checkpoints/", "config.json", "logs.json")
+ALL = (
+    Stage("download", "nanodlm.data.download:download", (), _source),
+    Stage("tokenizer", "nanodlm.data.split:build_tokenizer", ("download",), _tokenizer),
+    Stage(
+        "split",
+        "nanodlm.data.split:build_split",
+        ("download", "tokenizer"),
+        _settings("data", "val_tokens", "split_seed"),
+    ),
+    Stage(
+        "shard",
+        "nanodlm.data.shard:build_shards",
+        ("download", "tokenizer", "split"),
+        _settings("model", "seq_len"),
+        version=2,  # its metrics list the rows of each shard
+    ),
+    Stage("train", "nanodlm.training.loop:train", ("shard", "tokenizer"), _training, own_process=True, volatile=LOGS),
+    Stage("evaluate", "nanodlm.evaluation.evaluate:evaluate", ("shard", "train"), _settings("eval"), own_process=True),
+    Stage("sample", "nanodlm.generation.generate:generate", ("train",), _settings("sample"), own_process=True),
+    Stage("report", "nanodlm.evaluation.report:build", ("train", "evaluate", "sample"), _settings("exp", "run_name")),
+)
+STAGES = {stage.name: stage for stage in ALL}
 NAMES = tuple(name for name in STAGES if name != "report")
 
 
 def until(last: str) -> tuple[str, ...]:
-    """Names of the stages up to one; the report comes with the samples.
+    """Return the names of the stages up to one; the report comes with the samples.
 
     >>> until("split")
     ('download', 'tokenizer', 'split')
@@ -123,10 +106,10 @@ def until(last: str) -> tuple[str, ...]:
 
 
 def check_rebuild(rebuild: str | None, last: str) -> None:
-    """Whether a stage that is to be rebuilt is among those up to one.
+    """Refuse to rebuild a stage that comes after the last one.
 
     Raises:
-        UsageError: When it is not.
+        UsageError: When it does.
     """
     if rebuild is not None and rebuild not in until(last):
         raise UsageError(f"--rebuild {rebuild} comes after --until {last}: nothing would be rebuilt")

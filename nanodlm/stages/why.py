@@ -4,18 +4,18 @@ from collections.abc import Iterator
 
 from nanodlm.config import Config, differences
 from nanodlm.errors import Damaged
-from nanodlm.stages.lookup import Lookup, _comparable
+from nanodlm.stages.lookup import Lookup, Missing, comparable
 from nanodlm.stages.table import STAGES
 from nanodlm.store import SCHEMA, Artifact, Store
 
 
-def why(lookup: Lookup, store: Store) -> str:
-    """Why a stage would be built: which settings and inputs differ from the most similar artifact there is."""
-    if lookup.identity is None:
+def why(lookup: Lookup | Missing, store: Store) -> str:
+    """Say why a stage would be built: which settings and inputs differ from the most similar artifact there is."""
+    if isinstance(lookup, Missing):
         return "an input is not built yet"
     if not store.asked:
         return "it was not fetched before, and the store is not asked while NANODLM_OFFLINE is set"
-    wanted = _comparable(lookup.identity)
+    wanted = comparable(lookup.identity)
     best: tuple[list[str], str] | None = None
     for stage, fingerprint in store:
         if stage != lookup.stage.name:
@@ -26,7 +26,7 @@ def why(lookup: Lookup, store: Store) -> str:
             continue
         if other is None:
             continue
-        has = _comparable({k: other.manifest[k] for k in lookup.identity})
+        has = comparable({k: other.manifest[k] for k in lookup.identity})
         reasons = [f"{field}: {values}" for field, values in differences(has, wanted).items()]
         if best is None or len(reasons) < len(best[0]):
             best = (reasons, fingerprint[:12])
@@ -34,7 +34,7 @@ def why(lookup: Lookup, store: Store) -> str:
 
 
 def explain(artifact: Artifact, config: Config) -> Iterator[str]:
-    """Why a configuration would not reuse an artifact: what differs, in it and in all it was made from.
+    """Say why a configuration would not reuse an artifact: what differs, in it and in all it was made from.
 
     Yields:
         Lines such as `train: train.lr: 0.001 -> 0.002`; one may come twice.

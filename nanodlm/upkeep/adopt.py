@@ -26,9 +26,7 @@ def adopt(config: Config, store: Store, files: list[str], emit: Emit = lambda *_
     Raises:
         NanodlmError: When a file cannot be read as `data` says.
     """
-    lookup, _ = ready("download", config, store)
-    assert lookup.identity is not None
-    assert lookup.fingerprint is not None
+    lookup = ready("download", config, store)
     if lookup.artifact:
         return lookup.artifact, False
     with (

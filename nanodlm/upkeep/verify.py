@@ -130,7 +130,7 @@ def _repair(
         config, inputs = Config(**settings), None
         if artifact:  # then the source need not be there, unless it is the download that is bad
             inputs = {name: store.open(f"{name}/{made}").check() for name, made in _made_from(artifact)}
-        lookup, _ = ready(stage, config, store, rebuild=True, inputs=inputs)
+        lookup = ready(stage, config, store, rebuild=True, inputs=inputs)
         if lookup.fingerprint != fingerprint:
             raise NanodlmError("this version of nanodlm, or the source's files now, would make another one")
     except (NanodlmError, ValueError) as error:

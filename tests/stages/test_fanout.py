@@ -10,7 +10,7 @@ import pytest
 
 from nanodlm.config import Config
 from nanodlm.data import rows
-from nanodlm.errors import Damaged, NanodlmError
+from nanodlm.errors import Damaged
 from nanodlm.stages import fanout, lookup, run
 from nanodlm.store import Artifact, Store, cache, files, finished_parts, new_attempt
 from nanodlm.upkeep import collect
@@ -38,15 +38,14 @@ def made(config: Config, store: Store) -> Artifact:
     return run.run_stage("shard", config, store)[0]
 
 
-def fingerprint_of(config: Config, store: Store) -> str:
-    fingerprint = lookup.ready("shard", config, store)[0].fingerprint
-    assert fingerprint is not None
-    return fingerprint
-
-
 def missing(config: Config, store: Store) -> list[int]:
-    with fanout.work(config, store) as work:
-        return work.missing
+    with fanout.missing_shards(lookup.ready("shard", config, store), store) as numbers:
+        return numbers
+
+
+def build(config: Config, store: Store, index: int) -> bool:
+    """Make one shard as a worker does that is told what it is made from."""
+    return fanout.build_shard(config, store, index, lookup.ready("shard", config, store).input_fingerprints)
 
 
 def test_shards_made_one_by_one_are_adopted_to_the_digest_of_the_stage_alone(config: Config, tmp_path: Path) -> None:
@@ -54,7 +53,7 @@ def test_shards_made_one_by_one_are_adopted_to_the_digest_of_the_stage_alone(con
     store = prepared(config, str(tmp_path / "shared"))
     todo = missing(config, store)
     assert len(todo) > 3
-    assert [fanout.build_shard(config, store, i) for i in reversed(todo)] == [True] * len(todo)
+    assert [build(config, store, i) for i in reversed(todo)] == [True] * len(todo)
     assert missing(config, store) == []
     finished = {p.name: p.stat().st_ino for p in Path(store.root).glob("shard/*/attempts/*/train-*")}
     artifact = made(config, store)
@@ -67,12 +66,12 @@ def test_a_finished_shard_is_not_made_again_and_a_missing_one_is_left_to_the_sta
     config: Config, tmp_path: Path
 ) -> None:
     store = prepared(config, str(tmp_path / "store"))
-    assert fanout.build_shard(config, store, 1)
-    assert not fanout.build_shard(config, store, 1)
+    assert build(config, store, 1)
+    assert not build(config, store, 1)
     assert missing(config, store) == [i for i in range(len(missing(config, store)) + 1) if i != 1]
     artifact = made(config, store)
     assert missing(config, store) == []
-    assert not fanout.build_shard(config, store, 0)
+    assert not build(config, store, 0)
     assert artifact.digest == made(config, prepared(config, str(tmp_path / "alone"))).digest
 
 
@@ -80,14 +79,14 @@ def test_workers_that_make_the_same_shards_at_once_change_no_bit(config: Config,
     url = str(tmp_path / "store")
     todo = missing(config, prepared(config, url))
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda i: fanout.build_shard(config, Store(url), i), [*todo, *todo]))
+        list(pool.map(lambda i: build(config, Store(url), i), [*todo, *todo]))
     assert made(config, Store(url)).digest == made(config, prepared(config, str(tmp_path / "alone"))).digest
 
 
 def test_a_rebuild_adopts_nothing_that_workers_made_before(config: Config, tmp_path: Path) -> None:
     store = prepared(config, str(tmp_path / "store"))
     for i in missing(config, store):
-        fanout.build_shard(config, store, i)
+        build(config, store, i)
     artifact = made(config, store)
     with new_attempt(store, "shard", artifact.fingerprint, afresh=True) as attempt:
         assert attempt.earlier == {}
@@ -96,7 +95,7 @@ def test_a_rebuild_adopts_nothing_that_workers_made_before(config: Config, tmp_p
 def test_a_damaged_shard_of_a_worker_is_made_again_by_the_stage(config: Config, tmp_path: Path) -> None:
     store = prepared(config, str(tmp_path / "store"))
     for i in missing(config, store):
-        fanout.build_shard(config, store, i)
+        build(config, store, i)
     (damaged,) = Path(store.root).glob(f"shard/*/attempts/*/{rows.name(2)}")
     content = damaged.read_bytes()
     damaged.write_bytes(content[:50] + bytes([content[50] ^ 1]) + content[51:])
@@ -109,14 +108,11 @@ def test_a_worker_needs_no_source_and_fetches_its_part_of_the_corpus_alone(
     fsspec.filesystem("s3").mkdir("worker")
     prepared(config, "s3://worker/store")
     store = Store("s3://worker/store")
-    with fanout.work(config, store) as work:
-        pass
+    inputs = lookup.ready("shard", config, store).input_fingerprints
     for path in tmp_path.glob("text-*.txt"):
         path.unlink()
     cache.drop(next((cache.cache_dir() / "entries").glob("download-*")).name)
-    with pytest.raises(NanodlmError, match="no file matches"):
-        fanout.build_shard(config, store, 1)
-    assert fanout.build_shard(config, store, 1, work.inputs)
+    assert fanout.build_shard(config, store, 1, inputs)
     fetched = (cache.cache_dir() / "entries").glob("download-*/files/*")
     assert [path.name for path in fetched] == ["part-00001.parquet"]
 
@@ -128,8 +124,8 @@ def test_a_shard_adopted_in_a_bucket_is_copied_there_and_not_sent_again(
     store = prepared(config, "s3://adopted/store")
     todo = missing(config, store)
     for i in todo:
-        fanout.build_shard(config, store, i)
-    fingerprint = fingerprint_of(config, store)
+        build(config, store, i)
+    fingerprint = lookup.ready("shard", config, store).fingerprint
     (bad,) = finished_parts(store, "shard", fingerprint)[rows.name(1)]
     path = store.path("shard", fingerprint, "attempts", bad, rows.name(1))
     content = store.read(path)
@@ -154,8 +150,8 @@ def test_what_workers_have_finished_is_not_collected_before_the_stage_has_adopte
     store = prepared(config, str(tmp_path / "store"))
     todo = missing(config, store)
     for i in todo:
-        fanout.build_shard(config, store, i)
-    fanout.build_shard(config, store, 0)
+        build(config, store, i)
+    build(config, store, 0)
     assert list(collect.collect(store, grace=-1.0)) == []
     made(config, store)
     gone = list(collect.collect(store, grace=-1.0))
@@ -165,14 +161,15 @@ def test_what_workers_have_finished_is_not_collected_before_the_stage_has_adopte
 
 def test_while_shards_are_made_the_stage_is_leased_with_its_inputs(config: Config, tmp_path: Path) -> None:
     store = prepared(config, str(tmp_path / "store"))
-    lease = store.path("shard", fingerprint_of(config, store), "lease.json")
-    with fanout.work(config, store) as work:
-        assert work.missing
-        assert store.read_json(lease)["inputs"] == work.inputs
-        assert work.inputs.keys() == set(PREPARED)
+    found = lookup.ready("shard", config, store)
+    lease = store.path("shard", found.fingerprint, "lease.json")
+    with fanout.missing_shards(found, store) as numbers:
+        assert numbers
+        assert store.read_json(lease)["inputs"] == found.input_fingerprints
+        assert found.input_fingerprints.keys() == set(PREPARED)
     assert not Path(lease).exists()
     made(config, store)
-    with fanout.work(config, store) as work:
+    with fanout.missing_shards(found, store) as numbers:
         assert not Path(lease).exists()
 
 
@@ -181,15 +178,14 @@ def test_a_shard_of_a_damaged_corpus_is_refused(config: Config, tmp_path: Path) 
     (part,) = Path(store.root).glob("download/*/attempts/*/part-00002.parquet")
     content = part.read_bytes()
     part.write_bytes(content[:50] + bytes([content[50] ^ 1]) + content[51:])
-    assert fanout.build_shard(config, store, 1)
+    assert build(config, store, 1)
     with pytest.raises(Damaged, match="part-00002"):
-        fanout.build_shard(config, store, 2)
+        build(config, store, 2)
 
 
 def test_a_worker_does_not_load_jax(config: Config, tmp_path: Path) -> None:
     store = prepared(config, str(tmp_path / "store"))
-    with fanout.work(config, store) as work:
-        pass
+    inputs = lookup.ready("shard", config, store).input_fingerprints
     (tmp_path / "config.json").write_text(config.model_dump_json())
     code = f"""
 import sys
@@ -197,7 +193,7 @@ from pathlib import Path
 from flows.shards import build_shard
 from nanodlm.config import Config
 config = Config.model_validate_json(Path({str(tmp_path / "config.json")!r}).read_text())
-print(build_shard.fn(0, config, {store.uri()!r}, {work.inputs!r}), *sys.modules)
+print(build_shard.fn(0, config, {store.uri()!r}, {inputs!r}), *sys.modules)
 """
     made, *loaded = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True

@@ -14,7 +14,7 @@ from nanodlm.errors import Damaged, NanodlmError
 from nanodlm.stages import lookup as stages_lookup
 from nanodlm.stages import run, table
 from nanodlm.stages import why as stages_why
-from nanodlm.store import Artifact, Store
+from nanodlm.store import Artifact, Store, lease_events
 from tests.support.helpers import prose, tiny_config
 
 DATA_STAGES = ("download", "tokenizer", "split", "shard")
@@ -284,8 +284,8 @@ def test_a_stage_whose_inputs_are_missing_names_them_and_the_command(store: Stor
 def test_a_ready_stage_gets_its_inputs_and_no_others(store: Store, source: Path) -> None:
     config = tiny_config(source)
     found = run_all(config, store)
-    lookup, inputs = stages_lookup.ready("shard", config, store)
-    assert {name: a.fingerprint for name, a in inputs.items()} == {
+    lookup = stages_lookup.ready("shard", config, store)
+    assert lookup.input_fingerprints == {
         name: found[name][0].fingerprint for name in ("download", "tokenizer", "split")
     }
     assert lookup.fingerprint == found["shard"][0].fingerprint
@@ -356,3 +356,23 @@ def test_a_second_run_of_a_stage_waits_for_the_first_and_takes_its_result(
         assert second.communicate(timeout=60)[0] == "cached\n"
     attempts = list(Path(store.root).glob("download/*/attempts/*"))
     assert len(attempts) == 1
+
+
+def test_the_lease_tells_others_how_far_a_stage_is_and_the_artifact_knows_nothing_of_it(
+    store: Store, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nanodlm.store.lease.LEASE_SECONDS", 0.3)
+    seen = []
+
+    def emit(kind: str, **fields: Any) -> None:
+        (lease,) = Path(store.root).glob("*/*/lease.json")
+        address, deadline = lease.parts[-3:-1], time.monotonic() + 5
+        while lease_events(store, *address).get(kind) != fields and time.monotonic() < deadline:
+            time.sleep(0.02)
+        seen.append(lease_events(store, *address).get(kind) == fields)
+
+    artifact, _ = run.run_stage("download", tiny_config(source), store, emit=emit)
+    assert seen
+    assert all(seen)
+    assert lease_events(store, "download", artifact.fingerprint) == {}
+    assert not artifact.problems(deep=True)
