@@ -48,7 +48,7 @@ SHORT = config_of()
 LONG = config_of("--train.max_steps", "1000000", "--exp.save_every", "20", "--exp.val_rows", "2")
 
 
-def wait_until(holds: Callable[[], Any], seconds: float = 120, otherwise: Callable[[], str] = lambda: "") -> Any:
+def wait_until(holds: Callable[[], Any], seconds: float = 240, otherwise: Callable[[], str] = lambda: "") -> Any:
     """Return what a condition gives as soon as it holds."""
     deadline = time.monotonic() + seconds
     while not (value := holds()):
