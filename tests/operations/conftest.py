@@ -48,7 +48,7 @@ SHORT = config_of()
 LONG = config_of("--train.max_steps", "1000000", "--exp.save_every", "20", "--exp.val_rows", "2")
 
 
-def wait_until(holds: Callable[[], Any], seconds: float = 60, otherwise: Callable[[], str] = lambda: "") -> Any:
+def wait_until(holds: Callable[[], Any], seconds: float = 240, otherwise: Callable[[], str] = lambda: "") -> Any:
     """Return what a condition gives as soon as it holds."""
     deadline = time.monotonic() + seconds
     while not (value := holds()):
@@ -120,7 +120,7 @@ class Site:
         """Return the name of a run's state, or its message."""
         return self.ask(f"/flow_runs/{run}")["state"][what]
 
-    def ends(self, run: str, seconds: float = 120) -> str:
+    def ends(self, run: str, seconds: float = 240) -> str:
         """Return the name of the state in which a run ends."""
         wait_until(lambda: self.state(run) in FINAL, seconds, lambda: f"{self.state(run)}: {self.log()}")
         return self.state(run)
@@ -148,7 +148,7 @@ class Site:
 
     def trainer(self, least_step: int) -> psutil.Process:
         """Return the process that trains, once it has saved so many updates."""
-        wait_until(lambda: self.steps() >= least_step, 120, self.log)
+        wait_until(lambda: self.steps() >= least_step, 240, self.log)
         lease = json.loads(next(self.store.glob("train/*/lease.json")).read_text())
         return psutil.Process(lease["pid"])
 

@@ -161,7 +161,8 @@ def test_the_image_copies_what_is_there_and_what_its_ignore_file_lets_through() 
     assert ignored[0] == "*"
     assert {line[1:] for line in ignored if line.startswith("!")} == copied()
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    assert {*project["tool"]["setuptools"]["packages"], project["project"]["readme"]} <= copied()
+    packages = {pattern.rstrip("*") for pattern in project["tool"]["setuptools"]["packages"]["find"]["include"]}
+    assert {*packages, project["project"]["readme"]} <= copied()
     assert set(project["project"]["license-files"]) <= copied()
 
 

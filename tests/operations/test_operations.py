@@ -18,7 +18,7 @@ from nanodlm.stages.table import NAMES
 from tests.operations.conftest import LONG, ROOT, SHORT, Site, config_of, wait_until
 from tests.support import servers
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # whole servers and workers
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # whole servers and workers
 OF_DEMO = {"deployments": {"name": {"any_": ["demo"]}}}  # the scheduler makes runs of others meanwhile
 CACHED = dict.fromkeys(("download", "tokenizer", "split", "shard"), "Cached")
 
@@ -131,7 +131,7 @@ def test_a_killed_trainer_fails_its_run_and_a_retry_goes_on(site: Site) -> None:
     saved = site.steps()
     site.succeeds("flow-run", "retry", run)
     trainer = site.trainer(least_step=saved + 20)
-    wait_until(lambda: len(site.updates_shown(run)) == 2, 60, site.log)
+    wait_until(lambda: len(site.updates_shown(run)) == 2, otherwise=site.log)
     assert site.updates_shown(run)[1] > saved  # it did not begin anew
     site.cancel(run)
     assert gone(trainer)
@@ -154,14 +154,16 @@ def test_runs_take_turns_at_a_limit_and_give_their_slot_back_when_they_are_stopp
     trainer = site.trainer(least_step=20)
     impatient, patient = (site.start("train/gpu", config=config) for config in (SHORT, LONG))
     for run in (impatient, patient):
-        wait_until(lambda run=run: site.lines(run, "waiting for a slot of the concurrency limit gpu"), 60, site.log)
+        wait_until(
+            lambda run=run: site.lines(run, "waiting for a slot of the concurrency limit gpu"), otherwise=site.log
+        )
     site.cancel(impatient)
     assert trainer.is_running()
     assert (site.taken(), site.state(patient)) == (1, "Running")
     assert not site.lines(patient, "train: building")
     site.cancel(holder)
     assert gone(trainer)
-    wait_until(lambda: site.lines(patient, "train: building"), 60, site.log)
+    wait_until(lambda: site.lines(patient, "train: building"), otherwise=site.log)
     assert site.taken() == 1
     saved = site.steps()
     flow = site.trainer(least_step=saved + 20).parent()
@@ -202,7 +204,7 @@ def test_training_goes_on_while_the_server_is_away_and_runs_end_well_however_the
 
         server.close()
         wait_until(lambda: list(site.store.glob("train/*/manifest.json")), 240, site.log)
-        wait_until(lambda: "the Prefect server is away: waiting to tell it" in site.log(), 60, site.log)
+        wait_until(lambda: "the Prefect server is away: waiting to tell it" in site.log(), otherwise=site.log)
         time.sleep(away)
         server.enter_context(servers.prefect(tmp_path, port))
         assert site.ends(run, 300) == "Completed"
@@ -216,7 +218,7 @@ def test_training_goes_on_while_the_server_is_away_and_runs_end_well_however_the
         trainer = site.trainer(least_step=20)
         server.close()
         trainer.kill()
-        wait_until(lambda: site.log().count("the Prefect server is away") > 1, 60, site.log)
+        wait_until(lambda: site.log().count("the Prefect server is away") > 1, otherwise=site.log)
         time.sleep(away)
         server.enter_context(servers.prefect(tmp_path, port))
         assert site.ends(failing, 300) == "Failed"
