@@ -718,6 +718,7 @@ def built(store: Store, status: str) -> dict[str, str]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("place", ["seaweedfs", "gcs"], indirect=True)
 def test_the_whole_pipeline_on_a_server_gives_the_digests_of_a_local_run(
     run_here: dict[str, str], place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
