@@ -25,12 +25,14 @@ import tiktoken
 from flax import nnx
 from jaxtyping import Array, Int, Key
 
-from nanodlm.build import make_model, make_objective, padded_vocab_size
+from nanodlm.build import make_model, make_objective
 from nanodlm.checkpoints.loading import load_artifact
 from nanodlm.checkpoints.saving import State
 from nanodlm.config import Config, load_config
 from nanodlm.data.rows import read
 from nanodlm.data.tokenizer import load
+from nanodlm.data.vocabulary import Vocabulary
+from nanodlm.diffusion.kinds import KINDS
 from nanodlm.diffusion.objective import Objective
 from nanodlm.diffusion.schedules import make_schedule
 from nanodlm.errors import UsageError
@@ -78,7 +80,7 @@ def variance(
     Example:
         rows = variance(nanodlm.PRESETS["demo"], Store("data/store"))
     """
-    if config.objective.kind not in ("absorbing", "block"):
+    if "constant_count" not in KINDS[config.objective.kind].estimators:
         raise UsageError(
             f"{config.objective.kind} has no estimators to compare: use --objective.kind absorbing or block"
         )
@@ -94,7 +96,7 @@ def variance(
         raise UsageError(f"the validation split has {len(rows)} whole rows: raise --data.val_tokens")
     x_0 = jnp.asarray(np.stack(rows))
     graphdef, params = nnx.split(model)
-    trained = make_objective(load_config(str(inputs["train"].file("config.json"))), encoding)
+    trained = make_objective(load_config(str(inputs["train"].file("config.json"))), Vocabulary.of(encoding))
 
     def bound(params: Any, objective: Objective, key: Key[Array, ""]) -> Array:
         network = nnx.merge(graphdef, params)
@@ -222,13 +224,14 @@ class Trainer:
     def __init__(self, config: Config, text: Text):
         self._text = text
         self._optimizer = make_optimizer(config.train)
-        self._graphdef = nnx.split(nnx.eval_shape(lambda: make_model(config, text.encoding)))[0]
+        self._graphdef = nnx.split(nnx.eval_shape(lambda: make_model(config, Vocabulary.of(text.encoding))))[0]
         step = partial(
             train_step,
             graphdef=self._graphdef,
             optimizer=self._optimizer,
-            objective=make_objective(config, text.encoding),
+            objective=make_objective(config, Vocabulary.of(text.encoding)),
             config=config,
+            document_end=text.encoding.eot_token if config.data.isolate_documents else None,
         )
         batches, key = self._data(config)
         self._step, self.compile_seconds = _compile(step, self._start(config), next(batches), key)
@@ -242,7 +245,7 @@ class Trainer:
         return Trained(model, updates, updates * per_update * config.model.seq_len, seconds, self.compile_seconds)
 
     def _start(self, config: Config) -> State:
-        params = nnx.to_pure_dict(nnx.split(make_model(config, self._text.encoding))[1])
+        params = nnx.to_pure_dict(nnx.split(make_model(config, Vocabulary.of(self._text.encoding)))[1])
         return init_state(config, params, self._optimizer)
 
     def _data(self, config: Config) -> tuple[Iterator[Int[np.ndarray, "A B L"]], Key[Array, ""]]:
@@ -252,7 +255,7 @@ class Trainer:
 
 def _bits(text: Text, model: Transformer, objective: Objective, config: Config, emit: Emit) -> tuple[float, float]:
     """Bits per byte of the held-out rows, and their standard error."""
-    options = {"edges_known": config.edges_known and objective.kind == "autoregressive", "emit": emit}
+    options = {"edges_known": config.edges_known and objective.traits.edges_known, "emit": emit}
     metrics = score(model, text.encoding, text.validation, objective, config.eval, **options)
     return metrics["val_bits_per_byte"], metrics["val_bits_per_byte_stderr"]
 
@@ -272,10 +275,10 @@ def train_plain(text: Text, minutes: float, emit: Emit = lambda *_, **__: None) 
         emit: Called as `emit(kind, **fields)` with progress.
     """
     shape = {"n_layers": 4, "n_heads": 4, "d_model": 128, "d_ff": 512}
-    graphdef, params = nnx.split(make_network(padded_vocab_size(text.encoding), **shape))
+    graphdef, params = nnx.split(make_network(Vocabulary.of(text.encoding).padded_size, **shape))
     state, key = plain.init_state(nnx.to_pure_dict(params)), jax.random.key(0)
     batches = _batches(text.train, (1, PLAIN_ROWS), seed=0)
-    step = partial(plain_step, graphdef=graphdef, mask_id=text.encoding.n_vocab)
+    step = partial(plain_step, graphdef=graphdef, mask_id=Vocabulary.of(text.encoding).mask_id)
     compiled, compile_seconds = _compile(step, state, next(batches), key)
     state, warm = _run(compiled, state, batches, SPEED_UPDATES, key, emit)
     updates = max(SPEED_UPDATES + 1, round(SPEED_UPDATES * 60 * minutes / warm))
@@ -342,13 +345,13 @@ def race(
         return {**cost, "bits_per_byte": bits, "stderr": stderr}
 
     recut = text.recut(PLAIN_LENGTH)
-    objective = Objective(make_schedule("linear"), text.encoding.n_vocab)
+    objective = Objective(make_schedule("linear"), Vocabulary.of(text.encoding).mask_id)
     slow = result(train_plain(recut, minutes, emit), recut, objective, "plain")
     ours: list[dict[str, Any]] = []
     for number in sorted(updates):
         chosen = shortened(config, number)
         trained = Trainer(chosen, text)(chosen, emit)
-        ours.append(result(trained, text, make_objective(chosen, text.encoding), "ours"))
+        ours.append(result(trained, text, make_objective(chosen, Vocabulary.of(text.encoding)), "ours"))
         if ours[-1]["bits_per_byte"] <= slow["bits_per_byte"]:
             break
     won = ours[-1]["bits_per_byte"] <= slow["bits_per_byte"]
@@ -495,7 +498,7 @@ def _append(out: Path, run: dict[str, Any]) -> None:
 def _measure(trainer: Trainer, config: Config, text: Text, emit: Emit) -> dict[str, Any]:
     """Train and score one run."""
     trained = trainer(config, emit)
-    bits, stderr = _bits(text, trained.model, make_objective(config, text.encoding), config, emit)
+    bits, stderr = _bits(text, trained.model, make_objective(config, Vocabulary.of(text.encoding)), config, emit)
     sound = math.isfinite(bits)
     return {
         "bits_per_byte": bits if sound else None,

@@ -6,9 +6,11 @@ from typing import Literal
 import jax
 import tiktoken
 
-from nanodlm.build import make_objective, padded_vocab_size
+from nanodlm.build import make_objective
 from nanodlm.config import Config, ModelConfig
 from nanodlm.data.tokenizer import make_encoding
+from nanodlm.data.vocabulary import Vocabulary
+from nanodlm.diffusion.kinds import KINDS
 from nanodlm.generation.generate import cache_window
 
 Precision = Literal["bfloat16", "tensorfloat32", "float32"]
@@ -106,14 +108,14 @@ def flops_per_token(config: Config, vocab_size: int, *, output_share: float = 1.
     >>> flops_per_token(config, 128), flops_per_token(config, 128, output_share=0.5)
     (12288.0, 9216.0)
     """
-    model, block_size = config.model, config.objective.block_size
-    if config.objective.kind == "block":
+    model, block_size, reads = config.model, config.objective.block_size, KINDS[config.objective.kind].reads
+    if reads == "block":
         keys = (model.seq_len + block_size) / 2
         context = forward_flops(model, vocab_size, keys=keys, output_share=0)
         unused = forward_flops(model.model_copy(update={"n_layers": 1}), vocab_size, keys=keys, output_share=0)
         context += 2 * 2 * model.d_model**2 - unused
         return 3 * (context + forward_flops(model, vocab_size, keys=keys, output_share=output_share))
-    keys = (model.seq_len + 1) / 2 if config.objective.kind == "autoregressive" else model.seq_len
+    keys = (model.seq_len + 1) / 2 if reads == "before" else model.seq_len
     return 3 * forward_flops(model, vocab_size, keys=keys, output_share=output_share)
 
 
@@ -134,7 +136,7 @@ def vocab_size(config: Config) -> int:
     >>> vocab_size(Config().replace(data={"tokenizer": "gpt2"}))
     50304
     """
-    return padded_vocab_size(synthetic_encoding(config))
+    return Vocabulary.of(synthetic_encoding(config)).padded_size
 
 
 def flops_per_update(config: Config) -> float:
@@ -145,16 +147,16 @@ def flops_per_update(config: Config) -> float:
     True
     """
     size, length = config.train, config.model.seq_len
-    most = make_objective(config, synthetic_encoding(config)).most_scored(size.batch_size, length)
+    most = make_objective(config, Vocabulary.of(synthetic_encoding(config))).most_scored(size.batch_size, length)
     per_token = flops_per_token(config, vocab_size(config), output_share=most / (2 * length))
     return size.grad_acc_steps * size.batch_size * length * per_token
 
 
 def _sampling_work(config: Config, prompt: int) -> tuple[int, float] | tuple[None, None]:
     """Steps and FLOPs of drawing all texts behind a prompt of so many tokens, where they do not depend on the texts."""
-    options, kind, outputs = config.sample, config.objective.kind, vocab_size(config)
+    options, kind, outputs = config.sample, KINDS[config.objective.kind], vocab_size(config)
     length = options.length or config.model.seq_len
-    size = {"block": config.objective.block_size, "autoregressive": 1}.get(kind, 0)
+    size = kind.block_size(config.objective.block_size)
     if not (options.sampler in ("ancestral", "first_hitting") or options.sampler.startswith("remdm")):
         return None, None
     if not size:
@@ -166,7 +168,7 @@ def _sampling_work(config: Config, prompt: int) -> tuple[int, float] | tuple[Non
     steps, flops = 0, 0.0
     for start in range(0, length, size):
         keys = min(start, window) + size
-        if kind == "autoregressive":
+        if kind.reads == "before":
             steps, flops = steps + 1, flops + forward_flops(config.model, outputs, keys=keys)
             continue
         masked = min(size, start + size - prompt)

@@ -28,6 +28,7 @@ from jaxtyping import Array, Key
 from nanodlm.bench.flops import _sampling_work, flops_per_update, peak_flops, precision, synthetic_encoding, vocab_size
 from nanodlm.build import make_model
 from nanodlm.config import Config
+from nanodlm.data.vocabulary import Vocabulary
 from nanodlm.devices.hosts import put_rows
 from nanodlm.devices.mesh import bytes_per_device, make_mesh
 from nanodlm.errors import UsageError
@@ -119,7 +120,7 @@ def train(
     encoding, size = synthetic_encoding(config), config.train
     mesh = make_mesh(size.batch_size, fsdp=size.fsdp, tensor=size.tensor)
     began = time.perf_counter()
-    program = make_program(config, encoding, mesh)
+    program = make_program(config, Vocabulary.of(encoding), mesh)
     compiled = compile_step(config, program, mesh)
     compile_seconds = time.perf_counter() - began
     shape = (size.grad_acc_steps, size.batch_size, config.model.seq_len)
@@ -170,7 +171,7 @@ def _baseline(
     """An update of the plain recipe at a configuration's sizes, and what the compiler says of it."""
     shape = config.model.model_dump(include={"n_layers", "n_heads", "d_model", "d_ff"})
     graphdef, params = nnx.split(make_network(vocab_size(config), **shape))
-    step = jax.jit(partial(plain_step, graphdef=graphdef, mask_id=encoding.n_vocab), donate_argnums=0)
+    step = jax.jit(partial(plain_step, graphdef=graphdef, mask_id=Vocabulary.of(encoding).mask_id), donate_argnums=0)
     state = init_state(nnx.to_pure_dict(params))
     compiled = step.lower(state, tokens, key).compile()
 
@@ -210,7 +211,7 @@ def sample(config: Config, *, repeats: int = 5, emit: Callable[..., None] = lamb
     if repeats < 1:
         raise UsageError(f"nothing is measured in {repeats} repeats: raise --repeats")
     encoding = synthetic_encoding(config)
-    graphdef, params = nnx.split(make_model(config, encoding))
+    graphdef, params = nnx.split(make_model(config, Vocabulary.of(encoding)))
     began = time.perf_counter()
     draw = make_draw(config.sample, config, encoding, graphdef)
     key = jax.random.key(config.sample.seed)

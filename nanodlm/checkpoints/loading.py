@@ -16,6 +16,7 @@ from nanodlm.build import make_model
 from nanodlm.checkpoints.saving import _step_of
 from nanodlm.config import load_config, refuse_secrets
 from nanodlm.data import tokenizer
+from nanodlm.data.vocabulary import Vocabulary
 from nanodlm.errors import NanodlmError
 from nanodlm.model.transformer import Transformer
 
@@ -89,7 +90,7 @@ def load_folder(folder: Path, step: str = "") -> tuple[Transformer, tiktoken.Enc
     steps = sorted((folder / "checkpoints").glob(step or "step_*"), key=lambda path: _step_of(path.name))
     if not steps:
         raise NanodlmError(f"no checkpoint {step} in {folder}/checkpoints")
-    graphdef, abstract = nnx.split(nnx.eval_shape(lambda: make_model(config, encoding)))
+    graphdef, abstract = nnx.split(nnx.eval_shape(lambda: make_model(config, Vocabulary.of(encoding))))
     device = jax.devices()[0]
     target = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=jax.sharding.SingleDeviceSharding(device)),

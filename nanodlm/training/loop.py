@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import tiktoken
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -32,6 +31,7 @@ from nanodlm.data import rows as data_rows
 from nanodlm.data.loader import train_batches, windows
 from nanodlm.data.rows import read
 from nanodlm.data.tokenizer import load, save
+from nanodlm.data.vocabulary import Vocabulary
 from nanodlm.devices.hosts import any_process, from_leader, my_share, put_rows
 from nanodlm.devices.mesh import make_mesh
 from nanodlm.errors import NanodlmError, Stopped, UsageError
@@ -79,8 +79,9 @@ def _train(
     encoding = load(inputs["tokenizer"].local())
     rows_per_step = config.train.batch_size * config.train.grad_acc_steps
     mesh = make_mesh(config.train.batch_size, fsdp=config.train.fsdp, tensor=config.train.tensor)
-    program = make_program(config, encoding, mesh)
-    if tokens["n_vocab"] != encoding.n_vocab:
+    vocabulary = Vocabulary.of(encoding)
+    program = make_program(config, vocabulary, mesh)
+    if tokens["n_vocab"] != vocabulary.size:
         raise NanodlmError("the shards were made with another tokenizer: rebuild them with --rebuild shard")
     if attempt:
         (attempt.path / "config.json").write_text(config.model_dump_json(indent=1))
@@ -88,7 +89,7 @@ def _train(
         save(encoding, attempt.path / "tokenizer")
     key = jax.random.key(config.train.seed)
     run = describe_run(config, inputs["shard"].digest, inputs["tokenizer"].digest, key)
-    validate = _validation(config, encoding, program.graphdef, shard, tokens["dtype"], mesh)
+    validate = _validation(config, vocabulary, program.graphdef, shard, tokens["dtype"], mesh)
     kept = {"keep": config.exp.keep, "keep_best": config.exp.keep_best}
     with (
         jax.set_mesh(mesh),
@@ -119,7 +120,7 @@ def _train(
             share=share,
             shares=shares,
         )
-        limit = 10 * math.log(encoding.n_vocab)
+        limit = 10 * math.log(vocabulary.size)
         logger = _Logger(config, info["logs"], emit, tracker, limit=limit, last_good=checkpoints.last)
         if any_process(stop.is_set()):
             raise Stopped(f"stopped by a signal after update {first}, before another: run again to continue")
@@ -220,7 +221,7 @@ def _fetch_ahead(rows_per_shard: list[int], shard: Callable[[str], Path], seed: 
 
 def _validation(
     config: Config,
-    encoding: tiktoken.Encoding,
+    vocabulary: Vocabulary,
     graphdef: nnx.GraphDef,
     shard: Callable[[str], Path],
     dtype: str,
@@ -232,7 +233,11 @@ def _validation(
     rows = [row for row in rows if len(row) == length]
     if not rows:
         return None
-    scorer = make_scorer(make_objective(config, encoding), graphdef, edges_known=config.edges_known)
+    scorer = make_scorer(
+        make_objective(config, vocabulary),
+        graphdef,
+        document_end=vocabulary.end_of_text if config.edges_known else None,
+    )
     key = jax.random.key(config.eval.seed)
 
     def validate(state: State) -> dict[str, float]:
