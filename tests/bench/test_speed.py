@@ -15,6 +15,7 @@ from nanodlm.bench import flops as bench_flops
 from nanodlm.bench import speed
 from nanodlm.build import make_model
 from nanodlm.config import PRESETS, Config
+from nanodlm.data.vocabulary import Vocabulary
 from nanodlm.errors import UsageError
 from nanodlm.generation import generate
 from nanodlm.model.transformer import Transformer
@@ -58,7 +59,7 @@ def test_a_block_network_also_reads_the_clean_row_but_for_what_its_last_layer_ma
 def test_forward_flops_are_those_that_xla_counts() -> None:
     config = tiny(model={"d_model": 128, "n_heads": 4, "d_ff": 512, "seq_len": 64, "conv_width": 0})
     outputs = bench_flops.vocab_size(config)
-    model = make_model(config, bench_flops.synthetic_encoding(config))
+    model = make_model(config, Vocabulary.of(bench_flops.synthetic_encoding(config)))
     graphdef, params = nnx.split(model)
     forward = jax.jit(lambda params, x_t, t: nnx.merge(graphdef, params)(x_t, t))
     compiled = forward.lower(params, jnp.zeros((4, 64), int), jnp.zeros(4)).compile()
@@ -136,7 +137,7 @@ def test_sampling_takes_the_counted_calls_of_the_network(
     monkeypatch.setattr(Transformer, "extend", lambda self, cache, x: (logits("extend", x), cache))
     monkeypatch.setattr(Transformer, "denoise_block", lambda self, cache, x, t: logits("denoise_block", x))
     encoding = bench_flops.synthetic_encoding(config)
-    graphdef, params = nnx.split(make_model(config, encoding))
+    graphdef, params = nnx.split(make_model(config, Vocabulary.of(encoding)))
     draw = generate.make_draw(config.sample, config, encoding, graphdef)
     jax.block_until_ready(draw(params, jax.random.key(0)))
     jax.effects_barrier()

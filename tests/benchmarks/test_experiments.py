@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from nanodlm import build
 from nanodlm.bench import experiments
 from nanodlm.config import PRESETS, Config
 from nanodlm.data import tokenizer
+from nanodlm.data.vocabulary import Vocabulary
 from nanodlm.errors import UsageError
 from nanodlm.store import Store
 from nanodlm.training import plain
@@ -65,7 +65,7 @@ def test_batches_visit_every_row_once_an_epoch_in_an_order_of_the_seed() -> None
 @pytest.mark.slow
 def test_the_plain_network_is_normal_with_deviation_0_02_and_begins_at_the_uniform_law() -> None:
     shape = {"n_layers": 4, "n_heads": 4, "d_model": 128, "d_ff": 512}
-    model = plain.make_network(build.padded_vocab_size(tokenizer.plain_bytes()), **shape)
+    model = plain.make_network(Vocabulary.of(tokenizer.plain_bytes()).padded_size, **shape)
     params = nnx.to_pure_dict(nnx.split(model)[1])
     for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
         if path[-1].key == "scale":

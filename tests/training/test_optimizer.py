@@ -18,6 +18,7 @@ from nanodlm.build import make_model, make_objective
 from nanodlm.checkpoints.saving import State
 from nanodlm.config import PRESETS, Config, TrainConfig
 from nanodlm.data.tokenizer import plain_bytes
+from nanodlm.data.vocabulary import Vocabulary
 from nanodlm.devices.hosts import put_rows
 from nanodlm.devices.mesh import make_mesh, replicated
 from nanodlm.diffusion import cross_entropy, nelbo
@@ -79,7 +80,7 @@ def test_without_a_warmup_the_first_update_has_the_full_rate(kind: str, warmup_s
 def fresh(**model: Any) -> tuple[nnx.GraphDef, Any]:
     """Structure of a tiny network, and parameters that are all different from zero."""
     config = TINY.replace(model=model)
-    graphdef, abstract = nnx.split(nnx.eval_shape(lambda: make_model(config, ENCODING)))
+    graphdef, abstract = nnx.split(nnx.eval_shape(lambda: make_model(config, Vocabulary.of(ENCODING))))
     rng = np.random.default_rng(1)
     values = jax.tree.map(
         lambda leaf: jnp.asarray(rng.normal(scale=0.3, size=leaf.shape) + (leaf.ndim == 1), leaf.dtype),
@@ -221,7 +222,7 @@ STILL = optax.sgd(0.0)  # leaves the parameters as they are
 @cache
 def compiled_step(config: Config, optimizer: optax.GradientTransformation) -> Callable[..., Any]:
     graphdef, _ = start_of(config)
-    objective = make_objective(config, ENCODING)
+    objective = make_objective(config, Vocabulary.of(ENCODING))
     return jax.jit(partial(train_step, graphdef=graphdef, optimizer=optimizer, objective=objective, config=config))
 
 
