@@ -1,9 +1,9 @@
 """The bound of a denoiser with exact conditionals is -log p(x_0) itself, so every estimator has a known mean."""
 
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 from itertools import product
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,10 +37,8 @@ from tests.support.laws import (
 
 LENGTH = 8
 TABLE = markov_table(LENGTH)
-ENTROPY = entropy(TABLE)
 EXACT = exact_denoiser(TABLE)
-KINDS = ("linear", "cosine", "sqrt", "poly")
-BATCHES, ROWS = 64, 512
+ROWS, KEYS = 512, jax.random.split(jax.random.key(0), 64)
 SLOW = partial(pytest.param, marks=pytest.mark.slow)
 
 
@@ -73,49 +71,20 @@ def score(objective: Objective, logits: jax.Array, x_0: jax.Array, noised: Corru
     return objective.row_nats(logits, x_0, noised)
 
 
-class Draws(NamedTuple):
-    """What nelbo gave, (BATCHES, ROWS): its values, the times, and -log p(x_0) of the rows."""
-
-    nats: np.ndarray
-    t: np.ndarray
-    surprise: np.ndarray
-
-
-@partial(jax.jit, static_argnames=("denoise", "estimator", "kind", "num_timesteps", "x_0"))
-def _draw(
-    keys: jax.Array, *, denoise: Denoise, estimator: Estimator, kind: str, num_timesteps: int, x_0: tuple[int, ...]
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+@partial(jax.jit, static_argnames=("objective",))
+def excess(objective: Objective, keys: jax.Array) -> jax.Array:
+    """Bound of the exact denoiser less -log p(x_0), for rows drawn from the chain, (64, ROWS)."""
     every, table = jnp.asarray(sequences(LENGTH)), jnp.asarray(TABLE.reshape(-1), jnp.float32)
-    noise = {
-        "schedule": make_schedule(kind),
-        "mask_id": MASK_ID,
-        "estimator": estimator,
-        "num_timesteps": num_timesteps,
-    }
 
-    def batch(key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def batch(key: jax.Array) -> jax.Array:
         data_key, noise_key = jax.random.split(key)
         # The inverse of the distribution function is much less work than Gumbel noise on 6,561 classes.
         which = jnp.searchsorted(jnp.cumsum(table), jax.random.uniform(data_key, (ROWS,)))
-        which = jnp.full(ROWS, np.ravel_multi_index(x_0, TABLE.shape)) if x_0 else which
-        nats = nelbo(denoise, every[which], noise_key, **noise)
-        return nats, corrupt(every[which], noise_key, **noise).t, -jnp.log(table[which])
+        noised = objective.corrupt(every[which], noise_key)
+        logits = objective.logits(EXACT, every[which], noised)
+        return objective.row_nats(logits, every[which], noised).bound + jnp.log(table[which])
 
     return jax.vmap(batch)(keys)
-
-
-@cache
-def draws(
-    denoise: Denoise,
-    estimator: Estimator,
-    kind: str = "linear",
-    *,
-    num_timesteps: int = 10,
-    x_0: tuple[int, ...] = (),
-) -> Draws:
-    """Estimates of the bound for rows drawn from the chain, or for copies of one row."""
-    options = {"denoise": denoise, "estimator": estimator, "kind": kind, "num_timesteps": num_timesteps, "x_0": x_0}
-    return Draws(*(np.asarray(a, np.float64) for a in _draw(jax.random.split(jax.random.key(0), BATCHES), **options)))
 
 
 def mean_and_error(values: np.ndarray) -> tuple[float, float]:
@@ -124,75 +93,33 @@ def mean_and_error(values: np.ndarray) -> tuple[float, float]:
     return float(means.mean()), float(means.std(ddof=1) / np.sqrt(len(means)))
 
 
-def discrete_bound(kind: str, num_timesteps: int) -> float:
-    """The exact denoiser's discrete bound, summed over the steps and over how many positions are masked."""
-    steps = jnp.arange(1, num_timesteps + 1)
-    t, s = steps / num_timesteps, (steps - 1) / num_timesteps
-    schedule = make_schedule(kind)
-    probability = np.asarray(unmask_probability(schedule, t, s), np.float64)
-    rate = np.where(t == 1, 1, schedule.mask_rate(t))
-    return float((probability * mean_residual(TABLE, rate)).sum())
+def discrete_excess(objective: Objective) -> float:
+    """What steps add to the entropy, summed over the steps and over how many positions are masked."""
+    t = jnp.arange(1, objective.num_timesteps + 1) / objective.num_timesteps
+    probability = unmask_probability(objective.schedule, t, t - 1 / objective.num_timesteps)
+    rate = np.where(t == 1, 1, objective.schedule.mask_rate(t))
+    return float((np.asarray(probability, np.float64) * mean_residual(TABLE, rate)).sum()) - entropy(TABLE)
 
 
-def continuous_bound(kind: str, earliest: float = 0.0) -> float:
-    """The exact denoiser's continuous bound from times after `earliest`, integrated by Gauss-Legendre."""
-    # Over u = t^(1/2), which takes away the square-root schedule's edge.
-    nodes, weights = np.polynomial.legendre.leggauss(40)
-    first = np.sqrt(earliest)
-    u = first + (1 - first) * (nodes + 1) / 2
-    t, schedule = jnp.asarray(u**2, jnp.float32), make_schedule(kind)
-    integrand = np.asarray(schedule.weight(t), np.float64) * mean_residual(TABLE, np.asarray(schedule.mask_rate(t)))
-    return float((weights * (1 - first) * u * integrand).sum())
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_weight_integrates_the_residuals_to_the_entropy(kind: str) -> None:
-    assert continuous_bound(kind) == pytest.approx(ENTROPY, abs=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("estimator", "kind"), [("count", "linear"), ("constant_count", "linear"), ("continuous", "linear")]
-)
-def test_the_bound_of_exact_conditionals_is_the_entropy(estimator: Estimator, kind: str) -> None:
-    drawn = draws(EXACT, estimator, kind)
-    mean, error = mean_and_error(drawn.nats)
-    assert abs(mean - ENTROPY) < 4 * error
-    # The entropy of the rows that were drawn removes much of the noise.
-    gap, error = mean_and_error(drawn.nats - drawn.surprise)
-    assert abs(gap) < 4 * error
-    assert estimator == "continuous" or error < 0.02
-
-
-@pytest.mark.parametrize("kind", ["linear", "sqrt"])
-def test_the_continuous_bound_is_right_after_the_times_near_zero(kind: str) -> None:
-    # Few masks with large weights near 0 give the whole mean a variance too large for a sharp test.
-    drawn = draws(EXACT, "continuous", kind)
-    mean, error = mean_and_error(drawn.nats * (drawn.t > 0.04))
-    assert error < 0.04
-    assert abs(mean - continuous_bound(kind, 0.04)) < 4 * error
-
-
-def test_the_bound_of_exact_conditionals_is_minus_log_p_of_each_sequence() -> None:
-    x_0 = (2, 1, 0, 2, 1, 0, 2, 1)
-    drawn = draws(EXACT, "count", x_0=x_0)
-    mean, error = mean_and_error(drawn.nats)
-    assert error < 0.03
-    assert abs(mean + np.log(TABLE[x_0])) < 4 * error
+def test_the_bound_of_exact_conditionals_is_the_entropy_and_counts_vary_least() -> None:
+    spread = {}
+    for estimator in ("count", "constant_count", "continuous"):
+        found = excess(Objective(make_schedule("linear"), MASK_ID, estimator=estimator), KEYS)
+        values = np.asarray(found, np.float64)
+        mean, error = mean_and_error(values)
+        assert abs(mean) < 4 * error
+        assert estimator == "continuous" or error < 0.02
+        spread[estimator] = values.var(), values.mean(axis=1).var()
+    assert 3 * spread["count"][0] < spread["continuous"][0]
+    assert 2 * spread["count"][1] < spread["continuous"][1]
 
 
 @pytest.mark.parametrize(("kind", "num_timesteps"), [("cosine", 4), ("sqrt_clipped", 2)])
-def test_the_discrete_estimator_has_the_mean_that_enumeration_gives(kind: str, num_timesteps: int) -> None:
-    drawn = draws(EXACT, "discrete", kind, num_timesteps=num_timesteps)
-    gap, error = mean_and_error(drawn.nats - drawn.surprise)
-    expected = discrete_bound(kind, num_timesteps) - ENTROPY
-    assert abs(gap - expected) < 4 * error
-    assert gap > 4 * error  # it is told apart from the continuous bound
-
-
-def test_counts_vary_less_than_continuous_times() -> None:
-    count, continuous = draws(EXACT, "count"), draws(EXACT, "continuous")
-    assert 3 * (count.nats - count.surprise).var() < (continuous.nats - continuous.surprise).var()
-    assert 2 * count.nats.mean(axis=1).var() < continuous.nats.mean(axis=1).var()
+def test_the_discrete_estimator_exceeds_the_entropy_by_what_enumeration_gives(kind: str, num_timesteps: int) -> None:
+    objective = Objective(make_schedule(kind), MASK_ID, estimator="discrete", num_timesteps=num_timesteps)
+    mean, error = mean_and_error(np.asarray(excess(objective, KEYS), np.float64))
+    assert abs(mean - discrete_excess(objective)) < 4 * error
+    assert mean > 4 * error
 
 
 def test_counts_tell_the_network_the_time_at_which_that_share_is_masked() -> None:
@@ -638,16 +565,6 @@ def test_a_network_that_reads_other_positions_than_the_objective_is_refused() ->
         nelbo(causal, x_0, jax.random.key(0), **options)
     with pytest.raises(ValueError, match="block_size 0 does not fit the autoregressive objective, which needs 1"):
         nelbo(both_ways, x_0, jax.random.key(0), objective="autoregressive", **options)
-
-
-def test_counts_of_mixed_noise_do_not_suffer_from_a_schedule_whose_times_underflow() -> None:
-    rows = jnp.zeros((512, LENGTH), jnp.int32)
-    options = {"mask_id": MASK_ID, "objective": "hybrid", "estimator": "count"}
-    values = [
-        np.asarray(fast_nelbo(uniform, rows, jax.random.key(0), schedule=make_schedule("poly", exponent=e), **options))
-        for e in (1.0, 0.1)
-    ]
-    np.testing.assert_allclose(values[0], values[1], rtol=1e-5)
 
 
 @pytest.mark.parametrize("options", OBJECTIVES[1:], ids=lambda o: o["kind"])

@@ -543,17 +543,6 @@ def test_blocks_of_one_token_give_the_autoregressive_cross_entropy(options: dict
         np.testing.assert_allclose(got.bound, expected, rtol=TOLERANCE)
 
 
-def test_continuous_times_give_blocks_of_one_token_the_same_expectation() -> None:
-    """BD3-LM, arXiv:2503.09573, section 3.4: with linear noise, mask chance t times weight 1/t is 1 at any time."""
-    of = example(14, BLOCKED, 4)
-    objective = Objective(make_schedule("linear"), MASK_ID, kind="block")
-    noised = objective.corrupt(jnp.asarray(of.x_0), jax.random.key(0))
-    hidden = np.where(of.x_0 < MASK_ID, MASK_ID, of.x_0).astype(np.int32)
-    weight = np.asarray(noised.t) * np.asarray(noised.weight)
-    got = score(objective, of, noised._replace(x_t=jnp.asarray(hidden), weight=jnp.asarray(weight)))
-    np.testing.assert_allclose(got, surprise(of).sum(axis=1), rtol=TOLERANCE)
-
-
 def revealed(schedule: Schedule, t: np.ndarray, s: np.ndarray) -> np.ndarray:
     """The package's probability that a token masked at t is not at s."""
     t, s = (jnp.asarray(np.resize(v, ROWS), jnp.float32) for v in (t, s))
@@ -576,17 +565,3 @@ def test_a_masked_token_is_revealed_as_d3pms_posterior_says(kind: str, eps: floa
         step = np.linalg.solve(bar_s, bar_t)
         posterior = step[:, mask] * bar_s[0] / bar_t[0, mask]
         np.testing.assert_allclose(posterior, [got, 0, 0, 1 - got], rtol=TOLERANCE, atol=1e-6)
-
-
-def test_d3pms_own_steps_reveal_a_kth_of_the_tokens() -> None:
-    """D3PM, arXiv:2107.03006, section 3.1: absorbing with beta_k = 1 / (T - k + 1), multiplied out, is linear noise."""
-    steps, size = 8, 3
-    mask, bar = size - 1, np.eye(size)
-    k = np.arange(1, steps + 1)
-    got = revealed(make_schedule("linear"), k / steps, (k - 1) / steps)
-    for i in k:
-        beta = 1 / (steps - i + 1)
-        one = (1 - beta) * np.eye(size) + beta * np.eye(size)[mask]
-        before, bar = bar, bar @ one
-        posterior = one[:, mask] * before[0] / bar[0, mask]
-        assert got[i - 1] == pytest.approx(posterior[0], rel=1e-6) == pytest.approx(1 / i, rel=1e-6)

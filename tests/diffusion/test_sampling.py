@@ -197,14 +197,6 @@ def fixed(p: list[float]) -> Denoise:
     return lambda x_t, t: jnp.broadcast_to(logits, (*x_t.shape, VOCAB))
 
 
-def test_temperature_raises_probabilities_to_its_inverse() -> None:
-    temperature, p = 0.5, np.array([0.1, 0.3, 0.6])
-    rows = draw(fixed(p.tolist()), 5000, temperature=temperature, num_steps=2)
-    expected = p ** (1 / temperature) / (p ** (1 / temperature)).sum()
-    drawn = np.bincount(rows.reshape(-1), minlength=TOKENS) / rows.size
-    assert (np.abs(drawn - expected) < 4 * np.sqrt(expected * (1 - expected) / rows.size)).all()
-
-
 MIXED = {"uniform": {"uniform_share": 1.0}, "hybrid": {"uniform_share": 0.4}}
 PATTERN = np.random.default_rng(1).integers(0, TOKENS, (32, 6)).astype(np.int32)
 PATTERN[np.random.default_rng(2).random((32, 6)) < 0.5] = MASK_ID
