@@ -80,7 +80,7 @@ def variance(
         (gradients, squares), nats = jax.lax.scan(step, zero, jax.random.split(jax.random.key(0), draws))
         return nats, _square(gradients) / draws**2, squares
 
-    trained, table = make_objective(config, encoding), []
+    trained, table = make_objective(config, Vocabulary.of(encoding)), []
     print("| estimator, times | bound, nats/token | standard deviation | variance | gradient noise | relative |")
     print("|---|---|---|---|---|---|")
     for estimator, times in ESTIMATORS:

@@ -6,9 +6,11 @@ from typing import Literal
 import jax
 import tiktoken
 
-from nanodlm.build import make_objective, padded_vocab_size
+from nanodlm.build import make_objective
 from nanodlm.config import Config, ModelConfig
 from nanodlm.data.tokenizer import make_encoding
+from nanodlm.data.vocabulary import Vocabulary
+from nanodlm.diffusion.kinds import KINDS
 from nanodlm.generation.generate import cache_window
 
 Precision = Literal["bfloat16", "tensorfloat32", "float32"]
@@ -81,13 +83,13 @@ def flops_per_token(config: Config, vocab_size: int, *, output_share: float = 1.
     >>> flops_per_token(config, 128), flops_per_token(config, 128, output_share=0.5)
     (12288.0, 9216.0)
     """
-    model, block_size = config.model, config.objective.block_size
-    if config.objective.kind == "block":
+    model, block_size, reads = config.model, config.objective.block_size, KINDS[config.objective.kind].reads
+    if reads == "block":
         keys = (model.seq_len + block_size) / 2
         layers = forward_flops(model, vocab_size, keys=keys, output_share=0)
         clean = layers * (model.n_layers - 1) / model.n_layers + 4 * model.d_model**2
         return 3 * (clean + forward_flops(model, vocab_size, keys=keys, output_share=output_share))
-    keys = (model.seq_len + 1) / 2 if config.objective.kind == "autoregressive" else model.seq_len
+    keys = (model.seq_len + 1) / 2 if reads == "before" else model.seq_len
     return 3 * forward_flops(model, vocab_size, keys=keys, output_share=output_share)
 
 
@@ -109,7 +111,7 @@ def vocab_size(config: Config) -> int:
     >>> vocab_size(Config().replace(data={"tokenizer": "gpt2"}))
     50304
     """
-    return padded_vocab_size(synthetic_encoding(config))
+    return Vocabulary.of(synthetic_encoding(config)).padded_size
 
 
 def flops_per_update(config: Config) -> float:
@@ -120,16 +122,16 @@ def flops_per_update(config: Config) -> float:
     True
     """
     size, length = config.train, config.model.seq_len
-    most = make_objective(config, synthetic_encoding(config)).most_scored(size.batch_size, length)
+    most = make_objective(config, Vocabulary.of(synthetic_encoding(config))).most_scored(size.batch_size, length)
     per_token = flops_per_token(config, vocab_size(config), output_share=most / (2 * length))
     return size.grad_acc_steps * size.batch_size * length * per_token
 
 
 def sampling_work(config: Config, prompt: int) -> tuple[int, float] | tuple[None, None]:
     """Count steps and FLOPs of drawing all texts behind so many tokens of prompt; None where they depend on texts."""
-    options, kind, outputs = config.sample, config.objective.kind, vocab_size(config)
+    options, kind, outputs = config.sample, KINDS[config.objective.kind], vocab_size(config)
     length = options.length or config.model.seq_len
-    size = {"block": config.objective.block_size, "autoregressive": 1}.get(kind, 0)
+    size = kind.block_size(config.objective.block_size)
     if not (options.sampler in ("ancestral", "first_hitting") or options.sampler.startswith("remdm")):
         return None, None
     if not size:
@@ -142,7 +144,7 @@ def sampling_work(config: Config, prompt: int) -> tuple[int, float] | tuple[None
         keys = min(start, window) + size
         masked = min(size, start + size - prompt)
         calls = (masked if options.sampler == "first_hitting" else options.num_steps) if masked > 0 else 0
-        if kind == "block":  # what is written is read once more, for the blocks behind it
+        if kind.reads == "block":  # what is written is read once more, for the blocks behind it
             flops += forward_flops(config.model, outputs, keys=keys, output_share=0)
         else:
             calls = 1

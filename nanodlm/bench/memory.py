@@ -38,13 +38,14 @@ def plan(config: Config, devices: int) -> dict[str, Any]:
     jax.config.update("jax_enable_compilation_cache", False)  # what comes out of the cache says nothing of its memory
 
     from nanodlm.bench.flops import flops_per_update, synthetic_encoding
+    from nanodlm.data.vocabulary import Vocabulary
     from nanodlm.devices.mesh import bytes_per_device, make_mesh
     from nanodlm.training.step import abstract_rows, compile_step, make_program
 
     train = config.train
     mesh = make_mesh(train.batch_size, fsdp=train.fsdp, tensor=train.tensor)
     began = time.perf_counter()
-    program = make_program(config, synthetic_encoding(config), mesh)
+    program = make_program(config, Vocabulary.of(synthetic_encoding(config)), mesh)
     compiled = compile_step(config, program, mesh)
     seconds = time.perf_counter() - began
     held = {name: bytes_per_device(part) for name, part in program.state.items()}

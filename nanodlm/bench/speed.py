@@ -24,6 +24,7 @@ from flax import nnx
 from nanodlm.bench.flops import flops_per_update, peak_flops, precision, sampling_work, synthetic_encoding, vocab_size
 from nanodlm.build import make_model
 from nanodlm.config import Config
+from nanodlm.data.vocabulary import Vocabulary
 from nanodlm.devices.hosts import put_rows
 from nanodlm.devices.mesh import make_mesh
 from nanodlm.errors import UsageError
@@ -97,7 +98,7 @@ def train(config: Config, *, steps: int = 10, baseline: bool = False, emit: Emit
     encoding, size = synthetic_encoding(config), config.train
     mesh = make_mesh(size.batch_size, fsdp=size.fsdp, tensor=size.tensor)
     began = time.perf_counter()
-    program = make_program(config, encoding, mesh)
+    program = make_program(config, Vocabulary.of(encoding), mesh)
     compiled = compile_step(config, program, mesh)
     compile_seconds = time.perf_counter() - began
     shape = (size.grad_acc_steps, size.batch_size, config.model.seq_len)
@@ -137,7 +138,7 @@ def sample(config: Config, *, repeats: int = 5, emit: Emit = silent) -> dict[str
     if repeats < 1:
         raise UsageError(f"nothing is measured in {repeats} repeats: raise --repeats")
     encoding = synthetic_encoding(config)
-    graphdef, params = nnx.split(make_model(config, encoding))
+    graphdef, params = nnx.split(make_model(config, Vocabulary.of(encoding)))
     key = jax.random.key(config.sample.seed)
     began = time.perf_counter()
     compiled = make_draw(config.sample, config, encoding, graphdef).lower(params, key).compile()

@@ -17,6 +17,7 @@ from nanodlm.build import make_model
 from nanodlm.checkpoints.finding import step_of
 from nanodlm.config import load_config, refuse_secrets
 from nanodlm.data import tokenizer
+from nanodlm.data.vocabulary import Vocabulary
 from nanodlm.errors import NanodlmError
 from nanodlm.model.transformer import Transformer
 from nanodlm.store import Artifact, Store
@@ -79,7 +80,7 @@ def load_folder(folder: Path, step: str = "") -> tuple[Transformer, tiktoken.Enc
     encoding = tokenizer.load(folder / "tokenizer")
     found = (path.name for path in (folder / "checkpoints").glob("*"))
     checkpoint = (folder / "checkpoints" / _choose(found, step, str(folder))).absolute()
-    graphdef, abstract = nnx.split(nnx.eval_shape(lambda: make_model(config, encoding)))
+    graphdef, abstract = nnx.split(nnx.eval_shape(lambda: make_model(config, Vocabulary.of(encoding))))
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     target = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), nnx.to_pure_dict(abstract)

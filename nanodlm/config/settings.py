@@ -13,6 +13,7 @@ import tyro
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from nanodlm.config.addresses import refuse_secrets
+from nanodlm.diffusion.kinds import KINDS, Estimator, KindName, Sampler, Times, Weighting
 from nanodlm.errors import UsageError
 
 Switch = Annotated[bool, tyro.conf.FlagConversionOff]  # `--exp.use_wandb True`, as in the original project
@@ -121,7 +122,7 @@ class ModelConfig(Group):
 
 
 class ScheduleConfig(Group):
-    """How fast tokens become noise over time; see nanodlm/schedules.py for the formulae. Counts use it only to tell
+    """How fast tokens become noise over time; see diffusion/schedules.py for the formulae. Counts use it only to tell
     the time to networks that are conditioned on it; `autoregressive` has none.
     """
 
@@ -138,21 +139,21 @@ class ScheduleConfig(Group):
 class ObjectiveConfig(Group):
     """What training minimises. Reported numbers are always the bound."""
 
-    kind: Literal["absorbing", "uniform", "hybrid", "block", "autoregressive"] = "absorbing"
+    kind: KindName = "absorbing"
     """`absorbing` masks tokens, `uniform` replaces them by random ones, `hybrid` does both, `block` masks within blocks
     that are written one after the other, `autoregressive` predicts each token from those before."""
-    estimator: Literal["continuous", "discrete", "count", "constant_count"] | None = None
-    """Estimator of the bound; see nanodlm/losses.py. None is `constant_count` for masks, which lets the output layer
-    skip what is not masked, and `count` for `uniform` and `hybrid`, which have `continuous` as well."""
+    estimator: Estimator | None = None
+    """Estimator of the bound; see diffusion/objective.py. None is the first that its kind has (diffusion/kinds.py):
+    `constant_count` for masks, which lets the output layer skip what is not masked, `count` for the others."""
     num_timesteps: int = Field(default=1000, ge=1)
     """T of the discrete estimator."""
-    times: Literal["systematic", "stratified", "independent"] = "systematic"
+    times: Times = "systematic"
     """How times or counts are spread over the rows of an update."""
     block_size: int = Field(default=16, ge=1)
     """Tokens per block, of `block`; at most seq_len."""
     uniform_share: float = Field(default=0.1, gt=0, lt=1)
     """Share of random tokens when half is noise, of `hybrid`."""
-    weighting: Literal["bound", "clipped", "uniform"] = "bound"
+    weighting: Weighting = "bound"
     """`bound` trains on the NELBO itself, `clipped` on its weights up to `max_weight`, `uniform` on plain
     cross-entropy (training only; `autoregressive` has no weights)."""
     max_weight: float = Field(default=10.0, gt=0)
@@ -160,8 +161,7 @@ class ObjectiveConfig(Group):
 
     @model_validator(mode="after")
     def _check_estimator(self) -> Self:
-        others = {"uniform": ("continuous", "count"), "hybrid": ("continuous", "count"), "autoregressive": ("count",)}
-        if self.estimator and self.estimator not in others.get(self.kind, (self.estimator,)):
+        if self.estimator and self.estimator not in KINDS[self.kind].estimators:
             raise ValueError(
                 f"{self.kind} has no {self.estimator} estimator: leave --objective.estimator out, "
                 "or set --objective.kind absorbing or block"
@@ -246,19 +246,8 @@ class SampleConfig(Group):
     """Tokens per text; none is the model's seq_len. Only `block` and `autoregressive` models write more than that."""
     num_steps: int = Field(default=128, ge=1)
     """Denoising steps, of each block when there are blocks; `first_hitting` and `autoregressive` take one per token."""
-    sampler: Literal[
-        "ancestral",
-        "ancestral_skip",
-        "first_hitting",
-        "confidence",
-        "margin",
-        "entropy",
-        "remdm_cap",
-        "remdm_rescale",
-        "remdm_conf",
-        "remdm_loop",
-    ] = "ancestral"
-    """Sampling algorithm; see nanodlm/samplers.py. Uniform, hybrid and autoregressive models have
+    sampler: Sampler = "ancestral"
+    """Sampling algorithm; see diffusion/sampling.py. Uniform, hybrid and autoregressive models have
     `ancestral` only, each its own."""
     grid: Literal["uniform", "cosine"] = "uniform"
     """Spacing of the steps' times; `entropy` and `first_hitting` have no grid."""
@@ -350,37 +339,34 @@ class Config(Group):
 
     @model_validator(mode="after")
     def _check_objective(self) -> Self:
-        kind = self.objective.kind
-        if kind == "block" and self.objective.block_size > self.model.seq_len:
+        name, kind, sample = self.objective.kind, KINDS[self.objective.kind], self.sample
+        length, block = self.model.seq_len, kind.block_size(self.objective.block_size)
+        if block > length:
+            raise ValueError(f"objective.block_size ({block}) is larger than model.seq_len ({length})")
+        if sample.sampler not in kind.samplers:
+            raise ValueError(f"{name} models have no {sample.sampler} sampler: leave --sample.sampler out")
+        if sample.guidance and not kind.guidance:
+            raise ValueError(f"{name} models are sampled without guidance: leave --sample.guidance out")
+        longer = (sample.length or 0) > length
+        if longer and not kind.any_length:
             raise ValueError(
-                f"objective.block_size ({self.objective.block_size}) is larger than model.seq_len "
-                f"({self.model.seq_len})"
+                f"{name} models write at most model.seq_len ({length}) tokens: lower sample.length, or set "
+                "--objective.kind block"
             )
-        sample = self.sample
-        if kind not in ("absorbing", "block") and sample.sampler != "ancestral":
-            raise ValueError(f"{kind} models have no {sample.sampler} sampler: leave --sample.sampler out")
-        if kind not in ("absorbing", "hybrid") and sample.guidance:
-            raise ValueError(f"{kind} models are sampled without guidance: leave --sample.guidance out")
-        longer = sample.length and sample.length > self.model.seq_len
-        if longer and kind not in ("block", "autoregressive"):
+        if longer and 2 * block > length:
             raise ValueError(
-                f"{kind} models write at most model.seq_len ({self.model.seq_len}) tokens: lower sample.length, or "
-                "set --objective.kind block"
-            )
-        if longer and kind == "block" and 2 * self.objective.block_size > self.model.seq_len:
-            raise ValueError(
-                f"in rows of {self.model.seq_len} tokens no whole block of {self.objective.block_size} comes before "
-                "another, so texts cannot be longer: lower objective.block_size or sample.length"
+                f"in rows of {length} tokens no whole block of {block} comes before another, so texts cannot be "
+                "longer: lower objective.block_size or sample.length"
             )
         clipped = self.schedule.kind == "loglinear" or self.schedule.kind.endswith("_clipped")
-        if kind in ("uniform", "hybrid") and clipped:
-            raise ValueError(f"{kind} noise needs a schedule from 0 to 1, not {self.schedule.kind}: try linear")
+        if kind.random_tokens and clipped:
+            raise ValueError(f"{name} noise needs a schedule from 0 to 1, not {self.schedule.kind}: try linear")
         return self
 
     @property
     def edges_known(self) -> bool:
-        """Whether scoring tells the network where documents end: from left to right, a mark that was read says so."""
-        return self.objective.kind == "autoregressive" and self.data.isolate_documents
+        """Whether scoring tells the network where documents end, as training did."""
+        return KINDS[self.objective.kind].edges_known and self.data.isolate_documents
 
     def training(self) -> dict[str, Any]:
         """The settings that determine what training makes of its data."""

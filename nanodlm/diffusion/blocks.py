@@ -121,9 +121,7 @@ def sample_autoregressive(
     [[0, 1, 5, 6, 7]]
     """
 
-    def step(
-        state: tuple[Any, Int[Array, "B"]], inputs: tuple[Int[Array, ""], Int[Array, "B"]]
-    ) -> tuple[tuple[Any, Int[Array, "B"]], Int[Array, "B"]]:
+    def step(state: tuple[Any, Int[Array, "B"]], inputs: tuple[Int[Array, ""], Int[Array, "B"]]) -> tuple[Any, Any]:
         (cache, before), (i, given) = state, inputs
         logits, cache = decoder.extend(cache, before[:, None])
         logits = limited(predictable(logits, mask_id=mask_id), temperature, top_k, top_p)

@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 
 def predictable(logits: Float[Array, "... V"], *, mask_id: int) -> Float[Array, "... V"]:
-    """Logits, at least in float32, with the ids that are never predicted (mask and padding) at minus infinity.
+    """Set the logits of ids that are never predicted (mask and padding) to minus infinity, in float32 at least.
 
     Raises:
         ValueError: For fewer logits than real tokens.
@@ -26,7 +26,7 @@ def predictable(logits: Float[Array, "... V"], *, mask_id: int) -> Float[Array, 
 def cross_entropy(
     logits: Float[Array, "B L V"], x_0: Int[Array, "B L"], scored: Bool[Array, "B L"], *, mask_id: int
 ) -> Float[Array, "B L"]:
-    """-log p(x_0 | x_t) at the scored positions and 0 at others, in nats, from a softmax in at least float32.
+    """Return -log p(x_0 | x_t) in nats at the scored positions and 0 at others, from a softmax in at least float32.
 
     Ids from `mask_id` on have probability 0 (zero masking probabilities, MDLM, arXiv:2406.07524, section 3.2.3).
 
@@ -49,7 +49,7 @@ def linear_cross_entropy(
     mask_id: int,
     chunks: int = 1,
 ) -> tuple[Float[Array, ""], Float[Array, "G C"]]:
-    """Weighted sum of -log softmax(features table^T)[target], in nats, and the nats themselves, which have no gradient.
+    """Return the weighted sum of -log softmax(features table^T)[target], and these nats, which have no gradient.
 
     Positions are taken in chunks along C. The gradient of the sum is made together with it, from each chunk's
     exponentials e and their sum s while they are there: with w the weights,
@@ -77,7 +77,7 @@ def linear_cross_entropy(
     fill = size * chunks - target.shape[1]
 
     def cut(value: Array) -> Array:
-        """From (G, C, ...) to (chunks, G * C / chunks, ...): XLA multiplies in two dimensions faster."""
+        """Cut (G, C, ...) into (chunks, G * C / chunks, ...): XLA multiplies in two dimensions faster."""
         padded = jnp.pad(value, ((0, 0), (0, fill)) + ((0, 0),) * (value.ndim - 2))
         parts = jnp.moveaxis(padded.reshape(len(value), chunks, size, *value.shape[2:]), 1, 0)
         return parts.reshape(chunks, -1, *value.shape[2:])
@@ -96,7 +96,7 @@ def _chunked_cross_entropy(
     target: Int[Array, "K N"],
     weight: Float[Array, "K N"],
 ) -> tuple[Float[Array, ""], Float[Array, "K N"]]:
-    """The sum and the nats of K chunks."""
+    """Return the sum and the nats of K chunks."""
     compute = table.astype(features.dtype)
 
     def chunk(loss: Array, inputs: tuple[Array, Array, Array]) -> tuple[Array, Array]:
@@ -109,7 +109,7 @@ def _chunked_cross_entropy(
 def _exponentials(
     mask_id: int, table: Float[Array, "V D"], x: Float[Array, "N D"], target: Int[Array, "N"], weight: Array
 ) -> tuple[Float[Array, "N V"], Float[Array, "N"], Float[Array, "N"]]:
-    """Exponentials of logits less their maximum, their sums, and -log softmax at the targets."""
+    """Return exponentials of logits less their maximum, their sums, and -log softmax at the targets."""
     wide = jnp.promote_types(x.dtype, jnp.float32)
     logits = jnp.einsum("nd,vd->nv", x, table, preferred_element_type=wide)
     logits = predictable(logits, mask_id=mask_id)

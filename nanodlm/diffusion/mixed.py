@@ -22,7 +22,7 @@ class Shares(NamedTuple):
 
 
 def shares(mask_rate: Float[Array, "..."], uniform_share: float) -> Shares:
-    """How much of a token is left, masked, or uniformly random when m = 1 - alpha(t) of it is noise.
+    """Return how much of a token is left, masked, or uniformly random when m = 1 - alpha(t) of it is noise.
 
     Uniform share p = 1 is the uniform process: (1 - m, 0, m), ending in random tokens. Below it is the interpolation
     (1 - m, m, c) / (1 + c) with c = 2p/(1-p) sqrt(m (1 - m)), where uniform noise is p of all at m = 1/2 and both ends
@@ -43,7 +43,7 @@ def shares(mask_rate: Float[Array, "..."], uniform_share: float) -> Shares:
 
 
 def mask_rate_of(noise: Float[Array, "..."], uniform_share: float) -> Float[Array, "..."]:
-    """The m at which a share `noise` < 1 of the tokens is noise of either sort: the inverse of 1 - shares(m, p).kept.
+    """Return the m at which a share `noise` < 1 of the tokens is noise of either sort, the inverse of 1 - shares.kept.
 
     With T = sqrt(m / (1 - m)) that equation is T^2 + c T = noise / (1 - noise), c = 2p/(1-p).
 
@@ -99,7 +99,7 @@ def mixed_divergence(
     mask_id: int,
     uniform_share: float,
 ) -> tuple[Float[Array, "B"], Float[Array, "B L"]]:
-    """Weight of each row and nats of each position; the integral of their product over the mask rate m is the bound.
+    """Return each row's weight and each position's nats; their product, integrated over the mask rate m, is the bound.
 
     With q the law of x_t given x_0, q^ its mean over the model's x_0, z the token at hand and g_z the rate, per unit
     of m, at which noise turns other tokens into z, the product is g_z / q_z times

@@ -2,8 +2,9 @@
 
 from jaxtyping import Array, Float, Int, Key
 
-from nanodlm.diffusion.noise import Denoise, Times
-from nanodlm.diffusion.objective import Estimator, Kind, Objective
+from nanodlm.diffusion.kinds import Estimator, KindName, Times
+from nanodlm.diffusion.noise import Denoise
+from nanodlm.diffusion.objective import Objective
 from nanodlm.diffusion.schedules import Schedule
 
 
@@ -16,13 +17,15 @@ def nelbo(
     mask_id: int,
     estimator: Estimator = "continuous",
     num_timesteps: int = 1000,
-    objective: Kind = "absorbing",
+    objective: KindName = "absorbing",
     times: Times = "systematic",
     block_size: int = 1,
     uniform_share: float = 0.1,
     segment_ids: Int[Array, "B L"] | None = None,
 ) -> Float[Array, "B"]:
-    """One unbiased estimate per row of the bound on -log p(x_0), in nats per sequence; of -log p, autoregressively.
+    """Return one unbiased estimate per row of the bound on -log p(x_0), in nats per sequence.
+
+    For `autoregressive` it is -log p(x_0) itself. `plain.plain_nelbo` is the idea in its plainest form.
 
     Args:
         denoise: Maps x_t (B, L) and t (B,) to logits (B, L, V), V > mask_id. For `block` it is called with t (B, K) and

@@ -3,24 +3,24 @@
 Absorbing: a token of x_0 is replaced by `mask_id` by time t with probability 1 - alpha(t), independently of the
 others, and never changes back. Source: D3PM, arXiv:2107.03006, section 3.1 (absorbing state).
 
-Mixed: noise also replaces tokens by uniformly random ones; `shares` says how much of which. Source: GIDD,
+Mixed: noise also replaces tokens by uniformly random ones; `mixed.shares` says how much of which. Source: GIDD,
 arXiv:2503.04482, section 3.
 """
 
 from collections.abc import Callable
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from nanodlm.diffusion.kinds import Times
 from nanodlm.diffusion.schedules import Schedule
 
-Times = Literal["independent", "stratified", "systematic"]
+Denoise = Callable[..., Float[Array, "B L V"]]  # of x_t (B, L) and t (B,); for blocks t is (B, K)
 
 
 def low_discrepancy(key: Key[Array, ""], n: int, times: Times = "systematic") -> Float[Array, "n"]:
-    """N numbers in (0, 1], each uniform by itself, one in each interval of length 1/n.
+    """Draw n numbers in (0, 1], each uniform by itself, one in each interval of length 1/n.
 
     Averages over them stay unbiased, and since together they cover the interval evenly, their variance is lower.
 
@@ -71,14 +71,22 @@ def mask_subset(
 
 
 def _subset(real: Bool[Array, "B L"], count: Int[Array, "B"], key: Key[Array, ""]) -> Bool[Array, "B L"]:
-    """A uniformly random subset of `count` of each row's real positions."""
+    """Draw a uniformly random subset of `count` of each row's real positions."""
     noise = jnp.where(real, jax.random.uniform(key, real.shape), jnp.inf)
-    rank = jnp.argsort(jnp.argsort(noise, axis=1), axis=1)  # a uniformly random permutation of each row's positions
-    return rank < count[:, None]
+    return rank(noise) < count[:, None]
+
+
+def rank(x: Float[Array, "B L"]) -> Int[Array, "B L"]:
+    """Return each entry's position in its sorted row, 0 for the smallest; equal ones count from left to right.
+
+    >>> rank(jnp.array([[0.5, 0.1, 0.3]])).tolist()
+    [[2, 0, 1]]
+    """
+    return jnp.argsort(jnp.argsort(x, axis=1), axis=1)  # the second sort inverts the permutation of the first
 
 
 def unmask_probability(schedule: Schedule, t: Float[Array, "..."], s: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Probability (alpha_s - alpha_t) / (1 - alpha_t) that a token masked at t is unmasked at s < t.
+    """Return the probability (alpha_s - alpha_t) / (1 - alpha_t) that a token masked at t is unmasked at s < t.
 
     All is masked at t = 1 and nothing at s = 0, also under schedules that jump there; so it is exactly 1 at s = 0.
     Source: MDLM, arXiv:2406.07524, equation 7.
@@ -91,6 +99,3 @@ def unmask_probability(schedule: Schedule, t: Float[Array, "..."], s: Float[Arra
     masked_t = jnp.where(t >= 1, 1.0, schedule.mask_rate(t))
     # The rates of a steep schedule underflow to 0 while t and s are not; flat, clipped ones change nothing.
     return 1.0 - jnp.where(masked_s > 0, masked_s / masked_t, 0.0)
-
-
-Denoise = Callable[..., Float[Array, "B L V"]]  # of x_t (B, L) and t (B,); for blocks t is (B, K)

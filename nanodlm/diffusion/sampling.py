@@ -15,21 +15,18 @@ The first three have one law, that of the model's reverse process. The next thre
 
 import math
 from functools import partial
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from nanodlm.diffusion.cross_entropy import predictable
+from nanodlm.diffusion.kinds import SAMPLERS, ByScore, InOrder
 from nanodlm.diffusion.noise import Denoise
 from nanodlm.diffusion.schedules import Schedule
 from nanodlm.diffusion.steps import _denoise_mixed, _remask, _unmask_by_score, _unmask_in_order, _Walk
 from nanodlm.diffusion.tokens import Prompt, _require, _start, limited
-
-IN_ORDER = ("ancestral", "ancestral_skip", "first_hitting")
-BY_SCORE = ("confidence", "margin", "entropy")
-REMASKING = ("remdm_cap", "remdm_rescale", "remdm_conf", "remdm_loop")
-SAMPLERS = IN_ORDER + BY_SCORE + REMASKING
 
 
 def sample(
@@ -65,7 +62,7 @@ def sample(
         mask_id: The id of a masked token; it and larger ids are never drawn.
         schedule: The noise schedule.
         num_steps: Number of steps, at least 1; `first_hitting` has its own.
-        sampler: One of `SAMPLERS`; see the module's table.
+        sampler: One of `kinds.SAMPLERS`; see the module's table.
         temperature: Divides the logits; 0 takes the most likely token.
         top_k: Draw from the k most likely tokens only; 0 is off.
         top_p: Then from the smallest set of tokens with at least this probability; 1 is off.
@@ -75,7 +72,7 @@ def sample(
             steps are shorter while little is known (MD4, arXiv:2406.04329; MaskGIT, arXiv:2202.04200).
         guidance: w in logits = (1 + w) cond - w uncond, where uncond is what the model predicts with the prompt's
             tokens masked (LLaDA, arXiv:2502.09992, appendix; arXiv:2410.18514). 0 makes no second call.
-        uniform_share: That of the process the model was trained on (`diffusion.shares`). Above 0, `ancestral` takes
+        uniform_share: That of the process the model was trained on (`mixed.shares`). Above 0, `ancestral` takes
             the reverse steps of that process; see `_denoise_mixed`.
         entropy_bound: For `entropy`, in nats: how dependent tokens that appear together may be.
         remask: For `remdm_cap`, `_rescale` and `_loop`: how often a token is masked again, in [0, 1].
@@ -127,15 +124,15 @@ def sample(
     )
     if uniform_share > 0:
         return _denoise_mixed(walk, start_key, uniform_share)
-    if sampler in IN_ORDER:
+    if sampler in get_args(InOrder):
         return _unmask_in_order(walk, start_key, schedule, sampler)
-    if sampler in BY_SCORE:
+    if sampler in get_args(ByScore):
         return _unmask_by_score(walk, schedule, sampler, entropy_bound)
     return _remask(walk, start_key, sampler, remask)
 
 
 def _times(num_steps: int, grid: str, loop_time: float | None = None) -> Float[Array, "T"]:
-    """The grid of times from exactly 1 to exactly 0; it stands still at `loop_time` for a third of its steps.
+    """Return the grid of times from exactly 1 to exactly 0; it stands still at `loop_time` for a third of its steps.
 
     >>> [round(t, 2) for t in _times(6, "uniform", 0.1).tolist()]
     [1.0, 0.55, 0.1, 0.1, 0.1, 0.05, 0.0]

@@ -23,7 +23,7 @@ class Schedule:
 
     m stays exact in float32 near t = 0, where 1 - alpha(t) would cancel. Schedules whose m does not run from 0 to 1
     jump the rest at their ends: a token masked at t = 0 is unmasked there, and what is unmasked just before t = 1 is
-    masked there. `losses.Objective.corrupt` and the samplers account for both jumps, so that the bound stays one.
+    masked there. `Objective.corrupt` and the samplers account for both jumps, so that the bound stays one.
 
     Attributes:
         kind: Its name.
@@ -42,7 +42,7 @@ class Schedule:
     end: float = 1.0
 
     def alpha(self, t: Float[Array, "..."] | float) -> Float[Array, "..."]:
-        """Probability that a token is unmasked at time t, in [0, 1].
+        """Return the probability that a token is unmasked at time t, in [0, 1].
 
         >>> float(make_schedule("sqrt").alpha(0.25))
         0.5
@@ -50,7 +50,7 @@ class Schedule:
         return 1.0 - self.mask_rate(jnp.asarray(t, jnp.float32))
 
     def dalpha(self, t: Float[Array, "..."] | float) -> Float[Array, "..."]:
-        """Derivative of alpha with respect to t, at most 0.
+        """Return the derivative of alpha with respect to t, at most 0.
 
         >>> float(make_schedule("linear").dalpha(0.3))
         -1.0
@@ -58,7 +58,7 @@ class Schedule:
         return -self.dmask_rate(jnp.asarray(t, jnp.float32))
 
     def weight(self, t: Float[Array, "..."]) -> Float[Array, "..."]:
-        """Weight of the continuous-time bound, -alpha'(t) / (1 - alpha(t)), for t in (0, 1].
+        """Return the weight of the continuous-time bound, -alpha'(t) / (1 - alpha(t)), for t in (0, 1].
 
         Source: MD4, arXiv:2406.04329, equation 4; MDLM, arXiv:2406.07524, equation 10.
 
@@ -152,7 +152,7 @@ def make_schedule(kind: str, *, exponent: float = 2.0, eps: float | None = None)
 def _clipped(
     kind: str, eps: float, *, mask_rate: Rate, dmask_rate: Rate, time_of: Rate, start: float = 0.0
 ) -> Schedule:
-    """A schedule whose mask rate is held within [eps, 1 - eps], flat where it is clipped."""
+    """Make a schedule whose mask rate is held within [eps, 1 - eps], flat where it is clipped."""
     start, end = max(start, eps), 1 - eps
 
     def slope(t: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -167,7 +167,7 @@ def _clipped(
 
 
 def _power(t: Float[Array, "..."], p: float) -> Float[Array, "..."]:
-    """t^p without the rounding of exp(p log t) where a plain operation does."""
+    """Return t^p, without the rounding of exp(p log t) where a plain operation does."""
     if p == 0:
         return jnp.ones_like(t)
     if p == 1:

@@ -8,13 +8,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from nanodlm.diffusion.mixed import shares
-from nanodlm.diffusion.noise import Denoise
+from nanodlm.diffusion.noise import Denoise, rank
 from nanodlm.diffusion.schedules import Schedule
 from nanodlm.diffusion.tokens import TINY, _categorical
 
+State = tuple[Int[Array, ""], Int[Array, "B L"]]  # number of the step, and tokens before it
+
 
 class _Walk(NamedTuple):
-    """What the samplers share: the start, the grid, the model, the distribution to draw from, randomness."""
+    """Hold what the samplers share: the start, the grid of times, the model, the distribution to draw from, a key."""
 
     start: Int[Array, "B L"]
     times: Float[Array, "T"]
@@ -44,17 +46,17 @@ def _unmask_in_order(walk: _Walk, key: Key[Array, ""], schedule: Schedule, sampl
     u = 1.0 - jax.random.uniform(key, masked.shape)
     if sampler == "first_hitting":
         u = jnp.where(masked, u, 0.0)
-        step = jnp.argsort(jnp.argsort(-u, axis=1), axis=1)
+        step = rank(-u)
         times = schedule.time_of(-jnp.sort(-u, axis=1))
     else:
         step = len(walk.rates) - 1 - jnp.searchsorted(walk.rates[::-1], u, side="left")
         times = jnp.broadcast_to(walk.times[:-1], (len(u), len(walk.times) - 1))
     n, skip = times.shape[1], sampler != "ancestral"
 
-    def more(state: tuple[Int[Array, ""], Int[Array, "B L"]]) -> Bool[Array, ""]:
+    def more(state: State) -> Bool[Array, ""]:
         return (state[1] == walk.mask_id).any() if skip else state[0] < n
 
-    def body(state: tuple[Int[Array, ""], Int[Array, "B L"]]) -> tuple[Int[Array, ""], Int[Array, "B L"]]:
+    def body(state: State) -> State:
         i, x_t = state
         masked = x_t == walk.mask_id
         now = jnp.where(masked, step, n).min(axis=1) if skip else jnp.full(len(x_t), i)
@@ -77,7 +79,7 @@ def _unmask_by_score(walk: _Walk, schedule: Schedule, sampler: str, entropy_boun
     """
     total = (walk.start == walk.mask_id).sum(axis=1)
 
-    def body(state: tuple[Int[Array, ""], Int[Array, "B L"]]) -> tuple[Int[Array, ""], Int[Array, "B L"]]:
+    def body(state: State) -> State:
         i, x_t = state
         masked = x_t == walk.mask_id
         left = masked.sum(axis=1)
@@ -100,8 +102,7 @@ def _unmask_by_score(walk: _Walk, schedule: Schedule, sampler: str, entropy_boun
             entropies = jnp.sort(-score, axis=1)  # infinite where nothing is masked
             others = jnp.cumsum(jnp.pad(entropies[:, :-1], ((0, 0), (1, 0))), axis=1)
             count = jnp.where(i == len(walk.rates) - 2, left, (others <= entropy_bound).sum(axis=1))
-        rank = jnp.argsort(jnp.argsort(-score, axis=1), axis=1)
-        return i + 1, jnp.where(masked & (rank < count[:, None]), tokens, x_t)
+        return i + 1, jnp.where(masked & (rank(-score) < count[:, None]), tokens, x_t)
 
     more = lambda state: (state[1] == walk.mask_id).any()  # noqa: E731
     return jax.lax.while_loop(more, body, (jnp.int32(0), walk.start))[1]
@@ -114,7 +115,7 @@ def remask_probability(
     psi: Float[Array, "B L"],
     tokens: Bool[Array, "B L"],
 ) -> Float[Array, "B L"]:
-    """ReMDM's sigma: the probability that a token is masked again from t to s, given the mask rates at both.
+    """Return ReMDM's sigma: the probability that a token is masked again from t to s, given the mask rates at both.
 
     With sigma_max = min(1, (1 - alpha_s) / alpha_t), above which more than 1 - alpha_s would be masked at s:
 
@@ -137,7 +138,7 @@ def remask_probability(
 
 
 def _remask(walk: _Walk, key: Key[Array, ""], sampler: str, remask: float) -> Int[Array, "B L"]:
-    """ReMDM: ancestral sampling that masks tokens again, to draw them anew when more is known.
+    """Sample as ReMDM does: tokens are masked again on the way, to draw them anew when more is known.
 
     From t to s, a token is masked again with probability sigma, and a mask becomes a token with probability
     (alpha_s - (1 - sigma) alpha_t) / (1 - alpha_t), which keeps the share of masks at 1 - alpha_s. `remdm_conf` has
@@ -167,7 +168,7 @@ def _remask(walk: _Walk, key: Key[Array, ""], sampler: str, remask: float) -> In
 
 
 def _denoise_mixed(walk: _Walk, key: Key[Array, ""], uniform_share: float) -> Int[Array, "B L"]:
-    """Ancestral sampling of the uniform process and of those between it and masking; see `diffusion.shares`.
+    """Take the reverse steps of the uniform process, or of one between it and masking; see `mixed.shares`.
 
     With z the token at t, p the model's distribution, N = mask_id, and, for j the mask or a token at s,
 

@@ -16,7 +16,7 @@ def _require(sound: bool, message: str) -> None:
 
 
 def _start(prompt: Prompt, shape: tuple[int, int], mask_id: int) -> Int[Array, "B L"]:
-    """The prompt, and masks behind it."""
+    """Return the prompt with masks behind it."""
     x_1 = jnp.full(shape, mask_id, jnp.int32)
     if prompt is None:
         return x_1
@@ -30,7 +30,7 @@ def _start(prompt: Prompt, shape: tuple[int, int], mask_id: int) -> Int[Array, "
 
 
 def limited(logits: Float[Array, "B L V"], temperature: float, top_k: int, top_p: float) -> Float[Array, "B L V"]:
-    """Logits of the distribution that tokens are drawn from: sharpened, then cut to the k best, then to the nucleus.
+    """Sharpen logits, then cut them to the k best, then to the nucleus: what is left is what tokens are drawn from.
 
     Source of the nucleus: arXiv:1904.09751, section 3.1.
 

@@ -16,6 +16,7 @@ from nanodlm.checkpoints.loading import load_artifact
 from nanodlm.config import Config, EvalConfig, load_config
 from nanodlm.data.rows import read
 from nanodlm.data.tokenizer import token_bytes
+from nanodlm.data.vocabulary import Vocabulary
 from nanodlm.devices.mesh import make_mesh, replicated
 from nanodlm.diffusion.objective import Objective
 from nanodlm.errors import NanodlmError
@@ -43,7 +44,7 @@ def evaluate(
     trained = load_config(str(inputs["train"].file("config.json")))
     rows = read(inputs["shard"].file("validation.arrayrecord"), inputs["shard"].metrics["dtype"])
     rows = rows[: config.eval.max_rows]
-    objective = make_objective(trained, encoding)
+    objective = make_objective(trained, Vocabulary.of(encoding))
     metrics = score(model, encoding, rows, objective, config.eval, edges_known=trained.edges_known, emit=emit)
     (attempt.path / "metrics.json").write_text(json.dumps(metrics, indent=1))
     return metrics
@@ -84,7 +85,7 @@ def score(
     if len(rows) < 2:
         raise NanodlmError("one validation row has no standard error: raise --data.val_tokens or lower --model.seq_len")
     graphdef, params = nnx.split(model)
-    scorer = make_scorer(objective, graphdef, edges_known=edges_known)
+    scorer = make_scorer(objective, graphdef, document_end=encoding.eot_token if edges_known else None)
     mesh = make_mesh(options.batch_size)
     params = jax.device_put(params, replicated(mesh))
     key = jax.random.key(options.seed)

@@ -17,7 +17,7 @@ from nanodlm.model.transformer import segments
 Scorer = Callable[[Any, Int[Array, "B L"], Key[Array, ""]], Float[Array, "B"]]
 
 
-def make_scorer(objective: Objective, graphdef: nnx.GraphDef, *, edges_known: bool = False) -> Scorer:
+def make_scorer(objective: Objective, graphdef: nnx.GraphDef, *, document_end: int | None = None) -> Scorer:
     """The bound of each row, of (parameters, rows, key), in nats per sequence, whatever weights were trained on.
 
     Noise takes the count form, which has the least variance and no schedule in it; the autoregressive likelihood has no
@@ -26,15 +26,15 @@ def make_scorer(objective: Objective, graphdef: nnx.GraphDef, *, edges_known: bo
     Args:
         objective: What the network was trained on.
         graphdef: The network.
-        edges_known: Whether it is told where documents end. That tells where the masked end-of-text marks are, so the
-            number is a bound for known edges only; from left to right they are known, for a mark that was read ends a
-            document.
+        document_end: The id that ends a document, when the network is told where that is. It says where the masked
+            end-of-text marks are, so the number is a bound for known edges only; from left to right they are known,
+            for a mark that was read ends a document.
     """
     objective = replace(objective, estimator="count", times="systematic", weighting="bound")
 
     @jax.jit
     def nats_per_row(params: Any, x_0: Int[Array, "B L"], key: Key[Array, ""]) -> Float[Array, "B"]:
-        segment_ids = segments(x_0, objective.mask_id - 1) if edges_known else None
+        segment_ids = None if document_end is None else segments(x_0, document_end)
         noised = objective.corrupt(x_0, key, segment_ids)
         model = nnx.merge(graphdef, params)
         if objective.mixed:

@@ -15,6 +15,7 @@ from nanodlm.build import make_objective
 from nanodlm.checkpoints.loading import load_artifact
 from nanodlm.config import Config, SampleConfig, load_config
 from nanodlm.data.tokenizer import END_OF_TEXT
+from nanodlm.data.vocabulary import Vocabulary
 from nanodlm.diffusion.blocks import Decoder, sample_autoregressive, sample_blocks
 from nanodlm.diffusion.objective import Objective
 from nanodlm.diffusion.sampling import sample
@@ -64,13 +65,14 @@ def make_draw(
     """
     length = options.length or trained.model.seq_len
     prompt = np.array(encoding.encode_ordinary(options.prompt), np.int32)
-    objective = make_objective(trained, encoding)
-    size = {"block": objective.block_size, "autoregressive": 1}.get(objective.kind, 0)
+    vocabulary = Vocabulary.of(encoding)
+    objective = make_objective(trained, vocabulary)
+    size = objective.traits.block_size(objective.block_size)
     if len(prompt) >= length:
         remedy = "shorten --sample.prompt" + " or raise --sample.length" * bool(size)
         raise UsageError(f"the prompt has {len(prompt)} tokens and texts have {length}: {remedy}")
     window = cache_window(trained.model.seq_len, size)
-    document_end = encoding.n_vocab - 1 if trained.data.isolate_documents else None
+    document_end = vocabulary.end_of_text if trained.data.isolate_documents else None
 
     def draw(params: Any, key: Key[Array, ""]) -> Int[Array, "B L"]:
         model = nnx.merge(graphdef, params)
@@ -117,6 +119,6 @@ def _draw(
         return sample(model, key, shape=(options.num_samples, length), **kind, **common, **steps)
     decoder = Decoder(lambda rows: model.new_cache(rows, window), model.extend, model.denoise_block)
     shape = (options.num_samples, -(-length // size) * size)  # the text may end within the last block
-    if objective.kind == "autoregressive":
+    if objective.traits.reads == "before":
         return sample_autoregressive(decoder, key, shape=shape, document_end=document_end, **common)
     return sample_blocks(decoder, key, shape=shape, block_size=size, **common, **steps)[:, :length]

@@ -33,7 +33,7 @@ def rope(x: Float[Array, "B L H D"], positions: Int[Array, "L"] | None = None) -
 
 
 def time_embedding(t: Float[Array, "B"], dim: int) -> Float[Array, "B D"]:
-    """Sinusoids of 1000 t. Source: DDPM, arXiv:2006.11239, appendix B.
+    """Return sinusoids of 1000 t. Source: DDPM, arXiv:2006.11239, appendix B.
 
     >>> time_embedding(jnp.zeros(2), 8).shape
     (2, 8)
@@ -121,7 +121,7 @@ class Block(nnx.Module):
         condition: Float[Array, "B #Q D"] | None = None,
         past: Past | None = None,
     ) -> tuple[Float[Array, "B Q D"], Past]:
-        """One block, and what it would keep of these positions.
+        """Run one block; return the residual stream and what the block would keep of these positions.
 
         Args:
             x: The residual stream.
@@ -168,8 +168,10 @@ class Block(nnx.Module):
 
 
 def _implementation(q: Float[Array, "B Q H E"], k: Float[Array, "B K H E"]) -> Literal["cudnn", "xla"]:
-    """CuDNN's fused attention where it exists: half precision, heads of up to 128 in steps of 8, even lengths, and an
-    NVIDIA GPU of compute capability 8.0 or more.
+    """Choose cuDNN's fused attention where it exists.
+
+    It takes half precision, heads of up to 128 in steps of 8, even lengths, and an NVIDIA GPU of compute capability 8.0
+    or more.
     """
     fits = q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] <= 128 and q.shape[-1] % 8 == 0
     if not fits or q.shape[1] % 2 or k.shape[1] % 2 or jax.default_backend() != "gpu":

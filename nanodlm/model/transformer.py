@@ -21,12 +21,12 @@ from jaxtyping import Array, Float, Int
 
 from nanodlm.devices.mesh import constrain
 from nanodlm.model.layers import NORMAL, Block, time_embedding
-from nanodlm.model.views import Cache, Past, Reads, View
+from nanodlm.model.views import Cache, Past, View, view_behind, view_of_row
 
 Remat = Literal["none", "dots", "full"]
 
 # What the axes of each parameter are, by the last two names of its path; those of blocks have one for layers in front.
-# `sharding.Rules` says how each is cut. Parameters that are not listed are small and held whole.
+# `devices.mesh` says how each is cut. Parameters that are not listed are small and held whole.
 LOGICAL_AXES = {
     "embedding/embedding": ("vocab", "embed"),
     "head/embedding": ("vocab", "embed"),
@@ -39,7 +39,7 @@ LOGICAL_AXES = {
 
 
 class Transformer(nnx.Module):
-    """The denoiser.
+    """Predict every token of a row from a noised one.
 
     Args:
         vocab_size: Ids it embeds and scores: the tokenizer's, the mask, padding.
@@ -95,20 +95,13 @@ class Transformer(nnx.Module):
         self.embedding = nnx.Embed(vocab_size, d_model, embedding_init=init, dtype=compute, rngs=rngs)
         self.time_in = nnx.Linear(d_model, d_model, rngs=rngs) if time_conditioning else None
 
+        shape = {"n_heads": n_heads, "d_model": d_model, "d_ff": d_ff, "conv_width": conv_width}
+        switches = {"time_conditioning": time_conditioning, "qk_norm": qk_norm, "zero_init": zero_init}
+
         @nnx.split_rngs(splits=n_layers)
         @nnx.vmap
         def stack(rngs: nnx.Rngs) -> Block:
-            return Block(
-                n_heads=n_heads,
-                d_model=d_model,
-                d_ff=d_ff,
-                conv_width=conv_width,
-                time_conditioning=time_conditioning,
-                qk_norm=qk_norm,
-                zero_init=zero_init,
-                dtype=compute,
-                rngs=rngs,
-            )
+            return Block(**shape, **switches, dtype=compute, rngs=rngs)
 
         self.blocks = stack(rngs)  # all layers' parameters, stacked along a first axis
         self.norm = nnx.RMSNorm(d_model, dtype=compute, rngs=rngs)
@@ -123,7 +116,7 @@ class Transformer(nnx.Module):
         segment_ids: Int[Array, "B L"] | None = None,
         context: Int[Array, "B L"] | None = None,
     ) -> Float[Array, "B L V"]:
-        """Logits of x_0 at every position, in float32: the `features` times the `table`.
+        """Return logits of x_0 at every position, in float32: the `features` times the `table`.
 
         >>> shape = {"vocab_size": 32, "n_layers": 1, "n_heads": 2, "d_model": 8, "d_ff": 16}
         >>> model = Transformer(**shape, block_size=2, rngs=nnx.Rngs(0))
@@ -135,7 +128,7 @@ class Transformer(nnx.Module):
 
     @property
     def table(self) -> Float[Array, "V D"]:
-        """The output layer."""
+        """The output layer, whose product with features are the logits."""
         return (self.head or self.embedding).embedding[...]
 
     def features(
@@ -145,7 +138,7 @@ class Transformer(nnx.Module):
         segment_ids: Int[Array, "B L"] | None = None,
         context: Int[Array, "B L"] | None = None,
     ) -> Float[Array, "B L D"]:
-        """What the output layer scores, at every position.
+        """Return what the output layer scores, at every position.
 
         With a context, each block of x_t is seen beside the context's blocks before it, and nothing else: one call
         scores every block of a row as if the ones before it were already known. That is the mask of block diffusion
@@ -164,17 +157,17 @@ class Transformer(nnx.Module):
         """
         if context is not None and not self.block_size:
             raise ValueError("a context needs a network with a block_size above 0")
-        length = x_t.shape[1]
-        positions = jnp.arange(length)
-        behind = partial(self._behind, positions, positions, segment_ids=segment_ids)
-        past, view = None, View(positions, behind(0, length))
+        view_of = partial(
+            view_of_row, x_t.shape[1], segment_ids, block_size=self.block_size, conv_width=self.conv_width
+        )
+        past, view = None, view_of()
         if context is not None:
             _, past = self._run(context, jnp.zeros_like(t, shape=t.shape[:1]), view, keep=True)
-            view = View(positions, behind(0, 0), behind(1, length))
+            view = view_of(beside_context=True)
         return self.norm(self._run(x_t, t, view, past)[0])
 
     def new_cache(self, rows: int, window: int) -> Cache:
-        """An empty cache.
+        """Return an empty cache.
 
         Args:
             rows: Rows it is for.
@@ -196,32 +189,28 @@ class Transformer(nnx.Module):
         inputs = jnp.zeros((self.n_layers, rows, window, width if self.conv_width else 0), dtype)
         return Cache(Past(heads, heads, inputs), jnp.zeros((), jnp.int32))
 
-    def extend(
-        self, cache: Cache, tokens: Int[Array, "B N"], t: Float[Array, "B"] | None = None
-    ) -> tuple[Float[Array, "B N V"], Cache]:
+    def extend(self, cache: Cache, tokens: Int[Array, "B N"]) -> tuple[Float[Array, "B N V"], Cache]:
         """Append whole blocks of clean tokens; any number of them at a time gives the same result.
 
         Args:
             cache: From `new_cache` or an earlier call.
             tokens: Token ids at the positions count to count + N - 1, where N is a multiple of the block size.
-            t: Times of the rows, 0 by default; read only with time conditioning.
 
         Returns:
-            Logits as `__call__` gives them for one stream, but that a block reads the window before it and no more;
-            and the cache with the tokens in it.
+            Logits as `__call__` gives them for one stream at time 0, but that a block reads the window before it and
+            no more; and the cache with the tokens in it.
 
         Raises:
             ValueError: For tokens that are not whole blocks.
         """
         self._check_blocks(tokens.shape[1], "the number of tokens")
-        t = jnp.zeros(len(tokens)) if t is None else t
-        x, made = self._run(tokens, t, self._view(cache, tokens.shape[1]), cache.layers, keep=True)
+        x, made = self._run(tokens, jnp.zeros(len(tokens)), self._view(cache, tokens.shape[1]), cache.layers, keep=True)
         window = cache.layers.keys.shape[2]
         layers = jax.tree.map(lambda old, new: jnp.concatenate([old, new], 2)[:, :, -window:], cache.layers, made)
         return self._score(self.norm(x)), Cache(layers, cache.count + tokens.shape[1])
 
     def denoise_block(self, cache: Cache, x_t: Int[Array, "B N"], t: Float[Array, "B"]) -> Float[Array, "B N V"]:
-        """Logits of x_0 for the block that follows the cached tokens, as `__call__` gives them with a context.
+        """Return logits of x_0 for the block that follows the cached tokens, as `__call__` does with a context.
 
         Args:
             cache: The tokens before; it stays as it is.
@@ -235,61 +224,14 @@ class Transformer(nnx.Module):
             raise ValueError(f"one block has {self.block_size} positions, not {x_t.shape[1]}")
         return self._score(self.norm(self._run(x_t, t, self._view(cache, self.block_size), cache.layers)[0]))
 
+    def _view(self, cache: Cache, length: int) -> View:
+        return view_behind(cache, length, block_size=self.block_size, conv_width=self.conv_width)
+
     def _check_blocks(self, number: int, what: str) -> None:
         if not self.block_size:
             raise ValueError("a cache needs a network with a block_size above 0")
         if number < 1 or number % self.block_size:
             raise ValueError(f"{what} is {number}, but must be a multiple of the block size, {self.block_size}")
-
-    def _behind(
-        self,
-        query: Int[Array, "Q"],
-        key: Int[Array, "K"],
-        least: int,
-        most: int,
-        start: int = 0,
-        segment_ids: Int[Array, "B Q"] | None = None,
-    ) -> Reads | None:
-        """Read the positions that exist in the same document, and from `least` to `most` blocks back; None is all.
-
-        Args:
-            query: Positions that read.
-            key: Positions that are read; those below 0 do not exist.
-            least: Blocks.
-            most: Blocks; without a block size, neither counts.
-            start: The place of the first query among the keys.
-            segment_ids: Of the queries, and of the keys when those are the same positions.
-        """
-        if not self.block_size and segment_ids is None:
-            return None
-
-        none = segment_ids is None
-        query_ids = jnp.zeros((1, len(query)), jnp.int32) if none else segment_ids
-        key_ids = jnp.zeros((1, len(key)), jnp.int32) if none else segment_ids
-
-        def seen(q: Array, k: Array, q_ids: Array, k_ids: Array) -> Array:
-            if not self.block_size:
-                return q_ids == k_ids
-            blocks = q // self.block_size - k // self.block_size
-            return (k >= 0) & (least <= blocks) & (blocks <= most) & (q_ids == k_ids)
-
-        reach = self.conv_width // 2
-        beside = jnp.pad(key, (reach, reach + len(query)), constant_values=-1)
-        beside_ids = jnp.pad(key_ids, ((0, 0), (reach, reach + len(query))), constant_values=-1)
-        places = [slice(start + offset, start + offset + len(query)) for offset in range(self.conv_width)]
-        return Reads(
-            attention=seen(query[:, None], key, query_ids[:, :, None], key_ids[:, None, :]),
-            convolution=[seen(query, beside[at], query_ids, beside_ids[:, at]) for at in places],
-        )
-
-    def _view(self, cache: Cache, length: int) -> View:
-        """What the `length` positions after the cached ones read."""
-        window = cache.layers.keys.shape[2]
-        positions = cache.count + jnp.arange(length)
-        before = cache.count + jnp.arange(-window, 0)
-        most = window // self.block_size
-        own = self._behind(positions, positions, 0, most)
-        return View(positions, own, self._behind(positions, before, 1, most, start=window), window)
 
     def _run(
         self,
@@ -300,7 +242,7 @@ class Transformer(nnx.Module):
         *,
         keep: bool = False,
     ) -> tuple[Float[Array, "B Q D"], Past | None]:
-        """All blocks over one stream: the residual stream, and when asked to, what each layer keeps of it."""
+        """Run all blocks over one stream; return it and, when asked to, what each layer keeps of it."""
         # Devices that share a table look up their part of each vector, for all of their rows, and exchange the parts.
         x = constrain(constrain(self.embedding(ids), "group", None, "embed"), "batch", None, None)
         condition = None
@@ -326,13 +268,13 @@ class Transformer(nnx.Module):
         return jax.lax.scan(layer, x, (params, past))
 
     def _score(self, features: Float[Array, "B Q D"]) -> Float[Array, "B Q V"]:
-        """Logits, in float32."""
+        """Return logits, in float32."""
         flat = (self.head or self.embedding).attend(features.reshape(-1, features.shape[-1]))  # as in `Linear`
         return flat.astype(jnp.float32).reshape(*features.shape[:2], -1)
 
 
 def segments(x_0: Int[Array, "B L"], end_of_text: int) -> Int[Array, "B L"]:
-    """Which document of its row each token belongs to; an end-of-text mark belongs to the one it ends.
+    """Number the documents of each row from 0, for each token; an end-of-text mark belongs to the one it ends.
 
     >>> segments(jnp.array([[5, 9, 6, 7]]), end_of_text=9).tolist()
     [[0, 0, 1, 1]]
@@ -342,7 +284,7 @@ def segments(x_0: Int[Array, "B L"], end_of_text: int) -> Int[Array, "B L"]:
 
 
 def count_parameters(model: nnx.Module) -> int:
-    """Number of trained numbers.
+    """Count the trained numbers of a network.
 
     >>> count_parameters(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
     9

@@ -1,13 +1,15 @@
 """What each position may read: keys of earlier blocks, the cache that decoding keeps, and the masks of both."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 
 class Past(NamedTuple):
-    """What layers keep of P clean positions for others to read; those of all layers are stacked along a first axis."""
+    """Hold what layers keep of P clean positions for others to read; all layers are stacked along a first axis."""
 
     keys: Float[Array, "*N B P H E"]
     """After RoPE."""
@@ -17,7 +19,7 @@ class Past(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """The last clean positions of each row: a pytree of constant shapes, fit to be carried by `jax.lax.scan`."""
+    """Hold the last clean positions of each row: a pytree of constant shapes, which `jax.lax.scan` can carry."""
 
     layers: Past
     """Of the positions count - window to count - 1; those below 0 are not written yet and never read."""
@@ -26,7 +28,7 @@ class Cache(NamedTuple):
 
 
 class Reads(NamedTuple):
-    """What Q positions read of K: masks, whose first axis is 1 when all rows are alike."""
+    """Say what Q positions read of K: masks, whose first axis is 1 when all rows are alike."""
 
     attention: Bool[Array, "#B Q K"]
     convolution: Sequence[Bool[Array, "#B Q"]]
@@ -34,7 +36,7 @@ class Reads(NamedTuple):
 
 
 class View(NamedTuple):
-    """What the Q positions of a stream read."""
+    """Say what the Q positions of a stream read."""
 
     positions: Int[Array, "Q"]
     own: Reads | None = None
@@ -43,3 +45,67 @@ class View(NamedTuple):
     """Of the `Past` it is given."""
     start: int = 0
     """The place, in that past, of the stream's first position."""
+
+
+def view_of_row(
+    length: int,
+    segment_ids: Int[Array, "B L"] | None = None,
+    *,
+    block_size: int,
+    conv_width: int,
+    beside_context: bool = False,
+) -> View:
+    """Return what the positions of a whole row read: their own document, their block (0 is none) and those before it.
+
+    With `beside_context`, the blocks before it are those of a clean row that is given as the past.
+    """
+    positions = jnp.arange(length)
+
+    if not block_size and segment_ids is None:
+        return View(positions)
+    row = positions, jnp.zeros((1, length), jnp.int32) if segment_ids is None else segment_ids
+    reads = partial(_reads, row, row, block_size=block_size, conv_width=conv_width)
+    return View(positions, reads((0, 0)), reads((1, length))) if beside_context else View(positions, reads((0, length)))
+
+
+def view_behind(cache: Cache, length: int, *, block_size: int, conv_width: int) -> View:
+    """Return what the `length` positions behind the cached ones read: each other's blocks, and the cache's window."""
+    window = cache.layers.keys.shape[2]
+    most = window // block_size
+    after, before = cache.count + jnp.arange(length), cache.count + jnp.arange(-window, 0)
+    queries = after, jnp.zeros((1, length), jnp.int32)
+    keys = before, jnp.zeros((1, window), jnp.int32)
+    reads = partial(_reads, queries, block_size=block_size, conv_width=conv_width)
+    return View(after, reads(queries, (0, most)), reads(keys, (1, most), start=window), window)
+
+
+def _reads(
+    queries: tuple[Int[Array, "Q"], Int[Array, "B Q"]],
+    keys: tuple[Int[Array, "K"], Int[Array, "B K"]],
+    blocks_back: tuple[int, int],
+    *,
+    block_size: int,
+    conv_width: int,
+    start: int = 0,
+) -> Reads:
+    """Return what queries read of keys: positions of the same document, from the least to the most blocks back.
+
+    Both are positions and the documents they belong to; those below 0 do not exist. `start` is the index of the first
+    query among the keys. Without a block size, only documents count.
+    """
+    (query, query_ids), (key, key_ids), (least, most) = queries, keys, blocks_back
+
+    def seen(q: Array, k: Array, q_ids: Array, k_ids: Array) -> Array:
+        if not block_size:
+            return q_ids == k_ids
+        blocks = q // block_size - k // block_size
+        return (k >= 0) & (least <= blocks) & (blocks <= most) & (q_ids == k_ids)
+
+    reach = conv_width // 2
+    beside = jnp.pad(key, (reach, reach + len(query)), constant_values=-1)
+    beside_ids = jnp.pad(key_ids, ((0, 0), (reach, reach + len(query))), constant_values=-1)
+    places = [slice(start + offset, start + offset + len(query)) for offset in range(conv_width)]
+    return Reads(
+        attention=seen(query[:, None], key, query_ids[:, :, None], key_ids[:, None, :]),
+        convolution=[seen(query, beside[at], query_ids, beside_ids[:, at]) for at in places],
+    )

@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import tiktoken
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -32,6 +31,7 @@ from nanodlm.data import rows as data_rows
 from nanodlm.data.loader import train_batches, windows
 from nanodlm.data.rows import read
 from nanodlm.data.tokenizer import load, save
+from nanodlm.data.vocabulary import Vocabulary
 from nanodlm.devices.hosts import any_process, from_leader, my_share, put_rows
 from nanodlm.devices.mesh import make_mesh
 from nanodlm.errors import NanodlmError, Stopped, UsageError
@@ -65,14 +65,15 @@ def train(
         tokens, fetch = inputs["shard"].metrics, inputs["shard"].on_demand()
         encoding = load(inputs["tokenizer"].local())
         mesh = make_mesh(config.train.batch_size, fsdp=config.train.fsdp, tensor=config.train.tensor)
-        program = make_program(config, encoding, mesh)
-        if tokens["n_vocab"] != encoding.n_vocab:
+        vocabulary = Vocabulary.of(encoding)
+        program = make_program(config, vocabulary, mesh)
+        if tokens["n_vocab"] != vocabulary.size:
             raise NanodlmError("the shards were made with another tokenizer: rebuild them with --rebuild shard")
         if attempt:
             (attempt.path / "config.json").write_text(config.model_dump_json(indent=1))
             (attempt.path / "tokenizer").mkdir()
             save(encoding, attempt.path / "tokenizer")
-        validate = _validation(config, encoding, program.graphdef, fetch, tokens["dtype"], mesh)
+        validate = _validation(config, vocabulary, program.graphdef, fetch, tokens["dtype"], mesh)
         key = jax.random.key(config.train.seed)
         run = describe_run(config, inputs["shard"].digest, inputs["tokenizer"].digest, key)
         with jax.set_mesh(mesh):
@@ -85,7 +86,7 @@ def train(
                 checkpoints,
                 _batches(config, tokens, fetch, mesh, rows_seen) as batches,
             ):
-                limit = 10 * math.log(encoding.n_vocab)
+                limit = 10 * math.log(vocabulary.size)
                 logger = Logger(config, past["logs"], emit, tracker, limit=limit, last_good=checkpoints.last)
                 loop = _Loop(config, mesh, program, key, checkpoints, logger, validate, stop, emit)
                 state = loop.run(state, batches, rows_seen)
@@ -235,7 +236,7 @@ def _tracker(
 
 def _validation(
     config: Config,
-    encoding: tiktoken.Encoding,
+    vocabulary: Vocabulary,
     graphdef: nnx.GraphDef,
     fetch: Callable[[str], Path],
     dtype: str,
@@ -247,7 +248,11 @@ def _validation(
     rows = [row for row in rows if len(row) == length]
     if not rows:
         return None
-    scorer = make_scorer(make_objective(config, encoding), graphdef, edges_known=config.edges_known)
+    scorer = make_scorer(
+        make_objective(config, vocabulary),
+        graphdef,
+        document_end=vocabulary.end_of_text if config.edges_known else None,
+    )
     key = jax.random.key(config.eval.seed)
 
     def validate(state: State) -> dict[str, float]:

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-import tiktoken
 from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Int, Key
@@ -15,6 +14,7 @@ from jaxtyping import Array, Bool, Int, Key
 from nanodlm.build import make_model, make_objective
 from nanodlm.checkpoints.saving import State
 from nanodlm.config import Config
+from nanodlm.data.vocabulary import Vocabulary
 from nanodlm.devices.mesh import batch_sharding, logit_chunks, replicated, shardings
 from nanodlm.diffusion.corruption import Corruption
 from nanodlm.diffusion.objective import Objective
@@ -32,11 +32,13 @@ def train_step(
     optimizer: optax.GradientTransformation,
     objective: Objective,
     config: Config,
+    document_end: int | None = None,
 ) -> tuple[State, dict[str, Array]]:
     """Take one update from A micro-batches of B rows.
 
     The loss is the objective's in nats per token: summed over a row's tokens, divided by all of them. The noise of all
-    micro-batches is drawn at once, so that its times are spread evenly over the whole update.
+    micro-batches is drawn at once, so that its times are spread evenly over the whole update. With `document_end`, the
+    id of the end-of-text mark, the network is told where documents end.
 
     Returns:
         The new state, and scalars: `loss` (what was minimised), `nats_per_token` (the bound; with isolated documents
@@ -45,7 +47,7 @@ def train_step(
     n_micro, n_rows, length = rows.shape
     chunks = logit_chunks(n_rows * length, objective.mask_id)
     flat = rows.reshape(-1, length)
-    segment_ids = segments(flat, objective.mask_id - 1) if config.data.isolate_documents else None
+    segment_ids = None if document_end is None else segments(flat, document_end)
     noised = objective.corrupt(flat, jax.random.fold_in(key, state["step"]), segment_ids)
     micro = jax.tree.map(lambda a: a.reshape(n_micro, n_rows, *a.shape[1:]), (flat, noised, segment_ids))
 
@@ -116,7 +118,7 @@ class Program(NamedTuple):
     """Shapes, types and shardings."""
 
 
-def make_program(config: Config, encoding: tiktoken.Encoding, mesh: Mesh) -> Program:
+def make_program(config: Config, vocabulary: Vocabulary, mesh: Mesh) -> Program:
     """Return the training program of a configuration on a mesh.
 
     Raises:
@@ -127,16 +129,23 @@ def make_program(config: Config, encoding: tiktoken.Encoding, mesh: Mesh) -> Pro
             f"--model.n_heads {config.model.n_heads} cannot be shared by --train.tensor {mesh.shape['tensor']}: "
             "use a divisor"
         )
-    optimizer, objective = make_optimizer(config.train), make_objective(config, encoding)
-    graphdef, abstract = nnx.split(nnx.eval_shape(lambda: make_model(config, encoding)))
+    optimizer, objective = make_optimizer(config.train), make_objective(config, vocabulary)
+    graphdef, abstract = nnx.split(nnx.eval_shape(lambda: make_model(config, vocabulary)))
 
     def initialise() -> State:
-        params = nnx.to_pure_dict(nnx.split(make_model(config, encoding))[1])
+        params = nnx.to_pure_dict(nnx.split(make_model(config, vocabulary))[1])
         return init_state(config, params, optimizer)
 
     shapes = jax.eval_shape(initialise)
     cuts = shardings(mesh, shapes, LOGICAL_AXES)
-    step = partial(train_step, graphdef=graphdef, optimizer=optimizer, objective=objective, config=config)
+    step = partial(
+        train_step,
+        graphdef=graphdef,
+        optimizer=optimizer,
+        objective=objective,
+        config=config,
+        document_end=vocabulary.end_of_text if config.data.isolate_documents else None,
+    )
     return Program(
         graphdef,
         count_parameters(nnx.merge(graphdef, abstract)),

@@ -14,6 +14,7 @@ from nanodlm.bench import flops as bench_flops
 from nanodlm.bench import speed
 from nanodlm.build import make_model
 from nanodlm.config import PRESETS, Config
+from nanodlm.data.vocabulary import Vocabulary
 from nanodlm.errors import UsageError
 from nanodlm.generation import generate
 from nanodlm.model.transformer import Transformer
@@ -52,7 +53,7 @@ def test_training_flops_are_those_of_a_hand_count() -> None:
 
 def test_forward_flops_are_those_that_xla_counts() -> None:
     config = tiny(model={"d_model": 128, "n_heads": 4, "d_ff": 512, "seq_len": 64, "conv_width": 0})
-    graphdef, params = nnx.split(make_model(config, bench_flops.synthetic_encoding(config)))
+    graphdef, params = nnx.split(make_model(config, Vocabulary.of(bench_flops.synthetic_encoding(config))))
     forward = jax.jit(lambda params, x_t, t: nnx.merge(graphdef, params)(x_t, t))
     counted = forward.lower(params, jnp.zeros((4, 64), int), jnp.zeros(4)).compile().cost_analysis()["flops"]
     formula = 4 * 64 * bench_flops.forward_flops(config.model, bench_flops.vocab_size(config), keys=64)
@@ -105,7 +106,7 @@ def test_sampling_takes_the_counted_calls_of_the_network(
     monkeypatch.setattr(Transformer, "extend", lambda self, cache, x: (logits("extend", x), cache))
     monkeypatch.setattr(Transformer, "denoise_block", lambda self, cache, x, t: logits("denoise_block", x))
     encoding = bench_flops.synthetic_encoding(config)
-    graphdef, params = nnx.split(make_model(config, encoding))
+    graphdef, params = nnx.split(make_model(config, Vocabulary.of(encoding)))
     draw = generate.make_draw(config.sample, config, encoding, graphdef)
     jax.block_until_ready(draw(params, jax.random.key(0)))
     jax.effects_barrier()

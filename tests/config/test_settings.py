@@ -2,12 +2,16 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, get_args
 
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from nanodlm.config import PRESETS, Config, DataConfig, explain, load_config
+from nanodlm.build import make_objective
+from nanodlm.config import PRESETS, Config, ScheduleConfig, explain, load_config
+from nanodlm.data.vocabulary import Vocabulary
+from nanodlm.diffusion import schedules
+from nanodlm.diffusion.kinds import KINDS, KindName
 from nanodlm.errors import UsageError
 
 GROUPS = list(Config.model_fields)
@@ -42,13 +46,6 @@ def test_the_owt_preset_is_the_original_projects_data_and_shape() -> None:
     assert (owt.model.seq_len, owt.model.n_layers, owt.model.n_heads, owt.model.d_model) == (1024, 12, 12, 768)
 
 
-def test_the_owt_1b_preset_is_the_same_data_in_a_larger_network() -> None:
-    owt, large = PRESETS["owt"], PRESETS["owt-1b"]
-    assert large.data == owt.data
-    assert large.train.batch_size % 64 == 0
-    assert (large.model.n_layers, large.model.d_model, large.train.fsdp) == (24, 2048, 1)
-
-
 def test_every_setting_has_a_help_text() -> None:
     def undocumented(group: type[BaseModel]) -> list[str]:
         return [f"{group.__name__}.{name}" for name, field in group.model_fields.items() if not field.description]
@@ -71,18 +68,13 @@ def test_a_config_cannot_be_changed_in_place() -> None:
         PRESETS["demo"].train.lr = 1.0  # type: ignore[misc]
 
 
-@pytest.mark.parametrize("group", GROUPS)
-def test_an_unknown_field_is_refused_by_name(group: str) -> None:
-    assert refusal(**{group: {"no_such_field": 1}}) == f"{group}.no_such_field: Extra inputs are not permitted"
-
-
-def test_an_unknown_group_is_refused_by_name() -> None:
+def test_an_unknown_field_or_group_is_refused_by_name() -> None:
+    for group in GROUPS:
+        assert refusal(**{group: {"no_such_field": 1}}) == f"{group}.no_such_field: Extra inputs are not permitted"
     assert refusal(optimizer={"lr": 1}) == "optimizer: Extra inputs are not permitted"
 
 
-@pytest.mark.parametrize(
-    ("d_model", "n_heads", "try_"), [(130, 4, 128), (100, 8, 96), (4, 4, 8), (30, 2, 32), (3, 1, 4), (2, 16, 32)]
-)
+@pytest.mark.parametrize(("d_model", "n_heads", "try_"), [(130, 4, 128), (4, 4, 8), (3, 1, 4), (2, 16, 32)])
 def test_a_width_that_heads_do_not_divide_evenly_is_refused_with_one_that_works(
     d_model: int, n_heads: int, try_: int
 ) -> None:
@@ -92,41 +84,9 @@ def test_a_width_that_heads_do_not_divide_evenly_is_refused_with_one_that_works(
     assert PRESETS["demo"].replace(model={"d_model": try_, "n_heads": n_heads}).model.d_model == try_
 
 
-def test_an_even_convolution_is_refused_with_the_next_odd_width() -> None:
-    assert refusal(model={"conv_width": 4}) == "model: conv_width (4) must be odd: try 5"
-    assert [PRESETS["demo"].replace(model={"conv_width": w}).model.conv_width for w in (0, 1, 5)] == [0, 1, 5]
-
-
-def test_a_hub_data_set_needs_a_pinned_commit_and_other_sources_none() -> None:
-    assert "needs a pinned commit: set --data.revision" in refusal(data={"source": "hf://a/b"})
-    assert "needs a pinned commit" in refusal(data={"source": "a.txt", "revision": "0123456"})
-    pinned = PRESETS["demo"].replace(data={"source": "hf://a/b", "revision": "0123456"})
-    assert pinned.data.source == ("hf://a/b",)
-
-
 @pytest.mark.parametrize("revision", ["main", "012345", "0" * 41, "ABCDEF0", "0123456\n"])
 def test_a_revision_is_a_commit_not_a_branch(revision: str) -> None:
     assert refusal(data={"source": "hf://a/b", "revision": revision}).startswith("data.revision: ")
-
-
-@pytest.mark.parametrize("source", ["", "  ", [], ["a.txt", ""]])
-def test_an_empty_source_is_refused(source: object) -> None:
-    assert refusal(data={"source": source}).startswith("data: source is empty: name sotu")
-
-
-def test_the_built_in_corpus_and_the_hub_stand_alone() -> None:
-    for source in (["sotu", "a.txt"], ["a.txt", "hf://a/b"]):
-        assert "must be the only source" in refusal(data={"source": source, "revision": "0123456"})
-
-
-def test_rows_of_token_ids_need_the_tokenizer_that_made_them() -> None:
-    message = refusal(data={"pretokenized": True, "tokenizer": "bpe"})
-    assert message == "data: pretokenized rows need the tokenizer that made them: set --data.tokenizer gpt2 or bytes"
-    assert PRESETS["demo"].replace(data={"pretokenized": True, "tokenizer": "gpt2"}).data.pretokenized
-
-
-def test_a_decay_that_would_rise_is_refused() -> None:
-    assert "min_lr (0.5) is larger than lr (0.1)" in refusal(train={"lr": 0.1, "min_lr": 0.5})
 
 
 @pytest.mark.parametrize(
@@ -134,29 +94,18 @@ def test_a_decay_that_would_rise_is_refused() -> None:
     [
         ("data", "val_tokens", 0),
         ("data", "vocab_size", 256),
-        ("data", "split_seed", -1),
         ("data", "split_seed", 2**63),
         ("data", "part_mb", 0),
         ("data", "tokenizer", "gpt3"),
         ("model", "seq_len", 1),
         ("model", "dtype", "float16"),
-        ("train", "batch_size", 0),
         ("train", "beta2", 1.0),
         ("train", "lr", float("nan")),
         ("train", "max_steps", 1.5),
-        ("sample", "temperature", -0.1),
-        ("exp", "keep", 0),
     ],
 )
 def test_a_value_out_of_range_is_refused_by_name(group: str, field: str, value: object) -> None:
     assert refusal(**{group: {field: value}}).startswith(f"{group}.{field}: ")
-
-
-def test_several_mistakes_are_told_in_one_line() -> None:
-    message = refusal(train={"lr": -1}, data={"val_tokens": -1})
-    assert "train.lr: " in message
-    assert "data.val_tokens: " in message
-    assert "\n" not in message
 
 
 # Files
@@ -198,13 +147,22 @@ def test_a_config_file_that_is_not_there_is_a_usage_error_that_names_it(tmp_path
         load_config(str(tmp_path / "absent.json"))
 
 
-def test_a_single_source_may_be_given_as_a_text() -> None:
-    assert DataConfig.model_validate({"source": "a.txt"}).source == ("a.txt",)
-
-
 @pytest.mark.parametrize(
     ("groups", "message"),
     [
+        ({"data": {"source": "  "}}, "data: source is empty: name sotu"),
+        ({"data": {"source": ["a.txt", ""]}}, "data: source is empty: name sotu"),
+        ({"data": {"source": ["sotu", "a.txt"]}}, "must be the only source"),
+        ({"data": {"source": ["a.txt", "hf://a/b"], "revision": "0123456"}}, "must be the only source"),
+        ({"data": {"source": "hf://a/b"}}, "needs a pinned commit: set --data.revision"),
+        ({"data": {"source": "a.txt", "revision": "0123456"}}, "needs a pinned commit"),
+        ({"data": {"pretokenized": True}}, "need the tokenizer that made them: set --data.tokenizer gpt2 or bytes"),
+        ({"model": {"conv_width": 4}}, "model: conv_width (4) must be odd: try 5"),
+        ({"train": {"lr": 0.1, "min_lr": 0.5}}, "min_lr (0.5) is larger than lr (0.1): a decay must not rise"),
+        (
+            {"train": {"lr": -1}, "data": {"val_tokens": -1}},
+            "; train.lr: Input should be greater than 0",
+        ),  # in one line
         ({"objective": {"kind": "uniform", "estimator": "discrete"}}, "uniform has no discrete estimator"),
         ({"objective": {"kind": "hybrid", "estimator": "constant_count"}}, "hybrid has no constant_count estimator"),
         ({"objective": {"kind": "autoregressive", "estimator": "continuous"}}, "autoregressive has no continuous"),
@@ -217,30 +175,18 @@ def test_a_single_source_may_be_given_as_a_text() -> None:
         ({"sample": {"length": 65}}, "absorbing models write at most model.seq_len (64) tokens"),
     ],
 )
-def test_a_choice_that_an_objective_does_not_have_is_refused(groups: dict, message: str) -> None:
+def test_settings_that_do_not_go_together_are_refused(groups: dict, message: str) -> None:
     assert message in refusal(**groups)
 
 
-def test_every_objective_works_with_the_demo_as_it_is() -> None:
-    for kind in ("absorbing", "uniform", "hybrid", "block", "autoregressive"):
-        assert PRESETS["demo"].replace(objective={"kind": kind}).objective.estimator is None
+def test_every_kind_of_objective_has_a_row_in_the_table_and_works_with_the_demo_as_it_is() -> None:
+    assert tuple(KINDS) == get_args(KindName)
+    for name, kind in KINDS.items():
+        config = PRESETS["demo"].replace(objective={"kind": name})
+        assert make_objective(config, Vocabulary(9, 8)).estimator == kind.estimators[0]
+        for sampler in kind.samplers:
+            config.replace(sample={"sampler": sampler})
 
 
-def test_the_choices_are_those_of_the_modules_that_have_them() -> None:
-    from nanodlm.config import ObjectiveConfig, SampleConfig, ScheduleConfig
-    from nanodlm.diffusion import noise, objective, sampling, schedules
-
-    def choices(group: type, field: str) -> tuple[str, ...]:
-        annotation = group.model_fields[field].annotation
-        named = [part for part in get_args(annotation) if get_origin(part) is Literal]  # when None is a choice as well
-        return get_args(named[0] if named else annotation)
-
-    assert choices(ScheduleConfig, "kind") == schedules.KINDS
-    assert choices(SampleConfig, "sampler") == sampling.SAMPLERS
-    for field, names in (
-        ("kind", objective.Kind),
-        ("estimator", objective.Estimator),
-        ("weighting", objective.Weighting),
-        ("times", noise.Times),
-    ):
-        assert set(choices(ObjectiveConfig, field)) == set(names.__args__)
+def test_the_choice_of_schedules_is_that_of_the_module_that_has_them() -> None:
+    assert get_args(ScheduleConfig.model_fields["kind"].annotation) == schedules.KINDS

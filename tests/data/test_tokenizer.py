@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiktoken.load import load_tiktoken_bpe
 
-from nanodlm import build
 from nanodlm.data import tokenizer
+from nanodlm.data.vocabulary import Vocabulary
 from tests.support.helpers import prose
 
 TEXTS = prose(300)
@@ -42,7 +42,7 @@ def bpe() -> tiktoken.Encoding:
 def test_gpt2_has_the_sizes_the_end_mark_and_the_ids_of_the_original(gpt2: tiktoken.Encoding) -> None:
     assert (gpt2.name, gpt2.n_vocab, gpt2.eot_token) == ("gpt2", 50257, 50256)
     assert gpt2.decode([50256]) == "<|endoftext|>"
-    assert build.padded_vocab_size(gpt2) == 50304
+    assert Vocabulary.of(gpt2).padded_size == 50304
     known = {
         "Hello world": [15496, 995],
         "The quick brown fox jumps over the lazy dog": [464, 2068, 7586, 21831, 18045, 625, 262, 16931, 3290],
@@ -76,7 +76,7 @@ def test_the_tokens_of_the_byte_encoding_are_the_256_bytes() -> None:
     encoding = tokenizer.plain_bytes()
     assert [encoding.decode_single_token_bytes(i) for i in range(256)] == [bytes([i]) for i in range(256)]
     assert (encoding.n_vocab, encoding.eot_token) == (257, 256)
-    assert build.padded_vocab_size(encoding) == 384
+    assert Vocabulary.of(encoding).padded_size == 384
     text = "".join(map(chr, range(0x250))) + AWKWARD[5]
     assert encoding.encode_ordinary(text) == list(text.encode())
 
@@ -154,7 +154,7 @@ def test_the_lengths_of_the_tokens_sum_to_the_bytes_of_the_text(
 
 
 def test_there_is_always_room_for_the_mask_after_the_real_ids() -> None:
-    sizes = {n: build.padded_vocab_size(tokenizer.train_bpe(TEXTS, n)) for n in (383, 384, 385)}
+    sizes = {n: Vocabulary.of(tokenizer.train_bpe(TEXTS, n)).padded_size for n in (383, 384, 385)}
     assert sizes == {383: 384, 384: 512, 385: 512}
 
 

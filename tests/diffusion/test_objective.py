@@ -1,10 +1,9 @@
 """The bound of a denoiser with exact conditionals is -log p(x_0) itself, so every estimator has a known mean."""
 
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 from itertools import product
-from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +14,12 @@ from flax import nnx
 
 from nanodlm.diffusion.corruption import Corruption, shift_right
 from nanodlm.diffusion.cross_entropy import cross_entropy, linear_cross_entropy
+from nanodlm.diffusion.kinds import Estimator, KindName, Times, Weighting
 from nanodlm.diffusion.mixed import mixed_divergence, shares
 from nanodlm.diffusion.nelbo import nelbo
-from nanodlm.diffusion.noise import Denoise, Times, unmask_probability
-from nanodlm.diffusion.objective import Estimator, Kind, Objective, RowNats, Weighting
+from nanodlm.diffusion.noise import Denoise, q_sample, unmask_probability
+from nanodlm.diffusion.objective import Objective, RowNats
+from nanodlm.diffusion.plain import plain_nelbo
 from nanodlm.diffusion.schedules import make_schedule
 from tests.model.test_transformer import randomised
 from tests.support.laws import (
@@ -30,23 +31,14 @@ from tests.support.laws import (
     exact_mixed_denoiser,
     markov_table,
     mean_residual,
-    residuals,
     rough_table,
     sequences,
 )
 
 LENGTH = 8
 TABLE = markov_table(LENGTH)
-ENTROPY = entropy(TABLE)
 EXACT = exact_denoiser(TABLE)
-KINDS = ("linear", "cosine", "sqrt", "poly")
-UNBIASED: list[tuple[Estimator, str]] = [
-    ("count", "linear"),
-    ("constant_count", "linear"),
-    ("continuous", "linear"),
-    ("continuous", "sqrt"),
-]
-BATCHES, ROWS = 64, 512
+ROWS, KEYS = 512, jax.random.split(jax.random.key(0), 64)
 SLOW = partial(pytest.param, marks=pytest.mark.slow)
 
 
@@ -56,12 +48,12 @@ def wrong(x_t: jax.Array, t: jax.Array) -> jax.Array:
     return table[jnp.roll(x_t, 1, axis=1)]
 
 
-def uniform(x_t: jax.Array, t: jax.Array) -> jax.Array:
-    return jnp.zeros((*x_t.shape, VOCAB))
-
-
 def corrupt(x_0: jax.Array, key: jax.Array, **options: Any) -> Corruption:
     return Objective(**options).corrupt(x_0, key)
+
+
+def uniform(x_t: jax.Array, t: jax.Array) -> jax.Array:
+    return jnp.zeros((*x_t.shape, VOCAB))
 
 
 SETTINGS = ("schedule", "mask_id", "estimator", "num_timesteps")
@@ -79,49 +71,20 @@ def score(objective: Objective, logits: jax.Array, x_0: jax.Array, noised: Corru
     return objective.row_nats(logits, x_0, noised)
 
 
-class Draws(NamedTuple):
-    """What nelbo gave, (BATCHES, ROWS): its values, the times, and -log p(x_0) of the rows."""
-
-    nats: np.ndarray
-    t: np.ndarray
-    surprise: np.ndarray
-
-
-@partial(jax.jit, static_argnames=("denoise", "estimator", "kind", "num_timesteps", "x_0"))
-def _draw(
-    keys: jax.Array, *, denoise: Denoise, estimator: Estimator, kind: str, num_timesteps: int, x_0: tuple[int, ...]
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+@partial(jax.jit, static_argnames=("objective",))
+def excess(objective: Objective, keys: jax.Array) -> jax.Array:
+    """Bound of the exact denoiser less -log p(x_0), for rows drawn from the chain, (64, ROWS)."""
     every, table = jnp.asarray(sequences(LENGTH)), jnp.asarray(TABLE.reshape(-1), jnp.float32)
-    noise = {
-        "schedule": make_schedule(kind),
-        "mask_id": MASK_ID,
-        "estimator": estimator,
-        "num_timesteps": num_timesteps,
-    }
 
-    def batch(key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def batch(key: jax.Array) -> jax.Array:
         data_key, noise_key = jax.random.split(key)
         # The inverse of the distribution function is much less work than Gumbel noise on 6,561 classes.
         which = jnp.searchsorted(jnp.cumsum(table), jax.random.uniform(data_key, (ROWS,)))
-        which = jnp.full(ROWS, np.ravel_multi_index(x_0, TABLE.shape)) if x_0 else which
-        nats = nelbo(denoise, every[which], noise_key, **noise)
-        return nats, corrupt(every[which], noise_key, **noise).t, -jnp.log(table[which])
+        noised = objective.corrupt(every[which], noise_key)
+        logits = objective.logits(EXACT, every[which], noised)
+        return objective.row_nats(logits, every[which], noised).bound + jnp.log(table[which])
 
     return jax.vmap(batch)(keys)
-
-
-@cache
-def draws(
-    denoise: Denoise,
-    estimator: Estimator,
-    kind: str = "linear",
-    *,
-    num_timesteps: int = 10,
-    x_0: tuple[int, ...] = (),
-) -> Draws:
-    """Estimates of the bound for rows drawn from the chain, or for copies of one row."""
-    options = {"denoise": denoise, "estimator": estimator, "kind": kind, "num_timesteps": num_timesteps, "x_0": x_0}
-    return Draws(*(np.asarray(a, np.float64) for a in _draw(jax.random.split(jax.random.key(0), BATCHES), **options)))
 
 
 def mean_and_error(values: np.ndarray) -> tuple[float, float]:
@@ -130,211 +93,45 @@ def mean_and_error(values: np.ndarray) -> tuple[float, float]:
     return float(means.mean()), float(means.std(ddof=1) / np.sqrt(len(means)))
 
 
-def discrete_bound(kind: str, num_timesteps: int) -> float:
-    """The exact denoiser's discrete bound, summed over the steps and over how many positions are masked."""
-    steps = jnp.arange(1, num_timesteps + 1)
-    t, s = steps / num_timesteps, (steps - 1) / num_timesteps
-    schedule = make_schedule(kind)
-    probability = np.asarray(unmask_probability(schedule, t, s), np.float64)
-    rate = np.where(t == 1, 1, schedule.mask_rate(t))
-    return float((probability * mean_residual(TABLE, rate)).sum())
+def discrete_excess(objective: Objective) -> float:
+    """What steps add to the entropy, summed over the steps and over how many positions are masked."""
+    t = jnp.arange(1, objective.num_timesteps + 1) / objective.num_timesteps
+    probability = unmask_probability(objective.schedule, t, t - 1 / objective.num_timesteps)
+    rate = np.where(t == 1, 1, objective.schedule.mask_rate(t))
+    return float((np.asarray(probability, np.float64) * mean_residual(TABLE, rate)).sum()) - entropy(TABLE)
 
 
-def test_the_closed_form_denoiser_agrees_with_enumeration() -> None:
-    x_0, pattern = sequences(4), np.int32([1, MASK_ID, MASK_ID, 0])
-    p = markov_table(4).reshape(-1) * ((x_0 == pattern) | (pattern == MASK_ID)).all(axis=1)
-    logits = exact_denoiser(markov_table(4))(jnp.asarray(pattern[None]), jnp.ones(1))
-    assert logits.shape == (1, 4, VOCAB)
-    for i in (1, 2):
-        expected = np.bincount(x_0[:, i], weights=p) / p.sum()
-        np.testing.assert_allclose(jax.nn.softmax(logits[0, i, :TOKENS]), expected, atol=1e-6)
+def test_the_bound_of_exact_conditionals_is_the_entropy_and_counts_vary_least() -> None:
+    spread = {}
+    for estimator in ("count", "constant_count", "continuous"):
+        found = excess(Objective(make_schedule("linear"), MASK_ID, estimator=estimator), KEYS)
+        values = np.asarray(found, np.float64)
+        mean, error = mean_and_error(values)
+        assert abs(mean) < 4 * error
+        assert estimator == "continuous" or error < 0.02
+        spread[estimator] = values.var(), values.mean(axis=1).var()
+    assert 3 * spread["count"][0] < spread["continuous"][0]
+    assert 2 * spread["count"][1] < spread["continuous"][1]
 
 
-def test_the_chains_entropy_is_the_sum_of_its_residuals_over_mask_counts() -> None:
-    assert (residuals(TABLE)[1:] / np.arange(1, LENGTH + 1)).sum() == pytest.approx(ENTROPY, abs=1e-9)
-
-
-def continuous_bound(kind: str, earliest: float = 0.0) -> float:
-    """The exact denoiser's continuous bound from times after `earliest`, integrated by Gauss-Legendre."""
-    # Over u = t^(1/2), which takes away the square-root schedule's edge.
-    nodes, weights = np.polynomial.legendre.leggauss(40)
-    first = np.sqrt(earliest)
-    u = first + (1 - first) * (nodes + 1) / 2
-    t, schedule = jnp.asarray(u**2, jnp.float32), make_schedule(kind)
-    integrand = np.asarray(schedule.weight(t), np.float64) * mean_residual(TABLE, np.asarray(schedule.mask_rate(t)))
-    return float((weights * (1 - first) * u * integrand).sum())
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_weight_integrates_the_residuals_to_the_entropy(kind: str) -> None:
-    assert continuous_bound(kind) == pytest.approx(ENTROPY, abs=1e-5)
-
-
-@pytest.mark.parametrize(("estimator", "kind"), [*UNBIASED, SLOW("continuous", "cosine"), SLOW("continuous", "poly")])
-def test_the_bound_of_exact_conditionals_is_the_entropy(estimator: Estimator, kind: str) -> None:
-    drawn = draws(EXACT, estimator, kind)
-    mean, error = mean_and_error(drawn.nats)
-    assert abs(mean - ENTROPY) < 4 * error
-    # The entropy of the rows that were drawn removes much of the noise.
-    gap, error = mean_and_error(drawn.nats - drawn.surprise)
-    assert abs(gap) < 4 * error
-    assert estimator == "continuous" or error < 0.02
-
-
-@pytest.mark.parametrize("kind", ["linear", SLOW("cosine"), "sqrt", SLOW("poly")])
-def test_the_continuous_bound_is_right_after_the_times_near_zero(kind: str) -> None:
-    # Few masks with large weights near 0 give the whole mean a variance too large for a sharp test.
-    drawn = draws(EXACT, "continuous", kind)
-    mean, error = mean_and_error(drawn.nats * (drawn.t > 0.04))
-    assert error < 0.04
-    assert abs(mean - continuous_bound(kind, 0.04)) < 4 * error
-
-
-@pytest.mark.parametrize("x_0", [SLOW((0,) * 8), (2, 1, 0, 2, 1, 0, 2, 1)])
-def test_the_bound_of_exact_conditionals_is_minus_log_p_of_each_sequence(x_0: tuple[int, ...]) -> None:
-    drawn = draws(EXACT, "count", x_0=x_0)
-    mean, error = mean_and_error(drawn.nats)
-    assert error < 0.03
-    assert abs(mean + np.log(TABLE[x_0])) < 4 * error
-
-
-def jumping_bound(kind: str, eps: float) -> float:
-    """The exact denoiser's bound when the mask rate jumps to `start` at t = 0 and from `end` at t = 1."""
-    schedule = make_schedule(kind, eps=eps)
-    nodes, weights = np.polynomial.legendre.leggauss(40)
-    width = schedule.end - schedule.start
-    m = schedule.start + width * (nodes + 1) / 2
-    inside = (weights * width / 2 / m) @ mean_residual(TABLE, m)
-    first, last = mean_residual(TABLE, np.array([schedule.start, 1.0]))
-    return float(inside + first + (1 - schedule.end) * last)
-
-
-@pytest.mark.parametrize("kind", ["loglinear", SLOW("linear_clipped"), SLOW("cosine_clipped"), "sqrt_clipped"])
-def test_a_schedule_that_jumps_at_its_ends_has_the_bound_of_its_jumps(kind: str) -> None:
-    eps = 0.2
-    expected = jumping_bound(kind, eps)
-    # The steps from 1 to 0.8 in one jump cost 0.03 nats and more: without them the estimate would be below entropy.
-    assert expected > ENTROPY + 0.03
-    objective = Objective(make_schedule(kind, eps=eps), MASK_ID)
-    every = jnp.asarray(sequences(LENGTH))
-    cumulative = jnp.cumsum(jnp.asarray(TABLE.reshape(-1), jnp.float32))
-
-    @jax.jit
-    @jax.vmap
-    def gap(key: jax.Array) -> jax.Array:
-        data_key, noise_key = jax.random.split(key)
-        which = jnp.searchsorted(cumulative, jax.random.uniform(data_key, (ROWS,)))
-        noised = objective.corrupt(every[which], noise_key)
-        nats = objective.row_nats(objective.logits(EXACT, every[which], noised), every[which], noised).bound
-        return nats + jnp.log(jnp.asarray(TABLE.reshape(-1), jnp.float32))[which]
-
-    mean, error = mean_and_error(np.asarray(gap(jax.random.split(jax.random.key(0), BATCHES)), np.float64))
-    assert abs(mean - (expected - ENTROPY)) < 4 * error
-    assert error < 0.06
-
-
-def test_discrete_bounds_exceed_the_entropy_and_fall_to_it() -> None:
-    for kind in ("linear", "cosine"):
-        gaps = [discrete_bound(kind, steps) - ENTROPY for steps in (10, 100, 1000)]
-        assert (np.diff(gaps) < 0).all()
-        assert gaps[0] > 0.01
-        assert 0 < gaps[-1] < 5e-3
-
-
-@pytest.mark.parametrize(
-    ("kind", "num_timesteps"),
-    [SLOW("linear", 1), ("cosine", 4), SLOW("sqrt", 4), SLOW("loglinear", 4), ("sqrt_clipped", 2)],
-)
-def test_the_discrete_estimator_has_the_mean_that_enumeration_gives(kind: str, num_timesteps: int) -> None:
-    drawn = draws(EXACT, "discrete", kind, num_timesteps=num_timesteps)
-    gap, error = mean_and_error(drawn.nats - drawn.surprise)
-    expected = discrete_bound(kind, num_timesteps) - ENTROPY
-    assert abs(gap - expected) < 4 * error
-    assert gap > 4 * error  # it is told apart from the continuous bound
-
-
-def test_counts_vary_less_than_continuous_times() -> None:
-    count, continuous = draws(EXACT, "count"), draws(EXACT, "continuous")
-    assert 3 * (count.nats - count.surprise).var() < (continuous.nats - continuous.surprise).var()
-    assert 2 * count.nats.mean(axis=1).var() < continuous.nats.mean(axis=1).var()
-
-
-@pytest.mark.parametrize("kind", ["linear", SLOW("poly")])
-def test_counts_and_continuous_times_agree_on_any_denoiser_that_ignores_time(kind: str) -> None:
-    count, count_error = mean_and_error(draws(wrong, "count").nats)
-    continuous, continuous_error = mean_and_error(draws(wrong, "continuous", kind).nats)
-    assert abs(count - continuous) < 4 * np.hypot(count_error, continuous_error)
-    assert count > ENTROPY + 1
-
-
-@pytest.mark.parametrize("length", [1, SLOW(8), 20])
-def test_the_bound_is_in_nats_per_sequence(length: int) -> None:
-    x_0 = jnp.zeros((16, length), jnp.int32)
-    options = {"schedule": make_schedule("cosine"), "mask_id": MASK_ID, "estimator": "count"}
-    nats = fast_nelbo(uniform, x_0, jax.random.key(3), **options)
-    np.testing.assert_allclose(nats, length * np.log(TOKENS), rtol=1e-5)
-
-
-def test_a_continuous_estimate_is_the_weight_times_the_sum_over_masked_positions() -> None:
-    schedule = make_schedule("linear")
-    x_0 = jax.random.randint(jax.random.key(1), (32, LENGTH), 0, TOKENS)
-    noised = fast_corrupt(x_0, jax.random.key(2), schedule=schedule, mask_id=MASK_ID)
-    nats = fast_nelbo(uniform, x_0, jax.random.key(2), schedule=schedule, mask_id=MASK_ID)
-    np.testing.assert_allclose(nats, (noised.x_t == MASK_ID).sum(axis=1) * np.log(TOKENS) / noised.t, rtol=1e-5)
-
-
-@pytest.mark.parametrize("estimator", ["continuous", "discrete", "count"])
-def test_corruption_draws_times_in_range_and_of_low_discrepancy(estimator: Estimator) -> None:
-    rows = 64
-    noised = fast_corrupt(
-        jnp.zeros((rows, 64), jnp.int32),
-        jax.random.key(0),
-        schedule=make_schedule("sqrt"),
-        mask_id=MASK_ID,
-        estimator=estimator,
-        num_timesteps=rows,
-    )
-    t = np.sort(np.asarray(noised.t, np.float64))
-    assert t.min() > 0 and t.max() <= 1
-    if estimator == "continuous":
-        np.testing.assert_allclose(np.diff(t), 1 / rows, atol=1e-6)
-    elif estimator == "discrete":
-        np.testing.assert_allclose(t, np.arange(1, rows + 1) / rows, atol=1e-6)
-    else:
-        np.testing.assert_array_equal(np.sort((noised.x_t == MASK_ID).sum(axis=1)), np.arange(1, rows + 1))
-        np.testing.assert_allclose(t, (np.arange(1, rows + 1) / rows) ** 2, rtol=1e-5)
+@pytest.mark.parametrize(("kind", "num_timesteps"), [("cosine", 4), ("sqrt_clipped", 2)])
+def test_the_discrete_estimator_exceeds_the_entropy_by_what_enumeration_gives(kind: str, num_timesteps: int) -> None:
+    objective = Objective(make_schedule(kind), MASK_ID, estimator="discrete", num_timesteps=num_timesteps)
+    mean, error = mean_and_error(np.asarray(excess(objective, KEYS), np.float64))
+    assert abs(mean - discrete_excess(objective)) < 4 * error
+    assert mean > 4 * error
 
 
 def test_counts_tell_the_network_the_time_at_which_that_share_is_masked() -> None:
     schedule = make_schedule("cosine")
-    noised = fast_corrupt(
-        jnp.zeros((32, 10), jnp.int32), jax.random.key(0), schedule=schedule, mask_id=MASK_ID, estimator="count"
+    noised, of_linear = (
+        fast_corrupt(jnp.zeros((32, 10), jnp.int32), jax.random.key(0), schedule=s, mask_id=MASK_ID, estimator="count")
+        for s in (schedule, make_schedule("linear"))
     )
+    np.testing.assert_array_equal(noised.x_t, of_linear.x_t)  # and nothing else depends on the schedule
     share = (noised.x_t == MASK_ID).mean(axis=1)
     np.testing.assert_allclose(schedule.mask_rate(noised.t), share, rtol=1e-5)
     np.testing.assert_allclose(noised.weight, 1 / share, rtol=1e-6)
-
-
-def test_logits_of_mask_and_padding_change_nothing() -> None:
-    def louder(x_t: jax.Array, t: jax.Array) -> jax.Array:
-        return wrong(x_t, t) + 1e4 * (jnp.arange(VOCAB) >= MASK_ID)
-
-    x_0 = jax.random.randint(jax.random.key(1), (64, LENGTH), 0, TOKENS)
-    options = {"schedule": make_schedule("linear"), "mask_id": MASK_ID}
-    quiet, loud = (fast_nelbo(f, x_0, jax.random.key(0), **options) for f in (wrong, louder))
-    np.testing.assert_array_equal(quiet, loud)
-    assert float(quiet.max()) > 0
-
-
-def test_cross_entropy_sums_over_masked_positions_only() -> None:
-    logits = jnp.log(jnp.asarray([[[0.5, 0.25, 0.25], [0.1, 0.6, 0.3], [0.2, 0.2, 0.6]]]))
-    logits = jnp.pad(logits, ((0, 0), (0, 0), (0, 2)))
-    x_0 = jnp.asarray([[1, 2, 2]])
-    for masked, expected in (([0, 2], -np.log(0.25 * 0.6)), ([1], -np.log(0.3)), ([], 0.0)):
-        x_t = x_0.at[0, jnp.asarray(masked, jnp.int32)].set(MASK_ID)
-        nats = cross_entropy(logits, x_0, x_t == MASK_ID, mask_id=MASK_ID)
-        np.testing.assert_allclose(nats.sum(), expected, rtol=1e-5)
-        np.testing.assert_array_equal(nats[x_t != MASK_ID], 0.0)
 
 
 def test_cross_entropy_takes_its_softmax_in_float32() -> None:
@@ -347,14 +144,7 @@ def test_cross_entropy_takes_its_softmax_in_float32() -> None:
 
 @pytest.mark.parametrize(
     ("estimator", "kind"),
-    [
-        ("continuous", "sqrt"),
-        SLOW("continuous", "steep"),
-        SLOW("discrete", "sqrt"),
-        ("discrete", "steep"),
-        SLOW("count", "sqrt"),
-        ("count", "steep"),
-    ],
+    [("continuous", "sqrt"), ("discrete", "steep"), ("count", "steep")],
 )
 def test_the_loss_and_its_gradient_are_finite_when_almost_nothing_is_masked(estimator: Estimator, kind: str) -> None:
     schedule = make_schedule("poly", exponent=20.0) if kind == "steep" else make_schedule(kind)
@@ -379,14 +169,6 @@ def test_the_loss_and_its_gradient_are_finite_when_almost_nothing_is_masked(esti
     assert estimator == "count" or float(least) == 0  # a row without any mask was among them
 
 
-def test_an_unknown_estimator_is_refused_with_the_choices() -> None:
-    with pytest.raises(ValueError, match=r"unknown name 'exact': choose continuous, discrete, count or constant_count"):
-        # Unwrapped: with types checked, the annotation would refuse it first.
-        unchecked(Objective.__post_init__)(
-            SimpleNamespace(estimator="exact", kind="block", weighting="bound", times="")
-        )
-
-
 def unchecked(function: Callable[..., object]) -> Callable[..., object]:
     """The function itself, without the checks of types that tests put around it."""
     while hasattr(function, "__wrapped__"):
@@ -394,19 +176,9 @@ def unchecked(function: Callable[..., object]) -> Callable[..., object]:
     return function
 
 
-MIXED = [("uniform", 1.0), ("hybrid", 0.1), ("hybrid", 0.5)]
-
-
 @pytest.mark.parametrize(
     ("denoiser", "kind", "share"),
-    [
-        ("exact", "uniform", 1.0),
-        ("exact", "hybrid", 0.1),
-        SLOW("exact", "hybrid", 0.5),
-        SLOW("wrong", "uniform", 1.0),
-        SLOW("wrong", "hybrid", 0.1),
-        ("wrong", "hybrid", 0.5),
-    ],
+    [("exact", "uniform", 1.0), ("exact", "hybrid", 0.1), ("wrong", "hybrid", 0.5)],
 )
 def test_mixed_noise_has_a_bound_that_is_tight_for_exact_conditionals(kind: str, share: float, denoiser: str) -> None:
     """By enumeration of all x_0 and x_t of three tokens, and quadrature over the mask rate."""
@@ -440,14 +212,12 @@ def test_mixed_noise_has_a_bound_that_is_tight_for_exact_conditionals(kind: str,
     ("estimator", "schedule", "kind", "share"),
     [
         ("count", "linear", "hybrid", 0.1),
-        SLOW("count", "linear", "uniform", 1.0),
-        SLOW("count", "linear", "hybrid", 0.5),
-        *(SLOW("count", "cosine", *mixed) for mixed in MIXED),
-        *(SLOW("continuous", "poly", *mixed) for mixed in MIXED),
+        SLOW("count", "cosine", "uniform", 1.0),
+        SLOW("continuous", "poly", "hybrid", 0.5),
     ],
 )
 def test_mixed_estimates_have_the_entropy_as_their_mean(
-    kind: Kind, share: float, estimator: Estimator, schedule: str
+    kind: KindName, share: float, estimator: Estimator, schedule: str
 ) -> None:
     table, noise_schedule = markov_table(3), make_schedule(schedule, exponent=4.0)
     which = np.random.default_rng(0).choice(table.size, 512, p=table.reshape(-1))
@@ -493,13 +263,7 @@ def next_token(denoise: Denoise) -> Denoise:
 
 @pytest.mark.parametrize(
     ("estimator", "size"),
-    [
-        *(SLOW("count", size) for size in (1, 3, 5)),
-        ("count", 2),
-        ("constant_count", 1),
-        ("constant_count", 3),
-        *(SLOW("constant_count", size) for size in (2, 5)),
-    ],
+    [("count", 2), ("constant_count", 1), ("constant_count", 3)],
 )
 def test_blocks_of_any_size_have_the_entropy_as_their_bound(size: int, estimator: Estimator) -> None:
     length = 5
@@ -543,41 +307,21 @@ def test_the_first_token_of_each_document_is_predicted_from_the_begin_token() ->
     np.testing.assert_array_equal(shift_right(x_0, begin_id=9), [[9, 5, 6, 7]])
 
 
-@pytest.mark.parametrize(
-    ("length", "times"),
-    [
-        (9, "systematic"),
-        (8, "stratified"),
-        SLOW(8, "systematic"),
-        SLOW(8, "independent"),
-        SLOW(9, "stratified"),
-        (9, "independent"),
-    ],
-)
+@pytest.mark.parametrize(("length", "times"), [(9, "systematic"), (8, "independent")])
 def test_constant_counts_sum_to_the_same_in_every_pair_and_are_uniform_by_themselves(times: Times, length: int) -> None:
     objective = Objective(make_schedule("linear"), MASK_ID, estimator="constant_count", times=times)
-    x_0 = jnp.zeros((6, length), jnp.int32)
+    x_0 = jnp.zeros((5, length), jnp.int32)  # the last row has no neighbour
     draws = 6000
     counts = np.asarray(
         jax.jit(jax.vmap(lambda key: (objective.corrupt(x_0, key).x_t == MASK_ID).sum(axis=1)))(
             jax.random.split(jax.random.key(3), draws)
         )
     )
-    np.testing.assert_array_equal(counts.reshape(draws, 3, 2).sum(axis=2), length + 1)
+    np.testing.assert_array_equal(counts[:, :4].reshape(draws, 2, 2).sum(axis=2), length + 1)
     for row in counts.T:
         seen = np.bincount(row, minlength=length + 1)[1:]
         expected = draws / length
         assert ((seen - expected) ** 2 / expected).sum() < 26.2  # chi-square, 8 degrees of freedom, level 0.001
-
-
-def test_of_an_odd_number_of_rows_the_last_has_a_uniform_count_of_its_own() -> None:
-    objective = Objective(make_schedule("linear"), MASK_ID, estimator="constant_count")
-    x_0, draws = jnp.zeros((3, 8), jnp.int32), 6000
-    keys = jax.random.split(jax.random.key(3), draws)
-    counts = jax.jit(jax.vmap(lambda key: (objective.corrupt(x_0, key).x_t == MASK_ID).sum(axis=1)))(keys)
-    np.testing.assert_array_equal(counts[:, :2].sum(axis=1), 9)
-    seen = np.bincount(np.asarray(counts[:, 2]), minlength=9)[1:]
-    assert ((seen - draws / 8) ** 2 / (draws / 8)).sum() < 24.3  # chi-square, 7 degrees of freedom, level 0.001
 
 
 def linear_problem(rows: int, length: int, dtype: str = "float32") -> tuple[jax.Array, jax.Array]:
@@ -586,25 +330,13 @@ def linear_problem(rows: int, length: int, dtype: str = "float32") -> tuple[jax.
     return features, jax.random.normal(jax.random.key(2), (13, 16))
 
 
-FUSED = [
-    {"kind": "absorbing", "estimator": "constant_count"},
-    {"kind": "absorbing", "estimator": "constant_count", "weighting": "clipped", "max_weight": 1.5},
-    {"kind": "absorbing", "estimator": "constant_count", "weighting": "uniform"},
-    {"kind": "absorbing", "estimator": "count"},
-    {"kind": "absorbing", "estimator": "continuous", "times": "independent"},
-    {"kind": "block", "estimator": "constant_count", "block_size": 3},
-    {"kind": "block", "estimator": "constant_count", "block_size": 1},
-    {"kind": "autoregressive", "estimator": "constant_count"},
-]
-
-
 @pytest.mark.parametrize(
     ("options", "rows", "chunks"),
     [
-        *((FUSED[i], 4, 3) for i in (1, 4, 7)),
-        *(SLOW(FUSED[i], 4, 3) for i in (0, 2, 3, 5, 6)),
-        SLOW(FUSED[0], 3, 2),
-        (FUSED[5], 3, 2),
+        ({"kind": "absorbing", "estimator": "constant_count", "weighting": "clipped", "max_weight": 1.5}, 4, 3),
+        ({"kind": "absorbing", "estimator": "continuous", "times": "independent"}, 4, 3),
+        ({"kind": "block", "estimator": "constant_count", "block_size": 3}, 4, 2),
+        ({"kind": "autoregressive", "estimator": "constant_count"}, 3, 2),
     ],
     ids=str,
 )
@@ -635,14 +367,11 @@ def test_the_fused_loss_and_its_gradients_are_those_of_all_logits(
         jax.tree.map(partial(np.testing.assert_allclose, rtol=2e-4, atol=2e-5), got, expected)
 
 
-@pytest.mark.parametrize(
-    ("rows", "block_size"),
-    [(2, 1), (6, 3), SLOW(2, 3), SLOW(2, 4), SLOW(2, 12), SLOW(6, 1), SLOW(6, 4), (6, 12)],
-)
-def test_pairs_of_rows_never_have_more_masks_than_the_fused_loss_has_room_for(rows: int, block_size: int) -> None:
-    """Whatever is padding; the room is less than the whole pair but for blocks of one token."""
+@pytest.mark.parametrize(("rows", "block_size"), [(2, 1), (6, 3), (6, 12)])
+def test_pairs_of_rows_never_have_more_masks_than_the_fused_loss_computes(rows: int, block_size: int) -> None:
+    """Whatever is padding; these are fewer than the whole pair but for blocks of one token."""
     objective = Objective(make_schedule("linear"), 10, kind="block", estimator="constant_count", block_size=block_size)
-    room = -(-12 // block_size) * (block_size + 1)
+    most = objective.most_scored(rows, 12)
 
     @jax.jit
     @jax.vmap
@@ -653,8 +382,8 @@ def test_pairs_of_rows_never_have_more_masks_than_the_fused_loss_has_room_for(ro
 
     counts = np.asarray(masks(jnp.arange(50)))
     assert counts.shape == (50, rows // 2)
-    assert 0 < counts.max() <= room
-    assert room < 24 or block_size == 1
+    assert 0 < counts.max() <= most == -(-12 // block_size) * (block_size + 1)
+    assert most < 24 or block_size == 1
 
 
 def test_the_fused_gradient_agrees_with_finite_differences_in_float64() -> None:
@@ -698,20 +427,12 @@ def test_large_logits_neither_overflow_nor_lose_the_rare_token() -> None:
 
 
 OBJECTIVES: list[dict[str, Any]] = [
-    {"kind": "absorbing", "estimator": "continuous"},
-    {"kind": "absorbing", "estimator": "discrete"},
-    {"kind": "absorbing", "estimator": "count"},
     {"kind": "absorbing", "estimator": "constant_count"},
     {"kind": "block", "estimator": "count", "block_size": 3},
     {"kind": "autoregressive"},
-    {"kind": "uniform", "estimator": "continuous"},
     {"kind": "hybrid", "estimator": "count", "uniform_share": 0.3},
 ]
-every_objective = pytest.mark.parametrize(
-    "options",
-    [*map(SLOW, OBJECTIVES[:3]), *OBJECTIVES[3:6], SLOW(OBJECTIVES[6]), OBJECTIVES[7]],
-    ids=lambda o: "-".join(map(str, o.values())),
-)
+every_objective = pytest.mark.parametrize("options", OBJECTIVES, ids=lambda o: o["kind"])
 
 
 @every_objective
@@ -747,14 +468,11 @@ def test_a_padded_rows_bound_is_that_of_its_tokens_alone() -> None:
 @pytest.mark.parametrize(
     ("weighting", "options"),
     [
-        SLOW("clipped", OBJECTIVES[3]),
-        ("clipped", OBJECTIVES[4]),
-        SLOW("clipped", OBJECTIVES[5]),
-        ("clipped", OBJECTIVES[7]),
+        ("clipped", OBJECTIVES[1]),
+        ("clipped", OBJECTIVES[3]),
+        ("uniform", OBJECTIVES[0]),
+        ("uniform", OBJECTIVES[2]),
         ("uniform", OBJECTIVES[3]),
-        SLOW("uniform", OBJECTIVES[4]),
-        ("uniform", OBJECTIVES[5]),
-        ("uniform", OBJECTIVES[7]),
     ],
     ids=lambda value: value if isinstance(value, str) else value["kind"],
 )
@@ -784,14 +502,10 @@ def test_a_weighting_changes_the_loss_and_never_the_bound(options: dict[str, Any
 
 @pytest.mark.parametrize(
     ("kind", "share", "weighting"),
-    [
-        *((*MIXED[1], weighting) for weighting in ("bound", "clipped", "uniform")),
-        *(SLOW(*MIXED[0], weighting) for weighting in ("bound", "uniform")),
-        (*MIXED[0], "clipped"),
-    ],
+    [("hybrid", 0.1, "bound"), ("hybrid", 0.1, "uniform"), ("uniform", 1.0, "clipped")],
 )
 def test_under_mixed_noise_every_weighting_is_least_for_the_law_given_the_other_positions(
-    kind: Kind, share: float, weighting: Weighting
+    kind: KindName, share: float, weighting: Weighting
 ) -> None:
     """One token, so nothing else is known: the best prediction is its law, whatever x_t says."""
     law = np.array([0.5, 0.3, 0.2])
@@ -820,13 +534,12 @@ def test_under_mixed_noise_every_weighting_is_least_for_the_law_given_the_other_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("weighting", ["clipped", "uniform"])
-def test_weights_of_counted_mixed_noise_are_least_for_that_law_too(weighting: Weighting) -> None:
+def test_weights_of_counted_mixed_noise_are_least_for_that_law_too() -> None:
     """Rows of independent tokens: what is drawn for others must not tell the best prediction of one."""
     law = jnp.float32([0.5, 0.3, 0.2])
     rows = jax.random.categorical(jax.random.key(0), jnp.log(law), shape=(4096, 4)).astype(jnp.int32)
     objective = Objective(
-        make_schedule("linear"), MASK_ID, kind="uniform", estimator="count", weighting=weighting, max_weight=3.0
+        make_schedule("linear"), MASK_ID, kind="uniform", estimator="count", weighting="clipped", max_weight=3.0
     )
 
     @jax.jit
@@ -854,49 +567,10 @@ def test_a_network_that_reads_other_positions_than_the_objective_is_refused() ->
         nelbo(both_ways, x_0, jax.random.key(0), objective="autoregressive", **options)
 
 
-@pytest.mark.parametrize("kind", ["absorbing", SLOW("hybrid"), "autoregressive"])
-def test_padding_in_a_segment_of_its_own_changes_no_rows_bound(kind: Kind) -> None:
-    model = randomised(vocab_size=VOCAB + 1, conv_width=3, block_size=int(kind == "autoregressive"))
-    x_0 = jax.random.randint(jax.random.key(1), (8, 7), 0, TOKENS)
-    segment_ids = jnp.pad(jnp.zeros((8, 7), jnp.int32), ((0, 0), (0, 4)), constant_values=1)
-    options = {"schedule": make_schedule("linear"), "mask_id": MASK_ID, "objective": kind}
-    options["estimator"] = "continuous" if kind == "autoregressive" else "count"
-    run = jax.jit(lambda x_0: nelbo(model, x_0, jax.random.key(0), segment_ids=segment_ids, **options))
-    one, other = (run(jnp.pad(x_0, ((0, 0), (0, 4)), constant_values=MASK_ID + i)) for i in (1, 2))
-    np.testing.assert_array_equal(one, other)
-    if kind == "autoregressive":  # without noise, it is the number of the row alone
-        alone = jax.jit(lambda x_0: nelbo(model, x_0, jax.random.key(0), **options))(x_0)
-        np.testing.assert_allclose(one, alone, rtol=1e-5)
-
-
-@pytest.mark.parametrize("exponent", [0.1, SLOW(6.0)])
-def test_counts_of_mixed_noise_do_not_suffer_from_a_schedule_whose_times_underflow(exponent: float) -> None:
-    rows = jnp.zeros((512, LENGTH), jnp.int32)
-    options = {"mask_id": MASK_ID, "objective": "hybrid", "estimator": "count"}
-    values = [
-        np.asarray(fast_nelbo(uniform, rows, jax.random.key(0), schedule=make_schedule("poly", exponent=e), **options))
-        for e in (1.0, exponent)
-    ]
-    np.testing.assert_allclose(values[0], values[1], rtol=1e-5)
-
-
-@pytest.mark.parametrize("options", [{"times": "stratifed"}, {"num_timesteps": 0}, {"block_size": 0, "kind": "block"}])
-def test_an_option_out_of_range_is_refused(options: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"unknown name|must be at least 1"):
-        unchecked(Objective.__init__)(object.__new__(Objective), make_schedule("linear"), MASK_ID, **options)
-
-
-def test_hybrid_noise_without_any_of_one_sort_is_refused() -> None:
-    for share in (0.0, 1.0):
-        with pytest.raises(ValueError, match="must lie between 0 and 1"):
-            Objective(make_schedule("linear"), MASK_ID, kind="hybrid", uniform_share=share)
-
-
-@pytest.mark.parametrize("options", [SLOW(OBJECTIVES[3]), *OBJECTIVES[4:6], OBJECTIVES[7]], ids=lambda o: o["kind"])
+@pytest.mark.parametrize("options", OBJECTIVES[1:], ids=lambda o: o["kind"])
 def test_true_tokens_under_masks_reach_neither_the_noised_row_nor_the_logits(options: dict[str, Any]) -> None:
-    block_size = {"block": 3, "autoregressive": 1}.get(options["kind"], 0)
-    model = randomised(vocab_size=VOCAB, block_size=block_size, conv_width=3)
     objective = Objective(make_schedule("linear"), MASK_ID, **options)
+    model = randomised(vocab_size=VOCAB, block_size=objective.traits.block_size(3), conv_width=3)
     x_0 = jax.random.randint(jax.random.key(1), (16, LENGTH), 0, TOKENS)
     key = jax.random.key(5)
     noised = noise(objective, x_0, key)
@@ -911,11 +585,7 @@ def test_true_tokens_under_masks_reach_neither_the_noised_row_nor_the_logits(opt
     np.testing.assert_array_equal(before[hidden], after[hidden])
 
 
-@pytest.mark.parametrize(
-    "options",
-    [o if o in (OBJECTIVES[3], OBJECTIVES[5], OBJECTIVES[7]) else SLOW(o) for o in OBJECTIVES],
-    ids=lambda o: "-".join(map(str, o.values())),
-)
+@every_objective
 def test_gradients_agree_with_finite_differences_in_float64(options: dict[str, Any]) -> None:
     with jax.enable_x64(True):
         x_0 = jax.random.randint(jax.random.key(1), (6, LENGTH), 0, TOKENS, jnp.int32)
@@ -933,55 +603,68 @@ def test_gradients_agree_with_finite_differences_in_float64(options: dict[str, A
 
 
 @pytest.mark.parametrize(
-    "options", [{"kind": "uniform", "estimator": "constant_count"}, {"kind": "hybrid", "estimator": "discrete"}]
+    ("options", "message"),
+    [
+        ({"estimator": "exact"}, "unknown name 'exact': choose continuous, discrete, count or constant_count"),
+        ({"times": "stratifed"}, "unknown name 'stratifed'"),
+        ({"num_timesteps": 0}, "num_timesteps must be at least 1, not 0"),
+        ({"block_size": 0, "kind": "block"}, "block_size must be at least 1, not 0"),
+        ({"kind": "hybrid", "uniform_share": 1.0}, "must lie between 0 and 1"),
+        ({"kind": "uniform", "estimator": "constant_count"}, "needs the continuous or count estimator and a schedule"),
+        ({"kind": "hybrid", "schedule": make_schedule("loglinear")}, "not continuous with loglinear"),
+    ],
 )
-def test_mixed_noise_without_a_bound_is_refused(options: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="needs the continuous or count estimator and a schedule from 0 to 1"):
-        Objective(make_schedule("linear"), MASK_ID, **options)
-    with pytest.raises(ValueError, match="not continuous with loglinear"):
-        Objective(make_schedule("loglinear"), MASK_ID, kind=options["kind"])
+def test_an_objective_that_makes_no_sense_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        unchecked(Objective.__init__)(
+            object.__new__(Objective), **{"schedule": make_schedule("linear"), "mask_id": MASK_ID, **options}
+        )
 
 
-@pytest.mark.parametrize("estimator", ["continuous", SLOW("discrete"), SLOW("count")])
-def test_the_gradient_of_a_linear_denoiser_agrees_with_finite_differences(estimator: Estimator) -> None:
-    x_0 = jax.random.randint(jax.random.key(1), (16, LENGTH), 0, TOKENS)
-
-    @jax.jit
-    def mean(weights: jax.Array) -> jax.Array:
-        def linear(x_t: jax.Array, t: jax.Array) -> jax.Array:
-            return jax.nn.one_hot(jnp.roll(x_t, 1, axis=1), VOCAB) @ weights
-
-        return fast_nelbo(
-            linear,
-            x_0,
-            jax.random.key(0),
-            schedule=make_schedule("cosine"),
-            mask_id=MASK_ID,
-            estimator=estimator,
-            num_timesteps=10,
-        ).mean()
-
-    weights = jax.random.normal(jax.random.key(2), (VOCAB, VOCAB))
-    jax.test_util.check_grads(mean, (weights,), order=1, modes=["rev"], atol=5e-3, rtol=5e-3, eps=1e-2)
-    gradient = jax.grad(mean)(weights)
-    assert float(jnp.abs(gradient[:, :TOKENS]).max()) > 0.1
-    np.testing.assert_array_equal(gradient[:, TOKENS:], 0.0)
+# The plain recipe gives the same numbers.
 
 
-@pytest.mark.parametrize("kind", [SLOW("cosine"), "sqrt", SLOW("poly")])
-def test_the_schedule_does_not_touch_what_counts_mask_and_weigh(kind: str) -> None:
-    x_0, key = jnp.zeros((16, LENGTH), jnp.int32), jax.random.key(4)
-    linear, other = (
-        fast_corrupt(x_0, key, schedule=make_schedule(k), mask_id=MASK_ID, estimator="count") for k in ("linear", kind)
-    )
-    np.testing.assert_array_equal(linear.x_t, other.x_t)
-    np.testing.assert_array_equal(linear.weight, other.weight)
-    assert bool((linear.t != other.t).any())
+class Seen:
+    """A denoiser that keeps what it was given last."""
+
+    def __init__(self, denoise: Denoise):
+        self.denoise = denoise
+
+    def __call__(self, x_t: jax.Array, t: jax.Array) -> jax.Array:
+        self.noised = Corruption(x_t, t, t, 1 / t, jnp.ones_like(t))
+        return self.denoise(x_t, t)
 
 
-def test_the_same_key_gives_the_same_estimates_and_another_does_not() -> None:
-    x_0 = jnp.zeros((8, LENGTH), jnp.int32)
-    options = {"schedule": make_schedule("linear"), "mask_id": MASK_ID}
-    first, again, other = (fast_nelbo(uniform, x_0, jax.random.key(seed), **options) for seed in (0, 0, 1))
-    np.testing.assert_array_equal(first, again)
-    assert bool((first != other).any())
+def test_the_plain_bound_is_term_by_term_that_of_the_objective_given_the_same_noise() -> None:
+    x_0, key = jax.random.randint(jax.random.key(1), (64, LENGTH), 0, TOKENS), jax.random.key(2)
+    seen = Seen(wrong)
+    plain = plain_nelbo(seen, x_0, key, mask_id=MASK_ID)
+    objective = Objective(make_schedule("linear"), MASK_ID, times="independent")
+    logits = objective.logits(wrong, x_0, seen.noised)
+    np.testing.assert_allclose(plain, objective.row_nats(logits, x_0, seen.noised).bound, rtol=1e-5)
+    # Its noise is what `corrupt` draws: independent times in (0, 1], and each token masked with that probability.
+    np.testing.assert_allclose(seen.noised.weight, objective.schedule.weight(seen.noised.t), rtol=1e-6)
+    x_t = q_sample(x_0, seen.noised.t, jax.random.split(key)[1], mask_id=MASK_ID)
+    np.testing.assert_array_equal(seen.noised.x_t, x_t)
+
+
+def test_the_fused_path_gives_the_plain_numbers_and_gradients_on_a_network() -> None:
+    x_0, key = jax.random.randint(jax.random.key(1), (8, LENGTH), 0, TOKENS), jax.random.key(2)
+    graphdef, params = nnx.split(randomised(vocab_size=VOCAB, conv_width=3, time_conditioning=True))
+    seen = Seen(uniform)
+    plain_nelbo(seen, x_0, key, mask_id=MASK_ID)
+    noised, objective = seen.noised, Objective(make_schedule("linear"), MASK_ID)
+
+    def plain(params: Any) -> jax.Array:
+        return plain_nelbo(nnx.merge(graphdef, params), x_0, key, mask_id=MASK_ID).sum()
+
+    def fused(params: Any) -> jax.Array:
+        model = nnx.merge(graphdef, params)
+        features = objective.logits(model.features, x_0, noised)
+        return objective.fused_nats(features, model.table, x_0, noised, chunks=3)[0]
+
+    (value, gradient), (fused_value, fused_gradient) = (jax.jit(jax.value_and_grad(f))(params) for f in (plain, fused))
+    np.testing.assert_allclose(fused_value, value, rtol=1e-5)
+    largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(gradient))
+    close = partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5 * largest)
+    jax.tree.map(close, fused_gradient, gradient)

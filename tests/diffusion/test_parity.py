@@ -127,24 +127,19 @@ def with_jumps(alpha: Alpha) -> Alpha:
     return lambda t: np.where(t <= 0, 1.0, np.where(t >= 1, 0.0, alpha(t)))
 
 
-JUMPING = [
-    ("loglinear", 0.1),
-    ("loglinear", 1e-3),
-    *product(("linear_clipped", "cosine_clipped", "sqrt_clipped"), (0.1, 1e-4)),
-]
+JUMPING = [("loglinear", 0.1), ("linear_clipped", 1e-4), ("cosine_clipped", 0.1), ("sqrt_clipped", 1e-4)]
 
 
 # Masking.
 
 
-@pytest.mark.parametrize("eps", [1e-3, 0.1])
-def test_log_linear_noise_weighs_rows_as_mdlm_does(eps: float) -> None:
+def test_log_linear_noise_weighs_rows_as_mdlm_does() -> None:
     """MDLM, arXiv:2406.07524, equation 10: weight sigma'(t) / expm1(sigma(t)), sigma(t) = -log(1 - (1 - eps) t).
 
     The paper's t is uniform; here it is drawn with probability 1 - eps, and an all-masked row otherwise: the step
     from move chance 1 - exp(-sigma(1)) = 1 - eps to the prior, where everything is masked.
     """
-    of = example(1)
+    of, eps = example(1), 0.1
     got = scored(of, make_schedule("loglinear", eps=eps))
     sigma, dsigma = -np.log1p(-(1 - eps) * got.t), (1 - eps) / (1 - (1 - eps) * got.t)
     last = got.t == 1
@@ -195,9 +190,9 @@ def test_jumps_at_the_ends_add_their_step_of_the_bound(kind: str, eps: float) ->
     assert abs(first.sum() - ROWS * a) < 1.001 and abs(last.sum() - ROWS * (1 - b)) < 1.001
 
 
-@pytest.mark.parametrize("num_timesteps", [1, 16])
 @pytest.mark.parametrize(
-    ("kind", "eps"), [("linear", 1e-4), ("cosine", 1e-4), ("poly", 1e-4), *((k, e) for k, e in JUMPING if e == 0.1)]
+    ("kind", "eps", "num_timesteps"),
+    [("linear", 1e-4, 1), ("cosine", 1e-4, 16), ("poly", 1e-4, 16), ("loglinear", 0.1, 1), ("sqrt_clipped", 0.1, 16)],
 )
 def test_discrete_weights_are_those_of_md4(kind: str, eps: float, num_timesteps: int) -> None:
     """MD4, arXiv:2406.04329, equation 6, with the reconstruction term of its first step: alpha(0) = 1, s = t - 1/T."""
@@ -294,7 +289,7 @@ def test_the_count_forms_expectation_is_lambda_dce(estimator: str) -> None:
     assert mean == pytest.approx(lambda_dce(), rel=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["linear", "cosine", "poly", "sqrt"])
+@pytest.mark.parametrize("kind", ["cosine", "sqrt"])
 def test_the_continuous_forms_expectation_is_lambda_dce(kind: str) -> None:
     """RADD, arXiv:2406.03736: the integral over lambda = 1 - alpha_t does not depend on the schedule."""
     nodes, weights = np.polynomial.legendre.leggauss(64)
@@ -331,7 +326,7 @@ def test_jumps_add_a_discrete_step_each_to_the_integral_between_them(kind: str, 
     assert eps > 0.01 or expected == pytest.approx(lambda_dce(), rel=1e-3)
 
 
-@pytest.mark.parametrize("kind", ["linear", "cosine", "cosine_clipped"])
+@pytest.mark.parametrize("kind", ["linear", "cosine_clipped"])
 def test_the_discrete_forms_expectation_is_md4s_sum_and_falls_to_lambda_dce(kind: str) -> None:
     """MD4, arXiv:2406.04329, equation 6, over all patterns; its limit is RADD's loss, arXiv:2406.03736."""
     alpha, gaps = with_jumps(published(kind)[0]), []
@@ -352,9 +347,7 @@ def test_the_discrete_forms_expectation_is_md4s_sum_and_falls_to_lambda_dce(kind
 @pytest.mark.parametrize(
     ("estimator", "kind", "eps"),
     [
-        ("continuous", "linear", None),
         ("continuous", "cosine", None),
-        ("continuous", "loglinear", 0.2),
         ("continuous", "sqrt_clipped", 0.2),
         ("discrete", "cosine", None),
         ("count", "linear", None),
@@ -395,7 +388,7 @@ def one_hot(x: np.ndarray, size: int) -> np.ndarray:
     return (np.arange(size) == x[..., None]).astype(np.float64)
 
 
-@pytest.mark.parametrize("kind", ["linear", "cosine", "poly"])
+@pytest.mark.parametrize("kind", ["linear", "cosine"])
 def test_uniform_noise_gives_udlms_continuous_bound(kind: str) -> None:
     """UDLM, arXiv:2412.10193, continuous-time NELBO (equation 14), i being the index of z_t:
 
@@ -454,14 +447,13 @@ def gidd_bound(of: Example, got: Scored, p_u: float) -> np.ndarray:
     return np.where(real, weight * (kl + ratio - np.log(ratio) - 1), 0.0).sum(axis=1)
 
 
-@pytest.mark.parametrize("p_u", [0.1, 0.5])
-def test_hybrid_noise_gives_gidds_bound(p_u: float) -> None:
+def test_hybrid_noise_gives_gidds_bound() -> None:
     """GIDD, arXiv:2503.04482, sections 3 and 4: w_t(z, x) (KL(q(.|x) || q(.|x_theta)) + D_IS(q_z || q_z)).
 
     Its beta_t pi'_t - alpha'_t / alpha_t pi_t is (beta_t pi_t)' - alpha'_t / alpha_t beta_t pi_t, since
     beta_t = 1 - alpha_t.
     """
-    of = example(9)
+    of, p_u = example(9), 0.2
     got = scored(of, make_schedule("linear"), kind="hybrid", uniform_share=p_u)
     np.testing.assert_allclose(got.bound, gidd_bound(of, got, p_u), rtol=TOLERANCE, atol=1e-4)
 
@@ -488,8 +480,7 @@ def marginal(kind: str, alpha: Alpha, t: np.ndarray) -> tuple[np.ndarray, np.nda
     return kept, (1 - kept) * to
 
 
-@pytest.mark.parametrize("schedule", ["linear", "cosine"])
-@pytest.mark.parametrize("kind", ["absorbing", "uniform", "hybrid"])
+@pytest.mark.parametrize(("kind", "schedule"), [("absorbing", "cosine"), ("uniform", "linear"), ("hybrid", "cosine")])
 def test_the_bounds_density_is_the_divergence_of_d3pm_posteriors_a_short_step_apart(kind: str, schedule: str) -> None:
     """D3PM, arXiv:2107.03006, equation 3: KL(q(x_s | x_t, x_0) || q(x_s | x_t, x_theta)) / (t - s) as s nears t.
 
@@ -552,17 +543,6 @@ def test_blocks_of_one_token_give_the_autoregressive_cross_entropy(options: dict
         np.testing.assert_allclose(got.bound, expected, rtol=TOLERANCE)
 
 
-def test_continuous_times_give_blocks_of_one_token_the_same_expectation() -> None:
-    """BD3-LM, arXiv:2503.09573, section 3.4: with linear noise, mask chance t times weight 1/t is 1 at any time."""
-    of = example(14, BLOCKED, 4)
-    objective = Objective(make_schedule("linear"), MASK_ID, kind="block")
-    noised = objective.corrupt(jnp.asarray(of.x_0), jax.random.key(0))
-    hidden = np.where(of.x_0 < MASK_ID, MASK_ID, of.x_0).astype(np.int32)
-    weight = np.asarray(noised.t) * np.asarray(noised.weight)
-    got = score(objective, of, noised._replace(x_t=jnp.asarray(hidden), weight=jnp.asarray(weight)))
-    np.testing.assert_allclose(got, surprise(of).sum(axis=1), rtol=TOLERANCE)
-
-
 def revealed(schedule: Schedule, t: np.ndarray, s: np.ndarray) -> np.ndarray:
     """The package's probability that a token masked at t is not at s."""
     t, s = (jnp.asarray(np.resize(v, ROWS), jnp.float32) for v in (t, s))
@@ -585,17 +565,3 @@ def test_a_masked_token_is_revealed_as_d3pms_posterior_says(kind: str, eps: floa
         step = np.linalg.solve(bar_s, bar_t)
         posterior = step[:, mask] * bar_s[0] / bar_t[0, mask]
         np.testing.assert_allclose(posterior, [got, 0, 0, 1 - got], rtol=TOLERANCE, atol=1e-6)
-
-
-def test_d3pms_own_steps_reveal_a_kth_of_the_tokens() -> None:
-    """D3PM, arXiv:2107.03006, section 3.1: absorbing with beta_k = 1 / (T - k + 1), multiplied out, is linear noise."""
-    steps, size = 8, 3
-    mask, bar = size - 1, np.eye(size)
-    k = np.arange(1, steps + 1)
-    got = revealed(make_schedule("linear"), k / steps, (k - 1) / steps)
-    for i in k:
-        beta = 1 / (steps - i + 1)
-        one = (1 - beta) * np.eye(size) + beta * np.eye(size)[mask]
-        before, bar = bar, bar @ one
-        posterior = one[:, mask] * before[0] / bar[0, mask]
-        assert got[i - 1] == pytest.approx(posterior[0], rel=1e-6) == pytest.approx(1 / i, rel=1e-6)

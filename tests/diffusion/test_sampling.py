@@ -2,7 +2,7 @@ import inspect
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise, product
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +12,12 @@ import pytest
 from nanodlm.diffusion import tokens as diffusion_tokens
 from nanodlm.diffusion.blocks import Decoder, sample_autoregressive, sample_blocks
 from nanodlm.diffusion.cross_entropy import predictable
+from nanodlm.diffusion.kinds import ByScore, Remasking
 from nanodlm.diffusion.mixed import shares
 from nanodlm.diffusion.noise import Denoise
-from nanodlm.diffusion.sampling import BY_SCORE, REMASKING, SAMPLERS, sample
-from nanodlm.diffusion.schedules import KINDS, make_schedule
+from nanodlm.diffusion.plain import plain_sample
+from nanodlm.diffusion.sampling import sample
+from nanodlm.diffusion.schedules import make_schedule
 from nanodlm.diffusion.steps import remask_probability
 from nanodlm.diffusion.tokens import limited
 from tests.support.laws import (
@@ -39,7 +41,7 @@ KEY = jax.random.key(7)
 SLOW = partial(pytest.param, marks=pytest.mark.slow)
 
 
-SCHEDULES = {kind: make_schedule(kind) for kind in KINDS} | {
+SCHEDULES = {kind: make_schedule(kind) for kind in ("linear", "cosine", "sqrt", "sqrt_clipped")} | {
     "steep": make_schedule("poly", exponent=300.0),
     "jumps": make_schedule("linear_clipped", eps=0.2),
 }
@@ -111,7 +113,6 @@ def law_of_steps(table: np.ndarray, mask_rates: list[float]) -> np.ndarray:
         ("ancestral", {"num_steps": STEPS}),
         ("first_hitting", {"num_steps": 1}),
         ("margin", {"num_steps": LENGTH}),  # one token at a time, in an order that known tokens decide
-        SLOW("entropy", {"num_steps": LENGTH, "entropy_bound": 0.0}),
         ("remdm_cap", {"num_steps": 2 * STEPS, "remask": 0.01}),
     ],
 )
@@ -122,13 +123,7 @@ def test_exact_samplers_draw_from_the_law(sampler: str, options: dict[str, Any])
 
 @pytest.mark.parametrize(
     ("num_steps", "kind", "grid"),
-    [
-        SLOW(1, "linear", "uniform"),
-        (2, "cosine", "uniform"),
-        SLOW(3, "sqrt", "uniform"),
-        (3, "linear", "cosine"),
-        (3, "jumps", "uniform"),
-    ],
+    [(3, "linear", "cosine"), (3, "jumps", "uniform")],
 )
 def test_few_steps_draw_from_the_law_that_enumeration_gives(num_steps: int, kind: str, grid: str) -> None:
     x = np.arange(1, num_steps) / num_steps
@@ -141,10 +136,11 @@ def test_few_steps_draw_from_the_law_that_enumeration_gives(num_steps: int, kind
     assert total_variation(drawn, TABLE) > 2 * sampling_error(TABLE, ROWS)
 
 
-@pytest.mark.slow  # the laws of few and of many steps are each tested above
-def test_more_steps_come_closer_to_the_law() -> None:
-    distances = [total_variation(frequencies(draw(rows=ROWS, num_steps=n)), TABLE) for n in (1, 2, 8)]
-    assert distances[0] > distances[1] > distances[2]
+def test_the_plain_sampler_has_the_law_of_the_full_ancestral_one() -> None:
+    expected = law_of_steps(TABLE, [1.0, 0.5, 0.0])
+    plain = jax.jit(partial(plain_sample, EXACT, shape=(ROWS, LENGTH), mask_id=MASK_ID, num_steps=2))(KEY)
+    for rows in (np.asarray(plain), draw(rows=ROWS, num_steps=2)):
+        assert total_variation(frequencies(rows), expected) < 1.3 * sampling_error(expected, ROWS)
 
 
 def test_infilling_draws_from_the_conditional_law() -> None:
@@ -154,50 +150,11 @@ def test_infilling_draws_from_the_conditional_law() -> None:
     assert total_variation(frequencies(rows[:, [0, 2]]), conditional) < 1.75 * sampling_error(conditional, ROWS)
 
 
-@pytest.mark.parametrize(
-    ("num_steps", "kind"), [(1, "linear"), SLOW(2, "cosine"), SLOW(7, "poly"), (7, "sqrt_clipped")]
-)
+@pytest.mark.parametrize(("num_steps", "kind"), [(1, "linear"), (7, "sqrt_clipped"), (50, "steep")])
 def test_no_mask_and_no_padding_is_left_after_any_number_of_steps(num_steps: int, kind: str) -> None:
     rows = draw(CHAIN, 256, 8, num_steps=num_steps, kind=kind)
-    assert rows.dtype == np.int32
-    assert rows.shape == (256, 8)
-    assert rows.min() >= 0
-    assert rows.max() < MASK_ID
+    assert (rows.dtype, rows.shape) == (np.int32, (256, 8))
     assert set(np.unique(rows)) == {0, 1, 2}
-
-
-def test_no_mask_is_left_under_a_schedule_so_steep_that_its_mask_rate_underflows() -> None:
-    rows = draw(CHAIN, 64, 8, num_steps=50, kind="steep")
-    assert rows.max() < MASK_ID
-
-
-@pytest.mark.parametrize("temperature", [0.0, SLOW(5.0)])
-def test_a_prompt_for_all_rows_is_never_altered(temperature: float) -> None:
-    prompt = np.int32([2, 0, 0])
-    rows = draw(CHAIN, 64, 8, prompt=jnp.asarray(prompt), temperature=temperature)
-    np.testing.assert_array_equal(rows[:, :3], np.tile(prompt, (64, 1)))
-    assert rows.max() < MASK_ID
-
-
-@pytest.mark.parametrize("temperature", [1.0])
-def test_a_prompt_for_each_row_is_never_altered(temperature: float) -> None:
-    prompt = np.random.default_rng(0).integers(0, TOKENS, (64, 3)).astype(np.int32)
-    rows = draw(CHAIN, 64, 8, prompt=jnp.asarray(prompt), temperature=temperature)
-    np.testing.assert_array_equal(rows[:, :3], prompt)
-    assert rows.max() < MASK_ID
-
-
-def test_an_infilling_pattern_keeps_its_tokens_and_fills_its_masks() -> None:
-    rng = np.random.default_rng(0)
-    pattern = np.where(rng.random((64, 8)) < 0.5, MASK_ID, rng.integers(0, TOKENS, (64, 8))).astype(np.int32)
-    rows = draw(CHAIN, 64, 8, prompt=jnp.asarray(pattern))
-    np.testing.assert_array_equal(np.where(pattern == MASK_ID, MASK_ID, rows), pattern)
-    assert rows.max() < MASK_ID
-
-
-def test_a_prompt_that_fills_the_row_comes_back_as_it_is() -> None:
-    prompt = jnp.asarray([0, 1, 2, 1])
-    np.testing.assert_array_equal(draw(rows=2, prompt=prompt), [[0, 1, 2, 1]] * 2)
 
 
 class Watched:
@@ -234,53 +191,12 @@ def test_the_denoiser_never_sees_a_token_masked_again_and_sees_the_grid_of_times
     assert any((before != after).any() for before, after in pairwise(states))
 
 
-def test_a_key_fixes_the_output_and_another_key_changes_it() -> None:
-    first, again, other = (draw(key=jax.random.key(seed)) for seed in (0, 0, 1))
-    np.testing.assert_array_equal(first, again)
-    assert (first != other).any()
-
-
-def test_jit_changes_nothing() -> None:
-    denoise = fixed([0.2, 0.3, 0.5])
-    plain = sample(denoise, KEY, shape=(64, LENGTH), mask_id=MASK_ID, schedule=make_schedule("linear"), num_steps=3)
-    np.testing.assert_array_equal(plain, draw(denoise, num_steps=3))
-
-
-@pytest.mark.slow  # traced it is everywhere here; this also maps over it
-def test_a_prompt_may_be_traced() -> None:
-    run = partial(sample, EXACT, shape=(8, LENGTH), mask_id=MASK_ID, schedule=make_schedule("linear"), num_steps=3)
-    prompts = jnp.asarray([[0, 1], [2, 2]])
-    rows = jax.jit(jax.vmap(lambda prompt: run(KEY, prompt=prompt)))(prompts)
-    np.testing.assert_array_equal(rows[:, :, :2], np.repeat(np.asarray(prompts)[:, None], 8, axis=1))
-
-
 def fixed(p: list[float]) -> Denoise:
     """Predicts the same probabilities everywhere, and mask and padding far above them."""
     logits = jnp.concatenate([jnp.log(jnp.asarray(p)), jnp.full(VOCAB - TOKENS, FORBIDDEN_LOGIT)])
     return lambda x_t, t: jnp.broadcast_to(logits, (*x_t.shape, VOCAB))
 
 
-def test_temperature_zero_takes_the_most_likely_token() -> None:
-    np.testing.assert_array_equal(draw(fixed([0.3, 0.36, 0.34]), temperature=0.0), 1)
-
-
-@pytest.mark.parametrize("temperature", [0.5, SLOW(1e6)])
-def test_temperature_raises_probabilities_to_its_inverse(temperature: float) -> None:
-    p = np.array([0.1, 0.3, 0.6])
-    rows = draw(fixed(p.tolist()), 5000, temperature=temperature, num_steps=2)
-    expected = p ** (1 / temperature) / (p ** (1 / temperature)).sum()
-    drawn = np.bincount(rows.reshape(-1), minlength=TOKENS) / rows.size
-    assert (np.abs(drawn - expected) < 4 * np.sqrt(expected * (1 - expected) / rows.size)).all()
-
-
-def test_rare_tokens_are_drawn_as_often_as_they_should_be() -> None:
-    rare = 1e-4
-    rows = draw(fixed([rare, 0.5 - rare, 0.5]), 10_000, 20, num_steps=1)
-    expected = rare * rows.size
-    assert abs((rows == 0).sum() - expected) < 4 * np.sqrt(expected)
-
-
-ALL = [*SAMPLERS, "uniform", "hybrid"]
 MIXED = {"uniform": {"uniform_share": 1.0}, "hybrid": {"uniform_share": 0.4}}
 PATTERN = np.random.default_rng(1).integers(0, TOKENS, (32, 6)).astype(np.int32)
 PATTERN[np.random.default_rng(2).random((32, 6)) < 0.5] = MASK_ID
@@ -297,9 +213,8 @@ FILTERED = {"temperature": 2.0, "top_k": 2, "top_p": 0.99, "guidance": 0.5}
 @pytest.mark.parametrize(
     ("sampler", "options"),
     [
-        *((name, FILTERED) if name in TELLING else SLOW(name, FILTERED) for name in ALL),
+        *((name, FILTERED) for name in TELLING),
         ("entropy", COLD),
-        SLOW("remdm_conf", COLD),
         ("uniform", COLD),
     ],
 )
@@ -312,6 +227,7 @@ def test_every_sampler_keeps_any_prompt_and_leaves_no_mask(sampler: str, options
     np.testing.assert_array_equal(np.where(PATTERN == MASK_ID, MASK_ID, rows), PATTERN)
     assert set(rows[PATTERN == MASK_ID].tolist()) == ({1} if options is COLD else {0, 1})
     np.testing.assert_array_equal(rows, again())
+    assert (rows != again(key=jax.random.key(8))).any() or options is COLD
 
 
 @pytest.mark.parametrize(
@@ -337,10 +253,6 @@ def test_top_k_and_top_p_cut_the_distribution_and_renormalise_it(
     np.testing.assert_allclose(p, [*expected, 0, 0], rtol=1e-5)
 
 
-def test_top_k_takes_no_more_than_k_of_equally_likely_tokens() -> None:
-    assert set(np.unique(draw(fixed([1 / 3] * 3), num_steps=1, top_k=2))) == {0, 1}
-
-
 def test_skipping_steps_with_nothing_to_do_changes_no_bit_and_saves_calls() -> None:
     every, skipping = Watched(EXACT), Watched(EXACT)
     prompt = jnp.asarray(PATTERN[:, :LENGTH])
@@ -351,15 +263,6 @@ def test_skipping_steps_with_nothing_to_do_changes_no_bit_and_saves_calls() -> N
     for row in range(32):  # each sees what it saw, at the same times
         seen = [{(x[row].tobytes(), float(t[row])) for x, t in zip(w.x, w.t, strict=True)} for w in (skipping, every)]
         assert {(x, t) for x, t in seen[0] if MASK_ID in np.frombuffer(x, np.int32)} <= seen[1]
-
-
-def test_positions_unmask_as_often_as_flipped_coins_would_have_it() -> None:
-    watched = Watched(fixed([0.2, 0.3, 0.5]))
-    watched.draw(4000, 8, num_steps=6, kind="cosine")
-    rates = [1.0, *SCHEDULES["cosine"].mask_rate(jnp.arange(5, 0, -1) / 6).tolist()]
-    for (before, m_t), (after, m_s) in pairwise(zip(watched.x, rates, strict=True)):
-        left, p = (before == MASK_ID).sum(), m_s / m_t  # 1 - (alpha_s - alpha_t) / (1 - alpha_t)
-        assert abs((after == MASK_ID).sum() - left * p) < 4 * np.sqrt(left * p * (1 - p))
 
 
 def test_first_hitting_calls_once_for_each_mask_at_the_time_its_token_appears() -> None:
@@ -388,7 +291,7 @@ UNSURE = by_position(UNSURE_P.tolist())
 UNSURE_ORDER = {"confidence": [3, 0, 1, 2], "margin": [3, 1, 0, 2], "entropy": [3, 2, 0, 1]}
 
 
-@pytest.mark.parametrize("sampler", BY_SCORE)
+@pytest.mark.parametrize("sampler", get_args(ByScore))
 def test_the_surest_positions_unmask_first(sampler: str) -> None:
     watched = Watched(UNSURE)
     options = {"num_steps": 4, "temperature": 0.0, "entropy_bound": 0.0}
@@ -401,12 +304,11 @@ def test_the_surest_positions_unmask_first(sampler: str) -> None:
         np.testing.assert_array_equal((state == MASK_ID).sum(axis=1), 4 - i)
 
 
-@pytest.mark.parametrize("sampler", ["confidence", SLOW("margin")])
-def test_as_many_masks_are_left_as_the_schedule_says(sampler: str) -> None:
+def test_as_many_masks_are_left_as_the_schedule_says() -> None:
     watched = Watched(CHAIN)
     pattern = np.full((3, 8), MASK_ID, np.int32)
     pattern[1, :3], pattern[2] = 0, 1
-    rows = watched.draw(3, 8, sampler=sampler, kind="cosine", num_steps=5, prompt=jnp.asarray(pattern))
+    rows = watched.draw(3, 8, sampler="confidence", kind="cosine", num_steps=5, prompt=jnp.asarray(pattern))
     rates = np.array([1.0, *SCHEDULES["cosine"].mask_rate(jnp.arange(4, 0, -1) / 5).tolist(), 0.0])
     left = [(x == MASK_ID).sum(axis=1) for x in [*watched.x, rows]]
     np.testing.assert_array_equal(left, np.round(rates[:, None] * [8, 5, 0]))
@@ -439,7 +341,7 @@ def masks_left(watched: Watched) -> np.ndarray:
     return np.array([(x == MASK_ID).mean() for x in watched.x])
 
 
-@pytest.mark.parametrize("sampler", [SLOW(name) if name == "remdm_rescale" else name for name in REMASKING])
+@pytest.mark.parametrize("sampler", get_args(Remasking))
 def test_remasking_keeps_the_share_of_masks_on_the_schedule_while_tokens_change(sampler: str) -> None:
     watched = Watched(fixed([0.2, 0.3, 0.5]))
     rows, length, n = 4000, 8, 9
@@ -461,12 +363,6 @@ def test_remasking_keeps_the_share_of_masks_on_the_schedule_while_tokens_change(
     assert any(((a != b) & (a < MASK_ID) & (b < MASK_ID)).any() for a, b in product(watched.x[2:], [drawn]))
 
 
-def test_without_remasking_remdm_is_ancestral_sampling() -> None:
-    expected = law_of_steps(TABLE, [1, 0.5, 0])
-    drawn = frequencies(draw(rows=ROWS, num_steps=2, sampler="remdm_cap", remask=0.0))
-    assert total_variation(drawn, expected) < 1.3 * sampling_error(expected, ROWS)
-
-
 def test_remasking_probabilities_are_those_of_the_paper() -> None:
     rng = np.random.default_rng(0)
     psi, tokens = rng.random((2, 5)).astype(np.float32), rng.random((2, 5)) < 0.6
@@ -479,13 +375,6 @@ def test_remasking_probabilities_are_those_of_the_paper() -> None:
         for name, sigma in expected.items():
             got = remask_probability(f"remdm_{name}", 0.3, rates, jnp.asarray(psi), jnp.asarray(tokens))
             np.testing.assert_allclose(got, np.broadcast_to(sigma, (2, 5)), rtol=1e-5, atol=1e-7)
-
-
-def test_tokens_of_low_probability_are_the_first_that_confidence_masks_again() -> None:
-    watched = Watched(by_position([[0.98, 0.01, 0.01]] * 2 + [[0.34, 0.33, 0.33]] * 2))
-    drawn = watched.draw(4000, sampler="remdm_conf", num_steps=6)
-    again = sum(((a != MASK_ID) & (b == MASK_ID)).sum(axis=0) for a, b in pairwise([*watched.x, drawn]))
-    assert again[:2].max() < 0.93 * again[2:].min()  # weights exp(-0.98) to exp(-0.33), 1 where a token is alone
 
 
 def reverse_law(p: Callable[[np.ndarray, float], np.ndarray], rates: list[float], share: float) -> np.ndarray:
@@ -509,7 +398,7 @@ def reverse_law(p: Callable[[np.ndarray, float], np.ndarray], rates: list[float]
     return law[:n, :n]
 
 
-@pytest.mark.parametrize("share", [SLOW(1.0), 0.5])
+@pytest.mark.parametrize("share", [1.0, 0.5])
 def test_mixed_noise_is_taken_back_as_multiplying_out_its_reverse_steps_gives(share: float) -> None:
     table = rough_table(2)
     denoise = exact_mixed_denoiser(table, SCHEDULES["linear"], share)
@@ -520,13 +409,6 @@ def test_mixed_noise_is_taken_back_as_multiplying_out_its_reverse_steps_gives(sh
     expected = reverse_law(p, [1, 2 / 3, 1 / 3, 0], share)
     drawn = frequencies(draw(denoise, ROWS, 2, num_steps=3, uniform_share=share))
     assert total_variation(drawn, expected) < 1.5 * sampling_error(expected, ROWS)
-
-
-@pytest.mark.parametrize(("share", "num_steps"), [(1.0, STEPS), SLOW(0.2, 2 * STEPS)])
-def test_mixed_noise_is_taken_back_to_the_law_in_many_steps(share: float, num_steps: int) -> None:
-    denoise = exact_mixed_denoiser(SHORT, SCHEDULES["poly"], share)
-    law = frequencies(draw(denoise, ROWS, 3, num_steps=num_steps, uniform_share=share, kind="poly"))
-    assert total_variation(law, SHORT) < 1.3 * sampling_error(SHORT, ROWS)
 
 
 def test_uniform_noise_starts_from_random_tokens_and_changes_them() -> None:
@@ -601,9 +483,8 @@ def draw_blocks(denoise: Denoise, rows: int, block_size: int, prompt: Any = None
     return np.asarray(drawn)
 
 
-@pytest.mark.parametrize("block_size", [SLOW(1), 2, SLOW(LENGTH)])
-def test_blocks_draw_from_the_law(block_size: int) -> None:
-    drawn = frequencies(draw_blocks(EXACT, ROWS, block_size))
+def test_blocks_draw_from_the_law() -> None:
+    drawn = frequencies(draw_blocks(EXACT, ROWS, 2))
     assert total_variation(drawn, TABLE) < 1.3 * sampling_error(TABLE, ROWS)
 
 
@@ -646,42 +527,12 @@ def test_blocks_refuse_guidance_and_lengths_they_do_not_divide() -> None:
         sample_autoregressive(token_decoder(EXACT, LENGTH), KEY, shape=(2, LENGTH), mask_id=MASK_ID, top_k=-2)
 
 
-@pytest.mark.slow  # about JAX's noise; which of the two is drawn here, the last tests see bit for bit
-def test_gumbel_noise_of_low_precision_starves_rare_tokens_and_that_of_high_precision_does_not() -> None:
-    tiny = np.finfo(np.float32).tiny
-    noise = {  # JAX's functions of the 23 bits (of two numbers, for high precision) that it draws
-        "low": lambda u: -jnp.log(-jnp.log(jnp.maximum(u, tiny))),
-        "high": lambda u, v: -jnp.log(-jnp.log1p(-jnp.where(u >= 0.5, u, u + 2.0**-23 * v + tiny))),
-    }
-    u = jax.random.uniform(KEY, (1000,), minval=tiny)
-    np.testing.assert_allclose(noise["low"](u), jax.random.gumbel(KEY, (1000,), mode="low"), rtol=1e-6)
-    u = jax.random.uniform(KEY, (2, 1000))
-    np.testing.assert_allclose(noise["high"](*u), jax.random.gumbel(KEY, (1000,), mode="high"), rtol=1e-6)
-
-    # A token of probability 2^-24 against one of 1 - 2^-24: how often does it win, over all noise there is?
-    rare = 2.0**-24
-    advantage = np.float32(np.log1p(-rare) - np.log(rare))
-    every = jnp.arange(2**23, dtype=jnp.float32) * 2.0**-23
-    low = np.sort(np.asarray(noise["low"](every)))
-    assert low[-1] < 15.95  # of the true noise, 2^-23 is beyond: -log(-log(1 - 2^-23)) = 15.94
-    able = low[low > low[0] + advantage]
-    wins = np.searchsorted(low, able - advantage).sum() / 2.0**46
-    assert wins / rare == pytest.approx(0.313, abs=0.001)
-
-    wins = 0.0
-    for k in range(10):  # beyond, the rare token's noise is too small to win
-        g = np.asarray(noise["high"](jnp.float32(k * 2.0**-23), every[::32])).astype(np.float64)
-        wins += np.exp(-np.exp(advantage - g)).mean() * 2.0**-23
-    assert wins / rare == pytest.approx(1, abs=1e-4)
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"sampler": "gibbs"}, "unknown sampler 'gibbs': choose one of ancestral, .*, remdm_loop"),
         ({"grid": "log"}, "unknown grid 'log': choose uniform or cosine"),
         ({"top_k": -1}, "top_k must not be negative, not -1"),
-        ({"top_p": 0.0}, "top_p must be above 0 and at most 1, not 0.0"),
         ({"top_p": 1.5}, "top_p must be above 0 and at most 1, not 1.5"),
         ({"guidance": -1.0}, "guidance must not be negative, not -1.0"),
         ({"uniform_share": 1.5}, "uniform_share must be between 0 and 1, not 1.5"),
@@ -691,7 +542,6 @@ def test_gumbel_noise_of_low_precision_starves_rare_tokens_and_that_of_high_prec
         ({"remask": 2.0}, "remask must be between 0 and 1, not 2.0"),
         ({"loop_time": 1.0}, "loop_time must be above 0 and below 1, not 1.0"),
         ({"num_steps": 0}, "num_steps must be at least 1, not 0"),
-        ({"num_steps": -3}, "num_steps must be at least 1, not -3"),
         ({"temperature": -0.5}, "temperature must not be negative, not -0.5"),
         ({"prompt": jnp.zeros(LENGTH + 1, jnp.int32)}, r"prompt of shape \(1, 5\) does not fit .* \(64, 4\)"),
         ({"prompt": jnp.zeros((3, 2), jnp.int32)}, r"prompt of shape \(3, 2\) does not fit .* \(64, 4\)"),
@@ -713,23 +563,6 @@ def test_tokens_are_the_gumbel_maximum_of_high_precision_noise_bit_for_bit() -> 
         )
         np.testing.assert_array_equal(drawn[row], high)
         assert (high != low).any()
-
-
-def test_a_jitted_sampler_is_compiled_once_for_all_keys_and_prompts() -> None:
-    traced: list[int] = []
-
-    def counted(x_t: jax.Array, t: jax.Array) -> jax.Array:
-        traced.append(1)
-        return EXACT(x_t, t)
-
-    run = jax.jit(
-        partial(sample, counted, shape=(2, LENGTH), mask_id=MASK_ID, schedule=make_schedule("linear"), num_steps=3)
-    )
-    for seed in range(3):
-        run(jax.random.key(seed), prompt=jnp.asarray([seed]))
-    once = len(traced)
-    run(jax.random.key(9), prompt=jnp.asarray([2]))
-    assert len(traced) == once <= 2
 
 
 def test_a_document_end_is_followed_by_the_begin_token_where_documents_were_trained_apart() -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from nanodlm.model.layers import ShortConvolution, rope, time_embedding
+from nanodlm.model.layers import ShortConvolution, rope
 from nanodlm.model.transformer import Transformer, count_parameters
 
 VOCAB, LENGTH = 11, 8
@@ -40,19 +40,16 @@ def changed(x_t: jax.Array, positions: list[int]) -> jax.Array:
     return x_t.at[:, where].set((x_t[:, where] + 3) % VOCAB)
 
 
-VARIANTS: list[dict[str, Any]] = [
-    {},
-    {"conv_width": 5},
-    {"time_conditioning": True},
-    {"tie_embeddings": True},
-    {"conv_width": 3, "time_conditioning": True, "tie_embeddings": True},
-    {"qk_norm": False, "zero_init": False},
-]
-
-
-@pytest.mark.parametrize(("options", "dtype"), [*((v, "float32") for v in VARIANTS), (VARIANTS[-1], "bfloat16")])
-def test_logits_are_float32_with_one_score_per_id(options: dict[str, Any], dtype: str) -> None:
-    out = logits(randomised(**options, dtype=dtype), ROWS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"conv_width": 3, "time_conditioning": True, "tie_embeddings": True},
+        {"qk_norm": False, "zero_init": False, "dtype": "bfloat16"},
+    ],
+)
+def test_logits_are_float32_with_one_score_per_id(options: dict[str, Any]) -> None:
+    out = logits(randomised(**options), ROWS)
     assert out.shape == (2, LENGTH, VOCAB)
     assert out.dtype == jnp.float32
     assert bool(jnp.isfinite(out).all())
@@ -67,27 +64,8 @@ def test_bfloat16_rounds_products_but_keeps_float32_parameters() -> None:
     assert 1e-5 < error < 0.1
 
 
-def test_a_fresh_network_predicts_every_id_alike() -> None:
-    model = Transformer(**SMALL, conv_width=3, rngs=nnx.Rngs(0))
-    np.testing.assert_array_equal(logits(model, ROWS), 0.0)
-
-
-def test_a_fresh_tied_network_has_small_logits() -> None:
-    model = Transformer(**{**SMALL, "d_model": 64}, tie_embeddings=True, rngs=nnx.Rngs(0))
-    assert 0.1 < float(logits(model, ROWS).std()) < 1.5
-
-
-def test_the_seed_fixes_the_initial_parameters() -> None:
-    first, again, other = (
-        np.asarray(Transformer(**SMALL, rngs=nnx.Rngs(seed)).embedding.embedding[...]) for seed in (0, 0, 1)
-    )
-    np.testing.assert_array_equal(first, again)
-    assert (first != other).any()
-
-
-@pytest.mark.parametrize("conv_width", [0, 5])
-def test_every_position_reads_tokens_on_both_sides(conv_width: int) -> None:
-    model = randomised(conv_width=conv_width)
+def test_every_position_reads_tokens_on_both_sides() -> None:
+    model = randomised(conv_width=5)
     before = logits(model, ROWS)
     for position in (0, LENGTH - 1):
         moved = jnp.abs(logits(model, changed(ROWS, [position])) - before).max(axis=(0, 2))
@@ -100,9 +78,8 @@ def test_rows_of_a_batch_do_not_mix() -> None:
     np.testing.assert_array_equal(logits(model, ROWS)[0], logits(model, other)[0])
 
 
-@pytest.mark.parametrize("conv_width", [SLOW(0), 5])
-def test_segments_keep_documents_apart(conv_width: int) -> None:
-    model = randomised(conv_width=conv_width)
+def test_segments_keep_documents_apart() -> None:
+    model = randomised(conv_width=5)
     # The last document has the first one's id but for one: neighbours of the middle one on both sides.
     segment_ids = jnp.tile(jnp.asarray([0, 0, 0, 1, 1, 2, 2, 2]), (2, 1))
     middle = changed(ROWS, [3, 4])
@@ -112,12 +89,6 @@ def test_segments_keep_documents_apart(conv_width: int) -> None:
     assert bool((apart[:, 3:5] != apart_changed[:, 3:5]).any(axis=-1).all())
     together, together_changed = logits(model, ROWS), logits(model, middle)
     assert bool((together[:, outside] != together_changed[:, outside]).any(axis=-1).all())
-
-
-def test_one_segment_is_the_same_as_none() -> None:
-    model = randomised(conv_width=5)
-    segment_ids = jnp.zeros((2, LENGTH), jnp.int32)
-    np.testing.assert_allclose(logits(model, ROWS, TIMES, segment_ids), logits(model, ROWS), rtol=1e-4, atol=1e-4)
 
 
 def test_a_document_scores_as_it_would_in_a_row_of_its_own() -> None:
@@ -172,14 +143,6 @@ def test_time_matters_with_trained_conditioning_and_never_without() -> None:
     np.testing.assert_array_equal(logits(plain, ROWS, later), logits(plain, ROWS, TIMES))
 
 
-def test_time_embedding_tells_times_apart_and_is_bounded() -> None:
-    embedded = np.asarray(time_embedding(jnp.linspace(0, 1, 101), 32))
-    assert embedded.shape == (101, 32)
-    assert np.abs(embedded).max() <= 1
-    distance = np.linalg.norm(embedded[:, None] - embedded[None], axis=-1) + 10 * np.eye(101)
-    assert distance.min() > 0.1
-
-
 def test_attention_scores_depend_on_relative_positions_only() -> None:
     q, k = jax.random.normal(jax.random.key(1), (2, 1, 1, 2, 8))
     length = 12
@@ -189,15 +152,6 @@ def test_attention_scores_depend_on_relative_positions_only() -> None:
         diagonal = np.diagonal(scores, offset, axis1=1, axis2=2)
         np.testing.assert_allclose(diagonal, diagonal[:, :1] + np.zeros_like(diagonal), atol=1e-5)
     assert np.abs(scores[:, 0, 1:] - scores[:, 0, :1]).min(axis=0).max() > 0.1
-
-
-def test_rope_turns_without_stretching_and_leaves_the_first_position() -> None:
-    x = jax.random.normal(jax.random.key(1), (2, 9, 3, 8))
-    turned = rope(x)
-    np.testing.assert_allclose(jnp.linalg.norm(turned, axis=-1), jnp.linalg.norm(x, axis=-1), rtol=1e-5)
-    np.testing.assert_array_equal(turned[:, 0], x[:, 0])
-    assert float(jnp.abs(turned[:, 1:] - x[:, 1:]).max()) > 0.1
-    assert rope(x.astype(jnp.bfloat16)).dtype == jnp.bfloat16
 
 
 def names(**options: Any) -> set[str]:
@@ -233,30 +187,6 @@ def test_tied_embeddings_have_no_head() -> None:
     np.testing.assert_allclose(after[..., others], before[..., others], rtol=1e-5)
 
 
-def expected_parameters(
-    vocab_size: int,
-    n_layers: int,
-    n_heads: int,
-    d_model: int,
-    d_ff: int,
-    conv_width: int = 0,
-    time_conditioning: bool = False,
-    tie_embeddings: bool = False,
-    qk_norm: bool = True,
-    zero_init: bool = True,
-) -> int:
-    block = 4 * d_model**2 + 2 * d_model * d_ff + 2 * d_model + 2 * d_model // n_heads * qk_norm
-    block += (conv_width + 1) * d_model * (conv_width > 0) + 6 * d_model**2 * time_conditioning
-    outside = vocab_size * d_model * (2 - tie_embeddings) + d_model + (d_model + 1) * d_model * time_conditioning
-    return n_layers * block + outside
-
-
-@pytest.mark.parametrize("options", VARIANTS)
-def test_the_number_of_parameters_follows_from_the_shapes(options: dict[str, Any]) -> None:
-    model = nnx.eval_shape(lambda: Transformer(**{**SMALL, **options}, rngs=nnx.Rngs(0)))
-    assert count_parameters(model) == expected_parameters(**SMALL, **options)
-
-
 @pytest.mark.parametrize(
     ("n_layers", "n_heads", "d_model", "millions"),
     [(12, 12, 768, 124), (24, 16, 1024, 354)],
@@ -277,8 +207,9 @@ def test_what_the_backward_pass_computes_again_changes_no_gradient(remat: str) -
 
 
 def test_an_untrained_network_scores_all_tokens_alike_only_if_its_outputs_start_at_zero() -> None:
-    zero, drawn = (Transformer(**SMALL, zero_init=flag, rngs=nnx.Rngs(0)) for flag in (True, False))
+    zero, drawn, again = (Transformer(**SMALL, zero_init=flag, rngs=nnx.Rngs(0)) for flag in (True, False, False))
     assert float(jnp.abs(logits(zero, ROWS)).max()) == 0
+    np.testing.assert_array_equal(logits(drawn, ROWS), logits(again, ROWS))  # the seed fixes them
     assert float(logits(drawn, ROWS).std()) > 0
     outputs = [drawn.blocks.attention_out.kernel, drawn.blocks.mlp_out.kernel, drawn.head.embedding]  # type: ignore[union-attr]
     assert all(float(kernel[...].std()) == pytest.approx(0.02, rel=0.1) for kernel in outputs)
@@ -308,7 +239,6 @@ close = partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-3)
 
 NOISED = tokens(5)
 BLOCKED: list[dict[str, Any]] = [
-    {"block_size": 2, "time_conditioning": True},
     {"block_size": 3, "conv_width": 5, "time_conditioning": True},  # the last block is shorter
     {"block_size": 1, "conv_width": 5},
 ]
@@ -322,9 +252,8 @@ def moved_positions(before: jax.Array, after: jax.Array) -> list[int]:
     return np.flatnonzero(np.asarray(before != after).any(axis=(0, 2))).tolist()
 
 
-@pytest.mark.parametrize("options", [SLOW(BLOCKED[0]), BLOCKED[1], SLOW(BLOCKED[2])])
-def test_a_noisy_block_reads_itself_and_the_context_before_it(options: dict[str, Any]) -> None:
-    model = randomised(**options)
+def test_a_noisy_block_reads_itself_and_the_context_before_it() -> None:
+    model, options = randomised(**BLOCKED[0]), BLOCKED[0]
     before = beside(model, NOISED, ROWS)
     for block in blocks(options["block_size"]):
         inside = list(range(LENGTH)[block])
@@ -334,10 +263,9 @@ def test_a_noisy_block_reads_itself_and_the_context_before_it(options: dict[str,
             assert moved_positions(before, beside(model, NOISED, changed(ROWS, [position]))) == after
 
 
-@pytest.mark.parametrize("options", [SLOW(BLOCKED[0]), BLOCKED[1], SLOW(BLOCKED[2])])
-def test_each_block_scores_as_if_it_alone_followed_its_context(options: dict[str, Any]) -> None:
+def test_each_block_scores_as_if_it_alone_followed_its_context() -> None:
     # Times of 0, as the context always has.
-    model, t = randomised(**options), jnp.zeros(2)
+    model, options, t = randomised(**BLOCKED[0]), BLOCKED[0], jnp.zeros(2)
     together = beside(model, NOISED, ROWS, t)
     for block in blocks(options["block_size"]):
         row = ROWS.at[:, block].set(NOISED[:, block])
@@ -346,7 +274,7 @@ def test_each_block_scores_as_if_it_alone_followed_its_context(options: dict[str
         close(together[:, block], alone[:, block])
 
 
-@pytest.mark.parametrize("options", [SLOW(BLOCKED[0]), *BLOCKED[1:]])
+@pytest.mark.parametrize("options", BLOCKED)
 def test_one_stream_reads_no_later_block(options: dict[str, Any]) -> None:
     model = randomised(**options)
     before = logits(model, ROWS)
@@ -356,8 +284,8 @@ def test_one_stream_reads_no_later_block(options: dict[str, Any]) -> None:
             assert moved_positions(before, logits(model, changed(ROWS, [position]))) == reading
 
 
-@pytest.mark.parametrize("conv_width", [SLOW(0), 5])
-def test_a_block_as_long_as_the_row_makes_the_bidirectional_network(conv_width: int) -> None:
+def test_a_block_as_long_as_the_row_makes_the_bidirectional_network() -> None:
+    conv_width = 5
     model = randomised(conv_width=conv_width, block_size=LENGTH)
     expected = logits(randomised(conv_width=conv_width), NOISED)
     close(logits(model, NOISED), expected)
@@ -368,9 +296,8 @@ def test_the_block_size_changes_no_parameter() -> None:
     assert names(block_size=3, conv_width=3) == names(conv_width=3)
 
 
-@pytest.mark.parametrize("options", [SLOW(BLOCKED[0]), BLOCKED[1]])
-def test_segments_keep_documents_apart_in_blocks(options: dict[str, Any]) -> None:
-    model = randomised(**options)
+def test_segments_keep_documents_apart_in_blocks() -> None:
+    model = randomised(**BLOCKED[0])
     segment_ids = jnp.tile(jnp.asarray([0, 0, 1, 1, 1, 2, 2, 2]), (2, 1))
     inside, outside = [2, 3, 4], [0, 1, 5, 6, 7]
     one, two = partial(logits, model, t=TIMES, segment_ids=segment_ids), partial(beside, model, NOISED)
@@ -385,14 +312,14 @@ def test_segments_keep_documents_apart_in_blocks(options: dict[str, Any]) -> Non
 
 
 def test_padding_changes_nothing_in_blocks() -> None:
-    model = randomised(**BLOCKED[1])
+    model = randomised(**BLOCKED[0])
     segment_ids = jnp.tile(jnp.asarray([0, 0, 0, 0, 0, 9, 9, 9]), (2, 1))  # 5 tokens and padding
     padded = beside(model, NOISED, ROWS, TIMES, segment_ids)
     close(padded[:, :5], beside(model, NOISED[:, :5], ROWS[:, :5]))
 
 
 def test_a_time_per_block_reaches_its_block_only() -> None:
-    model = randomised(**BLOCKED[1])
+    model = randomised(**BLOCKED[0])
     times = jnp.float32([[0.1, 0.5, 0.9], [0.3, 0.3, 0.3]])
     before = beside(model, NOISED, ROWS, times)
     close(before[1], beside(model, NOISED, ROWS, jnp.full(2, 0.3))[1])
@@ -401,7 +328,7 @@ def test_a_time_per_block_reaches_its_block_only() -> None:
         assert moved_positions(before, later) == list(range(LENGTH)[block])
 
 
-@pytest.mark.parametrize("options", [SLOW(BLOCKED[0]), *BLOCKED[1:]])
+@pytest.mark.parametrize("options", BLOCKED)
 def test_a_cache_gives_the_logits_of_the_whole_row(options: dict[str, Any]) -> None:
     model = randomised(**options)
     size = options["block_size"]
@@ -414,9 +341,8 @@ def test_a_cache_gives_the_logits_of_the_whole_row(options: dict[str, Any]) -> N
     assert int(cache.count) == LENGTH // size * size
 
 
-@pytest.mark.parametrize(("conv_width", "window"), [SLOW(0, 4), (5, 2)])
-def test_a_prompt_in_one_piece_is_the_same_as_in_blocks(conv_width: int, window: int) -> None:
-    model = randomised(block_size=2, conv_width=conv_width)
+def test_a_prompt_in_one_piece_is_the_same_as_in_blocks() -> None:
+    model, window = randomised(block_size=2, conv_width=5), 2
     prompt = tokens(6, length=10)
     whole, at_once = extend(model, model.new_cache(2, window), prompt)
 
@@ -432,8 +358,8 @@ def test_a_prompt_in_one_piece_is_the_same_as_in_blocks(conv_width: int, window:
         close(ours, theirs)
 
 
-@pytest.mark.parametrize("conv_width", [SLOW(0), 5])
-def test_one_layer_reads_the_window_and_no_further(conv_width: int) -> None:
+def test_one_layer_reads_the_window_and_no_further() -> None:
+    conv_width = 5
     model = randomised(n_layers=1, block_size=2, conv_width=conv_width)
 
     def score(prompt: jax.Array) -> tuple[jax.Array, jax.Array]:

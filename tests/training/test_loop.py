@@ -20,6 +20,7 @@ from nanodlm.checkpoints.loading import parameters_sha256
 from nanodlm.config import PRESETS, Config
 from nanodlm.data import loader, tokenizer
 from nanodlm.data import rows as data_rows
+from nanodlm.data.vocabulary import Vocabulary
 from nanodlm.diffusion.schedules import make_schedule
 from nanodlm.errors import NanodlmError, UsageError
 from nanodlm.evaluation import evaluate
@@ -181,7 +182,7 @@ def test_evaluation_of_a_model_that_scores_all_tokens_alike_is_the_uniform_bound
     config, encoding = tiny(model={"tie_embeddings": False}), tokenizer.plain_bytes()
     rows = list(np.random.default_rng(0).integers(0, 257, (20, 32)))
     # The output layer starts at zero: log 257 nats per token, whatever the noise.
-    untrained, objective = make_model(config, encoding), make_objective(config, encoding)
+    untrained, objective = make_model(config, Vocabulary.of(encoding)), make_objective(config, Vocabulary.of(encoding))
     metrics = evaluate.score(untrained, encoding, rows, objective, config.eval)
     assert math.isclose(metrics["val_nats_per_token"], math.log(257), rel_tol=1e-4)
     assert (metrics["scored_rows"], metrics["scored_tokens"]) == (20, 640)

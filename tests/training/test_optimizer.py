@@ -13,6 +13,7 @@ from flax import nnx
 from nanodlm.build import make_model
 from nanodlm.config import PRESETS, TrainConfig
 from nanodlm.data.tokenizer import plain_bytes
+from nanodlm.data.vocabulary import Vocabulary
 from nanodlm.training.optimizer import is_matrix, learning_rate, make_optimizer
 
 ENCODING = plain_bytes()
@@ -68,7 +69,7 @@ def test_without_a_warmup_the_first_update_has_the_full_rate(kind: str, warmup_s
 def fresh(**model: Any) -> tuple[nnx.GraphDef, Any]:
     """Structure of a tiny network, and parameters that are all different from zero."""
     config = TINY.replace(model=model)
-    graphdef, abstract = nnx.split(nnx.eval_shape(lambda: make_model(config, ENCODING)))
+    graphdef, abstract = nnx.split(nnx.eval_shape(lambda: make_model(config, Vocabulary.of(ENCODING))))
     rng = np.random.default_rng(1)
     values = jax.tree.map(
         lambda leaf: jnp.asarray(rng.normal(scale=0.3, size=leaf.shape) + (leaf.ndim == 1), leaf.dtype),

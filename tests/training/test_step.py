@@ -15,6 +15,7 @@ from nanodlm.build import make_objective
 from nanodlm.checkpoints.loading import parameters_sha256
 from nanodlm.checkpoints.saving import State
 from nanodlm.config import Config
+from nanodlm.data.vocabulary import Vocabulary
 from nanodlm.diffusion import cross_entropy, nelbo
 from nanodlm.diffusion import objective as diffusion_objective
 from nanodlm.diffusion.corruption import Corruption
@@ -35,7 +36,7 @@ STILL = optax.sgd(0.0)  # leaves the parameters as they are
 @cache
 def compiled_step(config: Config, optimizer: optax.GradientTransformation) -> Callable[..., Any]:
     graphdef, _ = start_of(config)
-    objective = make_objective(config, ENCODING)
+    objective = make_objective(config, Vocabulary.of(ENCODING))
     return jax.jit(partial(train_step, graphdef=graphdef, optimizer=optimizer, objective=objective, config=config))
 
 

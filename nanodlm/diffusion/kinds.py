@@ -1,0 +1,76 @@
+"""The one table of what a kind of objective is: what its network reads, and what it can be combined with.
+
+    kind            the network is given               the bound is a mean of weighted
+    absorbing       masked rows                        cross-entropies at masked positions
+    block           masked blocks, clean ones before   the same within each block, summed over blocks
+    autoregressive  the tokens before                  cross-entropies at all positions: -log p itself
+    uniform         rows with random tokens            divergences between the true and the model's reverse step
+    hybrid          rows with both                     the same
+
+A new kind is a row of `KINDS`, its noise in `Objective.corrupt` and its loss in `Objective.row_nats`: settings,
+training, evaluation and generation read the table. Nothing here imports JAX.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+KindName = Literal["absorbing", "uniform", "hybrid", "block", "autoregressive"]
+Estimator = Literal["continuous", "discrete", "count", "constant_count"]
+Weighting = Literal["bound", "clipped", "uniform"]
+Times = Literal["systematic", "stratified", "independent"]
+InOrder = Literal["ancestral", "ancestral_skip", "first_hitting"]
+ByScore = Literal["confidence", "margin", "entropy"]
+Remasking = Literal["remdm_cap", "remdm_rescale", "remdm_conf", "remdm_loop"]
+Sampler = Literal[InOrder, ByScore, Remasking]
+SAMPLERS: tuple[Sampler, ...] = get_args(Sampler)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What one kind of objective is.
+
+    Attributes:
+        name: Its name.
+        reads: What a position of the network reads: the whole `row`, its `block` and the clean ones before it, or the
+            tokens `before` its target.
+        masks: Whether noise masks tokens.
+        random_tokens: Whether noise replaces tokens by random ones.
+        estimators: Those that its bound has, the one to train with first.
+        samplers: Those that write its texts.
+        guidance: Whether its samplers can be guided, which takes masks to hide the prompt with and no cache of it.
+        any_length: Whether its texts can be longer than the rows it was trained on.
+        edges_known: Whether what was read tells where documents end, so that scoring may tell the network as well.
+    """
+
+    name: KindName
+    reads: Literal["row", "block", "before"]
+    masks: bool
+    random_tokens: bool
+    estimators: tuple[Estimator, ...]
+    samplers: tuple[Sampler, ...] = ("ancestral",)
+    guidance: bool = False
+    any_length: bool = False
+    edges_known: bool = False
+
+    def block_size(self, chosen: int) -> int:
+        """Return the block size of its network, 0 for one that reads whole rows, given the one that was chosen.
+
+        >>> KINDS["block"].block_size(16), KINDS["autoregressive"].block_size(16), KINDS["hybrid"].block_size(16)
+        (16, 1, 0)
+        """
+        return {"row": 0, "block": chosen, "before": 1}[self.reads]
+
+
+_OF_MASKS: tuple[Estimator, ...] = ("constant_count", "count", "continuous", "discrete")
+_OF_RANDOM_TOKENS: tuple[Estimator, ...] = ("count", "continuous")
+
+KINDS: dict[KindName, Kind] = {
+    kind.name: kind
+    for kind in (
+        Kind("absorbing", "row", True, False, _OF_MASKS, SAMPLERS, guidance=True),
+        Kind("uniform", "row", False, True, _OF_RANDOM_TOKENS),
+        Kind("hybrid", "row", True, True, _OF_RANDOM_TOKENS, guidance=True),
+        Kind("block", "block", True, False, _OF_MASKS, SAMPLERS, any_length=True),
+        Kind("autoregressive", "before", False, False, ("count",), any_length=True, edges_known=True),
+    )
+}
