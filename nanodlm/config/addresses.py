@@ -73,7 +73,7 @@ def parse_address(address: str) -> Address:
     folder = refuse_secrets(address).rstrip("/").removesuffix("/manifest.json")
     named = re.fullmatch(r"(?:(.*)/)?step_([0-9]+)", folder)
     if named:
-        folder = (named[1] or ".").removesuffix("/checkpoints")
+        folder = re.sub("(^|/)checkpoints$", "", named[1] or ".") or "."
     parts = re.sub("/attempts/[^/]+$", "", folder).rsplit("/", 2)
     if len(parts) < 2 or re.fullmatch(r"\w+:/?", parts[0]):  # a bucket or a folder of it is a store itself
         parts = ["", "", ""]

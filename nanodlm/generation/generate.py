@@ -12,7 +12,6 @@ from flax import nnx
 from jaxtyping import Array, Int, Key
 
 from nanodlm.build import make_objective
-from nanodlm.checkpoints.loading import load_artifact
 from nanodlm.config import Config, SampleConfig, load_config
 from nanodlm.data.tokenizer import END_OF_TEXT
 from nanodlm.data.vocabulary import Vocabulary
@@ -34,6 +33,8 @@ def generate(
     Raises:
         UsageError: When the prompt is as long as the texts.
     """
+    from nanodlm.checkpoints.loading import load_artifact  # `make_draw` is timed where no store can be opened
+
     options = config.sample
     model, encoding = load_artifact(inputs["train"])
     trained = load_config(str(inputs["train"].file("config.json")))

@@ -15,7 +15,8 @@ import pytest
 from prefect.client.orchestration import SyncPrefectClient
 
 import flows
-from nanodlm.cli.main import _parse
+from nanodlm.cli.arguments import parse
+from nanodlm.cli.run import plan
 from nanodlm.config import Config
 from nanodlm.stages.run import run_stage
 from nanodlm.stages.table import until
@@ -39,9 +40,9 @@ FINAL = {"Completed", "Failed", "Crashed", "Cancelled", "TimedOut", "Cached"}
 
 def config_of(*flags: str) -> dict[str, Any]:
     """Return the parameter `config` of the settings that flags give."""
-    config, _ = _parse("plan", [*tiny_flags(), *flags], {}, configured=True)
-    assert isinstance(config, Config)
-    return config.model_dump(mode="json")
+    call = parse("plan", plan, [*tiny_flags(), *flags])
+    assert isinstance(call, partial)
+    return call.keywords["config"].model_dump(mode="json")
 
 
 SHORT = config_of()

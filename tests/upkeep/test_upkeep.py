@@ -865,16 +865,16 @@ def test_documents_of_files_that_changed_while_they_were_read_are_not_kept(
     store: Store, at_hand: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, first = tiny_config(at_hand, part_mb=0.001), Path(at_hand[0])
-    before, read = first.read_bytes(), download._read
+    before, read = first.read_bytes(), download.read_documents
 
     def changing(*args: Any) -> Any:
         pq.write_table(pa.table({"text": ["other"] * 100}), first)
         yield from read(*args)
 
-    monkeypatch.setattr(download, "_read", changing)
+    monkeypatch.setattr(download, "read_documents", changing)
     with pytest.raises(NanodlmError, match="changed while they were read: run again"):
         run.run_stage("download", config, store)
-    monkeypatch.setattr(download, "_read", read)
+    monkeypatch.setattr(download, "read_documents", read)
     first.write_bytes(before)
     artifact, _ = run.run_stage("download", config, store)
     clean, _ = run.run_stage("download", config, Store(str(tmp_path / "clean")))
