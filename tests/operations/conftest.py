@@ -40,8 +40,7 @@ FINAL = {"Completed", "Failed", "Crashed", "Cancelled", "TimedOut", "Cached"}
 
 def config_of(*flags: str) -> dict[str, Any]:
     """Return the parameter `config` of the settings that flags give."""
-    call = parse("plan", plan, [*tiny_flags(), *flags])
-    assert isinstance(call, partial)
+    call: Any = parse("plan", plan, [*tiny_flags(), *flags])
     return call.keywords["config"].model_dump(mode="json")
 
 
