@@ -20,6 +20,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental.multihost_utils import process_allgather
 
+from nanodlm.checkpoints import State
 from nanodlm.checkpoints.finding import find_checkpoint, step_name, step_of
 from nanodlm.checkpoints.identity import check_run
 from nanodlm.devices.hosts import from_leader
@@ -29,7 +30,6 @@ from nanodlm.store import Attempt
 logging.getLogger("absl").setLevel(logging.ERROR)
 
 # {"model_state", "optimizer_state", "step"}; "ema_state" when an average is kept, "skipped" when updates may be.
-State = dict[str, Any]
 QUEUE = 4  # saves that may wait to be published
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from jaxtyping import Array
 
-from nanodlm.checkpoints.saving import State
+from nanodlm.checkpoints import State
 from nanodlm.config import Config
 from nanodlm.errors import NanodlmError
 from nanodlm.training.step import all_finite

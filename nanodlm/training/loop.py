@@ -23,9 +23,10 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from nanodlm.build import make_objective
+from nanodlm.checkpoints import State
 from nanodlm.checkpoints.identity import describe_run
 from nanodlm.checkpoints.loading import parameters_sha256
-from nanodlm.checkpoints.saving import Checkpoints, State
+from nanodlm.checkpoints.saving import Checkpoints
 from nanodlm.config import Config, differences
 from nanodlm.data import rows as data_rows
 from nanodlm.data.loader import train_batches, windows

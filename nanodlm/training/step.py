@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Int, Key
 
 from nanodlm.build import make_model, make_objective
-from nanodlm.checkpoints.saving import State
+from nanodlm.checkpoints import State
 from nanodlm.config import Config
 from nanodlm.data.vocabulary import Vocabulary
 from nanodlm.devices.mesh import batch_sharding, logit_chunks, replicated, shardings

@@ -12,8 +12,8 @@ import pytest
 from flax import nnx
 
 from nanodlm.build import make_objective
+from nanodlm.checkpoints import State
 from nanodlm.checkpoints.loading import parameters_sha256
-from nanodlm.checkpoints.saving import State
 from nanodlm.config import Config
 from nanodlm.data.vocabulary import Vocabulary
 from nanodlm.diffusion import cross_entropy, nelbo
