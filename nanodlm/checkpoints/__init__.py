@@ -2,4 +2,5 @@
 
 from typing import Any
 
-State = dict[str, Any]  # what an update changes: model_state, optimizer_state, step, perhaps ema_state and skipped
+# "model_state", "optimizer_state" and "step"; "ema_state" when an average is kept, "skipped" when updates may be.
+State = dict[str, Any]

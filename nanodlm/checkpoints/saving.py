@@ -29,7 +29,6 @@ from nanodlm.store import Attempt
 
 logging.getLogger("absl").setLevel(logging.ERROR)
 
-# {"model_state", "optimizer_state", "step"}; "ema_state" when an average is kept, "skipped" when updates may be.
 QUEUE = 4  # saves that may wait to be published
 
 
