@@ -13,6 +13,7 @@ from typing import Any
 from prefect import flow, tags, task, unmapped
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
+from prefect.context import TagsContext
 from prefect.futures import as_completed
 from prefect.logging import get_run_logger
 from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner, ThreadPoolTaskRunner
@@ -55,7 +56,8 @@ def build_shards(missing: list[int], config: Config, store_url: str, inputs: dic
 
     It is a flow of its own, in this module, because a task in another process gets the flow it belongs to with it.
     """
-    futures = build_shard.map(missing, unmapped(config), store_url, unmapped(inputs))
+    with TagsContext(current_tags=set()):  # of a tag, Prefect would ask its server for a limit
+        futures = build_shard.map(missing, unmapped(config), store_url, unmapped(inputs))
     built = failed = 0
     for future in as_completed(futures):
         try:
