@@ -27,7 +27,7 @@ from nanodlm.stages import fanout
 from nanodlm.store import Artifact, Store
 
 RUNNERS = ("threads", "processes", "dask")
-EMIT: ContextVar[Callable[..., None]] = ContextVar("emit")  # shows progress of the flow of this process
+EMIT: ContextVar[Callable[..., None]] = ContextVar("emit")
 
 
 def worth_retrying(_task: Any, _run: Any, state: State) -> bool:
@@ -65,10 +65,15 @@ def build_shards(missing: list[int], config: Config, store_url: str, inputs: dic
         except Exception as error:  # also what a process that was killed leaves behind
             failed += 1
             get_run_logger().warning("a shard is left to the shard stage: %s", error)
-        EMIT.get()("progress", done=built, total=len(missing), unit="shards")
+        emit("progress", done=built, total=len(missing), unit="shards")
     if failed:
-        EMIT.get()("message", text=f"{failed} of {len(missing)} shards are left to the stage itself")
+        emit("message", text=f"{failed} of {len(missing)} shards are left to the stage itself")
     return built
+
+
+def emit(kind: str, **fields: Any) -> None:
+    """Show progress of the flow of this process; the variable itself could not be sent to others with the flow."""
+    EMIT.get()(kind, **fields)
 
 
 def shard_in_parallel(config: Config, store_url: str, inputs: dict[str, Artifact], watcher: Watcher) -> None:

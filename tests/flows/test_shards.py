@@ -70,7 +70,7 @@ def shard_tasks(server: dict[str, str], store: Path | str) -> dict[str, dict[str
     with SyncPrefectClient(server["PREFECT_API_URL"]) as client:
         body: dict[str, Any] = {"flow_runs": {"name": {"any_": [str(store)]}}}
         ids = [run["id"] for run in client.request("POST", "/flow_runs/filter", json=body).json()]
-        body = {"task_runs": {"flow_run_id": {"any_": ids}}}
+        body = {"task_runs": {"flow_run_id": {"any_": ids}}, "sort": "EXPECTED_START_TIME_ASC"}  # the newest wins
         tasks = client.request("POST", "/task_runs/filter", json=body).json() if ids else []
     return {task["name"]: task for task in tasks}
 
