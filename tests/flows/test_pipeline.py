@@ -65,9 +65,7 @@ def test_prefect_shows_hits_as_cached_and_a_new_learning_rate_rebuilds_only_what
     assert statuses(result) == ALL_CACHED | dict.fromkeys(("train", "evaluate", "sample"), "built")
     with SyncPrefectClient(server["PREFECT_API_URL"]) as client:
         body = {"sort": "EXPECTED_START_TIME_DESC", "limit": len(STAGES)}
-        states = {
-            run["name"]: run["state_name"] for run in client.request("POST", "/task_runs/filter", json=body).json()
-        }
+        runs = client.request("POST", "/task_runs/filter", json=body).json()
     built = ("train", "evaluate", "sample", "report")
     states = {run["name"]: run["state_name"] for run in runs}
     assert states == {name: "Completed" if name in built else "Cached" for name in STAGES}
