@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeVar
 from prefect import flow, tags, task
 from prefect.cache_policies import NO_CACHE
 from prefect.concurrency.sync import concurrency
+from prefect.context import TagsContext
 from prefect.exceptions import TerminationSignal
 from prefect.runtime import flow_run
 from prefect.settings import PREFECT_API_URL, PREFECT_LOGGING_LEVEL, get_current_settings, temporary_settings
@@ -138,17 +139,18 @@ def _run(
         inputs = {input_: found[input_] for input_ in STAGES[name].inputs(config)}
         if name == "shard" and name != rebuild and not alone:
             shard_in_parallel(config, url, inputs, WATCHER.get() or Pages())
-        state = stage_task.with_options(name=name, task_run_name=name, tags=[name])(
-            name,
-            config,
-            url,
-            quote(inputs),  # type: ignore[arg-type]
-            build=not alone or name == until,
-            rebuild=name == rebuild,
-            gpu_limit=gpu_limit,
-            train_on=train_on,
-            return_state=True,
-        )
+        with TagsContext(current_tags=set()):  # of a tag, Prefect would ask a server that may be busy for a limit
+            state = stage_task.with_options(name=name, task_run_name=name)(
+                name,
+                config,
+                url,
+                quote(inputs),  # type: ignore[arg-type]
+                build=not alone or name == until,
+                rebuild=name == rebuild,
+                gpu_limit=gpu_limit,
+                train_on=train_on,
+                return_state=True,
+            )
         found[name], told = state.result()
         records.append(told)
     return records

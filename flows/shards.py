@@ -13,6 +13,7 @@ from typing import Any
 from prefect import flow, tags, task, unmapped
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
+from prefect.context import TagsContext
 from prefect.futures import as_completed
 from prefect.logging import get_run_logger
 from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner, ThreadPoolTaskRunner
@@ -27,7 +28,7 @@ from nanodlm.stages.lookup import ready
 from nanodlm.store import Artifact, Store
 
 RUNNERS = ("threads", "processes", "dask")
-EMIT: ContextVar[Callable[..., None]] = ContextVar("emit")  # shows progress of the flow of this process
+EMIT: ContextVar[Callable[..., None]] = ContextVar("emit")
 
 
 def worth_retrying(_task: Any, _run: Any, state: State) -> bool:
@@ -56,7 +57,8 @@ def build_shards(missing: list[int], config: Config, store_url: str, inputs: dic
 
     It is a flow of its own, in this module, because a task in another process gets the flow it belongs to with it.
     """
-    futures = build_shard.map(missing, unmapped(config), store_url, unmapped(inputs))
+    with TagsContext(current_tags=set()):  # of a tag, Prefect would ask its server for a limit
+        futures = build_shard.map(missing, unmapped(config), store_url, unmapped(inputs))
     built = failed = 0
     for future in as_completed(futures):
         try:
@@ -64,10 +66,15 @@ def build_shards(missing: list[int], config: Config, store_url: str, inputs: dic
         except Exception as error:  # also what a process that was killed leaves behind
             failed += 1
             get_run_logger().warning("a shard is left to the shard stage: %s", error)
-        EMIT.get()("progress", done=built, total=len(missing), unit="shards")
+        emit("progress", done=built, total=len(missing), unit="shards")
     if failed:
-        EMIT.get()("message", text=f"{failed} of {len(missing)} shards are left to the stage itself")
+        emit("message", text=f"{failed} of {len(missing)} shards are left to the stage itself")
     return built
+
+
+def emit(kind: str, **fields: Any) -> None:
+    """Show progress of the flow of this process; the variable itself could not be sent to others with the flow."""
+    EMIT.get()(kind, **fields)
 
 
 def shard_in_parallel(config: Config, store_url: str, inputs: dict[str, Artifact], watcher: Watcher) -> None:

@@ -1,17 +1,16 @@
 """The upkeep of a store as a flow: what `nanodlm gc` does, on a schedule, with a record of what went.
 
-python -m flows.upkeep                   # on the server that PREFECT_API_URL names
+prefect deployment run gc/weekly         # once `prefect deploy --all` was run; see docs/operations.md
 """
 
 from typing import Annotated, Any
 
-from prefect import flow, tags
+from prefect import flow
 from prefect.artifacts import create_table_artifact
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 from pydantic import Field
 
-from flows.environment import TAG
 from nanodlm.config import StoreUrl
 from nanodlm.stages.run import default_store
 from nanodlm.store import Store
@@ -56,8 +55,3 @@ def gc(
         log.info(total)
         create_table_artifact(removed, key="gc", description=total)
     return removed
-
-
-if __name__ == "__main__":
-    with tags(TAG):
-        gc()

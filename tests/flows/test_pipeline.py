@@ -4,12 +4,12 @@ import json
 import os
 import signal
 import time
-import urllib.request
 from pathlib import Path
 
 import fsspec
 import psutil
 import pytest
+from prefect.client.orchestration import SyncPrefectClient
 
 from flows.pipeline import pipeline
 from nanodlm.errors import UsageError
@@ -63,14 +63,11 @@ def test_prefect_shows_hits_as_cached_and_a_new_learning_rate_rebuilds_only_what
     store, _ = undisturbed
     result = result_of(nanodlm("run", "--store", str(store), "--json", *tiny_flags(), "--train.lr", "0.002", **server))
     assert statuses(result) == ALL_CACHED | dict.fromkeys(("train", "evaluate", "sample"), "built")
-    request = urllib.request.Request(
-        server["PREFECT_API_URL"] + "/task_runs/filter",
-        data=json.dumps({"sort": "EXPECTED_START_TIME_DESC", "limit": len(STAGES)}).encode(),
-        headers={"Content-Type": "application/json"},
-    )
-    with urllib.request.urlopen(request, timeout=30) as answer:
-        states = {run["name"]: run["state_name"] for run in json.load(answer)}
+    with SyncPrefectClient(server["PREFECT_API_URL"]) as client:
+        body = {"sort": "EXPECTED_START_TIME_DESC", "limit": len(STAGES)}
+        runs = client.request("POST", "/task_runs/filter", json=body).json()
     built = ("train", "evaluate", "sample", "report")
+    states = {run["name"]: run["state_name"] for run in runs}
     assert states == {name: "Completed" if name in built else "Cached" for name in STAGES}
 
 

@@ -5,7 +5,6 @@ import signal
 import sys
 import threading
 import time
-import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from shutil import copytree
@@ -14,6 +13,7 @@ from typing import Any
 import fsspec
 import psutil
 import pytest
+from prefect.client.orchestration import SyncPrefectClient
 
 from flows.shards import task_runner
 from nanodlm.errors import UsageError
@@ -66,20 +66,12 @@ def finished(store: Path) -> dict[str, list[str]]:
 
 
 def shard_tasks(server: dict[str, str], store: Path | str) -> dict[str, dict[str, Any]]:
-    """The task runs of the shards of a store, by name, as the server shows them."""
-
-    def ask(kind: str, body: dict[str, Any]) -> Any:
-        request = urllib.request.Request(
-            f"{server['PREFECT_API_URL']}/{kind}/filter",
-            data=json.dumps(body).encode(),
-            headers={"Content-Type": "application/json"},
-        )
-        with urllib.request.urlopen(request, timeout=30) as answer:
-            return json.load(answer)
-
-    runs = ask("flow_runs", {"flow_runs": {"name": {"any_": [str(store)]}}})
-    ids = [run["id"] for run in runs]
-    tasks = ask("task_runs", {"task_runs": {"flow_run_id": {"any_": ids}}}) if ids else []
+    """Return the task runs of the shards of a store, by name, as the server shows them."""
+    with SyncPrefectClient(server["PREFECT_API_URL"]) as client:
+        body: dict[str, Any] = {"flow_runs": {"name": {"any_": [str(store)]}}}
+        ids = [run["id"] for run in client.request("POST", "/flow_runs/filter", json=body).json()]
+        body = {"task_runs": {"flow_run_id": {"any_": ids}}, "sort": "EXPECTED_START_TIME_ASC"}  # the newest wins
+        tasks = client.request("POST", "/task_runs/filter", json=body).json() if ids else []
     return {task["name"]: task for task in tasks}
 
 

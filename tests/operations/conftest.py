@@ -148,9 +148,9 @@ class Site:
 
     def trainer(self, least_step: int) -> psutil.Process:
         """Return the process that trains, once it has saved so many updates."""
-        wait_until(lambda: self.steps() >= least_step, 240, self.log)
-        lease = json.loads(next(self.store.glob("train/*/lease.json")).read_text())
-        return psutil.Process(lease["pid"])
+        wait_until(lambda: self.steps() >= least_step, otherwise=self.log)
+        (lease,) = wait_until(lambda: list(self.store.glob("train/*/lease.json")), otherwise=self.log)
+        return psutil.Process(json.loads(lease.read_text())["pid"])
 
     def steps(self) -> int:
         """Return how many updates are saved."""

@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,8 +16,7 @@ from prefect.utilities.callables import parameter_schema
 
 from flows.upkeep import gc
 from nanodlm.store import Store, new_attempt
-from tests.operations.conftest import ROOT, wait_until
-from tests.support.commands import environment
+from tests.operations.conftest import wait_until
 from tests.support.helpers import committed, fill
 
 OLD = 7200.0  # seconds
@@ -105,14 +102,3 @@ def test_the_form_of_a_deployment_shows_a_description_and_bounds_for_every_param
     assert all(field["description"] for field in schema.values())
     assert schema["keep_last"]["anyOf"][0]["minimum"] == 0
     assert schema["grace"]["pattern"] == schema["older_than"]["anyOf"][0]["pattern"]
-
-
-@pytest.mark.slow
-def test_the_flow_runs_by_itself_on_the_server_that_the_environment_names(
-    prefect_server: dict[str, str], tmp_path: Path
-) -> None:
-    env = environment(**prefect_server, PYTHONPATH=str(ROOT), NO_PROXY="127.0.0.1")
-    command = [sys.executable, "-m", "flows.upkeep"]
-    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert "removed 0 of " in done.stderr
