@@ -51,7 +51,9 @@ def run(
         if store.uri().startswith("memory:"):  # which no other process could see, an orchestrator's neither
             records = [_build(name, config, store, name == rebuild, out) for name in table.until(until)]
         else:
-            _quiet_prefect(verbose)
+            from flows.environment import quiet_prefect
+
+            quiet_prefect(verbose)
             if not os.environ.get("PREFECT_API_URL"):
                 out.line("[dim]starting the local Prefect server[/dim]")
             from flows.pipeline import run_pipeline
@@ -66,14 +68,6 @@ def _build(name: str, config: Config, store: Store, rebuild: bool, out: Console)
         artifact, done = run_stage(name, config, store, rebuild=rebuild, emit=emit)
     out.done(artifact, done)
     return done
-
-
-def _quiet_prefect(verbose: bool) -> None:
-    """Before Prefect is imported, let it report nothing home, start no server by itself, and log what is asked for."""
-    quiet = {"PREFECT_SERVER_ANALYTICS_ENABLED": "false", "PREFECT_SERVER_EPHEMERAL_ENABLED": "false"}
-    quiet |= {"DO_NOT_TRACK": "1", "PREFECT_LOGGING_LEVEL": "INFO" if verbose else "CRITICAL"}
-    for name, value in quiet.items():
-        os.environ.setdefault(name, value)
 
 
 def _print_result(records: list[dict[str, Any]], out: Console) -> None:
