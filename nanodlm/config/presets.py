@@ -4,54 +4,49 @@ import json
 from pathlib import Path
 
 from nanodlm.config.differences import explain
-from nanodlm.config.settings import (
-    Config,
-    DataConfig,
-    EvalConfig,
-    ExpConfig,
-    ModelConfig,
-    ObjectiveConfig,
-    SampleConfig,
-    TrainConfig,
-)
+from nanodlm.config.settings import Config
 from nanodlm.errors import UsageError
 
-_DEMO = Config(
-    data=DataConfig(part_mb=2.0),
-    model=ModelConfig(
-        seq_len=64, n_layers=2, n_heads=4, d_model=128, d_ff=512, conv_width=5, tie_embeddings=True, qk_norm=False
-    ),
-    objective=ObjectiveConfig(weighting="uniform"),
-    train=TrainConfig(
-        batch_size=8,
-        max_steps=1200,
-        optimizer="muon",
-        lr=8e-3,
-        lr_schedule="warmup_stable_decay",
-        warmup_steps=50,
-        cooldown_steps=600,
-        weight_decay=0.0,
-    ),
-    sample=SampleConfig(num_steps=128, temperature=0.6),
+_DEMO = Config().replace(
+    data={"part_mb": 2.0},
+    model={"n_layers": 2, "conv_width": 5, "tie_embeddings": True, "qk_norm": False},
+    objective={"weighting": "uniform"},
+    train={
+        "batch_size": 8,
+        "max_steps": 1200,
+        "optimizer": "muon",
+        "lr": 8e-3,
+        "lr_schedule": "warmup_stable_decay",
+        "warmup_steps": 50,
+        "cooldown_steps": 600,
+        "weight_decay": 0.0,
+    },
+    sample={"temperature": 0.6},
 )
 
 # The original project's data and sizes: 9B GPT-2 tokens of OpenWebText, for one or many GPUs.
-_OWT = Config(
-    data=DataConfig(
-        source=("hf://NeelNanda/openwebtext-tokenized-9b",),
-        revision="5a711cc",  # the upload of the last of its 37 files
-        column="tokens",
-        pretokenized=True,
-        tokenizer="gpt2",
-        part_mb=512.0,
-    ),
-    model=ModelConfig(seq_len=1024, n_layers=12, n_heads=12, d_model=768, d_ff=3072, dtype="bfloat16"),
-    train=TrainConfig(
-        batch_size=64, grad_acc_steps=8, max_steps=50_000, lr=6e-4, min_lr=6e-5, warmup_steps=2000, ema_decay=0.9999
-    ),
-    eval=EvalConfig(batch_size=32),
-    sample=SampleConfig(num_steps=1000),
-    exp=ExpConfig(log_every=50, save_every=1000),
+_OWT = Config().replace(
+    data={
+        "source": ("hf://NeelNanda/openwebtext-tokenized-9b",),
+        "revision": "5a711cc",  # the upload of the last of its 37 files
+        "column": "tokens",
+        "pretokenized": True,
+        "tokenizer": "gpt2",
+        "part_mb": 512.0,
+    },
+    model={"seq_len": 1024, "n_layers": 12, "n_heads": 12, "d_model": 768, "d_ff": 3072, "dtype": "bfloat16"},
+    train={
+        "batch_size": 64,
+        "grad_acc_steps": 8,
+        "max_steps": 50_000,
+        "lr": 6e-4,
+        "min_lr": 6e-5,
+        "warmup_steps": 2000,
+        "ema_decay": 0.9999,
+    },
+    eval={"batch_size": 32},
+    sample={"num_steps": 1000},
+    exp={"log_every": 50, "save_every": 1000},
 )
 
 PRESETS: dict[str, Config] = {

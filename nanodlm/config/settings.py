@@ -3,8 +3,7 @@
     from nanodlm import PRESETS
     config = PRESETS["demo"].replace(train={"lr": 1e-3})
 
-Nothing here imports JAX. `PRESETS` are complete configurations; a flag such as `--train.lr 1e-3` or
-`replace` changes one field and validates the whole again.
+A flag such as `--train.lr 1e-3`, or `replace`, changes one field and validates the whole again.
 """
 
 from typing import Annotated, Any, Literal, Self
@@ -122,9 +121,7 @@ class ModelConfig(Group):
 
 
 class ScheduleConfig(Group):
-    """How fast tokens become noise over time; see diffusion/schedules.py for the formulae. Counts use it only to tell
-    the time to networks that are conditioned on it; `autoregressive` has none.
-    """
+    """How fast tokens become noise over time (diffusion/schedules.py). Counts use it only to tell networks the time."""
 
     kind: Literal[
         "linear", "cosine", "sqrt", "poly", "loglinear", "linear_clipped", "cosine_clipped", "sqrt_clipped"
@@ -162,10 +159,7 @@ class ObjectiveConfig(Group):
     @model_validator(mode="after")
     def _check_estimator(self) -> Self:
         if self.estimator and self.estimator not in KINDS[self.kind].estimators:
-            raise ValueError(
-                f"{self.kind} has no {self.estimator} estimator: leave --objective.estimator out, "
-                "or set --objective.kind absorbing or block"
-            )
+            raise ValueError(f"{self.kind} has no {self.estimator} estimator: leave --objective.estimator out")
         return self
 
 
@@ -332,8 +326,7 @@ class Config(Group):
             fields = getattr(type(getattr(self, group, None)), "model_fields", ())
             if name not in ("dataset", "key") and field not in fields:
                 raise ValueError(
-                    f"exp.allow_changed names {name!r}, which is no setting: name dataset, key, or settings such as "
-                    "train.lr"
+                    f"exp.allow_changed names {name!r}, which is no setting: name dataset, key, or train.lr"
                 )
         return self
 
@@ -369,9 +362,9 @@ class Config(Group):
         return KINDS[self.objective.kind].edges_known and self.data.isolate_documents
 
     def training(self) -> dict[str, Any]:
-        """The settings that determine what training makes of its data."""
-        how = {"fsdp", "tensor", "remat"}  # it is done says nothing of what comes out
-        train = self.train.model_dump(exclude=how if self.train.skip_nonfinite else {*how, "skip_nonfinite"})
+        """Return the settings that determine what training makes of its data."""
+        without = {"fsdp", "tensor", "remat"}  # these change where and how it is computed, not what comes out
+        train = self.train.model_dump(exclude=without if self.train.skip_nonfinite else {*without, "skip_nonfinite"})
         return {
             **self.model_dump(include={"model", "schedule", "objective"}),
             "train": train,
