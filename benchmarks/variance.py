@@ -23,6 +23,7 @@ from nanodlm.build import make_objective
 from nanodlm.checkpoints.loading import load_artifact
 from nanodlm.config import PRESETS, Config
 from nanodlm.data.rows import read
+from nanodlm.data.vocabulary import Vocabulary
 from nanodlm.diffusion.objective import Objective
 from nanodlm.errors import UsageError
 from nanodlm.stages.run import default_store
