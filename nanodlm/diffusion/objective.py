@@ -114,6 +114,7 @@ class Objective:
             segment_ids: Which document of its row each token belongs to, for `autoregressive`: the first token of
                 each is predicted from the begin token.
 
+        >>> import jax
         >>> from nanodlm.diffusion.schedules import make_schedule
         >>> objective = Objective(make_schedule("linear"), mask_id=1, estimator="constant_count")
         >>> int((objective.corrupt(jnp.zeros((4, 8), int), jax.random.key(0)).x_t == 1).sum())  # always 4 * 9 / 2
