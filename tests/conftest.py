@@ -32,7 +32,7 @@ install_import_hook(CHECKED, "beartype.beartype")
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the longest files, so that no worker is left alone with one at the end."""
-    items.sort(key=lambda item: item.path.name not in ("test_flows.py", "test_training.py"))
+    items.sort(key=lambda item: item.path.name not in ("test_pipeline.py", "test_loop.py"))
 
 
 @pytest.fixture(autouse=True)
