@@ -128,17 +128,9 @@ def logit_chunks(positions: int, outputs: int) -> int:
     >>> logit_chunks(64, 1000)
     1
     """
-    return -(-positions * outputs // (LOGITS_AT_ONCE.get(jax.default_backend(), 2**26) * batch_shares()))
-
-
-def batch_shares() -> int:
-    """Return how many devices share the rows of a batch, under the mesh that `jax.set_mesh` names; 1 without.
-
-    >>> batch_shares()
-    1
-    """
     mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"]
+    shares = 1 if mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"]
+    return -(-positions * outputs // (LOGITS_AT_ONCE.get(jax.default_backend(), 2**26) * shares))
 
 
 def constrain(x: jax.Array, *logical: str | None) -> jax.Array:

@@ -48,10 +48,9 @@ class Tracker:
         """
         self._emit = emit
         self._others: dict[str, _Wandb | _TensorBoard] = {}
-        if config.exp.use_wandb:
-            _need("wandb", "wandb", "--exp.use_wandb")
-        if config.exp.use_tensorboard:
-            _need("tensorboardX", "tensorboard", "--exp.use_tensorboard")
+        for name, package in (("wandb", "wandb"), ("tensorboard", "tensorboardX")):
+            if getattr(config.exp, f"use_{name}"):
+                _require(package, name)
         self._file = path.open("w", buffering=1)
         try:
             self._file.writelines(map(_json_line, records))
@@ -164,14 +163,14 @@ class _Wandb:
                 wandb.teardown()  # ends W&B's own process, which no other run of ours needs
 
 
-def _need(package: str, extra: str, flag: str) -> None:
+def _require(package: str, name: str) -> None:
     try:
         import_module(package)
     except ImportError as error:
-        raise UsageError(f"{flag} needs {package}: pip install 'nanodlm[{extra}]'") from error
+        raise UsageError(f"--exp.use_{name} needs {package}: pip install 'nanodlm[{name}]'") from error
 
 
 def _json_line(record: dict[str, Any]) -> str:
-    """A record as one line of JSON, null for what is not finite."""
+    """Return a record as one line of JSON, with null for what is not finite."""
     finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
     return json.dumps(finite, allow_nan=False) + "\n"

@@ -100,12 +100,13 @@ def test_two_processes_killed_while_they_save_end_with_the_bits_of_undisturbed_o
     together: Path, store: Path
 ) -> None:
     """The one that does not save is killed; the other notices that it is alone and ends."""
-    flags = ["--train.fsdp", "4"]
+    flags = ["--train.fsdp", "4", "--exp.save_every", "1"]
     ended = end_after(start_two(store, *flags), store, SAVING, signal.SIGKILL)
     assert ended[1][0] == -signal.SIGKILL
     assert ended[0][0] != 0, ended
     assert not list(store.glob("train/*/manifest.json"))
-    assert [code for code, _ in end(start_two(store, *flags))] == [0, 0]
+    ended = end(start_two(store, *flags))
+    assert [code for code, _ in ended] == [0, 0], ended
     found = [manifest(folder)["metrics"] for folder in (together, store)]
     assert found[0]["parameters_sha256"] == found[1]["parameters_sha256"]
 
@@ -119,7 +120,8 @@ def test_a_signal_to_one_of_two_processes_stops_both_and_both_continue_to_what_o
     ended = end_after(processes, store, "checkpoints/step_000001*", signal.SIGTERM)
     assert [code for code, _ in ended] == [75, 75], ended
     assert all("a checkpoint is saved" in words for _, words in ended)
-    assert [code for code, _ in end(start_two(store, "--train.tensor", "4"))] == [0, 0]
+    ended = end(start_two(store, "--train.tensor", "4"))
+    assert [code for code, _ in ended] == [0, 0], ended
     np.testing.assert_allclose([r["loss"] for r in records(attempt(store))], [r["loss"] for r in alone], rtol=2e-4)
 
 

@@ -29,34 +29,30 @@ def rates(steps: list[int], **fields: Any) -> list[float]:
     return [float(schedule(step)) for step in steps]
 
 
-def test_warmup_cosine_rises_to_lr_and_falls_to_min_lr() -> None:
-    values = rates([0, 4, 9, 10, 60, 35, 110, 500], lr_schedule="warmup_cosine")
-    quarter = 0.5 + 1.5 * (1 + np.cos(np.pi / 4)) / 2
-    assert values == pytest.approx([0.2, 1.0, 2.0, 2.0, 1.25, quarter, 0.5, 0.5], rel=1e-5)
+QUARTER = 0.5 + 1.5 * (1 + np.cos(np.pi / 4)) / 2
+DECAY = {"lr_schedule": "warmup_stable_decay"}
+SHORT = {"warmup_steps": 2, "cooldown_steps": 100, "max_steps": 6}  # the rise first, then what is left of the decay
 
 
-def test_warmup_stable_decay_holds_lr_and_falls_in_a_line() -> None:
-    values = rates([0, 9, 10, 50, 70, 80, 90, 110, 500], lr_schedule="warmup_stable_decay", cooldown_steps=40)
-    assert values == pytest.approx([0.2, 2.0, 2.0, 2.0, 2.0, 1.625, 1.25, 0.5, 0.5], rel=1e-5)
-
-
-def test_warmup_stable_decay_may_fall_from_the_end_of_the_warmup_on() -> None:
-    values = rates([0, 9, 10, 60, 110], lr_schedule="warmup_stable_decay", cooldown_steps=100)
-    assert values == pytest.approx([0.2, 2.0, 2.0, 1.25, 0.5], rel=1e-5)
-
-
-def test_warmup_constant_rises_and_stays() -> None:
-    values = rates([0, 4, 9, 10, 60, 110], lr_schedule="warmup_constant")
-    assert values == pytest.approx([0.2, 1.0, 2.0, 2.0, 2.0, 2.0], rel=1e-5)
-
-
-def test_no_schedule_is_lr_from_the_first_update_on() -> None:
-    assert rates([0, 5, 110], lr_schedule="none") == [2.0] * 3
-
-
-def test_a_short_run_gives_the_rise_its_updates_first_and_the_decay_what_is_left() -> None:
-    short = TrainConfig(lr=2.0, lr_schedule="warmup_stable_decay", warmup_steps=2, cooldown_steps=100, max_steps=6)
-    assert [float(learning_rate(short)(i)) for i in range(6)] == pytest.approx([1.0, 2.0, 2.0, 1.5, 1.0, 0.5])
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        (
+            {"lr_schedule": "warmup_cosine"},
+            {0: 0.2, 4: 1.0, 9: 2.0, 10: 2.0, 60: 1.25, 35: QUARTER, 110: 0.5, 500: 0.5},
+        ),
+        (
+            {**DECAY, "cooldown_steps": 40},
+            {0: 0.2, 9: 2.0, 10: 2.0, 50: 2.0, 70: 2.0, 80: 1.625, 90: 1.25, 110: 0.5, 500: 0.5},
+        ),
+        ({**DECAY, "cooldown_steps": 100}, {0: 0.2, 9: 2.0, 10: 2.0, 60: 1.25, 110: 0.5}),
+        ({**DECAY, **SHORT}, {0: 1.0, 1: 2.0, 2: 2.0, 3: 1.5, 4: 1.0, 5: 0.5}),
+        ({"lr_schedule": "warmup_constant"}, {0: 0.2, 4: 1.0, 9: 2.0, 10: 2.0, 60: 2.0, 110: 2.0}),
+        ({"lr_schedule": "none"}, {0: 2.0, 5: 2.0, 110: 2.0}),
+    ],
+)
+def test_every_schedule_has_the_rates_of_its_formula(fields: dict[str, Any], expected: dict[int, float]) -> None:
+    assert rates(list(expected), **fields) == pytest.approx(list(expected.values()), rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["warmup_cosine", "warmup_stable_decay", "warmup_constant"])
@@ -116,26 +112,18 @@ def steady(**fields: Any) -> TrainConfig:
     return TrainConfig(**{"lr": 0.1, "lr_schedule": "none", "clip_grad_norm": 0.0, "weight_decay": 0.0, **fields})
 
 
-def test_weight_decay_acts_on_the_matrices_of_linear_layers_alone() -> None:
+@pytest.mark.parametrize(("optimizer", "rate"), [("adamw", 0.1), ("muon", 0.03)])
+def test_weight_decay_acts_on_matrices_alone_at_the_rate_of_their_optimizer(optimizer: str, rate: float) -> None:
     _, params = fresh(time_conditioning=True)
     zero = jax.tree.map(jnp.zeros_like, params)
-    decayed = updates(make_optimizer(steady(optimizer="adamw", weight_decay=0.2)), params, zero)
+    decayed = updates(make_optimizer(steady(optimizer=optimizer, weight_decay=0.2, muon_lr=0.03)), params, zero)
     before = by_name(params)
-    matrices = {name for name in before if in_block(name)} | {"head/embedding", "time_in/kernel"}
-    assert {name for name, chosen in by_name(is_matrix(params)).items() if chosen} == matrices
-    assert len(matrices) == 7
+    linear = {name for name in before if in_block(name)} | {"head/embedding", "time_in/kernel"}
+    assert {name for name, chosen in by_name(is_matrix(params)).items() if chosen} == linear
+    assert len(linear) == 7
     for name, update in decayed.items():
-        expected = -0.1 * 0.2 * before[name] if name in matrices else np.zeros_like(update)
-        np.testing.assert_allclose(update, expected, rtol=1e-5, err_msg=name)
-
-
-def test_muon_decays_the_matrices_of_blocks_at_its_own_rate() -> None:
-    _, params = fresh()
-    zero = jax.tree.map(jnp.zeros_like, params)
-    decayed = updates(make_optimizer(steady(optimizer="muon", weight_decay=0.2, muon_lr=0.03)), params, zero)
-    before = by_name(params)
-    for name, update in decayed.items():
-        expected = -0.03 * 0.2 * before[name] if in_block(name) else np.zeros_like(update)
+        matrix = in_block(name) if optimizer == "muon" else name in linear
+        expected = -rate * 0.2 * before[name] if matrix else np.zeros_like(update)
         np.testing.assert_allclose(update, expected, rtol=1e-5, err_msg=name)
 
 
