@@ -31,7 +31,12 @@ def rates(steps: list[int], **fields: Any) -> list[float]:
 
 QUARTER = 0.5 + 1.5 * (1 + np.cos(np.pi / 4)) / 2
 DECAY = {"lr_schedule": "warmup_stable_decay"}
-SHORT = {"warmup_steps": 2, "cooldown_steps": 100, "max_steps": 6}  # the rise first, then what is left of the decay
+SHORT = {
+    "min_lr": 0.0,
+    "warmup_steps": 2,
+    "cooldown_steps": 100,
+    "max_steps": 6,
+}  # the rise first, then what is left of the decay
 
 
 @pytest.mark.parametrize(
