@@ -122,4 +122,6 @@ def test_the_pipeline_runs_both_ways_and_again_from_the_store(config: Config) ->
     result = orchestration(config.replace(train={"max_steps": 60}), repeats=1)
     assert 0 < result["cached_run_seconds"] < result["flow_seconds"]
     assert len(result["train_ratios"]) == 1
-    assert all(0 < result[f"train_beside_{name}"] < 4 for name in ("direct", "flow"))
+    # The clock of a process ticks every hundredth of a second: one that waits may have used none of it.
+    assert 0 <= result["train_beside_direct"] < 4
+    assert 0 < result["train_beside_flow"] < 4
