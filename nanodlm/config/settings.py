@@ -12,7 +12,7 @@ import tyro
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from nanodlm.config.addresses import refuse_secrets
-from nanodlm.diffusion.kinds import KINDS, Estimator, KindName, Sampler, Times, Weighting
+from nanodlm.diffusion.kinds import KINDS, Estimator, KindName, Sampler, ScheduleName, Times, Weighting
 from nanodlm.errors import UsageError
 
 Switch = Annotated[bool, tyro.conf.FlagConversionOff]  # `--exp.use_wandb True`, as in the original project
@@ -123,9 +123,7 @@ class ModelConfig(Group):
 class ScheduleConfig(Group):
     """How fast tokens become noise over time (diffusion/schedules.py). Counts use it only to tell networks the time."""
 
-    kind: Literal[
-        "linear", "cosine", "sqrt", "poly", "loglinear", "linear_clipped", "cosine_clipped", "sqrt_clipped"
-    ] = "linear"
+    kind: ScheduleName = "linear"
     """Name of the schedule."""
     exponent: float = Field(default=2.0, gt=0)
     """Power of the `poly` schedule; the others have none."""

@@ -8,13 +8,15 @@ schedule.dalpha(0.25)  # -1.0
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from nanodlm.diffusion.kinds import ScheduleName
+
 Rate = Callable[[Float[Array, "..."]], Float[Array, "..."]]
-KINDS = ("linear", "cosine", "sqrt", "poly", "loglinear", "linear_clipped", "cosine_clipped", "sqrt_clipped")
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ def make_schedule(kind: str, *, exponent: float = 2.0, eps: float | None = None)
     with phi(t) = pi/2 (t + 0.008) / 1.008, after improved DDPM, arXiv:2102.09672, equation 17.
 
     Args:
-        kind: One of `KINDS`.
+        kind: One of `kinds.ScheduleName`.
         exponent: The power of `poly`, > 0; the others have none.
         eps: What `loglinear` and the clipped forms keep from their ends, in (0, 0.5); by default as in the table.
 
@@ -97,8 +99,8 @@ def make_schedule(kind: str, *, exponent: float = 2.0, eps: float | None = None)
     >>> float(make_schedule("poly", exponent=3.0).alpha(0.5))
     0.875
     """
-    if kind not in KINDS:
-        raise ValueError(f"unknown schedule {kind!r}: choose one of {', '.join(KINDS)}")
+    if kind not in get_args(ScheduleName):
+        raise ValueError(f"unknown schedule {kind!r}: choose one of {', '.join(get_args(ScheduleName))}")
     if eps is None:
         eps = 1e-3 if kind == "loglinear" else 1e-4
     if not 0 < eps < 0.5:

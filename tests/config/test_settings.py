@@ -8,9 +8,8 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from nanodlm.build import make_objective
-from nanodlm.config import PRESETS, Config, ScheduleConfig, explain, load_config
+from nanodlm.config import PRESETS, Config, explain, load_config
 from nanodlm.data.vocabulary import Vocabulary
-from nanodlm.diffusion import schedules
 from nanodlm.diffusion.kinds import KINDS, KindName
 from nanodlm.errors import UsageError
 
@@ -186,7 +185,3 @@ def test_every_kind_of_objective_has_a_row_in_the_table_and_works_with_the_demo_
         assert make_objective(config, Vocabulary(9, 8)).estimator == kind.estimators[0]
         for sampler in kind.samplers:
             config.replace(sample={"sampler": sampler})
-
-
-def test_the_choice_of_schedules_is_that_of_the_module_that_has_them() -> None:
-    assert get_args(ScheduleConfig.model_fields["kind"].annotation) == schedules.KINDS

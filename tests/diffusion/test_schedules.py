@@ -1,11 +1,13 @@
 from functools import cache
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nanodlm.diffusion.schedules import KINDS, Schedule, make_schedule
+from nanodlm.diffusion.kinds import ScheduleName
+from nanodlm.diffusion.schedules import Schedule, make_schedule
 
 POWERS = [("linear", 2.0), ("cosine", 2.0), ("sqrt", 2.0), ("poly", 2.0), ("poly", 0.3), ("poly", 3.5)]
 JUMPING = [("loglinear", 2.0), ("linear_clipped", 2.0), ("cosine_clipped", 2.0), ("sqrt_clipped", 2.0)]
@@ -60,7 +62,7 @@ def exact_mask_rate(kind: str, exponent: float, t: np.ndarray) -> np.ndarray:
 
 
 def test_every_named_kind_is_covered_here() -> None:
-    assert {kind for kind, _ in SCHEDULES} == set(KINDS)
+    assert {kind for kind, _ in SCHEDULES} == set(get_args(ScheduleName))
 
 
 @pytest.mark.parametrize(("kind", "exponent"), POWERS)
