@@ -9,11 +9,15 @@
 
 An artifact exists when its manifest does. A killed attempt leaves finished parts, which the next attempt
 adopts after checking their sha256. Readers call `Artifact.local()`, which checks every file first.
+
+Throughout this room, `emit` is called as `emit(kind, **fields)`, here with `"progress"` and `done`, `total` and `unit`;
+what is not as its manifest says raises `Damaged`, a file that is not there `FileNotFoundError`, and what a user can
+mend `NanodlmError`.
 """
 
 from nanodlm.store.attempt import Attempt, new_attempt
 from nanodlm.store.lease import hold_lease, lease_events
-from nanodlm.store.manifest import SCHEMA, canonical_json, fingerprint_of, sealed
+from nanodlm.store.manifest import SCHEMA, Item, Json, canonical_json, fingerprint_of, sealed
 from nanodlm.store.part import Part, finished_parts, read_part
 from nanodlm.store.store import Artifact, Store
 
@@ -21,6 +25,8 @@ __all__ = [
     "SCHEMA",
     "Artifact",
     "Attempt",
+    "Item",
+    "Json",
     "Part",
     "Store",
     "canonical_json",

@@ -39,8 +39,7 @@ def ask(uri: str, call: Callable[[], T]) -> T:
 
     Raises:
         Unreachable: When it still fails after `$NANODLM_RETRY_SECONDS` (300).
-        NanodlmError: When access is refused.
-        OSError: For what the caller knows best: FileNotFoundError, FileExistsError, and others that stay.
+        NanodlmError: When access is refused. Other errors are raised as they are.
     """
 
     def warn(state: RetryCallState) -> None:
@@ -56,10 +55,8 @@ def ask(uri: str, call: Callable[[], T]) -> T:
     )
     try:
         return tries(call)
-    except SETTLED:
-        raise
     except Exception as error:
-        if _refused(error):
+        if _refused(error) and not isinstance(error, SETTLED):
             raise NanodlmError(
                 f"{uri} refuses access: {one_line(error)}; mend the credentials in the environment, or "
                 "the permissions, or choose another --store"
@@ -119,7 +116,7 @@ def says_it_exists(error: BaseException) -> bool:
 
 def one_line(error: BaseException | None) -> str:
     """Return the message of an error as one short line."""
-    return " ".join((getattr(error, "strerror", None) or str(error) or type(error).__name__).split())[:200]
+    return " ".join((getattr(error, "strerror", None) or str(error) or type(error).__name__).split())[:300]
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -608,7 +608,7 @@ def test_what_a_killed_fetch_left_goes_with_the_next(tmp_path: Path) -> None:
         for _, target in pairs:
             target.write_bytes(b"x")
 
-    cache.fetch(folder, [file], get)
+    cache.fetch(folder, [file], get, lambda _: None)
     assert (folder / "x").read_bytes() == b"x"
     assert [path.name for path in arriving.iterdir()] == ["lock"]
 
