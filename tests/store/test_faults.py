@@ -23,14 +23,14 @@ from nanodlm.stages import table as stages_table
 from nanodlm.store import Artifact, Store, hold_lease, new_attempt, read_part
 from nanodlm.store import attempt as store_attempt
 from nanodlm.store import lease as store_lease
-from nanodlm.upkeep import collect, copy, verify
+from nanodlm.upkeep import collect, verify
+from tests.store.support import FILES
 from tests.support.faults import Fault, busy, no_space, scripted
-from tests.support.helpers import committed, fill, identity, prose, tiny_config
+from tests.support.helpers import committed, copied, fill, flip, identity, prose, tiny_config
 from tests.support.servers import Server, flaky
 from tests.training.test_loop import tiny
 
 ROOT = Path(nanodlm.__file__).parents[1]
-FILES = {"a.bin": b"first file", "b.bin": b"other file", "sub/c.bin": b"third, longer file"}
 
 
 def test_every_row_of_the_table_names_a_test_that_is_there() -> None:
@@ -125,11 +125,10 @@ def the(store: Store, stage: str = "shard") -> Artifact:
     return store.open(f"{stage}/{fingerprint}")
 
 
-def copied(undisturbed: Path, url: str) -> Store:
+def without_shards(undisturbed: Path, url: str) -> Store:
     """A store that has all but the shards."""
     source, target = Store(str(undisturbed)), Store(url)
-    wanted = [item for item in source if item[0] != "shard"]
-    assert len(list(copy.copy(source, target, wanted, lambda *_, **__: None))) == 3
+    assert len(copied(source, target, [item for item in source if item[0] != "shard"])) == 3
     return target
 
 
@@ -162,7 +161,7 @@ def test_a_build_killed_at_any_moment_is_continued_to_the_same_digest(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     url = place(kind, tmp_path, request, monkeypatch)
-    store, config = copied(undisturbed, url), tiny_config(source)
+    store, config = without_shards(undisturbed, url), tiny_config(source)
     done = subprocess.run([sys.executable, "-c", BUILD, config.model_dump_json(), url, moment], timeout=100)
     assert done.returncode == -signal.SIGKILL
     committed_already = moment == "just after the manifest"
@@ -234,40 +233,35 @@ def test_no_altered_byte_of_a_file_goes_unnoticed(tmp_path: Path) -> None:
     assert artifact.local().is_dir()
 
 
-def cut(one: Path, _: Path) -> None:
-    one.write_bytes(one.read_bytes()[:-1])
-
-
-def flip(one: Path, _: Path) -> None:
-    content = one.read_bytes()
-    one.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-
-
 def swap(one: Path, other: Path) -> None:
     first, second = one.read_bytes(), other.read_bytes()
     one.write_bytes(second)
     other.write_bytes(first)
 
 
-def delete(one: Path, _: Path) -> None:
-    one.unlink()
+DAMAGES: dict[str, Callable[[Path, Path], object]] = {
+    "cut": lambda one, _: one.write_bytes(one.read_bytes()[:-1]),
+    "flip": lambda one, _: flip(one),
+    "delete": lambda one, _: one.unlink(),
+    "swap": swap,
+}
 
 
-@pytest.mark.parametrize("damage", [cut, flip, swap, delete])
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_shards_are_refused_and_repaired_to_the_same_digest(
-    damage: Callable[[Path, Path], None], undisturbed: Path, source: Path, tmp_path: Path
+    damage: str, undisturbed: Path, source: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(undisturbed, tmp_path / "store")
     store = Store(str(tmp_path / "store"))
     artifact = the(store)
     one, other = (Path(artifact.remote(f"train-0000{i}.arrayrecord")) for i in (1, 2))
-    damage(one, other)
+    DAMAGES[damage](one, other)
     with pytest.raises(Damaged, match=r"train-00001\.arrayrecord .*nanodlm verify .*--repair"):
         artifact.local()
     everything = verify.chain(store, "shard", artifact.fingerprint)
     found = {item.stage: item for item in verify.check(store, everything, deep=True)}
     bad = [line.split()[0] for line in found["shard"].problems]
-    assert bad == [one.name, other.name][: 2 if damage is swap else 1]
+    assert bad == [one.name, other.name][: 2 if damage == "swap" else 1]
     assert not any(item.problems for stage, item in found.items() if stage != "shard")
     repaired = {item.stage: item.repaired for item in verify.check(store, everything, deep=True, repair=True)}
     assert repaired == {"download": False, "split": False, "shard": True} | ({"tokenizer": False})
@@ -372,7 +366,7 @@ def test_a_disk_that_takes_no_more_ends_the_run_in_one_line_and_nothing_torn_is_
     undisturbed: Path, source: Path, tmp_path: Path
 ) -> None:
     """The kernel refuses bytes beyond a limit, whoever writes them, also libraries that are not Python."""
-    store, config = copied(undisturbed, str(tmp_path / "store")), tiny_config(source)
+    store, config = without_shards(undisturbed, str(tmp_path / "store")), tiny_config(source)
     command = [sys.executable, "-c", LIMITED, "6000", config.model_dump_json(), store.root]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert done.returncode == 1

@@ -284,11 +284,6 @@ def edit(artifact: Artifact, **fields: Any) -> None:
 OUTSIDE = ["..", "../x", "/etc", "a/b", "a\\b", "a\0b", "", "a\n", "."]
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store(str(tmp_path / "store"))
-
-
 @pytest.mark.parametrize("name", OUTSIDE)
 def test_an_attempt_an_input_or_its_stage_that_leaves_the_store_is_refused(store: Store, name: str) -> None:
     artifact = committed(store, {"a.bin": b"a"})

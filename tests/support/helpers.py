@@ -57,6 +57,14 @@ def copied(source: Store, target: Store, artifacts: list[Item] | None = None) ->
     return {artifact.stage: sent for artifact, sent in copy(source, target, wanted, lambda *_, **__: None)}
 
 
+def flip(path: Path) -> bytes:
+    """Change the last byte of a file; what it was."""
+    before = path.read_bytes()
+    path.unlink()  # it may be another name of the same file
+    path.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+    return before
+
+
 def identity(stage: str = "shard") -> dict[str, object]:
     """The part of a manifest that a stage's identity gives."""
     return {"schema": 1, "stage": stage, "version": 1, "parameters": {}, "inputs": {}}

@@ -46,4 +46,4 @@ def store(tmp_path: Path) -> Store:
 @pytest.fixture
 def remote() -> Iterator[Store]:
     yield Store("memory://upkeep/runs")
-    fsspec.filesystem("memory").rm("/upkeep", recursive=True)
+    fsspec.filesystem("memory").store.clear()

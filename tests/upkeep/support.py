@@ -51,14 +51,6 @@ def age(path: Path, seconds: float = 7200.0) -> None:
     os.utime(path, (time.time() - seconds,) * 2)
 
 
-def flip(path: Path) -> bytes:
-    """Change the last byte of a file; what it was."""
-    before = path.read_bytes()
-    path.unlink()  # it may be another name of the same file
-    path.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
-    return before
-
-
 def made_from(store: Store, stage: str, fingerprint: str, *sources: Artifact, ago: float = 0.0) -> Artifact:
     """An artifact with one file, made so long ago from these."""
     with new_attempt(store, stage, fingerprint) as attempt:

@@ -14,8 +14,8 @@ from nanodlm.stages import run
 from nanodlm.store import Artifact, Store
 from nanodlm.store.files import Storage
 from nanodlm.upkeep import adopt, collect, copy, verify
-from tests.support.helpers import committed, copied, prose, tiny_config
-from tests.upkeep.support import CHAIN, EVERYTHING, Made, flip, said, statuses, told
+from tests.support.helpers import committed, copied, flip, prose, tiny_config
+from tests.upkeep.support import CHAIN, EVERYTHING, Made, said, statuses, told
 
 
 class Cut(Exception):

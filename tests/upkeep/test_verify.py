@@ -10,8 +10,8 @@ import pytest
 from nanodlm.stages import why
 from nanodlm.store import Store, new_attempt
 from nanodlm.upkeep import verify
-from tests.support.helpers import committed, fill
-from tests.upkeep.support import CHAIN, Made, files, flip, made_from, said, statuses, told
+from tests.support.helpers import committed, fill, flip
+from tests.upkeep.support import CHAIN, Made, files, made_from, said, statuses, told
 
 
 def test_the_chain_of_a_sample_goes_down_to_the_data_in_the_order_of_the_stages(master: Made) -> None:
