@@ -12,11 +12,11 @@ class Killed(Exception):
     """Stands for whatever ends an attempt half-way."""
 
 
+Files = dict[str, bytes]  # by path
+
+
 def killed_attempt(
-    store: Store,
-    parts: dict[str, dict[str, bytes]],
-    unfinished: dict[str, bytes] | None = None,
-    fingerprint: str = "f0",
+    store: Store, parts: dict[str, Files], unfinished: Files | None = None, fingerprint: str = "f0"
 ) -> str:
     """An attempt that ended after these parts, and in the middle of writing some other files; returns its id."""
     with pytest.raises(Killed), new_attempt(store, "shard", fingerprint) as attempt:

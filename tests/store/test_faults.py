@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -259,12 +260,11 @@ def test_damaged_shards_are_refused_and_repaired_to_the_same_digest(
     with pytest.raises(Damaged, match=r"train-00001\.arrayrecord .*nanodlm verify .*--repair"):
         artifact.local()
     everything = verify.chain(store, "shard", artifact.fingerprint)
-    found = {item.stage: item for item in verify.check(store, everything, deep=True)}
-    bad = [line.split()[0] for line in found["shard"].problems]
-    assert bad == [one.name, other.name][: 2 if damage == "swap" else 1]
-    assert not any(item.problems for stage, item in found.items() if stage != "shard")
-    repaired = {item.stage: item.repaired for item in verify.check(store, everything, deep=True, repair=True)}
-    assert repaired == {"download": False, "split": False, "shard": True} | ({"tokenizer": False})
+    found = {item.stage: item.problems for item in verify.check(store, everything, deep=True)}
+    assert [line.split()[0] for line in found.pop("shard")] == [one.name, other.name][: 2 if damage == "swap" else 1]
+    assert not any(found.values())
+    repaired = [item.stage for item in verify.check(store, everything, deep=True, repair=True) if item.repaired]
+    assert repaired == ["shard"]
     again, record = stages_run.run_stage("shard", tiny_config(source), store)
     assert (again.digest, record["status"]) == (artifact.digest, "cached")
     assert not any(item.problems for item in verify.check(store, everything, deep=True))
@@ -398,10 +398,8 @@ def test_a_cache_that_cannot_be_written_is_one_line(
         artifact = committed(Store("faulty://place"), FILES)
         for folder in (str(tmp_path / "file" / "cache"), "/proc/nanodlm"):
             monkeypatch.setenv("NANODLM_CACHE", folder)
-            for use in (
-                artifact.local,
-                lambda: stages_run.run_stage("download", tiny_config(source), Store("faulty://place")),
-            ):
+            build = partial(stages_run.run_stage, "download", tiny_config(source), Store("faulty://place"))
+            for use in (artifact.local, build):
                 with pytest.raises(NanodlmError, match=rf"cannot write to the cache {folder}: .*NANODLM_CACHE") as said:
                     use()
                 assert "\n" not in str(said.value)
@@ -412,26 +410,24 @@ def test_a_cache_that_cannot_be_written_is_one_line(
 # Several at once
 
 
-def aged(folder: Path, seconds: float) -> None:
-    """Make files look as if they had not changed for so long."""
-    then = time.time() - seconds
-    for path in folder.rglob("*"):
-        os.utime(path, (then, then))
-
-
 def test_a_reader_can_finish_although_what_it_reads_is_given_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store, long = Store(str(tmp_path)), 2 * collect.GRACE_SECONDS
+
+    def a_while_passes() -> None:
+        for path in tmp_path.rglob("*"):
+            os.utime(path, (time.time() - long,) * 2)
+
     with monkeypatch.context() as earlier:
         earlier.setattr(time, "gmtime", lambda gmtime=time.gmtime: gmtime(time.time() - long))
         reading = committed(store, FILES)
-    aged(tmp_path, long)
+    a_while_passes()
     assert [row["kind"] for row in collect.collect(store, keep_last=0)] == ["artifact"]
     assert store.find("shard", "f0") is None
     assert list(collect.collect(store)) == []
     assert {name: (reading.local() / name).read_bytes() for name in FILES} == FILES
-    aged(tmp_path, long)
+    a_while_passes()
     assert [row["kind"] for row in collect.collect(store)] == ["attempt"]
     with pytest.raises(Damaged, match="is missing"):
         reading.local()

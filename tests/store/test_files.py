@@ -126,25 +126,16 @@ def test_digits_of_a_path_are_no_answer_of_a_server(faulty: type[Faulty], pauses
     assert pauses == []
 
 
-@pytest.mark.parametrize("url", ["s3://", "s3:///prefix", "gs://"])
-def test_an_address_without_a_bucket_is_refused(url: str) -> None:
-    with pytest.raises(UsageError, match=f"cannot open the store {url}: it names no bucket"):
-        Storage(url)
-
-
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_refusal_is_one_line_at_once(name: str, faulty: type[Faulty], pauses: list[float]) -> None:
     faulty.script[:] = [Fault(request, REFUSED[name], times=9) for request in ("cat_file", "pipe_file", "find")]
     there = Store("faulty://place")
-    worked = False
-    for ask in (lambda: there.find("shard", "f0"), lambda: there.sizes("/place"), there.require_create_only):
+    begin = new_attempt(there, "shard", "f0").__enter__
+    for ask in (lambda: there.find("shard", "f0"), lambda: there.sizes("/place"), there.require_create_only, begin):
         with pytest.raises(NanodlmError, match=r"refuses access: .*credentials in the environment") as caught:
             ask()
         assert "\n" not in str(caught.value)
         assert not isinstance(caught.value, Unreachable)
-    with pytest.raises(NanodlmError, match="refuses access"), new_attempt(there, "shard", "f0"):
-        worked = True
-    assert not worked
     assert pauses == []
 
 
@@ -195,11 +186,8 @@ def test_a_creation_lost_to_another_writer_does_not_count(faulty: type[Faulty], 
 
 def test_a_server_that_ignores_the_condition_is_refused_by_name_before_any_work(faulty: type[Faulty]) -> None:
     faulty.ignores_conditions = True
-    worked = False
     with pytest.raises(NanodlmError, match=r"faulty://.*place lets an existing file be created again.*If-None-Match"):
-        with new_attempt(Store("faulty://place"), "shard", "f0"):
-            worked = True
-    assert not worked
+        new_attempt(Store("faulty://place"), "shard", "f0").__enter__()
     assert not any("create-only" in path for path in faulty.store)
 
 
@@ -209,36 +197,22 @@ def test_a_server_that_ignores_the_condition_is_refused_by_name_before_any_work(
 @pytest.mark.parametrize(
     ("url", "says"),
     [
-        ("ftp://host/folder", r"ftp:// cannot create a file only once"),
-        ("https://host/folder", r"https:// cannot create a file only once"),
-        ("zip://file.zip", r"zip:// cannot create a file only once"),
-        ("simplecache::s3://bucket/x", "cannot open the store simplecache::s3://bucket/x"),
-        ("nosuch://x", "nosuch:// is not known"),
-    ],
-)
-def test_what_cannot_create_once_is_refused_by_name(url: str, says: str) -> None:
-    with pytest.raises(UsageError, match=f"{says}.*(use a folder, or a bucket at s3:// or gs://)"):
-        Storage(url)
-
-
-@pytest.mark.parametrize(
-    ("url", "says"),
-    [
+        ("ftp://host/folder", r"ftp:// cannot create a file only once.*use a folder, or a bucket at s3:// or gs://"),
+        ("zip://file.zip", r"zip:// cannot create a file only once.*use a folder, or a bucket at s3:// or gs://"),
+        ("simplecache::s3://bucket/x", r"cannot open the store simplecache::s3://bucket/x.*use a folder"),
+        ("nosuch://x", r"nosuch:// is not known.*use a folder, or a bucket at s3:// or gs://"),
         ("s3:/bucket/x", "write s3://bucket/x, or ./s3:/bucket/x for a folder"),
         ("gs:bucket", "write gs://bucket, or ./gs:bucket for a folder"),
         ("file:/data/store", "write file:///data/store, or"),
         ("", "it has no name"),
+        ("s3://", "cannot open the store s3://: it names no bucket"),
+        ("gs:///prefix", "it names no bucket"),
+        ("s3://bucket/a*b", r"prefix must not hold \*, \? or \["),  # or what is below `axb` would be removed with it
+        ("memory://bucket/a[b]", r"prefix must not hold \*, \? or \["),
     ],
 )
-def test_an_address_with_a_slip_is_not_taken_for_a_folder(url: str, says: str) -> None:
+def test_an_address_where_no_store_can_be_is_refused_with_what_to_write(url: str, says: str) -> None:
     with pytest.raises(UsageError, match=says):
-        Storage(url)
-
-
-@pytest.mark.parametrize("url", ["s3://bucket/a*b", "memory://bucket/a[b]", "gs://bucket/a?b"])
-def test_prefixes_of_buckets_that_drivers_take_for_patterns_are_refused(url: str) -> None:
-    """Removing what is below `a*b` would remove what is below `axb`."""
-    with pytest.raises(UsageError, match=r"prefix must not hold \*, \? or \["):
         Storage(url)
 
 
@@ -246,20 +220,17 @@ def test_prefixes_of_buckets_that_drivers_take_for_patterns_are_refused(url: str
 
 
 def test_transfers_are_tried_again(faulty: type[Faulty], tmp_path: Path, pauses: list[float]) -> None:
-    there = Storage("faulty://place")
-    files = [tmp_path / f"{i:03d}" for i in range(30)]
-    for file in files:
-        file.write_bytes(file.name.encode())
+    there, names = Storage("faulty://place"), [f"{i:03d}" for i in range(30)]
+    for name in names:
+        (tmp_path / name).write_text(name)
     faulty.script[:] = [Fault("put_file", busy, times=7), Fault("get_file", ConnectionResetError, times=7)]
     arrived: list[int] = []
-    there.put([(file, f"/place/{file.name}") for file in files], arrived.append)
+    there.put([(tmp_path / name, f"/place/{name}") for name in names], arrived.append)
     assert sum(arrived) == 30 * 3
-    there.get([(f"/place/{file.name}", tmp_path / "back" / file.name) for file in files])
-    assert sorted(p.name for p in (tmp_path / "back").iterdir()) == [file.name for file in files]
-    assert all((tmp_path / "back" / file.name).read_bytes() == file.name.encode() for file in files)
+    there.get([(f"/place/{name}", tmp_path / "back" / name) for name in names])
+    assert {path.name: path.read_text() for path in (tmp_path / "back").iterdir()} == {name: name for name in names}
     asked = [request for request, _ in faulty.asked]
-    assert asked.count("put_file") >= 37
-    assert asked.count("get_file") >= 37
+    assert min(asked.count("put_file"), asked.count("get_file")) >= 37
 
 
 # One suite for every kind of storage
@@ -323,16 +294,6 @@ def test_a_stage_is_built_once_and_found_from_then_on(place: str, tmp_path: Path
 
 
 @everywhere
-def test_many_files_arrive_whole(place: str) -> None:
-    files = {f"sub{i % 3}/{i:03d}": bytes([i]) * (i * 37) for i in range(15)}
-    artifact = committed(Store(place), files)
-    found = Store(place).open(artifact.uri)
-    assert read(found) == files
-    assert found.problems(deep=True) == []
-    assert list(Store(place)) == [("shard", "f0")]
-
-
-@everywhere
 def test_finished_parts_are_adopted_when_whole_and_made_again_when_altered(place: str) -> None:
     store = Store(place)
     killed = killed_attempt(store, {name: {name: content} for name, content in FILES.items() if name != "empty"})
@@ -341,7 +302,13 @@ def test_finished_parts_are_adopted_when_whole_and_made_again_when_altered(place
     store.fs.rm_file(store.path(*base, "sub", "c.bin"))
     with new_attempt(Store(place), "shard", "f0") as attempt:
         assert [name for name in FILES if attempt.adopt(name) is not None] == ["a.bin"]
-    assert read(in_parts(Store(place))) == FILES
+    first = in_parts(Store(place))
+    assert read(first) == FILES
+    Store(place).retire(("shard", "f0"))
+    assert Store(place).find("shard", "f0") is None
+    again = in_parts(Store(place))
+    assert again.manifest["attempt"] != first.manifest["attempt"]
+    assert (again.digest, read(again)) == (first.digest, FILES)
 
 
 @everywhere
@@ -356,26 +323,14 @@ def test_each_damage_is_named_and_nothing_damaged_is_read(place: str) -> None:
         return [[line.split()[0] for line in artifact.problems(deep=deep)] for deep in (False, True)]
 
     def swap(path: Callable[[str], str]) -> None:
-        one, other = store.read(path("a.bin")), store.read(path("b.bin"))
-        store.fs.pipe_file(path("a.bin"), other)
-        store.fs.pipe_file(path("b.bin"), one)
+        for name, other in (("a.bin", "b.bin"), ("b.bin", "a.bin")):
+            store.fs.pipe_file(path(name), FILES[other])
 
     assert damaged("missing", lambda path: store.fs.rm_file(path("b.bin"))) == [["b.bin"], ["b.bin"]]
     assert damaged("cut", lambda path: store.fs.pipe_file(path("a.bin"), b"first fil")) == [["a.bin"], ["a.bin"]]
     assert damaged("flipped", lambda path: store.fs.pipe_file(path("a.bin"), b"first filf")) == [[], ["a.bin"]]
     assert damaged("swapped", swap) == [[], ["a.bin", "b.bin"]]
     assert damaged("more", lambda path: store.fs.pipe_file(path("more"), b"x")) == [["more"], ["more"]]
-
-
-@everywhere
-def test_what_is_retired_is_rebuilt_from_its_parts_to_the_same_digest(place: str) -> None:
-    first = in_parts(Store(place))
-    Store(place).retire(("shard", "f0"))
-    assert Store(place).find("shard", "f0") is None
-    again = in_parts(Store(place))
-    assert again.manifest["attempt"] != first.manifest["attempt"]
-    assert again.digest == first.digest
-    assert read(again) == FILES
 
 
 @everywhere
@@ -539,12 +494,13 @@ def test_the_cache_throws_out_what_was_used_longest_ago_and_never_what_is_in_use
     artifacts = {name: committed(store, {"x": name.encode() * 5000}, fingerprint=name) for name in ("f0", "f1", "f2")}
     for name in ("f0", "f1"):
         artifacts[name].local()
-    os.utime(cache.cache_dir() / "entries" / f"shard-f0-{artifacts['f0'].manifest['attempt']}" / "used", (9, 9))
+    used = cache.cache_dir() / "entries" / f"shard-f0-{artifacts['f0'].manifest['attempt']}" / "used"
+    os.utime(used, (9, 9))
     with pytest.raises(NanodlmError, match=r"may hold 2.5e-05 GB, of which 2e-05 are in use, and 1e-05 more"):
         artifacts["f2"].local()
     assert {"f0", "f1"} <= entries()
     let_go_of_the_cache()
-    os.utime(cache.cache_dir() / "entries" / f"shard-f0-{artifacts['f0'].manifest['attempt']}" / "used", (9, 9))
+    os.utime(used, (9, 9))
     assert (artifacts["f2"].local() / "x").read_bytes() == b"f2" * 5000
     assert entries() == {"f1", "f2"}
     assert (artifacts["f1"].local() / "x").read_bytes() == b"f1" * 5000
@@ -633,11 +589,8 @@ def test_a_bucket_that_is_not_there_is_one_clear_error_before_any_work(place: st
     store = Store(f"{protocol}://nobody-made-this/runs")
     assert store.find("shard", "f0") is None
     assert list(store) == []
-    worked = False
     with pytest.raises(NanodlmError, match=rf"cannot write to the store {protocol}://nobody-made-this/runs: .*bucket"):
-        with new_attempt(store, "shard", "f0"):
-            worked = True
-    assert not worked
+        new_attempt(store, "shard", "f0").__enter__()
 
 
 def test_a_wrong_secret_is_one_line_at_once(
