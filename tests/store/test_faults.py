@@ -54,21 +54,13 @@ import os, signal, sys
 from nanodlm.config import Config
 from nanodlm.data import shard
 from nanodlm.stages.run import run_stage
-from nanodlm.store import Attempt, Store, files
+from nanodlm.store import Store, files
 
 config, url, moment = Config.model_validate_json(sys.argv[1]), sys.argv[2], sys.argv[3]
 store = Store(url)
 
 def die(*_, **__):
     os.kill(os.getpid(), signal.SIGKILL)
-
-def before(owner, name, here):
-    original = getattr(owner, name)
-    def call(*args, **kwargs):
-        if here(*args):
-            die()
-        return original(*args, **kwargs)
-    setattr(owner, name, call)
 
 if moment == "in mid-shard":
     write = shard.write
@@ -87,12 +79,11 @@ elif moment == "in mid-upload":
         await self._call_s3("upload_part", **named, PartNumber=1, UploadId=upload["UploadId"], Body=b"half of it")
         die()
     type(store.fs)._put_file = put_half
-elif moment == "before a part's record":
-    before(files.Storage, "write_json", lambda self, path, *_: path.endswith("parts/train-00002.arrayrecord.json"))
 elif moment == "just before the manifest":
-    before(files.Storage, "write_json", lambda self, path, *_: path.endswith("manifest.json"))
-elif moment == "just after the manifest":
-    before(Attempt, "close", lambda self: True)
+    write_json = files.Storage.write_json
+    def write_but_manifests(self, path, *args, **kwargs):
+        return die() if path.endswith("manifest.json") else write_json(self, path, *args, **kwargs)
+    files.Storage.write_json = write_but_manifests
 run_stage("shard", config, store)
 """
 
@@ -142,16 +133,10 @@ def place(kind: str, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch
     return f"{server.store}/{tmp_path.name}"
 
 
-@pytest.mark.parametrize(
-    ("kind", "moment"),
-    [
-        ("disk", "in mid-shard"),
-        ("disk", "just before the manifest"),
-        ("disk", "just after the manifest"),
-        ("s3", "in mid-upload"),
-        pytest.param("s3", "before a part's record", marks=pytest.mark.slow),
-    ],
-)
+MOMENTS = [("disk", "in mid-shard"), ("disk", "just before the manifest"), ("s3", "in mid-upload")]
+
+
+@pytest.mark.parametrize(("kind", "moment"), MOMENTS)
 def test_a_build_killed_at_any_moment_is_continued_to_the_same_digest(
     kind: str,
     moment: str,
@@ -165,19 +150,17 @@ def test_a_build_killed_at_any_moment_is_continued_to_the_same_digest(
     store, config = without_shards(undisturbed, url), tiny_config(source)
     done = subprocess.run([sys.executable, "-c", BUILD, config.model_dump_json(), url, moment], timeout=100)
     assert done.returncode == -signal.SIGKILL
-    committed_already = moment == "just after the manifest"
-    assert bool([item for item in store if item[0] == "shard"]) == committed_already
+    assert not [item for item in store if item[0] == "shard"]
     finished = [path for path in store.sizes(store.path("shard")) if "/parts/" in path]
     assert len(finished) >= 2
     artifact, record = stages_run.run_stage("shard", config, store)
-    assert record["status"] == ("cached" if committed_already else "built")
+    assert record["status"] == "built"
     assert artifact.digest == the(Store(str(undisturbed))).digest
     assert artifact.problems(deep=True) == []
     with new_attempt(store, "shard", artifact.fingerprint) as attempt:
-        assert len(attempt.earlier[finished[0].split("/parts/")[1].removesuffix(".json")]) == 2 - committed_already
+        assert len(attempt.earlier[finished[0].split("/parts/")[1].removesuffix(".json")]) == 2
     if moment == "in mid-upload":
-        said = [row["kind"] for row in collect.collect(store, grace=-60)]
-        assert sorted(said)[-1] == "upload"
+        assert "upload" in [row["kind"] for row in collect.collect(store, grace=-60)]
 
 
 # What is damaged

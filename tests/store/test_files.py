@@ -1,7 +1,6 @@
 """Storages: what is asked again, what is refused, and one suite of tests on each kind of them."""
 
 import errno
-import hashlib
 import json
 import os
 import threading
@@ -30,7 +29,7 @@ from tests.store import support
 from tests.store.support import Killed, killed_attempt
 from tests.support.faults import Fault, Faulty, answer, busy, no_space, scripted
 from tests.support.helpers import committed, copied, fill, identity, prose, tiny_config
-from tests.support.servers import Server, forget_connections, free_ports, let_go_of_the_cache, s3_environ
+from tests.support.servers import Server, forget_connections, let_go_of_the_cache, s3_environ
 from tests.training.test_loop import tiny
 
 FILES = {**support.FILES, "empty": b""}
@@ -508,23 +507,6 @@ def test_the_cache_throws_out_what_was_used_longest_ago_and_never_what_is_in_use
     assert (artifacts["f0"].local() / "x").read_bytes() == b"f0" * 5000  # it is fetched again
 
 
-def test_what_a_killed_fetch_left_goes_with_the_next(tmp_path: Path) -> None:
-    file = {"path": "x", "size": 1, "sha256": hashlib.sha256(b"x").hexdigest()}
-    folder = tmp_path / "entry" / "files"
-    folder.mkdir(parents=True)
-    arriving = tmp_path / "entry" / "arriving" / hashlib.sha256(b"x").hexdigest()[:16]
-    arriving.mkdir(parents=True)
-    (arriving / "file").write_bytes(b"half")
-
-    def get(pairs: list[tuple[str, Path]]) -> None:
-        for _, target in pairs:
-            target.write_bytes(b"x")
-
-    cache.fetch(folder, [file], get, lambda _: None)
-    assert (folder / "x").read_bytes() == b"x"
-    assert [path.name for path in arriving.iterdir()] == ["lock"]
-
-
 @remotely
 def test_what_was_fetched_is_read_offline_without_asking_the_store(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     read(committed(Store(place), FILES))
@@ -636,17 +618,6 @@ def test_the_whole_pipeline_on_a_server_gives_the_digests_of_a_local_run(
     assert built(Store(place), "built") == run_here
     assert built(Store(place), "cached") == run_here
     assert {path.name for path in tmp_path.iterdir()} <= {"cache"}  # no folder named s3: or gs:
-
-
-@pytest.mark.slow
-def test_a_server_that_is_not_there_is_given_up_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The driver tries again by itself first."""
-    endpoint = f"http://127.0.0.1:{free_ports(1)[0]}"
-    Server(endpoint, "s3://bucket", s3_environ(endpoint)).enter(monkeypatch)
-    monkeypatch.setenv("NANODLM_RETRY_SECONDS", "1")
-    with pytest.raises(Unreachable, match=r"s3://bucket/runs does not answer: .*run again to continue"):
-        Store("s3://bucket/runs").find("shard", "f0")
-    forget_connections()
 
 
 def test_leases_are_taken_over_on_remote_storage(

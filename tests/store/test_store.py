@@ -15,7 +15,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanodlm.errors import Damaged, NanodlmError
-from nanodlm.store import Artifact, Store, canonical_json, fingerprint_of, hold_lease, lease_events, new_attempt
+from nanodlm.store import (
+    Artifact,
+    Attempt,
+    Store,
+    canonical_json,
+    fingerprint_of,
+    hold_lease,
+    lease_events,
+    new_attempt,
+)
 from nanodlm.store import lease as store_lease
 from nanodlm.upkeep.collect import collect
 from tests.store.support import FILES, Killed, killed_attempt
@@ -134,12 +143,16 @@ def test_a_create_only_write_leaves_an_existing_file_and_no_temporary_ones(store
     assert [p.name for p in Path(path).parent.iterdir()] == ["x.json"]
 
 
+def rebuilt(store: Store, files: dict[str, bytes]) -> tuple[Attempt, Artifact]:
+    with new_attempt(store, "shard", "f0", afresh=True) as attempt:
+        fill(attempt, files)
+        return attempt, attempt.commit(identity=identity(), metrics={"other": 1}, replace=True)
+
+
 def test_a_rebuild_with_equal_bytes_keeps_the_manifest(store: Store) -> None:
     committed(store, FILES)
     before = manifest_path(store).read_bytes()
-    with new_attempt(store, "shard", "f0", afresh=True) as attempt:
-        fill(attempt, FILES)
-        artifact = attempt.commit(identity=identity(), metrics={"other": 1}, replace=True)
+    attempt, artifact = rebuilt(store, FILES)
     assert artifact.manifest["attempt"] != attempt.id
     assert manifest_path(store).read_bytes() == before
     assert not attempt.path.exists(), "nobody needs the same twice"
@@ -147,11 +160,8 @@ def test_a_rebuild_with_equal_bytes_keeps_the_manifest(store: Store) -> None:
 
 def test_a_rebuild_with_other_bytes_replaces_the_manifest(store: Store) -> None:
     old = committed(store, FILES)
-    with new_attempt(store, "shard", "f0", afresh=True) as attempt:
-        fill(attempt, {**FILES, "a.bin": b"changed!!!"})
-        new = attempt.commit(identity=identity(), metrics={}, replace=True)
-    found = store.find("shard", "f0")
-    assert found is not None
+    attempt, new = rebuilt(store, {**FILES, "a.bin": b"changed!!!"})
+    found = store.open("shard/f0")
     assert found.manifest["attempt"] == new.manifest["attempt"] == attempt.id
     assert found.digest != old.digest
     assert (found.local() / "a.bin").read_bytes() == b"changed!!!"
@@ -160,11 +170,8 @@ def test_a_rebuild_with_other_bytes_replaces_the_manifest(store: Store) -> None:
 def test_a_rebuild_with_equal_bytes_replaces_a_manifest_whose_files_are_damaged(store: Store) -> None:
     old = committed(store, FILES)
     Path(old.remote("a.bin")).write_bytes(b"FIRST FILE")
-    with new_attempt(store, "shard", "f0", afresh=True) as attempt:
-        fill(attempt, FILES)
-        new = attempt.commit(identity=identity(), metrics={}, replace=True)
-    assert new.manifest["attempt"] == attempt.id
-    assert new.digest == old.digest
+    attempt, new = rebuilt(store, FILES)
+    assert (new.manifest["attempt"], new.digest) == (attempt.id, old.digest)
     assert (new.local() / "a.bin").read_bytes() == b"first file"
 
 
@@ -255,12 +262,12 @@ def test_a_torn_manifest_is_refused_by_name(store: Store, content: bytes) -> Non
 
 def test_a_later_attempt_adopts_the_parts_that_a_killed_one_finished(store: Store) -> None:
     parts = {"a": {"a.bin": b"aa"}, "steps/one": {"sub/b": b"bb", "sub/c": b"cc"}}
-    killed_attempt(store, parts, unfinished={"sub/d": b"half writ"})
+    killed_attempt(store, parts)
     with new_attempt(store, "shard", "f0") as attempt:
         assert set(attempt.earlier) == {"a", "steps/one"}
         assert attempt.adopt("a") == {"rows": 1}
         assert attempt.adopt("steps/one") == {"rows": 2}
-        assert attempt.adopt("sub/d") is None
+        assert attempt.adopt("unfinished") is None
         fill(attempt, {"d": b"dd"})
         resumed = attempt.commit(identity=identity(), metrics={})
     undisturbed = committed(store, {"a.bin": b"aa", "sub/b": b"bb", "sub/c": b"cc", "d": b"dd"}, fingerprint="f1")
@@ -427,15 +434,11 @@ def test_a_store_below_a_regular_file_is_one_clear_error(tmp_path: Path) -> None
 
 
 def test_an_attempt_that_changed_lately_is_not_abandoned(store: Store) -> None:
-    killed = killed_attempt(store, {}, unfinished={"a.bin": b"aa", "b.bin": b"bbb"})
-    folder = Path(store.path("shard", "f0", "attempts", killed))
-    assert list(collect(store, grace=600)) == []
-    old = time.time() - 3600
-    files = [p for p in folder.rglob("*") if p.is_file()]
-    for path in files[1:]:
-        os.utime(path, (old, old))
-    assert list(collect(store, grace=600)) == []  # one file is still fresh
-    os.utime(files[0], (old, old))
+    folder = Path(store.path("shard", "f0", "attempts", killed_attempt(store, {"a": {"a.bin": b"aa"}})))
+    for path in (p for p in folder.rglob("*") if p.is_file()):
+        assert list(collect(store, grace=600)) == [], "one file is still fresh"
+        os.utime(path, (time.time() - 3600,) * 2)
+    Path(store.path("shard", "f0", "attempts", folder.name, "parts", "a.json")).unlink()
     assert [row["uri"] for row in collect(store, grace=600)] == [str(folder)]
 
 
@@ -444,10 +447,8 @@ def test_an_attempt_that_changed_lately_is_not_abandoned(store: Store) -> None:
 
 def test_two_artifacts_that_changed_places_are_refused(store: Store) -> None:
     one, other = committed(store, FILES, fingerprint="f1"), committed(store, {"c.bin": b"c"}, fingerprint="f2")
-    first, second = Path(one.uri), Path(other.uri)
-    first.rename(first.with_name("x"))
-    second.rename(first)
-    first.with_name("x").rename(second)
+    for old, new in ((one.uri, f"{one.uri}x"), (other.uri, one.uri), (f"{one.uri}x", other.uri)):
+        Path(old).rename(new)
     with pytest.raises(Damaged, match="belongs to shard/f2"):
         store.find("shard", "f1")
 

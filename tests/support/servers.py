@@ -141,7 +141,6 @@ def seaweedfs() -> Iterator[Server]:
     endpoint = f"http://127.0.0.1:{ports['s3']}"
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="weed-")))
-        stack.callback(_remove_sockets, ports)
         may = {
             KEY: ["Admin", "Read", "Write", "List", "Tagging"],
             "nanodlm-builder": [f"{action}:{BUCKET}" for action in ("Read", "Write", "List")],
@@ -158,6 +157,8 @@ def seaweedfs() -> Iterator[Server]:
         for name, port in ports.items():
             service, _, grpc = name.partition(".")
             options.append(f"-{service}.port{'.grpc' if grpc else ''}={port}")
+            socket_left = Path(f"/tmp/seaweedfs-{service}-grpc-{port}.sock")  # for each of its gRPC ports
+            stack.callback(socket_left.unlink, missing_ok=True)
         command = [str(Path(sys.executable).with_name("weed")), "server", *options]
         server = stack.enter_context(running(command, WEED_MASTER_VOLUME_GROWTH_COPY_1="1"))
         found = Server(endpoint, f"s3://{BUCKET}", s3_environ(endpoint))
@@ -173,14 +174,6 @@ def seaweedfs() -> Iterator[Server]:
             answers(server, first_write)
         forget_connections()
         yield found
-
-
-def _remove_sockets(ports: dict[str, int]) -> None:
-    """SeaweedFS leaves one behind for each of its gRPC ports."""
-    for name, port in ports.items():
-        service, _, grpc = name.partition(".")
-        if grpc:
-            Path(f"/tmp/seaweedfs-{service}-grpc-{port}.sock").unlink(missing_ok=True)
 
 
 @contextmanager
@@ -291,7 +284,7 @@ def flaky(server: Server, fail: Callable[[str, str], str]) -> Iterator[Server]:
 
 @contextmanager
 def prefect(home: Path, port: int | None = None, **environ: str) -> Iterator[dict[str, str]]:
-    """A whole Prefect server, started as the README says, with a folder of its own: what its clients' environment needs."""
+    """A whole Prefect server, started as the README says: the environment that its clients need."""
     port = port or free_ports(1)[0]
     url = f"http://127.0.0.1:{port}/api"
     own = {

@@ -1,7 +1,5 @@
 """What nobody needs is collected, and nothing else."""
 
-import errno
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -180,20 +178,6 @@ def test_a_collectors_clock_that_is_a_day_ahead_ends_nothing_under_way(
         ahead = time.time() + 86400
         monkeypatch.setattr(time, "time", lambda: ahead)
         assert list(collect.collect(store)) == []
-
-
-def test_a_folder_that_cannot_be_listed_stops_a_collection(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    made_from(store, "train", "f1", ago=9000)
-    scandir = os.scandir
-
-    def scan(path: Any) -> Any:
-        if str(path) == store.path("train"):
-            raise PermissionError(errno.EACCES, "Permission denied", path)
-        return scandir(path)
-
-    monkeypatch.setattr(os, "scandir", scan)
-    with pytest.raises(NanodlmError, match="refuses access"):
-        collected(store, keep_last=0, grace=EVERYTHING)
 
 
 def test_results_are_not_counted_below_0(store: Store) -> None:
