@@ -12,17 +12,12 @@ class Killed(Exception):
     """Stands for whatever ends an attempt half-way."""
 
 
-Files = dict[str, bytes]  # by path
-
-
-def killed_attempt(
-    store: Store, parts: dict[str, Files], unfinished: Files | None = None, fingerprint: str = "f0"
-) -> str:
-    """An attempt that ended after these parts, and in the middle of writing some other files; returns its id."""
+def killed_attempt(store: Store, parts: dict[str, dict[str, bytes]], fingerprint: str = "f0") -> str:
+    """An attempt that ended after these parts, and in the middle of writing another file; returns its id."""
     with pytest.raises(Killed), new_attempt(store, "shard", fingerprint) as attempt:
         for name, files in parts.items():
             fill(attempt, files)
             attempt.finish(name, list(files), rows=len(files))
-        fill(attempt, unfinished or {})
+        fill(attempt, {"unfinished": b"half writ"})
         raise Killed
     return attempt.id

@@ -90,7 +90,7 @@ run_stage("shard", config, store)
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file of 400 documents, which `part_mb` of 0.01 makes several parts of."""
+    """A file of 400 documents, which become several parts."""
     path = tmp_path_factory.mktemp("source") / "corpus.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in prose(400)))
     return path
@@ -124,13 +124,18 @@ def without_shards(undisturbed: Path, url: str) -> Store:
     return target
 
 
-def place(kind: str, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """URL of an empty store, on disk or on S3."""
-    if kind == "disk":
-        return str(tmp_path / "store")
-    server: Server = request.getfixturevalue("moto_server")
-    server.enter(monkeypatch)
-    return f"{server.store}/{tmp_path.name}"
+@pytest.fixture
+def place(tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
+    """Returns the URL of an empty store, on disk or on S3."""
+
+    def url(kind: str) -> str:
+        if kind == "disk":
+            return str(tmp_path / "store")
+        server: Server = request.getfixturevalue("moto_server")
+        server.enter(monkeypatch)
+        return f"{server.store}/{tmp_path.name}"
+
+    return url
 
 
 MOMENTS = [("disk", "in mid-shard"), ("disk", "just before the manifest"), ("s3", "in mid-upload")]
@@ -138,15 +143,9 @@ MOMENTS = [("disk", "in mid-shard"), ("disk", "just before the manifest"), ("s3"
 
 @pytest.mark.parametrize(("kind", "moment"), MOMENTS)
 def test_a_build_killed_at_any_moment_is_continued_to_the_same_digest(
-    kind: str,
-    moment: str,
-    source: Path,
-    undisturbed: Path,
-    tmp_path: Path,
-    request: pytest.FixtureRequest,
-    monkeypatch: pytest.MonkeyPatch,
+    kind: str, moment: str, source: Path, undisturbed: Path, place: Callable[[str], str]
 ) -> None:
-    url = place(kind, tmp_path, request, monkeypatch)
+    url = place(kind)
     store, config = without_shards(undisturbed, url), tiny_config(source)
     done = subprocess.run([sys.executable, "-c", BUILD, config.model_dump_json(), url, moment], timeout=100)
     assert done.returncode == -signal.SIGKILL
@@ -183,12 +182,10 @@ def test_no_altered_byte_of_a_manifest_goes_unnoticed(tmp_path: Path) -> None:
         path.write_bytes(content)
         try:
             found = store.find("shard", "f0")
-        except Damaged as error:
-            assert "verify" in str(error)
+        except Damaged:
             refused += 1
         else:  # a byte that JSON does not care about
-            assert found is not None
-            assert found.manifest == artifact.manifest
+            assert found == artifact
     assert refused > 1000
 
 
@@ -218,9 +215,9 @@ def test_no_altered_byte_of_a_file_goes_unnoticed(tmp_path: Path) -> None:
 
 
 def swap(one: Path, other: Path) -> None:
-    first, second = one.read_bytes(), other.read_bytes()
-    one.write_bytes(second)
-    other.write_bytes(first)
+    aside = one.rename(one.with_name("aside"))
+    other.rename(one)
+    aside.rename(other)
 
 
 DAMAGES: dict[str, Callable[[Path, Path], object]] = {
@@ -300,11 +297,8 @@ def test_training_goes_on_while_its_checkpoint_cannot_be_published(monkeypatch: 
         return busy()
 
     # Were the first checkpoint waited for, update 6 would not be reached, and this would be given up after a minute.
-    def over() -> bool:
-        return len(failed_at) >= 3 and failed_at[-1] >= 6
-
-    fault = Fault("put_file", fail, "step_000004", times=float("inf"), until=over)
-    with scripted(fault):
+    until = lambda: len(failed_at) >= 3 and failed_at[-1] >= 6  # noqa: E731
+    with scripted(Fault("put_file", fail, "step_000004", times=float("inf"), until=until)):
         run = nanodlm.train(config, "faulty://place", emit)
         assert run.problems(deep=True) == []
         assert run.files("checkpoints/step_000004/")
@@ -363,14 +357,13 @@ def test_a_disk_that_takes_no_more_ends_the_run_in_one_line_and_nothing_torn_is_
 
 def test_a_full_remote_storage_ends_the_run_in_one_line(source: Path) -> None:
     with scripted(Fault("put_file", no_space, "part-00001", times=float("inf"))) as storage:
+        store = Store("faulty://place")
         with pytest.raises(NanodlmError, match=r"nothing more fits.*make room.*run again") as caught:
-            stages_run.run_stage("download", tiny_config(source), Store("faulty://place"))
+            stages_run.run_stage("download", tiny_config(source), store)
         assert "\n" not in str(caught.value)
-        assert list(Store("faulty://place")) == []
+        assert list(store) == []
         storage.script.clear()
-        artifact, record = stages_run.run_stage("download", tiny_config(source), Store("faulty://place"))
-        assert record["status"] == "built"
-        assert artifact.problems(deep=True) == []
+        assert stages_run.run_stage("download", tiny_config(source), store)[0].problems(deep=True) == []
 
 
 def test_a_cache_that_cannot_be_written_is_one_line(
@@ -529,10 +522,8 @@ def test_of_ten_runs_at_once_one_builds_and_nine_find(source: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("kind", ["disk", "s3"])
-def test_without_leases_there_is_one_manifest_and_files_never_mix(
-    kind: str, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    url = place(kind, tmp_path, request, monkeypatch)
+def test_without_leases_there_is_one_manifest_and_files_never_mix(kind: str, place: Callable[[str], str]) -> None:
+    url = place(kind)
     said = together("commit", url, 4)
     assert len(set(said)) == 1
     artifact = the(Store(url))
@@ -597,12 +588,10 @@ def test_a_holder_that_was_stopped_past_its_lease_loses_cleanly(
 ) -> None:
     monkeypatch.setattr(store_lease, "LEASE_SECONDS", 0.6)
     store, told = Store(str(tmp_path)), []
-    with subprocess.Popen(
-        [sys.executable, "-c", HELD, store.root], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as stopped:
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", HELD, store.root], cwd=ROOT, text=True, **pipes) as stopped:
         try:
             assert stopped.stdout is not None
-            assert stopped.stdin is not None
             assert stopped.stdout.readline() == "building\n"
             stopped.send_signal(signal.SIGSTOP)
             with hold_lease(store, "shard", "f0", notify=told.append), new_attempt(store, "shard", "f0") as attempt:

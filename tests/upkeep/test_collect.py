@@ -81,7 +81,7 @@ def test_files_of_a_retired_artifact_stay_for_the_grace_and_a_run_may_adopt_them
 
 def test_what_a_run_has_begun_after_a_retirement_is_not_abandoned(store: Store) -> None:
     made_from(store, "train", "old", ago=9000)
-    assert collected(store, keep_last=0, grace=EVERYTHING) == [("artifact", "train/old"), ("attempt", "train/old")]
+    collected(store, keep_last=0, grace=EVERYTHING)
     age(Path(store.path("train", "old", "retired.json")))
     with new_attempt(store, "train", "old") as attempt:
         fill(attempt, {"x.bin": b"x"})
