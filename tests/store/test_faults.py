@@ -1,5 +1,6 @@
 """What goes wrong and what becomes of it: each row of the table in docs/storage.md, by script and by real kills."""
 
+import contextlib
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
@@ -380,7 +382,7 @@ def test_a_cache_that_cannot_be_written_is_one_line(
                     use()
                 assert "\n" not in str(said.value)
         assert Store("faulty://place").find("shard", "f0") is not None
-    assert stages_run.run_stage("download", tiny_config(source), Store(str(tmp_path / "store")))[1]["status"] == "built"
+    assert stages_run.run_stage("download", tiny_config(source), Store(str(tmp_path / "store")))[0].check()
 
 
 # Several at once
@@ -434,32 +436,24 @@ def test_a_collector_that_cannot_list_everything_removes_nothing(
 
 
 def test_readers_beside_a_collector_get_all_or_a_clear_error(tmp_path: Path) -> None:
-    store, stop = Store(str(tmp_path)), threading.Event()
-    seen: list[dict[str, bytes] | None] = []
+    store, seen = Store(str(tmp_path)), []
+    stop = threading.Event()
 
-    def read() -> None:
+    def collecting() -> None:
         while not stop.is_set():
-            found = store.find("shard", "f0")
-            if found is None:
-                continue
-            try:
-                folder = found.local()
-                seen.append({name: (folder / name).read_bytes() for name in FILES})
-            except (Damaged, FileNotFoundError):  # it was collected while it was read
-                seen.append(None)
-
-    reader = threading.Thread(target=read)
-    reader.start()
-    try:
-        rounds = 0
-        while rounds < 10 or FILES not in seen:
             committed(store, FILES)
             list(collect.collect(store, keep_last=0, grace=-60))
-            rounds += 1
-    finally:
+
+    with ThreadPoolExecutor(1) as pool:
+        collector = pool.submit(collecting)
+        while not collector.done() and (len(seen) < 10 or FILES not in seen):
+            if found := store.find("shard", "f0"):
+                with contextlib.suppress(Damaged, FileNotFoundError):  # it was collected while it was read
+                    folder = found.local()
+                    seen.append({name: (folder / name).read_bytes() for name in FILES})
         stop.set()
-        reader.join()
-    assert all(read in (None, FILES) for read in seen)
+        collector.result()
+    assert all(read == FILES for read in seen)
 
 
 # Processes that begin at the same moment: one imports everything, then forks the others, which have opened nothing yet.
@@ -558,12 +552,11 @@ def test_clocks_a_day_apart_change_nothing(days: int, tmp_path: Path, monkeypatc
     assert lost.manifest == won.manifest
     folder = store.open("shard/f0").local()
     assert {p.name for p in folder.iterdir() if p.is_file()} == {"a.bin", "theirs"}
-    with monkeypatch.context() as elsewhere:  # a lease is not older for a clock that is ahead
-        elsewhere.setattr(time, "time", lambda now=time.time: now() + shift.total_seconds())
-        monkeypatch.setattr(store_lease, "LEASE_SECONDS", 0.6)
-        with hold_lease(store, "shard", "f1") as mine:
-            time.sleep(1)
-            assert store.read_json(store.path("shard", "f1", "lease.json"))["holder"] == mine["holder"]
+    monkeypatch.setattr(store_lease, "LEASE_SECONDS", 0.6)  # a lease is not older for a clock that is ahead
+    monkeypatch.setattr(time, "time", lambda now=time.time: now() + shift.total_seconds())
+    with hold_lease(store, "shard", "f1") as mine:
+        time.sleep(1)
+        assert store.read_json(store.path("shard", "f1", "lease.json"))["holder"] == mine["holder"]
 
 
 HELD = """

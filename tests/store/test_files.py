@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import aiohttp
 import botocore.exceptions
@@ -117,15 +116,6 @@ def test_what_does_not_pass_is_given_up_after_the_time_that_is_set(
     assert 40 - retry.LONGEST_PAUSE <= sum(pauses) <= 40
 
 
-def test_digits_of_a_path_are_no_answer_of_a_server(faulty: type[Faulty], pauses: list[float]) -> None:
-    full = OSError(errno.ENOSPC, "No space left on device", "/cache/shard-15036af502c504/x")
-    faulty.script[:] = [Fault("cat_file", lambda: full, times=1)]
-    there = Storage("faulty://place")
-    with pytest.raises(OSError, match="No space left"):
-        there.read(there.path("x.json"))
-    assert pauses == []
-
-
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_refusal_is_one_line_at_once(name: str, faulty: type[Faulty], pauses: list[float]) -> None:
     faulty.script[:] = [Fault(request, REFUSED[name], times=9) for request in ("cat_file", "pipe_file", "find")]
@@ -139,7 +129,14 @@ def test_a_refusal_is_one_line_at_once(name: str, faulty: type[Faulty], pauses: 
     assert pauses == []
 
 
-@pytest.mark.parametrize("error", [no_space, lambda: OSError(errno.EIO, "broken"), lambda: ValueError("a bug")])
+def full_cache() -> OSError:
+    """Digits of a path are no answer of a server."""
+    return OSError(errno.ENOSPC, "No space left on device", "/cache/shard-15036af502c504/x")
+
+
+@pytest.mark.parametrize(
+    "error", [no_space, full_cache, lambda: OSError(errno.EIO, "broken"), lambda: ValueError("bug")]
+)
 def test_what_stays_as_it_is_is_not_asked_again(
     error: Callable[[], BaseException], faulty: type[Faulty], pauses: list[float]
 ) -> None:
@@ -508,24 +505,17 @@ def test_the_cache_throws_out_what_was_used_longest_ago_and_never_what_is_in_use
 
 @remotely
 def test_what_was_fetched_is_read_offline_without_asking_the_store(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    read(committed(Store(place), FILES))
-    assert Store(place).find("shard", "f0") is not None
-    committed(Store(place), FILES, fingerprint="f1")
-    Store(place).find("shard", "f1")
+    for fingerprint in ("f0", "f1"):
+        committed(Store(place), FILES, fingerprint=fingerprint)
+        assert Store(place).find("shard", fingerprint) is not None
+    read(Store(place).open("shard/f0"))
 
-    def asked(*_: Any) -> None:
-        raise AssertionError("the store was asked")
-
-    monkeypatch.setattr(Storage, "patiently", asked)
+    monkeypatch.delattr(Storage, "patiently")  # whatever asks the store fails
     monkeypatch.setenv("NANODLM_OFFLINE", "1")
-    found = Store(place).find("shard", "f0")
-    assert found is not None
-    assert read(found) == FILES
+    assert read(Store(place).open("shard/f0")) == FILES
     assert Store(place).find("shard", "f9") is None
-    never_fetched = Store(place).find("shard", "f1")
-    assert never_fetched is not None
     with pytest.raises(NanodlmError, match=r"not wholly in the cache \(.* is missing\): unset NANODLM_OFFLINE"):
-        never_fetched.local()
+        Store(place).open("shard/f1").local()
 
 
 @remotely
