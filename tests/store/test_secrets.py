@@ -68,18 +68,14 @@ def in_bucket(url: str) -> Iterator[bytes]:
 
 
 @pytest.fixture
-def home(tmp_path: Path) -> Path:
-    for name in ("home", "tmp"):
-        (tmp_path / name).mkdir()
-    return tmp_path / "home"
-
-
-@pytest.fixture
-def planted(moto_server: servers.Server, home: Path) -> dict[str, str]:
+def planted(moto_server: servers.Server, tmp_path: Path) -> dict[str, str]:
     """An environment with a secret in every place, whose folders are the test's own."""
+    home, scratch = tmp_path / "home", tmp_path / "tmp"
+    home.mkdir()
+    scratch.mkdir()
     own = {
         "HOME": str(home),
-        "TMPDIR": str(home.parent / "tmp"),
+        "TMPDIR": str(scratch),
         "NANODLM_CACHE": str(home / "cache"),
         "PREFECT_HOME": str(home / "prefect"),
         "WANDB_MODE": "offline",
@@ -96,10 +92,10 @@ def planted(moto_server: servers.Server, home: Path) -> dict[str, str]:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_commands_and_the_orchestrator_leave_no_secret_anywhere(
-    planted: dict[str, str], s3_environment: None, home: Path
+    planted: dict[str, str], s3_environment: None
 ) -> None:
     fsspec.filesystem("s3").mkdir("commands")
-    store, outputs = "s3://commands/runs", []
+    home, store, outputs = Path(planted["HOME"]), "s3://commands/runs", []
     config = tiny(exp={"use_wandb": True, "use_tensorboard": True, "save_every": 100})
     (home / "config.json").write_text(config.model_dump_json())
 

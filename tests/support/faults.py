@@ -96,8 +96,8 @@ def scripted(*faults: Fault) -> Iterator[type[Faulty]]:
 
 
 def no_space() -> OSError:
-    """What a full disk says."""
-    return OSError(errno.ENOSPC, "No space left on device")
+    """What a full disk says; the digits of the path are no answer of a server."""
+    return OSError(errno.ENOSPC, "No space left on device", "/cache/shard-15036af502c504/x")
 
 
 def answer(status: int, code: str) -> Exception:

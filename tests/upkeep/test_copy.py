@@ -14,12 +14,9 @@ from nanodlm.stages import run
 from nanodlm.store import Artifact, Store
 from nanodlm.store.files import Storage
 from nanodlm.upkeep import adopt, collect, copy, verify
+from tests.store.support import Killed
 from tests.support.helpers import committed, copied, flip, prose, tiny_config
 from tests.upkeep.support import CHAIN, EVERYTHING, Made, said, statuses, told
-
-
-class Cut(Exception):
-    """Stands for a kill."""
 
 
 def test_a_store_copied_there_and_back_is_the_same(master: Made, remote: Store, tmp_path: Path) -> None:
@@ -46,12 +43,12 @@ def test_a_copy_that_was_cut_off_goes_on_without_sending_again_what_is_there(
     def counting(self: Storage, pairs: Any, done: Any = lambda _: None, *, until: int = 1000) -> None:
         for local, target in pairs:
             if len(sent) >= until:
-                raise Cut
+                raise Killed
             put(self, [(local, target)], done)
             sent.append(target)
 
     monkeypatch.setattr(Storage, "put", lambda *args: counting(*args, until=2))
-    with pytest.raises(Cut):
+    with pytest.raises(Killed):
         copied(master.store, store, [("shard", shard.fingerprint)])
     assert store.find("shard", shard.fingerprint) is None, "it counts when it is whole"
     flip(Path(sent.pop()))  # it was in the middle of this one
