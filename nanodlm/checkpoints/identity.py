@@ -11,10 +11,7 @@ FREE = ("model.init_seed", "model.seq_len", "model.dtype")  # settings of `model
 
 
 def describe_run(config: Config, dataset: str, encoding: str, key: jax.Array) -> Json:
-    """Return what every checkpoint of a run remembers, as JSON; it must be the same when one is continued.
-
-    `dataset` and `encoding` are digests of the shard and the tokenizer artifact; `key` is the key of all updates.
-    """
+    """Return what every checkpoint of a run remembers, with the digests of its `dataset` and token `encoding`."""
     return {
         "config": config.training(),
         "corpus": config.data.model_dump(mode="json"),

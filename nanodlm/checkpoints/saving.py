@@ -46,10 +46,7 @@ class Checkpoints:
     """Saves in the background, and keeps the last few and the best; use as a context manager."""
 
     def __init__(self, attempt: Attempt | None, run: Json, *, keep: int, keep_best: int = 0):
-        """Work in an attempt's folder, which all processes must be able to write; only the first has the attempt.
-
-        What `describe_run` says of the `run` is saved with every checkpoint, and compared when one is continued.
-        """
+        """Work in an attempt's folder, which all processes can write; `run` is what `describe_run` says of it."""
         self._attempt, self._run, self._keep, self._keep_best = attempt, run, keep, keep_best
         folder, self._uri = from_leader([str(attempt.path.absolute()), attempt.uri("")] if attempt else None)
         self._folder = Path(folder)
@@ -78,9 +75,8 @@ class Checkpoints:
     def save(self, state: State, step: int, **info: Any) -> None:
         """Start saving after update `step`; the save before it is written first.
 
-        It counts as soon as it is written, hashed and, in a remote store, published, in the background: training goes
-        on while a storage does not answer, until `QUEUE` saves wait. The state may be donated as soon as this returns;
-        `info` is JSON that `restore` gives back.
+        It counts once it is written, hashed and published, in the background: training goes on while a storage does not
+        answer, until `QUEUE` saves wait. The state may be donated at once; `info` is JSON that `restore` gives back.
         """
         if self._written:
             self._written.result()
@@ -90,8 +86,7 @@ class Checkpoints:
         self._checkpointer.save(self._folder / step_name(step), args=ocp.args.Composite(**args))
         skipped = {"skipped": int(state["skipped"])} if "skipped" in state else {}
         self._written = self._writer.submit(self._checkpointer.wait_until_finished)
-        record = {**self._run, **skipped, **info}
-        self._pending.append(self._recorder.submit(self._record, step, record, self._written))
+        self._pending.append(self._recorder.submit(self._record, step, {**self._run, **skipped, **info}, self._written))
 
     def finish(self) -> None:
         """Wait until every save is recorded, and raise what went wrong with one."""
@@ -102,9 +97,8 @@ class Checkpoints:
         """Wait for a save, record it, and drop the checkpoints that neither `keep` nor `keep_best` holds."""
         written.result()
         if self._attempt:
-            found = (self._folder / step_name(step)).rglob("*")
-            files = [p.relative_to(self._folder).as_posix() for p in found if p.is_file()]
-            self._attempt.finish(step_name(step), files, **info)
+            found = [path for path in (self._folder / step_name(step)).rglob("*") if path.is_file()]
+            self._attempt.finish(step_name(step), (path.relative_to(self._folder).as_posix() for path in found), **info)
         self._scores[step] = _score_of(info)
         for old in self._scores.keys() - retained(self._scores, self._keep, self._keep_best):
             if self._attempt:
@@ -114,27 +108,24 @@ class Checkpoints:
     def last(self, before: int) -> str:
         """Return the address of the newest checkpoint of an update before this one; empty when there is none."""
         self.finish()
-        known = self._origin | {step: self._address(step) for step in self._scores}
+        known = self._origin | {step: self._uri + step_name(step) for step in self._scores}
         steps = [step for step in known if step < before]
         return known[max(steps)] if steps else ""
-
-    def _address(self, step: int) -> str:
-        return self._uri + step_name(step)
 
     def best(self) -> int | None:
         """Return the update of the best checkpoint that is kept; None when none was scored."""
         return min(((score, step) for step, score in self._scores.items() if score is not None), default=(0, None))[1]
 
     def restore(self, abstract: State, allowed: tuple[str, ...] = ()) -> tuple[State, Json] | None:
-        """Return the newest whole checkpoint of an earlier attempt and its info, or None; take over the best ones too.
+        """Read the newest whole checkpoint of an earlier attempt, if one is, as `abstract` (shapes and shardings) says.
 
-        `abstract` is the state's shapes, types and shardings, as `jax.eval_shape` gives them; see `check_run`.
+        The best ones are taken over too. What it remembers may differ in what is `allowed`.
         """
         found = from_leader(self._adopt(self._attempt) if self._attempt else None)
         if found is None:
             return None
         step, info, scores = found
-        check_run(info, self._run, allowed, f"the checkpoint {self._address(step)}")
+        check_run(info, self._run, allowed, f"the checkpoint {self._uri}{step_name(step)}")
         self._scores = dict(scores)
         return _restore(self._checkpointer, self._folder / step_name(step), abstract, info), info
 
@@ -168,11 +159,10 @@ class Checkpoints:
 
 def _appears(folder: Path) -> bool:
     """Wait until a folder is there, for 70 s: a network's disk may remember for a minute that it was not."""
-    for _ in range(350):
-        if folder.is_dir():
-            return True
+    deadline = time.monotonic() + 70
+    while not folder.is_dir() and time.monotonic() < deadline:
         time.sleep(0.2)
-    return False
+    return folder.is_dir()
 
 
 def _score_of(info: Json) -> float | None:

@@ -4,8 +4,7 @@
       manifest.json        the only commit point: written last, created once
       attempts/{id}/...    the files of one attempt; another attempt never writes there
       attempts/{id}/parts/{name}.json   a finished part (a shard, a checkpoint): its files and their sha256
-      lease.json           tells a second run to wait, and others how far the first is; nothing's correctness
-                           depends on it
+      lease.json           tells a second run to wait, and others how far the first is; correctness needs it not
 
 An artifact exists when its manifest does. A killed attempt leaves finished parts, which the next attempt
 adopts after checking their sha256. Readers call `Artifact.local()`, which checks every file first.
@@ -17,7 +16,7 @@ mend `NanodlmError`.
 
 from nanodlm.store.attempt import Attempt, new_attempt
 from nanodlm.store.lease import hold_lease, lease_events
-from nanodlm.store.manifest import SCHEMA, Item, Json, canonical_json, fingerprint_of, sealed
+from nanodlm.store.manifest import SCHEMA, Item, Json, fingerprint_of, sealed
 from nanodlm.store.part import Part, finished_parts, read_part
 from nanodlm.store.store import Artifact, Store
 
@@ -29,7 +28,6 @@ __all__ = [
     "Json",
     "Part",
     "Store",
-    "canonical_json",
     "fingerprint_of",
     "finished_parts",
     "hold_lease",

@@ -15,7 +15,7 @@ from typing import Any
 
 from nanodlm.errors import Damaged, NanodlmError
 from nanodlm.store.cache import drop, hold
-from nanodlm.store.disk import describe, is_whole, is_within
+from nanodlm.store.disk import describe, is_whole, is_within, list_files
 from nanodlm.store.files import show_transfer
 from nanodlm.store.manifest import MANIFEST, PACKAGES, Json, digest_of, safe, sealed, utc_now
 from nanodlm.store.part import finished_parts, read_part
@@ -43,10 +43,7 @@ class Attempt:
         return self.store.path(self.stage, self.fingerprint, "attempts", self.id, *relative)
 
     def finish(self, name: str, files: Iterable[str], **info: Any) -> None:
-        """Record files (relative paths), which will not change any more, as a finished part.
-
-        A later attempt may adopt it, and then reads `info`, which is JSON. The name may contain slashes.
-        """
+        """Record files (relative paths), which will not change any more, as a finished part, with JSON as `info`."""
         described = [describe(self.path, file) for file in sorted(files)]
         self._publish(described, lambda *_, **__: None)
         self._record(name, described, info)
@@ -164,8 +161,7 @@ class Attempt:
             replace: Put this in the place of an existing manifest whose digest differs (an explicit rebuild).
         """
         known = {file["path"]: file for part in self._parts.values() for file in part["files"]}
-        names = sorted(p.relative_to(self.path).as_posix() for p in self.path.rglob("*") if p.is_file())
-        names = [name for name in names if not name.startswith("parts/")]
+        names = sorted(name for name in list_files(str(self.path)) if not name.startswith("parts/"))
         with ThreadPoolExecutor(4, thread_name_prefix="hash") as pool:
             files = list(pool.map(lambda name: known.get(name) or describe(self.path, name), names))
         self._publish([file for file in files if file["path"] not in known], self.store.emit)
@@ -210,8 +206,7 @@ class Attempt:
 def new_attempt(store: Store, stage: str, fingerprint: str, *, afresh: bool = False) -> Iterator[Attempt]:
     """Make a new attempt at an artifact. Any number may go on at once: the first to commit wins.
 
-    One made `afresh` leaves aside what was finished before the artifact was committed: it continues only an
-    interrupted rebuild. A store that cannot be written, or cannot create a file only once, is refused before any work.
+    One made `afresh` continues only an interrupted rebuild. A store that cannot be written is refused before any work.
     """
     try:
         store.require_create_only()

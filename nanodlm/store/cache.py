@@ -7,8 +7,7 @@
     {cache}/lock                         held while entries are opened or thrown out
 
 An entry is all copies of one artifact, or the files that one attempt is making. Locks are the kernel's (`flock`), so
-they end with the process that holds them, however it ends. filelock's `FileLock` is that, exclusively; for the use of
-an entry, which processes share, it has only a lock in an SQLite file, which a forked process must not touch.
+they end with their process. filelock's shared lock is in an SQLite file, which a forked process must not touch.
 """
 
 import contextlib
@@ -50,10 +49,7 @@ def limit() -> int:
 
 
 def hold(name: str, needed: int = 0) -> Path:
-    """Open an entry, keep it until this process ends, and return the folder for its files.
-
-    Entries that nobody uses, the least recently used first, are thrown out for the bytes that are `needed`.
-    """
+    """Open an entry until this process ends, make room for the bytes `needed`, and return the folder for its files."""
     entry = cache_dir() / "entries" / name
     try:
         cache_dir().mkdir(parents=True, exist_ok=True)
@@ -94,16 +90,14 @@ def fetch(
     to local paths; what arrives altered is not kept. `arrived` is called with numbers of bytes that are there.
     """
 
-    def arriving_at(path: str) -> Path:
-        """Return where a file lies until it is verified, beside the lock of who fetches it."""
-        return folder.parent / "arriving" / hashlib.sha256(path.encode()).hexdigest()[:16] / "file"
-
     def fetch_some(some: list[Json]) -> int:
-        arriving = {file["path"]: arriving_at(file["path"]) for file in some}
+        arriving = {}  # where files lie until they are verified, each beside the lock of who fetches it
         with contextlib.ExitStack() as locks:
-            for path in arriving.values():  # everyone takes locks in the order of paths, so nobody deadlocks
-                path.parent.mkdir(parents=True, exist_ok=True)
-                locks.enter_context(FileLock(path.with_name("lock")))
+            for path in (file["path"] for file in some):  # in the order of paths for everyone, so nobody deadlocks
+                own = folder.parent / "arriving" / hashlib.sha256(path.encode()).hexdigest()[:16]
+                own.mkdir(parents=True, exist_ok=True)
+                locks.enter_context(FileLock(own / "lock"))
+                arriving[path] = own / "file"
             missing = [file for file in some if not is_whole(folder / file["path"], file)]
             if missing:
                 get([(file["path"], arriving[file["path"]]) for file in missing])

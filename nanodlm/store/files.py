@@ -33,13 +33,7 @@ CREATE_ONLY = {"file", "local", "s3", "s3a", "gs", "gcs", "memory"}
 
 
 class Storage:
-    """Files below one URL.
-
-    Attributes:
-        fs: fsspec's file system, for what is not asked here.
-        root: Path of the URL on it, without a slash at the end.
-        is_local: Whether that is this machine's disk.
-    """
+    """Files below one URL, which is the path `root` on fsspec's file system `fs`."""
 
     def __init__(self, url: str):
         """Connect; nothing is created or asked yet. A `UsageError` says why no store can be at a URL."""
@@ -134,8 +128,8 @@ class Storage:
     def write_json(self, path: str, value: Any, *, create_only: bool = False) -> bool:
         """Write a file whole. With `create_only` return False, changing nothing, when it exists.
 
-        A creation whose acknowledgement was lost counts as one, whether it is repeated here or by the driver: the file
-        then holds what was to be written. So no two writers may create the same content at one path.
+        A creation whose acknowledgement was lost counts as one, whoever repeats it: the file then holds what was to be
+        written. So no two writers may create the same content at one path.
         """
         data = json.dumps(value, indent=1, sort_keys=True).encode()
         if self.is_local:

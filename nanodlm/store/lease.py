@@ -34,11 +34,8 @@ def hold_lease(
     Ages are measured by this process's own clock, so clocks that differ cannot mislead it. One that stopped (a
     paused process) is taken over after `LEASE_SECONDS`, and then lost to its holder; nothing rests on it.
 
-    `notify` is called with a sentence that says who is being waited for. `inputs` are the fingerprints, by stage, of
-    what is read meanwhile, which a collection then keeps.
-
-    Yields:
-        What the lease says of this holder. Others read what it puts under `events` from the next beat on.
+    `notify` is told who is being waited for. What is read meanwhile, the fingerprints of `inputs` by stage, is kept by
+    collections. What is yielded is what the lease says: others read its `events` from the next beat on.
     """
     holder: Json = {"holder": secrets.token_hex(8), "host": socket.gethostname(), "pid": os.getpid()}
     holder |= {"inputs": inputs or {}, "events": {}}

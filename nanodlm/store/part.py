@@ -46,10 +46,7 @@ class Part:
 
 
 def read_part(storage: Storage, path: str, **of: str) -> Json | None:
-    """Return the record of a finished part, or None when there is none that is whole.
-
-    It must be `of` these: `stage`, `fingerprint`, and its own name as `part`.
-    """
+    """Return the record of a finished part, or None when none is whole and `of` this stage, fingerprint and part."""
     part = storage.read_json(path)
     if not isinstance(part, dict) or not part.keys() >= {"files", "info"} or part != sealed(part):
         return None

@@ -94,16 +94,11 @@ class Artifact:
 
     def remedy(self, problem: str, *, deep: bool = False) -> str:
         """Return the line that says what is wrong with it and what to do."""
-        return (
-            f"the {self.stage} artifact is damaged: {problem}; `nanodlm verify {self.uri} "
-            f"{'--deep ' if deep else ''}--repair` builds what is bad again"
-        )
+        command = f"nanodlm verify {self.uri} {'--deep ' if deep else ''}--repair"
+        return f"the {self.stage} artifact is damaged: {problem}; `{command}` builds what is bad again"
 
     def local(self, *only: str) -> Path:
-        """Return a local folder with its files (`only` as in `files`), each checked against its sha256.
-
-        Files of a remote store are fetched, several at a time, into the cache, and stay there while this process lives.
-        """
+        """Return a local folder with its files, fetched if they are remote, each compared with its sha256."""
         if self.store.is_local:
             self.check(*only, deep=True)
             return Path(self.folder)

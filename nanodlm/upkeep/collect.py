@@ -47,12 +47,10 @@ def collect(
 ) -> Iterator[Json]:
     """Remove abandoned attempts and uploads, and, when asked, old results; yield `kind`, `uri` and `bytes` of each.
 
-    Results are artifacts that no other was made from. All that a kept one was made from is kept. A result that is
-    given up loses its manifest now, and its files at the first collection `grace` later, so that whoever is reading
-    it can finish, and a run that needs it again adopts its parts.
-
-    The newest `keep_last` results stay, and those that are younger than `older_than` seconds: all, when both are None.
-    Whatever has changed in the last `grace` seconds is left alone.
+    Results are artifacts that no other was made from. The newest `keep_last` stay, and those that are younger than
+    `older_than` seconds (all, when both are None), with all that they were made from. A result that is given up loses
+    its manifest now, and its files at the first collection `grace` seconds later, so that whoever is reading it can
+    finish, and a run that needs it again adopts its parts. What has changed so lately is left alone.
     """
     if keep_last is not None and keep_last < 0:
         raise UsageError(f"--keep-last counts results to keep, from 0, not {keep_last}")
@@ -142,9 +140,9 @@ def _needed(artifacts: dict[Item, Artifact], needed: set[Item], keep_last: int, 
 def _abandoned(stage: str, contents: Contents, named: str, since: float, oldest: float) -> Iterator[str]:
     """Yield the attempts that nobody needs.
 
-    Kept are the one that the manifest names, and where there is no manifest those from which a run would continue (see
-    `_resumed`), unless it was retired since, or they are older than what is asked for. An attempt that another took the
-    place of may have readers still: its age is that of the manifest that is there now.
+    Kept are the one that is `named`, or where none is those from which a run would continue, unless the artifact was
+    retired since, or they are older than is asked for. An attempt that another took the place of may have readers
+    still: its age is that of the manifest that is there now.
     """
     later = {n: parts for n, parts in contents.parts.items() if contents.changed(n) > contents.retired}
     resumed = set() if named else _resumed(stage, later)

@@ -26,10 +26,7 @@ class Checked:
 
 
 def chain(store: Store, stage: str, fingerprint: str) -> list[Item]:
-    """Return an artifact and all that it was made from, in the order of the pipeline.
-
-    What a manifest that cannot be read was made from is not known, and left out.
-    """
+    """Return an artifact and all that it was made from, as far as manifests can be read, in order."""
     found, todo = set(), [(stage, fingerprint)]
     while todo:
         item = todo.pop()
@@ -72,13 +69,12 @@ def check(
     is good: finished parts that are whole are kept.
     """
     for item in artifacts:
-        artifact = None
+        artifact, repaired = None, False
         try:
             artifact = store.find(*item)
             problems = _problems(artifact, deep, emit) if artifact else ["its manifest is missing"]
         except Damaged as error:
             problems = [str(error)]
-        repaired = False
         if problems and repair:
             obstacle = _repair(store, item, artifact, _settings(store, item, artifacts), emit)
             repaired, problems = not obstacle, [*problems, *filter(None, [obstacle])]

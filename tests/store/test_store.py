@@ -19,13 +19,13 @@ from nanodlm.store import (
     Artifact,
     Attempt,
     Store,
-    canonical_json,
     fingerprint_of,
     hold_lease,
     lease_events,
     new_attempt,
 )
 from nanodlm.store import lease as store_lease
+from nanodlm.store.manifest import canonical_json
 from nanodlm.upkeep.collect import collect
 from tests.store.support import FILES, Killed, killed_attempt
 from tests.support.helpers import committed, fill, identity
