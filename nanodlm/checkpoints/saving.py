@@ -117,9 +117,9 @@ class Checkpoints:
         return min(((score, step) for step, score in self._scores.items() if score is not None), default=(0, None))[1]
 
     def restore(self, abstract: State, allowed: tuple[str, ...] = ()) -> tuple[State, Json] | None:
-        """Read the newest whole checkpoint of an earlier attempt, if one is, as `abstract` (shapes and shardings) says.
+        """Read the newest whole checkpoint of an earlier attempt, and its info, or return None; take over the best too.
 
-        The best ones are taken over too. What it remembers may differ in what is `allowed`.
+        `abstract` is the state's shapes and shardings; the checkpoint's run may differ in what is `allowed`.
         """
         found = from_leader(self._adopt(self._attempt) if self._attempt else None)
         if found is None:

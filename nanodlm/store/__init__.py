@@ -4,7 +4,7 @@
       manifest.json        the only commit point: written last, created once
       attempts/{id}/...    the files of one attempt; another attempt never writes there
       attempts/{id}/parts/{name}.json   a finished part (a shard, a checkpoint): its files and their sha256
-      lease.json           tells a second run to wait, and others how far the first is; correctness needs it not
+      lease.json           tells a second run to wait, and others how far the first is; nothing else rests on it
 
 An artifact exists when its manifest does. A killed attempt leaves finished parts, which the next attempt
 adopts after checking their sha256. Readers call `Artifact.local()`, which checks every file first.
