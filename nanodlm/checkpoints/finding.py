@@ -30,12 +30,7 @@ def step_of(name: str) -> int:
 def find_checkpoint(address: str) -> Part:
     """Find the checkpoint at an address; its files are not read yet.
 
-    Args:
-        address: `BASE/step_100` or `BASE/checkpoints/step_100`, the number with or without leading zeros, where BASE is
-            a run's folder (that of an attempt, finished or not) or a train artifact's URI.
-
-    Raises:
-        UsageError: When no finished checkpoint is there.
+    `BASE/step_100` or `BASE/checkpoints/step_100`: BASE is a run's or an attempt's folder, or a train artifact's URI.
     """
     parsed = parse_address(address)
     if parsed.checkpoint is None:

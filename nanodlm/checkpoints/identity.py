@@ -1,25 +1,17 @@
 """What a checkpoint remembers of its run, and what may differ when a run goes on from it."""
 
-from typing import Any
-
 import jax
 
 from nanodlm.config import Config, differences
 from nanodlm.errors import UsageError
+from nanodlm.store import Json
 
 FIXED = ("tokenizer", "train.optimizer")  # what a checkpoint makes no sense without, like most of `model`
 FREE = ("model.init_seed", "model.seq_len", "model.dtype")  # settings of `model` that leave its arrays as they are
 
 
-def describe_run(config: Config, dataset: str, encoding: str, key: jax.Array) -> dict[str, Any]:
-    """Return what every checkpoint of a run remembers, as JSON; it must be the same when one is continued.
-
-    Args:
-        config: The run's configuration.
-        dataset: Digest of the shard artifact.
-        encoding: Digest of the tokenizer artifact.
-        key: The key that each update's is folded from.
-    """
+def describe_run(config: Config, dataset: str, encoding: str, key: jax.Array) -> Json:
+    """Return what every checkpoint of a run remembers, with the digests of its `dataset` and token `encoding`."""
     return {
         "config": config.training(),
         "corpus": config.data.model_dump(mode="json"),
@@ -29,17 +21,10 @@ def describe_run(config: Config, dataset: str, encoding: str, key: jax.Array) ->
     }
 
 
-def check_run(saved: dict[str, Any], now: dict[str, Any], allowed: tuple[str, ...], what: str) -> None:
-    """Refuse to continue another run than the one that was saved.
+def check_run(saved: Json, now: Json, allowed: tuple[str, ...], what: str) -> None:
+    """Refuse to continue a checkpoint of another run, naming every field that differs and how to allow it.
 
-    Args:
-        saved: What a checkpoint remembers.
-        now: What `describe_run` says of this run.
-        allowed: Names of what may differ.
-        what: The checkpoint, for the message.
-
-    Raises:
-        UsageError: One line with every field that differs, and how to allow that.
+    The checkpoint, which messages call `what`, remembers what was `saved`; fields that are `allowed` may differ.
     """
     if not now.keys() <= saved.keys():
         raise UsageError(f"{what} does not say what it was trained with: start anew with --exp.resume False")
@@ -59,6 +44,6 @@ def check_run(saved: dict[str, Any], now: dict[str, Any], allowed: tuple[str, ..
     raise UsageError(f"{what} is of another run ({fields}): {remedy}")
 
 
-def _compared(run: dict[str, Any]) -> dict[str, Any]:
+def _compared(run: Json) -> Json:
     digests = {name: run[name] for name in ("dataset", "tokenizer")}
     return {**run["config"], **digests, "key": run["key"]["implementation"]}

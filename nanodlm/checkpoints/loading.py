@@ -2,7 +2,6 @@
 
 import hashlib
 import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,8 @@ from flax import nnx
 from jax.experimental.multihost_utils import process_allgather
 
 from nanodlm.build import make_model
-from nanodlm.checkpoints.finding import step_of
-from nanodlm.config import load_config, refuse_secrets
+from nanodlm.checkpoints.finding import step_name, step_of
+from nanodlm.config import load_config, parse_address
 from nanodlm.data import tokenizer
 from nanodlm.data.vocabulary import Vocabulary
 from nanodlm.errors import NanodlmError
@@ -38,48 +37,43 @@ def load(uri: str) -> tuple[Transformer, tiktoken.Encoding]:
         model, tokenizer = nanodlm.load("data/store/train/3f2a…")
         logits = model(x_t, t)
     """
-    base, _, step = refuse_secrets(uri).rstrip("/").removesuffix("/manifest.json").partition("/checkpoints/")
-    address = re.sub(r"/attempts/[^/]+$", "", base)  # that of the artifact, when a run has committed its folder
-    parts = address.rsplit("/", 2)
-    is_artifact = len(parts) == 3 and re.fullmatch(r"[0-9a-f]{8,64}", parts[2])
-    artifact = Store(parts[0]).find(parts[1], parts[2]) if is_artifact else None
+    folder, store, stage, fingerprint, step = parse_address(uri)
+    is_artifact = store and re.fullmatch(r"[0-9a-f]{8,64}", fingerprint)
+    artifact = Store(store).find(stage, fingerprint) if is_artifact else None
     if artifact is None:
-        if step and Path(base).is_dir():  # of a run under way, or a copy of a run's folder
-            return load_folder(Path(base), step)
+        if step is not None and Path(folder).is_dir():  # of a run under way, or a copy of a run's folder
+            return load_folder(Path(folder), step)
         raise NanodlmError(
             f"no model at {uri!r}: name an artifact, as `nanodlm ls` prints it, or a checkpoint's folder"
         )
     if artifact.stage != "train":
-        if "train" not in artifact.manifest["inputs"]:
+        inputs = dict(artifact.inputs)
+        if "train" not in inputs:
             raise NanodlmError(f"{uri} is a {artifact.stage} artifact, made before any model")
-        artifact = artifact.store.open(f"train/{artifact.manifest['inputs']['train']['fingerprint']}")
+        artifact = artifact.store.open(f"train/{inputs['train']}")
     return load_artifact(artifact, step)
 
 
-def load_artifact(artifact: Artifact, step: str = "") -> tuple[Transformer, tiktoken.Encoding]:
-    """Load one checkpoint (the last by default) of a train artifact; no more of it is read than that.
-
-    Raises:
-        NanodlmError: When it has no such checkpoint.
-        Damaged: When a file is not what the manifest says.
-    """
+def load_artifact(artifact: Artifact, step: int | None = None) -> tuple[Transformer, tiktoken.Encoding]:
+    """Load one checkpoint (the last by default) of a train artifact; no more of it is read than that."""
     paths = [file["path"] for file in artifact.files("checkpoints/")]
-    step = _choose({path.split("/")[1] for path in paths}, step, artifact.uri)
-    folder = f"checkpoints/{step}"
+    steps = sorted({step_of(path.split("/")[1]) for path in paths})
+    step = steps[-1] if step is None else step
+    if step not in steps:
+        have = ", ".join(f"step_{number}" for number in steps)
+        raise NanodlmError(f"no checkpoint step_{step} in {artifact.uri}: there are {have}")
+    folder = step_name(step)
     item = "ema_state" if any(path.startswith(f"{folder}/ema_state/") for path in paths) else "model_state"
     return load_folder(artifact.local("config.json", "tokenizer/", f"{folder}/{item}/", f"{folder}/_"), step)
 
 
-def load_folder(folder: Path, step: str = "") -> tuple[Transformer, tiktoken.Encoding]:
-    """Load one checkpoint (the last by default) in a run's folder, beside its config and tokenizer.
-
-    Raises:
-        NanodlmError: When there is no such checkpoint.
-    """
+def load_folder(folder: Path, step: int) -> tuple[Transformer, tiktoken.Encoding]:
+    """Load one checkpoint in a run's folder, beside its config and tokenizer."""
     config = load_config(str(folder / "config.json"))
     encoding = tokenizer.load(folder / "tokenizer")
-    found = (path.name for path in (folder / "checkpoints").glob("*"))
-    checkpoint = (folder / "checkpoints" / _choose(found, step, str(folder))).absolute()
+    checkpoint = (folder / step_name(step)).absolute()
+    if not checkpoint.is_dir():
+        raise NanodlmError(f"no checkpoint step_{step} in {folder}")
     graphdef, abstract = nnx.split(nnx.eval_shape(lambda: make_model(config, Vocabulary.of(encoding))))
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     target = jax.tree.map(
@@ -90,17 +84,6 @@ def load_folder(folder: Path, step: str = "") -> tuple[Transformer, tiktoken.Enc
         args = ocp.args.Composite(**{item: ocp.args.StandardRestore(target)})  # type: ignore[call-arg]
         params = checkpointer.restore(checkpoint, args=args)[item]
     return nnx.merge(graphdef, params), encoding
-
-
-def _choose(names: Iterable[str], step: str, where: str) -> str:
-    """Return the name of a checkpoint among names of folders, the last one by default; `step_100` is `step_000100`."""
-    steps = {step_of(name): name for name in names if step_of(name) >= 0}
-    wanted = step_of(f"step_{step.removeprefix('step_')}") if step else max(steps, default=-1)
-    chosen = steps.get(wanted)
-    if chosen is None:
-        have = ", ".join(steps[number] for number in sorted(steps)) or "none"
-        raise NanodlmError(f"no checkpoint {step} in {where}: there are {have}")
-    return chosen
 
 
 def parameters_sha256(params: Any) -> str:

@@ -25,7 +25,7 @@ from nanodlm.checkpoints.finding import find_checkpoint, step_name, step_of
 from nanodlm.checkpoints.identity import check_run
 from nanodlm.devices.hosts import from_leader
 from nanodlm.errors import NanodlmError, UsageError
-from nanodlm.store import Attempt
+from nanodlm.store import Attempt, Json
 
 logging.getLogger("absl").setLevel(logging.ERROR)
 
@@ -33,9 +33,7 @@ QUEUE = 4  # saves that may wait to be published
 
 
 def retained(scores: dict[int, float | None], keep: int, keep_best: int) -> set[int]:
-    """Return the steps of the checkpoints that stay: the latest `keep`, and the `keep_best` with the lowest scores.
-
-    `keep` is at least 1, so that the latest always stays.
+    """Return the steps of the checkpoints that stay: the latest `keep`, at least 1, and the `keep_best` best.
 
     >>> sorted(retained({10: 3.0, 20: 1.0, 30: 2.0, 40: None}, keep=1, keep_best=1))
     [20, 40]
@@ -47,15 +45,8 @@ def retained(scores: dict[int, float | None], keep: int, keep_best: int) -> set[
 class Checkpoints:
     """Saves in the background, and keeps the last few and the best; use as a context manager."""
 
-    def __init__(self, attempt: Attempt | None, run: dict[str, Any], *, keep: int, keep_best: int = 0):
-        """Work in an attempt's folder, which all processes must be able to write.
-
-        Args:
-            attempt: Where checkpoints become parts; None in processes that follow the first.
-            run: What `describe_run` says: saved with every checkpoint, compared with those that are continued.
-            keep: Latest checkpoints that stay.
-            keep_best: Best ones that stay besides.
-        """
+    def __init__(self, attempt: Attempt | None, run: Json, *, keep: int, keep_best: int = 0):
+        """Work in an attempt's folder, which all processes can write; `run` is what `describe_run` says of it."""
         self._attempt, self._run, self._keep, self._keep_best = attempt, run, keep, keep_best
         folder, self._uri = from_leader([str(attempt.path.absolute()), attempt.uri("")] if attempt else None)
         self._folder = Path(folder)
@@ -84,13 +75,8 @@ class Checkpoints:
     def save(self, state: State, step: int, **info: Any) -> None:
         """Start saving after update `step`; the save before it is written first.
 
-        It counts as soon as it is written, hashed and, in a remote store, published, in the background: training goes
-        on while a storage does not answer, until `QUEUE` saves wait.
-
-        Args:
-            state: The training state; it may be donated to the next update as soon as this returns.
-            step: Updates done.
-            **info: JSON that `restore` gives back.
+        It counts once it is written, hashed and published, in the background: training goes on while a storage does not
+        answer, until `QUEUE` saves wait. The state may be donated at once; `info` is JSON that `restore` gives back.
         """
         if self._written:
             self._written.result()
@@ -100,21 +86,19 @@ class Checkpoints:
         self._checkpointer.save(self._folder / step_name(step), args=ocp.args.Composite(**args))
         skipped = {"skipped": int(state["skipped"])} if "skipped" in state else {}
         self._written = self._writer.submit(self._checkpointer.wait_until_finished)
-        record = {**self._run, **skipped, **info}
-        self._pending.append(self._recorder.submit(self._record, step, record, self._written))
+        self._pending.append(self._recorder.submit(self._record, step, {**self._run, **skipped, **info}, self._written))
 
     def finish(self) -> None:
         """Wait until every save is recorded, and raise what went wrong with one."""
         while self._pending:
             self._pending.popleft().result()
 
-    def _record(self, step: int, info: dict[str, Any], written: Future[None]) -> None:
+    def _record(self, step: int, info: Json, written: Future[None]) -> None:
         """Wait for a save, record it, and drop the checkpoints that neither `keep` nor `keep_best` holds."""
         written.result()
         if self._attempt:
-            found = (self._folder / step_name(step)).rglob("*")
-            files = [p.relative_to(self._folder).as_posix() for p in found if p.is_file()]
-            self._attempt.finish(step_name(step), files, **info)
+            found = [path for path in (self._folder / step_name(step)).rglob("*") if path.is_file()]
+            self._attempt.finish(step_name(step), (path.relative_to(self._folder).as_posix() for path in found), **info)
         self._scores[step] = _score_of(info)
         for old in self._scores.keys() - retained(self._scores, self._keep, self._keep_best):
             if self._attempt:
@@ -124,36 +108,28 @@ class Checkpoints:
     def last(self, before: int) -> str:
         """Return the address of the newest checkpoint of an update before this one; empty when there is none."""
         self.finish()
-        known = self._origin | {step: self._address(step) for step in self._scores}
+        known = self._origin | {step: self._uri + step_name(step) for step in self._scores}
         steps = [step for step in known if step < before]
         return known[max(steps)] if steps else ""
-
-    def _address(self, step: int) -> str:
-        return self._uri + step_name(step)
 
     def best(self) -> int | None:
         """Return the update of the best checkpoint that is kept; None when none was scored."""
         return min(((score, step) for step, score in self._scores.items() if score is not None), default=(0, None))[1]
 
-    def restore(self, abstract: State, allowed: tuple[str, ...] = ()) -> tuple[State, dict[str, Any]] | None:
-        """Return the newest whole checkpoint of an earlier attempt and its info, or None; take over the best ones too.
+    def restore(self, abstract: State, allowed: tuple[str, ...] = ()) -> tuple[State, Json] | None:
+        """Read the newest whole checkpoint of an earlier attempt, and its info, or return None; take over the best too.
 
-        Args:
-            abstract: Shapes, types and shardings of the state, as `jax.eval_shape` gives them.
-            allowed: Names of what may differ from what the checkpoint remembers.
-
-        Raises:
-            UsageError: When it remembers another run.
+        `abstract` is the state's shapes and shardings; the checkpoint's run may differ in what is `allowed`.
         """
         found = from_leader(self._adopt(self._attempt) if self._attempt else None)
         if found is None:
             return None
         step, info, scores = found
-        check_run(info, self._run, allowed, f"the checkpoint {self._address(step)}")
+        check_run(info, self._run, allowed, f"the checkpoint {self._uri}{step_name(step)}")
         self._scores = dict(scores)
         return _restore(self._checkpointer, self._folder / step_name(step), abstract, info), info
 
-    def _adopt(self, attempt: Attempt) -> tuple[int, dict[str, Any], list[tuple[int, float | None]]] | None:
+    def _adopt(self, attempt: Attempt) -> tuple[int, Json, list[tuple[int, float | None]]] | None:
         """Take over the newest whole checkpoint, and the best: the former's step and info, the scores of all."""
         steps = sorted((step_of(name) for name in attempt.earlier if name.startswith("checkpoints/")), reverse=True)
         whole = ((step, info) for step in steps if (info := attempt.adopt(step_name(step))) is not None)
@@ -165,18 +141,8 @@ class Checkpoints:
         best = [b for b in retained(scores, 1, self._keep_best) - {step} if attempt.adopt(step_name(b))]
         return step, info, [(kept, scores[kept]) for kept in (step, *best)]
 
-    def start(self, address: str, abstract: State, allowed: tuple[str, ...] = ()) -> tuple[State, dict[str, Any]]:
-        """Return the checkpoint at an address, of any run, and its info.
-
-        Args:
-            address: See `find_checkpoint`.
-            abstract: As for `restore`.
-            allowed: As for `restore`.
-
-        Raises:
-            UsageError: When there is none, or it remembers another run, or its arrays do not fit.
-            Damaged: When its files are not what they were.
-        """
+    def start(self, address: str, abstract: State, allowed: tuple[str, ...] = ()) -> tuple[State, Json]:
+        """Return the checkpoint at an address (see `find_checkpoint`), of any run, and its info; else as `restore`."""
         part = find_checkpoint(address)
         check_run(part.info, self._run, allowed, f"the checkpoint {part.uri}")
         self._origin = {step_of(part.name): part.uri}
@@ -193,25 +159,24 @@ class Checkpoints:
 
 def _appears(folder: Path) -> bool:
     """Wait until a folder is there, for 70 s: a network's disk may remember for a minute that it was not."""
-    for _ in range(350):
-        if folder.is_dir():
-            return True
+    deadline = time.monotonic() + 70
+    while not folder.is_dir() and time.monotonic() < deadline:
         time.sleep(0.2)
-    return False
+    return folder.is_dir()
 
 
-def _score_of(info: dict[str, Any]) -> float | None:
+def _score_of(info: Json) -> float | None:
     """Return the bound that ranks a checkpoint: on validation rows, else on those trained on, else none."""
     return info.get("val_nats_per_token", info.get("train_nats_per_token"))
 
 
-def _items(state: State) -> dict[str, Any]:
+def _items(state: State) -> State:
     """Return what goes into a checkpoint, by the names of its folders."""
     items = {name: state[name] for name in ("model_state", "ema_state") if name in state}
     return {**items, "optimizer_state": {"optimizer": state["optimizer_state"], "step": state["step"]}}
 
 
-def _restore(checkpointer: ocp.AsyncCheckpointer, folder: Path, abstract: State, info: dict[str, Any]) -> State:
+def _restore(checkpointer: ocp.AsyncCheckpointer, folder: Path, abstract: State, info: Json) -> State:
     """Read a checkpoint's folder onto the devices that `abstract` names."""
     items = _items(abstract)
     if not (folder / "ema_state").exists():

@@ -15,9 +15,9 @@ from typing import Any
 
 from nanodlm.errors import Damaged, NanodlmError
 from nanodlm.store.cache import drop, hold
-from nanodlm.store.disk import describe, is_whole, is_within
+from nanodlm.store.disk import describe, is_whole, is_within, list_files
 from nanodlm.store.files import show_transfer
-from nanodlm.store.manifest import MANIFEST, PACKAGES, digest_of, safe, sealed, utc_now
+from nanodlm.store.manifest import MANIFEST, PACKAGES, Json, digest_of, safe, sealed, utc_now
 from nanodlm.store.part import finished_parts, read_part
 from nanodlm.store.store import Artifact, Store
 
@@ -26,20 +26,13 @@ class Attempt:
     """One try at building an artifact: a local folder whose files become the artifact at `commit`."""
 
     def __init__(self, store: Store, stage: str, fingerprint: str, afresh: bool = False):
-        """Make a new, empty attempt."""
         self.store, self.stage, self.fingerprint, self.afresh = store, stage, fingerprint, afresh
         self.id = f"{datetime.now(UTC):%Y%m%dT%H%M%S%f}-{secrets.token_hex(4)}"  # sorts by time
         self.started = time.monotonic()
-        self._parts: dict[str, dict[str, Any]] = {}
+        self._parts: dict[str, Json] = {}
         self._entry = f"attempt-{self.id}"  # of the cache, when the store is remote
-        if not store.is_local:
-            self.path = hold(self._entry)
-            return
-        self.path = Path(self._remote())
-        try:
-            self.path.mkdir(parents=True)
-        except OSError as error:
-            raise cannot_write(store, error) from error
+        self.path = Path(self._remote()) if store.is_local else hold(self._entry)
+        self.path.mkdir(parents=True, exist_ok=not store.is_local)
 
     def close(self) -> None:
         """Remove local copies of what lies in a remote store."""
@@ -50,22 +43,18 @@ class Attempt:
         return self.store.path(self.stage, self.fingerprint, "attempts", self.id, *relative)
 
     def finish(self, name: str, files: Iterable[str], **info: Any) -> None:
-        """Record files (relative paths), which will not change any more, as a finished part.
-
-        A later attempt may adopt it, and then reads `info`: anything that JSON can hold. The part's name is unique in
-        the attempt, and may contain slashes.
-        """
+        """Record files (relative paths), which will not change any more, as a finished part, with JSON as `info`."""
         described = [describe(self.path, file) for file in sorted(files)]
         self._publish(described, lambda *_, **__: None)
         self._record(name, described, info)
 
-    def _record(self, name: str, files: list[dict[str, Any]], info: dict[str, Any]) -> None:
+    def _record(self, name: str, files: list[Json], info: Json) -> None:
         # It says whose it is, so that one in another's place is not taken for that.
         part = {"stage": self.stage, "fingerprint": self.fingerprint, "part": name, "files": files, "info": info}
         self.store.write_json(self._remote("parts", f"{name}.json"), sealed(part))
         self._parts[name] = part
 
-    def _publish(self, files: list[dict[str, Any]], emit: Callable[..., None]) -> None:
+    def _publish(self, files: list[Json], emit: Callable[..., None]) -> None:
         """Copy files to the store, unless they are in it already because it is on this disk."""
         if not self.store.is_local:
             pairs = [(self.path / file["path"], self._remote(file["path"])) for file in files]
@@ -92,16 +81,12 @@ class Attempt:
         """Return the address, in the store, of a file or folder of this attempt."""
         return self.store.uri(self.stage, self.fingerprint, "attempts", self.id, name)
 
-    def info(self, name: str) -> dict[str, Any] | None:
+    def info(self, name: str) -> Json | None:
         """Return what a part that an earlier attempt finished was finished with; its files are not looked at."""
         return next((part["info"] for _, part in self._earlier_parts(name)), None)
 
-    def adopt(self, name: str) -> dict[str, Any] | None:
-        """Take over a part that an earlier attempt finished, if one's files are all still what they were.
-
-        Returns:
-            The `info` it was finished with, or None: then build it.
-        """
+    def adopt(self, name: str) -> Json | None:
+        """Take over a part that an earlier attempt finished and that is whole; return its `info`, or None: build it."""
         take = self._link if self.store.is_local else self._copy
         for base, part in self._earlier_parts(name):
             if take(base, part["files"]):
@@ -110,7 +95,7 @@ class Attempt:
             self._unlink(part["files"])  # half a part must not be committed
         return None
 
-    def _earlier_parts(self, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    def _earlier_parts(self, name: str) -> Iterator[tuple[str, Json]]:
         """Yield the folders of earlier attempts that finished a part, and its records, newest first."""
         for attempt in self.earlier.get(name, ()):
             base = self.store.path(self.stage, self.fingerprint, "attempts", attempt)
@@ -118,7 +103,7 @@ class Attempt:
             if part := read_part(self.store, f"{base}/parts/{name}.json", **of):
                 yield base, part
 
-    def _unlink(self, files: list[dict[str, Any]]) -> None:
+    def _unlink(self, files: list[Json]) -> None:
         """Remove local files and the folders that this leaves empty."""
         for file in files:
             path = self.path / safe(file["path"])
@@ -128,7 +113,7 @@ class Attempt:
                     break
                 folder.rmdir()
 
-    def _link(self, base: str, files: list[dict[str, Any]]) -> bool:
+    def _link(self, base: str, files: list[Json]) -> bool:
         """Take files of an earlier attempt on this disk over, and say if all of them are whole."""
         root = Path(self.store.path(self.stage, self.fingerprint))
         for file in files:
@@ -145,11 +130,8 @@ class Attempt:
                 return False
         return True
 
-    def _copy(self, base: str, files: list[dict[str, Any]]) -> bool:
-        """Take files of an earlier attempt in a bucket over, and say if all of them are whole.
-
-        The server copies them, so nothing is sent. What is read and compared is the copies: that is what is committed.
-        """
+    def _copy(self, base: str, files: list[Json]) -> bool:
+        """Let the server copy files of an earlier attempt, and say if all copies, which are read, are whole."""
         copies = [(f"{base}/{safe(file['path'])}", self._remote(file["path"])) for file in files]
         with contextlib.suppress(FileNotFoundError):
             self.store.copy(copies)
@@ -162,13 +144,13 @@ class Attempt:
     def commit(
         self,
         *,
-        identity: dict[str, Any],
-        metrics: dict[str, Any],
-        config: dict[str, Any] | None = None,
+        identity: Json,
+        metrics: Json,
+        config: Json | None = None,
         volatile: Iterable[str] = (),
         replace: bool = False,
     ) -> Artifact:
-        """Publish every file of the attempt's folder and write the manifest.
+        """Publish every file of the folder, write the manifest, and return the artifact, or that of who was first.
 
         Args:
             identity: What the fingerprint was made of.
@@ -177,13 +159,9 @@ class Attempt:
             volatile: Prefixes of files that hold times or logs: verified like all others, but left out of the
                 digest, because equal results may differ there.
             replace: Put this in the place of an existing manifest whose digest differs (an explicit rebuild).
-
-        Returns:
-            The committed artifact: this one, or the one that another attempt committed first.
         """
         known = {file["path"]: file for part in self._parts.values() for file in part["files"]}
-        names = sorted(p.relative_to(self.path).as_posix() for p in self.path.rglob("*") if p.is_file())
-        names = [name for name in names if not name.startswith("parts/")]
+        names = sorted(name for name in list_files(str(self.path)) if not name.startswith("parts/"))
         with ThreadPoolExecutor(4, thread_name_prefix="hash") as pool:
             files = list(pool.map(lambda name: known.get(name) or describe(self.path, name), names))
         self._publish([file for file in files if file["path"] not in known], self.store.emit)
@@ -203,17 +181,16 @@ class Attempt:
         })  # fmt: skip
         return self._write_manifest(manifest, replace)
 
-    def _write_manifest(self, manifest: dict[str, Any], replace: bool) -> Artifact:
+    def _write_manifest(self, manifest: Json, replace: bool) -> Artifact:
         """Create the manifest, or return the artifact that another attempt has committed before."""
         target = self.store.path(self.stage, self.fingerprint, MANIFEST)
         while not self.store.write_json(target, manifest, create_only=True):
             try:
                 existing = self.store.find(self.stage, self.fingerprint)
-            except Damaged:
-                existing = None
-            else:
                 if existing is None and not os.path.islink(target):  # it has been removed since
                     continue
+            except Damaged:
+                existing = None
             if existing and existing.manifest["attempt"] == self.id:  # by a creation that was said to have failed
                 return existing
             if existing and not (replace and (existing.digest != manifest["digest"] or existing.problems(deep=True))):
@@ -229,17 +206,13 @@ class Attempt:
 def new_attempt(store: Store, stage: str, fingerprint: str, *, afresh: bool = False) -> Iterator[Attempt]:
     """Make a new attempt at an artifact. Any number may go on at once: the first to commit wins.
 
-    One made `afresh` leaves aside what was finished before the artifact was committed: it continues only an
-    interrupted rebuild.
-
-    Raises:
-        NanodlmError: When the store cannot be written, or cannot create a file only once.
+    One made `afresh` continues only an interrupted rebuild. A store that cannot be written is refused before any work.
     """
-    try:  # before any work, so that a store that cannot be written says so at once
+    try:
         store.require_create_only()
+        attempt = Attempt(store, stage, fingerprint, afresh)
     except OSError as error:
         raise cannot_write(store, error) from error
-    attempt = Attempt(store, stage, fingerprint, afresh)
     try:
         yield attempt
     finally:

@@ -7,8 +7,7 @@
     {cache}/lock                         held while entries are opened or thrown out
 
 An entry is all copies of one artifact, or the files that one attempt is making. Locks are the kernel's (`flock`), so
-they end with the process that holds them, however it ends. filelock's `FileLock` is that, exclusively; for the use of
-an entry, which processes share, it has only a lock in an SQLite file, which a forked process must not touch.
+they end with their process. filelock's shared lock is in an SQLite file, which a forked process must not touch.
 """
 
 import contextlib
@@ -27,9 +26,9 @@ from filelock import FileLock
 
 from nanodlm.errors import Damaged, NanodlmError
 from nanodlm.store.disk import is_whole, list_files, write_whole
+from nanodlm.store.manifest import Json
 from nanodlm.store.retry import one_line
 
-DEFAULT_GB = 100.0
 THREADS, GROUP = 2, 8  # that fetch and verify, and files of each at once
 _held: dict[Path, IO[str]] = {}  # entries in use by this process; the open files hold their locks
 _holding = threading.Lock()
@@ -40,35 +39,17 @@ def cache_dir() -> Path:
     return Path(os.environ.get("NANODLM_CACHE") or Path.home() / ".cache" / "nanodlm")
 
 
-def offline() -> bool:
-    """Say if `$NANODLM_OFFLINE` is set: then stores are not asked, and what was fetched before is used."""
-    return os.environ.get("NANODLM_OFFLINE", "").lower() in ("1", "true", "yes")
-
-
 def limit() -> int:
-    """Return the bytes that entries may take together: `$NANODLM_CACHE_GB`, else 100 GB.
-
-    Raises:
-        NanodlmError: When that is no positive number.
-    """
-    text = os.environ.get("NANODLM_CACHE_GB") or str(DEFAULT_GB)
-    try:
-        size = float(text)
-    except ValueError:
-        size = 0.0
-    if not 0 < size < 1e9:  # neither nan nor inf
-        raise NanodlmError(f"NANODLM_CACHE_GB must be a number of gigabytes above 0, not {text!r}")
-    return int(size * 1e9)
+    """Return the bytes that entries may take together: `$NANODLM_CACHE_GB`, else 100 GB."""
+    text = os.environ.get("NANODLM_CACHE_GB") or "100"
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < 1e9:  # neither nan nor inf
+            return int(float(text) * 1e9)
+    raise NanodlmError(f"NANODLM_CACHE_GB must be a number of gigabytes above 0, not {text!r}")
 
 
 def hold(name: str, needed: int = 0) -> Path:
-    """Open an entry, keep it until this process ends, and return the folder for its files.
-
-    Entries that nobody uses, the least recently used first, are thrown out for the bytes that are `needed`.
-
-    Raises:
-        NanodlmError: When there is not so much room, or the cache cannot be written.
-    """
+    """Open an entry until this process ends, make room for the bytes `needed`, and return the folder for its files."""
     entry = cache_dir() / "entries" / name
     try:
         cache_dir().mkdir(parents=True, exist_ok=True)
@@ -101,27 +82,22 @@ def drop(name: str) -> None:
 
 
 def fetch(
-    folder: Path,
-    files: list[dict[str, Any]],
-    get: Callable[[list[tuple[str, Path]]], None],
-    arrived: Callable[[int], None] = lambda _: None,
+    folder: Path, files: list[Json], get: Callable[[list[tuple[str, Path]]], None], arrived: Callable[[int], None]
 ) -> None:
     """Make local copies of files in what `hold` returned, several at a time, of those that are not there whole.
 
     Two processes do not fetch the same file: one waits, and then finds it. `get` copies files, given by their `path`,
-    to local paths; `arrived` is called with numbers of bytes that are there.
-
-    Raises:
-        Damaged: When what arrived is not what it should be; nothing is kept of it.
-        FileNotFoundError: When there is no such file.
+    to local paths; what arrives altered is not kept. `arrived` is called with numbers of bytes that are there.
     """
 
-    def fetch_some(some: list[dict[str, Any]]) -> int:
-        arriving = {file["path"]: _arriving(folder, file["path"]) for file in some}
+    def fetch_some(some: list[Json]) -> int:
+        arriving = {}  # where files lie until they are verified, each beside the lock of who fetches it
         with contextlib.ExitStack() as locks:
-            for path in arriving.values():  # everyone takes locks in the order of paths, so nobody deadlocks
-                path.parent.mkdir(parents=True, exist_ok=True)
-                locks.enter_context(FileLock(path.with_name("lock")))
+            for path in (file["path"] for file in some):  # in the order of paths for everyone, so nobody deadlocks
+                own = folder.parent / "arriving" / hashlib.sha256(path.encode()).hexdigest()[:16]
+                own.mkdir(parents=True, exist_ok=True)
+                locks.enter_context(FileLock(own / "lock"))
+                arriving[path] = own / "file"
             missing = [file for file in some if not is_whole(folder / file["path"], file)]
             if missing:
                 get([(file["path"], arriving[file["path"]]) for file in missing])
@@ -140,24 +116,16 @@ def fetch(
             arrived(size)
 
 
-def _arriving(folder: Path, path: str) -> Path:
-    """Return where a file lies until it is verified, beside the lock of who fetches it."""
-    return folder.parent / "arriving" / hashlib.sha256(path.encode()).hexdigest()[:16] / "file"
-
-
 def _make_room(needed: int) -> None:
     """Throw out what nobody uses, the least recently used first, until `needed` more bytes fit."""
-    entries = [entry for entry in (cache_dir() / "entries").iterdir() if entry.is_dir()]
+    entries = sorted((entry for entry in (cache_dir() / "entries").iterdir() if entry.is_dir()), key=_last_used)
     sizes = {entry: sum(found.size for found in list_files(str(entry)).values()) for entry in entries}
     total = sum(sizes.values())
-    for entry in sorted(entries, key=_last_used):
-        left_behind = entry.name.startswith("attempt-")
-        if total + needed <= limit() and not left_behind:
-            continue
-        if entry in _held or not _is_unused(entry):
-            continue
-        shutil.rmtree(entry, ignore_errors=True)
-        total -= sizes[entry]
+    for entry in entries:
+        wanted = total + needed > limit() or entry.name.startswith("attempt-")  # which a killed run has left
+        if wanted and entry not in _held and _is_unused(entry):
+            shutil.rmtree(entry, ignore_errors=True)
+            total -= sizes[entry]
     if needed and total + needed > limit():
         raise NanodlmError(
             f"the cache {cache_dir()} may hold {limit() / 1e9:.3g} GB, of which {total / 1e9:.3g} are in use, and "
@@ -166,21 +134,18 @@ def _make_room(needed: int) -> None:
 
 
 def _last_used(entry: Path) -> float:
-    try:
+    with contextlib.suppress(FileNotFoundError):
         return (entry / "used").stat().st_mtime
-    except FileNotFoundError:
-        return 0.0
+    return 0.0
 
 
 def _is_unused(entry: Path) -> bool:
     """Say if no process holds an entry. Nobody can take it meanwhile: that needs the cache's own lock."""
-    try:
-        with (entry / "used").open("a") as file:
+    with contextlib.suppress(FileNotFoundError), (entry / "used").open("a") as file:  # else its user has thrown it out
+        try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except FileNotFoundError:  # its user has thrown it out just now
-        return True
+        except BlockingIOError:
+            return False
     return True
 
 
@@ -188,7 +153,7 @@ def _manifest(store: str, stage: str, fingerprint: str) -> Path:
     return cache_dir() / "manifests" / hashlib.sha256(store.encode()).hexdigest()[:16] / stage / f"{fingerprint}.json"
 
 
-def remember(store: str, stage: str, fingerprint: str, manifest: dict[str, Any]) -> None:
+def remember(store: str, stage: str, fingerprint: str, manifest: Json) -> None:
     """Keep a manifest of a remote store, for when it may not be asked; a cache that cannot be written is no error."""
     with contextlib.suppress(OSError):
         write_whole(_manifest(store, stage, fingerprint), json.dumps(manifest).encode())

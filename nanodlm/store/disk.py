@@ -1,11 +1,14 @@
 """Files on local disk: hashing and comparing, listing, and writing them whole or not at all."""
 
+import contextlib
 import hashlib
 import os
 import stat
 import tempfile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+from nanodlm.store.manifest import Json
 
 
 class Found(NamedTuple):
@@ -21,12 +24,12 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def describe(folder: Path, name: str) -> dict[str, Any]:
+def describe(folder: Path, name: str) -> Json:
     """Return what a manifest says of a file: its path below the folder, its size and its sha256."""
     return {"path": name, "size": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)}
 
 
-def is_whole(path: Path, file: dict[str, Any]) -> bool:
+def is_whole(path: Path, file: Json) -> bool:
     """Say if a local file has the size and the sha256 that a manifest gives it."""
     return path.is_file() and path.stat().st_size == file["size"] and sha256_of(path) == file["sha256"]
 
@@ -46,14 +49,11 @@ def list_files(folder: str) -> dict[str, Found]:
     found = {}
     for base, folders, names in os.walk(folder, onerror=refuse):
         for path in (os.path.join(base, name) for name in (*names, *folders)):
-            try:
+            with contextlib.suppress(FileNotFoundError):  # it has been removed since
                 info = os.lstat(path)
-                if stat.S_ISDIR(info.st_mode):
-                    continue
-                size = os.stat(path).st_size if os.path.exists(path) else 0  # of what a link leads to
-            except FileNotFoundError:  # it has been removed since
-                continue
-            found[Path(path).relative_to(folder).as_posix()] = Found(size, info.st_mtime)
+                if not stat.S_ISDIR(info.st_mode):
+                    size = os.stat(path).st_size if os.path.exists(path) else 0  # of what a link leads to
+                    found[Path(path).relative_to(folder).as_posix()] = Found(size, info.st_mtime)
     return found
 
 

@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import secrets
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
@@ -23,6 +22,7 @@ from fsspec.implementations.local import LocalFileSystem
 from nanodlm.config import refuse_secrets
 from nanodlm.errors import NanodlmError, UsageError
 from nanodlm.store.disk import Found, list_files, write_whole
+from nanodlm.store.manifest import Json
 from nanodlm.store.retry import ask, one_line, says_it_exists
 
 T = TypeVar("T")
@@ -33,21 +33,10 @@ CREATE_ONLY = {"file", "local", "s3", "s3a", "gs", "gcs", "memory"}
 
 
 class Storage:
-    """Files below one URL.
-
-    Attributes:
-        fs: fsspec's file system, for what is not asked here.
-        root: Path of the URL on it, without a slash at the end.
-        is_local: Whether that is this machine's disk.
-    """
+    """Files below one URL, which is the path `root` on fsspec's file system `fs`."""
 
     def __init__(self, url: str):
-        """Connect; nothing is created or asked yet.
-
-        Raises:
-            UsageError: When the protocol is unknown, its driver is not installed, or it cannot create a file only
-                once; or when the URL holds secrets, or signs that drivers take for patterns.
-        """
+        """Connect; nothing is created or asked yet. A `UsageError` says why no store can be at a URL."""
         if problem := _problem_with(refuse_secrets(url)):
             raise UsageError(f"cannot open the store {url}: {problem}")
         try:
@@ -73,11 +62,7 @@ class Storage:
     # Reading
 
     def read(self, path: str) -> bytes:
-        """Return the content of a file.
-
-        Raises:
-            FileNotFoundError: When there is none.
-        """
+        """Return the content of a file."""
         return self.patiently(lambda: self.fs.cat_file(path))
 
     def read_json(self, path: str) -> Any:
@@ -95,7 +80,7 @@ class Storage:
         if self.is_local:
             return self.patiently(lambda: list_files(folder))
         try:
-            found: dict[str, Any] = self.patiently(lambda: self.fs.find(folder, detail=True))
+            found: Json = self.patiently(lambda: self.fs.find(folder, detail=True))
         except FileNotFoundError:
             return {}
         prefix = f"{folder.strip('/')}/".lstrip("/")
@@ -119,11 +104,7 @@ class Storage:
         return self.patiently(call)
 
     def get(self, pairs: list[tuple[str, Path]]) -> None:
-        """Copy files to local paths, several at a time; what is cut off leaves half a file, so compare them.
-
-        Raises:
-            FileNotFoundError: When one is not there.
-        """
+        """Copy files to local paths, several at a time; what is cut off leaves half a file, so compare them."""
         for _, target in pairs:
             target.parent.mkdir(parents=True, exist_ok=True)
         for sources, targets in _batches(pairs):
@@ -132,33 +113,23 @@ class Storage:
     # Writing
 
     def put(self, pairs: list[tuple[Path, str]], done: Callable[[int], None] = lambda _: None) -> None:
-        """Copy local files to paths here, several at a time; one that is there already is replaced.
-
-        `done` is called with the number of bytes that have arrived since its last call.
-        """
+        """Copy local files to paths here, several at a time; `done` is called with numbers of bytes that arrived."""
         for sources, targets in _batches(pairs):
-            if self.is_local:
-                for source, target in zip(sources, targets, strict=True):
-                    Path(target).parent.mkdir(parents=True, exist_ok=True)
-                    shutil.copyfile(source, target)
-            else:
-                self.patiently(partial(self.fs.put, sources, targets))
+            for target in targets if self.is_local else ():
+                Path(target).parent.mkdir(parents=True, exist_ok=True)
+            self.patiently(partial(self.fs.put, sources, targets))
             done(sum(os.path.getsize(source) for source in sources))
 
     def copy(self, pairs: list[tuple[str, str]]) -> None:
-        """Copy files here to other paths here, several at a time; a bucket's server does it without sending them.
-
-        Raises:
-            FileNotFoundError: When one is not there.
-        """
+        """Copy files here to other paths here, several at a time; a bucket's server does it without sending them."""
         for sources, targets in _batches(pairs):
             self.patiently(partial(self.fs.copy, sources, targets))
 
     def write_json(self, path: str, value: Any, *, create_only: bool = False) -> bool:
         """Write a file whole. With `create_only` return False, changing nothing, when it exists.
 
-        A creation whose acknowledgement was lost counts as one, whether it is repeated here or by the driver: the file
-        then holds what was to be written. So no two writers may create the same content at one path.
+        A creation whose acknowledgement was lost counts as one, whoever repeats it: the file then holds what was to be
+        written. So no two writers may create the same content at one path.
         """
         data = json.dumps(value, indent=1, sort_keys=True).encode()
         if self.is_local:
@@ -178,11 +149,7 @@ class Storage:
         return self.patiently(call)
 
     def require_create_only(self) -> None:
-        """Try, once, whether a file that exists can be created again.
-
-        Raises:
-            NanodlmError: When it can: commits of two runs could then mix.
-        """
+        """Try, once, whether a file that exists can be created again, and refuse a storage where it can."""
         if self._create_only:
             return
         probe = self.path(f".create-only-{secrets.token_hex(8)}")
@@ -199,11 +166,7 @@ class Storage:
                 self.remove(probe)
 
     def now(self) -> float:
-        """Return the Unix time by the storage's own clock: that of a file written now.
-
-        Raises:
-            NanodlmError: When the storage cannot be written.
-        """
+        """Return the Unix time by the storage's own clock: that of a file written now."""
         probe = self.path(f".now-{secrets.token_hex(8)}")
         try:
             self.write_json(probe, {})
@@ -252,7 +215,7 @@ def _problem_with(url: str) -> str:
     return ""
 
 
-def _changed(info: dict[str, Any]) -> float:
+def _changed(info: Json) -> float:
     """Return when a file last changed, as a Unix time; drivers name it differently."""
     names = ("mtime", "LastModified", "updated", "created")
     value = next((info[name] for name in names if info.get(name)), time.time())
@@ -261,7 +224,7 @@ def _changed(info: dict[str, Any]) -> float:
     return value.timestamp() if isinstance(value, datetime) else float(value)
 
 
-def show_transfer(emit: Callable[..., None], unit: str, files: list[dict[str, Any]]) -> Callable[[int], None]:
+def show_transfer(emit: Callable[..., None], unit: str, files: list[Json]) -> Callable[[int], None]:
     """Return what to call with numbers of bytes that have arrived, so that `emit` is called with progress in MB."""
     done, total = 0, sum(file["size"] for file in files)
 

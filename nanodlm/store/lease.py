@@ -7,12 +7,12 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import psutil
 
 from nanodlm.errors import NanodlmError
 from nanodlm.store.attempt import cannot_write
+from nanodlm.store.manifest import Json
 from nanodlm.store.retry import retrying_for
 from nanodlm.store.store import Store
 
@@ -28,23 +28,16 @@ def hold_lease(
     fingerprint: str,
     notify: Callable[[str], None] = lambda _: None,
     inputs: dict[str, str] | None = None,
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[Json]:
     """Hold the artifact's lease, waiting first while another run does, so that not both build it.
 
     Ages are measured by this process's own clock, so clocks that differ cannot mislead it. One that stopped (a
     paused process) is taken over after `LEASE_SECONDS`, and then lost to its holder; nothing rests on it.
 
-    `notify` is called with a sentence that says who is being waited for. `inputs` are the fingerprints, by stage, of
-    what is read meanwhile, which a collection then keeps.
-
-    Yields:
-        What the lease says of this holder. What it puts under `events` is there for others to read from the next
-        beat on; see `lease_events`.
-
-    Raises:
-        NanodlmError: When the store cannot be written.
+    `notify` is told who is being waited for. What is read meanwhile, the fingerprints of `inputs` by stage, is kept by
+    collections. What is yielded is what the lease says: others read its `events` from the next beat on.
     """
-    holder: dict[str, Any] = {"holder": secrets.token_hex(8), "host": socket.gethostname(), "pid": os.getpid()}
+    holder: Json = {"holder": secrets.token_hex(8), "host": socket.gethostname(), "pid": os.getpid()}
     holder |= {"inputs": inputs or {}, "events": {}}
     path = store.path(stage, fingerprint, "lease.json")
 
@@ -84,13 +77,13 @@ def hold_lease(
                 store.remove(path)
 
 
-def read_lease(store: Store, path: str) -> dict[str, Any] | None:
+def read_lease(store: Store, path: str) -> Json | None:
     """Return what the lease at a path says: nothing when it is torn, None when there is none."""
     held = store.read_json(path)
     return held if isinstance(held, dict) or held is None else {}
 
 
-def lease_events(store: Store, stage: str, fingerprint: str) -> dict[str, dict[str, Any]]:
+def lease_events(store: Store, stage: str, fingerprint: str) -> dict[str, Json]:
     """Return the latest events, by kind, of whoever is building an artifact; none where nobody is."""
     return (read_lease(store, store.path(stage, fingerprint, "lease.json")) or {}).get("events", {})
 

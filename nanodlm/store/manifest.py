@@ -9,6 +9,8 @@ from typing import Any
 
 from nanodlm.errors import Damaged
 
+Json = dict[str, Any]  # a record, such as that of a file: its `path`, `size` and `sha256`
+Item = tuple[str, str]  # the stage and the fingerprint of an artifact
 MANIFEST = "manifest.json"
 SCHEMA = 1
 PACKAGES = ("nanodlm", "jax", "flax", "optax", "orbax-checkpoint", "grain", "array-record", "tiktoken", "tokenizers")
@@ -17,10 +19,7 @@ TIME = "%Y-%m-%dT%H:%M:%SZ"
 
 
 def canonical_json(value: Any) -> str:
-    """Return the one JSON text of a value: sorted keys, no spaces, no NaN.
-
-    Raises:
-        TypeError: For anything but dict (with string keys), list, tuple, str, int, float, bool and None.
+    """Return the one JSON text of a value: sorted keys, no spaces; no NaN, no types that JSON lacks, no other keys.
 
     >>> canonical_json({"b": (1, 2.5), "a": None})
     '{"a":null,"b":[1,2.5]}'
@@ -42,7 +41,7 @@ def canonical_json(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
 
 
-def fingerprint_of(identity: dict[str, Any]) -> str:
+def fingerprint_of(identity: Json) -> str:
     """Return the sha256, in hex, of the canonical JSON of everything that determines an artifact's bytes.
 
     >>> fingerprint_of({"stage": "shard"})[:8]
@@ -51,7 +50,7 @@ def fingerprint_of(identity: dict[str, Any]) -> str:
     return hashlib.sha256(canonical_json(identity).encode()).hexdigest()
 
 
-def sealed(value: dict[str, Any]) -> dict[str, Any]:
+def sealed(value: Json) -> Json:
     """Return a record with a checksum over the rest of it, so that no altered byte of it goes unnoticed.
 
     >>> sealed({"a": 1})["checksum"][:8]
@@ -62,18 +61,14 @@ def sealed(value: dict[str, Any]) -> dict[str, Any]:
     return {**rest, "checksum": hashlib.sha256(text.encode()).hexdigest()}
 
 
-def digest_of(files: list[dict[str, Any]], volatile: list[str]) -> str:
+def digest_of(files: list[Json], volatile: list[str]) -> str:
     """Return the sha256 over path, size and sha256 of the files whose bytes the inputs determine."""
     stable = [file for file in files if not file["path"].startswith(tuple(volatile))]
     return fingerprint_of({file["path"]: [file["size"], file["sha256"]] for file in stable})
 
 
 def safe(relative: str) -> str:
-    """Return a manifest's path, unless it would leave its artifact.
-
-    Raises:
-        Damaged: When it would.
-    """
+    """Return a manifest's path, and refuse one that would leave its artifact."""
     path = PurePosixPath(relative)
     if path.is_absolute() or ".." in path.parts or not path.parts or "\\" in relative or "\0" in relative:
         raise Damaged(f"a manifest names the path {relative!r}, which leaves its artifact: do not use this store")

@@ -3,12 +3,11 @@
 import contextlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from nanodlm.errors import Damaged
 from nanodlm.store.disk import is_whole, is_within
 from nanodlm.store.files import Storage
-from nanodlm.store.manifest import digest_of, safe, sealed
+from nanodlm.store.manifest import Json, digest_of, safe, sealed
 
 
 @dataclass(frozen=True)
@@ -17,8 +16,8 @@ class Part:
 
     storage: Storage  # its root is the attempt's folder
     name: str
-    files: list[dict[str, Any]]
-    info: dict[str, Any]
+    files: list[Json]
+    info: Json
 
     @property
     def uri(self) -> str:
@@ -31,11 +30,7 @@ class Part:
         return digest_of(self.files, [])
 
     def local(self, scratch: Path) -> Path:
-        """Return a local folder with its files, each checked against its sha256; remote ones are copied to `scratch`.
-
-        Raises:
-            Damaged: When a file is missing, truncated, swapped or altered.
-        """
+        """Return a local folder with its files, each compared with its sha256; remote ones are copied to `scratch`."""
         folder = Path(self.storage.root) if self.storage.is_local else scratch
         for file in self.files:
             path = folder / safe(file["path"])
@@ -50,11 +45,8 @@ class Part:
         return folder / self.name
 
 
-def read_part(storage: Storage, path: str, **of: str) -> dict[str, Any] | None:
-    """Return the record of a finished part, or None when there is none that is whole.
-
-    It must be `of` these: `stage`, `fingerprint`, and its own name as `part`.
-    """
+def read_part(storage: Storage, path: str, **of: str) -> Json | None:
+    """Return the record of a finished part, or None when none is whole and `of` this stage, fingerprint and part."""
     part = storage.read_json(path)
     if not isinstance(part, dict) or not part.keys() >= {"files", "info"} or part != sealed(part):
         return None
@@ -64,10 +56,7 @@ def read_part(storage: Storage, path: str, **of: str) -> dict[str, Any] | None:
 def finished_parts(
     store: Storage, stage: str, fingerprint: str, since: str = "", but: str = ""
 ) -> dict[str, list[str]]:
-    """Return the names of finished parts, each with the attempts (after `since`, `but` for one) that finished it.
-
-    The newest attempt is the first.
-    """
+    """Return the names of finished parts, each with the attempts after `since`, newest first, that finished it."""
     found: dict[str, list[str]] = {}
     for relative in sorted(store.sizes(store.path(stage, fingerprint, "attempts")), reverse=True):
         attempt, _, rest = relative.partition("/")

@@ -15,7 +15,6 @@ from nanodlm.errors import NanodlmError, Unreachable, UsageError
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
-RETRY_SECONDS = 300.0  # for how long what may pass by itself is tried again
 FIRST_PAUSE, LONGEST_PAUSE = 0.2, 15.0  # the longest pauses in seconds: doubled every time, and shortened at random
 _longest: ContextVar[float] = ContextVar("longest", default=float("inf"))
 # What the caller of a request knows best, whatever caused it.
@@ -37,10 +36,7 @@ PASSING_ERRNOS = {errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EBUSY, errno.EAGA
 def ask(uri: str, call: Callable[[], T]) -> T:
     """Return the result of a request to `uri`, which is made again while it fails for a reason that may pass.
 
-    Raises:
-        Unreachable: When it still fails after `$NANODLM_RETRY_SECONDS` (300).
-        NanodlmError: When access is refused.
-        OSError: For what the caller knows best: FileNotFoundError, FileExistsError, and others that stay.
+    When it still fails after `$NANODLM_RETRY_SECONDS`, `Unreachable` is raised.
     """
 
     def warn(state: RetryCallState) -> None:
@@ -56,10 +52,8 @@ def ask(uri: str, call: Callable[[], T]) -> T:
     )
     try:
         return tries(call)
-    except SETTLED:
-        raise
     except Exception as error:
-        if _refused(error):
+        if _refused(error) and not isinstance(error, SETTLED):
             raise NanodlmError(
                 f"{uri} refuses access: {one_line(error)}; mend the credentials in the environment, or "
                 "the permissions, or choose another --store"
@@ -83,7 +77,7 @@ def retrying_for(seconds: float) -> Iterator[None]:
 
 def _patience() -> float:
     """Return the seconds for which what may pass is tried again."""
-    text = os.environ.get("NANODLM_RETRY_SECONDS") or str(RETRY_SECONDS)
+    text = os.environ.get("NANODLM_RETRY_SECONDS") or "300"
     try:
         return min(float(text), _longest.get())
     except ValueError:
@@ -119,7 +113,7 @@ def says_it_exists(error: BaseException) -> bool:
 
 def one_line(error: BaseException | None) -> str:
     """Return the message of an error as one short line."""
-    return " ".join((getattr(error, "strerror", None) or str(error) or type(error).__name__).split())[:200]
+    return " ".join((getattr(error, "strerror", None) or str(error) or type(error).__name__).split())[:300]
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

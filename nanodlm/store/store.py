@@ -5,14 +5,13 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from nanodlm.config import parse_address
 from nanodlm.errors import Damaged, NanodlmError
 from nanodlm.store import cache
 from nanodlm.store.disk import Found, is_within
 from nanodlm.store.files import Storage, T, show_transfer
-from nanodlm.store.manifest import MANIFEST, problem_with, safe
+from nanodlm.store.manifest import MANIFEST, Item, Json, problem_with, safe
 
 
 @dataclass(frozen=True)
@@ -22,7 +21,7 @@ class Artifact:
     store: "Store"
     stage: str
     fingerprint: str
-    manifest: dict[str, Any]
+    manifest: Json
 
     @property
     def uri(self) -> str:
@@ -35,9 +34,14 @@ class Artifact:
         return self.manifest["digest"]
 
     @property
-    def metrics(self) -> dict[str, Any]:
+    def metrics(self) -> Json:
         """Counts and measurements that its stage recorded."""
         return self.manifest["metrics"]
+
+    @property
+    def inputs(self) -> list[Item]:
+        """Stage and fingerprint of each artifact that it was made from."""
+        return [(stage, made["fingerprint"]) for stage, made in self.manifest["inputs"].items()]
 
     @property
     def folder(self) -> str:
@@ -48,16 +52,12 @@ class Artifact:
         """Return the path of one file on the store's file system."""
         return f"{self.folder}/{safe(relative)}"
 
-    def files(self, *only: str) -> list[dict[str, Any]]:
+    def files(self, *only: str) -> list[Json]:
         """Return `path`, `size` and `sha256` of its files: of those whose paths begin so, or of all."""
         return [file for file in self.manifest["files"] if not only or file["path"].startswith(only)]
 
     def problems(self, *only: str, deep: bool = False, emit: Callable[..., None] = lambda *_, **__: None) -> list[str]:
-        """Say what is wrong with its files, one line each; `only` as in `files`.
-
-        Names and sizes are compared; with `deep` the files are read, their sha256 compared, and
-        `emit("progress", done, total, unit)` is called meanwhile.
-        """
+        """Say what is wrong with its files, one line each: by names and sizes, with `deep` also by sha256."""
         found = {path: size for path, size in self.store.sizes(self.folder).items() if not path.startswith("parts/")}
         listed = {safe(file["path"]) for file in self.manifest["files"]}
         lines = [f"{path} is not in its manifest" for path in sorted(found.keys() - listed)]
@@ -69,7 +69,7 @@ class Artifact:
                 was_read(file["size"])
         return lines
 
-    def _problem(self, file: dict[str, Any], size: int | None, deep: bool) -> str:
+    def _problem(self, file: Json, size: int | None, deep: bool) -> str:
         root, path = Path(self.store.path(self.stage, self.fingerprint)), self.remote(file["path"])
         if size is None:
             return "is missing"
@@ -86,11 +86,7 @@ class Artifact:
         return "" if same else "has been altered: its sha256 differs from the manifest's"
 
     def check(self, *only: str, deep: bool = False) -> "Artifact":
-        """Return self, or raise.
-
-        Raises:
-            Damaged: Naming the first bad file and the remedy.
-        """
+        """Return self, or raise `Damaged`, which names the first bad file and the remedy."""
         if self.store.asked and (lines := self.problems(*only, deep=deep)):
             more = f" (and {len(lines) - 1} more)" if len(lines) > 1 else ""
             raise Damaged(self.remedy(f"{lines[0]}{more}", deep=deep))
@@ -98,20 +94,11 @@ class Artifact:
 
     def remedy(self, problem: str, *, deep: bool = False) -> str:
         """Return the line that says what is wrong with it and what to do."""
-        return (
-            f"the {self.stage} artifact is damaged: {problem}; `nanodlm verify {self.uri} "
-            f"{'--deep ' if deep else ''}--repair` builds what is bad again"
-        )
+        command = f"nanodlm verify {self.uri} {'--deep ' if deep else ''}--repair"
+        return f"the {self.stage} artifact is damaged: {problem}; `{command}` builds what is bad again"
 
     def local(self, *only: str) -> Path:
-        """Return a local folder with its files (`only` as in `files`), each checked against its sha256.
-
-        Files of a remote store are fetched, several at a time, into the cache, and stay there while this process lives.
-
-        Raises:
-            Damaged: When a file is missing, truncated, swapped or altered.
-            NanodlmError: When the cache has no room for it.
-        """
+        """Return a local folder with its files, fetched if they are remote, each compared with its sha256."""
         if self.store.is_local:
             self.check(*only, deep=True)
             return Path(self.folder)
@@ -125,31 +112,26 @@ class Artifact:
         return self.local(path) / path
 
     def on_demand(self, *only: str) -> Callable[[str], Path]:
-        """Return a function from a file's path in the artifact to its local path; it raises what `local` does.
-
-        It does as `local`, but fetches a file of a remote store when it is first asked for.
-        """
+        """Return a function that does as `file`, and fetches a file of a remote store when it is first asked for."""
         if self.store.is_local:
             return self.local(*only).joinpath
         files = {file["path"]: file for file in self.check(*only).files(*only)}
         folder = self._entry(list(files.values()))
 
         def fetch(path: str) -> Path:
-            self._fetch(folder, [files[path]])
+            self._fetch(folder, [files[path]], lambda _: None)
             return folder / path
 
         return fetch
 
-    def _entry(self, files: list[dict[str, Any]]) -> Path:
+    def _entry(self, files: list[Json]) -> Path:
         """Return the cache's folder for it, with room for those of these files that are not there yet."""
         name = f"{self.stage}-{self.fingerprint[:16]}-{self.manifest['attempt']}"
         there = cache.cache_dir() / "entries" / name / "files"
         missing = sum(file["size"] for file in files if not (there / safe(file["path"])).is_file())
         return cache.hold(name, missing)
 
-    def _fetch(
-        self, folder: Path, files: list[dict[str, Any]], arrived: Callable[[int], None] = lambda _: None
-    ) -> None:
+    def _fetch(self, folder: Path, files: list[Json], arrived: Callable[[int], None]) -> None:
         def get(pairs: list[tuple[str, Path]]) -> None:
             if not self.store.asked:
                 raise NanodlmError(
@@ -168,39 +150,21 @@ class Artifact:
 
 
 class Store(Storage):
-    """Artifacts under one URL.
-
-    Attributes:
-        emit: Called as `emit("progress", done, total, unit)` while files are on their way.
-        asked: Whether it is asked at all: not when it is remote and `$NANODLM_OFFLINE` is set.
-    """
+    """Artifacts under one URL; nothing is created until one is built. `emit` is told how far transfers are."""
 
     def __init__(self, url: str):
-        """Open a store; nothing is created until an artifact is built.
-
-        Raises:
-            UsageError: When it cannot be one; see `Storage`.
-        """
         super().__init__(url)
         self.emit: Callable[..., None] = lambda *_, **__: None
-        self.asked = self.is_local or not cache.offline()
+        self.asked = self.is_local or os.environ.get("NANODLM_OFFLINE", "").lower() not in ("1", "true", "yes")
 
     def patiently(self, call: Callable[[], T]) -> T:
-        """Do as `Storage.patiently`, if the store is asked at all.
-
-        Raises:
-            NanodlmError: When it is not.
-        """
+        """Do as `Storage.patiently`, but ask no remote store while `$NANODLM_OFFLINE` is set."""
         if not self.asked:
             raise NanodlmError(f"{self.uri()} is not asked while NANODLM_OFFLINE is set: unset it")
         return super().patiently(call)
 
     def find(self, stage: str, fingerprint: str) -> Artifact | None:
-        """Return the committed artifact, or None.
-
-        Raises:
-            Damaged: When there is a manifest that cannot be read as one.
-        """
+        """Return the committed artifact, or None."""
         if self.asked:
             manifest = self.read_json(self.path(stage, fingerprint, MANIFEST))
         else:
@@ -218,17 +182,13 @@ class Store(Storage):
         return Artifact(self, stage, fingerprint, manifest)
 
     def open(self, uri: str) -> Artifact:
-        """Return the artifact at an address, or at the end of one, such as `train/3f2a…` or a manifest's path.
-
-        Raises:
-            NanodlmError: When there is none.
-        """
+        """Return the artifact at an address, or at the end of one, such as `train/3f2a…` or a manifest's path."""
         address = parse_address(uri)
         if address.stage and (artifact := self.find(address.stage, address.fingerprint)):
             return artifact
         raise NanodlmError(f"no artifact at {uri}: `nanodlm ls` shows what is there")
 
-    def __iter__(self) -> Iterator[tuple[str, str]]:
+    def __iter__(self) -> Iterator[Item]:
         """Yield (stage, fingerprint) of everything that has a manifest, sorted."""
         # Not fsspec's glob: it takes signs in the root for patterns, and leaves out folders that it could not list.
         if self.is_local:
@@ -248,7 +208,7 @@ class Store(Storage):
             for path, found in self.files(self.path(*item)).items()
         }
 
-    def _folders(self) -> list[tuple[str, str]]:
+    def _folders(self) -> list[Item]:
         """Return the folders of a local store's artifacts; a stage's folder may be a link to another disk."""
 
         def names(folder: str) -> list[str]:
@@ -258,6 +218,6 @@ class Store(Storage):
 
         return [(stage, name) for stage in names(self.root) for name in names(self.path(stage))]
 
-    def retire(self, item: tuple[str, str]) -> None:
+    def retire(self, item: Item) -> None:
         """Remove the manifest of (stage, fingerprint), so that the next run builds it from the parts that are good."""
         self.remove(self.path(*item, MANIFEST))

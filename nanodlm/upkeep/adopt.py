@@ -9,22 +9,10 @@ from nanodlm.store import Artifact, Store, hold_lease, new_attempt
 
 
 def adopt(config: Config, store: Store, files: list[str], emit: Emit = lambda *_, **__: None) -> tuple[Artifact, bool]:
-    """Take files that are at hand for the download of a configuration, instead of fetching its source.
+    """Return the download of a configuration, made of files at hand, and whether it was made now.
 
     The same parts are written as the download stage would write, so the same files give the same artifact. That they
     are the source's files, at its pinned commit, is for the caller to know; the manifest says that they were adopted.
-
-    Args:
-        config: Its `data.source` names where the documents come from.
-        store: Where the artifact goes.
-        files: Paths or globs of the same files.
-        emit: Called as `emit(kind, **fields)` with progress.
-
-    Returns:
-        The artifact, and whether it was built now.
-
-    Raises:
-        NanodlmError: When a file cannot be read as `data` says.
     """
     lookup = ready("download", config, store)
     if lookup.artifact:

@@ -34,10 +34,7 @@ def size(count: int) -> str:
 
 
 def seconds(text: str) -> float:
-    """Return the seconds of an age such as 12h.
-
-    Raises:
-        UsageError: When it is no number with s, m, h or d behind it.
+    """Return the seconds of an age: a number with s, m, h or d behind it.
 
     >>> seconds("12h")
     43200.0

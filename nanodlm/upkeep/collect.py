@@ -11,7 +11,7 @@ from typing import Any
 
 from nanodlm.errors import Damaged, NanodlmError, UsageError
 from nanodlm.stages.table import STAGES
-from nanodlm.store import Artifact, Store
+from nanodlm.store import Artifact, Item, Json, Store
 from nanodlm.store.disk import Found
 from nanodlm.store.lease import LEASE_SECONDS, read_lease
 from nanodlm.store.manifest import utc_now
@@ -20,7 +20,6 @@ from nanodlm.upkeep.ages import made_at
 log = logging.getLogger(__name__)
 GRACE_SECONDS = 3600.0  # nothing that changed so lately is collected
 LEASE_GRACE = 4 * LEASE_SECONDS  # a lease that was not renewed for so long is a dead run's, whatever the grace
-Item = tuple[str, str]  # stage and fingerprint
 
 
 @dataclass
@@ -45,25 +44,13 @@ def collect(
     older_than: float | None = None,
     grace: float = GRACE_SECONDS,
     dry_run: bool = False,
-) -> Iterator[dict[str, Any]]:
-    """Mark what is needed, and remove the rest: abandoned attempts and uploads, and, when asked, old results.
+) -> Iterator[Json]:
+    """Remove abandoned attempts and uploads, and, when asked, old results; yield `kind`, `uri` and `bytes` of each.
 
-    Results are artifacts that no other was made from. All that a kept one was made from is kept. A result that is
-    given up loses its manifest now, and its files at the first collection `grace` later, so that whoever is reading
-    it can finish, and a run that needs it again adopts its parts.
-
-    Args:
-        store: Where to collect.
-        keep_last: Results to keep, the newest; all when None.
-        older_than: Seconds; results that are younger are kept besides.
-        grace: Seconds for which whatever has changed is left alone.
-        dry_run: Only say what would be removed.
-
-    Yields:
-        `kind` (artifact, attempt or upload), `uri` and `bytes` of each thing removed.
-
-    Raises:
-        UsageError: When `keep_last` is below 0.
+    Results are artifacts that no other was made from. The newest `keep_last` stay, and those that are younger than
+    `older_than` seconds (all, when both are None), with all that they were made from. A result that is given up loses
+    its manifest now, and its files at the first collection `grace` seconds later, so that whoever is reading it can
+    finish, and a run that needs it again adopts its parts. What has changed so lately is left alone.
     """
     if keep_last is not None and keep_last < 0:
         raise UsageError(f"--keep-last counts results to keep, from 0, not {keep_last}")
@@ -104,17 +91,15 @@ def collect(
 
 def _artifacts(store: Store) -> tuple[dict[Item, Artifact], set[Item], str]:
     """Return the artifacts of a store, those whose manifest cannot be read, and what is wrong with one of these."""
-    artifacts, unreadable, torn = {}, set(), ""
+    found, torn = {}, ""
     for item in store:
+        found[item] = None  # its manifest may name any attempt, or is about to be made again
         try:
-            found = store.find(*item)
+            found[item] = store.find(*item)
         except Damaged as error:
-            found, torn = None, str(error)
-        if found:
-            artifacts[item] = found
-        else:
-            unreadable.add(item)  # its manifest may name any attempt, or is about to be made again
-    return artifacts, unreadable, torn
+            torn = str(error)
+    artifacts = {item: artifact for item, artifact in found.items() if artifact}
+    return artifacts, found.keys() - artifacts.keys(), torn
 
 
 def _contents(store: Store) -> dict[Item, Contents]:
@@ -140,10 +125,7 @@ def _leases(store: Store, listed: dict[Item, Contents], since: float) -> tuple[s
 
 def _needed(artifacts: dict[Item, Artifact], needed: set[Item], keep_last: int, oldest: float) -> set[Item]:
     """Return the artifacts that stay: the last results, those that are younger, and all that these were made from."""
-    sources = {
-        item: [(n, made["fingerprint"]) for n, made in a.manifest["inputs"].items()] for item, a in artifacts.items()
-    }
-    used = {source for made_from in sources.values() for source in made_from}
+    used = {source for artifact in artifacts.values() for source in artifact.inputs}
     results = sorted(artifacts.keys() - used, key=lambda item: made_at(artifacts[item]), reverse=True)
     todo = [*needed, *results[:keep_last], *(item for item in results if made_at(artifacts[item]) >= oldest)]
     kept: set[Item] = set()
@@ -151,16 +133,16 @@ def _needed(artifacts: dict[Item, Artifact], needed: set[Item], keep_last: int, 
         item = todo.pop()
         if item in artifacts and item not in kept:
             kept.add(item)
-            todo += sources[item]
+            todo += artifacts[item].inputs
     return kept
 
 
 def _abandoned(stage: str, contents: Contents, named: str, since: float, oldest: float) -> Iterator[str]:
     """Yield the attempts that nobody needs.
 
-    Kept are the one that the manifest names, and where there is no manifest those from which a run would continue (see
-    `_resumed`), unless it was retired since, or they are older than what is asked for. An attempt that another took the
-    place of may have readers still: its age is that of the manifest that is there now.
+    Kept are the one that is `named`, or where none is those from which a run would continue, unless the artifact was
+    retired since, or they are older than is asked for. An attempt that another took the place of may have readers
+    still: its age is that of the manifest that is there now.
     """
     later = {n: parts for n, parts in contents.parts.items() if contents.changed(n) > contents.retired}
     resumed = set() if named else _resumed(stage, later)
@@ -199,7 +181,7 @@ def _uploads(store: Store, building: set[Item], since: float) -> Iterator[tuple[
         return
     bucket, _, prefix = store.root.partition("/")
     prefix += "/" if prefix else ""
-    listed: dict[str, Any] = {}
+    listed: Json = {}
     with contextlib.suppress(FileNotFoundError):  # there is no such bucket yet
         listed = store.patiently(lambda: store.fs.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=prefix))
     for upload in listed.get("Uploads", []):

@@ -1,31 +1,19 @@
 """Copying artifacts to another store, each file compared with its sha256."""
 
 from collections.abc import Iterator
-from typing import Any
 
 from nanodlm.errors import NanodlmError
 from nanodlm.stages.progress import Emit
 from nanodlm.stages.run import full_disk_in_one_line
-from nanodlm.store import Artifact, Store, hold_lease, read_part
+from nanodlm.store import Artifact, Item, Json, Store, hold_lease, read_part
 from nanodlm.store.files import show_transfer
 from nanodlm.store.manifest import MANIFEST
 
 
-def copy(source: Store, target: Store, artifacts: list[tuple[str, str]], emit: Emit) -> Iterator[tuple[Artifact, bool]]:
-    """Copy artifacts to another store, each with its manifest last; what is there already is compared, not sent again.
+def copy(source: Store, target: Store, artifacts: list[Item], emit: Emit) -> Iterator[tuple[Artifact, bool]]:
+    """Copy artifacts to another store, and yield each there, and whether anything had to be copied.
 
-    Args:
-        source: Where they lie; every file is compared with its sha256 when it is read.
-        target: Where they go; every file is read back and compared.
-        artifacts: Their stages and fingerprints.
-        emit: Called as `emit("progress", done, total, unit)`.
-
-    Yields:
-        Each artifact in the target, and whether anything had to be copied.
-
-    Raises:
-        NanodlmError: When the target holds another artifact in its place.
-        Damaged: When a file is not what the manifest says, here or there.
+    Files are compared with their sha256 when they are read, and again when they are there. The manifest comes last.
     """
     source.emit = target.emit = emit
     target.require_create_only()
@@ -33,7 +21,7 @@ def copy(source: Store, target: Store, artifacts: list[tuple[str, str]], emit: E
         artifact = source.open(f"{stage}/{fingerprint}")
         there, sent = _find_same(artifact, target), False
         if there is None:
-            reads = {name: made["fingerprint"] for name, made in artifact.manifest["inputs"].items()}
+            reads = dict(artifact.inputs)
             lease = hold_lease(target, stage, fingerprint, lambda text: emit("message", text=text), reads)
             with lease, full_disk_in_one_line(target):
                 there = _find_same(artifact, target)  # another process may have been quicker
@@ -56,7 +44,7 @@ def _send(artifact: Artifact, target: Store, emit: Emit) -> Artifact:
     copied = Artifact(target, stage, fingerprint, artifact.manifest)
     sizes = target.sizes(copied.folder)
 
-    def is_there(file: dict[str, Any]) -> bool:
+    def is_there(file: Json) -> bool:
         same_size = sizes.get(file["path"]) == file["size"]
         return same_size and target.sha256(copied.remote(file["path"])) == file["sha256"]
 

@@ -3,7 +3,6 @@
 import contextlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from nanodlm.config import Config
 from nanodlm.errors import Damaged, NanodlmError
@@ -11,8 +10,9 @@ from nanodlm.stages.lookup import ready
 from nanodlm.stages.progress import Emit
 from nanodlm.stages.run import run_stage
 from nanodlm.stages.table import STAGES
-from nanodlm.store import Artifact, Store, hold_lease, sealed
+from nanodlm.store import Artifact, Item, Json, Store, hold_lease, sealed
 from nanodlm.store.manifest import MANIFEST
+from nanodlm.store.retry import one_line
 
 
 @dataclass(frozen=True)
@@ -25,69 +25,56 @@ class Checked:
     repaired: bool = False
 
 
-def chain(store: Store, stage: str, fingerprint: str) -> list[tuple[str, str]]:
-    """Return an artifact and all that it was made from, in the order of the pipeline.
-
-    What a manifest that cannot be read was made from is not known, and left out.
-    """
+def chain(store: Store, stage: str, fingerprint: str) -> list[Item]:
+    """Return an artifact and all that it was made from, as far as manifests can be read, in order."""
     found, todo = set(), [(stage, fingerprint)]
     while todo:
         item = todo.pop()
         if item not in found:
             found.add(item)
-            todo += _made_from(_find(store, item))
+            todo += _made_from(store, item)
     return in_order(found)
 
 
-def named(store: Store) -> list[tuple[str, str]]:
+def named(store: Store) -> list[Item]:
     """Return all artifacts of a store, and those that they were made from, whether these are there or not, in order."""
     found = set(store)
-    return in_order(found.union(*(_made_from(_find(store, item)) for item in found)))
+    return in_order(found.union(*(_made_from(store, item) for item in found)))
 
 
-def in_order(artifacts: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+def in_order(artifacts: Iterable[Item]) -> list[Item]:
     """Return stages and fingerprints in the order of the pipeline; those of unknown stages last."""
     order = list(STAGES)
     return sorted(artifacts, key=lambda item: (order.index(item[0]) if item[0] in order else len(order), item))
 
 
-def _find(store: Store, item: tuple[str, str]) -> Artifact | None:
+def _find(store: Store, item: Item) -> Artifact | None:
     """Return an artifact, or None where there is none whose manifest can be read."""
     with contextlib.suppress(Damaged):
         return store.find(*item)
     return None
 
 
-def _made_from(artifact: Artifact | None) -> list[tuple[str, str]]:
-    inputs = artifact.manifest["inputs"] if artifact else {}
-    return [(name, made["fingerprint"]) for name, made in inputs.items()]
+def _made_from(store: Store, item: Item) -> list[Item]:
+    artifact = _find(store, item)
+    return artifact.inputs if artifact else []
 
 
 def check(
-    store: Store,
-    artifacts: list[tuple[str, str]],
-    *,
-    deep: bool = False,
-    repair: bool = False,
-    emit: Emit = lambda *_, **__: None,
+    store: Store, artifacts: list[Item], deep: bool = False, repair: bool = False, emit: Emit = lambda *_, **__: None
 ) -> Iterator[Checked]:
     """Compare artifacts with their manifests, and each with what it was made from.
 
-    Args:
-        store: Where they lie.
-        artifacts: Their stages and fingerprints, in the order of the pipeline, so that inputs are repaired first.
-        deep: Whether to read every file and compare its sha256, not only its size.
-        repair: Build again what is bad, from what is good: finished parts that are whole are kept.
-        emit: Called as `emit(kind, **fields)` with progress.
+    With `deep` every file's sha256 is compared, not only its size. With `repair` what is bad is built again, from what
+    is good: finished parts that are whole are kept.
     """
     for item in artifacts:
-        artifact = None
+        artifact, repaired = None, False
         try:
             artifact = store.find(*item)
             problems = _problems(artifact, deep, emit) if artifact else ["its manifest is missing"]
         except Damaged as error:
             problems = [str(error)]
-        repaired = False
         if problems and repair:
             obstacle = _repair(store, item, artifact, _settings(store, item, artifacts), emit)
             repaired, problems = not obstacle, [*problems, *filter(None, [obstacle])]
@@ -103,25 +90,22 @@ def _problems(artifact: Artifact, deep: bool, emit: Emit) -> list[str]:
     return lines
 
 
-def _settings(store: Store, item: tuple[str, str], artifacts: list[tuple[str, str]]) -> dict[str, Any] | None:
+def _settings(store: Store, item: Item, artifacts: list[Item]) -> Json | None:
     """Return the settings an artifact was made with: its own manifest's, else those of one that was made from it."""
     for other in [item, *artifacts]:
         found = _find(store, other)
-        if found and (other == item or item in _made_from(found)) and found.manifest.get("config"):
+        if found and (other == item or item in found.inputs) and found.manifest.get("config"):
             return found.manifest["config"]
     return None
 
 
-def _repair(
-    store: Store, item: tuple[str, str], artifact: Artifact | None, settings: dict[str, Any] | None, emit: Emit
-) -> str:
+def _repair(store: Store, item: Item, artifact: Artifact | None, settings: Json | None, emit: Emit) -> str:
     """Build an artifact again, and return what stands in the way, or nothing."""
     stage, fingerprint = item
     manifest = None if artifact else store.read_json(store.path(*item, MANIFEST))
     if isinstance(manifest, dict) and manifest == sealed(manifest):  # such as that of a renamed folder, or of a backup
-        whose = (manifest.get("stage", stage), manifest.get("fingerprint", fingerprint))
-        if whose != item:
-            home = f"{whose[0]}/{whose[1]}"
+        home = f"{manifest.get('stage', stage)}/{manifest.get('fingerprint', fingerprint)}"
+        if home != f"{stage}/{fingerprint}":
             return f"not repaired, for it is not damaged but out of place: move its folder to {home}, or remove it"
     if settings is None:
         store.retire(item)
@@ -129,12 +113,12 @@ def _repair(
     try:
         config, inputs = Config(**settings), None
         if artifact:  # then the source need not be there, unless it is the download that is bad
-            inputs = {name: store.open(f"{name}/{made}").check() for name, made in _made_from(artifact)}
+            inputs = {name: store.open(f"{name}/{made}").check() for name, made in artifact.inputs}
         lookup = ready(stage, config, store, rebuild=True, inputs=inputs)
         if lookup.fingerprint != fingerprint:
             raise NanodlmError("this version of nanodlm, or the source's files now, would make another one")
     except (NanodlmError, ValueError) as error:
-        return f"not repaired: {_one_line(error)}"
+        return f"not repaired: {one_line(error)}"
     with hold_lease(store, stage, fingerprint):  # of two repairs at once the second finds what the first has made
         there = _find(store, item)
         if there is None or (artifact and there.manifest == artifact.manifest):
@@ -147,9 +131,5 @@ def _repair(
                 store.write_json(store.path(*item, MANIFEST), artifact.manifest, create_only=True)
         if not isinstance(error, NanodlmError):
             raise
-        return f"not repaired: {_one_line(error)}"
+        return f"not repaired: {one_line(error)}"
     return ""
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]

@@ -8,12 +8,9 @@ import pytest
 import nanodlm
 from nanodlm.config import Config
 from nanodlm.store import Store
+from tests.store.support import Killed
 
 EVERY = {"save_every": 4, "keep": 3, "keep_best": 0}  # checkpoints after updates 4, 8 and 12
-
-
-class Cut(Exception):
-    """Stands for a kill."""
 
 
 def cut(config: Config, store: Store, after: int) -> None:
@@ -21,9 +18,9 @@ def cut(config: Config, store: Store, after: int) -> None:
 
     def emit(kind: str, **fields: Any) -> None:
         if kind == "progress" and fields["unit"] == "updates" and fields["done"] == after:
-            raise Cut
+            raise Killed
 
-    with pytest.raises(Cut):
+    with pytest.raises(Killed):
         nanodlm.train(config, store.uri(), emit)
 
 

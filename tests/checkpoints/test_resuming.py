@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import jax
 import pytest
 from flax import nnx
@@ -21,11 +20,6 @@ from nanodlm.stages import lookup
 from nanodlm.store import Artifact, Store
 from tests.checkpoints.support import EVERY, cut, words_for
 from tests.training.test_loop import tiny
-
-
-def steps(artifact: Artifact) -> list[int]:
-    """Updates of the checkpoints in a run's folder."""
-    return sorted(int(p.name[5:]) for p in (artifact.local() / "checkpoints").iterdir())
 
 
 def refusal(store: Store, **groups: dict[str, Any]) -> str:
@@ -86,7 +80,7 @@ def test_a_run_started_from_a_checkpoint_ends_with_the_bits_of_the_run_that_made
     assert run.metrics["parameters_sha256"] == trained.metrics["parameters_sha256"]
     assert run.fingerprint != trained.fingerprint
     assert run.digest == trained.digest
-    assert steps(run) == [10, 12]
+    assert sorted(path.name for path in (run.local() / "checkpoints").iterdir()) == ["step_000010", "step_000012"]
     # Whatever the address, it is the same checkpoint, and so the same artifact.
     folder = trained.local()
     monkeypatch.chdir(folder)
@@ -105,23 +99,11 @@ def test_an_interrupted_run_that_was_started_from_a_checkpoint_continues_from_it
 
 
 def test_a_checkpoint_of_another_run_is_refused_field_by_field(store: Store, fourth: str) -> None:
-    said = refusal(
-        store,
-        train={"lr": 1e-3, "batch_size": 2, "max_steps": 20},
-        data={"shuffle_seed": 1},
-        objective={"weighting": "bound"},
-        exp={"resume_path": fourth},
-    )
-    for words in (
-        "data.shuffle_seed: 123 -> 1;",
-        "objective.weighting: uniform -> bound;",
-        "train.batch_size: 4 -> 2;",
-        "train.lr: 0.008 -> 0.001;",
-        "train.max_steps: 12 -> 20)",
-    ):
-        assert words in said
-    names = "data.shuffle_seed objective.weighting train.batch_size train.lr train.max_steps"
-    assert said.endswith(f"add --exp.allow_changed {names}")
+    changed = {"train": {"lr": 1e-3, "max_steps": 20}, "data": {"shuffle_seed": 1}, "objective": {"weighting": "bound"}}
+    said = refusal(store, **changed, exp={"resume_path": fourth})
+    assert "data.shuffle_seed: 123 -> 1; objective.weighting: uniform -> bound; train.lr: 0.008 -> 0.001; " in said
+    assert "train.max_steps: 12 -> 20)" in said
+    assert said.endswith("add --exp.allow_changed data.shuffle_seed objective.weighting train.lr train.max_steps")
     # Allowing some is not enough, and what to say is said in full.
     exp = {"resume_path": fourth, "allow_changed": ["train.max_steps"]}
     said = refusal(store, train={"lr": 1e-3, "max_steps": 20}, exp=exp)
@@ -186,9 +168,6 @@ def test_a_damaged_or_unfinished_checkpoint_is_refused(trained: Artifact, tmp_pa
     file.write_bytes(b"x" * file.stat().st_size)
     with pytest.raises(Damaged, match=rf"step_000008 is damaged: .*{file.name} has been altered; start from another"):
         nanodlm.train(tiny(exp={"resume_path": address}), trained.store.uri())
-    file.unlink()
-    with pytest.raises(Damaged, match=rf"step_000008 is damaged: .*{file.name} is missing"):
-        nanodlm.train(tiny(exp={"resume_path": address}), trained.store.uri())
     (folder / "parts" / "checkpoints" / "step_000012.json").unlink()
     for name, words in (
         ("step_12", r"no finished checkpoint step_12 in .*/run: there are step_000004, step_000008"),
@@ -199,30 +178,17 @@ def test_a_damaged_or_unfinished_checkpoint_is_refused(trained: Artifact, tmp_pa
             find_checkpoint(f"{folder}/{name}")
 
 
-def test_a_checkpoint_in_a_bucket_is_copied_and_verified(trained: Artifact, tmp_path: Path) -> None:
-    memory = fsspec.filesystem("memory")
-    memory.put(f"{trained.local()}/", "/bucket/run/", recursive=True)
-    part = find_checkpoint("memory://bucket/run/checkpoints/step_4")
-    assert part.digest == find_checkpoint(f"{trained.uri}/step_4").digest
-    assert (part.local(tmp_path / "scratch") / "model_state").is_dir()
-    memory.pipe_file(f"/bucket/run/{part.files[0]['path']}", b"other")
-    with pytest.raises(Damaged, match="has been altered"):
-        part.local(tmp_path / "other")
-
-
 def test_the_original_flags_start_from_a_checkpoint(
     trained: Artifact, data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     resume = ("--exp.resume", "--exp.resume_path", f"{trained.local()}/checkpoints/step_4")
-    command = ["train", *words_for(tiny(), data), *resume, "--json"]
-    with pytest.raises(SystemExit) as ended:
-        main.main([*command, "--train.lr", "0.001"])
-    assert ended.value.code == 2
+    command = ["train", *words_for(tiny(), data), *resume, "--json", "--train.lr", "0.001"]
+    with pytest.raises(SystemExit, match="2"):
+        main.main(command)
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert "(train.lr: 0.008 -> 0.001): if that is meant, add --exp.allow_changed train.lr" in said
-    with pytest.raises(SystemExit) as ended:
-        main.main([*command, "--train.lr", "0.001", "--exp.allow_changed", "train.lr"])
-    assert ended.value.code == 0
+    with pytest.raises(SystemExit, match="0"):
+        main.main([*command, "--exp.allow_changed", "train.lr"])
     changed = json.loads(capsys.readouterr().out.splitlines()[-1])["metrics"]
     assert changed["resumed_from_update"] == 4
     assert changed["parameters_sha256"] != trained.metrics["parameters_sha256"]

@@ -109,15 +109,9 @@ def damage(store: Store, moments: random.Random) -> str:
 
 
 def soak(url: str, folder: Path, events: int, last: str, patience: float, wire: Wire) -> None:
-    """Kill and damage so many times, then compare with an undisturbed run.
+    """Kill (within `patience` seconds) and damage so many times, then compare with an undisturbed run.
 
-    Args:
-        url: The store; whenever it is complete it is damaged, and begins anew with what it lost.
-        folder: An empty folder.
-        events: How many kills and damages.
-        last: The last stage of the pipeline.
-        patience: Seconds within which a process is killed.
-        wire: What lets requests fail, if the store is behind it.
+    Whenever the store is complete it is damaged, and begins anew with what it lost.
     """
     undisturbed = Store(str(folder / "undisturbed"))
     for name in table.until(last):
@@ -148,11 +142,9 @@ def soak(url: str, folder: Path, events: int, last: str, patience: float, wire: 
             with process(str(config), url, last, "repair") as repairing:
                 assert repairing.wait(120) == 0
             complete = False
-        elif complete:  # a torn manifest is set aside by a repair, and built by the next run
-            complete = False
-        else:
-            complete = True
-            assert results(store, last) == expected
+        else:  # a torn manifest is set aside by a repair, and built by the next run
+            complete = not complete
+            assert not complete or results(store, last) == expected
     wire.share = 0.0
     for what in ("repair", "run"):
         with process(str(config), url, last, what) as ending:

@@ -6,7 +6,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 
@@ -15,40 +15,28 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanodlm.errors import Damaged, NanodlmError
-from nanodlm.store import Artifact, Store, canonical_json, fingerprint_of, hold_lease, lease_events, new_attempt
+from nanodlm.store import (
+    Artifact,
+    Attempt,
+    Store,
+    fingerprint_of,
+    hold_lease,
+    lease_events,
+    new_attempt,
+)
 from nanodlm.store import lease as store_lease
+from nanodlm.store.manifest import canonical_json
 from nanodlm.upkeep.collect import collect
+from tests.store.support import FILES, Killed, killed_attempt
 from tests.support.helpers import committed, fill, identity
 
-FILES = {"a.bin": b"first file", "b.bin": b"other file", "sub/c.bin": b"third, longer file"}
+
+def manifest_path(store: Store) -> Path:
+    return Path(store.path("shard", "f0", "manifest.json"))
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store(str(tmp_path / "store"))
-
-
-def attempt_folder(artifact: Artifact) -> Path:
-    return Path(artifact.remote("a.bin")).parent
-
-
-def manifest_path(store: Store, stage: str = "shard", fingerprint: str = "f0") -> Path:
-    return Path(store.path(stage, fingerprint, "manifest.json"))
-
-
-class Killed(Exception):
-    """Stands for whatever ends an attempt half-way."""
-
-
-def killed_attempt(store: Store, parts: dict[str, dict[str, bytes]], unfinished: dict[str, bytes] | None = None) -> str:
-    """An attempt that ended after these parts, and in the middle of writing some other files; returns its id."""
-    with pytest.raises(Killed), new_attempt(store, "shard", "f0") as attempt:
-        for name, files in parts.items():
-            fill(attempt, files)
-            attempt.finish(name, list(files), rows=len(files))
-        fill(attempt, unfinished or {})
-        raise Killed
-    return attempt.id
+def lease_path(store: Store) -> Path:
+    return Path(store.path("shard", "f0", "lease.json"))
 
 
 # Canonical JSON and fingerprints
@@ -108,17 +96,15 @@ def test_a_committed_artifact_is_found_with_its_files_and_metrics(store: Store) 
     assert list(store) == [("shard", "f0")]
     assert store.open(found.uri).digest == store.open("shard/f0").digest == found.digest
     assert store.open(f"{found.uri}/manifest.json").digest == found.digest
-
-
-def test_opening_what_is_not_there_is_one_clear_error(store: Store) -> None:
-    with pytest.raises(NanodlmError, match=r"no artifact at shard/f0.*nanodlm ls"):
-        store.open("shard/f0")
+    assert manifest_path(store).stat().st_mode & 0o777 == 0o644, "others may read it"
 
 
 def test_opening_a_store_creates_nothing(tmp_path: Path) -> None:
     empty = Store(str(tmp_path / "store"))
     assert empty.find("shard", "f0") is None
     assert list(empty) == []
+    with pytest.raises(NanodlmError, match=r"no artifact at shard/f0.*nanodlm ls"):
+        empty.open("shard/f0")
     assert not (tmp_path / "store").exists()
 
 
@@ -154,12 +140,16 @@ def test_a_create_only_write_leaves_an_existing_file_and_no_temporary_ones(store
     assert [p.name for p in Path(path).parent.iterdir()] == ["x.json"]
 
 
+def rebuilt(store: Store, files: dict[str, bytes]) -> tuple[Attempt, Artifact]:
+    with new_attempt(store, "shard", "f0", afresh=True) as attempt:
+        fill(attempt, files)
+        return attempt, attempt.commit(identity=identity(), metrics={"other": 1}, replace=True)
+
+
 def test_a_rebuild_with_equal_bytes_keeps_the_manifest(store: Store) -> None:
     committed(store, FILES)
     before = manifest_path(store).read_bytes()
-    with new_attempt(store, "shard", "f0", afresh=True) as attempt:
-        fill(attempt, FILES)
-        artifact = attempt.commit(identity=identity(), metrics={"other": 1}, replace=True)
+    attempt, artifact = rebuilt(store, FILES)
     assert artifact.manifest["attempt"] != attempt.id
     assert manifest_path(store).read_bytes() == before
     assert not attempt.path.exists(), "nobody needs the same twice"
@@ -167,11 +157,8 @@ def test_a_rebuild_with_equal_bytes_keeps_the_manifest(store: Store) -> None:
 
 def test_a_rebuild_with_other_bytes_replaces_the_manifest(store: Store) -> None:
     old = committed(store, FILES)
-    with new_attempt(store, "shard", "f0", afresh=True) as attempt:
-        fill(attempt, {**FILES, "a.bin": b"changed!!!"})
-        new = attempt.commit(identity=identity(), metrics={}, replace=True)
-    found = store.find("shard", "f0")
-    assert found is not None
+    attempt, new = rebuilt(store, {**FILES, "a.bin": b"changed!!!"})
+    found = store.open("shard/f0")
     assert found.manifest["attempt"] == new.manifest["attempt"] == attempt.id
     assert found.digest != old.digest
     assert (found.local() / "a.bin").read_bytes() == b"changed!!!"
@@ -179,12 +166,9 @@ def test_a_rebuild_with_other_bytes_replaces_the_manifest(store: Store) -> None:
 
 def test_a_rebuild_with_equal_bytes_replaces_a_manifest_whose_files_are_damaged(store: Store) -> None:
     old = committed(store, FILES)
-    (attempt_folder(old) / "a.bin").write_bytes(b"FIRST FILE")
-    with new_attempt(store, "shard", "f0", afresh=True) as attempt:
-        fill(attempt, FILES)
-        new = attempt.commit(identity=identity(), metrics={}, replace=True)
-    assert new.manifest["attempt"] == attempt.id
-    assert new.digest == old.digest
+    Path(old.remote("a.bin")).write_bytes(b"FIRST FILE")
+    attempt, new = rebuilt(store, FILES)
+    assert (new.manifest["attempt"], new.digest) == (attempt.id, old.digest)
     assert (new.local() / "a.bin").read_bytes() == b"first file"
 
 
@@ -193,9 +177,7 @@ def test_a_rebuild_with_equal_bytes_replaces_a_manifest_whose_files_are_damaged(
 
 def test_equal_files_have_equal_digests_wherever_and_whenever_they_were_made(tmp_path: Path) -> None:
     one = committed(Store(str(tmp_path / "one")), FILES)
-    other = committed(
-        Store(str(tmp_path / "elsewhere" / "other")), dict(reversed(FILES.items())), fingerprint="another"
-    )
+    other = committed(Store(str(tmp_path / "other")), dict(reversed(FILES.items())), fingerprint="another")
     assert one.digest == other.digest
     assert one.manifest["attempt"] != other.manifest["attempt"]
 
@@ -232,19 +214,14 @@ def test_volatile_files_are_verified_but_do_not_change_the_digest(store: Store) 
 
 
 def test_each_kind_of_damage_is_named_and_refused(store: Store) -> None:
-    def damaged(name: str, damage: Callable[[Path], object]) -> Artifact:
-        artifact = committed(store, FILES, fingerprint=name)
-        damage(attempt_folder(artifact))
-        return artifact
-
-    missing = damaged("missing", lambda folder: (folder / "sub" / "c.bin").unlink())
-    truncated = damaged("truncated", lambda folder: (folder / "b.bin").write_bytes(b"other"))
-    flipped = damaged("flipped", lambda folder: (folder / "a.bin").write_bytes(b"first fild"))
+    missing, truncated, flipped = (committed(store, FILES, fingerprint=f) for f in ("missing", "truncated", "flipped"))
+    Path(missing.remote("sub/c.bin")).unlink()
+    Path(truncated.remote("b.bin")).write_bytes(b"other")
+    Path(flipped.remote("a.bin")).write_bytes(b"first fild")
     for artifact, message in ((missing, "sub/c.bin is missing"), (truncated, "b.bin has 5 bytes, not 10")):
-        with pytest.raises(Damaged, match=f"the shard artifact is damaged: {message}; .*--repair"):
-            artifact.check()
-        with pytest.raises(Damaged, match=message):
-            artifact.local()
+        for reader in (artifact.check, artifact.local):
+            with pytest.raises(Damaged, match=f"the shard artifact is damaged: {message}; .*--repair"):
+                reader()
     assert flipped.check() is flipped  # sizes alone cannot tell
     for reader in (flipped.local, lambda: flipped.check(deep=True)):
         # The remedy has to look as deep as the check did, or it would find nothing to repair.
@@ -281,34 +258,18 @@ def test_a_torn_manifest_is_refused_by_name(store: Store, content: bytes) -> Non
 
 
 def test_a_later_attempt_adopts_the_parts_that_a_killed_one_finished(store: Store) -> None:
-    killed_attempt(
-        store,
-        {"a": {"a.bin": b"aa"}, "steps/one": {"sub/b": b"bb", "sub/c": b"cc"}},
-        unfinished={"sub/d": b"half writ"},
-    )
+    parts = {"a": {"a.bin": b"aa"}, "steps/one": {"sub/b": b"bb", "sub/c": b"cc"}}
+    killed_attempt(store, parts)
     with new_attempt(store, "shard", "f0") as attempt:
         assert set(attempt.earlier) == {"a", "steps/one"}
         assert attempt.adopt("a") == {"rows": 1}
         assert attempt.adopt("steps/one") == {"rows": 2}
-        assert attempt.adopt("sub/d") is None
+        assert attempt.adopt("unfinished") is None
         fill(attempt, {"d": b"dd"})
         resumed = attempt.commit(identity=identity(), metrics={})
     undisturbed = committed(store, {"a.bin": b"aa", "sub/b": b"bb", "sub/c": b"cc", "d": b"dd"}, fingerprint="f1")
     assert resumed.digest == undisturbed.digest
     assert resumed.local().is_dir()
-
-
-@pytest.mark.parametrize("content", [b"AA", b"a", b"", None], ids=["flipped", "truncated", "empty", "missing"])
-def test_an_altered_part_is_not_adopted(store: Store, content: bytes | None) -> None:
-    id_ = killed_attempt(store, {"a": {"a.bin": b"aa"}, "b": {"b.bin": b"bb"}})
-    damaged = Path(store.path("shard", "f0", "attempts", id_, "a.bin"))
-    damaged.unlink()
-    if content is not None:
-        damaged.write_bytes(content)
-    with new_attempt(store, "shard", "f0") as attempt:
-        assert attempt.adopt("a") is None
-        assert attempt.adopt("b") == {"rows": 1}
-        assert [p.name for p in attempt.path.iterdir() if p.is_file()] == ["b.bin"]
 
 
 def test_half_a_damaged_part_does_not_stay_behind_to_be_committed(store: Store) -> None:
@@ -375,21 +336,16 @@ print("released", flush=True)
 @pytest.fixture
 def holder(store: Store) -> Iterator[subprocess.Popen[str]]:
     """Another process that holds the lease of shard/f0 until it reads a line."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLD_LEASE, store.root], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
-    assert process.stdin is not None
-    assert process.stdout.readline() == "holding\n"
-    yield process
-    process.kill()
-    process.wait()
-    process.stdin.close()
-    process.stdout.close()
+    command = [sys.executable, "-c", HOLD_LEASE, store.root]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "holding\n"
+        yield process
+        process.kill()
 
 
 def test_the_lease_is_there_while_it_is_held_and_gone_after_it(store: Store) -> None:
-    lease = Path(store.path("shard", "f0", "lease.json"))
+    lease = lease_path(store)
     with hold_lease(store, "shard", "f0") as mine:
         held = json.loads(lease.read_text())
         assert (held["holder"], held["pid"], held["host"]) == (mine["holder"], os.getpid(), socket.gethostname())
@@ -400,7 +356,7 @@ def test_the_lease_is_there_while_it_is_held_and_gone_after_it(store: Store) -> 
 
 
 def test_a_holder_leaves_the_lease_alone_that_another_has_taken_over(store: Store) -> None:
-    lease = Path(store.path("shard", "f0", "lease.json"))
+    lease = lease_path(store)
     with hold_lease(store, "shard", "f0"):
         other = {"holder": "another run", "host": "elsewhere", "pid": 1, "beat": 7}
         lease.write_text(json.dumps(other))
@@ -409,18 +365,16 @@ def test_a_holder_leaves_the_lease_alone_that_another_has_taken_over(store: Stor
 
 def test_a_second_process_waits_until_the_holder_is_done(store: Store, holder: subprocess.Popen[str]) -> None:
     told: list[str] = []
-    assert holder.stdin is not None
 
     def release(message: str) -> None:
         told.append(message)
-        assert Path(store.path("shard", "f0", "lease.json")).exists()
-        holder.stdin.write("\n")  # type: ignore[union-attr]
-        holder.stdin.flush()  # type: ignore[union-attr]
+        assert lease_path(store).exists()
+        print(file=holder.stdin, flush=True)
 
     with hold_lease(store, "shard", "f0", notify=release):
         assert told == [f"process {holder.pid} on {socket.gethostname()} is building it; waiting"]
         assert holder.wait(10) == 0
-    assert not Path(store.path("shard", "f0", "lease.json")).exists()
+    assert not lease_path(store).exists()
 
 
 def test_the_lease_of_a_killed_process_is_taken_over_at_once(
@@ -430,43 +384,24 @@ def test_the_lease_of_a_killed_process_is_taken_over_at_once(
     holder.kill()
     holder.wait()
     monkeypatch.setattr("time.sleep", slept.append)
-    lease = Path(store.path("shard", "f0", "lease.json"))
+    lease = lease_path(store)
     with hold_lease(store, "shard", "f0") as mine:
         assert json.loads(lease.read_text())["holder"] == mine["holder"]
     assert slept == [store_lease.SETTLE_SECONDS]  # not waited out
     assert not lease.exists()
 
 
-def test_a_lease_from_another_host_is_taken_over_once_it_stops_changing(
-    store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(store_lease, "LEASE_SECONDS", 0.3)
-    stale = {"holder": "gone", "host": "a host that is not this one", "pid": os.getpid(), "beat": 3}
-    store.write_json(store.path("shard", "f0", "lease.json"), stale)
-    told: list[str] = []
-    with hold_lease(store, "shard", "f0", notify=told.append) as mine:
-        assert store.read_json(store.path("shard", "f0", "lease.json"))["holder"] == mine["holder"]
-    assert told == [f"process {os.getpid()} on a host that is not this one is building it; waiting"]
-
-
-def test_nobody_waits_for_a_torn_lease_or_for_none(store: Store) -> None:
-    told: list[str] = []
-    with hold_lease(store, "shard", "f0", notify=told.append):
-        pass
-    lease = Path(store.path("shard", "f0", "lease.json"))
-    lease.write_text('{"holder"')
-    with hold_lease(store, "shard", "f0", notify=told.append):
-        pass
-    assert told == []
-
-
-@pytest.mark.parametrize("held", [None, {"holder": "x", "host": socket.gethostname()}], ids=["torn", "no process"])
-def test_a_lease_without_a_process_is_taken_over(store: Store, held: object) -> None:
-    store.write_json(store.path("shard", "f0", "lease.json"), held)
+@pytest.mark.parametrize("text", [None, '{"holder"', "null", json.dumps({"holder": "x", "host": socket.gethostname()})])
+def test_no_lease_a_torn_one_or_one_without_a_process_is_not_waited_for(store: Store, text: str | None) -> None:
+    lease_path(store).parent.mkdir(parents=True)
+    if text:
+        lease_path(store).write_text(text)
     assert lease_events(store, "shard", "f0") == {}
     assert list(collect(store)) == []
+    started = time.monotonic()
     with hold_lease(store, "shard", "f0") as mine:
-        assert store.read_json(store.path("shard", "f0", "lease.json"))["holder"] == mine["holder"]
+        assert json.loads(lease_path(store).read_text())["holder"] == mine["holder"]
+    assert time.monotonic() - started < store_lease.LEASE_SECONDS / 2
 
 
 # Stores that cannot be written
@@ -484,15 +419,11 @@ def test_a_store_below_a_regular_file_is_one_clear_error(tmp_path: Path) -> None
 
 
 def test_an_attempt_that_changed_lately_is_not_abandoned(store: Store) -> None:
-    killed = killed_attempt(store, {}, unfinished={"a.bin": b"aa", "b.bin": b"bbb"})
-    folder = Path(store.path("shard", "f0", "attempts", killed))
-    assert list(collect(store, grace=600)) == []
-    old = time.time() - 3600
-    files = [p for p in folder.rglob("*") if p.is_file()]
-    for path in files[1:]:
-        os.utime(path, (old, old))
-    assert list(collect(store, grace=600)) == []  # one file is still fresh
-    os.utime(files[0], (old, old))
+    folder = Path(store.path("shard", "f0", "attempts", killed_attempt(store, {"a": {"a.bin": b"aa"}})))
+    for path in (p for p in folder.rglob("*") if p.is_file()):
+        assert list(collect(store, grace=600)) == [], "one file is still fresh"
+        os.utime(path, (time.time() - 3600,) * 2)
+    Path(store.path("shard", "f0", "attempts", folder.name, "parts", "a.json")).unlink()
     assert [row["uri"] for row in collect(store, grace=600)] == [str(folder)]
 
 
@@ -501,10 +432,8 @@ def test_an_attempt_that_changed_lately_is_not_abandoned(store: Store) -> None:
 
 def test_two_artifacts_that_changed_places_are_refused(store: Store) -> None:
     one, other = committed(store, FILES, fingerprint="f1"), committed(store, {"c.bin": b"c"}, fingerprint="f2")
-    first, second = Path(one.uri), Path(other.uri)
-    first.rename(first.with_name("x"))
-    second.rename(first)
-    first.with_name("x").rename(second)
+    for old, new in ((one.uri, f"{one.uri}x"), (other.uri, one.uri), (f"{one.uri}x", other.uri)):
+        Path(old).rename(new)
     with pytest.raises(Damaged, match="belongs to shard/f2"):
         store.find("shard", "f1")
 
@@ -521,8 +450,3 @@ def test_an_interrupted_rebuild_is_continued_but_not_what_was_there_before(store
         raise Killed
     with new_attempt(store, "shard", "f0", afresh=True) as again:
         assert again.earlier == {"a": [rebuild.id]}
-
-
-def test_a_manifest_can_be_read_by_others(store: Store) -> None:
-    committed(store, FILES)
-    assert manifest_path(store).stat().st_mode & 0o777 == 0o644

@@ -16,23 +16,14 @@ from nanodlm.store import files
 
 @dataclass
 class Fault:
-    """What becomes of requests.
+    """What becomes of requests."""
 
-    Attributes:
-        request: Name of fsspec's method, such as `pipe_file`.
-        error: What it raises.
-        path: Only for paths that hold this.
-        times: For so many requests.
-        after: Whether the request has its effect first, so that only its acknowledgement is lost.
-        until: The fault is over when this says so.
-    """
-
-    request: str
-    error: Callable[[], BaseException]
-    path: str = ""
-    times: float = 1
-    after: bool = False
-    until: Callable[[], bool] = lambda: False
+    request: str  # name of fsspec's method, such as `pipe_file`
+    error: Callable[[], BaseException]  # what it raises
+    path: str = ""  # only for paths that hold this
+    times: float = 1  # for so many requests
+    after: bool = False  # whether it has its effect first, so that only its acknowledgement is lost
+    until: Callable[[], bool] = lambda: False  # the fault is over when this says so
 
     def strikes(self, request: str, path: str) -> bool:
         """Whether this request fails; counts it."""
@@ -105,8 +96,8 @@ def scripted(*faults: Fault) -> Iterator[type[Faulty]]:
 
 
 def no_space() -> OSError:
-    """What a full disk says."""
-    return OSError(errno.ENOSPC, "No space left on device")
+    """What a full disk says; the digits of the path are no answer of a server."""
+    return OSError(errno.ENOSPC, "No space left on device", "/cache/shard-15036af502c504/x")
 
 
 def answer(status: int, code: str) -> Exception:

@@ -7,7 +7,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nanodlm.config import Config
-from nanodlm.store import Artifact, Attempt, Store, new_attempt
+from nanodlm.store import Artifact, Attempt, Item, Store, new_attempt
+from nanodlm.upkeep.copy import copy
 
 SYLLABLES = ("ba", "con", "de", "fi", "gra", "ho", "in", "ju", "li", "mo", "na", "or", "per", "qui", "re", "sta", "tu")
 
@@ -48,6 +49,20 @@ def committed(store: Store, files: dict[str, bytes], stage: str = "shard", finge
     with new_attempt(store, stage, fingerprint) as attempt:
         fill(attempt, files)
         return attempt.commit(identity=identity(stage), metrics={})
+
+
+def copied(source: Store, target: Store, artifacts: list[Item] | None = None) -> dict[str, bool]:
+    """Copy these artifacts, or all, and say of each stage's whether it had to be sent."""
+    wanted = list(source) if artifacts is None else artifacts
+    return {artifact.stage: sent for artifact, sent in copy(source, target, wanted, lambda *_, **__: None)}
+
+
+def flip(path: Path) -> bytes:
+    """Change the last byte of a file; what it was."""
+    before = path.read_bytes()
+    path.unlink()  # it may be another name of the same file
+    path.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+    return before
 
 
 def identity(stage: str = "shard") -> dict[str, object]:

@@ -20,6 +20,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from unittest import mock
 
 import fsspec
 import pytest
@@ -140,43 +141,26 @@ def seaweedfs() -> Iterator[Server]:
     endpoint = f"http://127.0.0.1:{ports['s3']}"
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="weed-")))
-        stack.callback(_remove_sockets, ports)
-        tester = {
-            "name": "tests",
-            "credentials": [{"accessKey": KEY, "secretKey": SECRET}],
-            "actions": ["Admin", "Read", "Write", "List", "Tagging"],
+        may = {
+            KEY: ["Admin", "Read", "Write", "List", "Tagging"],
+            "nanodlm-builder": [f"{action}:{BUCKET}" for action in ("Read", "Write", "List")],
+            "nanodlm-reader": [f"{action}:{BUCKET}" for action in ("Read", "List")],
         }
-        limited = [
-            {
-                "name": name,
-                "credentials": [{"accessKey": f"nanodlm-{name}", "secretKey": SECRET}],
-                "actions": [f"{action}:{BUCKET}" for action in may],
-            }
-            for name, may in (("builder", ("Read", "Write", "List")), ("reader", ("Read", "List")))
+        identities = [
+            {"name": key, "credentials": [{"accessKey": key, "secretKey": SECRET}], "actions": actions}
+            for key, actions in may.items()
         ]
-        (folder / "s3.json").write_text(json.dumps({"identities": [tester, *limited]}))
-        command = [
-            str(Path(sys.executable).with_name("weed")),
-            "server",
-            f"-dir={folder}",
-            "-ip=127.0.0.1",
-            "-ip.bind=127.0.0.1",
-            "-master.telemetry=false",
-            "-master.volumeSizeLimitMB=64",
-            "-volume.max=0",
-            "-s3",
-            f"-s3.config={folder / 's3.json'}",
-            "-s3.iam=false",
-            "-s3.port.iceberg=0",
-            "-s3.port.lance=0",
-            f"-s3.localSocket={folder / 's3.sock'}",
-            f"-filer.localSocket={folder / 'filer.sock'}",
-        ]
+        (folder / "s3.json").write_text(json.dumps({"identities": identities}))
+        options = f"""-dir={folder} -ip=127.0.0.1 -ip.bind=127.0.0.1 -master.telemetry=false
+            -master.volumeSizeLimitMB=64 -volume.max=0 -s3 -s3.config={folder}/s3.json -s3.iam=false -s3.port.iceberg=0
+            -s3.port.lance=0 -s3.localSocket={folder}/s3.sock -filer.localSocket={folder}/filer.sock""".split()
         for name, port in ports.items():
             service, _, grpc = name.partition(".")
-            command.append(f"-{service}.port{'.grpc' if grpc else ''}={port}")
-        one_volume = {"WEED_MASTER_VOLUME_GROWTH_COPY_1": "1"}
-        server = stack.enter_context(running(command, **one_volume))
+            options.append(f"-{service}.port{'.grpc' if grpc else ''}={port}")
+            socket_left = Path(f"/tmp/seaweedfs-{service}-grpc-{port}.sock")  # for each of its gRPC ports
+            stack.callback(socket_left.unlink, missing_ok=True)
+        command = [str(Path(sys.executable).with_name("weed")), "server", *options]
+        server = stack.enter_context(running(command, WEED_MASTER_VOLUME_GROWTH_COPY_1="1"))
         found = Server(endpoint, f"s3://{BUCKET}", s3_environ(endpoint))
         with pytest.MonkeyPatch.context() as monkeypatch:  # it takes signed requests only
             found.enter(monkeypatch)
@@ -190,14 +174,6 @@ def seaweedfs() -> Iterator[Server]:
             answers(server, first_write)
         forget_connections()
         yield found
-
-
-def _remove_sockets(ports: dict[str, int]) -> None:
-    """SeaweedFS leaves one behind for each of its gRPC ports."""
-    for name, port in ports.items():
-        service, _, grpc = name.partition(".")
-        if grpc:
-            Path(f"/tmp/seaweedfs-{service}-grpc-{port}.sock").unlink(missing_ok=True)
 
 
 @contextmanager
@@ -228,9 +204,7 @@ def ephemeral_prefect(home: Path) -> Iterator[dict[str, str]]:
 
     named = {"PREFECT_HOME": str(home), "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
     with ExitStack() as stack:
-        with pytest.MonkeyPatch.context() as monkeypatch:
-            for name, value in named.items():
-                monkeypatch.setenv(name, value)
+        with mock.patch.dict(os.environ, named):
             url = stack.enter_context(ephemeral_server())
         yield {"PREFECT_API_URL": url, **named}
 
@@ -253,11 +227,8 @@ def dask(workers: int) -> Iterator[tuple[str, list[subprocess.Popen[bytes]]]]:
 def flaky(server: Server, fail: Callable[[str, str], str]) -> Iterator[Server]:
     """A server behind a wire that fails.
 
-    Args:
-        server: What requests are passed on to.
-        fail: Told the method and path of each request; what becomes of it: "" (nothing), "busy" (answered with 503),
-            "refused" (answered with 403), "reset" (not passed on, and cut off) or "unheard" (passed on, and its answer
-            cut off).
+    `fail` is told the method and path of each request, and says what becomes of it: "" (nothing), "busy" (503),
+    "refused" (403), "reset" (not passed on, and cut off) or "unheard" (passed on, and its answer cut off).
     """
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -313,13 +284,7 @@ def flaky(server: Server, fail: Callable[[str, str], str]) -> Iterator[Server]:
 
 @contextmanager
 def prefect(home: Path, port: int | None = None, **environ: str) -> Iterator[dict[str, str]]:
-    """A whole Prefect server, started as the README says: the environment that its clients need.
-
-    Args:
-        home: Folder of its own, for its database and its log.
-        port: Where it listens; by default at a free one.
-        environ: More of its environment.
-    """
+    """A whole Prefect server, started as the README says: the environment that its clients need."""
     port = port or free_ports(1)[0]
     url = f"http://127.0.0.1:{port}/api"
     own = {
@@ -336,11 +301,7 @@ def prefect(home: Path, port: int | None = None, **environ: str) -> Iterator[dic
 
 @contextmanager
 def postgresql(folder: Path) -> Iterator[str]:
-    """A PostgreSQL server that asks for a password: the address with which Prefect reaches an empty database of it.
-
-    Args:
-        folder: Where its files lie; whoever runs it must reach it.
-    """
+    """A PostgreSQL server that asks for a password: the address with which Prefect reaches an empty database of it."""
     found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb")) or [Path(shutil.which("initdb") or "")]
     assert found[-1].is_file(), "PostgreSQL's programs are not there: apt-get install postgresql"
     programs, data, (port,) = found[-1].parent, folder / "data", free_ports(1)
@@ -374,14 +335,7 @@ def free_ports(count: int) -> list[int]:
 def running(
     command: list[str], log: Path | None = None, user: str = "", **environ: str
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """A server in a process group of its own, killed at the end, also when this process is killed first.
-
-    Args:
-        command: The server's.
-        log: File for what it says; nowhere by default.
-        user: Whom it runs as, when not as ourselves.
-        environ: More of its environment.
-    """
+    """A server in a process group of its own, killed at the end, also when this process is killed first."""
     assert shutil.which(command[0]), f"{command[0]} is not there: pip install -c constraints.txt -e '.[test]'"
     with open(log or os.devnull, "ab") as said:
         server = subprocess.Popen(

@@ -1,0 +1,203 @@
+"""What is copied or adopted is the same."""
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from nanodlm.checkpoints.finding import find_checkpoint
+from nanodlm.data import download
+from nanodlm.errors import Damaged, NanodlmError
+from nanodlm.stages import run
+from nanodlm.store import Artifact, Store
+from nanodlm.store.files import Storage
+from nanodlm.upkeep import adopt, collect, copy, verify
+from tests.store.support import Killed
+from tests.support.helpers import committed, copied, flip, prose, tiny_config
+from tests.upkeep.support import CHAIN, EVERYTHING, Made, said, statuses, told
+
+
+def test_a_store_copied_there_and_back_is_the_same(master: Made, remote: Store, tmp_path: Path) -> None:
+    artifacts = verify.chain(master.store, "sample", master.artifacts["sample"].fingerprint)
+    names = [stage for stage, _ in artifacts]
+    assert copied(master.store, remote, artifacts) == dict.fromkeys(names, True)
+    back = Store(str(tmp_path / "back"))
+    copied(remote, back)
+    for name in names:
+        again = back.open(f"{name}/{master.artifacts[name].fingerprint}")
+        assert again.manifest == master.artifacts[name].manifest
+        assert again.problems(deep=True) == []
+    assert copied(master.store, back, artifacts) == dict.fromkeys(names, False)
+    assert statuses(master.config, back, names) == dict.fromkeys(names, "cached")
+
+
+def test_a_copy_that_was_cut_off_goes_on_without_sending_again_what_is_there(
+    master: Made, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shard = master.artifacts["shard"]
+    sent: list[str] = []
+    put = Storage.put
+
+    def counting(self: Storage, pairs: Any, done: Any = lambda _: None, *, until: int = 1000) -> None:
+        for local, target in pairs:
+            if len(sent) >= until:
+                raise Killed
+            put(self, [(local, target)], done)
+            sent.append(target)
+
+    monkeypatch.setattr(Storage, "put", lambda *args: counting(*args, until=2))
+    with pytest.raises(Killed):
+        copied(master.store, store, [("shard", shard.fingerprint)])
+    assert store.find("shard", shard.fingerprint) is None, "it counts when it is whole"
+    flip(Path(sent.pop()))  # it was in the middle of this one
+    monkeypatch.setattr(Storage, "put", counting)
+    assert copied(master.store, store, [("shard", shard.fingerprint)]) == {"shard": True}
+    assert len(sent) == len(set(sent)) == len(shard.manifest["files"])
+    assert store.open(shard.uri.removeprefix(f"{master.store.uri()}/")).check(deep=True)
+
+
+def test_a_copy_is_repaired_and_gone_on_from_like_its_original(made: Made, tmp_path: Path) -> None:
+    store = Store(str(tmp_path / "target"))
+    assert all(copied(made.store, store).values())
+    shard, train = (store.open(made.artifacts[stage].uri) for stage in ("shard", "train"))
+    good = {path: path.stat().st_ino for path in Path(shard.folder).glob("train-*")}
+    flip(bad := sorted(good)[0])
+    (found,) = verify.check(store, [("shard", shard.fingerprint)], deep=True, repair=True)
+    assert found.repaired
+    again = store.open(shard.uri)
+    assert again.digest == shard.digest
+    kept = {path.name: inode for path, inode in good.items() if path != bad}
+    assert {name: Path(again.remote(name)).stat().st_ino for name in kept} == kept
+    assert find_checkpoint(f"{train.uri}/checkpoints/step_6").local(Path("unused")).is_dir()
+
+
+def test_a_collection_beside_a_copy_leaves_what_has_arrived(
+    store: Store, remote: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    committed(store, {"x": b"one"})
+    check = Artifact.check
+
+    def collecting(self: Artifact, *only: str, deep: bool = False) -> Artifact:
+        if deep and self.store is remote:
+            assert list(collect.collect(remote, grace=EVERYTHING)) == []
+        return check(self, *only, deep=deep)
+
+    monkeypatch.setattr(Artifact, "check", collecting)
+    assert copied(store, remote) == {"shard": True}
+    assert remote.open("shard/f0").check(deep=True)
+
+
+def test_a_copy_shows_how_far_it_is(master: Made, remote: Store, tmp_path: Path) -> None:
+    shard, told = master.artifacts["shard"], []
+
+    def emit(kind: str, **fields: Any) -> None:
+        told.append((kind, fields["unit"], fields["done"], fields["total"]))
+
+    for source, target in ((master.store, remote), (remote, Store(str(tmp_path / "back")))):
+        list(copy.copy(source, target, [("shard", shard.fingerprint)], emit))
+        kind, unit, done, total = told[-1]
+        assert (kind, unit) == ("progress", "MB copied")
+        assert done == pytest.approx(total) == pytest.approx(sum(f["size"] for f in shard.manifest["files"]) / 1e6)
+    assert "MB of shard fetched" in {unit for _, unit, _, _ in told}
+
+
+def test_a_damaged_source_is_not_copied(made: Made, remote: Store) -> None:
+    shard = made.artifacts["shard"]
+    flip(made.first("shard", "train-*"))
+    with pytest.raises(Damaged, match=r"train-00000\.arrayrecord has been altered"):
+        copied(made.store, remote, [("shard", shard.fingerprint)])
+    assert list(remote) == []
+
+
+def test_another_artifact_in_the_target_is_not_replaced(store: Store, remote: Store) -> None:
+    committed(store, {"x": b"one"})
+    theirs = committed(remote, {"x": b"other"})
+    with pytest.raises(NanodlmError, match=r"holds another artifact than .*: remove one of them"):
+        copied(store, remote)
+    assert remote.open("shard/f0").manifest == theirs.manifest
+
+
+def test_copy_of_one_artifact_takes_what_it_was_made_from_along(
+    made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = str(tmp_path / "target")
+    split = made.artifacts["split"].uri
+    out, _ = said(capsys, "copy", split, target)
+    assert [line.split()[0] for line in out.splitlines()[:-1]] == ["copied"] * 3
+    assert out.splitlines()[-1].startswith("3 artifacts there; ")
+    assert sorted(stage for stage, _ in Store(target)) == ["download", "split", "tokenizer"]
+    rows = told(capsys, "copy", made.store.uri(), target)["artifacts"]
+    assert [row["copied"] for row in rows] == [False] * 3 + [True] * 3
+    assert rows[3]["uri"].startswith(f"{target}/shard/")
+    assert "holds no artifacts" in said(capsys, "copy", str(tmp_path / "nothing"), target, code=1)[1]
+    assert "nanodlm copy SRC DST" in said(capsys, "copy", code=2)[1]
+
+
+@pytest.fixture
+def at_hand(tmp_path: Path) -> list[str]:
+    """Parquet files that somebody has fetched from the hub before."""
+    paths = [str(tmp_path / f"hub-{i}.parquet") for i in range(3)]
+    for i, path in enumerate(paths):
+        pq.write_table(pa.table({"text": prose(300)[100 * i : 100 * (i + 1)]}), path)
+    return paths
+
+
+HUB = {"source": "hf://owner/name", "revision": "0123456789" * 4}
+
+
+def test_files_at_hand_stand_for_a_data_set_on_the_hub(store: Store, at_hand: list[str]) -> None:
+    config = tiny_config(**HUB, part_mb=0.02)
+    adopted, built = adopt.adopt(config, store, [f"{Path(at_hand[0]).parent}/hub-*.parquet"])
+    assert built
+    assert adopted.metrics["adopted"] is True
+    assert adopted.metrics["documents"] == 300
+    fetched, _ = run.run_stage("download", tiny_config(at_hand, part_mb=0.02), store)
+    assert adopted.digest == fetched.digest, "as if the source had been these files"
+    again, built = adopt.adopt(config, store, at_hand)
+    assert (again.manifest, built) == (adopted.manifest, False)
+    assert statuses(config, store, CHAIN[:4]) == {**dict.fromkeys(CHAIN[:4], "built"), "download": "cached"}
+
+
+def test_documents_of_other_files_are_not_gone_on_from(store: Store, at_hand: list[str], tmp_path: Path) -> None:
+    """Neither by another `adopt` nor by a run: the first was stopped by its last file."""
+    config = tiny_config(at_hand, part_mb=0.001)
+    for i, column in enumerate(("text", "other")):
+        pq.write_table(pa.table({column: [f"wrong {n}" for n in range(100)]}), tmp_path / f"wrong-{i}.parquet")
+    with pytest.raises(NanodlmError, match="has no column 'text'"):
+        adopt.adopt(config, store, [f"{tmp_path}/wrong-*.parquet"])
+    assert list(Path(store.root).glob("download/*/attempts/*/parts/*")), "it had finished parts"
+    clean = Store(str(tmp_path / "clean"))
+    assert len({run.run_stage("download", config, place)[0].digest for place in (store, clean)}) == 1
+
+
+def test_documents_of_files_that_changed_while_they_were_read_are_not_kept(
+    store: Store, at_hand: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, first = tiny_config(at_hand, part_mb=0.001), Path(at_hand[0])
+    before, read = first.read_bytes(), download.read_documents
+
+    def changing(*args: Any) -> Any:
+        pq.write_table(pa.table({"text": ["other"] * 100}), first)
+        yield from read(*args)
+
+    monkeypatch.setattr(download, "read_documents", changing)
+    with pytest.raises(NanodlmError, match="changed while they were read: run again"):
+        run.run_stage("download", config, store)
+    monkeypatch.setattr(download, "read_documents", read)
+    first.write_bytes(before)
+    clean = Store(str(tmp_path / "clean"))
+    assert len({run.run_stage("download", config, place)[0].digest for place in (store, clean)}) == 1
+
+
+def test_adopt_prints_what_it_took(store: Store, at_hand: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    config = ["--store", store.uri(), "--data.source", HUB["source"], "--data.revision", HUB["revision"]]
+    out, _ = said(capsys, "adopt", *at_hand, *config)
+    ((stage, fingerprint),) = store
+    assert out == f"adopted  {store.uri(stage, fingerprint)}\n"
+    assert said(capsys, "adopt", *at_hand, *config)[0] == f"there already  {store.uri(stage, fingerprint)}\n"
+    assert told(capsys, "adopt", *at_hand, *config) == {"uri": store.uri(stage, fingerprint), "adopted": False}
+    assert "name the files" in said(capsys, "adopt", *config, code=2)[1]
+    nothing = ["adopt", "missing-*.parquet", *config, "--data.column", "other"]
+    assert "no file matches 'missing-*.parquet': check what is to be adopted" in said(capsys, *nothing, code=1)[1]

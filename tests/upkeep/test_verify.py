@@ -1,0 +1,251 @@
+"""Damage is found, named and mended, and what a store holds is shown."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nanodlm.stages import why
+from nanodlm.store import Store, new_attempt
+from nanodlm.upkeep import verify
+from tests.support.helpers import committed, fill, flip
+from tests.upkeep.support import CHAIN, Made, files, made_from, said, statuses, told
+
+
+def test_the_chain_of_a_sample_goes_down_to_the_data_in_the_order_of_the_stages(master: Made) -> None:
+    sample = master.artifacts["sample"]
+    chain = verify.chain(master.store, "sample", sample.fingerprint)
+    assert chain == [(name, master.artifacts[name].fingerprint) for name in CHAIN]
+    assert [found.problems for found in master.check(deep=True).values()] == [[]] * len(CHAIN)
+
+
+def test_a_deep_check_shows_how_far_it_is(master: Made) -> None:
+    told: list[dict[str, Any]] = []
+    shard = master.artifacts["shard"]
+    shard.problems(deep=True, emit=lambda kind, **fields: told.append({"kind": kind, **fields}))
+    assert len(told) == len(shard.manifest["files"])
+    assert (told[-1]["kind"], told[-1]["unit"]) == ("progress", "MB of shard read")
+    assert told[-1]["done"] == pytest.approx(told[-1]["total"])
+
+
+def test_a_repair_builds_the_bad_shard_alone_and_what_depends_on_it_stays_cached(made: Made) -> None:
+    bad = made.first("shard", "train-*")
+    good = {path.name: path.stat().st_ino for path in bad.parent.glob("train-*") if path != bad}
+    other = {stage: a.manifest for stage, a in made.artifacts.items() if stage != "shard"}
+    before = flip(bad)
+    found = made.check(deep=True, repair=True)
+    assert [stage for stage, checked in found.items() if checked.repaired] == ["shard"]
+    shard = made.store.open(made.artifacts["shard"].uri)
+    assert good
+    assert {name: Path(shard.remote(name)).stat().st_ino for name in good} == good
+    assert Path(shard.remote(bad.name)).read_bytes() == before
+    assert {stage: made.store.open(a.uri).manifest for stage, a in made.artifacts.items() if stage != "shard"} == other
+    assert set(statuses(made.config, made.store).values()) == {"cached"}
+
+
+def test_an_input_is_repaired_before_what_is_built_from_it(made: Made) -> None:
+    digests = {stage: artifact.digest for stage, artifact in made.artifacts.items()}
+    flip(made.first("download", "part-*"))
+    flip(made.first("shard", "train-*"))
+    found = made.check(deep=True, repair=True)
+    assert [stage for stage, checked in found.items() if checked.repaired] == ["download", "shard"]
+    assert {stage: made.store.open(a.uri).digest for stage, a in made.artifacts.items()} == digests
+    assert not any(checked.problems for checked in made.check(deep=True).values())
+
+
+def test_a_damaged_checkpoint_is_trained_again_from_the_one_before(made: Made) -> None:
+    digest = made.artifacts["train"].digest
+    for path in made.first("train", "checkpoints/step_000012").rglob("*"):
+        if path.is_file() and path.stat().st_size:
+            flip(path)
+    found = made.check(deep=True, repair=True, of="train")
+    assert found["train"].repaired
+    train = made.store.open(made.artifacts["train"].uri)
+    assert train.metrics["resumed_from_update"] == 6
+    assert train.digest == digest
+    assert statuses(made.config, made.store)["sample"] == "cached"
+
+
+def test_a_torn_manifest_whose_settings_nobody_knows_is_set_aside_and_says_so(made: Made) -> None:
+    path = made.manifest("sample")
+    path.write_bytes(path.read_bytes()[:100])
+    found = made.check()
+    assert list(found) == ["sample"], "what it was made from cannot be known"
+    assert "is not a manifest" in found["sample"].problems[0]
+    assert path.exists()
+    found = made.check(repair=True)
+    assert not found["sample"].repaired
+    assert "it was set aside: `nanodlm run` with those it was made with rebuilds it" in found["sample"].problems[1]
+    assert not path.exists()
+    assert statuses(made.config, made.store) == {**dict.fromkeys(CHAIN, "cached"), "sample": "built"}
+
+
+@pytest.mark.parametrize("torn", [b'{"schema": 1', None], ids=["torn", "gone"])
+def test_a_manifest_that_is_torn_or_gone_is_made_again_with_the_settings_of_what_was_made_from_it(
+    made: Made, torn: bytes | None
+) -> None:
+    split, path = made.artifacts["split"], made.manifest("split")
+    path.write_bytes(torn) if torn else path.unlink()
+    found = made.check(repair=True)
+    assert [stage for stage, checked in found.items() if checked.repaired] == ["split"]
+    assert made.store.open(split.uri).digest == split.digest
+
+
+def test_what_cannot_be_repaired_keeps_its_manifest_and_so_does_what_is_made_from_it(made: Made) -> None:
+    Path(made.config.data.source[0]).unlink()
+    flip(made.first("download", "part-*"))
+    flip(made.first("shard", "train-*"))
+    before = files(made.store)
+    found = made.check(deep=True, repair=True)
+    assert not any(checked.repaired for checked in found.values())
+    assert "not repaired: no file matches" in found["download"].problems[1]
+    assert "not repaired: the download artifact is damaged" in found["shard"].problems[1]
+    assert before.items() <= files(made.store).items()
+
+
+def test_without_the_source_a_shard_is_repaired_from_the_download(made: Made) -> None:
+    Path(made.config.data.source[0]).unlink()
+    flip(made.first("shard", "train-*"))
+    assert made.check(deep=True, repair=True)["shard"].repaired
+    assert not any(checked.problems for checked in made.check(deep=True).values())
+
+
+def test_an_artifact_whose_input_was_rebuilt_with_other_bytes_says_so(store: Store) -> None:
+    first = made_from(store, "shard", "f1")
+    made_from(store, "train", "f2", first)
+    store.retire(("shard", "f1"))
+    committed(store, {"x.bin": b"other"}, fingerprint="f1")
+    problems = {found.stage: found.problems for found in verify.check(store, [("shard", "f1"), ("train", "f2")])}
+    assert problems == {"shard": [], "train": ["it was made from another shard than the one that is there now"]}
+
+
+def test_an_artifact_out_of_its_place_is_not_set_aside(store: Store) -> None:
+    """As a backup within the store, or a renamed folder, would be."""
+    committed(store, {"x.bin": b"x"})
+    shutil.copytree(store.path("shard"), store.path("shard.bak"))
+    (_, found) = verify.check(store, verify.in_order(store), repair=True)
+    assert (found.stage, found.repaired) == ("shard.bak", False)
+    assert "it is not damaged but out of place: move its folder to shard/f0, or remove it" in found.problems[1]
+    assert Path(store.path("shard.bak", "f0", "manifest.json")).exists()
+
+
+def test_of_two_repairs_the_second_keeps_what_the_first_has_made(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = made.manifest("split")
+    good = path.read_bytes()
+    path.write_bytes(b"{")
+    lease, retired = verify.hold_lease, []
+
+    def waited(store: Store, *args: Any, **kwargs: Any) -> Any:
+        path.write_bytes(good)  # the first commits while the second waits for its lease
+        return lease(store, *args, **kwargs)
+
+    monkeypatch.setattr(verify, "hold_lease", waited)
+    monkeypatch.setattr(Store, "retire", lambda _, item: retired.append(item))
+    assert made.check(repair=True)["split"].repaired
+    assert retired == []
+    assert path.read_bytes() == good
+
+
+def test_verify_of_a_store_names_what_its_artifacts_were_made_from_and_is_gone(
+    made: Made, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made.manifest("split").unlink()
+    out, _ = said(capsys, "verify", "--store", made.store.uri(), code=1)
+    assert f"DAMAGED  {made.artifacts['split'].uri}\n         its manifest is missing" in out
+    out, _ = said(capsys, "verify", "--store", made.store.uri(), "--repair")
+    assert f"REPAIRED {made.artifacts['split'].uri}" in out
+
+
+def test_verify_says_what_is_wrong_and_what_was_mended(made: Made, capsys: pytest.CaptureFixture[str]) -> None:
+    sample, shard = made.artifacts["sample"].uri, made.artifacts["shard"].uri
+    out, _ = said(capsys, "verify", sample)
+    assert out.splitlines()[-1] == "6 artifacts: every file has its size"
+    flip(made.first("shard", "train-*"))
+    out, error = said(capsys, "verify", sample, "--deep", code=1)
+    assert f"\nDAMAGED  {shard}\n         train-00000.arrayrecord has been altered" in out
+    assert error == "nanodlm: 1 of 6 artifacts are damaged: add --repair to build again what is bad\n"
+    rows = told(capsys, "verify", sample, "--deep", code=1)["artifacts"]
+    assert [row["uri"] for row in rows if row["problems"]] == [shard]
+    out, _ = said(capsys, "verify", "--store", made.store.uri(), "--deep", "--repair")
+    assert f"REPAIRED {shard}" in out
+    assert out.endswith("6 artifacts, 1 repaired: every file has its sha256\n")
+    assert said(capsys, "verify", sample, "--deep")[0].endswith("6 artifacts: every file has its sha256\n")
+    rows = [{"uri": made.artifacts[name].uri, "problems": [], "repaired": False} for name in CHAIN]
+    assert told(capsys, "verify", sample) == {"artifacts": rows, "damaged": 0, "repaired": 0}
+
+
+def test_verify_of_nothing_is_one_clear_line(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    _, error = said(capsys, "verify", store.uri("train", "f0"), code=1)
+    assert f"no artifact at {store.uri('train', 'f0')}" in error
+    assert "no artifacts in" in said(capsys, "verify", "--store", store.uri())[0]
+
+
+def test_ls_shows_age_size_and_what_each_was_made_from(made: Made, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = told(capsys, "ls", "--store", made.store.uri())["artifacts"]
+    assert [row["stage"] for row in rows] == CHAIN
+    train = made.artifacts["train"]
+    assert rows[4]["inputs"] == {n: made.artifacts[n].fingerprint for n in ("shard", "tokenizer")}
+    assert rows[4]["bytes"] == sum(file["size"] for file in train.manifest["files"])
+    assert 0 <= rows[4]["age_seconds"] < 3600
+    out, _ = said(capsys, "ls", "--store", made.store.uri())
+    line = next(line for line in out.splitlines() if line.endswith(train.uri))
+    assert line.split()[0] == "train"
+    assert line.split()[3] in ("B", "kB", "MB")
+    assert f"from train {train.fingerprint[:12]}" in out
+    assert out.splitlines()[-1].startswith("6 artifacts, ")
+    columns = {line.index(made.store.root) for line in out.splitlines()[:-1] if made.store.root in line}
+    assert len(columns) == 1, "addresses line up"
+
+
+def test_show_says_where_each_input_lies_and_which_has_gone_or_is_damaged(
+    made: Made, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sample, shard, split = (made.artifacts[stage] for stage in ("sample", "shard", "split"))
+    out, _ = said(capsys, "show", sample.uri)
+    assert [line.split()[0] for line in out.partition("lineage\n")[2].splitlines()[:5]] == CHAIN[:5]
+    assert all(artifact.uri in out for artifact in made.artifacts.values())
+    assert " ago) in " in out
+    assert told(capsys, "show", sample.uri)["digest"] == sample.digest
+    made.store.retire(("split", split.fingerprint))
+    made.manifest("tokenizer").write_text("{")
+    out, _ = said(capsys, "show", shard.uri)
+    assert f"{split.uri}  (not there any more)\n" in out
+    assert f"{made.artifacts['tokenizer'].uri}  (damaged)\n" in out
+    assert "\nfiles\n" in out
+
+
+def reasons(made: Made) -> list[str]:
+    return sorted(set(why.explain(made.artifacts["sample"], made.config)))
+
+
+def test_an_input_that_has_gone_or_changed_is_named(made: Made) -> None:
+    split = made.artifacts["split"]
+    made.store.retire(("split", split.fingerprint))
+    assert reasons(made) == ["shard: the split artifact that it was made from is not there any more"]
+    with new_attempt(made.store, "split", split.fingerprint, afresh=True) as attempt:
+        fill(attempt, {"validation.npy": b"other"})
+        kept = {key: split.manifest[key] for key in ("schema", "stage", "version", "parameters", "inputs")}
+        attempt.commit(identity=kept, metrics={})
+    assert reasons(made) == ["shard: the split artifact was rebuilt with other bytes since"]
+
+
+def test_another_source_is_named_by_its_files(made: Made) -> None:
+    with Path(made.config.data.source[0]).open("a") as file:
+        file.write(json.dumps({"text": "one more"}) + "\n")
+    (reason,) = reasons(made)
+    assert reason.startswith("download: files")
+
+
+def test_explain_prints_a_line_for_each_difference(made: Made, capsys: pytest.CaptureFixture[str]) -> None:
+    sample, config = made.artifacts["sample"].uri, Path(made.store.root) / "config.json"
+    config.write_text(made.config.model_dump_json())
+    command = ["explain", sample, str(config)]
+    assert said(capsys, *command)[0] == "it would be reused: nothing that it depends on differs\n"
+    out, _ = said(capsys, *command, "--train.lr", "0.5", "--sample.seed", "7", "--data.val_tokens", "900")
+    found = ["sample: seed: 0 -> 7", "split: val_tokens: 1000 -> 900", "train: train.lr: 0.008 -> 0.5"]
+    assert sorted(out.splitlines()) == found
+    found = told(capsys, *command, "--train.lr", "0.5")
+    assert found == {"uri": sample, "reused": False, "why": ["train: train.lr: 0.008 -> 0.5"]}
+    assert "name an artifact" in said(capsys, "explain", "--train.lr", "0.5", code=2)[1]
