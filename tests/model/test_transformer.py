@@ -161,16 +161,14 @@ def names(**options: Any) -> set[str]:
     return {jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in flat}
 
 
-def test_an_option_that_is_off_has_no_parameters() -> None:
+def test_an_option_that_is_off_has_no_parameters_and_a_block_size_never_has() -> None:
     plain = names()
+    assert names(block_size=3) == plain
     assert not [name for name in plain if "conv" in name or "modulation" in name or "time" in name]
     assert names(conv_width=3) - plain == {"blocks/conv/kernel", "blocks/conv_norm/scale"}
     assert plain - names(qk_norm=False) == {"blocks/query_norm/scale", "blocks/key_norm/scale"}
-    assert names(time_conditioning=True) - plain == {
-        "blocks/modulation/kernel",
-        "time_in/kernel",
-        "time_in/bias",
-    }
+    of_time = {"blocks/modulation/kernel", "time_in/kernel", "time_in/bias"}
+    assert names(time_conditioning=True) - plain == of_time
 
 
 def test_tied_embeddings_have_no_head() -> None:
@@ -292,10 +290,6 @@ def test_a_block_as_long_as_the_row_makes_the_bidirectional_network() -> None:
     close(beside(model, NOISED, ROWS), expected)
 
 
-def test_the_block_size_changes_no_parameter() -> None:
-    assert names(block_size=3, conv_width=3) == names(conv_width=3)
-
-
 def test_segments_keep_documents_apart_in_blocks() -> None:
     model = randomised(**BLOCKED[0])
     segment_ids = jnp.tile(jnp.asarray([0, 0, 1, 1, 1, 2, 2, 2]), (2, 1))
@@ -311,11 +305,17 @@ def test_segments_keep_documents_apart_in_blocks() -> None:
     assert moved_positions(two(ROWS), other) == inside
 
 
-def test_padding_changes_nothing_in_blocks() -> None:
-    model = randomised(**BLOCKED[0])
-    segment_ids = jnp.tile(jnp.asarray([0, 0, 0, 0, 0, 9, 9, 9]), (2, 1))  # 5 tokens and padding
-    padded = beside(model, NOISED, ROWS, TIMES, segment_ids)
-    close(padded[:, :5], beside(model, NOISED[:, :5], ROWS[:, :5]))
+@pytest.mark.parametrize("options", [{"conv_width": 5, "time_conditioning": True}, *BLOCKED])
+def test_padding_in_a_segment_of_its_own_changes_nothing_for_the_others(options: dict[str, Any]) -> None:
+    model, segment_ids = randomised(**options), jnp.tile(jnp.asarray([0, 0, 0, 0, 0, 9, 9, 9]), (2, 1))
+    other = changed(ROWS, [5, 6, 7])
+    padded = logits(model, ROWS, TIMES, segment_ids)
+    close(padded[:, :5], logits(model, ROWS[:, :5]))
+    assert moved_positions(padded, logits(model, other, TIMES, segment_ids)) == [5, 6, 7]
+    if model.block_size:
+        padded = beside(model, NOISED, ROWS, TIMES, segment_ids)
+        close(padded[:, :5], beside(model, NOISED[:, :5], ROWS[:, :5]))
+        assert set(moved_positions(padded, beside(model, NOISED, other, TIMES, segment_ids))) <= {5, 6, 7}
 
 
 def test_a_time_per_block_reaches_its_block_only() -> None:
