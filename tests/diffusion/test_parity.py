@@ -528,27 +528,6 @@ def test_blocks_weigh_their_own_masks_by_their_own_times() -> None:
     np.testing.assert_allclose(got.bound, expected, rtol=TOLERANCE)
 
 
-@pytest.mark.parametrize("options", [{"estimator": "count"}, {"estimator": "discrete", "num_timesteps": 1}])
-def test_blocks_of_one_token_give_the_autoregressive_cross_entropy(options: dict[str, Any]) -> None:
-    """BD3-LM, arXiv:2503.09573, section 3.4: its loss equals the autoregressive likelihood at block size 1.
-
-    A count or a single step masks every block for certain, so that here it does so in every draw.
-    """
-    of = example(13, BLOCKED, 4)
-    expected = surprise(of).sum(axis=1)
-    for got in (
-        scored(of, make_schedule("linear"), kind="block", block_size=1, **options),
-        scored(of, make_schedule("linear"), kind="autoregressive"),
-    ):
-        np.testing.assert_allclose(got.bound, expected, rtol=TOLERANCE)
-
-
-def revealed(schedule: Schedule, t: np.ndarray, s: np.ndarray) -> np.ndarray:
-    """The package's probability that a token masked at t is not at s."""
-    t, s = (jnp.asarray(np.resize(v, ROWS), jnp.float32) for v in (t, s))
-    return np.asarray(unmask_probability(schedule, t, s), np.float64)
-
-
 @pytest.mark.parametrize(
     ("kind", "eps"), [("linear", None), ("cosine", None), ("poly", None), ("loglinear", 0.1), ("cosine_clipped", 0.1)]
 )
@@ -560,7 +539,8 @@ def test_a_masked_token_is_revealed_as_d3pms_posterior_says(kind: str, eps: floa
     alpha, size = with_jumps(published(kind, eps or 1e-4)[0]), 4
     mask = size - 1
     s, t = np.array([(0, 0.3), (0.25, 0.5), (0.5, 0.75), (0.1, 0.9), (0.75, 1), (0, 1)]).T
-    for got, alpha_s, alpha_t in zip(revealed(make_schedule(kind, eps=eps), t, s), alpha(s), alpha(t), strict=False):
+    found = unmask_probability(make_schedule(kind, eps=eps), jnp.float32(t), jnp.float32(s))
+    for got, alpha_s, alpha_t in zip(found.tolist(), alpha(s), alpha(t), strict=True):
         bar_s, bar_t = (a * np.eye(size) + (1 - a) * np.eye(size)[mask] for a in (alpha_s, alpha_t))
         step = np.linalg.solve(bar_s, bar_t)
         posterior = step[:, mask] * bar_s[0] / bar_t[0, mask]

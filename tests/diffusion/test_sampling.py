@@ -49,12 +49,7 @@ SCHEDULES = {kind: make_schedule(kind) for kind in ("linear", "cosine", "sqrt", 
 }
 STATIC = ("denoise", "shape", "mask_id", "schedule", "num_steps", "sampler", "temperature", "top_k", "top_p", "grid")
 STATIC += ("guidance", "uniform_share", "entropy_bound", "remask", "loop_time")
-quickly = jax.jit(sample, static_argnames=STATIC)
-compiled = jax.jit(
-    sample,
-    static_argnames=STATIC,
-    compiler_options={"xla_backend_optimization_level": 1},  # long loops gain from it
-)
+compiled = jax.jit(sample, static_argnames=STATIC)
 
 
 def draw(
@@ -67,9 +62,8 @@ def draw(
     num_steps: int = 8,
     **options: Any,
 ) -> np.ndarray:
-    run = compiled if rows * num_steps > 50_000 else quickly
-    shape, schedule = (rows, length), SCHEDULES[kind]
-    drawn = run(denoise, key, shape=shape, mask_id=MASK_ID, schedule=schedule, num_steps=num_steps, **options)
+    options |= {"shape": (rows, length), "mask_id": MASK_ID, "schedule": SCHEDULES[kind], "num_steps": num_steps}
+    drawn = compiled(denoise, key, **options)
     jax.effects_barrier()  # of denoisers that are watched
     return np.asarray(drawn)
 
