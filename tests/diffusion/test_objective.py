@@ -146,8 +146,7 @@ def test_the_loss_and_its_gradient_are_finite_when_almost_nothing_is_masked(esti
 
 
 @pytest.mark.parametrize(
-    ("denoiser", "kind", "share"),
-    [("exact", "uniform", 1.0), ("exact", "hybrid", 0.1), ("wrong", "hybrid", 0.5)],
+    ("denoiser", "kind", "share"), [("exact", "uniform", 1.0), ("exact", "hybrid", 0.1), ("wrong", "hybrid", 0.5)]
 )
 def test_mixed_noise_has_a_bound_that_is_tight_for_exact_conditionals(kind: str, share: float, denoiser: str) -> None:
     """By enumeration of all x_0 and x_t of three tokens, and quadrature over the mask rate."""
@@ -234,6 +233,7 @@ def test_blocks_of_any_size_have_the_entropy_as_their_bound(size: int, estimator
 
 
 def test_block_size_one_is_the_autoregressive_likelihood_and_block_size_l_the_absorbing_bound() -> None:
+    """BD3-LM, arXiv:2503.09573, section 3.4."""
     x_0 = jax.random.randint(jax.random.key(1), (32, 6), 0, TOKENS)
     options = {"schedule": make_schedule("cosine"), "mask_id": MASK_ID, "estimator": "count"}
     key = jax.random.key(2)
@@ -350,8 +350,7 @@ def test_a_weighting_changes_the_loss_and_never_the_bound(options: dict[str, Any
 
 
 @pytest.mark.parametrize(
-    ("kind", "share", "weighting"),
-    [("hybrid", 0.1, "bound"), ("hybrid", 0.1, "uniform"), ("uniform", 1.0, "clipped")],
+    ("kind", "share", "weighting"), [("hybrid", 0.1, "bound"), ("hybrid", 0.1, "uniform"), ("uniform", 1.0, "clipped")]
 )
 def test_under_mixed_noise_every_weighting_is_least_for_the_law_given_the_other_positions(
     kind: KindName, share: float, weighting: Weighting

@@ -100,10 +100,7 @@ def test_exact_samplers_draw_from_the_law(sampler: str, options: dict[str, Any])
     assert_drawn_from(TABLE, draw(rows=ROWS, sampler=sampler, **options))
 
 
-@pytest.mark.parametrize(
-    ("num_steps", "kind", "grid"),
-    [(3, "linear", "cosine"), (3, "jumps", "uniform")],
-)
+@pytest.mark.parametrize(("num_steps", "kind", "grid"), [(3, "linear", "cosine"), (3, "jumps", "uniform")])
 def test_few_steps_draw_from_the_law_that_enumeration_gives(num_steps: int, kind: str, grid: str) -> None:
     x = np.arange(1, num_steps) / num_steps
     times = np.cos(np.pi / 2 * x) if grid == "cosine" else 1 - x
