@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from nanodlm.diffusion.kinds import Estimator, Times
 from nanodlm.diffusion.mixed import mask_rate_of, q_sample_mixed, shares
-from nanodlm.diffusion.noise import low_discrepancy, mask_subset, q_sample, unmask_probability
+from nanodlm.diffusion.noise import Tokens, low_discrepancy, mask_subset, q_sample, unmask_probability
 from nanodlm.diffusion.schedules import Schedule
 
 
@@ -26,7 +26,7 @@ class Corruption(NamedTuple):
             of mixed noise.
     """
 
-    x_t: Int[Array, "B L"]
+    x_t: Tokens
     t: Float[Array, "B *K"]
     mask_rate: Float[Array, "B *K"]
     weight: Float[Array, "B *K"]
@@ -34,7 +34,7 @@ class Corruption(NamedTuple):
 
 
 def mask_rows(
-    x_0: Int[Array, "B L"],
+    x_0: Tokens,
     key: Key[Array, ""],
     *,
     schedule: Schedule,
@@ -45,18 +45,24 @@ def mask_rows(
 ) -> Corruption:
     """Mask rows; one that is all padding gets weight 0. The arguments are those of `Objective`.
 
+    Counts are of masked tokens, at least one, and what is masked is weighed by L / count.
+
     Sources: MD4, arXiv:2406.04329, equations 4 (continuous) and 6 (discrete); LLaDA, arXiv:2502.09992, equation 6, and
     RADD, arXiv:2406.03736, appendix C (count).
     """
-    n_rows = x_0.shape[0]
     order_key, time_key, mask_key = jax.random.split(key, 3)
-    if estimator == "constant_count":
+    u = jax.random.permutation(order_key, low_discrepancy(time_key, len(x_0), times))
+    if estimator in ("count", "constant_count"):
         length = (x_0 < mask_id).sum(axis=1)
-        return _mask_counted(x_0, _paired_counts(length, order_key, time_key, times), mask_key, schedule, mask_id)
-    u = jax.random.permutation(order_key, low_discrepancy(time_key, n_rows, times))
-    if estimator == "count":
-        count = jnp.ceil(u * (x_0 < mask_id).sum(axis=1)).astype(jnp.int32)
-        return _mask_counted(x_0, count, mask_key, schedule, mask_id)
+        if estimator == "constant_count":
+            count = _paired_counts(length, order_key, time_key, times)
+        else:
+            count = jnp.ceil(u * length).astype(jnp.int32)
+        count = jnp.clip(count, jnp.minimum(1, length), length)
+        mask_rate = count / jnp.maximum(length, 1)
+        t, weight = schedule.time_of(mask_rate), jnp.where(count > 0, 1 / mask_rate, 0.0)
+        x_t = mask_subset(x_0, count, mask_key, mask_id=mask_id)
+        return Corruption(x_t, t, mask_rate, weight, jnp.ones_like(weight))
     if estimator == "continuous":
         t, mask_rate, weight = _continuous_noise(u, schedule)
     else:
@@ -68,7 +74,7 @@ def mask_rows(
     return Corruption(x_t, t, mask_rate, weight, jnp.ones_like(weight))
 
 
-def mask_blocks(x_0: Int[Array, "B L"], key: Key[Array, ""], *, block_size: int, mask_id: int, **noise) -> Corruption:
+def mask_blocks(x_0: Tokens, key: Key[Array, ""], *, block_size: int, mask_id: int, **noise) -> Corruption:
     """Mask each block of a row as `mask_rows` does a row. Source: BD3-LM, arXiv:2503.09573, equation 8."""
     n_rows, length = x_0.shape
     n_blocks = -(-length // block_size)
@@ -79,7 +85,7 @@ def mask_blocks(x_0: Int[Array, "B L"], key: Key[Array, ""], *, block_size: int,
 
 
 def mix_rows(
-    x_0: Int[Array, "B L"],
+    x_0: Tokens,
     key: Key[Array, ""],
     *,
     schedule: Schedule,
@@ -112,9 +118,7 @@ def mix_rows(
     return Corruption(x_t, t, m, slope * ratio, ratio)
 
 
-def shift_right(
-    x_0: Int[Array, "B L"], segment_ids: Int[Array, "B L"] | None = None, *, begin_id: int
-) -> Int[Array, "B L"]:
+def shift_right(x_0: Tokens, segment_ids: Tokens | None = None, *, begin_id: int) -> Tokens:
     """Return the token before each position, and `begin_id` before a row's (or a document's) first.
 
     >>> shift_right(jnp.array([[5, 6, 7]]), begin_id=9).tolist()
@@ -125,18 +129,6 @@ def shift_right(
         return before
     segment_before = jnp.pad(segment_ids[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
     return jnp.where(segment_ids == segment_before, before, begin_id)
-
-
-def _mask_counted(
-    x_0: Int[Array, "B L"], count: Int[Array, "B"], key: Key[Array, ""], schedule: Schedule, mask_id: int
-) -> Corruption:
-    """Mask `count` tokens of each row, or at least one, and weigh what is masked by L / count."""
-    length = (x_0 < mask_id).sum(axis=1)
-    count = jnp.clip(count, jnp.minimum(1, length), length)
-    share = count / jnp.maximum(length, 1)
-    weight = jnp.where(count > 0, 1 / share, 0.0)
-    x_t = mask_subset(x_0, count, key, mask_id=mask_id)
-    return Corruption(x_t, schedule.time_of(share), share, weight, jnp.ones_like(weight))
 
 
 def _paired_counts(

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from nanodlm.diffusion.noise import Logits, Tokens
+
 
 def predictable(logits: Float[Array, "... V"], *, mask_id: int) -> Float[Array, "... V"]:
     """Set the logits of ids that are never predicted (mask and padding) to minus infinity, in float32 at least.
@@ -23,9 +25,7 @@ def predictable(logits: Float[Array, "... V"], *, mask_id: int) -> Float[Array, 
     return jnp.where(real, logits.astype(jnp.promote_types(logits.dtype, jnp.float32)), -jnp.inf)
 
 
-def cross_entropy(
-    logits: Float[Array, "B L V"], x_0: Int[Array, "B L"], scored: Bool[Array, "B L"], *, mask_id: int
-) -> Float[Array, "B L"]:
+def cross_entropy(logits: Logits, x_0: Tokens, scored: Bool[Array, "B L"], *, mask_id: int) -> Float[Array, "B L"]:
     """Return -log p(x_0 | x_t) in nats at the scored positions and 0 at others, from a softmax in at least float32.
 
     Ids from `mask_id` on have probability 0 (zero masking probabilities, MDLM, arXiv:2406.07524, section 3.2.3).
@@ -60,13 +60,9 @@ def linear_cross_entropy(
     features' precision and summed in float32; maximum, sum and logarithm are float32. Equal in value to `cross_entropy`
     of the logits; compare Liger kernels, arXiv:2410.10989, section 3.2, and Cut Cross-Entropy, arXiv:2411.09009.
 
-    Args:
-        features: Of G groups of C positions; groups may lie on different devices.
-        table: The output layer, in float32 at least.
-        target: The true ids, below `mask_id` wherever the weight is not 0.
-        weight: Of each position, not below 0; where it is 0 so are its nats.
-        mask_id: It and larger ids have probability 0.
-        chunks: How many; the last is filled up with weights of 0.
+    The G groups of C positions may lie on different devices. The table is the output layer, in float32 at least.
+    Targets are below `mask_id` wherever the weight is not 0; where it is 0 so are the nats. The last of the chunks is
+    filled up with weights of 0.
 
     >>> features, table, target = jnp.ones((1, 2, 1)), jnp.zeros((3, 1)), jnp.array([[0, 1]])
     >>> loss, nats = linear_cross_entropy(features, table, target, jnp.array([[0.0, 2.0]]), mask_id=2)

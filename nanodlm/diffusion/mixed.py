@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from nanodlm.diffusion.cross_entropy import predictable
-from nanodlm.diffusion.noise import _subset
+from nanodlm.diffusion.noise import Logits, Tokens, _subset
 
 
 class Shares(NamedTuple):
@@ -26,11 +26,8 @@ def shares(mask_rate: Float[Array, "..."], uniform_share: float) -> Shares:
 
     Uniform share p = 1 is the uniform process: (1 - m, 0, m), ending in random tokens. Below it is the interpolation
     (1 - m, m, c) / (1 + c) with c = 2p/(1-p) sqrt(m (1 - m)), where uniform noise is p of all at m = 1/2 and both ends
-    are those of masking. Sources: UDLM, arXiv:2412.10193, section 3; GIDD, arXiv:2503.04482, section 4, for m = t.
-
-    Args:
-        mask_rate: m, in [0, 1].
-        uniform_share: p, in [0, 1]; 0 is masking alone.
+    are those of masking; p = 0 is masking alone. Sources: UDLM, arXiv:2412.10193, section 3; GIDD, arXiv:2503.04482,
+    section 4, for m = t.
 
     >>> [round(float(v), 3) for v in shares(jnp.float32(0.5), 0.2)]
     [0.4, 0.4, 0.2]
@@ -58,21 +55,11 @@ def mask_rate_of(noise: Float[Array, "..."], uniform_share: float) -> Float[Arra
 
 
 def q_sample_mixed(
-    x_0: Int[Array, "B L"],
-    at: Shares,
-    key: Key[Array, ""],
-    *,
-    mask_id: int,
-    count: Int[Array, "B"] | None = None,
-) -> Int[Array, "B L"]:
-    """Sample x_t from a mixed q(x_t | x_0); padding, ids from `mask_id` on, stays as it is.
+    x_0: Tokens, at: Shares, key: Key[Array, ""], *, mask_id: int, count: Int[Array, "B"] | None = None
+) -> Tokens:
+    """Sample x_t from a mixed q(x_t | x_0), given each row's shares (B,); padding stays as it is.
 
-    Args:
-        x_0: Token ids.
-        at: Each row's shares, (B,).
-        key: Randomness.
-        mask_id: The id of a masked token, and the number of real tokens that uniform noise draws from.
-        count: When given, exactly so many positions of each row become noise, a uniformly random subset.
+    With a `count`, exactly so many positions of each row become noise, a uniformly random subset.
 
     >>> uniform_noise = Shares(*jnp.float32([[0], [0], [1]]))
     >>> bool((q_sample_mixed(jnp.array([[0, 1, 2]]), uniform_noise, jax.random.key(0), mask_id=3) < 3).all())
@@ -91,13 +78,7 @@ def q_sample_mixed(
 
 
 def mixed_divergence(
-    logits: Float[Array, "B L V"],
-    x_0: Int[Array, "B L"],
-    x_t: Int[Array, "B L"],
-    mask_rate: Float[Array, "B"],
-    *,
-    mask_id: int,
-    uniform_share: float,
+    logits: Logits, x_0: Tokens, x_t: Tokens, mask_rate: Float[Array, "B"], *, mask_id: int, uniform_share: float
 ) -> tuple[Float[Array, "B"], Float[Array, "B L"]]:
     """Return each row's weight and each position's nats; their product, integrated over the mask rate m, is the bound.
 

@@ -1,16 +1,16 @@
 """The negative evidence lower bound (NELBO) of rows under any denoiser, as one function."""
 
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Key
 
 from nanodlm.diffusion.kinds import Estimator, KindName, Times
-from nanodlm.diffusion.noise import Denoise
+from nanodlm.diffusion.noise import Denoise, Tokens
 from nanodlm.diffusion.objective import Objective
 from nanodlm.diffusion.schedules import Schedule
 
 
 def nelbo(
     denoise: Denoise,
-    x_0: Int[Array, "B L"],
+    x_0: Tokens,
     key: Key[Array, ""],
     *,
     schedule: Schedule,
@@ -21,7 +21,7 @@ def nelbo(
     times: Times = "systematic",
     block_size: int = 1,
     uniform_share: float = 0.1,
-    segment_ids: Int[Array, "B L"] | None = None,
+    segment_ids: Tokens | None = None,
 ) -> Float[Array, "B"]:
     """Return one unbiased estimate per row of the bound on -log p(x_0), in nats per sequence.
 
@@ -59,15 +59,6 @@ def nelbo(
     >>> [round(float(v), 3) for v in nats]  # 8 log 2
     [5.545, 5.545, 5.545, 5.545]
     """
-    chosen = Objective(
-        schedule,
-        mask_id,
-        kind=objective,
-        estimator=estimator,
-        num_timesteps=num_timesteps,
-        times=times,
-        block_size=block_size,
-        uniform_share=uniform_share,
-    )
+    chosen = Objective(schedule, mask_id, objective, estimator, num_timesteps, times, block_size, uniform_share)
     noised = chosen.corrupt(x_0, key, segment_ids)
     return chosen.row_nats(chosen.logits(denoise, x_0, noised, segment_ids), x_0, noised).bound

@@ -16,7 +16,9 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from nanodlm.diffusion.kinds import Times
 from nanodlm.diffusion.schedules import Schedule
 
-Denoise = Callable[..., Float[Array, "B L V"]]  # of x_t (B, L) and t (B,); for blocks t is (B, K)
+Tokens = Int[Array, "B L"]
+Logits = Float[Array, "B L V"]
+Denoise = Callable[..., Logits]  # of x_t (B, L) and t (B,); for blocks t is (B, K)
 
 
 def low_discrepancy(key: Key[Array, ""], n: int, times: Times = "systematic") -> Float[Array, "n"]:
@@ -24,11 +26,8 @@ def low_discrepancy(key: Key[Array, ""], n: int, times: Times = "systematic") ->
 
     Averages over them stay unbiased, and since together they cover the interval evenly, their variance is lower.
 
-    Args:
-        key: Randomness.
-        n: How many.
-        times: `systematic` shares one random offset (Variational Diffusion Models, arXiv:2107.00630, appendix I.1);
-            `stratified` draws one for each interval; `independent` draws n numbers without intervals.
+    Of the `times`, `systematic` shares one random offset (Variational Diffusion Models, arXiv:2107.00630, appendix
+    I.1), `stratified` draws one for each interval, and `independent` draws n numbers without intervals.
 
     >>> sorted(jnp.ceil(low_discrepancy(jax.random.key(0), 4, "stratified") * 4).astype(int).tolist())
     [1, 2, 3, 4]
@@ -40,16 +39,8 @@ def low_discrepancy(key: Key[Array, ""], n: int, times: Times = "systematic") ->
     return 1.0 - (jax.random.uniform(key) + jnp.arange(n) / n) % 1.0
 
 
-def q_sample(
-    x_0: Int[Array, "B L"], mask_rate: Float[Array, "B"], key: Key[Array, ""], *, mask_id: int
-) -> Int[Array, "B L"]:
-    """Sample x_t from the absorbing q(x_t | x_0): each token is masked with its row's probability.
-
-    Args:
-        x_0: Token ids; padding, ids from `mask_id` on, stays as it is.
-        mask_rate: 1 - alpha(t) of each row, in [0, 1].
-        key: Randomness.
-        mask_id: The id that stands for a masked token.
+def q_sample(x_0: Tokens, mask_rate: Float[Array, "B"], key: Key[Array, ""], *, mask_id: int) -> Tokens:
+    """Sample x_t from the absorbing q(x_t | x_0): each token is masked with its row's rate; padding stays as it is.
 
     >>> q_sample(jnp.array([[5, 6, 10]]), jnp.array([1.0]), jax.random.key(0), mask_id=9).tolist()
     [[9, 9, 10]]
@@ -58,9 +49,7 @@ def q_sample(
     return jnp.where(masked & (x_0 < mask_id), mask_id, x_0)
 
 
-def mask_subset(
-    x_0: Int[Array, "B L"], count: Int[Array, "B"], key: Key[Array, ""], *, mask_id: int
-) -> Int[Array, "B L"]:
+def mask_subset(x_0: Tokens, count: Int[Array, "B"], key: Key[Array, ""], *, mask_id: int) -> Tokens:
     """Mask a uniformly random subset of exactly `count` of each row's tokens; padding is never among them.
 
     >>> x = mask_subset(jnp.zeros((2, 8), int), jnp.array([3, 8]), jax.random.key(0), mask_id=1)

@@ -19,14 +19,17 @@ from dataclasses import dataclass
 from typing import NamedTuple, get_args
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Key
 
 from nanodlm.diffusion.corruption import Corruption, mask_blocks, mask_rows, mix_rows, shift_right
 from nanodlm.diffusion.cross_entropy import cross_entropy, linear_cross_entropy
 from nanodlm.diffusion.kinds import KINDS, Estimator, Kind, KindName, Times, Weighting
 from nanodlm.diffusion.mixed import mixed_divergence
-from nanodlm.diffusion.noise import Denoise
+from nanodlm.diffusion.noise import Denoise, Logits, Tokens
 from nanodlm.diffusion.schedules import Schedule
+
+Features = Float[Array, "B L D"]
+Table = Float[Array, "V D"]
 
 
 class RowNats(NamedTuple):
@@ -101,18 +104,11 @@ class Objective:
         """The uniform share of the process: 1 for random tokens alone, 0 for masks alone."""
         return 0.0 if not self.mixed else self.uniform_share if self.traits.masks else 1.0
 
-    def corrupt(
-        self, x_0: Int[Array, "B L"], key: Key[Array, ""], segment_ids: Int[Array, "B L"] | None = None
-    ) -> Corruption:
+    def corrupt(self, x_0: Tokens, key: Key[Array, ""], segment_ids: Tokens | None = None) -> Corruption:
         """Draw noise for a whole batch, its times (or counts) spread evenly over all rows in random order.
 
-        Constant counts add up to the same for every two rows (or blocks) of equal length without padding.
-
-        Args:
-            x_0: Token ids.
-            key: Randomness.
-            segment_ids: Which document of its row each token belongs to, for `autoregressive`: the first token of
-                each is predicted from the begin token.
+        Constant counts add up to the same for every two rows (or blocks) of equal length without padding. Segments are
+        read by `autoregressive` alone: the first token of each is predicted from the begin token.
 
         >>> import jax
         >>> from nanodlm.diffusion.schedules import make_schedule
@@ -130,13 +126,7 @@ class Objective:
             return mask_blocks(x_0, key, block_size=self.block_size, num_timesteps=self.num_timesteps, **noise)
         return mask_rows(x_0, key, num_timesteps=self.num_timesteps, **noise)
 
-    def logits(
-        self,
-        denoise: Denoise,
-        x_0: Int[Array, "B L"],
-        noised: Corruption,
-        segment_ids: Int[Array, "B L"] | None = None,
-    ) -> Float[Array, "B L V"]:
+    def logits(self, denoise: Denoise, x_0: Tokens, noised: Corruption, segment_ids: Tokens | None = None) -> Logits:
         """Call the network on noised rows; only a block network is given x_0, of which it may read earlier blocks.
 
         Raises:
@@ -153,7 +143,7 @@ class Objective:
             options["segment_ids"] = segment_ids
         return denoise(noised.x_t, noised.t, **options)
 
-    def row_nats(self, logits: Float[Array, "B L V"], x_0: Int[Array, "B L"], noised: Corruption) -> RowNats:
+    def row_nats(self, logits: Logits, x_0: Tokens, noised: Corruption) -> RowNats:
         """Return loss and bound of each row from the network's logits, in nats per sequence."""
         if self.mixed:
             options = {"mask_id": self.mask_id, "uniform_share": self.noise_share}
@@ -165,25 +155,14 @@ class Objective:
         return RowNats((weight.loss * nats).sum(axis=1), (weight.bound * nats).sum(axis=1))
 
     def fused_nats(
-        self,
-        features: Float[Array, "B L D"],
-        table: Float[Array, "V D"],
-        x_0: Int[Array, "B L"],
-        noised: Corruption,
-        *,
-        chunks: int = 1,
+        self, features: Features, table: Table, x_0: Tokens, noised: Corruption, *, chunks: int = 1
     ) -> tuple[Float[Array, ""], Float[Array, ""]]:
         """Return loss and bound of all rows together, in nats, from what the output layer reads, keeping no logits.
 
-        The output layer, often most of the work, is computed at no more positions than `most_scored` says. Of the two
-        results, only the loss has gradients.
-
-        Args:
-            features: What the network gives instead of logits: `Transformer.features`.
-            table: The output layer, in float32; logits are features times its transpose.
-            x_0: Token ids.
-            noised: Of kinds whose loss is a sum of cross-entropies: all but `uniform` and `hybrid`.
-            chunks: Parts to compute one after the other; more of them take less memory.
+        The network gives features (`Transformer.features`) instead of logits, which are features times the transposed
+        table, in float32. This output layer, often most of the work, is computed at no more positions than
+        `most_scored` says, chunk by chunk: more chunks take less memory. Only the loss has gradients. It is for kinds
+        whose loss is a sum of cross-entropies: all but `uniform` and `hybrid`.
         """
         scored, weight = self._position_weights(x_0, noised)
         n_rows, length = x_0.shape
@@ -198,13 +177,7 @@ class Objective:
         return loss, (bound_weight * nats).sum()
 
     def fused_bounds(
-        self,
-        features: Float[Array, "B L D"],
-        table: Float[Array, "V D"],
-        x_0: Int[Array, "B L"],
-        noised: Corruption,
-        *,
-        chunks: int = 1,
+        self, features: Features, table: Table, x_0: Tokens, noised: Corruption, *, chunks: int = 1
     ) -> Float[Array, "B"]:
         """Return the bound of each row, as `row_nats` has it, without keeping any logits; see `fused_nats`."""
         _, weight = self._position_weights(x_0, noised)
@@ -225,7 +198,7 @@ class Objective:
         size = self.block_size if self.traits.reads == "block" else length
         return min(2 * length, -(-length // size) * (size + 1))
 
-    def _position_weights(self, x_0: Int[Array, "B L"], noised: Corruption) -> tuple[Bool[Array, "B L"], RowNats]:
+    def _position_weights(self, x_0: Tokens, noised: Corruption) -> tuple[Bool[Array, "B L"], RowNats]:
         """Return which positions are scored, and what each one's cross-entropy weighs in the loss and in the bound."""
         scored = x_0 < self.mask_id
         if self.traits.masks:

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from nanodlm.diffusion.noise import Denoise
+from nanodlm.diffusion.noise import Denoise, Tokens
 
 
-def plain_nelbo(denoise: Denoise, x_0: Int[Array, "B L"], key: Key[Array, ""], *, mask_id: int) -> Float[Array, "B"]:
+def plain_nelbo(denoise: Denoise, x_0: Tokens, key: Key[Array, ""], *, mask_id: int) -> Float[Array, "B"]:
     """Return one estimate per row of the bound on -log p(x_0), in nats per sequence.
 
         -log p(x_0) <= E[1/t sum over masked i of -log p(x_0[i] | x_t)],    t ~ U(0, 1], each token masked with chance t
@@ -34,7 +34,7 @@ def plain_nelbo(denoise: Denoise, x_0: Int[Array, "B L"], key: Key[Array, ""], *
 
 def plain_sample(
     denoise: Denoise, key: Key[Array, ""], *, shape: tuple[int, int], mask_id: int, num_steps: int
-) -> Int[Array, "B L"]:
+) -> Tokens:
     """Draw sequences by walking back from t = 1 to t = 0 in equal steps, starting from masks alone.
 
     From t to s each mask becomes a token with probability (t - s) / t, drawn from p(x_0 | x_t); tokens stay.
@@ -46,7 +46,7 @@ def plain_sample(
     [[1, 1, 1, 1]]
     """
 
-    def step(i: Int[Array, ""], x_t: Int[Array, "B L"]) -> Int[Array, "B L"]:
+    def step(i: Int[Array, ""], x_t: Tokens) -> Tokens:
         t, s = 1.0 - i / num_steps, 1.0 - (i + 1) / num_steps
         unmask_key, token_key = jax.random.split(jax.random.fold_in(key, i))
         logits = denoise(x_t, jnp.full(shape[0], t))[..., :mask_id]  # (B, L, mask_id)

@@ -19,11 +19,11 @@ from typing import get_args
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Key
 
 from nanodlm.diffusion.cross_entropy import predictable
 from nanodlm.diffusion.kinds import SAMPLERS, ByScore, InOrder
-from nanodlm.diffusion.noise import Denoise
+from nanodlm.diffusion.noise import Denoise, Logits, Tokens
 from nanodlm.diffusion.schedules import Schedule
 from nanodlm.diffusion.steps import _denoise_mixed, _remask, _unmask_by_score, _unmask_in_order, _Walk
 from nanodlm.diffusion.tokens import Prompt, _require, _start, limited
@@ -48,7 +48,7 @@ def sample(
     entropy_bound: float = 0.1,
     remask: float = 0.02,
     loop_time: float = 0.1,
-) -> Int[Array, "B L"]:
+) -> Tokens:
     """Draw sequences. No mask is left, tokens of the prompt are never altered, and a key fixes the result.
 
     Called as it is, it is compiled anew each time. To compile once per shape, keep a jitted function:
@@ -105,7 +105,7 @@ def sample(
     given = x_1 != mask_id
     start_key, token_key = jax.random.split(key)
 
-    def predict(x_t: Int[Array, "B L"], t: Float[Array, "B"]) -> Float[Array, "B L V"]:
+    def predict(x_t: Tokens, t: Float[Array, "B"]) -> Logits:
         logits = predictable(denoise(x_t, t), mask_id=mask_id)
         if guidance == 0 or prompt is None or jnp.size(prompt) == 0:
             return logits

@@ -8,32 +8,32 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from nanodlm.diffusion.mixed import shares
-from nanodlm.diffusion.noise import Denoise, rank
+from nanodlm.diffusion.noise import Denoise, Logits, Tokens, rank
 from nanodlm.diffusion.schedules import Schedule
 from nanodlm.diffusion.tokens import TINY, _categorical
 
-State = tuple[Int[Array, ""], Int[Array, "B L"]]  # number of the step, and tokens before it
+State = tuple[Int[Array, ""], Tokens]  # number of the step, and tokens before it
 
 
 class _Walk(NamedTuple):
     """Hold what the samplers share: the start, the grid of times, the model, the distribution to draw from, a key."""
 
-    start: Int[Array, "B L"]
+    start: Tokens
     times: Float[Array, "T"]
     rates: Float[Array, "T"]
     mask_id: int
     predict: Denoise
-    limit: Callable[[Float[Array, "B L V"]], Float[Array, "B L V"]]
+    limit: Callable[[Logits], Logits]
     key: Key[Array, ""]
 
-    def tokens(self, logits: Float[Array, "B L V"], step: Int[Array, "B"] | Int[Array, ""]) -> Int[Array, "B L"]:
+    def tokens(self, logits: Logits, step: Int[Array, "B"] | Int[Array, ""]) -> Tokens:
         return _categorical(self.key, step, self.limit(logits))
 
     def everywhere(self, value: Float[Array, ""]) -> Float[Array, "B"]:
         return jnp.full(len(self.start), value)
 
 
-def _unmask_in_order(walk: _Walk, key: Key[Array, ""], schedule: Schedule, sampler: str) -> Int[Array, "B L"]:
+def _unmask_in_order(walk: _Walk, key: Key[Array, ""], schedule: Schedule, sampler: str) -> Tokens:
     """Unmask each position in a step drawn for it beforehand, with a token drawn in that step.
 
     A position with u ~ U(0, 1] unmasks in step i where m_{i+1} < u <= m_i, m being the mask rate. A position that is
@@ -67,7 +67,7 @@ def _unmask_in_order(walk: _Walk, key: Key[Array, ""], schedule: Schedule, sampl
     return jax.lax.while_loop(more, body, (jnp.int32(0), walk.start))[1]
 
 
-def _unmask_by_score(walk: _Walk, schedule: Schedule, sampler: str, entropy_bound: float) -> Int[Array, "B L"]:
+def _unmask_by_score(walk: _Walk, schedule: Schedule, sampler: str, entropy_bound: float) -> Tokens:
     """Draw a token for each masked position, keep those with the best score, mask the others again.
 
     The score is, of the model's distribution at temperature 1, the probability of the drawn token (`confidence`:
@@ -137,7 +137,7 @@ def remask_probability(
     return jnp.full(psi.shape, remask * limit if sampler == "remdm_rescale" else jnp.minimum(remask, limit))
 
 
-def _remask(walk: _Walk, key: Key[Array, ""], sampler: str, remask: float) -> Int[Array, "B L"]:
+def _remask(walk: _Walk, key: Key[Array, ""], sampler: str, remask: float) -> Tokens:
     """Sample as ReMDM does: tokens are masked again on the way, to draw them anew when more is known.
 
     From t to s, a token is masked again with probability sigma, and a mask becomes a token with probability
@@ -147,9 +147,7 @@ def _remask(walk: _Walk, key: Key[Array, ""], sampler: str, remask: float) -> In
     """
     given = walk.start != walk.mask_id
 
-    def body(
-        i: Int[Array, ""], state: tuple[Int[Array, "B L"], Float[Array, "B L"]]
-    ) -> tuple[Int[Array, "B L"], Float[Array, "B L"]]:
+    def body(i: Int[Array, ""], state: tuple[Tokens, Float[Array, "B L"]]) -> tuple[Tokens, Float[Array, "B L"]]:
         x_t, psi = state
         masked = x_t == walk.mask_id
         m_t, m_s = walk.rates[i], walk.rates[i + 1]
@@ -167,7 +165,7 @@ def _remask(walk: _Walk, key: Key[Array, ""], sampler: str, remask: float) -> In
     return jax.lax.fori_loop(0, len(walk.rates) - 1, body, (walk.start, jnp.zeros(given.shape)))[0]
 
 
-def _denoise_mixed(walk: _Walk, key: Key[Array, ""], uniform_share: float) -> Int[Array, "B L"]:
+def _denoise_mixed(walk: _Walk, key: Key[Array, ""], uniform_share: float) -> Tokens:
     """Take the reverse steps of the uniform process, or of one between it and masking; see `mixed.shares`.
 
     With z the token at t, p the model's distribution, N = mask_id, and, for j the mask or a token at s,
@@ -185,7 +183,7 @@ def _denoise_mixed(walk: _Walk, key: Key[Array, ""], uniform_share: float) -> In
     if uniform_share == 1:
         prior = jnp.where(given, prior, jax.random.randint(key, given.shape, 0, walk.mask_id, jnp.int32))
 
-    def body(i: Int[Array, ""], x_t: Int[Array, "B L"]) -> Int[Array, "B L"]:
+    def body(i: Int[Array, ""], x_t: Tokens) -> Tokens:
         t, s = shares(walk.rates[i], uniform_share), shares(walk.rates[i + 1], uniform_share)
         logits = walk.limit(walk.predict(x_t, walk.everywhere(walk.times[i])))
         q_s = s.kept * jax.nn.softmax(logits, axis=-1)[..., : walk.mask_id] + s.uniform / walk.mask_id

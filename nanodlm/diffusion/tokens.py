@@ -4,7 +4,9 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Int, Key
+
+from nanodlm.diffusion.noise import Logits, Tokens
 
 TINY = 1e-30
 Prompt = Int[Array, "B P"] | Int[Array, "P"] | None
@@ -15,7 +17,7 @@ def _require(sound: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def _start(prompt: Prompt, shape: tuple[int, int], mask_id: int) -> Int[Array, "B L"]:
+def _start(prompt: Prompt, shape: tuple[int, int], mask_id: int) -> Tokens:
     """Return the prompt with masks behind it."""
     x_1 = jnp.full(shape, mask_id, jnp.int32)
     if prompt is None:
@@ -29,7 +31,7 @@ def _start(prompt: Prompt, shape: tuple[int, int], mask_id: int) -> Int[Array, "
     return x_1.at[:, : prompt.shape[1]].set(prompt)
 
 
-def limited(logits: Float[Array, "B L V"], temperature: float, top_k: int, top_p: float) -> Float[Array, "B L V"]:
+def limited(logits: Logits, temperature: float, top_k: int, top_p: float) -> Logits:
     """Sharpen logits, then cut them to the k best, then to the nucleus: what is left is what tokens are drawn from.
 
     Source of the nucleus: arXiv:1904.09751, section 3.1.
@@ -56,9 +58,7 @@ def limited(logits: Float[Array, "B L V"], temperature: float, top_k: int, top_p
     return jnp.put_along_axis(logits, order, falling, axis=-1, inplace=False)
 
 
-def _categorical(
-    key: Key[Array, ""], step: Int[Array, "B"] | Int[Array, ""], logits: Float[Array, "B L V"]
-) -> Int[Array, "B L"]:
+def _categorical(key: Key[Array, ""], step: Int[Array, "B"] | Int[Array, ""], logits: Logits) -> Tokens:
     """Draw by Gumbel-max, with noise of each row and its step, so that rows need not be at the same step.
 
     The noise is of high precision: that of one 32-bit number stops at 16, which starves rare tokens and acts as a

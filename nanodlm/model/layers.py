@@ -15,11 +15,9 @@ NORMAL = nnx.initializers.normal
 
 
 def rope(x: Float[Array, "B L H D"], positions: Int[Array, "L"] | None = None) -> Float[Array, "B L H D"]:
-    """Rotate pairs of channels by angles proportional to the position. Source: RoFormer, arXiv:2104.09864, eq. 34.
+    """Rotate pairs of channels by angles proportional to the position, 0 to L - 1 by default.
 
-    Args:
-        x: Queries or keys.
-        positions: Of the second axis; 0 to L - 1 by default.
+    Source: RoFormer, arXiv:2104.09864, eq. 34.
 
     >>> rope(jnp.ones((1, 2, 1, 4))).shape
     (1, 2, 1, 4)
@@ -48,8 +46,7 @@ class Linear(nnx.Linear):
 
     def __call__(self, inputs: Float[Array, "... D"], out_sharding: None = None) -> Float[Array, "... E"]:
         """Map the last axis."""
-        x = inputs
-        return super().__call__(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
+        return super().__call__(inputs.reshape(-1, inputs.shape[-1])).reshape(*inputs.shape[:-1], -1)
 
 
 class ShortConvolution(nnx.Module):
@@ -63,10 +60,7 @@ class ShortConvolution(nnx.Module):
     ) -> Float[Array, "B Q D"]:
         """For each position i, sum over offsets o of kernel[o] * x[start + i + o], zero outside x.
 
-        Args:
-            x: What is read.
-            near: For each offset, whether position i may read that neighbour; None is always, with Q = K.
-            start: The place of position 0 in x.
+        For each offset, `near` says whether position i may read that neighbour; None is always, with Q = K.
         """
         kernel = self.kernel[...].astype(x.dtype)
         reach = len(kernel) // 2
@@ -123,11 +117,8 @@ class Block(nnx.Module):
     ) -> tuple[Float[Array, "B Q D"], Past]:
         """Run one block; return the residual stream and what the block would keep of these positions.
 
-        Args:
-            x: The residual stream.
-            view: What each position reads.
-            condition: Modulates the block by AdaLN (Source: DiT, arXiv:2212.09748, section 3.2).
-            past: Positions outside the stream that it reads as well.
+        Positions read what the view says, of the stream and of the past outside it. The condition modulates the block
+        by AdaLN (Source: DiT, arXiv:2212.09748, section 3.2).
         """
         # Zero at the start, so that a conditioned network begins as the plain one.
         modulation = [jnp.zeros((), x.dtype)] * 6
@@ -146,25 +137,16 @@ class Block(nnx.Module):
         if self.query_norm is not None and self.key_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
         q, k = rope(q, view.positions), rope(k, view.positions)
-        x = x + self._attend(q, k, v, view, past) * (1 + gate_a)
-        h = self.mlp_norm(x) * (1 + scale_m) + shift_m
-        x = x + self.mlp_out(jnp.square(jax.nn.relu(self.mlp_in(h)))) * (1 + gate_m)
-        return x, Past(k, v, inputs)
-
-    def _attend(
-        self,
-        q: Float[Array, "B Q H E"],
-        k: Float[Array, "B Q H E"],
-        v: Float[Array, "B Q H E"],
-        view: View,
-        past: Past | None,
-    ) -> Float[Array, "B Q D"]:
+        kept = Past(k, v, inputs)
         if past is not None:
             k, v = jnp.concatenate([past.keys, k], axis=1), jnp.concatenate([past.values, v], axis=1)
         masks = [reads.attention for reads in (view.past, view.own) if reads is not None]
         mask = jnp.concatenate(masks, axis=2)[:, None] if masks else None
-        out = jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=_implementation(q, k))
-        return self.attention_out(out.reshape(*q.shape[:2], -1))
+        h = jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=_implementation(q, k))
+        x = x + self.attention_out(h.reshape(*q.shape[:2], -1)) * (1 + gate_a)
+        h = self.mlp_norm(x) * (1 + scale_m) + shift_m
+        x = x + self.mlp_out(jnp.square(jax.nn.relu(self.mlp_in(h)))) * (1 + gate_m)
+        return x, kept
 
 
 def _implementation(q: Float[Array, "B Q H E"], k: Float[Array, "B K H E"]) -> Literal["cudnn", "xla"]:

@@ -23,6 +23,9 @@ from nanodlm.devices.mesh import constrain
 from nanodlm.model.layers import NORMAL, Block, time_embedding
 from nanodlm.model.views import Cache, Past, View, view_behind, view_of_row
 
+Ids = Int[Array, "B L"]
+Logits = Float[Array, "B L V"]
+Times = Float[Array, "B *K"]  # of each row, or of each of its K blocks
 Remat = Literal["none", "dots", "full"]
 
 # What the axes of each parameter are, by the last two names of its path; those of blocks have one for layers in front.
@@ -109,13 +112,7 @@ class Transformer(nnx.Module):
         head = nnx.Embed(vocab_size, d_model, embedding_init=init, dtype=compute, rngs=rngs)
         self.head = None if tie_embeddings else head
 
-    def __call__(
-        self,
-        x_t: Int[Array, "B L"],
-        t: Float[Array, "B"] | Float[Array, "B K"],
-        segment_ids: Int[Array, "B L"] | None = None,
-        context: Int[Array, "B L"] | None = None,
-    ) -> Float[Array, "B L V"]:
+    def __call__(self, x_t: Ids, t: Times, segment_ids: Ids | None = None, context: Ids | None = None) -> Logits:
         """Return logits of x_0 at every position, in float32: the `features` times the `table`.
 
         >>> shape = {"vocab_size": 32, "n_layers": 1, "n_heads": 2, "d_model": 8, "d_ff": 16}
@@ -132,11 +129,7 @@ class Transformer(nnx.Module):
         return (self.head or self.embedding).embedding[...]
 
     def features(
-        self,
-        x_t: Int[Array, "B L"],
-        t: Float[Array, "B"] | Float[Array, "B K"],
-        segment_ids: Int[Array, "B L"] | None = None,
-        context: Int[Array, "B L"] | None = None,
+        self, x_t: Ids, t: Times, segment_ids: Ids | None = None, context: Ids | None = None
     ) -> Float[Array, "B L D"]:
         """Return what the output layer scores, at every position.
 
@@ -167,14 +160,10 @@ class Transformer(nnx.Module):
         return self.norm(self._run(x_t, t, view, past)[0])
 
     def new_cache(self, rows: int, window: int) -> Cache:
-        """Return an empty cache.
-
-        Args:
-            rows: Rows it is for.
-            window: Positions before a block that the block can read, a multiple of the block size.
+        """Return an empty cache for so many rows, of which a block can read a window of positions before it.
 
         Raises:
-            ValueError: For a network without a block size, or another window.
+            ValueError: For a network without a block size, or a window that is no multiple of it.
 
         >>> shape = {"vocab_size": 32, "n_layers": 1, "n_heads": 2, "d_model": 8, "d_ff": 16}
         >>> model = Transformer(**shape, block_size=2, rngs=nnx.Rngs(0))
@@ -190,15 +179,10 @@ class Transformer(nnx.Module):
         return Cache(Past(heads, heads, inputs), jnp.zeros((), jnp.int32))
 
     def extend(self, cache: Cache, tokens: Int[Array, "B N"]) -> tuple[Float[Array, "B N V"], Cache]:
-        """Append whole blocks of clean tokens; any number of them at a time gives the same result.
+        """Append clean tokens, at the positions count to count + N - 1; return their logits, and the cache with them.
 
-        Args:
-            cache: From `new_cache` or an earlier call.
-            tokens: Token ids at the positions count to count + N - 1, where N is a multiple of the block size.
-
-        Returns:
-            Logits as `__call__` gives them for one stream at time 0, but that a block reads the window before it and
-            no more; and the cache with the tokens in it.
+        The logits are as `__call__` gives them for one stream at time 0, but that a block reads the window before it
+        and no more. Any number of blocks at a time gives the same result.
 
         Raises:
             ValueError: For tokens that are not whole blocks.
@@ -210,12 +194,7 @@ class Transformer(nnx.Module):
         return self._score(self.norm(x)), Cache(layers, cache.count + tokens.shape[1])
 
     def denoise_block(self, cache: Cache, x_t: Int[Array, "B N"], t: Float[Array, "B"]) -> Float[Array, "B N V"]:
-        """Return logits of x_0 for the block that follows the cached tokens, as `__call__` does with a context.
-
-        Args:
-            cache: The tokens before; it stays as it is.
-            x_t: Token ids of one block, masks included: N is the block size.
-            t: Times of the rows; read only with time conditioning.
+        """Return logits of x_0 for the one noisy block that follows the cached tokens, as `__call__` with a context.
 
         Raises:
             ValueError: For more or less than one block.
@@ -234,13 +213,7 @@ class Transformer(nnx.Module):
             raise ValueError(f"{what} is {number}, but must be a multiple of the block size, {self.block_size}")
 
     def _run(
-        self,
-        ids: Int[Array, "B Q"],
-        t: Float[Array, "B"] | Float[Array, "B K"],
-        view: View,
-        past: Past | None = None,
-        *,
-        keep: bool = False,
+        self, ids: Int[Array, "B Q"], t: Times, view: View, past: Past | None = None, *, keep: bool = False
     ) -> tuple[Float[Array, "B Q D"], Past | None]:
         """Run all blocks over one stream; return it and, when asked to, what each layer keeps of it."""
         # Devices that share a table look up their part of each vector, for all of their rows, and exchange the parts.

@@ -60,7 +60,6 @@ def view_of_row(
     With `beside_context`, the blocks before it are those of a clean row that is given as the past.
     """
     positions = jnp.arange(length)
-
     if not block_size and segment_ids is None:
         return View(positions)
     row = positions, jnp.zeros((1, length), jnp.int32) if segment_ids is None else segment_ids

@@ -1,19 +1,18 @@
 """The bound of a denoiser with exact conditionals is -log p(x_0) itself, so every estimator has a known mean."""
 
-from collections.abc import Callable
+import inspect
 from functools import partial
 from itertools import product
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import jax.test_util
 import numpy as np
 import pytest
 from flax import nnx
 
 from nanodlm.diffusion.corruption import Corruption, shift_right
-from nanodlm.diffusion.cross_entropy import cross_entropy, linear_cross_entropy
+from nanodlm.diffusion.cross_entropy import cross_entropy
 from nanodlm.diffusion.kinds import Estimator, KindName, Times, Weighting
 from nanodlm.diffusion.mixed import mixed_divergence, shares
 from nanodlm.diffusion.nelbo import nelbo
@@ -38,7 +37,7 @@ from tests.support.laws import (
 LENGTH = 8
 TABLE = markov_table(LENGTH)
 EXACT = exact_denoiser(TABLE)
-ROWS, KEYS = 512, jax.random.split(jax.random.key(0), 64)
+KEYS = jax.random.split(jax.random.key(0), 64)
 SLOW = partial(pytest.param, marks=pytest.mark.slow)
 
 
@@ -48,17 +47,12 @@ def wrong(x_t: jax.Array, t: jax.Array) -> jax.Array:
     return table[jnp.roll(x_t, 1, axis=1)]
 
 
-def corrupt(x_0: jax.Array, key: jax.Array, **options: Any) -> Corruption:
-    return Objective(**options).corrupt(x_0, key)
-
-
 def uniform(x_t: jax.Array, t: jax.Array) -> jax.Array:
     return jnp.zeros((*x_t.shape, VOCAB))
 
 
-SETTINGS = ("schedule", "mask_id", "estimator", "num_timesteps")
-fast_corrupt = jax.jit(corrupt, static_argnames=SETTINGS)
-fast_nelbo = jax.jit(nelbo, static_argnames=("denoise", "objective", "block_size", "uniform_share", "times", *SETTINGS))
+SETTINGS = ("schedule", "mask_id", "estimator", "num_timesteps", "objective", "block_size", "uniform_share", "times")
+fast_nelbo = jax.jit(nelbo, static_argnames=("denoise", *SETTINGS))
 
 
 @partial(jax.jit, static_argnames=("objective",))
@@ -71,25 +65,25 @@ def score(objective: Objective, logits: jax.Array, x_0: jax.Array, noised: Corru
     return objective.row_nats(logits, x_0, noised)
 
 
-@partial(jax.jit, static_argnames=("objective",))
-def excess(objective: Objective, keys: jax.Array) -> jax.Array:
-    """Bound of the exact denoiser less -log p(x_0), for rows drawn from the chain, (64, ROWS)."""
-    every, table = jnp.asarray(sequences(LENGTH)), jnp.asarray(TABLE.reshape(-1), jnp.float32)
+@partial(jax.jit, static_argnames=("objective", "denoise"))
+def excess(objective: Objective, denoise: Denoise, table: np.ndarray, keys: jax.Array) -> jax.Array:
+    """Bounds less -log p(x_0), for 512 rows that are drawn from a law with each key, (keys, 512)."""
+    every, p = jnp.asarray(sequences(table.ndim)), jnp.asarray(table.reshape(-1), jnp.float32)
 
     def batch(key: jax.Array) -> jax.Array:
         data_key, noise_key = jax.random.split(key)
         # The inverse of the distribution function is much less work than Gumbel noise on 6,561 classes.
-        which = jnp.searchsorted(jnp.cumsum(table), jax.random.uniform(data_key, (ROWS,)))
+        which = jnp.searchsorted(jnp.cumsum(p), jax.random.uniform(data_key, (512,)))
         noised = objective.corrupt(every[which], noise_key)
-        logits = objective.logits(EXACT, every[which], noised)
-        return objective.row_nats(logits, every[which], noised).bound + jnp.log(table[which])
+        logits = objective.logits(denoise, every[which], noised)
+        return objective.row_nats(logits, every[which], noised).bound + jnp.log(p[which])
 
     return jax.vmap(batch)(keys)
 
 
-def mean_and_error(values: np.ndarray) -> tuple[float, float]:
+def mean_and_error(values: jax.Array) -> tuple[float, float]:
     """Mean, and its standard error from the batches' means, since the rows of a batch share their times."""
-    means = values.mean(axis=1)
+    means = np.asarray(values, np.float64).mean(axis=1)
     return float(means.mean()), float(means.std(ddof=1) / np.sqrt(len(means)))
 
 
@@ -104,8 +98,7 @@ def discrete_excess(objective: Objective) -> float:
 def test_the_bound_of_exact_conditionals_is_the_entropy_and_counts_vary_least() -> None:
     spread = {}
     for estimator in ("count", "constant_count", "continuous"):
-        found = excess(Objective(make_schedule("linear"), MASK_ID, estimator=estimator), KEYS)
-        values = np.asarray(found, np.float64)
+        values = excess(Objective(make_schedule("linear"), MASK_ID, estimator=estimator), EXACT, TABLE, KEYS)
         mean, error = mean_and_error(values)
         assert abs(mean) < 4 * error
         assert estimator == "continuous" or error < 0.02
@@ -117,7 +110,7 @@ def test_the_bound_of_exact_conditionals_is_the_entropy_and_counts_vary_least() 
 @pytest.mark.parametrize(("kind", "num_timesteps"), [("cosine", 4), ("sqrt_clipped", 2)])
 def test_the_discrete_estimator_exceeds_the_entropy_by_what_enumeration_gives(kind: str, num_timesteps: int) -> None:
     objective = Objective(make_schedule(kind), MASK_ID, estimator="discrete", num_timesteps=num_timesteps)
-    mean, error = mean_and_error(np.asarray(excess(objective, KEYS), np.float64))
+    mean, error = mean_and_error(excess(objective, EXACT, TABLE, KEYS))
     assert abs(mean - discrete_excess(objective)) < 4 * error
     assert mean > 4 * error
 
@@ -125,7 +118,7 @@ def test_the_discrete_estimator_exceeds_the_entropy_by_what_enumeration_gives(ki
 def test_counts_tell_the_network_the_time_at_which_that_share_is_masked() -> None:
     schedule = make_schedule("cosine")
     noised, of_linear = (
-        fast_corrupt(jnp.zeros((32, 10), jnp.int32), jax.random.key(0), schedule=s, mask_id=MASK_ID, estimator="count")
+        noise(Objective(s, MASK_ID, estimator="count"), jnp.zeros((32, 10), jnp.int32), jax.random.key(0))
         for s in (schedule, make_schedule("linear"))
     )
     np.testing.assert_array_equal(noised.x_t, of_linear.x_t)  # and nothing else depends on the schedule
@@ -134,33 +127,16 @@ def test_counts_tell_the_network_the_time_at_which_that_share_is_masked() -> Non
     np.testing.assert_allclose(noised.weight, 1 / share, rtol=1e-6)
 
 
-def test_cross_entropy_takes_its_softmax_in_float32() -> None:
-    logits = jnp.asarray(np.random.default_rng(0).normal(size=(2, 64, VOCAB)), jnp.bfloat16)
-    nats = cross_entropy(logits, jnp.zeros((2, 64), jnp.int32), jnp.ones((2, 64), bool), mask_id=MASK_ID)
-    exact = np.asarray(logits.astype(jnp.float32), np.float64)[..., :TOKENS]
-    assert nats.dtype == jnp.float32
-    np.testing.assert_allclose(nats, np.log(np.exp(exact).sum(-1)) - exact[..., 0], rtol=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("estimator", "kind"),
-    [("continuous", "sqrt"), ("discrete", "steep"), ("count", "steep")],
-)
+@pytest.mark.parametrize(("estimator", "kind"), [("continuous", "sqrt"), ("discrete", "steep"), ("count", "steep")])
 def test_the_loss_and_its_gradient_are_finite_when_almost_nothing_is_masked(estimator: Estimator, kind: str) -> None:
     schedule = make_schedule("poly", exponent=20.0) if kind == "steep" else make_schedule(kind)
+    options = {"schedule": schedule, "mask_id": MASK_ID, "estimator": estimator, "num_timesteps": 2**14}
     x_0 = jnp.zeros((2048, 2), jnp.int32)
 
     @jax.jit
     def mean(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
-        nats = fast_nelbo(
-            lambda x_t, t: jnp.broadcast_to(logits, (*x_t.shape, VOCAB)),
-            x_0,
-            jax.random.key(0),
-            schedule=schedule,
-            mask_id=MASK_ID,
-            estimator=estimator,
-            num_timesteps=2**14,
-        )
+        same = lambda x_t, t: jnp.broadcast_to(logits, (*x_t.shape, VOCAB))  # noqa: E731
+        nats = nelbo(same, x_0, jax.random.key(0), **options)
         return nats.mean(), nats.min()
 
     (value, least), gradient = jax.value_and_grad(mean, has_aux=True)(jnp.zeros(VOCAB))
@@ -169,16 +145,8 @@ def test_the_loss_and_its_gradient_are_finite_when_almost_nothing_is_masked(esti
     assert estimator == "count" or float(least) == 0  # a row without any mask was among them
 
 
-def unchecked(function: Callable[..., object]) -> Callable[..., object]:
-    """The function itself, without the checks of types that tests put around it."""
-    while hasattr(function, "__wrapped__"):
-        function = function.__wrapped__
-    return function
-
-
 @pytest.mark.parametrize(
-    ("denoiser", "kind", "share"),
-    [("exact", "uniform", 1.0), ("exact", "hybrid", 0.1), ("wrong", "hybrid", 0.5)],
+    ("denoiser", "kind", "share"), [("exact", "uniform", 1.0), ("exact", "hybrid", 0.1), ("wrong", "hybrid", 0.5)]
 )
 def test_mixed_noise_has_a_bound_that_is_tight_for_exact_conditionals(kind: str, share: float, denoiser: str) -> None:
     """By enumeration of all x_0 and x_t of three tokens, and quadrature over the mask rate."""
@@ -220,18 +188,9 @@ def test_mixed_estimates_have_the_entropy_as_their_mean(
     kind: KindName, share: float, estimator: Estimator, schedule: str
 ) -> None:
     table, noise_schedule = markov_table(3), make_schedule(schedule, exponent=4.0)
-    which = np.random.default_rng(0).choice(table.size, 512, p=table.reshape(-1))
-    rows, surprise = jnp.asarray(sequences(3)[which]), -np.log(table.reshape(-1)[which])
-    denoise = exact_mixed_denoiser(table, noise_schedule, share)
     objective = Objective(noise_schedule, MASK_ID, kind=kind, estimator=estimator, uniform_share=share)
-
-    @jax.jit
-    @jax.vmap
-    def estimate(key: jax.Array) -> jax.Array:
-        noised = objective.corrupt(rows, key)
-        return objective.row_nats(objective.logits(denoise, rows, noised), rows, noised).bound
-
-    mean, error = mean_and_error(np.asarray(estimate(jax.random.split(jax.random.key(0), 100)), np.float64) - surprise)
+    denoise = exact_mixed_denoiser(table, noise_schedule, share)
+    mean, error = mean_and_error(excess(objective, denoise, table, jax.random.split(jax.random.key(0), 100)))
     assert abs(mean) < 4 * error
     assert error < (0.025 if estimator == "count" else 0.05)
 
@@ -261,28 +220,20 @@ def next_token(denoise: Denoise) -> Denoise:
     return autoregressive
 
 
-@pytest.mark.parametrize(
-    ("estimator", "size"),
-    [("count", 2), ("constant_count", 1), ("constant_count", 3)],
-)
+@pytest.mark.parametrize(("estimator", "size"), [("count", 2), ("constant_count", 1), ("constant_count", 3)])
 def test_blocks_of_any_size_have_the_entropy_as_their_bound(size: int, estimator: Estimator) -> None:
-    length = 5
-    table = rough_table(length)
-    denoise = earlier_blocks(exact_denoiser(table), size)
-    which = np.random.default_rng(0).choice(table.size, 512, p=table.reshape(-1))
-    rows, surprise = jnp.asarray(sequences(length)[which]), -np.log(table.reshape(-1)[which])
-    options = {"schedule": make_schedule("linear"), "mask_id": MASK_ID, "objective": "block", "block_size": size}
-    nats = jax.jit(jax.vmap(lambda key: nelbo(denoise, rows, key, estimator=estimator, **options)))(
-        jax.random.split(jax.random.key(0), 40)
-    )
-    mean, error = mean_and_error(np.asarray(nats, np.float64) - surprise)
+    table = rough_table(5)
+    objective = Objective(make_schedule("linear"), MASK_ID, kind="block", estimator=estimator, block_size=size)
+    above = excess(objective, earlier_blocks(exact_denoiser(table), size), table, KEYS)
+    mean, error = mean_and_error(above)
     assert abs(mean) < max(4 * error, 1e-5)
     assert error < 0.02
     if size == 1:  # nothing is left to chance
-        np.testing.assert_allclose(nats, np.tile(surprise, (40, 1)), rtol=1e-5)
+        np.testing.assert_allclose(above, 0, atol=2e-5)
 
 
 def test_block_size_one_is_the_autoregressive_likelihood_and_block_size_l_the_absorbing_bound() -> None:
+    """BD3-LM, arXiv:2503.09573, section 3.4."""
     x_0 = jax.random.randint(jax.random.key(1), (32, 6), 0, TOKENS)
     options = {"schedule": make_schedule("cosine"), "mask_id": MASK_ID, "estimator": "count"}
     key = jax.random.key(2)
@@ -322,108 +273,6 @@ def test_constant_counts_sum_to_the_same_in_every_pair_and_are_uniform_by_themse
         seen = np.bincount(row, minlength=length + 1)[1:]
         expected = draws / length
         assert ((seen - expected) ** 2 / expected).sum() < 26.2  # chi-square, 8 degrees of freedom, level 0.001
-
-
-def linear_problem(rows: int, length: int, dtype: str = "float32") -> tuple[jax.Array, jax.Array]:
-    """Features and an output layer whose logits are large enough to matter."""
-    features = jax.random.normal(jax.random.key(1), (rows, length, 16)).astype(dtype)
-    return features, jax.random.normal(jax.random.key(2), (13, 16))
-
-
-@pytest.mark.parametrize(
-    ("options", "rows", "chunks"),
-    [
-        ({"kind": "absorbing", "estimator": "constant_count", "weighting": "clipped", "max_weight": 1.5}, 4, 3),
-        ({"kind": "absorbing", "estimator": "continuous", "times": "independent"}, 4, 3),
-        ({"kind": "block", "estimator": "constant_count", "block_size": 3}, 4, 2),
-        ({"kind": "autoregressive", "estimator": "constant_count"}, 3, 2),
-    ],
-    ids=str,
-)
-def test_the_fused_loss_and_its_gradients_are_those_of_all_logits(
-    options: dict[str, Any], rows: int, chunks: int
-) -> None:
-    """Row lengths that no block size divides, padding, and a number of chunks that divides nothing."""
-    objective = Objective(make_schedule("linear"), 10, **options)
-    x_0 = jax.random.randint(jax.random.key(5), (rows, 7), 0, 10).at[1, 5:].set(11)
-    features, table = linear_problem(rows, 7)
-
-    @jax.jit
-    def both(features: jax.Array, table: jax.Array, key: jax.Array) -> Any:
-        noised = objective.corrupt(x_0, key)
-
-        def plain(features: jax.Array, table: jax.Array) -> tuple[jax.Array, jax.Array]:
-            nats = objective.row_nats(features @ table.T, x_0, noised)
-            return nats.loss.sum(), nats.bound.sum()
-
-        def fused(features: jax.Array, table: jax.Array) -> tuple[jax.Array, jax.Array]:
-            return objective.fused_nats(features, table, x_0, noised, chunks=chunks)
-
-        of = partial(jax.value_and_grad, argnums=(0, 1), has_aux=True)
-        return of(plain)(features, table), of(fused)(features, table)
-
-    for seed in range(5):
-        expected, got = both(features, table, jax.random.key(seed))
-        jax.tree.map(partial(np.testing.assert_allclose, rtol=2e-4, atol=2e-5), got, expected)
-
-
-@pytest.mark.parametrize(("rows", "block_size"), [(2, 1), (6, 3), (6, 12)])
-def test_pairs_of_rows_never_have_more_masks_than_the_fused_loss_computes(rows: int, block_size: int) -> None:
-    """Whatever is padding; these are fewer than the whole pair but for blocks of one token."""
-    objective = Objective(make_schedule("linear"), 10, kind="block", estimator="constant_count", block_size=block_size)
-    most = objective.most_scored(rows, 12)
-
-    @jax.jit
-    @jax.vmap
-    def masks(seed: jax.Array) -> jax.Array:
-        key, pad_key = jax.random.split(jax.random.key(seed))
-        padding = jax.random.bernoulli(pad_key, seed / 50, (rows, 12))
-        return (objective.corrupt(jnp.where(padding, 11, 3), key).x_t.reshape(rows // 2, 24) == 10).sum(axis=1)
-
-    counts = np.asarray(masks(jnp.arange(50)))
-    assert counts.shape == (50, rows // 2)
-    assert 0 < counts.max() <= most == -(-12 // block_size) * (block_size + 1)
-    assert most < 24 or block_size == 1
-
-
-def test_the_fused_gradient_agrees_with_finite_differences_in_float64() -> None:
-    with jax.enable_x64(True):
-        features, table = (v.astype(jnp.float64) for v in linear_problem(2, 5))
-        target = jnp.arange(10).reshape(2, 5)
-        weight = jax.random.uniform(jax.random.key(0), (2, 5), jnp.float64)
-
-        def loss(features: jax.Array, table: jax.Array, weight: jax.Array) -> jax.Array:
-            values = (jnp.asarray(v) for v in (features, table, target, weight))
-            return linear_cross_entropy(*values, mask_id=10, chunks=2)[0]
-
-        check = partial(jax.test_util.check_grads, order=1, modes=["rev"], rtol=1e-6, atol=1e-6)
-        check(jax.jit(loss), (features, table, weight))
-        unscored = weight.at[0, 2].set(0.0)  # it has no derivative there, for what has no weight is not scored
-        check(jax.jit(lambda features, table: loss(features, table, unscored)), (features, table))
-
-
-def test_half_precision_features_give_float32_losses_close_to_those_of_float32() -> None:
-    target, weight = jnp.arange(10).reshape(2, 5), jnp.ones((2, 5))
-
-    def loss(dtype: str) -> Any:
-        features, table = linear_problem(2, 5, dtype)
-        of = partial(linear_cross_entropy, target=target, weight=weight, mask_id=10)
-        both = jax.jit(jax.value_and_grad(lambda f, t: of(f, t), argnums=(0, 1), has_aux=True))
-        (value, nats), grads = both(features, table)
-        assert (value.dtype, nats.dtype, grads[0].dtype, grads[1].dtype) == ("float32", "float32", dtype, "float32")
-        return value, grads
-
-    half, full = loss("bfloat16"), loss("float32")
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0.03, atol=0.06), half, full)
-
-
-def test_large_logits_neither_overflow_nor_lose_the_rare_token() -> None:
-    features, table = jnp.ones((1, 2, 1)), jnp.asarray([[300.0], [-300.0], [0.0]])
-    (_, nats), gradient = jax.value_and_grad(
-        lambda f: linear_cross_entropy(f, table, jnp.asarray([[0, 1]]), jnp.ones((1, 2)), mask_id=2), has_aux=True
-    )(features)
-    np.testing.assert_allclose(nats, [[0.0, 600.0]])
-    assert np.isfinite(gradient).all()
 
 
 OBJECTIVES: list[dict[str, Any]] = [
@@ -501,8 +350,7 @@ def test_a_weighting_changes_the_loss_and_never_the_bound(options: dict[str, Any
 
 
 @pytest.mark.parametrize(
-    ("kind", "share", "weighting"),
-    [("hybrid", 0.1, "bound"), ("hybrid", 0.1, "uniform"), ("uniform", 1.0, "clipped")],
+    ("kind", "share", "weighting"), [("hybrid", 0.1, "bound"), ("hybrid", 0.1, "uniform"), ("uniform", 1.0, "clipped")]
 )
 def test_under_mixed_noise_every_weighting_is_least_for_the_law_given_the_other_positions(
     kind: KindName, share: float, weighting: Weighting
@@ -585,23 +433,6 @@ def test_true_tokens_under_masks_reach_neither_the_noised_row_nor_the_logits(opt
     np.testing.assert_array_equal(before[hidden], after[hidden])
 
 
-@every_objective
-def test_gradients_agree_with_finite_differences_in_float64(options: dict[str, Any]) -> None:
-    with jax.enable_x64(True):
-        x_0 = jax.random.randint(jax.random.key(1), (6, LENGTH), 0, TOKENS, jnp.int32)
-        objective = Objective(make_schedule("cosine"), MASK_ID, num_timesteps=10, **options)
-        noised = noise(objective, x_0, jax.random.key(0))
-        logits = jax.random.normal(jax.random.key(2), (*x_0.shape, VOCAB), jnp.float64)
-
-        @jax.jit
-        def loss(logits: jax.Array) -> jax.Array:
-            return objective.row_nats(jnp.asarray(logits), x_0, noised).loss.mean()
-
-        assert loss(logits).dtype == jnp.float64
-        jax.test_util.check_grads(loss, (logits,), order=1, modes=["rev"], atol=1e-7, rtol=1e-7, eps=1e-5)
-        assert float(jnp.abs(jax.grad(loss)(logits)).max()) > 1e-3
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -616,9 +447,8 @@ def test_gradients_agree_with_finite_differences_in_float64(options: dict[str, A
 )
 def test_an_objective_that_makes_no_sense_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        unchecked(Objective.__init__)(
-            object.__new__(Objective), **{"schedule": make_schedule("linear"), "mask_id": MASK_ID, **options}
-        )
+        make = inspect.unwrap(Objective.__init__)  # without checks of types
+        make(object.__new__(Objective), **{"schedule": make_schedule("linear"), "mask_id": MASK_ID, **options})
 
 
 # The plain recipe gives the same numbers.

@@ -44,11 +44,6 @@ def example(seed: int, rows: int = ROWS, length: int = LENGTH) -> Example:
     return Example(x_0.astype(np.int32), logits.astype(np.float32))
 
 
-def score(objective: Objective, of: Example, noised: Corruption) -> np.ndarray:
-    """The package's bound of each row."""
-    return np.asarray(objective.row_nats(jnp.asarray(of.logits), jnp.asarray(of.x_0), noised).bound, np.float64)
-
-
 class Scored(NamedTuple):
     """What the package noised, and the bound it gave, in float64."""
 
@@ -58,9 +53,10 @@ class Scored(NamedTuple):
 
 
 def scored(of: Example, schedule: Schedule, **options: Any) -> Scored:
-    objective = Objective(schedule, MASK_ID, **options)
-    noised = objective.corrupt(jnp.asarray(of.x_0), jax.random.key(0))
-    return Scored(np.asarray(noised.x_t), np.asarray(noised.t, np.float64), score(objective, of, noised))
+    objective, x_0 = Objective(schedule, MASK_ID, **options), jnp.asarray(of.x_0)
+    noised = objective.corrupt(x_0, jax.random.key(0))
+    bound = objective.row_nats(jnp.asarray(of.logits), x_0, noised).bound
+    return Scored(np.asarray(noised.x_t), *(np.asarray(v, np.float64) for v in (noised.t, bound)))
 
 
 # The papers' side: denoising distributions and schedules.
@@ -217,7 +213,8 @@ def test_counts_give_lladas_monte_carlo_estimate(estimator: str) -> None:
     check(got.bound, length / count, masked_surprise(of, got.x_t))
 
 
-# A denoiser that is any table over the patterns of masks, so that expectations are sums over all of them.
+# A denoiser that is any table over the patterns of masks, so that expectations are sums over all of them. By the tests
+# above, the package's bound of a row is its weight times its nats, so that the mean over patterns is taken here.
 
 SHORT = 4
 PATTERNS = np.array(list(product([False, True], repeat=SHORT)))
@@ -231,13 +228,6 @@ TABLE_NATS = surprise(TABLE)[:, :SHORT]  # of every position under every pattern
 PATTERN_NATS = (TABLE_NATS * PATTERNS).sum(axis=1)
 
 
-TIMES = ROWS // len(PATTERNS)  # that many times all patterns make up ROWS rows
-EVERY = Example(np.tile(TABLE.x_0, (TIMES, 1)), np.tile(TABLE.logits, (TIMES, 1, 1)))
-EVERY_MASKED = np.where(
-    np.pad(np.tile(PATTERNS, (TIMES, 1)), ((0, 0), (0, LENGTH - SHORT))), MASK_ID, EVERY.x_0
-).astype(np.int32)
-
-
 def lambda_dce() -> float:
     """RADD's loss of the table: 1/lambda integrates to Beta(n, L - n + 1) for each pattern of n masks."""
     n = np.maximum(MASKED, 1)
@@ -249,17 +239,6 @@ def pattern_chances(mask_rate: np.ndarray) -> np.ndarray:
     """Probability of each pattern when each position is masked by itself: (N, 16)."""
     m = np.asarray(mask_rate, np.float64)[:, None]
     return m**MASKED * (1 - m) ** (SHORT - MASKED)
-
-
-def expectation(objective: Objective, t: np.ndarray, weight: np.ndarray, chances: np.ndarray) -> np.ndarray:
-    """The package's mean bound at each of N times: every pattern is scored with the time's weight, (N,)."""
-    n_times, nats = len(t), []
-    t, weight = (np.pad(v, (0, -n_times % TIMES)) for v in (t, weight))
-    for some in range(0, n_times, TIMES):
-        of = [jnp.asarray(np.repeat(v[some : some + TIMES], len(PATTERNS)), jnp.float32) for v in (t, weight)]
-        noised = Corruption(jnp.asarray(EVERY_MASKED), of[0], of[0], of[1], jnp.ones_like(of[1]))
-        nats.append(score(objective, EVERY, noised))
-    return (np.concatenate(nats).reshape(-1, len(PATTERNS))[:n_times] * chances).sum(axis=1)
 
 
 def drawn(objective: Objective, seed: int = 0) -> Corruption:
@@ -285,7 +264,7 @@ def test_the_count_forms_expectation_is_lambda_dce(estimator: str) -> None:
     count = (np.asarray(noised.x_t) == MASK_ID).sum(axis=1)
     assert (np.bincount(count)[1:] == ROWS / SHORT).all()
     chances = (count[:, None] == MASKED) / WAYS
-    mean = expectation(objective, np.asarray(noised.t), np.asarray(noised.weight), chances).mean()
+    mean = (np.asarray(noised.weight, np.float64) * (chances @ PATTERN_NATS)).mean()
     assert mean == pytest.approx(lambda_dce(), rel=1e-6)
 
 
@@ -297,8 +276,8 @@ def test_the_continuous_forms_expectation_is_lambda_dce(kind: str) -> None:
     t, step = u**2, weights * u  # t = u^2 takes away the edge of sqrt
     schedule = make_schedule(kind)
     chances = pattern_chances(1 - published(kind)[0](t))
-    weight = np.asarray(schedule.weight(jnp.asarray(np.resize(t, ROWS), jnp.float32)))[: len(t)]
-    integral = (step * expectation(Objective(schedule, MASK_ID), t, weight, chances)).sum()
+    weight = np.asarray(schedule.weight(jnp.float32(t)), np.float64)
+    integral = (step * weight * (chances @ PATTERN_NATS)).sum()
     assert integral == pytest.approx(lambda_dce(), rel=2e-6)
 
 
@@ -308,7 +287,6 @@ def test_jumps_add_a_discrete_step_each_to_the_integral_between_them(kind: str, 
     batches = [drawn(Objective(make_schedule(kind, eps=eps), MASK_ID), seed) for seed in range(16)]
     t, weight = (np.concatenate(v).astype(np.float64) for v in ([b.t for b in batches], [b.weight for b in batches]))
     alpha = published(kind, eps)[0]
-    # By the row parity above, a row's bound is its weight times its nats: the mean over patterns is taken here.
     rate = np.where(t == 1, 1.0, 1 - alpha(np.maximum(t, 1e-15)))
     of_row = weight * (pattern_chances(rate) @ PATTERN_NATS)
 
@@ -335,10 +313,10 @@ def test_the_discrete_forms_expectation_is_md4s_sum_and_falls_to_lambda_dce(kind
         noised = drawn(objective)
         t = np.round(np.asarray(noised.t, np.float64) * num_timesteps) / num_timesteps
         assert (np.unique(t, return_counts=True)[1] == ROWS / num_timesteps).all()
-        chances = pattern_chances(1 - alpha(t))
-        mean = expectation(objective, t, np.asarray(noised.weight), chances).mean()
+        nats = pattern_chances(1 - alpha(t)) @ PATTERN_NATS
+        mean = (np.asarray(noised.weight, np.float64) * nats).mean()
         step = (alpha(t - 1 / num_timesteps) - alpha(t)) / (1 - alpha(t))
-        expected = (step * (chances @ PATTERN_NATS)).mean() * num_timesteps
+        expected = (step * nats).mean() * num_timesteps
         assert mean == pytest.approx(expected, rel=TOLERANCE)
         gaps.append(abs(mean - lambda_dce()) / lambda_dce())
     assert gaps[1] < 0.02 < gaps[0]
@@ -528,27 +506,6 @@ def test_blocks_weigh_their_own_masks_by_their_own_times() -> None:
     np.testing.assert_allclose(got.bound, expected, rtol=TOLERANCE)
 
 
-@pytest.mark.parametrize("options", [{"estimator": "count"}, {"estimator": "discrete", "num_timesteps": 1}])
-def test_blocks_of_one_token_give_the_autoregressive_cross_entropy(options: dict[str, Any]) -> None:
-    """BD3-LM, arXiv:2503.09573, section 3.4: its loss equals the autoregressive likelihood at block size 1.
-
-    A count or a single step masks every block for certain, so that here it does so in every draw.
-    """
-    of = example(13, BLOCKED, 4)
-    expected = surprise(of).sum(axis=1)
-    for got in (
-        scored(of, make_schedule("linear"), kind="block", block_size=1, **options),
-        scored(of, make_schedule("linear"), kind="autoregressive"),
-    ):
-        np.testing.assert_allclose(got.bound, expected, rtol=TOLERANCE)
-
-
-def revealed(schedule: Schedule, t: np.ndarray, s: np.ndarray) -> np.ndarray:
-    """The package's probability that a token masked at t is not at s."""
-    t, s = (jnp.asarray(np.resize(v, ROWS), jnp.float32) for v in (t, s))
-    return np.asarray(unmask_probability(schedule, t, s), np.float64)
-
-
 @pytest.mark.parametrize(
     ("kind", "eps"), [("linear", None), ("cosine", None), ("poly", None), ("loglinear", 0.1), ("cosine_clipped", 0.1)]
 )
@@ -560,7 +517,8 @@ def test_a_masked_token_is_revealed_as_d3pms_posterior_says(kind: str, eps: floa
     alpha, size = with_jumps(published(kind, eps or 1e-4)[0]), 4
     mask = size - 1
     s, t = np.array([(0, 0.3), (0.25, 0.5), (0.5, 0.75), (0.1, 0.9), (0.75, 1), (0, 1)]).T
-    for got, alpha_s, alpha_t in zip(revealed(make_schedule(kind, eps=eps), t, s), alpha(s), alpha(t), strict=False):
+    found = unmask_probability(make_schedule(kind, eps=eps), jnp.float32(t), jnp.float32(s))
+    for got, alpha_s, alpha_t in zip(found.tolist(), alpha(s), alpha(t), strict=True):
         bar_s, bar_t = (a * np.eye(size) + (1 - a) * np.eye(size)[mask] for a in (alpha_s, alpha_t))
         step = np.linalg.solve(bar_s, bar_t)
         posterior = step[:, mask] * bar_s[0] / bar_t[0, mask]

@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 
 from nanodlm.diffusion import tokens as diffusion_tokens
-from nanodlm.diffusion.blocks import Decoder, sample_autoregressive, sample_blocks
 from nanodlm.diffusion.cross_entropy import predictable
-from nanodlm.diffusion.kinds import ByScore, Remasking
+from nanodlm.diffusion.kinds import SAMPLERS, ByScore, Remasking
 from nanodlm.diffusion.mixed import shares
 from nanodlm.diffusion.noise import Denoise
 from nanodlm.diffusion.plain import plain_sample
@@ -25,34 +24,32 @@ from tests.support.laws import (
     MASK_ID,
     TOKENS,
     VOCAB,
+    Watched,
+    assert_drawn_from,
     exact_denoiser,
     exact_mixed_denoiser,
+    frequencies,
     markov_table,
     rough_table,
+    sampling_error,
+    total_variation,
 )
 
 LENGTH = 4
 TABLE = rough_table(LENGTH)
-SHORT = rough_table(3)
 EXACT = exact_denoiser(TABLE)
 CHAIN = exact_denoiser(markov_table(8))
 STEPS, ROWS = 64, 8000
 KEY = jax.random.key(7)
-SLOW = partial(pytest.param, marks=pytest.mark.slow)
 
 
-SCHEDULES = {kind: make_schedule(kind) for kind in ("linear", "cosine", "sqrt", "sqrt_clipped")} | {
+SCHEDULES = {kind: make_schedule(kind) for kind in ("linear", "cosine", "sqrt", "poly", "sqrt_clipped")} | {
     "steep": make_schedule("poly", exponent=300.0),
     "jumps": make_schedule("linear_clipped", eps=0.2),
 }
 STATIC = ("denoise", "shape", "mask_id", "schedule", "num_steps", "sampler", "temperature", "top_k", "top_p", "grid")
 STATIC += ("guidance", "uniform_share", "entropy_bound", "remask", "loop_time")
-quickly = jax.jit(sample, static_argnames=STATIC)
-compiled = jax.jit(
-    sample,
-    static_argnames=STATIC,
-    compiler_options={"xla_backend_optimization_level": 1},  # long loops gain from it
-)
+compiled = jax.jit(sample, static_argnames=STATIC)
 
 
 def draw(
@@ -65,34 +62,16 @@ def draw(
     num_steps: int = 8,
     **options: Any,
 ) -> np.ndarray:
-    run = compiled if rows * num_steps > 50_000 else quickly
-    shape, schedule = (rows, length), SCHEDULES[kind]
-    return np.asarray(
-        run(denoise, key, shape=shape, mask_id=MASK_ID, schedule=schedule, num_steps=num_steps, **options)
-    )
-
-
-def frequencies(rows: np.ndarray) -> np.ndarray:
-    """Share of each sequence among rows, in the shape of a table."""
-    flat = np.ravel_multi_index(tuple(rows.T), (TOKENS,) * rows.shape[1])
-    return np.bincount(flat, minlength=TOKENS ** rows.shape[1]).reshape((TOKENS,) * rows.shape[1]) / len(rows)
-
-
-def total_variation(p: np.ndarray, q: np.ndarray) -> float:
-    return 0.5 * float(np.abs(p - q).sum())
-
-
-def sampling_error(law: np.ndarray, draws: int) -> float:
-    """Expected total variation between a law and the frequencies of that many draws from it."""
-    return 0.5 * float(np.sqrt(2 * law * (1 - law) / (np.pi * draws)).sum())
+    options |= {"shape": (rows, length), "mask_id": MASK_ID, "schedule": SCHEDULES[kind], "num_steps": num_steps}
+    drawn = compiled(denoise, key, **options)
+    jax.effects_barrier()  # of denoisers that are watched
+    return np.asarray(drawn)
 
 
 def law_of_steps(table: np.ndarray, mask_rates: list[float]) -> np.ndarray:
     """The law that sampling in few steps has: tokens that appear in one step are drawn apart from each other.
 
-    Args:
-        table: The law whose conditionals the denoiser knows.
-        mask_rates: Share masked after each step, from 1 at the start to 0 at the end.
+    The denoiser knows the conditionals of `table`; mask rates are those after each step, from 1 to 0.
     """
     length = table.ndim
     chance = -np.diff(mask_rates)
@@ -113,41 +92,38 @@ def law_of_steps(table: np.ndarray, mask_rates: list[float]) -> np.ndarray:
         ("ancestral", {"num_steps": STEPS}),
         ("first_hitting", {"num_steps": 1}),
         ("margin", {"num_steps": LENGTH}),  # one token at a time, in an order that known tokens decide
+        ("entropy", {"num_steps": LENGTH, "entropy_bound": 0.0}),  # likewise
         ("remdm_cap", {"num_steps": 2 * STEPS, "remask": 0.01}),
     ],
 )
 def test_exact_samplers_draw_from_the_law(sampler: str, options: dict[str, Any]) -> None:
-    rows = draw(rows=ROWS, sampler=sampler, **options)
-    assert total_variation(frequencies(rows), TABLE) < 1.3 * sampling_error(TABLE, ROWS)
+    assert_drawn_from(TABLE, draw(rows=ROWS, sampler=sampler, **options))
 
 
-@pytest.mark.parametrize(
-    ("num_steps", "kind", "grid"),
-    [(3, "linear", "cosine"), (3, "jumps", "uniform")],
-)
+@pytest.mark.parametrize(("num_steps", "kind", "grid"), [(3, "linear", "cosine"), (3, "jumps", "uniform")])
 def test_few_steps_draw_from_the_law_that_enumeration_gives(num_steps: int, kind: str, grid: str) -> None:
     x = np.arange(1, num_steps) / num_steps
     times = np.cos(np.pi / 2 * x) if grid == "cosine" else 1 - x
     rates = [1.0, *np.asarray(SCHEDULES[kind].mask_rate(jnp.asarray(times, jnp.float32))).tolist(), 0.0]
     expected = law_of_steps(TABLE, rates)
     assert expected.sum() == pytest.approx(1, abs=1e-6)
-    drawn = frequencies(draw(rows=ROWS, num_steps=num_steps, kind=kind, grid=grid))
-    assert total_variation(drawn, expected) < 1.3 * sampling_error(expected, ROWS)
-    assert total_variation(drawn, TABLE) > 2 * sampling_error(TABLE, ROWS)
+    drawn = draw(rows=ROWS, num_steps=num_steps, kind=kind, grid=grid)
+    assert_drawn_from(expected, drawn)
+    assert total_variation(frequencies(drawn), TABLE) > 2 * sampling_error(TABLE, ROWS)
 
 
 def test_the_plain_sampler_has_the_law_of_the_full_ancestral_one() -> None:
     expected = law_of_steps(TABLE, [1.0, 0.5, 0.0])
     plain = jax.jit(partial(plain_sample, EXACT, shape=(ROWS, LENGTH), mask_id=MASK_ID, num_steps=2))(KEY)
     for rows in (np.asarray(plain), draw(rows=ROWS, num_steps=2)):
-        assert total_variation(frequencies(rows), expected) < 1.3 * sampling_error(expected, ROWS)
+        assert_drawn_from(expected, rows)
 
 
 def test_infilling_draws_from_the_conditional_law() -> None:
     pattern = jnp.asarray([MASK_ID, 2, MASK_ID, 0])
     rows = draw(rows=ROWS, num_steps=STEPS, prompt=pattern)
     conditional = TABLE[:, 2, :, 0] / TABLE[:, 2, :, 0].sum()
-    assert total_variation(frequencies(rows[:, [0, 2]]), conditional) < 1.75 * sampling_error(conditional, ROWS)
+    assert_drawn_from(conditional, rows[:, [0, 2]], 1.75)
 
 
 @pytest.mark.parametrize(("num_steps", "kind"), [(1, "linear"), (7, "sqrt_clipped"), (50, "steep")])
@@ -157,32 +133,12 @@ def test_no_mask_and_no_padding_is_left_after_any_number_of_steps(num_steps: int
     assert set(np.unique(rows)) == {0, 1, 2}
 
 
-class Watched:
-    """A denoiser that keeps what it was called with."""
-
-    def __init__(self, denoise: Denoise):
-        self.denoise, self.x, self.t = denoise, [], []
-
-    def __call__(self, x_t: jax.Array, t: jax.Array) -> jax.Array:
-        jax.debug.callback(self.keep, x_t, t, ordered=True)
-        return self.denoise(x_t, t)
-
-    def keep(self, x_t: jax.Array, t: jax.Array) -> None:
-        self.x.append(np.array(x_t))
-        self.t.append(np.array(t))
-
-    def draw(self, *sizes: int, **options: Any) -> np.ndarray:
-        rows = draw(self, *sizes, **options)
-        jax.effects_barrier()
-        return rows
-
-
 @pytest.mark.parametrize(
     ("grid", "times"), [("uniform", [1.0, 0.8, 0.6, 0.4, 0.2]), ("cosine", np.cos(np.pi / 10 * np.arange(5)).tolist())]
 )
 def test_the_denoiser_never_sees_a_token_masked_again_and_sees_the_grid_of_times(grid: str, times: list[float]) -> None:
     watched = Watched(EXACT)
-    rows = watched.draw(num_steps=5, grid=grid)
+    rows = draw(watched, num_steps=5, grid=grid)
     np.testing.assert_allclose(watched.t, np.repeat(np.array(times)[:, None], 64, axis=1), atol=1e-6)
     states = [*watched.x, rows]
     assert (states[0] == MASK_ID).all()
@@ -204,24 +160,21 @@ PATTERN[:8, 2:] = MASK_ID  # prompts in the front
 PATTERN[8], PATTERN[9] = MASK_ID, 1  # nothing given, and everything
 
 
-# One of each way to choose positions; the others differ in a formula that has a test of its own.
-TELLING = ("ancestral_skip", "first_hitting", "confidence", "remdm_conf", "remdm_loop", "hybrid")
 COLD = {"temperature": 0.0, "top_p": 0.8}
-FILTERED = {"temperature": 2.0, "top_k": 2, "top_p": 0.99, "guidance": 0.5}
+FILTERED = {"temperature": 2.0, "top_k": 2, "top_p": 0.99}
 
 
 @pytest.mark.parametrize(
     ("sampler", "options"),
     [
-        *((name, FILTERED) for name in TELLING),
+        *((name, FILTERED | {"guidance": 0.5}) for name in (*SAMPLERS, "hybrid")),
+        ("uniform", FILTERED),
         ("entropy", COLD),
         ("uniform", COLD),
     ],
 )
 def test_every_sampler_keeps_any_prompt_and_leaves_no_mask(sampler: str, options: dict[str, Any]) -> None:
     how = options | MIXED.get(sampler, {"sampler": sampler})
-    if sampler == "uniform":
-        how["guidance"] = 0.0
     again = partial(draw, fixed([0.3, 0.6, 0.1]), 32, 6, num_steps=5, prompt=jnp.asarray(PATTERN), **how)
     rows = again()
     np.testing.assert_array_equal(np.where(PATTERN == MASK_ID, MASK_ID, rows), PATTERN)
@@ -257,7 +210,7 @@ def test_skipping_steps_with_nothing_to_do_changes_no_bit_and_saves_calls() -> N
     every, skipping = Watched(EXACT), Watched(EXACT)
     prompt = jnp.asarray(PATTERN[:, :LENGTH])
     same = {"num_steps": 50, "grid": "cosine", "kind": "cosine", "prompt": prompt}
-    np.testing.assert_array_equal(every.draw(32, **same), skipping.draw(32, **same, sampler="ancestral_skip"))
+    np.testing.assert_array_equal(draw(every, 32, **same), draw(skipping, 32, **same, sampler="ancestral_skip"))
     assert len(every.x) == 50
     assert len(skipping.x) <= LENGTH
     for row in range(32):  # each sees what it saw, at the same times
@@ -268,7 +221,7 @@ def test_skipping_steps_with_nothing_to_do_changes_no_bit_and_saves_calls() -> N
 def test_first_hitting_calls_once_for_each_mask_at_the_time_its_token_appears() -> None:
     watched = Watched(EXACT)
     given = jnp.asarray([MASK_ID, 1, MASK_ID, MASK_ID])
-    rows = watched.draw(4000, sampler="first_hitting", kind="cosine", prompt=given)
+    rows = draw(watched, 4000, sampler="first_hitting", kind="cosine", prompt=given)
     assert len(watched.x) == 3
     for before, after in pairwise([*watched.x, rows]):
         np.testing.assert_array_equal((before != after).sum(axis=1), 1)
@@ -295,7 +248,7 @@ UNSURE_ORDER = {"confidence": [3, 0, 1, 2], "margin": [3, 1, 0, 2], "entropy": [
 def test_the_surest_positions_unmask_first(sampler: str) -> None:
     watched = Watched(UNSURE)
     options = {"num_steps": 4, "temperature": 0.0, "entropy_bound": 0.0}
-    rows = watched.draw(3, sampler=sampler, **options)
+    rows = draw(watched, 3, sampler=sampler, **options)
     states = [*watched.x, rows]
     assert len(watched.x) == 4
     order = [int(np.flatnonzero(before[0] != after[0])[0]) for before, after in pairwise(states)]
@@ -308,7 +261,7 @@ def test_as_many_masks_are_left_as_the_schedule_says() -> None:
     watched = Watched(CHAIN)
     pattern = np.full((3, 8), MASK_ID, np.int32)
     pattern[1, :3], pattern[2] = 0, 1
-    rows = watched.draw(3, 8, sampler="confidence", kind="cosine", num_steps=5, prompt=jnp.asarray(pattern))
+    rows = draw(watched, 3, 8, sampler="confidence", kind="cosine", num_steps=5, prompt=jnp.asarray(pattern))
     rates = np.array([1.0, *SCHEDULES["cosine"].mask_rate(jnp.arange(4, 0, -1) / 5).tolist(), 0.0])
     left = [(x == MASK_ID).sum(axis=1) for x in [*watched.x, rows]]
     np.testing.assert_array_equal(left, np.round(rates[:, None] * [8, 5, 0]))
@@ -316,7 +269,7 @@ def test_as_many_masks_are_left_as_the_schedule_says() -> None:
 
 def test_confidence_is_the_probability_of_the_token_that_was_drawn() -> None:
     watched = Watched(by_position([[0.9, 0.1, 0.0], [0.5, 0.5, 0.0]]))
-    watched.draw(4000, 2, sampler="confidence", num_steps=2)
+    draw(watched, 4000, 2, sampler="confidence", num_steps=2)
     first_is_kept = (watched.x[1][:, 0] != MASK_ID).mean()
     assert first_is_kept == pytest.approx(0.9, abs=4 * np.sqrt(0.09 / 4000))  # its unlikely token loses to 0.5
 
@@ -325,14 +278,14 @@ def test_the_entropy_bound_says_how_many_positions_unmask_at_once() -> None:
     h = np.sort(-(UNSURE_P * np.log(UNSURE_P)).sum(axis=1))
     for bound, calls in ((h[0] + 0.01, 3), (h[:3].sum() - 0.01, 2), (1e9, 1)):  # the largest does not count
         watched = Watched(UNSURE)
-        watched.draw(2, sampler="entropy", num_steps=10, entropy_bound=float(bound))
+        draw(watched, 2, sampler="entropy", num_steps=10, entropy_bound=float(bound))
         assert len(watched.x) == calls
     np.testing.assert_allclose(watched.t[0], 1.0)
 
 
 def test_entropy_tells_the_model_what_share_is_masked_and_ends_in_its_last_step() -> None:
     watched = Watched(UNSURE)
-    rows = watched.draw(2, sampler="entropy", num_steps=3, entropy_bound=0.0, kind="sqrt")
+    rows = draw(watched, 2, sampler="entropy", num_steps=3, entropy_bound=0.0, kind="sqrt")
     np.testing.assert_allclose([t[0] for t in watched.t], np.array([1, 3 / 4, 2 / 4]) ** 2, rtol=1e-6)
     assert rows.max() < MASK_ID
 
@@ -345,7 +298,7 @@ def masks_left(watched: Watched) -> np.ndarray:
 def test_remasking_keeps_the_share_of_masks_on_the_schedule_while_tokens_change(sampler: str) -> None:
     watched = Watched(fixed([0.2, 0.3, 0.5]))
     rows, length, n = 4000, 8, 9
-    drawn = watched.draw(rows, length, sampler=sampler, num_steps=n, kind="cosine", remask=0.2, loop_time=0.4)
+    drawn = draw(watched, rows, length, sampler=sampler, num_steps=n, kind="cosine", remask=0.2, loop_time=0.4)
     times = np.array([t[0] for t in watched.t])
     rates = np.array([1.0, *np.asarray(SCHEDULES["cosine"].mask_rate(jnp.asarray(times[1:])))])
     if sampler == "remdm_loop":
@@ -407,13 +360,19 @@ def test_mixed_noise_is_taken_back_as_multiplying_out_its_reverse_steps_gives(sh
         return np.exp(np.asarray(denoise(jnp.asarray(x[None], jnp.int32), jnp.float32([m])))[0, :, :TOKENS])
 
     expected = reverse_law(p, [1, 2 / 3, 1 / 3, 0], share)
-    drawn = frequencies(draw(denoise, ROWS, 2, num_steps=3, uniform_share=share))
-    assert total_variation(drawn, expected) < 1.5 * sampling_error(expected, ROWS)
+    assert_drawn_from(expected, draw(denoise, ROWS, 2, num_steps=3, uniform_share=share), 1.5)
+
+
+@pytest.mark.parametrize(("share", "num_steps"), [(1.0, STEPS), (0.2, 2 * STEPS)])
+def test_mixed_noise_is_taken_back_to_the_law_in_many_steps(share: float, num_steps: int) -> None:
+    table = rough_table(3)
+    denoise = exact_mixed_denoiser(table, SCHEDULES["poly"], share)
+    assert_drawn_from(table, draw(denoise, ROWS, 3, num_steps=num_steps, uniform_share=share, kind="poly"))
 
 
 def test_uniform_noise_starts_from_random_tokens_and_changes_them() -> None:
     watched = Watched(fixed([0.8, 0.1, 0.1]))
-    drawn = watched.draw(2000, num_steps=4, uniform_share=1.0, prompt=jnp.asarray([2]))
+    drawn = draw(watched, 2000, num_steps=4, uniform_share=1.0, prompt=jnp.asarray([2]))
     for x in watched.x:
         assert (x[:, 0] == 2).all()
         assert x.max() < MASK_ID
@@ -429,7 +388,7 @@ def test_guidance_is_the_formula_of_the_model_with_and_without_the_prompt() -> N
         return jnp.where(seen, fixed(with_prompt.tolist())(x_t, t), fixed(without.tolist())(x_t, t))
 
     def drawn(watched: Watched, **options: Any) -> np.ndarray:
-        rows = watched.draw(5000, num_steps=2, prompt=jnp.asarray([1]), **options)[:, 1:]
+        rows = draw(watched, 5000, num_steps=2, prompt=jnp.asarray([1]), **options)[:, 1:]
         return np.bincount(rows.reshape(-1), minlength=TOKENS) / rows.size
 
     for w in (0.0, 1.5):
@@ -443,88 +402,8 @@ def test_guidance_is_the_formula_of_the_model_with_and_without_the_prompt() -> N
 def test_guidance_without_a_prompt_changes_nothing_and_calls_nothing() -> None:
     plain, guided = Watched(EXACT), Watched(EXACT)
     empty = jnp.zeros(0, jnp.int32)
-    np.testing.assert_array_equal(plain.draw(), guided.draw(guidance=3.0, prompt=empty))
+    np.testing.assert_array_equal(draw(plain), draw(guided, guidance=3.0, prompt=empty))
     assert len(plain.x) == len(guided.x)
-
-
-def block_decoder(denoise: Denoise, length: int) -> Decoder:
-    """Of a known law: the cache is the tokens so far, with masks behind them, and their number."""
-
-    def put(cache: tuple[jax.Array, jax.Array], x: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_slice(cache[0], x, (0, cache[1]))
-
-    def extend(cache: tuple[jax.Array, jax.Array], x: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        return jnp.zeros((*x.shape, VOCAB)), (put(cache, x), cache[1] + x.shape[1])
-
-    def of_block(cache: tuple[jax.Array, jax.Array], x: jax.Array, t: jax.Array) -> jax.Array:
-        logits = denoise(put(cache, x), t)
-        return jax.lax.dynamic_slice_in_dim(logits, cache[1], x.shape[1], axis=1)
-
-    return Decoder(lambda rows: (jnp.full((rows, length), MASK_ID), jnp.int32(0)), extend, of_block)
-
-
-def token_decoder(denoise: Denoise, length: int) -> Decoder:
-    """Of a known law, token by token after a begin token: the last token fed says what the logits are of the next."""
-    blocks = block_decoder(denoise, length + 1)
-
-    def extend(cache: tuple[jax.Array, jax.Array], x: jax.Array) -> tuple[jax.Array, Any]:
-        _, cache = blocks.extend(cache, x)
-        logits = denoise(cache[0][:, 1:], jnp.ones(len(x)))
-        return jax.lax.dynamic_slice_in_dim(logits, cache[1] - 1, 1, axis=1), cache
-
-    return Decoder(blocks.init, extend, blocks.denoise)
-
-
-def draw_blocks(denoise: Denoise, rows: int, block_size: int, prompt: Any = None, **options: Any) -> np.ndarray:
-    options = {"num_steps": 4, "sampler": "first_hitting", "schedule": SCHEDULES["linear"]} | options
-    run = partial(sample_blocks, block_decoder(denoise, LENGTH), shape=(rows, LENGTH), block_size=block_size)
-    drawn = jax.jit(lambda key, prompt: run(key, mask_id=MASK_ID, prompt=prompt, **options))(KEY, prompt)
-    jax.effects_barrier()
-    return np.asarray(drawn)
-
-
-def test_blocks_draw_from_the_law() -> None:
-    drawn = frequencies(draw_blocks(EXACT, ROWS, 2))
-    assert total_variation(drawn, TABLE) < 1.3 * sampling_error(TABLE, ROWS)
-
-
-def test_blocks_keep_a_traced_prompt_fill_its_masks_and_skip_what_is_whole() -> None:
-    watched = Watched(EXACT)
-    prompt = jnp.asarray([[1, 2, MASK_ID], [0, 1, 2]])
-    rows = draw_blocks(watched, 2, 2, prompt)
-    np.testing.assert_array_equal(np.where(prompt == MASK_ID, MASK_ID, rows[:, :3]), prompt)
-    assert rows.max() < MASK_ID
-    assert len(watched.x) == 2  # the first block costs nothing, the second a call for each mask
-    np.testing.assert_array_equal(watched.x[0], [[1, 2, MASK_ID, MASK_ID], [0, 1, 2, MASK_ID]])
-
-
-def test_a_block_is_drawn_given_those_before_it() -> None:
-    drawn = draw_blocks(EXACT, ROWS, 2, jnp.asarray([2, MASK_ID, MASK_ID, 1]))
-    first = TABLE[2].sum(axis=(1, 2)) / TABLE[2].sum()  # without sight of the token given in the second block
-    law = first[:, None] * TABLE[2, :, :, 1] / TABLE[2, :, :, 1].sum(axis=1, keepdims=True)
-    assert total_variation(frequencies(drawn[:, 1:3]), law) < 1.5 * sampling_error(law, ROWS)
-
-
-def test_token_by_token_draws_from_the_law_and_keeps_the_prompt() -> None:
-    run = partial(sample_autoregressive, token_decoder(EXACT, LENGTH), shape=(ROWS, LENGTH), mask_id=MASK_ID)
-    drawn = np.asarray(jax.jit(run)(KEY))
-    assert total_variation(frequencies(drawn), TABLE) < 1.3 * sampling_error(TABLE, ROWS)
-    prompt = jnp.asarray([MASK_ID, 2, MASK_ID])
-    greedy = np.asarray(jax.jit(partial(run, temperature=0.0))(KEY, prompt=prompt))
-    x_0 = TABLE.sum(axis=(1, 2, 3)).argmax()
-    x_2 = TABLE[x_0, 2].sum(axis=1).argmax()
-    np.testing.assert_array_equal(greedy, [[x_0, 2, x_2, TABLE[x_0, 2, x_2].argmax()]] * ROWS)
-    cut = np.asarray(jax.jit(partial(run, top_k=1))(KEY))
-    np.testing.assert_array_equal(cut, np.asarray(jax.jit(partial(run, temperature=0.0))(KEY)))
-
-
-def test_blocks_refuse_guidance_and_lengths_they_do_not_divide() -> None:
-    with pytest.raises(ValueError, match="the cache of earlier blocks has seen the prompt: choose guidance 0"):
-        draw_blocks(EXACT, 2, 2, guidance=1.0)
-    with pytest.raises(ValueError, match="the length 4 is no multiple of the block size 3: choose one that divides it"):
-        draw_blocks(EXACT, 2, 3)
-    with pytest.raises(ValueError, match="top_k must not be negative, not -2"):
-        sample_autoregressive(token_decoder(EXACT, LENGTH), KEY, shape=(2, LENGTH), mask_id=MASK_ID, top_k=-2)
 
 
 @pytest.mark.parametrize(
@@ -563,21 +442,6 @@ def test_tokens_are_the_gumbel_maximum_of_high_precision_noise_bit_for_bit() -> 
         )
         np.testing.assert_array_equal(drawn[row], high)
         assert (high != low).any()
-
-
-def test_a_document_end_is_followed_by_the_begin_token_where_documents_were_trained_apart() -> None:
-    fed: list[int] = []
-
-    def extend(cache: jax.Array, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
-        jax.debug.callback(lambda token: fed.append(int(token)), tokens[0, 0], ordered=True)
-        return 50 * jax.nn.one_hot((cache + 1) % 3 * jnp.ones_like(tokens), VOCAB), cache + 1
-
-    decoder = Decoder(lambda rows: jnp.int32(0), extend, lambda cache, x_t, t: jnp.zeros((*x_t.shape, VOCAB)))
-    options = {"shape": (1, 5), "mask_id": MASK_ID}
-    rows = [sample_autoregressive(decoder, KEY, document_end=end, **options).tolist() for end in (None, 2)]
-    jax.effects_barrier()
-    assert rows == [[[1, 2, 0, 1, 2]]] * 2
-    assert fed == [MASK_ID, 1, 2, 0, 1, MASK_ID, 1, MASK_ID, 0, 1]
 
 
 def test_a_network_that_writes_left_to_right_and_a_prompt_of_numbers_are_refused() -> None:

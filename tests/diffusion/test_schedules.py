@@ -1,4 +1,5 @@
 from functools import cache
+from types import SimpleNamespace
 from typing import get_args
 
 import jax
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 
 from nanodlm.diffusion.kinds import ScheduleName
-from nanodlm.diffusion.schedules import Schedule, make_schedule
+from nanodlm.diffusion.schedules import make_schedule
 
 POWERS = [("linear", 2.0), ("cosine", 2.0), ("sqrt", 2.0), ("poly", 2.0), ("poly", 0.3), ("poly", 3.5)]
 JUMPING = [("loglinear", 2.0), ("linear_clipped", 2.0), ("cosine_clipped", 2.0), ("sqrt_clipped", 2.0)]
@@ -20,30 +21,24 @@ TIMES = np.float32([*SMALL, *np.linspace(0.02, 0.98, 97), 1 - 2**-24, 1.0])
 LATER, INNER = TIMES > 0, slice(len(SMALL), -2)  # all times that are drawn, and those away from both ends
 
 
-class Values:
-    """What one schedule gives at all times, compiled once."""
-
-    def __init__(self, schedule: Schedule):
-        @jax.jit
-        def values(t: jax.Array) -> dict[str, jax.Array]:
-            return {
-                "rate": schedule.mask_rate(t),
-                "alpha": schedule.alpha(t),
-                "dalpha": schedule.dalpha(t),
-                "weight": schedule.weight(t),
-                "derivative": jax.vmap(jax.grad(schedule.alpha))(t),
-                "time": schedule.time_of(schedule.mask_rate(t)),
-                "rate_at_time": schedule.mask_rate(schedule.time_of(t)),
-            }
-
-        found = {name: np.asarray(value, np.float64) for name, value in values(jnp.asarray(TIMES)).items()}
-        self.rate, self.alpha, self.dalpha, self.weight = (found[n] for n in ("rate", "alpha", "dalpha", "weight"))
-        self.derivative, self.time, self.rate_at_time = (found[n] for n in ("derivative", "time", "rate_at_time"))
-
-
 @cache
-def of(kind: str, exponent: float = 2.0) -> Values:
-    return Values(make_schedule(kind, exponent=exponent))
+def of(kind: str, exponent: float = 2.0) -> SimpleNamespace:
+    """What one schedule gives at all times, compiled once."""
+    schedule = make_schedule(kind, exponent=exponent)
+
+    @jax.jit
+    def values(t: jax.Array) -> dict[str, jax.Array]:
+        return {
+            "rate": schedule.mask_rate(t),
+            "alpha": schedule.alpha(t),
+            "dalpha": schedule.dalpha(t),
+            "weight": schedule.weight(t),
+            "derivative": jax.vmap(jax.grad(schedule.alpha))(t),
+            "time": schedule.time_of(schedule.mask_rate(t)),
+            "rate_at_time": schedule.mask_rate(schedule.time_of(t)),
+        }
+
+    return SimpleNamespace(**{name: np.asarray(v, np.float64) for name, v in values(jnp.asarray(TIMES)).items()})
 
 
 def exact_mask_rate(kind: str, exponent: float, t: np.ndarray) -> np.ndarray:

@@ -123,3 +123,38 @@ def exact_mixed_denoiser(table: np.ndarray, schedule: Schedule, uniform_share: f
         return jnp.concatenate([jnp.log(p), forbidden], axis=-1)
 
     return denoise
+
+
+def assert_drawn_from(law: np.ndarray, rows: np.ndarray, slack: float = 1.3) -> None:
+    """The rows' frequencies are as near to the law as those of as many draws from it are on average, times `slack`."""
+    assert total_variation(frequencies(rows), law) < slack * sampling_error(law, len(rows))
+
+
+def frequencies(rows: np.ndarray) -> np.ndarray:
+    """Share of each sequence among rows, in the shape of a table."""
+    flat = np.ravel_multi_index(tuple(rows.T), (TOKENS,) * rows.shape[1])
+    return np.bincount(flat, minlength=TOKENS ** rows.shape[1]).reshape((TOKENS,) * rows.shape[1]) / len(rows)
+
+
+def total_variation(p: np.ndarray, q: np.ndarray) -> float:
+    return 0.5 * float(np.abs(p - q).sum())
+
+
+def sampling_error(law: np.ndarray, draws: int) -> float:
+    """Expected total variation between a law and the frequencies of that many draws from it."""
+    return 0.5 * float(np.sqrt(2 * law * (1 - law) / (np.pi * draws)).sum())
+
+
+class Watched:
+    """A denoiser that keeps what it was called with."""
+
+    def __init__(self, denoise: Denoise):
+        self.denoise, self.x, self.t = denoise, [], []
+
+    def __call__(self, x_t: jax.Array, t: jax.Array) -> jax.Array:
+        jax.debug.callback(self.keep, x_t, t, ordered=True)
+        return self.denoise(x_t, t)
+
+    def keep(self, x_t: jax.Array, t: jax.Array) -> None:
+        self.x.append(np.array(x_t))
+        self.t.append(np.array(t))
