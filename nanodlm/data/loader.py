@@ -35,24 +35,20 @@ def train_batches(
     grad_acc_steps: int = 1,
     seed: int,
     first_row: int = 0,
-    share: int = 0,
-    shares: int = 1,
+    share: tuple[int, int] = (0, 1),
 ) -> Iterator[Int[np.ndarray, "A R L"]]:
     """Yield the rows of update after update without end, reshuffled every epoch within windows of shards.
 
     Args:
         rows_per_shard: Rows of each training shard.
         fetch: Gives the local path of a shard by its file name, when its first row is read.
-        dtype: Their token type.
+        dtype: Their token type; what is yielded is int32, of R = batch_size / shares rows.
         batch_size: Rows of a micro-batch over all processes.
         grad_acc_steps: Micro-batches of an update, A.
         seed: Seed of the order.
         first_row: Rows that earlier updates took.
-        share: Which part of every micro-batch to read: the parts of all, side by side, are what one process would read.
-        shares: How many equal parts there are; must divide `batch_size`.
-
-    Yields:
-        int32 rows, (A, batch_size / shares, L).
+        share: Which part of every micro-batch to read, from 0, and of how many equal ones. All of them, side by side,
+            are what one process would read.
     """
     shuffled, opened = [], {}
     for number, window in enumerate(windows(rows_per_shard, seed)):
@@ -62,7 +58,7 @@ def train_batches(
     parts = (
         rows[first_row:]
         .map(lambda record: np.frombuffer(record, dtype).astype(np.int32))
-        .batch(batch_size // shares, drop_remainder=True)  # endless; rounding up would overflow at 1
+        .batch(batch_size // share[1], drop_remainder=True)  # endless; rounding up would overflow at 1
     )
-    updates = parts[share::shares].batch(grad_acc_steps, drop_remainder=True)
+    updates = parts[share[0] :: share[1]].batch(grad_acc_steps, drop_remainder=True)
     return iter(updates.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=16)))

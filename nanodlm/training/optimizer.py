@@ -79,7 +79,7 @@ def is_matrix(params: Any) -> Any:
     Norms, embeddings, biases and convolutions are none. Those inside blocks are stacked: their first axis is the layer.
     """
 
-    def test(path: tuple[Any, ...], leaf: jax.Array) -> bool:
+    def test(path: tuple[Any, ...], _: jax.Array) -> bool:
         names = [getattr(p, "key", None) for p in path]
         return names[0] == "head" or (names[-1] == "kernel" and "conv" not in names)
 

@@ -69,7 +69,7 @@ def test_the_shares_of_each_micro_batch_side_by_side_are_what_one_process_reads(
     options = {"dtype": "<u2", "batch_size": STEP, "grad_acc_steps": micro, "seed": 0, "first_row": first_row}
     whole = list(islice(updates(folder, **options), EPOCH))
     assert whole[0].shape == (micro, STEP, LENGTH)
-    parts = [islice(updates(folder, **options, share=i, shares=shares), EPOCH) for i in range(shares)]
+    parts = [islice(updates(folder, **options, share=(i, shares)), EPOCH) for i in range(shares)]
     for expected, *found in zip(whole, *parts, strict=True):
         np.testing.assert_array_equal(np.concatenate(found, axis=1), expected)
 
