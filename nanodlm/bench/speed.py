@@ -41,10 +41,8 @@ def report(
 ) -> dict[str, Any]:
     """Put together the numbers that `train` and `sample` share; `tokens`, `flops` and `steps` are those in `seconds`.
 
-    Returns:
-        `tokens_per_second`, `step_seconds`, `flops_per_second`, `mfu` (FLOP/s over the peak of all devices, None where
-        the peak is unknown), `peak_bytes` since the process began and `peak_bytes_of` (the first `device` or, where
-        that does not tell, the whole `process`), `precision`, `device`, `devices`.
+    `mfu` is FLOP/s over the peak of all devices, None where the peak is unknown. `peak_bytes` are those since the
+    process began, of the first device or, where that does not tell, of the whole process: `peak_bytes_of` says which.
     """
     device = jax.devices()[0]
     peak = peak_flops(device.device_kind, precision(config))
@@ -85,10 +83,8 @@ def _updates(step: Callable[[Any], tuple[Any, Any]], state: Any) -> Iterator[Any
 def train(config: Config, *, steps: int = 10, baseline: bool = False, emit: Emit = silent) -> dict[str, Any]:
     """Time updates on random tokens, on all devices, in the training program itself.
 
-    Returns:
-        The fields of `report`, of the median update, `compile_seconds` and `parameters`. With `baseline` also
-        `baseline_step_seconds`, of an update of `nanodlm.training.plain` of the same sizes (float32, every logit
-        computed, on one device), timed in turn with these, and `speedup`, the ratio of the two medians.
+    The fields of `report` are those of the median update. With `baseline` updates of `nanodlm.training.plain` of the
+    same sizes (float32, every logit computed, on one device) are timed in turn, and `speedup` is the ratio of medians.
 
     Raises:
         UsageError: When there is nothing to repeat, or devices cannot share the work.
@@ -127,10 +123,9 @@ def train(config: Config, *, steps: int = 10, baseline: bool = False, emit: Emit
 def sample(config: Config, *, repeats: int = 5, emit: Emit = silent) -> dict[str, Any]:
     """Time the configured sampler with a freshly initialised network, on one device.
 
-    Returns:
-        The fields of `report`, of the median draw of `sample.num_samples` texts, `compile_seconds`, `sample_tokens` and
-        `steps`. A step is one call of the network on all texts, of each block when there are blocks. How many steps
-        some samplers take depends on the text, of which an untrained network says nothing: theirs are None.
+    The fields of `report` are those of the median draw of `sample.num_samples` texts. A step is one call of the network
+    on all texts, of each block when there are blocks. Some samplers take steps by the text, of which an untrained
+    network says nothing: theirs are None.
 
     Raises:
         UsageError: When there is nothing to repeat, or the prompt leaves no space to write.
@@ -153,9 +148,7 @@ def sample(config: Config, *, repeats: int = 5, emit: Emit = silent) -> dict[str
 def loader(config: Config, *, batches: int = 200, against: float | None = None, emit: Emit = silent) -> dict[str, Any]:
     """Time reading updates' rows: a shard of random rows in a temporary folder, through `loader.train_batches`.
 
-    Returns:
-        `tokens_per_second`; `batch_seconds`; `batch_tokens`; `multiple`, of `against`, the tokens per second that a
-        trainer takes, or None without.
+    `multiple` is the speed over `against`, the tokens per second that a trainer takes, or None without.
     """
     if batches < 1:
         raise UsageError(f"nothing is measured in {batches} batches: raise --batches")
@@ -165,7 +158,7 @@ def loader(config: Config, *, batches: int = 200, against: float | None = None, 
     from nanodlm.data.loader import train_batches
 
     n_vocab, length = synthetic_encoding(config).n_vocab, config.model.seq_len
-    size = {"batch_size": config.train.batch_size, "grad_acc_steps": config.train.grad_acc_steps}
+    size: dict[str, Any] = {"batch_size": config.train.batch_size, "grad_acc_steps": config.train.grad_acc_steps}
     per_update = size["batch_size"] * size["grad_acc_steps"]
     dtype = rows.dtype_for(n_vocab + 1)
     tokens = np.random.default_rng(0).integers(0, n_vocab, (max(8192, per_update), length)).astype(dtype)

@@ -76,9 +76,9 @@ def load_config(name: str) -> Config:
     if name.startswith("{"):
         text, name = name, "the configuration"
     elif not name.endswith(".json"):
-        raise UsageError(
-            f"unknown preset {name!r}: choose {' or '.join(PRESETS)}, or name a config.json that a run has written"
-        )
+        *names, last = PRESETS
+        known = f"{', '.join(names)} or {last}"
+        raise UsageError(f"unknown preset {name!r}: choose {known}, or name a config.json that a run has written")
     else:
         try:
             text = Path(name).read_text()

@@ -37,18 +37,12 @@ def train_batches(
     first_row: int = 0,
     share: tuple[int, int] = (0, 1),
 ) -> Iterator[Int[np.ndarray, "A R L"]]:
-    """Yield the rows of update after update without end, reshuffled every epoch within windows of shards.
+    """Yield the rows of update after update without end, int32, reshuffled every epoch within windows of shards.
 
-    Args:
-        rows_per_shard: Rows of each training shard.
-        fetch: Gives the local path of a shard by its file name, when its first row is read.
-        dtype: Their token type; what is yielded is int32, of R = batch_size / shares rows.
-        batch_size: Rows of a micro-batch over all processes.
-        grad_acc_steps: Micro-batches of an update, A.
-        seed: Seed of the order.
-        first_row: Rows that earlier updates took.
-        share: Which part of every micro-batch to read, from 0, and of how many equal ones. All of them, side by side,
-            are what one process would read.
+    `fetch` gives the local path of a shard by its file name when its first row is read, and `first_row` counts the rows
+    that earlier updates took. An update has A = `grad_acc_steps` micro-batches of `batch_size` rows over all processes.
+    `share` says which part of each to read, from 0, and of how many equal ones: all parts, side by side, are what one
+    process would read.
     """
     shuffled, opened = [], {}
     for number, window in enumerate(windows(rows_per_shard, seed)):

@@ -69,12 +69,7 @@ def join(coordinator: str = "", processes: int | None = None, process: int | Non
 
     They find each other by the arguments, else by `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`,
     else by what Slurm sets when `srun` starts several tasks (one for each GPU, for JAX gives each task one). Without
-    any the process is alone.
-
-    Args:
-        coordinator: HOST:PORT on which process 0 listens; the same for all.
-        processes: How many there are.
-        process: Which one this is, from 0.
+    any the process is alone. Process 0 listens at `coordinator`, HOST:PORT.
 
     Raises:
         UsageError: For numbers that make no sense, or some but not all of the three.
@@ -102,11 +97,9 @@ def join(coordinator: str = "", processes: int | None = None, process: int | Non
         return 0
     jax.config.update("jax_enable_preemption_service", False)  # it would keep SIGTERM from us
     limits: dict[str, Any] = {"heartbeat_timeout_seconds": 30, "shutdown_timeout_seconds": 30}  # when one of them dies
+    named = {} if slurm else {"coordinator_address": coordinator, "num_processes": processes, "process_id": process}
     try:
-        if slurm:
-            jax.distributed.initialize(**limits)
-        else:
-            jax.distributed.initialize(coordinator, num_processes=processes, process_id=process, **limits)
+        jax.distributed.initialize(**named, **limits)
     except RuntimeError as error:
         raise NanodlmError(
             f"process {process} of {processes} could not join the others at {coordinator or 'the address of Slurm'}: "
@@ -116,9 +109,5 @@ def join(coordinator: str = "", processes: int | None = None, process: int | Non
 
 
 def is_one_of_several() -> bool:
-    """Return whether this process is one of several; such a one ends at once after an error and waits for no other.
-
-    >>> is_one_of_several()
-    False
-    """
+    """Return whether this process is one of several; such a one ends at once after an error and waits for no other."""
     return jax.distributed.is_initialized()

@@ -87,11 +87,10 @@ class _TensorBoard:
 
     def __init__(self, folder: Path, records: list[dict[str, Any]]):
         from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto.event_pb2 import SessionLog  # type: ignore[attr-defined]
 
         folder.mkdir(parents=True, exist_ok=True)
         self._writer = EventsWriter(str(folder / "events"), f".{time.time_ns()}")
-        self._write(0, session_log=SessionLog(status=SessionLog.START))  # so that what earlier files say is dropped
+        self._write(0, session_log={"status": "START"})  # so that what earlier files say is dropped
         for record in records:
             self.log(record)
 
@@ -101,10 +100,8 @@ class _TensorBoard:
         self._writer.write_event(Event(wall_time=time.time(), step=step, **content))
 
     def log(self, record: dict[str, Any]) -> None:
-        from tensorboardX.proto.summary_pb2 import Summary  # type: ignore[attr-defined]
-
-        values = [Summary.Value(tag=k, simple_value=v) for k, v in record.items() if k != "step" and v is not None]
-        self._write(record["step"], summary=Summary(value=values))
+        values = [{"tag": k, "simple_value": v} for k, v in record.items() if k != "step" and v is not None]
+        self._write(record["step"], summary={"value": values})
         self._writer.flush()
 
     def close(self, failed: bool) -> None:
