@@ -38,13 +38,6 @@ def batches(folder: Path, count: int, **options: Any) -> np.ndarray:
     return np.stack([update[0] for update in islice(updates(folder, **options), count)])
 
 
-def test_batches_are_whole_rows_as_int32(folder: Path) -> None:
-    found = batches(folder, 3)
-    assert found.shape == (3, STEP, LENGTH)
-    assert found.dtype == np.int32
-    assert (found == found[..., :1]).all()
-
-
 @pytest.mark.parametrize("steps", [1, 6, 40])
 def test_a_later_first_row_gives_the_batches_of_an_uninterrupted_run(folder: Path, steps: int) -> None:
     whole = batches(folder, steps + 8)
@@ -52,7 +45,9 @@ def test_a_later_first_row_gives_the_batches_of_an_uninterrupted_run(folder: Pat
 
 
 def test_every_epoch_visits_every_training_row_once_in_an_order_of_its_own(folder: Path) -> None:
-    epochs = batches(folder, 2 * EPOCH)[..., 0].reshape(4, ROWS)
+    found = batches(folder, 2 * EPOCH)
+    assert (found == found[..., :1]).all()  # whole rows
+    epochs = found[..., 0].reshape(4, ROWS)
     assert all(sorted(epoch) == list(range(ROWS)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in [*epochs, np.arange(ROWS)]}) == 5
 
@@ -68,7 +63,7 @@ def test_the_shares_of_each_micro_batch_side_by_side_are_what_one_process_reads(
 ) -> None:
     options = {"dtype": "<u2", "batch_size": STEP, "grad_acc_steps": micro, "seed": 0, "first_row": first_row}
     whole = list(islice(updates(folder, **options), EPOCH))
-    assert whole[0].shape == (micro, STEP, LENGTH)
+    assert (whole[0].shape, whole[0].dtype) == ((micro, STEP, LENGTH), np.int32)
     parts = [islice(updates(folder, **options, share=(i, shares)), EPOCH) for i in range(shares)]
     for expected, *found in zip(whole, *parts, strict=True):
         np.testing.assert_array_equal(np.concatenate(found, axis=1), expected)
@@ -93,9 +88,6 @@ def test_a_truncated_shard_stops_the_loader_rather_than_shrinking_the_data(folde
         batches(tmp_path, 1, rows_per_shard=[15, 15])
 
 
-# Windows of shards
-
-
 @pytest.fixture
 def many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Seven shards of two rows each, of which three are shuffled together."""
@@ -115,17 +107,6 @@ def test_an_epoch_reads_window_by_window_and_every_row_once(many: Path) -> None:
         for window, rows in zip(windows, np.split(epoch, ends[:-1]), strict=True):
             assert sorted(rows) == sorted(row for i in window for row in (2 * i, 2 * i + 1))
     assert visited[:14].tolist() != visited[14:].tolist()
-
-
-def test_training_begins_with_the_shards_of_the_first_window_alone(tmp_path: Path) -> None:
-    """The loader prepares 16 updates in advance, far fewer than a window's rows here."""
-    windows = loader.windows([100] * 40, seed=0)
-    for i in windows[0]:
-        data_rows.write(tmp_path / data_rows.name(i), np.full((100, LENGTH), i, "<u2"))
-    stream = train_batches([100] * 40, tmp_path.joinpath, dtype="<u2", batch_size=STEP, seed=0)
-    first = [next(stream)[..., 0] for _ in range(100)]
-    assert set(np.unique(first)) == set(windows[0])
-    del stream
 
 
 def test_a_later_first_row_gives_the_same_rows_in_windows_too(many: Path) -> None:

@@ -205,11 +205,6 @@ def test_more_noise_draws_shrink_the_standard_error(trained: Artifact, store: St
     assert difference < 5 * one.metrics["val_nats_per_token_stderr"]
 
 
-def test_unigram_entropy_of_a_known_distribution() -> None:
-    tokens = np.array([0] * 2 + [1] * 1 + [2] * 1)
-    assert math.isclose(evaluate.unigram_nats(tokens), 1.5 * math.log(2))
-
-
 def test_samples_begin_with_the_prompt_and_repeat_for_a_seed(trained: Artifact, store: Store) -> None:
     config = tiny(sample={"prompt": "The people"})
     artifact, _ = stages_run.run_stage("sample", config, store)

@@ -132,10 +132,6 @@ def test_every_step_draws_its_own_noise_from_the_seed_and_its_number() -> None:
     assert other["nats_per_token"] not in values
 
 
-def test_no_average_is_kept_unless_asked_for() -> None:
-    assert "ema_state" not in run_step(TINY, ROWS[None], STILL)[0]
-
-
 def test_the_average_of_the_parameters_follows_them_fast_at_first_and_slowly_later() -> None:
     config, optimizer = TINY.replace(train={"ema_decay": 0.9}), optax.sgd(0.5)
     state, _ = run_step(config, ROWS[None], optimizer)
