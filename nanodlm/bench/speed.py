@@ -176,13 +176,12 @@ def loader(config: Config, *, batches: int = 200, against: float | None = None, 
     from nanodlm.data.loader import train_batches
 
     n_vocab, length = synthetic_encoding(config).n_vocab, config.model.seq_len
-    size: dict[str, Any] = {"batch_size": config.train.batch_size, "grad_acc_steps": config.train.grad_acc_steps}
-    per_update = size["batch_size"] * size["grad_acc_steps"]
+    per_update = config.train.batch_size * config.train.grad_acc_steps
     dtype = rows.dtype_for(n_vocab + 1)
     tokens = np.random.default_rng(0).integers(0, n_vocab, (max(8192, per_update), length)).astype(dtype)
     with tempfile.TemporaryDirectory() as folder:
         rows.write(Path(folder) / rows.name(0), tokens)
-        stream = train_batches([len(tokens)], Path(folder).joinpath, dtype=dtype, **size, seed=config.data.shuffle_seed)
+        stream = train_batches(config, {"rows_per_shard": [len(tokens)], "dtype": dtype}, Path(folder).joinpath)
         for _ in range(32):  # twice what the loader prepares in advance
             next(stream)
         began = time.perf_counter()

@@ -67,9 +67,6 @@ def load_config(name: str) -> Config:
 
     Raises:
         UsageError: When there is neither.
-
-    >>> load_config("demo") == PRESETS["demo"]
-    True
     """
     if name in PRESETS:
         return PRESETS[name]

@@ -104,11 +104,10 @@ class ModelConfig(Group):
 
     @model_validator(mode="after")
     def _check_shapes(self) -> Self:
-        if self.d_model % self.n_heads or self.d_model // self.n_heads % 2:
-            raise ValueError(
-                f"d_model ({self.d_model}) must be divisible by n_heads ({self.n_heads}) with an even quotient: "
-                f"try --model.d_model {2 * self.n_heads * max(1, round(self.d_model / 2 / self.n_heads))}"
-            )
+        width, heads = self.d_model, self.n_heads
+        if width % heads or width // heads % 2:
+            reason = f"d_model ({width}) must be divisible by n_heads ({heads}) with an even quotient"
+            raise ValueError(f"{reason}: try --model.d_model {2 * heads * max(1, round(width / 2 / heads))}")
         if self.conv_width and self.conv_width % 2 == 0:
             raise ValueError(f"conv_width ({self.conv_width}) must be odd: try {self.conv_width + 1}")
         return self
@@ -134,8 +133,7 @@ class ObjectiveConfig(Group):
     """`absorbing` masks tokens, `uniform` replaces them by random ones, `hybrid` does both, `block` masks within blocks
     that are written one after the other, `autoregressive` predicts each token from those before."""
     estimator: Estimator | None = None
-    """Estimator of the bound (diffusion/objective.py). None is `constant_count` for masks, with which the output layer
-    skips what is not masked, and `count` for the others."""
+    """Estimator of the bound (diffusion/objective.py); none is `constant_count` for masks, `count` for the others."""
     num_timesteps: int = Field(default=1000, ge=1)
     """T of the discrete estimator."""
     times: Times = "systematic"
@@ -305,16 +303,12 @@ class Config(Group):
     exp: ExpConfig = ExpConfig()
 
     @model_validator(mode="after")
-    def _check_allowed(self) -> Self:
-        for name in self.exp.allow_changed:
-            group, _, field = name.partition(".")
+    def _check_groups(self) -> Self:
+        for item in self.exp.allow_changed:
+            group, _, field = item.partition(".")
             fields = getattr(type(getattr(self, group, None)), "model_fields", ())
-            if name not in ("dataset", "key") and field not in fields:
-                raise ValueError(f"exp.allow_changed names {name!r}, no setting: name dataset, key, or train.lr")
-        return self
-
-    @model_validator(mode="after")
-    def _check_objective(self) -> Self:
+            if item not in ("dataset", "key") and field not in fields:
+                raise ValueError(f"exp.allow_changed names {item!r}, which is no setting: say dataset, key or train.lr")
         name, kind, sample = self.objective.kind, KINDS[self.objective.kind], self.sample
         length, block = self.model.seq_len, kind.block_size(self.objective.block_size)
         if block > length:

@@ -15,11 +15,7 @@ OPEN = 64  # files that are open at once: those that are read together, and not 
 
 
 def dtype_for(ids: int) -> str:
-    """Return the smallest of uint16 and uint32 that holds ids below `ids`.
-
-    >>> dtype_for(50258)
-    '<u2'
-    """
+    """Return the smallest of uint16 and uint32 that holds ids below `ids`."""
     return "<u2" if ids <= 2**16 else "<u4"
 
 

@@ -45,10 +45,8 @@ def build_shards(
     totals = {field: sum(info[field] for info in shards) for field in counts}
     first_key = min(info["first_key"] for info in shards)
     if totals["train_rows"] == 0:
-        raise NanodlmError(
-            f"no training row: the documents left after the validation split have fewer than seq_len ({length}) "
-            "tokens; add text, or lower --model.seq_len or --data.val_tokens"
-        )
+        few = f"the documents left after the validation split have fewer than seq_len ({length}) tokens"
+        raise NanodlmError(f"no training row: {few}; add text, or lower --model.seq_len or --data.val_tokens")
     assert first_key > cut, "a held-out document is among the training documents"
     validation = np.load(inputs["split"].local() / "validation.npy", allow_pickle=False)
     val_rows = [validation[i : i + length] for i in range(0, len(validation), length)]

@@ -117,10 +117,9 @@ def _snapshot(data: DataConfig) -> Path:
         wanted: dict[str, Any] = {"revision": revision, "allow_patterns": [f"*{suffix}" for suffix in HUB_SUFFIXES]}
         return Path(huggingface_hub.snapshot_download(name, repo_type="dataset", **wanted))
     except (HfHubHTTPError, OSError, ValueError) as error:
-        raise NanodlmError(
-            f"cannot fetch {data.source[0]} at {data.revision}: {' '.join(str(error).split())[:200]}; "
-            "finished files are kept, so run again, or point --data.source at local copies"
-        ) from error
+        what = f"cannot fetch {data.source[0]} at {data.revision}: {' '.join(str(error).split())[:200]}"
+        remedy = "finished files are kept, so run again, or point --data.source at local copies"
+        raise NanodlmError(f"{what}; {remedy}") from error
 
 
 def read_documents(data: DataConfig, files: list[str]) -> Iterator[pa.Array]:

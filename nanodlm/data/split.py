@@ -45,9 +45,8 @@ def _keyed_documents(folder: Path, seed: int) -> Iterator[tuple[str, Any]]:
 def build_tokenizer(config: Config, inputs: dict[str, Artifact], attempt: Attempt, emit: Emit) -> dict[str, Any]:
     """Make the encoding; a trained one sees only documents that the split cannot hold out.
 
-    How many documents the split takes depends on the encoding. So first a zone at the front of their order is set
-    aside, the encoding is trained on the rest, and the zone is counted with it; if that gives fewer than
-    `val_tokens` tokens, the zone grows and the training starts over.
+    How many those are depends on the encoding. So a zone at the front of their order is set aside, the encoding is
+    trained on the rest, and the zone counted with it; when it has too few tokens, it grows and all starts over.
 
     Raises:
         NanodlmError: When the corpus is too small for the validation split.
@@ -81,11 +80,9 @@ def build_tokenizer(config: Config, inputs: dict[str, Artifact], attempt: Attemp
 
 
 def _too_small(val_tokens: int, size: str, units: int) -> NanodlmError:
-    return NanodlmError(
-        f"the corpus is smaller than the validation split: {size} in {units:,} documents cannot give "
-        f"{val_tokens:,} validation tokens and leave some to train on; add text, lower --data.val_tokens, "
-        "or cut long .txt files up with --data.sample_by paragraph"
-    )
+    found = f"{size} in {units:,} documents cannot give {val_tokens:,} validation tokens and leave some to train on"
+    remedy = "add text, lower --data.val_tokens, or cut long .txt files up with --data.sample_by paragraph"
+    return NanodlmError(f"the corpus is smaller than the validation split: {found}; {remedy}")
 
 
 def _up_to(limit: int, texts: Iterable[str]) -> Iterator[str]:
@@ -99,8 +96,7 @@ def _up_to(limit: int, texts: Iterable[str]) -> Iterator[str]:
 def build_split(config: Config, inputs: dict[str, Artifact], attempt: Attempt, emit: Emit) -> dict[str, Any]:
     """Choose the held-out units and write their tokens (`validation.npy`) and the cut (`split.json`).
 
-    One pass keeps the units with the smallest keys, just as many as the budget needs, so memory does not grow with
-    the corpus.
+    One pass keeps just as many units as the budget needs, so memory does not grow with the corpus.
 
     Raises:
         NanodlmError: When the corpus has too few tokens, or a row has ids that the tokenizer lacks.

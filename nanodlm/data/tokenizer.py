@@ -1,9 +1,6 @@
 """Tokenizers, all as `tiktoken.Encoding`: GPT-2's, plain bytes, and BPE trained on the training documents.
 
 Every encoding ends with the end-of-text mark; the mask is the first id after it.
-
-    encoding = gpt2()
-    encoding.n_vocab          # 50257; mask_id is 50257, and the model's vocabulary is padded to 50304
 """
 
 import base64
@@ -29,11 +26,7 @@ def make_encoding(name: str, ranks: dict[bytes, int]) -> tiktoken.Encoding:
 
 
 def plain_bytes() -> tiktoken.Encoding:
-    """Make the encoding whose tokens are the 256 bytes.
-
-    >>> plain_bytes().encode_ordinary("Hi")
-    [72, 105]
-    """
+    """Make the encoding whose tokens are the 256 bytes."""
     return make_encoding("bytes", {bytes([i]): i for i in range(256)})
 
 

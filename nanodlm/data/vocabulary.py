@@ -20,7 +20,6 @@ class Vocabulary:
 
     @classmethod
     def of(cls, encoding: tiktoken.Encoding) -> "Vocabulary":
-        """Return the vocabulary of a tokenizer."""
         return cls(encoding.n_vocab, encoding.eot_token)
 
     @property

@@ -42,11 +42,7 @@ def my_share(mesh: Mesh) -> tuple[int, int]:
 
 
 def from_leader(value: Any) -> Any:
-    """Return what process 0 passed, a JSON value, on all processes; all of them must call it.
-
-    >>> from_leader({"step": 100})
-    {'step': 100}
-    """
+    """Return what process 0 passed, a JSON value, on all processes; all of them must call it."""
     if jax.process_count() == 1:
         return value
     encoded = np.frombuffer(json.dumps(value).encode(), np.uint8) if jax.process_index() == 0 else np.zeros(0, np.uint8)
@@ -56,11 +52,7 @@ def from_leader(value: Any) -> Any:
 
 
 def any_process(value: bool) -> bool:
-    """Return True on all processes when any of them passed True; all of them must call it.
-
-    >>> any_process(True)
-    True
-    """
+    """Return True on all processes when any of them passed True; all of them must call it."""
     return bool(np.any(process_allgather(np.array([value]))))
 
 
@@ -87,11 +79,10 @@ def join(coordinator: str = "", processes: int | None = None, process: int | Non
         raise UsageError(f"JAX_NUM_PROCESSES and JAX_PROCESS_ID must be whole numbers: {error}") from error
     complete = ":" in coordinator and 0 <= process < processes
     if not complete and (coordinator or processes > 0 or process >= 0):
-        raise UsageError(
-            "several processes need all of --coordinator HOST:PORT, --processes N and --process I, from 0 to N - 1, or "
-            "of JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID: "
-            f"found {coordinator or 'no coordinator'}, {processes} processes and process {process}"
-        )
+        flags = "--coordinator HOST:PORT, --processes N and --process I, from 0 to N - 1"
+        variables = "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID"
+        found = f"{coordinator or 'no coordinator'}, {processes} processes and process {process}"
+        raise UsageError(f"several processes need all of {flags}, or of {variables}: found {found}")
     slurm = not coordinator and int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_STEP_NODELIST" in env
     if not coordinator and not slurm:
         return 0
@@ -101,10 +92,8 @@ def join(coordinator: str = "", processes: int | None = None, process: int | Non
     try:
         jax.distributed.initialize(**named, **limits)
     except RuntimeError as error:
-        raise NanodlmError(
-            f"process {process} of {processes} could not join the others at {coordinator or 'the address of Slurm'}: "
-            f"{' '.join(str(error).split())[:200]}"
-        ) from error
+        what = f"process {process} of {processes} could not join the others at {coordinator or 'the address of Slurm'}"
+        raise NanodlmError(f"{what}: {' '.join(str(error).split())[:200]}") from error
     return jax.process_index()
 
 

@@ -47,16 +47,11 @@ def make_mesh(rows: int, *, fsdp: int = 1, tensor: int = 1) -> Mesh:
 
     Raises:
         UsageError: When the devices or the rows cannot be shared so.
-
-    >>> make_mesh(rows=jax.device_count()).axis_names
-    ('data', 'fsdp', 'tensor')
     """
     devices = jax.device_count()
     if devices % (fsdp * tensor):
-        raise UsageError(
-            f"{devices} devices cannot be shared by fsdp {fsdp} and tensor {tensor}, whose product must divide them: "
-            "change --train.fsdp or --train.tensor"
-        )
+        what = f"{devices} devices cannot be shared by fsdp {fsdp} and tensor {tensor}, whose product must divide them"
+        raise UsageError(f"{what}: change --train.fsdp or --train.tensor")
     shares = devices // tensor
     if rows % shares:
         near = -(-rows // shares) * shares
@@ -117,11 +112,7 @@ def logit_chunks(positions: int, outputs: int) -> int:
 
 
 def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
-    """Keep an activation cut along these axes, under the mesh that `jax.set_mesh` names; without one, as it is.
-
-    >>> constrain(jax.numpy.ones((2, 3)), "batch", None).shape
-    (2, 3)
-    """
+    """Keep an activation cut along these axes, under the mesh that `jax.set_mesh` names; without one, as it is."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or set(AXES) - set(mesh.axis_names):
         return x

@@ -42,8 +42,8 @@ def evaluate(config: Config, inputs: dict[str, Artifact], attempt: Attempt, emit
     """Stage: `score` the validation rows with the bound of the objective they were trained on; write `metrics.json`."""
     model, encoding = load_artifact(inputs["train"])
     trained = load_config(str(inputs["train"].file("config.json")))
-    rows = read(inputs["shard"].file("validation.arrayrecord"), inputs["shard"].metrics["dtype"])
-    rows = rows[: config.eval.max_rows]
+    shard = inputs["shard"]
+    rows = read(shard.file("validation.arrayrecord"), shard.metrics["dtype"])[: config.eval.max_rows]
     objective = make_objective(trained, Vocabulary.of(encoding))
     metrics = score(model, encoding, rows, objective, config.eval, edges_known=trained.edges_known, emit=emit)
     (attempt.path / "metrics.json").write_text(json.dumps(metrics, indent=1))

@@ -13,7 +13,7 @@ import contextlib
 import json
 import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,9 +28,8 @@ from nanodlm.checkpoints.identity import describe_run
 from nanodlm.checkpoints.loading import parameters_sha256
 from nanodlm.checkpoints.saving import Checkpoints
 from nanodlm.config import Config, differences
-from nanodlm.data import rows as data_rows
 from nanodlm.data.loader import train_batches, windows
-from nanodlm.data.rows import read
+from nanodlm.data.rows import name, read
 from nanodlm.data.tokenizer import load, save
 from nanodlm.data.vocabulary import Vocabulary
 from nanodlm.devices.hosts import any_process, from_leader, my_share, put_rows
@@ -87,7 +86,8 @@ def train(config: Config, inputs: dict[str, Artifact], attempt: Attempt | None, 
                     log = Tracker(config, attempt.path / "logs.jsonl", attempt.fingerprint[:16], past["logs"], emit)
                     tracker = stack.enter_context(log)
                 stack.enter_context(checkpoints)
-                batches = stack.enter_context(_batches(config, shard.metrics, fetch, mesh, rows_seen))
+                batches = _batches(config, shard.metrics, fetch, my_share(mesh), rows_seen)
+                stack.enter_context(contextlib.closing(batches))
                 limit = 10 * math.log(vocabulary.size)
                 logger = Logger(config, past["logs"], emit, tracker, limit=limit, last_good=checkpoints.last)
                 loop = _Loop(config, mesh, program, key, checkpoints, logger, validate, stop, emit)
@@ -172,7 +172,7 @@ def _require_same_start(config: Config, inputs: dict[str, Artifact]) -> None:
     Raises:
         UsageError: On all of them, with what differs on this one.
     """
-    digests = {name: artifact.digest for name, artifact in inputs.items()}
+    digests = {stage: artifact.digest for stage, artifact in inputs.items()}
     run = {**config.model_dump(mode="json"), "inputs": digests, "jax": jax.__version__}
     differ = differences(from_leader(run), run)
     if any_process(bool(differ)):
@@ -192,35 +192,25 @@ def _restore(config: Config, checkpoints: Checkpoints, program: Program) -> tupl
     return restored or (program.initialise(), {"logs": [], "rows_seen": 0})
 
 
-@contextlib.contextmanager
 def _batches(
-    config: Config, tokens: dict[str, Any], fetch: Callable[[str], Path], mesh: Mesh, rows_seen: int
-) -> Iterator[Iterator[np.ndarray]]:
-    """Give this process's rows of each update, while a thread fetches the shards in the order in which they are read.
+    config: Config, shards: dict[str, Any], fetch: Callable[[str], Path], share: tuple[int, int], rows_seen: int
+) -> Generator[np.ndarray, None, None]:
+    """Yield this process's rows of each update, while a thread fetches the shards in the order in which they are read.
 
     The loader asks for a shard that has not come itself, and raises what goes wrong.
     """
     ended = threading.Event()
 
     def fetch_ahead() -> None:
-        for number in (i for window in windows(tokens["rows_per_shard"], config.data.shuffle_seed) for i in window):
+        for number in (i for window in windows(shards["rows_per_shard"], config.data.shuffle_seed) for i in window):
             if ended.is_set():
                 return
             with contextlib.suppress(NanodlmError, OSError, RuntimeError):  # the last: while the interpreter ends
-                fetch(data_rows.name(number))
+                fetch(name(number))
 
     threading.Thread(target=fetch_ahead, name="fetch-ahead", daemon=True).start()
     try:
-        yield train_batches(
-            tokens["rows_per_shard"],
-            fetch,
-            dtype=tokens["dtype"],
-            batch_size=config.train.batch_size,
-            grad_acc_steps=config.train.grad_acc_steps,
-            seed=config.data.shuffle_seed,
-            first_row=rows_seen,
-            share=my_share(mesh),
-        )
+        yield from train_batches(config, shards, fetch, first_row=rows_seen, share=share)
     finally:
         ended.set()
 

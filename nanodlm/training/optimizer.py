@@ -48,9 +48,6 @@ def make_optimizer(train: TrainConfig) -> optax.GradientTransformation:
 
     Weight decay acts on the matrices of linear layers only. With Muon the rest is optax's Adam with Nesterov momentum
     and no decay. Sources: AdamW, arXiv:1711.05101, algorithm 2; Muon, arXiv:2502.16982, equation 1.
-
-    >>> isinstance(make_optimizer(TrainConfig()), optax.GradientTransformation)
-    True
     """
     schedule = learning_rate(train)
     if train.optimizer == "adamw":

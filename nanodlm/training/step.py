@@ -109,12 +109,9 @@ class Program(NamedTuple):
 
     graphdef: nnx.GraphDef
     n_parameters: int
-    initialise: Callable[[], State]
-    """Makes the state before the first update, each part on its device."""
-    step: Any
-    """The jitted `train_step`, of (state, rows, key); the state is donated."""
-    state: State
-    """Shapes, types and shardings."""
+    initialise: Callable[[], State]  # makes the state before the first update, each part on its device
+    step: Any  # the jitted `train_step`, of (state, rows, key); the state is donated
+    state: State  # shapes, types and shardings
 
 
 def make_program(config: Config, vocabulary: Vocabulary, mesh: Mesh) -> Program:

@@ -118,22 +118,14 @@ class _Wandb:
 
         folder = Path(os.environ.get("WANDB_DIR") or cache_dir())
         folder.mkdir(parents=True, exist_ok=True)
+        called = {"project": config.exp.project_name, "name": config.exp.run_name or None, "id": run_id}
+        options: dict[str, Any] = {**called, "resume": "allow", "reinit": "create_new", "dir": str(folder)}
+        settings = wandb.Settings(silent=True, console="off", finish_timeout=self.FINISH_SECONDS)
         try:
-            self._run = wandb.init(
-                project=config.exp.project_name,
-                name=config.exp.run_name or None,
-                config=config.model_dump(),
-                id=run_id,
-                resume="allow",
-                reinit="create_new",
-                dir=str(folder),
-                settings=wandb.Settings(silent=True, console="off", finish_timeout=self.FINISH_SECONDS),
-            )
+            self._run = wandb.init(config=config.model_dump(), settings=settings, **options)
         except Exception as error:
-            raise NanodlmError(
-                f"W&B did not start ({explain(error)}): run `wandb login`, set WANDB_MODE=offline, or leave out "
-                "--exp.use_wandb"
-            ) from error
+            remedy = "run `wandb login`, set WANDB_MODE=offline, or leave out --exp.use_wandb"
+            raise NanodlmError(f"W&B did not start ({explain(error)}): {remedy}") from error
         self.where = str(Path(self._run.dir).parent) if self._run.offline else self._run.url
 
     def log(self, record: dict[str, Any]) -> None:

@@ -20,11 +20,9 @@ BUILD = {"tokenizer": split.build_tokenizer, "split": split.build_split, "shard"
 DOCUMENTS = [*prose(199), "<|endoftext|> is only text here.\n"]
 
 
-def silent(*_: object, **__: object) -> None:
-    """Take progress and show none."""
-
-
-def build(stage: str, config: Config, store: Store, inputs: dict[str, Artifact], emit: Any = silent) -> Artifact:
+def build(
+    stage: str, config: Config, store: Store, inputs: dict[str, Artifact], emit: Any = lambda *_, **__: None
+) -> Artifact:
     with new_attempt(store, stage, "f0") as attempt:
         metrics = BUILD[stage](config, inputs, attempt, emit)
         return attempt.commit(identity=identity(stage), metrics=metrics)

@@ -17,12 +17,10 @@ from tests.support.helpers import prose
 TEXTS = prose(300)
 AWKWARD = [
     "",
-    " ",
     "  two spaces,\ttab\r\nand  lines \n\n ",
     "it's we'll I'VE don't 'tis",
     "naïve café — “quotes” …",
     "日本語とemoji 👩‍👩‍👧 🇩🇪",
-    "0123456789 3.14159 1,000",
     "<|endoftext|> is only text here",
     "\x00\x7f\u200b\ufeff\U0010ffff",
 ]
@@ -70,7 +68,7 @@ def test_the_tokens_of_the_byte_encoding_are_the_256_bytes() -> None:
     assert [encoding.decode_single_token_bytes(i) for i in range(256)] == [bytes([i]) for i in range(256)]
     assert (encoding.n_vocab, encoding.eot_token) == (257, 256)
     assert Vocabulary.of(encoding).padded_size == 384
-    text = "".join(map(chr, range(0x250))) + AWKWARD[5]
+    text = "".join(map(chr, range(0x250))) + AWKWARD[4]
     assert encoding.encode_ordinary(text) == list(text.encode())
 
 

@@ -75,16 +75,18 @@ def wandb_records(file: Path) -> Iterator[Any]:
             parts = b""
 
 
+def wandb_run(file: Path) -> Any:
+    (run,) = [record.run for record in wandb_records(file) if record.WhichOneof("record_type") == "run"]
+    return run
+
+
 def wandb_history(file: Path) -> list[dict[str, Any]]:
-    rows = [r.history for r in wandb_records(file) if r.WhichOneof("record_type") == "history"]
-    return [
-        {"step": row.step.num, **{"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in row.item}}
-        for row in rows
-    ]
-
-
-def without_clock(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{k: v for k, v in row.items() if not k.startswith("_")} for row in rows]
+    """Every row's step and values but for those that W&B adds, such as the time."""
+    found = []
+    for row in (record.history for record in wandb_records(file) if record.WhichOneof("record_type") == "history"):
+        values = {"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in row.item}
+        found.append({"step": row.step.num, **{k: v for k, v in values.items() if not k.startswith("_")}})
+    return found
 
 
 def tensorboard_events(file: Path) -> Iterator[Event]:
@@ -143,8 +145,8 @@ def test_wandb_offline_holds_the_records_and_settings_contacts_nobody_and_leaves
         assert sys.platform != "linux" or len(service_of(os.getpid())) == 1
     assert sys.platform != "linux" or service_of(os.getpid()) == []
     (file,) = tmp_path.glob("cache/wandb/offline-run-*-a1b2/run-a1b2.wandb")
-    assert without_clock(wandb_history(file)) == RECORDS
-    (run,) = [r.run for r in wandb_records(file) if r.WhichOneof("record_type") == "run"]
+    assert wandb_history(file) == RECORDS
+    run = wandb_run(file)
     assert (run.project, run.display_name, run.run_id) == ("planets", "mars", "a1b2")
     settings = {update.key: json.loads(update.value_json) for update in run.config.update}
     assert settings["train"] == PRESETS["demo"].train.model_dump()
@@ -162,9 +164,8 @@ def test_a_resumed_run_continues_at_wandb_and_its_files_go_where_wandb_dir_says(
         tracker.log(RECORDS[1])
     (file,) = tmp_path.glob("elsewhere/wandb/offline-run-*/run-a1b2.wandb")
     assert not (tmp_path / "cache").exists()
-    (run,) = [r.run for r in wandb_records(file) if r.WhichOneof("record_type") == "run"]
-    assert run.resume
-    assert without_clock(wandb_history(file)) == RECORDS[1:]
+    assert wandb_run(file).resume
+    assert wandb_history(file) == RECORDS[1:]
 
 
 def service_of(pid: int) -> list[int]:
@@ -265,8 +266,8 @@ def test_an_interrupted_training_leaves_whole_records_everywhere_and_none_but_js
     assert {**records[3], "tokens_per_second": 0} == {**seen[-1][3], "tokens_per_second": 0}
     run_id = run.fingerprint[:16]
     first, second = sorted(cache_dir().glob(f"wandb/offline-run-*/run-{run_id}.wandb"))
-    assert without_clock(wandb_history(first)) == seen[-1]
-    assert without_clock(wandb_history(second)) == records[3:]
+    assert wandb_history(first) == seen[-1]
+    assert wandb_history(second) == records[3:]
     events = max(cache_dir().glob(f"tensorboard/{run_id}/*"), key=lambda path: path.name.rpartition(".")[2])
     assert [row["step"] for row in tensorboard_rows(events)] == [3, 6, 9, 12]
     names = {file["path"] for file in run.manifest["files"] if not file["path"].startswith(("checkpoints/", "token"))}
