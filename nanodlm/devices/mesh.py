@@ -54,8 +54,8 @@ def make_mesh(rows: int, *, fsdp: int = 1, tensor: int = 1) -> Mesh:
         raise UsageError(f"{what}: change --train.fsdp or --train.tensor")
     shares = devices // tensor
     if rows % shares:
-        near = -(-rows // shares) * shares
-        raise UsageError(f"a batch of {rows} rows cannot be shared by {shares} devices: use a multiple, such as {near}")
+        remedy = f"use a multiple of {shares}, such as {-(-rows // shares) * shares}"
+        raise UsageError(f"a batch of {rows} rows cannot be shared by {shares} devices: {remedy}")
     return jax.make_mesh((shares // fsdp, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * 3)
 
 
