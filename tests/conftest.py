@@ -10,13 +10,9 @@ from pathlib import Path
 import pytest
 
 os.environ.update(JAX_PLATFORMS="cpu", HF_HUB_OFFLINE="1", DO_NOT_TRACK="1")
-os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = (
-    "1"  # programs here are tiny: most of their time goes into compiling them
-)
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # programs here are tiny: most of their time goes into compiling
+os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"  # read at import; the emulator has no such folders
 os.environ.pop("NANODLM_STORE", None)
-os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = (
-    "false"  # read when gcsfs is imported; the emulator has no such folders
-)
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # workers and child processes share what one has compiled
     compiled = tempfile.mkdtemp(prefix="nanodlm-tests-")
     atexit.register(shutil.rmtree, compiled, ignore_errors=True)

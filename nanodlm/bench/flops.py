@@ -1,7 +1,6 @@
 """FLOPs of updates and of sampling by formula, and the peak that a device could reach."""
 
 import re
-from typing import Literal
 
 import jax
 import tiktoken
@@ -12,8 +11,6 @@ from nanodlm.data.tokenizer import make_encoding
 from nanodlm.data.vocabulary import Vocabulary
 from nanodlm.diffusion.kinds import KINDS
 from nanodlm.generation.generate import cache_window
-
-Precision = Literal["bfloat16", "tensorfloat32", "float32"]
 
 # Peak FLOP/s of dense products by the makers' data sheets: bfloat16 with float32 sums, TF32, float32. V100 has no TF32
 # and float16 in place of bfloat16; TPUs multiply float32 in passes of bfloat16.
@@ -30,7 +27,7 @@ PEAKS: dict[str, tuple[float, float | None, float | None]] = {
 }
 
 
-def peak_flops(device_kind: str, dtype: Precision) -> float | None:
+def peak_flops(device_kind: str, dtype: str) -> float | None:
     """Return the peak FLOP/s of a device by its `device_kind`; None for what is not known, such as parts of a GPU.
 
     >>> peak_flops("NVIDIA H100 80GB HBM3", "bfloat16")
@@ -42,15 +39,11 @@ def peak_flops(device_kind: str, dtype: Precision) -> float | None:
     return next((peaks[column] for name, peaks in PEAKS.items() if re.search(rf"\b({name})", device_kind)), None)
 
 
-def precision(config: Config) -> Precision:
-    """Return the precision of matrix products: unless it is set otherwise, JAX multiplies float32 in TF32 on a GPU.
-
-    >>> precision(Config().replace(model={"dtype": "bfloat16"}))
-    'bfloat16'
-    """
+def precision(config: Config) -> str:
+    """Return the precision of matrix products: unless it is set otherwise, JAX multiplies float32 in TF32 on a GPU."""
     if config.model.dtype == "bfloat16":
         return "bfloat16"
-    by_default: dict[str, Precision] = {"gpu": "tensorfloat32", "tpu": "bfloat16"}
+    by_default = {"gpu": "tensorfloat32", "tpu": "bfloat16"}
     chosen = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
     return by_default.get(jax.default_backend(), "float32") if chosen in (None, "default", "fastest") else "float32"
 
@@ -106,11 +99,7 @@ def synthetic_encoding(config: Config) -> tiktoken.Encoding:
 
 
 def vocab_size(config: Config) -> int:
-    """Return the number of a network's outputs: the tokenizer's entries, the mask, and padding.
-
-    >>> vocab_size(Config().replace(data={"tokenizer": "gpt2"}))
-    50304
-    """
+    """Return the number of a network's outputs: the tokenizer's entries, the mask, and padding."""
     return Vocabulary.of(synthetic_encoding(config)).padded_size
 
 

@@ -18,12 +18,9 @@ from nanodlm.errors import UsageError
 def plan(config: Config, devices: int) -> dict[str, Any]:
     """Compile one update for so many devices, in a mesh of `train.fsdp` and `train.tensor`.
 
-    Returns:
-        `devices`; `mesh`, its axes; `parameters`, their number; `tokens_per_update`; `flops_per_update`; `bytes`, of
-        one device; `collectives`, how many of each kind stand in the program, where those in a loop count once;
-        `compile_seconds`. Of the bytes, `parameters`, `optimizer`, `average` and `rows` are exact, and so is
-        `gradients`, float32 and cut like the parameters. `temporaries`, of which the gradients are a part, are what
-        this backend's compiler plans. `total` is all of them, but for the gradients.
+    The `bytes` are those of one device: `parameters`, `optimizer`, `average` and `rows` are exact, and so is
+    `gradients`, float32 and cut like the parameters. `temporaries`, of which the gradients are a part, are what this
+    backend's compiler plans. `total` is all of them, but for the gradients. `collectives` counts those in a loop once.
 
     Raises:
         UsageError: When the devices cannot share rows or parameters.

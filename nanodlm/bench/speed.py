@@ -19,7 +19,9 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 from flax import nnx
+from jaxtyping import Array, Float, Int, Key
 
 from nanodlm.bench.flops import flops_per_update, peak_flops, precision, sampling_work, synthetic_encoding, vocab_size
 from nanodlm.build import make_model
@@ -27,12 +29,14 @@ from nanodlm.config import Config
 from nanodlm.data.vocabulary import Vocabulary
 from nanodlm.devices.hosts import put_rows
 from nanodlm.devices.mesh import make_mesh
+from nanodlm.diffusion.plain import plain_nelbo
 from nanodlm.errors import UsageError
 from nanodlm.generation.generate import make_draw
-from nanodlm.training import plain
+from nanodlm.model.transformer import Transformer
 from nanodlm.training.step import compile_step, make_program
 
 Emit = Callable[..., None]
+ADAMW = optax.adamw(3e-4, b2=0.95, weight_decay=0.1)
 silent: Emit = lambda *_, **__: None  # noqa: E731
 
 
@@ -41,10 +45,8 @@ def report(
 ) -> dict[str, Any]:
     """Put together the numbers that `train` and `sample` share; `tokens`, `flops` and `steps` are those in `seconds`.
 
-    Returns:
-        `tokens_per_second`, `step_seconds`, `flops_per_second`, `mfu` (FLOP/s over the peak of all devices, None where
-        the peak is unknown), `peak_bytes` since the process began and `peak_bytes_of` (the first `device` or, where
-        that does not tell, the whole `process`), `precision`, `device`, `devices`.
+    `mfu` is FLOP/s over the peak of all devices, None where the peak is unknown. `peak_bytes` are those since the
+    process began, of the first device or, where that does not tell, of the whole process: `peak_bytes_of` says which.
     """
     device = jax.devices()[0]
     peak = peak_flops(device.device_kind, precision(config))
@@ -82,13 +84,25 @@ def _updates(step: Callable[[Any], tuple[Any, Any]], state: Any) -> Iterator[Any
         yield scalars
 
 
+def plain_step(
+    state: tuple[Any, Any], x_0: Int[Array, "B L"], key: Key[Array, ""], *, graphdef: nnx.GraphDef, mask_id: int
+) -> tuple[tuple[Any, Any], Float[Array, ""]]:
+    """Take one update as a first version of a trainer does: AdamW, float32, and every logit computed and stored."""
+    params, moments = state
+
+    def loss_fn(params: Any) -> Float[Array, ""]:
+        return plain_nelbo(nnx.merge(graphdef, params), x_0, key, mask_id=mask_id).mean() / x_0.shape[1]
+
+    loss, grads = jax.value_and_grad(loss_fn)(params)
+    updates, moments = ADAMW.update(grads, moments, params)
+    return (optax.apply_updates(params, updates), moments), loss
+
+
 def train(config: Config, *, steps: int = 10, baseline: bool = False, emit: Emit = silent) -> dict[str, Any]:
     """Time updates on random tokens, on all devices, in the training program itself.
 
-    Returns:
-        The fields of `report`, of the median update, `compile_seconds` and `parameters`. With `baseline` also
-        `baseline_step_seconds`, of an update of `nanodlm.training.plain` of the same sizes (float32, every logit
-        computed, on one device), timed in turn with these, and `speedup`, the ratio of the two medians.
+    The fields of `report` are those of the median update. With `baseline`, plain updates of a usual network of the same
+    sizes, on one device, are timed in turn with these, and `speedup` is the ratio of the two medians.
 
     Raises:
         UsageError: When there is nothing to repeat, or devices cannot share the work.
@@ -109,10 +123,10 @@ def train(config: Config, *, steps: int = 10, baseline: bool = False, emit: Emit
     calls = [_updates(lambda state: compiled(state, put_rows(mesh, tokens, axis=1), key), start).__next__]
     if baseline:
         sizes = config.model.model_dump(include={"n_layers", "n_heads", "d_model", "d_ff"})
-        graphdef, params = nnx.split(plain.make_network(vocab_size(config), **sizes))
-        plain_step = partial(plain.plain_step, graphdef=graphdef, mask_id=encoding.n_vocab)
-        step, rows = jax.jit(plain_step, donate_argnums=0), tokens.reshape(1, -1, shape[-1])
-        start = plain.init_state(nnx.to_pure_dict(params))
+        network = Transformer(vocab_size=vocab_size(config), **sizes, qk_norm=False, zero_init=False, rngs=nnx.Rngs(0))
+        graphdef, params = nnx.split(network)
+        step = jax.jit(partial(plain_step, graphdef=graphdef, mask_id=encoding.n_vocab), donate_argnums=0)
+        rows, start = tokens.reshape(-1, shape[-1]), (nnx.to_pure_dict(params), ADAMW.init(nnx.to_pure_dict(params)))
         calls.append(_updates(lambda state: step(state, rows, key), start).__next__)
     seconds = _medians(calls, steps, "updates", emit)
     flops = flops_per_update(config)
@@ -127,10 +141,9 @@ def train(config: Config, *, steps: int = 10, baseline: bool = False, emit: Emit
 def sample(config: Config, *, repeats: int = 5, emit: Emit = silent) -> dict[str, Any]:
     """Time the configured sampler with a freshly initialised network, on one device.
 
-    Returns:
-        The fields of `report`, of the median draw of `sample.num_samples` texts, `compile_seconds`, `sample_tokens` and
-        `steps`. A step is one call of the network on all texts, of each block when there are blocks. How many steps
-        some samplers take depends on the text, of which an untrained network says nothing: theirs are None.
+    The fields of `report` are those of the median draw of `sample.num_samples` texts. A step is one call of the network
+    on all texts, of each block when there are blocks. Some samplers take steps by the text, of which an untrained
+    network says nothing: theirs are None.
 
     Raises:
         UsageError: When there is nothing to repeat, or the prompt leaves no space to write.
@@ -153,9 +166,7 @@ def sample(config: Config, *, repeats: int = 5, emit: Emit = silent) -> dict[str
 def loader(config: Config, *, batches: int = 200, against: float | None = None, emit: Emit = silent) -> dict[str, Any]:
     """Time reading updates' rows: a shard of random rows in a temporary folder, through `loader.train_batches`.
 
-    Returns:
-        `tokens_per_second`; `batch_seconds`; `batch_tokens`; `multiple`, of `against`, the tokens per second that a
-        trainer takes, or None without.
+    `multiple` is the speed over `against`, the tokens per second that a trainer takes, or None without.
     """
     if batches < 1:
         raise UsageError(f"nothing is measured in {batches} batches: raise --batches")
@@ -165,13 +176,12 @@ def loader(config: Config, *, batches: int = 200, against: float | None = None, 
     from nanodlm.data.loader import train_batches
 
     n_vocab, length = synthetic_encoding(config).n_vocab, config.model.seq_len
-    size = {"batch_size": config.train.batch_size, "grad_acc_steps": config.train.grad_acc_steps}
-    per_update = size["batch_size"] * size["grad_acc_steps"]
+    per_update = config.train.batch_size * config.train.grad_acc_steps
     dtype = rows.dtype_for(n_vocab + 1)
     tokens = np.random.default_rng(0).integers(0, n_vocab, (max(8192, per_update), length)).astype(dtype)
     with tempfile.TemporaryDirectory() as folder:
         rows.write(Path(folder) / rows.name(0), tokens)
-        stream = train_batches([len(tokens)], Path(folder).joinpath, dtype=dtype, **size, seed=config.data.shuffle_seed)
+        stream = train_batches(config, {"rows_per_shard": [len(tokens)], "dtype": dtype}, Path(folder).joinpath)
         for _ in range(32):  # twice what the loader prepares in advance
             next(stream)
         began = time.perf_counter()

@@ -27,34 +27,25 @@ def refuse_secrets(url: str) -> str:
         port = host.rpartition(":")[2]
         user = "@" in host or (":" in host and not port.isdecimal() and "@" in rest)  # a password may hold a slash
         if user or named:
-            what = "a user name or password" if user else " and ".join(named)
-            raise UsageError(
-                f"the address {scheme}://... holds {what}: credentials come from the environment only "
-                "(AWS_ACCESS_KEY_ID and the like); take them out of the address"
-            )
+            what = f"{scheme}://... holds {'a user name or password' if user else ' and '.join(named)}"
+            remedy = "credentials come from the environment only (AWS_ACCESS_KEY_ID and the like)"
+            raise UsageError(f"the address {what}: {remedy}; take them out of the address")
     return url
 
 
+Url = Annotated[str, AfterValidator(refuse_secrets)]
 # The pattern lets a server refuse credentials in a form, before they are kept with a run's parameters.
-StoreUrl = Annotated[str, Field(min_length=1, pattern=r"^[^@?*\[\]]*$"), AfterValidator(refuse_secrets)]
+StoreUrl = Annotated[Url, Field(min_length=1, pattern=r"^[^@?*\[\]]*$")]
 
 
 class Address(NamedTuple):
-    """The parts of an address.
+    """The parts of an address; those that it does not name are empty, as all but `folder` are of `s3://bucket/prefix`."""
 
-    Attributes:
-        folder: The address itself, without a checkpoint, a manifest's name or slashes at its end.
-        store: The store that it names; empty when it names none, as `train/3f2a` does.
-        stage: The artifact's stage; empty when the address is a store's own, as `s3://bucket/prefix` is.
-        fingerprint: The artifact's fingerprint; empty when the stage is.
-        checkpoint: The number of updates of the checkpoint that it names, or None.
-    """
-
-    folder: str
+    folder: str  # the address itself, without a checkpoint, a manifest's name or slashes at its end
     store: str
     stage: str
     fingerprint: str
-    checkpoint: int | None
+    checkpoint: int | None  # its number of updates
 
 
 def parse_address(address: str) -> Address:

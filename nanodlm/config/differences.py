@@ -2,11 +2,13 @@
 
 from typing import Any
 
+from pydantic import ValidationError
+
 from nanodlm.errors import redact
 
 
 def differences(saved: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
-    """The fields in which two nested dicts differ, each with its two values.
+    """Return the fields in which two nested dicts differ, each with its two values.
 
     >>> differences({"train": {"lr": 0.1, "seed": 1}}, {"train": {"lr": 0.2, "seed": 1}})
     {'train.lr': '0.1 -> 0.2'}
@@ -28,10 +30,8 @@ def _short(value: Any) -> str:
 
 
 def explain(error: BaseException) -> str:
-    """One line that says what a validation error is about."""
-    if not hasattr(error, "errors"):
+    """Say in one line what an error, of validation or any other, is about."""
+    if not isinstance(error, ValidationError):
         return redact(" ".join(str(error).split()))
-    return "; ".join(
-        ".".join(map(str, e["loc"])) + (": " if e["loc"] else "") + e["msg"].removeprefix("Value error, ")
-        for e in error.errors()  # type: ignore[attr-defined]
-    )
+    found = [(".".join(map(str, e["loc"])), e["msg"].removeprefix("Value error, ")) for e in error.errors()]
+    return "; ".join(f"{field}: {message}" if field else message for field, message in found)

@@ -67,18 +67,15 @@ def load_config(name: str) -> Config:
 
     Raises:
         UsageError: When there is neither.
-
-    >>> load_config("demo") == PRESETS["demo"]
-    True
     """
     if name in PRESETS:
         return PRESETS[name]
     if name.startswith("{"):
         text, name = name, "the configuration"
     elif not name.endswith(".json"):
-        raise UsageError(
-            f"unknown preset {name!r}: choose {' or '.join(PRESETS)}, or name a config.json that a run has written"
-        )
+        *names, last = PRESETS
+        known = f"{', '.join(names)} or {last}"
+        raise UsageError(f"unknown preset {name!r}: choose {known}, or name a config.json that a run has written")
     else:
         try:
             text = Path(name).read_text()

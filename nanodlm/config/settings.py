@@ -11,9 +11,8 @@ from typing import Annotated, Any, Literal, Self
 import tyro
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from nanodlm.config.addresses import refuse_secrets
+from nanodlm.config.addresses import Url
 from nanodlm.diffusion.kinds import KINDS, Estimator, KindName, Sampler, ScheduleName, Times, Weighting
-from nanodlm.errors import UsageError
 
 Switch = Annotated[bool, tyro.conf.FlagConversionOff]  # `--exp.use_wandb True`, as in the original project
 
@@ -29,7 +28,7 @@ class Group(BaseModel):
 class DataConfig(Group):
     """Where text comes from, how it becomes tokens, and how it is split."""
 
-    source: tuple[str, ...] = ("sotu",)
+    source: tuple[Url, ...] = ("sotu",)
     """Corpus: `sotu` (built in), `hf://OWNER/NAME` (a Hugging Face data set), or files: paths, globs or fsspec URLs
     of .txt, .md, .jsonl or .parquet."""
     revision: str = Field(default="", pattern=r"^([0-9a-f]{7,40})?$")
@@ -70,11 +69,6 @@ class DataConfig(Group):
             raise ValueError("sotu or a hf:// data set must be the only source")
         if on_hub != bool(self.revision):
             raise ValueError("a hf:// source, and only that, needs a pinned commit: set --data.revision")
-        try:
-            for source in self.source:
-                refuse_secrets(source)
-        except UsageError as error:
-            raise ValueError(str(error)) from None
         if self.pretokenized and self.tokenizer == "bpe":
             raise ValueError("pretokenized rows need the tokenizer that made them: set --data.tokenizer gpt2 or bytes")
         return self
@@ -110,11 +104,10 @@ class ModelConfig(Group):
 
     @model_validator(mode="after")
     def _check_shapes(self) -> Self:
-        if self.d_model % self.n_heads or self.d_model // self.n_heads % 2:
-            raise ValueError(
-                f"d_model ({self.d_model}) must be divisible by n_heads ({self.n_heads}) with an even quotient: "
-                f"try --model.d_model {2 * self.n_heads * max(1, round(self.d_model / 2 / self.n_heads))}"
-            )
+        width, heads = self.d_model, self.n_heads
+        if width % heads or width // heads % 2:
+            reason = f"d_model ({width}) must be divisible by n_heads ({heads}) with an even quotient"
+            raise ValueError(f"{reason}: try --model.d_model {2 * heads * max(1, round(width / 2 / heads))}")
         if self.conv_width and self.conv_width % 2 == 0:
             raise ValueError(f"conv_width ({self.conv_width}) must be odd: try {self.conv_width + 1}")
         return self
@@ -138,8 +131,7 @@ class ObjectiveConfig(Group):
     """`absorbing` masks tokens, `uniform` replaces them by random ones, `hybrid` does both, `block` masks within blocks
     that are written one after the other, `autoregressive` predicts each token from those before."""
     estimator: Estimator | None = None
-    """Estimator of the bound; see diffusion/objective.py. None is the first that its kind has (diffusion/kinds.py):
-    `constant_count` for masks, which lets the output layer skip what is not masked, `count` for the others."""
+    """Estimator of the bound (diffusion/objective.py); none is `constant_count` for masks, `count` for the others."""
     num_timesteps: int = Field(default=1000, ge=1)
     """T of the discrete estimator."""
     times: Times = "systematic"
@@ -199,8 +191,7 @@ class TrainConfig(Group):
     ema_decay: float = Field(default=0.0, ge=0, lt=1)
     """Decay of an exponential moving average of the parameters, which then are the result; 0 is off."""
     fsdp: int = Field(default=1, ge=1)
-    """Devices that share one copy of parameters, optimizer and average, each holding a part. What is left of all
-    devices, beside `tensor`, are copies that share the batch."""
+    """Devices that share one copy of parameters, optimizer and average; all the copies share the batch."""
     tensor: int = Field(default=1, ge=1)
     """Devices that share the heads, feed-forward units and vocabulary of each layer."""
     remat: Literal["none", "dots", "full"] = "none"
@@ -239,8 +230,7 @@ class SampleConfig(Group):
     num_steps: int = Field(default=128, ge=1)
     """Denoising steps, of each block when there are blocks; `first_hitting` and `autoregressive` take one per token."""
     sampler: Sampler = "ancestral"
-    """Sampling algorithm; see diffusion/sampling.py. Uniform, hybrid and autoregressive models have
-    `ancestral` only, each its own."""
+    """Algorithm (diffusion/sampling.py); uniform, hybrid and autoregressive models have their own `ancestral` only."""
     grid: Literal["uniform", "cosine"] = "uniform"
     """Spacing of the steps' times; `entropy` and `first_hitting` have no grid."""
     temperature: float = Field(default=1.0, ge=0)
@@ -250,8 +240,7 @@ class SampleConfig(Group):
     top_p: float = Field(default=1.0, gt=0, le=1)
     """Draw from the fewest tokens that have this much probability; 1 is off."""
     guidance: float = Field(default=0.0, ge=0)
-    """Weight of classifier-free guidance against the same text without its prompt, for absorbing and hybrid models;
-    0 is off."""
+    """Weight of guidance against the same text without its prompt, for absorbing and hybrid models; 0 is off."""
     entropy_bound: float = Field(default=0.1, ge=0)
     """Nats that the tokens unmasked in one step of `entropy` may share at most."""
     remask: float = Field(default=0.02, ge=0, le=1)
@@ -278,13 +267,11 @@ class ExpConfig(Group):
     keep_best: int = Field(default=1, ge=0)
     """Best checkpoints that are kept besides: those with the lowest bound on `val_rows`."""
     val_rows: int = Field(default=64, ge=0)
-    """Rows from the front of the validation split that are scored with each checkpoint; 0 is none, and best is then
-    the lowest training bound since the checkpoint before."""
+    """Validation rows, from the front, that are scored with each checkpoint; with 0 the training bound ranks them."""
     resume: Switch = True
     """Whether an interrupted run continues from its last checkpoint; False starts it anew."""
-    resume_path: str = ""
-    """Checkpoint of any run to start from: `.../checkpoints/step_100` in a run's folder, or `URI/step_100` of a train
-    artifact."""
+    resume_path: Url = ""
+    """Checkpoint to start from: `.../checkpoints/step_100` in a run's folder, or `URI/step_100` of an artifact."""
     allow_changed: tuple[str, ...] = ()
     """What may differ from the run of that checkpoint, by name: settings such as `train.lr`, and `dataset`, `key`."""
     use_wandb: Switch = False
@@ -296,10 +283,6 @@ class ExpConfig(Group):
 
     @model_validator(mode="after")
     def _check_resume(self) -> Self:
-        try:
-            refuse_secrets(self.resume_path)
-        except UsageError as error:
-            raise ValueError(str(error)) from None
         if self.resume_path and not self.resume:
             raise ValueError("resume_path names a checkpoint and resume is False: leave one of them out")
         return self
@@ -318,18 +301,12 @@ class Config(Group):
     exp: ExpConfig = ExpConfig()
 
     @model_validator(mode="after")
-    def _check_allowed(self) -> Self:
-        for name in self.exp.allow_changed:
-            group, _, field = name.partition(".")
+    def _check_groups(self) -> Self:
+        for item in self.exp.allow_changed:
+            group, _, field = item.partition(".")
             fields = getattr(type(getattr(self, group, None)), "model_fields", ())
-            if name not in ("dataset", "key") and field not in fields:
-                raise ValueError(
-                    f"exp.allow_changed names {name!r}, which is no setting: name dataset, key, or train.lr"
-                )
-        return self
-
-    @model_validator(mode="after")
-    def _check_objective(self) -> Self:
+            if item not in ("dataset", "key") and field not in fields:
+                raise ValueError(f"exp.allow_changed names {item!r}, which is no setting: say dataset, key or train.lr")
         name, kind, sample = self.objective.kind, KINDS[self.objective.kind], self.sample
         length, block = self.model.seq_len, kind.block_size(self.objective.block_size)
         if block > length:
@@ -340,15 +317,11 @@ class Config(Group):
             raise ValueError(f"{name} models are sampled without guidance: leave --sample.guidance out")
         longer = (sample.length or 0) > length
         if longer and not kind.any_length:
-            raise ValueError(
-                f"{name} models write at most model.seq_len ({length}) tokens: lower sample.length, or set "
-                "--objective.kind block"
-            )
+            remedy = "lower sample.length, or set --objective.kind block"
+            raise ValueError(f"{name} models write at most model.seq_len ({length}) tokens: {remedy}")
         if longer and 2 * block > length:
-            raise ValueError(
-                f"in rows of {length} tokens no whole block of {block} comes before another, so texts cannot be "
-                "longer: lower objective.block_size or sample.length"
-            )
+            reason = f"in rows of {length} tokens no whole block of {block} comes before another"
+            raise ValueError(f"{reason}, so texts cannot be longer: lower objective.block_size or sample.length")
         clipped = self.schedule.kind == "loglinear" or self.schedule.kind.endswith("_clipped")
         if kind.random_tokens and clipped:
             raise ValueError(f"{name} noise needs a schedule from 0 to 1, not {self.schedule.kind}: try linear")

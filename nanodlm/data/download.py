@@ -12,13 +12,11 @@ from nanodlm.data.sources import BATCH, identity, read_documents, source_files
 from nanodlm.errors import NanodlmError
 from nanodlm.store import Artifact, Attempt, fingerprint_of
 
+Emit = Callable[..., None]
+
 
 def download(
-    config: Config,
-    inputs: dict[str, Artifact],
-    attempt: Attempt,
-    emit: Callable[..., None],
-    adopted: list[str] | None = None,
+    config: Config, inputs: dict[str, Artifact], attempt: Attempt, emit: Emit, adopted: list[str] | None = None
 ) -> dict[str, Any]:
     """Copy the source's documents into parquet parts of about `data.part_mb` megabytes each.
 

@@ -1,6 +1,6 @@
 """Batches of training rows: step k's rows are a pure function of the seed and k, on any number of hosts."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -8,6 +8,7 @@ import grain.python as grain
 import numpy as np
 from jaxtyping import Int
 
+from nanodlm.config import Config
 from nanodlm.data.rows import Rows, name
 
 WINDOW = 16  # shards whose rows are shuffled together; training begins when the first so many are there
@@ -27,42 +28,29 @@ def windows(rows_per_shard: Sequence[int], seed: int) -> list[list[int]]:
 
 
 def train_batches(
-    rows_per_shard: Sequence[int],
+    config: Config,
+    shards: Mapping[str, Any],
     fetch: Callable[[str], Path],
     *,
-    dtype: str,
-    batch_size: int,
-    grad_acc_steps: int = 1,
-    seed: int,
     first_row: int = 0,
-    share: int = 0,
-    shares: int = 1,
+    share: tuple[int, int] = (0, 1),
 ) -> Iterator[Int[np.ndarray, "A R L"]]:
-    """Yield the rows of update after update without end, reshuffled every epoch within windows of shards.
+    """Yield the rows of update after update without end, int32, reshuffled every epoch within windows of shards.
 
-    Args:
-        rows_per_shard: Rows of each training shard.
-        fetch: Gives the local path of a shard by its file name, when its first row is read.
-        dtype: Their token type.
-        batch_size: Rows of a micro-batch over all processes.
-        grad_acc_steps: Micro-batches of an update, A.
-        seed: Seed of the order.
-        first_row: Rows that earlier updates took.
-        share: Which part of every micro-batch to read: the parts of all, side by side, are what one process would read.
-        shares: How many equal parts there are; must divide `batch_size`.
-
-    Yields:
-        int32 rows, (A, batch_size / shares, L).
+    `shards` are the shard stage's metrics `rows_per_shard` and `dtype`. `fetch` gives the local path of a shard by its
+    file name when its first row is read, and `first_row` counts the rows that earlier updates took. `share` says which
+    part of each micro-batch to read, from 0, and of how many equal ones: side by side they are what one process reads.
     """
+    counts, seed, (part, parts) = shards["rows_per_shard"], config.data.shuffle_seed, share
     shuffled, opened = [], {}
-    for number, window in enumerate(windows(rows_per_shard, seed)):
-        source = Rows({name(i): rows_per_shard[i] for i in window}, fetch, opened)
+    for number, window in enumerate(windows(counts, seed)):
+        source = Rows({name(i): counts[i] for i in window}, fetch, opened)
         shuffled.append(grain.MapDataset.source(cast(Any, source)).seed((seed + number) % 2**31).shuffle())
     rows = (grain.MapDataset.concatenate(shuffled) if len(shuffled) > 1 else shuffled[0]).repeat()
-    parts = (
+    batches = (
         rows[first_row:]
-        .map(lambda record: np.frombuffer(record, dtype).astype(np.int32))
-        .batch(batch_size // shares, drop_remainder=True)  # endless; rounding up would overflow at 1
+        .map(lambda record: np.frombuffer(record, shards["dtype"]).astype(np.int32))
+        .batch(config.train.batch_size // parts, drop_remainder=True)  # endless; rounding up would overflow at 1
     )
-    updates = parts[share::shares].batch(grad_acc_steps, drop_remainder=True)
+    updates = batches[part::parts].batch(config.train.grad_acc_steps, drop_remainder=True)
     return iter(updates.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=16)))

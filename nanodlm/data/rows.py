@@ -15,11 +15,7 @@ OPEN = 64  # files that are open at once: those that are read together, and not 
 
 
 def dtype_for(ids: int) -> str:
-    """Return the smallest of uint16 and uint32 that holds ids below `ids`.
-
-    >>> dtype_for(50258)
-    '<u2'
-    """
+    """Return the smallest of uint16 and uint32 that holds ids below `ids`."""
     return "<u2" if ids <= 2**16 else "<u4"
 
 
@@ -43,17 +39,12 @@ def name(part: int) -> str:
 
 
 class Rows:
-    """The records of several files one after the other, by number; a file is fetched when it is first read.
+    """The records of several files one after the other, by number; a file is fetched when it is first read."""
 
-    Example:
-        rows = Rows({"train-00000.arrayrecord": 100}, folder.joinpath)
-        rows[99]
-    """
-
-    def __init__(self, counts: Mapping[str, int], fetch: Callable[[str], Path], opened: dict[str, Any] | None = None):
-        """Take the rows of each file by its name, what gives its local path, and the open files, when shared."""
-        self._names, self._ends, self._fetch = list(counts), list(accumulate(counts.values())), fetch
-        self._opened = {} if opened is None else opened
+    def __init__(self, counts: Mapping[str, int], fetch: Callable[[str], Path], opened: dict[str, Any]):
+        """Take the rows of each file by its name, what gives its local path, and the open files, perhaps shared."""
+        self._names, self._ends = list(counts), list(accumulate(counts.values()))
+        self._fetch, self._opened = fetch, opened
 
     def __len__(self) -> int:
         return self._ends[-1]

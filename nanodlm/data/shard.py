@@ -1,6 +1,5 @@
 """The shard stage: documents become rows of token ids in ArrayRecord files."""
 
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -32,40 +31,29 @@ def build_shards(
     """
     length = config.model.seq_len
     encoding = load(inputs["tokenizer"].local())
-    cut = _cut(inputs["split"])
+    cut = inputs["split"].metrics["cut"]
     parts = download.parts(inputs["download"])
-    totals = {"train_rows": 0, "train_tokens": 0, "train_documents": 0, "dropped_tokens": 0, "dropped_documents": 0}
-    infos: dict[int, dict[str, Any]] = {}
-
-    def done(index: int, info: dict[str, Any]) -> None:
-        infos[index] = info
-        emit("progress", done=len(infos), total=len(parts), unit="shards")
-
-    for i in range(len(parts)):
-        if info := attempt.adopt(data_rows.name(i)):
-            done(i, info)
+    infos = {i: info for i in range(len(parts)) if (info := attempt.adopt(data_rows.name(i)))}
     missing = [i for i in range(len(parts)) if i not in infos]
     if missing:
         folder = inputs["download"].local(*(parts[i] for i in missing))
         for i in missing:
-            done(i, _write_shard(config, encoding, cut, folder / parts[i], attempt, i, os.cpu_count() or 1))
-    for info in infos.values():
-        for field in totals:
-            totals[field] += info[field]
-    rows_per_shard = [infos[i]["train_rows"] for i in range(len(parts))]
-    first_key = min((info["first_key"] for info in infos.values()), default="f" * 32)
+            infos[i] = _write_shard(config, encoding, cut, folder / parts[i], attempt, i, os.cpu_count() or 1)
+            emit("progress", done=len(infos), total=len(parts), unit="shards")
+    shards = [infos[i] for i in range(len(parts))]
+    counts = ("train_rows", "train_tokens", "train_documents", "dropped_tokens", "dropped_documents")
+    totals = {field: sum(info[field] for info in shards) for field in counts}
+    first_key = min(info["first_key"] for info in shards)
     if totals["train_rows"] == 0:
-        raise NanodlmError(
-            f"no training row: the documents left after the validation split have fewer than seq_len ({length}) "
-            "tokens; add text, or lower --model.seq_len or --data.val_tokens"
-        )
+        few = f"the documents left after the validation split have fewer than seq_len ({length}) tokens"
+        raise NanodlmError(f"no training row: {few}; add text, or lower --model.seq_len or --data.val_tokens")
     assert first_key > cut, "a held-out document is among the training documents"
     validation = np.load(inputs["split"].local() / "validation.npy", allow_pickle=False)
     val_rows = [validation[i : i + length] for i in range(0, len(validation), length)]
     write(attempt.path / "validation.arrayrecord", val_rows)
     return {
         **totals,
-        "rows_per_shard": rows_per_shard,
+        "rows_per_shard": [info["train_rows"] for info in shards],
         "val_tokens": len(validation),
         "val_rows": len(val_rows),
         "val_bytes": inputs["split"].metrics["val_bytes"],
@@ -79,19 +67,13 @@ def build_shards(
 
 
 def build_shard(config: Config, inputs: dict[str, Artifact], attempt: Attempt, index: int) -> dict[str, Any]:
-    """Make one shard of the shard stage, from its part of the corpus alone, as a finished part of the attempt.
+    """Make one shard from its part of the corpus alone, as a finished part of the attempt, which a later one adopts.
 
-    A later attempt adopts the shard. Only this part of the corpus is fetched, and one thread is used: whoever makes one
-    shard at a time makes several beside each other. What the part was finished with is returned.
+    One thread is used: whoever makes one shard at a time makes several beside each other.
     """
     encoding = load(inputs["tokenizer"].local())
     part = inputs["download"].file(download.parts(inputs["download"])[index])
-    return _write_shard(config, encoding, _cut(inputs["split"]), part, attempt, index, threads=1)
-
-
-def _cut(split: Artifact) -> str:
-    """Return the largest key that is held out."""
-    return json.loads(split.file("split.json").read_text())["cut"]
+    return _write_shard(config, encoding, inputs["split"].metrics["cut"], part, attempt, index, threads=1)
 
 
 def _write_shard(

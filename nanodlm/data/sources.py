@@ -111,19 +111,15 @@ def _snapshot(data: DataConfig) -> Path:
             commits = huggingface_hub.HfApi().list_repo_commits(name, repo_type="dataset")
             matches = [c.commit_id for c in commits if c.commit_id.startswith(revision)]
             if len(matches) != 1:
-                raise NanodlmError(
-                    f"{len(matches)} commits of {name} begin with {revision}: give --data.revision in full"
-                )
+                found = f"{len(matches)} commits of {name} begin with {revision}"
+                raise NanodlmError(f"{found}: give --data.revision in full")
             revision = matches[0]
-        patterns = [f"*{suffix}" for suffix in HUB_SUFFIXES]
-        return Path(
-            huggingface_hub.snapshot_download(name, repo_type="dataset", revision=revision, allow_patterns=patterns)
-        )
+        wanted: dict[str, Any] = {"revision": revision, "allow_patterns": [f"*{suffix}" for suffix in HUB_SUFFIXES]}
+        return Path(huggingface_hub.snapshot_download(name, repo_type="dataset", **wanted))
     except (HfHubHTTPError, OSError, ValueError) as error:
-        raise NanodlmError(
-            f"cannot fetch {data.source[0]} at {data.revision}: {' '.join(str(error).split())[:200]}; "
-            "finished files are kept, so run again, or point --data.source at local copies"
-        ) from error
+        what = f"cannot fetch {data.source[0]} at {data.revision}: {' '.join(str(error).split())[:200]}"
+        remedy = "finished files are kept, so run again, or point --data.source at local copies"
+        raise NanodlmError(f"{what}; {remedy}") from error
 
 
 def read_documents(data: DataConfig, files: list[str]) -> Iterator[pa.Array]:
@@ -148,9 +144,7 @@ def read_documents(data: DataConfig, files: list[str]) -> Iterator[pa.Array]:
                 if column not in table.column_names:
                     raise NanodlmError(f"{url} has no column {column!r} but {table.column_names}: set --data.column")
                 if isinstance(table[column].type, pa.BaseExtensionType):  # else texts would turn into their JSON
-                    raise NanodlmError(
-                        f"cannot read {url}: {column!r} holds values of several kinds; make them all one"
-                    )
+                    raise NanodlmError(f"cannot read {url}: {column!r} holds values of several kinds; make them one")
                 array = table[column].combine_chunks().cast(wanted).drop_null()
                 array.validate(full=True)  # no reader but that of .txt checks for UTF-8
                 lengths = pa.compute.list_value_length(array) if data.pretokenized else pa.compute.binary_length(array)  # type: ignore[attr-defined]

@@ -22,6 +22,7 @@ from nanodlm.data.tokenizer import gpt2, load, plain_bytes, save, token_bytes, t
 from nanodlm.errors import NanodlmError
 from nanodlm.store import Artifact, Attempt
 
+Emit = Callable[..., None]
 MAX_BPE_BYTES = 200_000_000
 
 
@@ -41,14 +42,11 @@ def _keyed_documents(folder: Path, seed: int) -> Iterator[tuple[str, Any]]:
             yield document_key(document, seed), document
 
 
-def build_tokenizer(
-    config: Config, inputs: dict[str, Artifact], attempt: Attempt, emit: Callable[..., None]
-) -> dict[str, Any]:
+def build_tokenizer(config: Config, inputs: dict[str, Artifact], attempt: Attempt, emit: Emit) -> dict[str, Any]:
     """Make the encoding; a trained one sees only documents that the split cannot hold out.
 
-    How many documents the split takes depends on the encoding. So first a zone at the front of their order is set
-    aside, the encoding is trained on the rest, and the zone is counted with it; if that gives fewer than
-    `val_tokens` tokens, the zone grows and the training starts over.
+    How many those are depends on the encoding. So a zone at the front of their order is set aside, the encoding is
+    trained on the rest, and the zone counted with it; when it has too few tokens, it grows and all starts over.
 
     Raises:
         NanodlmError: When the corpus is too small for the validation split.
@@ -82,11 +80,9 @@ def build_tokenizer(
 
 
 def _too_small(val_tokens: int, size: str, units: int) -> NanodlmError:
-    return NanodlmError(
-        f"the corpus is smaller than the validation split: {size} in {units:,} documents cannot give "
-        f"{val_tokens:,} validation tokens and leave some to train on; add text, lower --data.val_tokens, "
-        "or cut long .txt files up with --data.sample_by paragraph"
-    )
+    found = f"{size} in {units:,} documents cannot give {val_tokens:,} validation tokens and leave some to train on"
+    remedy = "add text, lower --data.val_tokens, or cut long .txt files up with --data.sample_by paragraph"
+    return NanodlmError(f"the corpus is smaller than the validation split: {found}; {remedy}")
 
 
 def _up_to(limit: int, texts: Iterable[str]) -> Iterator[str]:
@@ -97,13 +93,10 @@ def _up_to(limit: int, texts: Iterable[str]) -> Iterator[str]:
         yield text
 
 
-def build_split(
-    config: Config, inputs: dict[str, Artifact], attempt: Attempt, emit: Callable[..., None]
-) -> dict[str, Any]:
+def build_split(config: Config, inputs: dict[str, Artifact], attempt: Attempt, emit: Emit) -> dict[str, Any]:
     """Choose the held-out units and write their tokens (`validation.npy`) and the cut (`split.json`).
 
-    One pass keeps the units with the smallest keys, just as many as the budget needs, so memory does not grow with
-    the corpus.
+    One pass keeps just as many units as the budget needs, so memory does not grow with the corpus.
 
     Raises:
         NanodlmError: When the corpus has too few tokens, or a row has ids that the tokenizer lacks.
@@ -125,7 +118,6 @@ def build_split(
         raise _too_small(data.val_tokens, f"{total:,} tokens", units)
     chosen.sort(key=lambda item: -item[0])
     validation = np.concatenate([tokens for *_, tokens in chosen])[: data.val_tokens]
-    lengths = np.array(token_bytes(encoding))
     cut = f"{-chosen[-1][0]:032x}"
     if zone_end := inputs["tokenizer"].metrics.get("zone_end"):
         assert cut <= zone_end, "the tokenizer was trained on a held-out document"
@@ -133,7 +125,7 @@ def build_split(
     (attempt.path / "split.json").write_text(json.dumps({"cut": cut, "seed": data.split_seed}, indent=1))
     return {
         "val_tokens": len(validation),
-        "val_bytes": int(lengths[validation].sum()),
+        "val_bytes": int(np.array(token_bytes(encoding))[validation].sum()),
         "val_documents": len(chosen),
         "documents": units,
         "val_dropped_tokens": total - len(validation),

@@ -1,9 +1,6 @@
 """Tokenizers, all as `tiktoken.Encoding`: GPT-2's, plain bytes, and BPE trained on the training documents.
 
 Every encoding ends with the end-of-text mark; the mask is the first id after it.
-
-    encoding = gpt2()
-    encoding.n_vocab          # 50257; mask_id is 50257, and the model's vocabulary is padded to 50304
 """
 
 import base64
@@ -29,11 +26,7 @@ def make_encoding(name: str, ranks: dict[bytes, int]) -> tiktoken.Encoding:
 
 
 def plain_bytes() -> tiktoken.Encoding:
-    """Make the encoding whose tokens are the 256 bytes.
-
-    >>> plain_bytes().encode_ordinary("Hi")
-    [72, 105]
-    """
+    """Make the encoding whose tokens are the 256 bytes."""
     return make_encoding("bytes", {bytes([i]): i for i in range(256)})
 
 
@@ -91,10 +84,8 @@ def _bytes_of_characters() -> dict[str, int]:
 
 def save(encoding: tiktoken.Encoding, folder: Path) -> None:
     """Write `ranks.tiktoken` (tiktoken's own format) and `tokenizer.json`."""
-    ranks = encoding._mergeable_ranks
-    lines = (
-        f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in sorted(ranks.items(), key=lambda i: i[1])
-    )
+    ranks = sorted(encoding._mergeable_ranks.items(), key=lambda item: item[1])
+    lines = [f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks]
     (folder / "ranks.tiktoken").write_text("".join(lines))
     description = {"name": encoding.name, "n_vocab": encoding.n_vocab, "end_of_text": encoding.eot_token}
     (folder / "tokenizer.json").write_text(json.dumps(description, indent=1))
@@ -129,10 +120,9 @@ def tokenise(encoding: tiktoken.Encoding, document: str | list[int]) -> np.ndarr
     """
     if isinstance(document, str):
         return np.array([*encoding.encode_ordinary(document), encoding.eot_token])
-    ids = np.asarray(document)
-    if ids.min() < 0 or ids.max() >= encoding.n_vocab:
-        raise NanodlmError(
-            f"a row holds token id {ids.max() if ids.max() >= encoding.n_vocab else ids.min()}, but {encoding.name} "
-            f"has ids 0 to {encoding.n_vocab - 1}: check --data.tokenizer and --data.column"
-        )
+    ids, last = np.asarray(document), encoding.n_vocab - 1
+    if ids.min() < 0 or ids.max() > last:
+        bad = ids.max() if ids.max() > last else ids.min()
+        remedy = "check --data.tokenizer and --data.column"
+        raise NanodlmError(f"a row holds token id {bad}, but {encoding.name} has ids 0 to {last}: {remedy}")
     return ids

@@ -9,22 +9,17 @@ import tiktoken
 class Vocabulary:
     """The meaning of ids: real tokens from 0 on, then the mask, then padding.
 
-    Attributes:
-        size: Number of real tokens, the end-of-text mark among them.
-        end_of_text: Id of the mark that ends a document.
-
     >>> from nanodlm.data.tokenizer import gpt2
     >>> vocabulary = Vocabulary.of(gpt2())
     >>> vocabulary.size, vocabulary.end_of_text, vocabulary.mask_id, vocabulary.padded_size
     (50257, 50256, 50257, 50304)
     """
 
-    size: int
+    size: int  # of the real tokens, the end-of-text mark among them
     end_of_text: int
 
     @classmethod
     def of(cls, encoding: tiktoken.Encoding) -> "Vocabulary":
-        """Return the vocabulary of a tokenizer."""
         return cls(encoding.n_vocab, encoding.eot_token)
 
     @property

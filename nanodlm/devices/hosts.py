@@ -42,11 +42,7 @@ def my_share(mesh: Mesh) -> tuple[int, int]:
 
 
 def from_leader(value: Any) -> Any:
-    """Return what process 0 passed, a JSON value, on all processes; all of them must call it.
-
-    >>> from_leader({"step": 100})
-    {'step': 100}
-    """
+    """Return what process 0 passed, a JSON value, on all processes; all of them must call it."""
     if jax.process_count() == 1:
         return value
     encoded = np.frombuffer(json.dumps(value).encode(), np.uint8) if jax.process_index() == 0 else np.zeros(0, np.uint8)
@@ -56,11 +52,7 @@ def from_leader(value: Any) -> Any:
 
 
 def any_process(value: bool) -> bool:
-    """Return True on all processes when any of them passed True; all of them must call it.
-
-    >>> any_process(True)
-    True
-    """
+    """Return True on all processes when any of them passed True; all of them must call it."""
     return bool(np.any(process_allgather(np.array([value]))))
 
 
@@ -69,12 +61,7 @@ def join(coordinator: str = "", processes: int | None = None, process: int | Non
 
     They find each other by the arguments, else by `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`,
     else by what Slurm sets when `srun` starts several tasks (one for each GPU, for JAX gives each task one). Without
-    any the process is alone.
-
-    Args:
-        coordinator: HOST:PORT on which process 0 listens; the same for all.
-        processes: How many there are.
-        process: Which one this is, from 0.
+    any the process is alone. Process 0 listens at `coordinator`, HOST:PORT.
 
     Raises:
         UsageError: For numbers that make no sense, or some but not all of the three.
@@ -92,33 +79,24 @@ def join(coordinator: str = "", processes: int | None = None, process: int | Non
         raise UsageError(f"JAX_NUM_PROCESSES and JAX_PROCESS_ID must be whole numbers: {error}") from error
     complete = ":" in coordinator and 0 <= process < processes
     if not complete and (coordinator or processes > 0 or process >= 0):
-        raise UsageError(
-            "several processes need all of --coordinator HOST:PORT, --processes N and --process I, from 0 to N - 1, or "
-            "of JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID: "
-            f"found {coordinator or 'no coordinator'}, {processes} processes and process {process}"
-        )
+        flags = "--coordinator HOST:PORT, --processes N and --process I, from 0 to N - 1"
+        variables = "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID"
+        found = f"{coordinator or 'no coordinator'}, {processes} processes and process {process}"
+        raise UsageError(f"several processes need all of {flags}, or of {variables}: found {found}")
     slurm = not coordinator and int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_STEP_NODELIST" in env
     if not coordinator and not slurm:
         return 0
     jax.config.update("jax_enable_preemption_service", False)  # it would keep SIGTERM from us
     limits: dict[str, Any] = {"heartbeat_timeout_seconds": 30, "shutdown_timeout_seconds": 30}  # when one of them dies
+    named = {} if slurm else {"coordinator_address": coordinator, "num_processes": processes, "process_id": process}
     try:
-        if slurm:
-            jax.distributed.initialize(**limits)
-        else:
-            jax.distributed.initialize(coordinator, num_processes=processes, process_id=process, **limits)
+        jax.distributed.initialize(**named, **limits)
     except RuntimeError as error:
-        raise NanodlmError(
-            f"process {process} of {processes} could not join the others at {coordinator or 'the address of Slurm'}: "
-            f"{' '.join(str(error).split())[:200]}"
-        ) from error
+        what = f"process {process} of {processes} could not join the others at {coordinator or 'the address of Slurm'}"
+        raise NanodlmError(f"{what}: {' '.join(str(error).split())[:200]}") from error
     return jax.process_index()
 
 
 def is_one_of_several() -> bool:
-    """Return whether this process is one of several; such a one ends at once after an error and waits for no other.
-
-    >>> is_one_of_several()
-    False
-    """
+    """Return whether this process is one of several; such a one ends at once after an error and waits for no other."""
     return jax.distributed.is_initialized()

@@ -20,7 +20,6 @@ AXES = ("data", "fsdp", "tensor")
 # Numbers on one device at a time. On a CPU that is 256 MiB of float32; a GPU has more, and wants larger products.
 LOGITS_AT_ONCE = {"cpu": 2**26, "gpu": 2**28, "tpu": 2**28}
 
-
 # The mesh axis, or axes, along which each named axis of an array is cut.
 RULES = {
     "batch": ("data", "fsdp"),
@@ -44,31 +43,20 @@ def cut(*logical: str | None) -> PartitionSpec:
 def make_mesh(rows: int, *, fsdp: int = 1, tensor: int = 1) -> Mesh:
     """Return a mesh over all devices of all processes; `data` is what `fsdp` and `tensor` leave.
 
-    Args:
-        rows: Rows of a batch, which `data` and `fsdp` share evenly.
-        fsdp: Devices that share one copy of the parameters by rows of the matrices.
-        tensor: Devices that share the work on each row.
+    The `rows` of a batch are shared evenly by `data` and `fsdp`.
 
     Raises:
         UsageError: When the devices or the rows cannot be shared so.
-
-    >>> make_mesh(rows=jax.device_count()).axis_names
-    ('data', 'fsdp', 'tensor')
     """
     devices = jax.device_count()
     if devices % (fsdp * tensor):
-        raise UsageError(
-            f"{devices} devices cannot be shared by fsdp {fsdp} and tensor {tensor}, whose product must divide them: "
-            "change --train.fsdp or --train.tensor"
-        )
+        what = f"{devices} devices cannot be shared by fsdp {fsdp} and tensor {tensor}, whose product must divide them"
+        raise UsageError(f"{what}: change --train.fsdp or --train.tensor")
     shares = devices // tensor
     if rows % shares:
-        raise UsageError(
-            f"a batch of {rows} rows cannot be shared by {shares} devices: use a multiple of {shares}, "
-            f"such as {-(-rows // shares) * shares}"
-        )
-    shape = (devices // (fsdp * tensor), fsdp, tensor)
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3)
+        remedy = f"use a multiple of {shares}, such as {-(-rows // shares) * shares}"
+        raise UsageError(f"a batch of {rows} rows cannot be shared by {shares} devices: {remedy}")
+    return jax.make_mesh((shares // fsdp, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -77,14 +65,10 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def shardings(mesh: Mesh, tree: Any, logical_axes: dict[str, tuple[str | None, ...]]) -> Any:
-    """Return the sharding of each array of a tree, by the last two names of its path.
+    """Return the sharding of each array, or shape, of a tree, by the last two names of its path.
 
-    Averages and optimizer states end in the names of their parameters, and so are cut like them.
-
-    Args:
-        mesh: From `make_mesh`.
-        tree: Arrays, or their shapes.
-        logical_axes: Names of the last axes, such as `model.LOGICAL_AXES`; what is not listed is held whole.
+    Averages and optimizer states end in the names of their parameters, and so are cut like them. `logical_axes` names
+    the last axes, as `model.LOGICAL_AXES` does; what it does not list is held whole.
 
     Raises:
         UsageError: When an axis cannot be cut evenly.
@@ -103,10 +87,8 @@ def shardings(mesh: Mesh, tree: Any, logical_axes: dict[str, tuple[str | None, .
         spec = cut(*(None,) * (len(leaf.shape) - len(logical)), *logical)
         for size, axis in zip(leaf.shape, spec, strict=False):
             if axis is not None and size % mesh.shape[axis]:
-                flag = f"--train.{axis} {mesh.shape[axis]}"
-                raise UsageError(
-                    f"{name} has {size} along an axis that {flag} cannot cut evenly: use a divisor of {size}"
-                )
+                cuts = f"--train.{axis} {mesh.shape[axis]} cannot cut evenly"
+                raise UsageError(f"{name} has {size} along an axis that {cuts}: use a divisor of {size}")
         return NamedSharding(mesh, spec)
 
     return jax.tree_util.tree_map_with_path(sharding, tree)
@@ -123,22 +105,14 @@ def put_whole(mesh: Mesh, rows: np.ndarray) -> jax.Array:
 
 
 def logit_chunks(positions: int, outputs: int) -> int:
-    """Return in how many parts the logits of so many positions are made, which bounds what a device holds at a time.
-
-    >>> logit_chunks(64, 1000)
-    1
-    """
+    """Return in how many parts the logits of so many positions are made, which bounds what a device holds at a time."""
     mesh = jax.sharding.get_abstract_mesh()
     shares = 1 if mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"]
     return -(-positions * outputs // (LOGITS_AT_ONCE.get(jax.default_backend(), 2**26) * shares))
 
 
 def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
-    """Keep an activation cut along these axes, under the mesh that `jax.set_mesh` names; without one, as it is.
-
-    >>> constrain(jax.numpy.ones((2, 3)), "batch", None).shape
-    (2, 3)
-    """
+    """Keep an activation cut along these axes, under the mesh that `jax.set_mesh` names; without one, as it is."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or set(AXES) - set(mesh.axis_names):
         return x

@@ -24,9 +24,11 @@ from nanodlm.evaluation.scoring import make_scorer, score_rows
 from nanodlm.model.transformer import Transformer
 from nanodlm.store import Artifact, Attempt
 
+Emit = Callable[..., None]
+
 
 def unigram_nats(tokens: Int[np.ndarray, "N"]) -> float:
-    """Entropy of the tokens' own frequencies, in nats per token: what the best model without context scores.
+    """Return the entropy of the tokens' own frequencies, in nats per token: the best that a model without context gets.
 
     >>> round(unigram_nats(np.array([0, 1, 0, 1])), 4)
     0.6931
@@ -36,14 +38,12 @@ def unigram_nats(tokens: Int[np.ndarray, "N"]) -> float:
     return float(-(p * np.log(p)).sum())
 
 
-def evaluate(
-    config: Config, inputs: dict[str, Artifact], attempt: Attempt, emit: Callable[..., None] = lambda *_, **__: None
-) -> dict[str, Any]:
+def evaluate(config: Config, inputs: dict[str, Artifact], attempt: Attempt, emit: Emit) -> dict[str, Any]:
     """Stage: `score` the validation rows with the bound of the objective they were trained on; write `metrics.json`."""
     model, encoding = load_artifact(inputs["train"])
     trained = load_config(str(inputs["train"].file("config.json")))
-    rows = read(inputs["shard"].file("validation.arrayrecord"), inputs["shard"].metrics["dtype"])
-    rows = rows[: config.eval.max_rows]
+    shard = inputs["shard"]
+    rows = read(shard.file("validation.arrayrecord"), shard.metrics["dtype"])[: config.eval.max_rows]
     objective = make_objective(trained, Vocabulary.of(encoding))
     metrics = score(model, encoding, rows, objective, config.eval, edges_known=trained.edges_known, emit=emit)
     (attempt.path / "metrics.json").write_text(json.dumps(metrics, indent=1))
@@ -58,22 +58,14 @@ def score(
     options: EvalConfig,
     *,
     edges_known: bool = False,
-    emit: Callable[..., None] = lambda *_, **__: None,
+    emit: Emit = lambda *_, **__: None,
 ) -> dict[str, Any]:
-    """The bound of rows, whatever the network was trained to minimise (see nanodlm/losses.py).
+    """Return the bound of rows, whatever the network was trained to minimise (see diffusion/objective.py).
 
-    Every row is scored by itself: its bound is on -log p of its tokens without the text before it. Each row gets
-    `eval.repeats` draws of noise. The standard error is that of the mean over rows taken as independent: it covers
-    the noise and the choice of rows, not that rows of one document resemble each other.
-
-    Args:
-        model: The network.
-        encoding: Its tokenizer.
-        rows: Token ids, of equal length but for the last row, which may be shorter.
-        objective: What the network was trained on.
-        options: Batch size, draws of noise and their seed; `max_rows` is not read.
-        edges_known: Whether the network is told where documents end.
-        emit: Called as `emit(kind, **fields)` with progress.
+    Rows are of equal length but for the last, which may be shorter. Every row is scored by itself: its bound is on
+    -log p of its tokens without the text before it. Each row gets `repeats` draws of noise. The standard error is that
+    of the mean over rows taken as independent: it covers the noise and the choice of rows, not that rows of one
+    document resemble each other. With `edges_known` the network is told where documents end.
 
     Raises:
         NanodlmError: When there are fewer than two rows, which have no standard error.
@@ -88,11 +80,10 @@ def score(
     scorer = make_scorer(objective, graphdef, document_end=encoding.eot_token if edges_known else None)
     mesh = make_mesh(options.batch_size)
     params = jax.device_put(params, replicated(mesh))
-    key = jax.random.key(options.seed)
     nats = np.zeros(len(rows))
     for repeat in range(options.repeats):
         done = 0
-        noise = jax.random.fold_in(key, repeat)
+        noise = jax.random.fold_in(jax.random.key(options.seed), repeat)
         for scored in score_rows(scorer, params, rows, noise, mesh=mesh, batch_size=options.batch_size):
             nats[done : done + len(scored)] += scored / options.repeats
             done += len(scored)
@@ -100,7 +91,7 @@ def score(
                 emit("progress", done=done + repeat * len(rows), total=len(rows) * options.repeats, unit="rows")
     tokens = np.concatenate(rows)
     n_bytes = int(np.array(token_bytes(encoding))[tokens].sum())
-    stderr = float(nats.std(ddof=1)) * math.sqrt(len(rows))
+    stderr = float(nats.std(ddof=1)) * math.sqrt(len(rows))  # of the sum
     return {
         "val_nats_per_token": float(nats.sum()) / len(tokens),
         "val_nats_per_token_stderr": stderr / len(tokens),
@@ -115,7 +106,7 @@ def score(
 
 
 def bits_per_byte(nats: float, n_bytes: int) -> float:
-    """Total nats over a text of so many bytes, as bits per byte.
+    """Convert the total nats of a text of so many bytes to bits per byte.
 
     >>> bits_per_byte(math.log(2) * 8, 4)
     2.0

@@ -56,13 +56,10 @@ def build(config: Config, inputs: dict[str, Artifact], attempt: Attempt, emit: C
 
 
 def loss_curve(points: list[tuple[int, float]], level: float | None = None) -> str:
-    """Return an SVG of the training bound in nats per token over updates, with a dashed line at `level`.
+    """Return an SVG of the training bound over updates, with a dashed line at `level`, the unigram entropy.
 
-    Each point is the mean of up to 1/50 of the records, because the bound of one batch is noisy.
-
-    Args:
-        points: Updates done, and the bound of the batch then.
-        level: The unigram entropy in nats per token, or None for no line.
+    `points` are updates done with the bound of the batch then, in nats per token. Each point that is drawn is the mean
+    of up to 1/50 of them, because the bound of one batch is noisy.
     """
     size = max(1, len(points) // 50)
     groups = [points[i : i + size] for i in range(0, len(points), size)]
@@ -86,17 +83,16 @@ def loss_curve(points: list[tuple[int, float]], level: float | None = None) -> s
         for v in ticks
     )
     middle, below = (left + right) / 2, bottom + 20
-    dashed = "" if level is None else _dashed(left, right, y(level))
+    dashed = ""
+    if level is not None:
+        at = y(level)
+        dashed = (
+            f'<line x1="{left}" x2="{right}" y1="{at:.1f}" y2="{at:.1f}" stroke="#c2571a" stroke-dasharray="5 4"/>'
+            f'<text x="{right}" y="{at - 6:.1f}" text-anchor="end" fill="#c2571a">unigram entropy</text>'
+        )
     return (
         f'<svg viewBox="0 0 720 290" font-size="12" fill="#5b6776" role="img" aria-label="training bound">{grid}'
         f'{dashed}<polyline points="{line}" fill="none" stroke="#3b73c4" stroke-width="2"/>'
         f'<text x="{left}" y="{below}">0</text><text x="{right}" y="{below}" text-anchor="end">{last:,.0f}</text>'
         f'<text x="{middle}" y="{below + 18}" text-anchor="middle">update; bound in nats per token</text></svg>'
-    )
-
-
-def _dashed(left: float, right: float, y: float) -> str:
-    return (
-        f'<line x1="{left}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}" stroke="#c2571a" stroke-dasharray="5 4"/>'
-        f'<text x="{right}" y="{y - 6:.1f}" text-anchor="end" fill="#c2571a">unigram entropy</text>'
     )

@@ -18,17 +18,12 @@ Scorer = Callable[[Any, Int[Array, "B L"], Key[Array, ""]], Float[Array, "B"]]
 
 
 def make_scorer(objective: Objective, graphdef: nnx.GraphDef, *, document_end: int | None = None) -> Scorer:
-    """The bound of each row, of (parameters, rows, key), in nats per sequence, whatever weights were trained on.
+    """Return a function of (parameters, rows, key): the bound of each row in nats, whatever weights were trained on.
 
     Noise takes the count form, which has the least variance and no schedule in it; the autoregressive likelihood has no
-    noise.
-
-    Args:
-        objective: What the network was trained on.
-        graphdef: The network.
-        document_end: The id that ends a document, when the network is told where that is. It says where the masked
-            end-of-text marks are, so the number is a bound for known edges only; from left to right they are known,
-            for a mark that was read ends a document.
+    noise. With `document_end`, the id that ends a document, the network is told where documents end. That says where
+    masked end-of-text marks are, so the number is a bound for known edges only; from left to right they are known, for
+    a mark that was read ends a document.
     """
     objective = replace(objective, estimator="count", times="systematic", weighting="bound")
 
@@ -51,29 +46,14 @@ def make_scorer(objective: Objective, graphdef: nnx.GraphDef, *, document_end: i
 def score_rows(
     scorer: Scorer, params: Any, rows: list[np.ndarray], key: Key[Array, ""], *, mesh: Mesh, batch_size: int
 ) -> Iterator[Float[np.ndarray, "B"]]:
-    """Nats of each row, a batch at a time: equal keys give equal noise.
+    """Yield the nats of each row, a batch at a time: equal keys give equal noise.
 
-    Args:
-        scorer: Of the model.
-        params: Its parameters.
-        rows: Token ids; all but the last are of one length.
-        key: Randomness.
-        mesh: Where the model is.
-        batch_size: Rows per forward pass.
+    All rows are of one length but for the last, which may be shorter and then is a batch of its own.
     """
-    done = 0
-    for batch in _batches(rows, batch_size):
-        # A short last batch is filled up by repeating its rows; the copies' results are not used.
-        filled = np.resize(np.stack(batch), (batch_size, len(batch[0])))
-        scored = scorer(params, put_whole(mesh, filled), jax.random.fold_in(key, done))
-        yield np.asarray(scored)[: len(batch)]
-        done += len(batch)
-
-
-def _batches(rows: list[np.ndarray], size: int) -> Iterator[list[np.ndarray]]:
-    """Batches of rows of equal length; the validation's short last row comes alone."""
-    whole = [row for row in rows if len(row) == len(rows[0])]
-    for i in range(0, len(whole), size):
-        yield whole[i : i + size]
-    if len(whole) < len(rows):
-        yield rows[len(whole) :]
+    whole = len(rows) - (len(rows[-1]) != len(rows[0]))
+    starts = [*range(0, whole, batch_size), *range(whole, len(rows))]
+    for start, end in zip(starts, [*starts[1:], len(rows)], strict=True):
+        # A short batch is filled up by repeating its rows; the copies' results are not used.
+        filled = np.resize(np.stack(rows[start:end]), (batch_size, len(rows[start])))
+        scored = scorer(params, put_whole(mesh, filled), jax.random.fold_in(key, start))
+        yield np.asarray(scored)[: end - start]

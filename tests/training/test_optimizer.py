@@ -1,6 +1,6 @@
 """The learning rate and the optimizers, against their formulas."""
 
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import jax
@@ -31,12 +31,7 @@ def rates(steps: list[int], **fields: Any) -> list[float]:
 
 QUARTER = 0.5 + 1.5 * (1 + np.cos(np.pi / 4)) / 2
 DECAY = {"lr_schedule": "warmup_stable_decay"}
-SHORT = {
-    "min_lr": 0.0,
-    "warmup_steps": 2,
-    "cooldown_steps": 100,
-    "max_steps": 6,
-}  # the rise first, then what is left of the decay
+SHORT = {"min_lr": 0.0, "warmup_steps": 2, "max_steps": 6}  # the rise first, then what is left of the decay
 
 
 @pytest.mark.parametrize(
@@ -44,14 +39,11 @@ SHORT = {
     [
         (
             {"lr_schedule": "warmup_cosine"},
-            {0: 0.2, 4: 1.0, 9: 2.0, 10: 2.0, 60: 1.25, 35: QUARTER, 110: 0.5, 500: 0.5},
+            {0: 0.2, 9: 2.0, 10: 2.0, 60: 1.25, 35: QUARTER, 110: 0.5, 500: 0.5},
         ),
-        (
-            {**DECAY, "cooldown_steps": 40},
-            {0: 0.2, 9: 2.0, 10: 2.0, 50: 2.0, 70: 2.0, 80: 1.625, 90: 1.25, 110: 0.5, 500: 0.5},
-        ),
+        ({**DECAY, "cooldown_steps": 40}, {0: 0.2, 9: 2.0, 10: 2.0, 70: 2.0, 80: 1.625, 90: 1.25, 110: 0.5, 500: 0.5}),
         ({**DECAY, "cooldown_steps": 100}, {0: 0.2, 9: 2.0, 10: 2.0, 60: 1.25, 110: 0.5}),
-        ({**DECAY, **SHORT}, {0: 1.0, 1: 2.0, 2: 2.0, 3: 1.5, 4: 1.0, 5: 0.5}),
+        ({**DECAY, **SHORT, "cooldown_steps": 100}, {0: 1.0, 1: 2.0, 2: 2.0, 3: 1.5, 4: 1.0, 5: 0.5}),
         ({"lr_schedule": "warmup_constant"}, {0: 0.2, 4: 1.0, 9: 2.0, 10: 2.0, 60: 2.0, 110: 2.0}),
         ({"lr_schedule": "none"}, {0: 2.0, 5: 2.0, 110: 2.0}),
     ],
@@ -72,11 +64,11 @@ def fresh(**model: Any) -> tuple[nnx.GraphDef, Any]:
     config = TINY.replace(model=model)
     graphdef, abstract = nnx.split(nnx.eval_shape(lambda: make_model(config, Vocabulary.of(ENCODING))))
     rng = np.random.default_rng(1)
-    values = jax.tree.map(
-        lambda leaf: jnp.asarray(rng.normal(scale=0.3, size=leaf.shape) + (leaf.ndim == 1), leaf.dtype),
-        nnx.to_pure_dict(abstract),
-    )
-    return graphdef, values
+
+    def drawn(leaf: Any) -> jax.Array:
+        return jnp.asarray(rng.normal(scale=0.3, size=leaf.shape) + (leaf.ndim == 1), leaf.dtype)
+
+    return graphdef, jax.tree.map(drawn, nnx.to_pure_dict(abstract))
 
 
 def gradients_like(params: Any, seed: int = 0) -> Any:
@@ -86,16 +78,10 @@ def gradients_like(params: Any, seed: int = 0) -> Any:
 
 def updates(optimizer: optax.GradientTransformation, params: Any, *gradients: Any) -> dict[str, np.ndarray]:
     """The last of several updates, by the parameters' paths."""
-
-    return by_name(last_update(params, list(gradients), optimizer))
-
-
-@partial(jax.jit, static_argnums=2)
-def last_update(params: Any, gradients: list[Any], optimizer: optax.GradientTransformation) -> Any:
-    state = optimizer.init(params)
+    state, advance = jax.jit(optimizer.init)(params), jax.jit(optimizer.update)
     for gradient in gradients:
-        update, state = optimizer.update(gradient, state, params)
-    return update
+        update, state = advance(gradient, state, params)
+    return by_name(update)
 
 
 def by_name(tree: Any) -> dict[str, np.ndarray]:
