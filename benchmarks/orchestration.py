@@ -161,7 +161,7 @@ def _directly(config: Config, url: str, meter: Meter) -> None:
     for name in STAGES:
         lookup = ready(name, config, Store(url))
         if lookup.stage.own_process and not lookup.artifact:
-            run_in_process(name, config, url, inputs=lookup.input_fingerprints, emit=meter.note)
+            run_in_process(lookup, config, Store(url), emit=meter.note)
         else:
             run_stage(name, config, Store(url))
 

@@ -10,9 +10,9 @@ import signal
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-from prefect import flow, tags, task
+from prefect import Flow, flow, tags, task
 from prefect.cache_policies import NO_CACHE
 from prefect.concurrency.sync import concurrency
 from prefect.context import TagsContext
@@ -85,16 +85,14 @@ def stage_task(
     try:
         with slot, wait_for_server_at_end(watcher.emit):  # in this order: a slot goes back to a server that answers
             watcher.start(name)
-            if own_process:
+            if not own_process:
+                artifact, found = run_stage(name, config, store, rebuild=rebuild, inputs=inputs, emit=watcher.emit)
+            else:
                 if name == "train" and train_on.target != "process":
                     artifact = run_on_cluster(lookup, config, store, train_on, rebuild=rebuild, emit=watcher.emit)
                 else:
-                    told = lookup.input_fingerprints
-                    run_in_process(name, config, store_url, inputs=told, rebuild=rebuild, emit=watcher.emit)
-                    artifact = store.open(f"{name}/{lookup.fingerprint}")
+                    artifact = run_in_process(lookup, config, store, rebuild=rebuild, emit=watcher.emit)
                 found = record(artifact, "built", time.monotonic() - started)
-            else:
-                artifact, found = run_stage(name, config, store, rebuild=rebuild, inputs=inputs, emit=watcher.emit)
     except Stopped as stopped:
         if isinstance(stopped.__cause__, TerminationSignal):  # Prefect tells a cancellation from a crash by it
             raise stopped.__cause__ from None
@@ -156,7 +154,6 @@ def _run(
     return records
 
 
-F = TypeVar("F", bound=Callable[..., Any])
 PARAMETERS = """
     Args:
         config: Every setting of the run.
@@ -169,14 +166,13 @@ PARAMETERS = """
 """
 
 
-def described(function: F) -> F:
-    """Add `PARAMETERS` to a flow's docstring, from which Prefect takes what its forms say."""
+def described_flow(function: Callable[..., list[dict[str, Any]]]) -> Flow[..., list[dict[str, Any]]]:
+    """Make a flow, whose docstring has `PARAMETERS`, from which Prefect takes what its forms say."""
     function.__doc__ = f"{function.__doc__}\n{PARAMETERS}"
-    return function
+    return flow(function, flow_run_name=_run_name, persist_result=False)
 
 
-@flow(flow_run_name=_run_name, persist_result=False)
-@described
+@described_flow
 def pipeline(
     config: Config = PRESETS["demo"],
     store: StoreUrl | None = None,
@@ -190,8 +186,7 @@ def pipeline(
     return _run(config, store, until, rebuild, gpu_limit, train_on)
 
 
-@flow(flow_run_name=_run_name, persist_result=False)
-@described
+@described_flow
 def prepare(
     config: Config = PRESETS["demo"], store: StoreUrl | None = None, rebuild: DataStageName | None = None
 ) -> list[dict[str, Any]]:
@@ -199,8 +194,7 @@ def prepare(
     return _run(config, store, "shard", rebuild)
 
 
-@flow(flow_run_name=_run_name, persist_result=False)
-@described
+@described_flow
 def train(
     config: Config = PRESETS["demo"],
     store: StoreUrl | None = None,
@@ -212,8 +206,7 @@ def train(
     return _run(config, store, "train", "train" if rebuild else None, gpu_limit, train_on, alone=True)
 
 
-@flow(flow_run_name=_run_name, persist_result=False)
-@described
+@described_flow
 def evaluate(
     config: Config = PRESETS["demo"], store: StoreUrl | None = None, rebuild: bool = False, gpu_limit: str | None = None
 ) -> list[dict[str, Any]]:
@@ -221,8 +214,7 @@ def evaluate(
     return _run(config, store, "evaluate", "evaluate" if rebuild else None, gpu_limit, alone=True)
 
 
-@flow(flow_run_name=_run_name, persist_result=False)
-@described
+@described_flow
 def sample(
     config: Config = PRESETS["demo"], store: StoreUrl | None = None, rebuild: bool = False, gpu_limit: str | None = None
 ) -> list[dict[str, Any]]:

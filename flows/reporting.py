@@ -11,14 +11,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, Protocol
 
-from prefect.artifacts import (
-    create_image_artifact,
-    create_link_artifact,
-    create_markdown_artifact,
-    create_progress_artifact,
-    create_table_artifact,
-    update_progress_artifact,
-)
+from prefect import artifacts as pages
 from prefect.logging import get_run_logger
 from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
@@ -76,9 +69,9 @@ class Pages:
     def _show_progress(self, percent: float, text: str) -> None:
         if self._progress is None:
             key = f"{self._stage}-progress"
-            self._progress = self._write(create_progress_artifact, percent, key=key, description=text)
+            self._progress = self._write(pages.create_progress_artifact, percent, key=key, description=text)
         else:
-            self._write(update_progress_artifact, self._progress, percent, description=text)
+            self._write(pages.update_progress_artifact, self._progress, percent, description=text)
 
     def _write(self, call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         try:
@@ -104,7 +97,7 @@ def show_counts(shard: Artifact) -> None:
     for name, side in (("train", "train"), ("validation", "val")):
         holds = f"{counts[f'{side}_tokens']:,} tokens in {counts[f'{side}_rows']:,} rows"
         rows.append({"stage": name, "holds": holds})
-    create_table_artifact(rows, key="data-counts", description="What the model is trained and tested on")
+    pages.create_table_artifact(rows, key="data-counts", description="What the model is trained and tested on")
 
 
 def show_loss(train: Artifact) -> None:
@@ -115,22 +108,22 @@ def show_loss(train: Artifact) -> None:
         size = '<svg xmlns="http://www.w3.org/2000/svg" width="720" height="290" '
         picture = base64.b64encode(loss_curve(points).replace("<svg ", size).encode()).decode()
         url, said = f"data:image/svg+xml;base64,{picture}", f"Training bound: {summary(train)}"
-        create_image_artifact(image_url=url, key="loss-curve", description=said)
+        pages.create_image_artifact(image_url=url, key="loss-curve", description=said)
 
 
 def show_samples(sample: Artifact) -> None:
     """Show the texts that the model wrote, under the key `samples`."""
     texts = [json.loads(line)["text"] for line in sample.file("samples.jsonl").read_text().splitlines()]
     quoted = ["\n".join(f"    {line}" for line in text.splitlines()) for text in texts]  # as code: no markup of theirs
-    create_markdown_artifact("\n\n---\n\n".join(quoted), key="samples", description=f"{len(texts)} samples")
+    pages.create_markdown_artifact("\n\n---\n\n".join(quoted), key="samples", description=f"{len(texts)} samples")
 
 
 def show_report(report: Artifact) -> None:
     """Show the report's numbers under the key `report`, and a link to its page under `report-page`."""
-    create_markdown_artifact(report.file("report.md").read_text(), key="report", description=report.uri)
+    pages.create_markdown_artifact(report.file("report.md").read_text(), key="report", description=report.uri)
     page = report.remote("report.html")
     link = Path(page).as_uri() if report.store.is_local else report.store.fs.unstrip_protocol(page)
-    create_link_artifact(link, link_text="report.html", key="report-page", description=report.uri)
+    pages.create_link_artifact(link, link_text="report.html", key="report-page", description=report.uri)
 
 
 SHOWN = {"shard": show_counts, "train": show_loss, "sample": show_samples, "report": show_report}

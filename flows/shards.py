@@ -3,9 +3,7 @@
 nanodlm run --runner processes --workers 4
 """
 
-import multiprocessing
 import os
-import threading
 from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
@@ -25,6 +23,7 @@ from nanodlm.config import Config
 from nanodlm.errors import NanodlmError, Unreachable, UsageError
 from nanodlm.stages import fanout
 from nanodlm.stages.lookup import ready
+from nanodlm.stages.process import end_with_parent
 from nanodlm.store import Artifact, Store
 
 RUNNERS = ("threads", "processes", "dask")
@@ -104,12 +103,9 @@ def shard_in_parallel(config: Config, store_url: str, inputs: dict[str, Artifact
 
 
 def task_runner(name: str | None = None, workers: int | None = None) -> TaskRunner[Any]:
-    """Return what runs the tasks that make shards, and how many of them at a time.
+    """Return what runs the tasks that make shards: of `$NANODLM_RUNNER` (threads) and `$NANODLM_WORKERS` (cores).
 
-    Args:
-        name: One of `RUNNERS`; by default `$NANODLM_RUNNER`, else threads. `dask` uses the cluster at
-            `$NANODLM_DASK_ADDRESS`, which has its own number of workers, else starts one on this machine.
-        workers: How many at a time; by default `$NANODLM_WORKERS`, else as many as there are cores.
+    `dask` uses the cluster at `$NANODLM_DASK_ADDRESS`, with its own number of workers, else starts one on this machine.
     """
     name = name or os.environ.get("NANODLM_RUNNER") or RUNNERS[0]
     if name not in RUNNERS:
@@ -120,11 +116,9 @@ def task_runner(name: str | None = None, workers: int | None = None) -> TaskRunn
     if name == "threads":
         return ThreadPoolTaskRunner(max_workers=int(count))
     if name == "processes":
-        return ProcessPoolTaskRunner(max_workers=int(count), initializer=_end_with_parent)
-    return _dask(int(count))
-
-
-def _dask(workers: int) -> TaskRunner[Any]:
+        return ProcessPoolTaskRunner(
+            max_workers=int(count), initializer=end_with_parent, initargs=(os.getpid(),)
+        )  # which would wait for ever where this process is killed
     os.environ.setdefault("DASK_LOGGING__DISTRIBUTED", "error")  # read when it is imported, here and in its workers
     try:
         from prefect_dask.task_runners import DaskTaskRunner
@@ -133,17 +127,5 @@ def _dask(workers: int) -> TaskRunner[Any]:
     if address := os.environ.get("NANODLM_DASK_ADDRESS"):
         return DaskTaskRunner(address=address)
     # Loopback only, and no page that others could see.
-    local = {"n_workers": workers, "threads_per_worker": 1, "host": "127.0.0.1", "dashboard_address": None}
+    local = {"n_workers": int(count), "threads_per_worker": 1, "host": "127.0.0.1", "dashboard_address": None}
     return DaskTaskRunner(cluster_kwargs=local)
-
-
-def _end_with_parent() -> None:
-    """End a process of a pool when its parent is killed, for which the pool itself would wait for ever."""
-    parent = multiprocessing.parent_process()
-
-    def watch() -> None:
-        if parent is not None:
-            parent.join()
-            os._exit(1)
-
-    threading.Thread(target=watch, name="end-with-parent", daemon=True).start()

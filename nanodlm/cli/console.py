@@ -24,13 +24,9 @@ class Console:
 
     def __init__(self, stream: TextIO, *, json: bool = False):
         """Show events on a stream, and print results, or with `json` one JSON object, on standard output."""
-        self._rich = RichConsole(file=stream, highlight=False, soft_wrap=True, emoji=False)
-        self._json = json
+        self._rich, self._json = RichConsole(file=stream, highlight=False, soft_wrap=True, emoji=False), json
         self._progress: Progress | None = None
-        self._task: Any = None
-        self._stage = ""
-        self._printed = 0.0
-        self._pace = Pace()
+        self._stage, self._printed, self._pace = "", 0.0, Pace()
         self.artifacts: dict[str, Artifact] = {}  # of finished stages, by stage
 
     def line(self, text: str) -> None:
@@ -54,7 +50,7 @@ class Console:
             name, text = TextColumn("[bold]{task.description:<10}"), TextColumn("{task.fields[text]}")
             columns = (SpinnerColumn(), name, BarColumn(bar_width=24), text, TimeElapsedColumn())
             self._progress = Progress(*columns, console=self._rich, transient=True)
-            self._task = self._progress.add_task(stage, total=None, text="")
+            self._progress.add_task(stage, total=None, text="")
             self._progress.start()
 
     def emit(self, kind: str, **fields: Any) -> None:
@@ -65,7 +61,8 @@ class Console:
             text = self._pace.describe(fields)
             if self._progress is not None:
                 done, total = fields["done"], fields.get("total")
-                self._progress.update(self._task, completed=done, total=total, text=escape(text))
+                (task,) = self._progress.task_ids
+                self._progress.update(task, completed=done, total=total, text=escape(text))
             elif time.monotonic() - self._printed >= PLAIN_SECONDS:
                 self._printed = time.monotonic()
                 self.line(f"{self._stage:<10} {escape(text)}")
@@ -109,8 +106,8 @@ class Console:
             self.line("")
         for name, file in (("report", "report.html"), ("sample", "samples.txt"), ("train", "checkpoints")):
             if name in artifacts:
-                path = artifacts[name].remote(file)
-                where = path if artifacts[name].store.is_local else artifacts[name].store.fs.unstrip_protocol(path)
+                path, store = artifacts[name].remote(file), artifacts[name].store
+                where = path if store.is_local else store.fs.unstrip_protocol(path)
                 self.line(f"{file:<12} {escape(where)}")
         last = list(artifacts.values())[-1]
         self.line(f"{'store':<12} {escape(last.store.uri())}")

@@ -14,12 +14,7 @@ from nanodlm.store import SCHEMA, Artifact, Store, fingerprint_of
 class Lookup:
     """A stage whose inputs are there, and what the store holds of it.
 
-    Attributes:
-        stage: The stage.
-        inputs: The artifacts it reads, by stage.
-        identity: Everything that determines its bytes.
-        fingerprint: The sha256 of its identity.
-        artifact: What the store holds under this fingerprint, or None.
+    Its fingerprint is the sha256 of its identity, which is everything that determines its bytes.
     """
 
     stage: Stage
@@ -100,14 +95,7 @@ def look_up(
 def ready(
     name: str, config: Config, store: Store, *, rebuild: bool = False, inputs: dict[str, Artifact] | None = None
 ) -> Lookup:
-    """Look up one stage, whose inputs have to be there.
-
-    Args:
-        name: One of `STAGES`.
-        config: The run's configuration.
-        store: Where artifacts lie.
-        rebuild: Whether its own artifact may be damaged.
-        inputs: Its input artifacts, where they are known; else they are looked up, from the source on.
+    """Look up one stage, whose inputs have to be there; where they are not given, from the source on.
 
     Raises:
         NanodlmError: When an input has not been built.

@@ -12,20 +12,15 @@ if TYPE_CHECKING:
 Emit = Callable[..., None]  # called as emit(kind, **fields)
 
 
-class EventLog:
-    """Append one JSON object per event to a file; call it as `emit(kind, **fields)`."""
+def event_log(path: Path) -> Emit:
+    """Return an `emit` that appends one JSON object per event to a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = path.open("a", buffering=1)
 
-    def __init__(self, path: Path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("a", buffering=1)
+    def emit(kind: str, **fields: Any) -> None:
+        file.write(json.dumps({"time": round(time.time(), 3), "event": kind, **fields}) + "\n")
 
-    def __call__(self, kind: str, **fields: Any) -> None:
-        """Write one event."""
-        self._file.write(json.dumps({"time": round(time.time(), 3), "event": kind, **fields}) + "\n")
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+    return emit
 
 
 class Pace:

@@ -70,23 +70,14 @@ def _training(config: Config) -> dict[str, Any]:
     return {**config.training(), "started_from": find_checkpoint(config.exp.resume_path).digest}
 
 
+DOCUMENTS = ("download", "tokenizer")
 LOGS = ("checkpoints/", "config.json", "logs.json")
 ALL = (
     Stage("download", "nanodlm.data.download:download", (), _source),
     Stage("tokenizer", "nanodlm.data.split:build_tokenizer", ("download",), _tokenizer),
-    Stage(
-        "split",
-        "nanodlm.data.split:build_split",
-        ("download", "tokenizer"),
-        _settings("data", "val_tokens", "split_seed"),
-    ),
-    Stage(
-        "shard",
-        "nanodlm.data.shard:build_shards",
-        ("download", "tokenizer", "split"),
-        _settings("model", "seq_len"),
-        version=2,  # its metrics list the rows of each shard
-    ),
+    Stage("split", "nanodlm.data.split:build_split", DOCUMENTS, _settings("data", "val_tokens", "split_seed")),
+    # Since version 2, its metrics list the rows of each shard.
+    Stage("shard", "nanodlm.data.shard:build_shards", (*DOCUMENTS, "split"), _settings("model", "seq_len"), version=2),
     Stage("train", "nanodlm.training.loop:train", ("shard", "tokenizer"), _training, own_process=True, volatile=LOGS),
     Stage("evaluate", "nanodlm.evaluation.evaluate:evaluate", ("shard", "train"), _settings("eval"), own_process=True),
     Stage("sample", "nanodlm.generation.generate:generate", ("train",), _settings("sample"), own_process=True),
@@ -106,10 +97,6 @@ def until(last: str) -> tuple[str, ...]:
 
 
 def check_rebuild(rebuild: str | None, last: str) -> None:
-    """Refuse to rebuild a stage that comes after the last one.
-
-    Raises:
-        UsageError: When it does.
-    """
+    """Raise a `UsageError` when the stage to rebuild comes after the last one."""
     if rebuild is not None and rebuild not in until(last):
         raise UsageError(f"--rebuild {rebuild} comes after --until {last}: nothing would be rebuilt")

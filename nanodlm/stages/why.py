@@ -1,5 +1,6 @@
 """Why a stage would be built, field by field."""
 
+import contextlib
 from collections.abc import Iterator
 
 from nanodlm.config import Config, differences
@@ -18,12 +19,10 @@ def why(lookup: Lookup | Missing, store: Store) -> str:
     wanted = comparable(lookup.identity)
     best: tuple[list[str], str] | None = None
     for stage, fingerprint in store:
-        if stage != lookup.stage.name:
-            continue
-        try:
-            other = store.find(stage, fingerprint)
-        except Damaged:
-            continue
+        other = None
+        if stage == lookup.stage.name:
+            with contextlib.suppress(Damaged):
+                other = store.find(stage, fingerprint)
         if other is None:
             continue
         has = comparable({k: other.manifest[k] for k in lookup.identity})
@@ -36,8 +35,7 @@ def why(lookup: Lookup | Missing, store: Store) -> str:
 def explain(artifact: Artifact, config: Config) -> Iterator[str]:
     """Say why a configuration would not reuse an artifact: what differs, in it and in all it was made from.
 
-    Yields:
-        Lines such as `train: train.lr: 0.001 -> 0.002`; one may come twice.
+    Lines are such as `train: train.lr: 0.001 -> 0.002`; one may come twice.
     """
     stage, made = STAGES[artifact.stage], artifact.manifest
     has = {**made["parameters"], "version": made["version"], "schema": made["schema"]}
@@ -45,7 +43,9 @@ def explain(artifact: Artifact, config: Config) -> Iterator[str]:
     for field, values in differences(has, wanted).items():
         yield f"{stage.name}: {field}: {values}"
     names = stage.inputs(config)
-    for name in made["inputs"].keys() | set(names):
+    for name in STAGES:  # in the pipeline's order
+        if name not in made["inputs"] and name not in names:
+            continue
         if (name in made["inputs"]) != (name in names):
             yield f"{stage.name}: {'is now made' if name in names else 'is no longer made'} from {name}"
             continue

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from nanodlm.cluster import follow
 from nanodlm.cluster.kubernetes import jobset
 from nanodlm.cluster.settings import Launch, Work
-from nanodlm.cluster.slurm import slurm_script
+from nanodlm.cluster.slurm import job_text
 from nanodlm.config import PRESETS, load_config
 from nanodlm.errors import NanodlmError, UsageError
 from nanodlm.stages.lookup import ready
@@ -32,12 +32,12 @@ def options(script: str) -> dict[str, str]:
 
 
 def test_a_script_asks_slurm_for_a_task_for_each_gpu_and_for_a_signal_before_the_end() -> None:
-    asked = options(slurm_script(Work(CONFIG, "/shared/store", GPUS)))
+    asked = options(job_text(Work(CONFIG, "/shared/store", GPUS)))
     assert {k: v for k, v in asked.items() if k not in ("job-name", "output")} == {
         "nodes": "4", "ntasks-per-node": "8", "gpus-per-node": "8", "cpus-per-task": "6", "mem": "512G", "time": "600",
         "partition": "gpu,big", "account": "lab", "signal": "TERM@300", "open-mode": "append", "requeue": "",
     }  # fmt: skip
-    alone = options(slurm_script(Work(CONFIG, "/shared/store", GPUS, stage="sample")))
+    alone = options(job_text(Work(CONFIG, "/shared/store", GPUS, stage="sample")))
     assert (alone["nodes"], alone["ntasks-per-node"]) == ("1", "1")
 
 
@@ -48,7 +48,7 @@ def test_a_script_hands_the_configuration_on_unchanged_and_requeues_only_what_a_
     """srun and scontrol are replaced by what writes down how they are called."""
     stand_in(tmp_path, "srun", f'printf "%s\\0" "$@" > {tmp_path}/srun.said; exit {code}')
     stand_in(tmp_path, "scontrol", f'echo "$@" > {tmp_path}/scontrol.said')
-    script = slurm_script(Work(NASTY, f"{tmp_path}/a store", GPUS, inputs=INPUTS, rebuild=True))
+    script = job_text(Work(NASTY, f"{tmp_path}/a store", GPUS, inputs=INPUTS, rebuild=True))
     assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
     env = environment(PATH=f"{tmp_path}:{os.environ['PATH']}", SLURM_JOB_ID="17")
     assert subprocess.run(["bash"], input=script, text=True, env=env, check=False).returncode == code
@@ -88,7 +88,7 @@ def test_a_launch_that_makes_no_sense_is_refused(fields: dict[str, Any], message
     ("launch", "store", "message"),
     [
         (BUCKET, "data/store", "name a volume that pods share"),
-        (PODS, "data/store", "is mounted at /store"),
+        (PODS, "data/store", "only /store is mounted in pods"),
         (PODS, "s3://bucket/store", "several hosts save one checkpoint together"),
         (SLURM, "s3://bucket/store", "several hosts save one checkpoint together"),
         (SLURM, "memory://x", "in memory is seen by no other process"),
@@ -128,7 +128,7 @@ def test_a_dry_run_prints_the_job_and_nothing_else() -> None:
     slurm = nanodlm("launch", "demo", "--target", "slurm", "--nodes", "2", *flags)
     assert (slurm.returncode, slurm.stderr) == (0, "")
     config = PRESETS["demo"].replace(train={"lr": 0.002})
-    assert slurm.stdout == slurm_script(Work(config, "/store/runs", Launch(target="slurm", nodes=2)))
+    assert slurm.stdout == job_text(Work(config, "/store/runs", Launch(target="slurm", nodes=2)))
     pods = nanodlm("launch", "demo", "--target", "k8s", "--image", "a:1", "--store_volume", "shared", *flags)
     assert (pods.returncode, pods.stderr) == (0, "")
     launch = Launch(target="k8s", image="a:1", store_volume="shared")
