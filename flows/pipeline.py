@@ -34,10 +34,9 @@ from nanodlm.stages import table
 from nanodlm.stages.lookup import ready
 from nanodlm.stages.process import run_in_process
 from nanodlm.stages.run import default_store, record, run_stage
-from nanodlm.stages.table import STAGES, check_rebuild
+from nanodlm.stages.table import STAGES, StageName, check_rebuild
 from nanodlm.store import Artifact, Store, fingerprint_of
 
-StageName = Literal["download", "tokenizer", "split", "shard", "train", "evaluate", "sample"]
 DataStageName = Literal["download", "tokenizer", "split", "shard"]
 HERE = Launch()  # in a process of this machine
 LEASE_SECONDS = 900.0  # for which a slot stays taken after kill -9; the server may be away for a quarter of it
@@ -83,8 +82,8 @@ def stage_task(
         watcher.emit("message", text=f"waiting for a slot of the concurrency limit {gpu_limit}")
     slot = concurrency(limits, lease_duration=LEASE_SECONDS, strict=False, raise_on_lease_renewal_failure=False)
     try:
-        with slot, wait_for_server_at_end(watcher.emit):  # in this order: a slot goes back to a server that answers
-            watcher.start(name)
+        # In this order: a slot goes back to a server that answers.
+        with slot, wait_for_server_at_end(watcher.emit), watcher.showing(name):
             if not own_process:
                 artifact, found = run_stage(name, config, store, rebuild=rebuild, inputs=inputs, emit=watcher.emit)
             else:
@@ -97,8 +96,6 @@ def stage_task(
         if isinstance(stopped.__cause__, TerminationSignal):  # Prefect tells a cancellation from a crash by it
             raise stopped.__cause__ from None
         raise
-    finally:
-        watcher.end()
     watcher.done(artifact, found)
     return artifact, found
 
@@ -169,7 +166,7 @@ PARAMETERS = """
 def described_flow(function: Callable[..., list[dict[str, Any]]]) -> Flow[..., list[dict[str, Any]]]:
     """Make a flow, whose docstring has `PARAMETERS`, from which Prefect takes what its forms say."""
     function.__doc__ = f"{function.__doc__}\n{PARAMETERS}"
-    return flow(function, flow_run_name=_run_name, persist_result=False)
+    return flow(flow_run_name=_run_name, persist_result=False)(function)
 
 
 @described_flow

@@ -7,6 +7,7 @@ import base64
 import json
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,9 +27,8 @@ SECONDS = 30.0  # between two lines of a stage's progress in Prefect's log, and 
 class Watcher(Protocol):
     """Whoever shows the stages to a person; `nanodlm.cli.console.Console` is one, `Pages` another."""
 
-    def start(self, stage: str) -> None: ...
+    def showing(self, stage: str) -> AbstractContextManager[Any]: ...
     def emit(self, kind: str, **fields: Any) -> None: ...
-    def end(self) -> None: ...
     def done(self, artifact: Artifact, record: dict[str, Any]) -> None: ...
 
 
@@ -39,10 +39,11 @@ class Pages:
         self._logger, self._last, self._pace = get_run_logger(), 0.0, Pace()
         self._stage, self._progress = "", None
 
-    def start(self, stage: str) -> None:
+    def showing(self, stage: str) -> AbstractContextManager[Any]:
         """Say that a stage is about to be built."""
         self._stage = stage
         self._logger.info("%s: building", stage)
+        return nullcontext()
 
     def emit(self, kind: str, **fields: Any) -> None:
         """Show an event of the running stage: `message` (text) or `progress` (done, total, unit, ...)."""
@@ -54,9 +55,6 @@ class Pages:
                 self._last = time.monotonic()
                 self._logger.info(text)
                 self._show_progress(100.0 * fields["done"] / fields["total"] if fields.get("total") else 0.0, text)
-
-    def end(self) -> None:
-        """Leave the log as it is: there is no bar to take away."""
 
     def done(self, artifact: Artifact, record: dict[str, Any]) -> None:
         """Show what a finished stage holds."""

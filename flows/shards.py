@@ -87,9 +87,8 @@ def shard_in_parallel(config: Config, store_url: str, inputs: dict[str, Artifact
         if len(missing) < 2:
             return
         runner, token = task_runner(), EMIT.set(watcher.emit)
-        watcher.start("shard")
         try:
-            with tags(TAG):  # with an absolute path, for other machines
+            with watcher.showing("shard"), tags(TAG):  # with an absolute path, for other machines
                 make = build_shards.with_options(task_runner=runner)
                 make(missing, config, store.uri(), lookup.input_fingerprints)
         except OSError as error:
@@ -98,7 +97,6 @@ def shard_in_parallel(config: Config, store_url: str, inputs: dict[str, Artifact
                 "NANODLM_DASK_ADDRESS, or use --runner threads"
             ) from error
         finally:
-            watcher.end()
             EMIT.reset(token)
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 
 import nanodlm
-from docs.animate import places
 from tests.support.servers import free_ports
 
 ROOT = Path(nanodlm.__file__).parents[1]
@@ -59,10 +58,6 @@ def test_the_picture_is_small_and_moves() -> None:
     assert len(picture) < 100_000
     assert "@keyframes" in picture
     assert "prefers-reduced-motion" in picture
-
-
-def test_a_line_of_the_picture_breaks_before_a_word() -> None:
-    assert places(["one", " " + "x" * 62, "!"]) == [(0, 0), (-1, 1), (62, 1)]
 
 
 def test_continuous_integration_runs_the_test_command() -> None:

@@ -43,8 +43,9 @@ class Console:
         if self._json:
             print(json_module.dumps(result, sort_keys=True))
 
-    def start(self, stage: str) -> None:
-        """Say that a stage begins."""
+    @contextmanager
+    def showing(self, stage: str) -> Iterator[Emit]:
+        """Show a stage while it runs, with a bar on a terminal: what this gives is called with its events."""
         self._stage, self._printed, self._pace = stage, time.monotonic(), Pace()
         if self._rich.is_terminal:
             name, text = TextColumn("[bold]{task.description:<10}"), TextColumn("{task.fields[text]}")
@@ -52,6 +53,12 @@ class Console:
             self._progress = Progress(*columns, console=self._rich, transient=True)
             self._progress.add_task(stage, total=None, text="")
             self._progress.start()
+        try:
+            yield self.emit
+        finally:
+            if self._progress is not None:
+                self._progress.stop()
+                self._progress = None
 
     def emit(self, kind: str, **fields: Any) -> None:
         """Show an event of the running stage: `message` (text) or `progress` (done, total, unit, …)."""
@@ -67,24 +74,8 @@ class Console:
                 self._printed = time.monotonic()
                 self.line(f"{self._stage:<10} {escape(text)}")
 
-    def end(self) -> None:
-        """Take the bar of a stage away that is over, well or not."""
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress = None
-
-    @contextmanager
-    def showing(self, stage: str) -> Iterator[Emit]:
-        """Show a stage while it runs: what this gives is called with its events."""
-        self.start(stage)
-        try:
-            yield self.emit
-        finally:
-            self.end()
-
     def done(self, artifact: "Artifact", record: dict[str, Any]) -> None:
         """Print the line of a finished stage."""
-        self.end()
         self.artifacts[artifact.stage] = artifact
         built = record["status"] == "built"
         status = f"[green]built  {record['seconds']:7.1f} s[/green]" if built else f"[cyan]{'cached':<16}[/cyan]"

@@ -10,13 +10,15 @@ from nanodlm.cli.store import OpenStore
 from nanodlm.errors import NanodlmError, redact
 from nanodlm.store import Store
 
+PACKAGES = ("jax", "flax", "orbax-checkpoint", "grain", "prefect")
+
 
 def doctor(*, store: OpenStore, out: Output) -> None:
     """Check this machine: packages, devices, store, corpus, encodings."""
     rows = []
     for name, check in (
         ("python", lambda: sys.version.split()[0]),
-        ("packages", _packages),
+        ("packages", lambda: ", ".join(f"{name} {version(name)}" for name in PACKAGES)),
         ("devices", _devices),
         ("store", lambda: _writable(store)),
         ("corpus", _corpus),
@@ -32,10 +34,6 @@ def doctor(*, store: OpenStore, out: Output) -> None:
     out.json(checks=rows, ok=not failed)
     if failed:
         raise NanodlmError(f"{len(failed)} of {len(rows)} checks failed: {', '.join(failed)}")
-
-
-def _packages() -> str:
-    return ", ".join(f"{name} {version(name)}" for name in ("jax", "flax", "orbax-checkpoint", "grain", "prefect"))
 
 
 def _devices() -> str:

@@ -20,10 +20,8 @@ from nanodlm.errors import NanodlmError, UsageError
 from nanodlm.stages import table
 from nanodlm.stages.lookup import look_up, ready
 from nanodlm.stages.run import record, run_stage
+from nanodlm.stages.table import StageName
 from nanodlm.store import Artifact, Store
-
-StageName = Literal["download", "tokenizer", "split", "shard", "train", "evaluate", "sample"]
-
 
 Until = Annotated[StageName, Doc("Last stage to go through.")]
 Rebuild = Annotated[StageName | None, Doc("A stage to build again even though the store holds it.")]

@@ -34,10 +34,8 @@ def jobset(work: Work) -> dict[str, Any]:
     gpus = {"nvidia.com/gpu": str(launch.gpus_per_node)} if launch.gpus_per_node else {}
     cpu = {"cpu": str(launch.cpus_per_task)} if launch.cpus_per_task else {}
     memory = {"memory": f"{launch.memory_gb}G"} if launch.memory_gb else {}
-    volumes: list[dict[str, Any]] = [
-        {"name": "cache", "emptyDir": {}},
-        {"name": "shm", "emptyDir": {"medium": "Memory"}},  # through which the GPUs of a host talk
-    ]
+    volumes: list[dict[str, Any]] = [{"name": "cache", "emptyDir": {}}]
+    volumes.append({"name": "shm", "emptyDir": {"medium": "Memory"}})  # through which the GPUs of a host talk
     mounts = [{"name": "cache", "mountPath": "/cache"}, {"name": "shm", "mountPath": "/dev/shm"}]
     if launch.store_volume:
         volumes.append({"name": "store", "persistentVolumeClaim": {"claimName": launch.store_volume}})

@@ -9,7 +9,7 @@ Its fingerprint covers just those, so a changed setting rebuilds what depends on
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
+from typing import Any, Literal, get_args
 
 from nanodlm.checkpoints.finding import find_checkpoint
 from nanodlm.config import Config
@@ -18,25 +18,15 @@ from nanodlm.errors import UsageError
 
 @dataclass(frozen=True)
 class Stage:
-    """One step of the pipeline.
+    """One step of the pipeline."""
 
-    Attributes:
-        name: Also the name of its folder in the store.
-        build: `module:function` that does the work; see `run`.
-        reads: Stages whose artifacts it reads; see `inputs`.
-        parameters: The settings that determine its bytes, given the inputs.
-        version: Raised when the function's output changes for equal inputs.
-        own_process: Whether it uses JAX, and so runs in a process of its own beside an orchestrator.
-        volatile: Prefixes of its files that hold times or logs.
-    """
-
-    name: str
-    build: str
-    reads: tuple[str, ...]
-    parameters: Callable[[Config], dict[str, Any]]
-    version: int = 1
-    own_process: bool = False
-    volatile: tuple[str, ...] = ()
+    name: str  # also that of its folder in the store
+    build: str  # `module:function` that does the work; see `run`
+    reads: tuple[str, ...]  # stages whose artifacts it reads; see `inputs`
+    parameters: Callable[[Config], dict[str, Any]]  # the settings that determine its bytes, given the inputs
+    version: int = 1  # raised when the function's output changes for equal inputs
+    own_process: bool = False  # whether it uses JAX, and so runs in a process of its own beside an orchestrator
+    volatile: tuple[str, ...] = ()  # prefixes of its files that hold times or logs
 
     def inputs(self, config: Config) -> tuple[str, ...]:
         """Return the stages whose artifacts it reads: a tokenizer reads the text only to be trained on it."""
@@ -70,6 +60,7 @@ def _training(config: Config) -> dict[str, Any]:
     return {**config.training(), "started_from": find_checkpoint(config.exp.resume_path).digest}
 
 
+StageName = Literal["download", "tokenizer", "split", "shard", "train", "evaluate", "sample"]
 DOCUMENTS = ("download", "tokenizer")
 LOGS = ("checkpoints/", "config.json", "logs.json")
 ALL = (
@@ -84,7 +75,7 @@ ALL = (
     Stage("report", "nanodlm.evaluation.report:build", ("train", "evaluate", "sample"), _settings("exp", "run_name")),
 )
 STAGES = {stage.name: stage for stage in ALL}
-NAMES = tuple(name for name in STAGES if name != "report")
+NAMES: tuple[str, ...] = get_args(StageName)
 
 
 def until(last: str) -> tuple[str, ...]:

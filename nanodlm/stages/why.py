@@ -17,19 +17,17 @@ def why(lookup: Lookup | Missing, store: Store) -> str:
     if not store.asked:
         return "it was not fetched before, and the store is not asked while NANODLM_OFFLINE is set"
     wanted = comparable(lookup.identity)
-    best: tuple[list[str], str] | None = None
+    like_it: list[tuple[list[str], str]] = []
     for stage, fingerprint in store:
-        other = None
-        if stage == lookup.stage.name:
-            with contextlib.suppress(Damaged):
-                other = store.find(stage, fingerprint)
-        if other is None:
-            continue
-        has = comparable({k: other.manifest[k] for k in lookup.identity})
-        reasons = [f"{field}: {values}" for field, values in differences(has, wanted).items()]
-        if best is None or len(reasons) < len(best[0]):
-            best = (reasons, fingerprint[:12])
-    return f"{'; '.join(best[0])} (against {best[1]})" if best else "nothing like it has been built yet"
+        with contextlib.suppress(Damaged):
+            if stage == lookup.stage.name and (other := store.find(stage, fingerprint)):
+                has = comparable({k: other.manifest[k] for k in lookup.identity})
+                reasons = [f"{field}: {values}" for field, values in differences(has, wanted).items()]
+                like_it.append((reasons, fingerprint[:12]))
+    if not like_it:
+        return "nothing like it has been built yet"
+    reasons, nearest = min(like_it, key=lambda one: len(one[0]))
+    return f"{'; '.join(reasons)} (against {nearest})"
 
 
 def explain(artifact: Artifact, config: Config) -> Iterator[str]:

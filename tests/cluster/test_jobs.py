@@ -10,7 +10,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from nanodlm.cluster import follow
+from nanodlm.cluster import follow, settings, slurm
 from nanodlm.cluster.kubernetes import jobset
 from nanodlm.cluster.settings import Launch, Work
 from nanodlm.cluster.slurm import job_text
@@ -174,6 +174,40 @@ def test_a_slurm_that_does_not_answer_gets_no_second_job_and_one_that_is_ending_
         stand_in(tmp_path, "squeue", f"[ -f {ended} ] && {{ {then}; exit; }}; touch {ended}; echo 17 COMPLETING")
         job = submit(work)
         assert (job.name, job.found) == found
+
+
+def test_a_slurm_that_falls_silent_ends_the_command_in_one_line(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    for name, seconds in (("LOOK", 0.05), ("ASK", 0.1), ("SILENT", 0.3)):
+        monkeypatch.setattr(follow, f"{name}_SECONDS", seconds)
+    stand_in(tmp_path, "sbatch", "echo 18")
+    stand_in(tmp_path, "scancel", "sleep 0")
+    stand_in(tmp_path, "squeue", 'case "$*" in *--me*) exit 0;; esac; echo error: Socket timed out >&2; exit 1')
+    store = Store(str(prepared))
+    with pytest.raises(NanodlmError, match=r"^nobody tells how slurm job 18 stands \(error: .*\): squeue -j 18"):
+        follow.run_on_cluster(ready("train", CONFIG, store), CONFIG, store, SLURM)
+    hangs = settings.ask(["sleep", "60"], seconds=0.1)
+    assert hangs == (124, "", "sleep did not answer within 0 s")
+
+
+@pytest.mark.parametrize(
+    ("known", "stands"),
+    [
+        ("COMPLETED", ("done", "COMPLETED")),
+        ("CANCELLED by 0", ("failed", "it is CANCELLED")),
+        ("", ("failed", "it is gone from the queue")),
+    ],
+)
+def test_accounting_is_asked_of_a_job_that_the_queue_has_forgotten(
+    known: str, stands: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    stand_in(tmp_path, "squeue", "echo slurm_load_jobs error: Invalid job id specified >&2; exit 1")
+    stand_in(tmp_path, "sacct", f'case "$*" in *"-j 18") echo "{known}";; esac')
+    stand_in(tmp_path, "scontrol", "exit 1")
+    assert slurm.state(settings.Job(SLURM, "18", "squeue -j 18")) == stands
 
 
 def test_a_jobs_name_is_that_of_its_work() -> None:

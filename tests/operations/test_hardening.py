@@ -3,7 +3,6 @@
 import base64
 import shutil
 import socket
-import sqlite3
 import tempfile
 import urllib.error
 import urllib.request
@@ -11,12 +10,8 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
-from prefect.client.orchestration import get_client
-from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
-from prefect.states import Completed
 
-from flows.upkeep import gc
-from tests.operations.conftest import AUTH, MONTH, SERVER, Site, wait_until
+from tests.operations.conftest import AUTH, SERVER, Site
 from tests.operations.test_automations import ENDS, calls_told, notify, receiver
 from tests.store.test_secrets import below, written_forms
 from tests.support import servers
@@ -91,25 +86,6 @@ def test_a_key_for_one_bucket_is_enough_to_build_and_one_that_only_reads_to_use_
         refused = nanodlm(*words, **key)
         assert (refused.returncode, len(refused.stderr.strip().splitlines())) == (1, 1), refused.stderr
         assert "refuses access" in refused.stderr
-
-
-def test_runs_that_ended_long_ago_are_deleted_when_the_server_is_told_so(whole: Site) -> None:
-    def ids() -> set[str]:
-        return {run["id"] for run in whole.ask("/flow_runs/filter", {})}
-
-    named = {PREFECT_API_URL: whole.environ["PREFECT_API_URL"], PREFECT_API_AUTH_STRING: AUTH}
-    with temporary_settings(named), get_client(sync_client=True) as client:
-        old, new = (str(client.create_flow_run(gc, parameters={}, state=Completed()).id) for _ in range(2))
-    database = sqlite3.connect(whole.home / "server" / "prefect.db", timeout=60)
-    with database:
-        for run, days in ((old, MONTH // 86400 + 1), (new, MONTH // 86400 - 1)):
-            ended = f"datetime('now', '-{days} days') || '.000000'"
-            database.execute(
-                f"update flow_run set end_time = {ended} where replace(id, '-', '') = ?", [run.replace("-", "")]
-            )
-    database.close()
-    wait_until(lambda: old not in ids())
-    assert new in ids()
 
 
 @pytest.mark.timeout(420)
