@@ -5,7 +5,6 @@ python -m flows.pipeline                 # on the server that PREFECT_API_URL na
 prefect deployment run pipeline/demo     # on a worker, once `prefect deploy --all` was run; see docs/operations.md
 """
 
-import os
 import signal
 import time
 from collections.abc import Callable
@@ -22,7 +21,7 @@ from prefect.settings import PREFECT_API_URL, PREFECT_LOGGING_LEVEL, get_current
 from prefect.states import Completed
 from prefect.utilities.annotations import quote
 
-from flows.environment import TAG
+from flows import TAG
 from flows.reporting import WATCHER, Pages, Watcher
 from flows.server import check_server, ephemeral_server, wait_for_server_at_end
 from flows.shards import shard_in_parallel, task_runner, worth_retrying
@@ -72,10 +71,8 @@ def stage_task(
         watcher.done(lookup.artifact, found)
         return Completed(name="Cached", data=(lookup.artifact, found))
     if not build:
-        raise NanodlmError(
-            f"{name} is not built for this configuration in {store.uri()}: run the pipeline, or `nanodlm run --until "
-            f"{name}`, with the same settings first"
-        )
+        remedy = f"run the pipeline, or `nanodlm run --until {name}`, with the same settings first"
+        raise NanodlmError(f"{name} is not built for this configuration in {store.uri()}: {remedy}")
     own_process = lookup.stage.own_process
     limits = [gpu_limit] if gpu_limit and own_process else []
     if limits:
@@ -108,19 +105,9 @@ def _run_name() -> str:
 
 
 def _run(
-    config: Config,
-    store: str | None,
-    until: str,
-    rebuild: str | None,
-    gpu_limit: str | None = None,
-    train_on: Launch = HERE,
-    *,
-    alone: bool = False,
+    config: Config, store: str | None, until: str, rebuild: str | None, *, alone: bool = False, **options: Any
 ) -> list[dict[str, Any]]:
-    """Go through stages in order; with `alone`, all that the last one needs must be there.
-
-    What returns is, for each, `stage`, `status` (built or cached), `uri`, `fingerprint` and `seconds`.
-    """
+    """Go through stages in order; `alone`, all that the last one needs must be there. Return the record of each."""
     found: dict[str, Artifact] = {}
     records, url, needed = [], store or default_store(), {until}
     if url.startswith("memory:"):
@@ -142,9 +129,8 @@ def _run(
                 quote(inputs),  # type: ignore[arg-type]
                 build=not alone or name == until,
                 rebuild=name == rebuild,
-                gpu_limit=gpu_limit,
-                train_on=train_on,
                 return_state=True,
+                **options,
             )
         found[name], told = state.result()
         records.append(told)
@@ -180,7 +166,7 @@ def pipeline(
 ) -> list[dict[str, Any]]:
     """Go from text to samples: build what the store lacks, stage by stage, and the report at the end."""
     check_rebuild(rebuild, until)
-    return _run(config, store, until, rebuild, gpu_limit, train_on)
+    return _run(config, store, until, rebuild, gpu_limit=gpu_limit, train_on=train_on)
 
 
 @described_flow
@@ -200,7 +186,8 @@ def train(
     train_on: Launch = HERE,
 ) -> list[dict[str, Any]]:
     """Train, and nothing else: from the last checkpoint on, if there is one. The shards must be in the store."""
-    return _run(config, store, "train", "train" if rebuild else None, gpu_limit, train_on, alone=True)
+    again = "train" if rebuild else None
+    return _run(config, store, "train", again, alone=True, gpu_limit=gpu_limit, train_on=train_on)
 
 
 @described_flow
@@ -208,7 +195,7 @@ def evaluate(
     config: Config = PRESETS["demo"], store: StoreUrl | None = None, rebuild: bool = False, gpu_limit: str | None = None
 ) -> list[dict[str, Any]]:
     """Evaluate, and nothing else. The trained model must be in the store."""
-    return _run(config, store, "evaluate", "evaluate" if rebuild else None, gpu_limit, alone=True)
+    return _run(config, store, "evaluate", "evaluate" if rebuild else None, alone=True, gpu_limit=gpu_limit)
 
 
 @described_flow
@@ -216,25 +203,17 @@ def sample(
     config: Config = PRESETS["demo"], store: StoreUrl | None = None, rebuild: bool = False, gpu_limit: str | None = None
 ) -> list[dict[str, Any]]:
     """Draw samples, and nothing else. The trained model must be in the store."""
-    return _run(config, store, "sample", "sample" if rebuild else None, gpu_limit, alone=True)
+    return _run(config, store, "sample", "sample" if rebuild else None, alone=True, gpu_limit=gpu_limit)
 
 
 def run_pipeline(
-    config: Config,
-    store: str,
-    until: str,
-    rebuild: str | None,
-    watcher: Watcher,
-    verbose: bool = False,
-    runner: str | None = None,
-    workers: int | None = None,
+    config: Config, store: str, until: str, rebuild: str | None, watcher: Watcher, verbose: bool
 ) -> list[dict[str, Any]]:
     """Run the flow `pipeline` in this process, on the server that the settings name, else on one started for it.
 
     SIGTERM raises `Stopped`, after a training has saved.
     """
-    task_runner(runner, workers)  # refuses what cannot be before a server is started
-    os.environ.update({name: str(v) for name, v in (("NANODLM_RUNNER", runner), ("NANODLM_WORKERS", workers)) if v})
+    task_runner()  # refuses what cannot be before a server is started
 
     def stop(*_: Any) -> None:
         raise Stopped("stopped by a signal; finished stages, parts and checkpoints are kept: run again to continue")

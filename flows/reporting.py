@@ -84,14 +84,12 @@ WATCHER: ContextVar[Watcher | None] = ContextVar("watcher", default=None)  # of 
 
 def show_counts(shard: Artifact) -> None:
     """Show a table of what the data stages counted, under the key `data-counts`."""
-    made_from = shard.manifest["inputs"]
-    inputs = {name: shard.store.find(name, made_from[name]["fingerprint"]) for name in NAMES if name in made_from}
+    made_from, counts = shard.manifest["inputs"], shard.metrics
+    inputs = [shard.store.find(name, made_from[name]["fingerprint"]) for name in NAMES if name in made_from]
     rows = [
-        {"stage": name, "holds": summary(artifact), "fingerprint": artifact.fingerprint[:16], "at": artifact.uri}
-        for name, artifact in {**inputs, "shard": shard}.items()
-        if artifact
+        {"stage": a.stage, "holds": summary(a), "fingerprint": a.fingerprint[:16], "at": a.uri}
+        for a in filter(None, [*inputs, shard])
     ]
-    counts = shard.metrics
     for name, side in (("train", "train"), ("validation", "val")):
         holds = f"{counts[f'{side}_tokens']:,} tokens in {counts[f'{side}_rows']:,} rows"
         rows.append({"stage": name, "holds": holds})

@@ -49,10 +49,8 @@ def ephemeral_server() -> Iterator[str]:
                 if child.poll() is not None or time.monotonic() > deadline:
                     log.seek(0)
                     last = last_line(log.read().decode(errors="replace")) or "no output"
-                    raise NanodlmError(
-                        f"the local Prefect server did not start ({last}); "
-                        "set PREFECT_API_URL to use a running one, or PREFECT_HOME to a folder that can be written"
-                    )
+                    remedy = "set PREFECT_API_URL to use a running one, or PREFECT_HOME to a folder that can be written"
+                    raise NanodlmError(f"the local Prefect server did not start ({last}); {remedy}")
                 time.sleep(0.1)
             yield url
         except Exception as error:
@@ -86,10 +84,8 @@ def check_server() -> None:
     except (httpx.HTTPError, RuntimeError, ValueError) as error:
         if isinstance(error, httpx.HTTPStatusError) and error.response.status_code == 401:
             raise NanodlmError(f"the Prefect server at {url} refuses access: set PREFECT_API_AUTH_STRING") from error
-        raise NanodlmError(
-            f"no Prefect server answers at {url}: start it (`prefect server start --host 127.0.0.1`), or correct "
-            "PREFECT_API_URL, which ends in /api"
-        ) from error
+        remedy = "start it (`prefect server start --host 127.0.0.1`), or correct PREFECT_API_URL, which ends in /api"
+        raise NanodlmError(f"no Prefect server answers at {url}: {remedy}") from error
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from prefect.logging import get_run_logger
 from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner, ThreadPoolTaskRunner
 from prefect.tasks import exponential_backoff
 
-from flows.environment import TAG
+from flows import TAG
 from flows.reporting import Watcher
 from nanodlm.config import Config
 from nanodlm.errors import NanodlmError, Unreachable, UsageError
@@ -32,8 +32,7 @@ EMIT: ContextVar[Callable[..., None]] = ContextVar("emit")
 
 def worth_retrying(_task: Any, _run: Any, state: State) -> bool:
     """Retry only what may pass by itself, such as a network that was away; never what the user has to mend."""
-    error = state.result(raise_on_failure=False)
-    return isinstance(error, OSError | Unreachable)
+    return isinstance(state.result(raise_on_failure=False), OSError | Unreachable)
 
 
 @task(
@@ -92,31 +91,28 @@ def shard_in_parallel(config: Config, store_url: str, inputs: dict[str, Artifact
                 make = build_shards.with_options(task_runner=runner)
                 make(missing, config, store.uri(), lookup.input_fingerprints)
         except OSError as error:
-            raise NanodlmError(
-                f"the workers that make shards cannot be reached: {' '.join(str(error).split())[:200]}; check "
-                "NANODLM_DASK_ADDRESS, or use --runner threads"
-            ) from error
+            said = f"the workers that make shards cannot be reached: {' '.join(str(error).split())[:200]}"
+            raise NanodlmError(f"{said}; check NANODLM_DASK_ADDRESS, or use --runner threads") from error
         finally:
             EMIT.reset(token)
 
 
-def task_runner(name: str | None = None, workers: int | None = None) -> TaskRunner[Any]:
+def task_runner() -> TaskRunner[Any]:
     """Return what runs the tasks that make shards: of `$NANODLM_RUNNER` (threads) and `$NANODLM_WORKERS` (cores).
 
     `dask` uses the cluster at `$NANODLM_DASK_ADDRESS`, with its own number of workers, else starts one on this machine.
     """
-    name = name or os.environ.get("NANODLM_RUNNER") or RUNNERS[0]
+    name = os.environ.get("NANODLM_RUNNER") or RUNNERS[0]
     if name not in RUNNERS:
         raise UsageError(f"unknown runner {name!r}: choose one of {', '.join(RUNNERS)} (--runner or NANODLM_RUNNER)")
-    count = str(workers) if workers is not None else os.environ.get("NANODLM_WORKERS") or str(os.cpu_count() or 1)
+    count = os.environ.get("NANODLM_WORKERS") or str(os.cpu_count() or 1)
     if not count.isdecimal() or int(count) < 1:
         raise UsageError(f"--workers (or NANODLM_WORKERS) counts tasks at a time, from 1, not {count}")
     if name == "threads":
         return ThreadPoolTaskRunner(max_workers=int(count))
     if name == "processes":
-        return ProcessPoolTaskRunner(
-            max_workers=int(count), initializer=end_with_parent, initargs=(os.getpid(),)
-        )  # which would wait for ever where this process is killed
+        # Else they would wait for ever where this process is killed.
+        return ProcessPoolTaskRunner(max_workers=int(count), initializer=end_with_parent, initargs=(os.getpid(),))
     os.environ.setdefault("DASK_LOGGING__DISTRIBUTED", "error")  # read when it is imported, here and in its workers
     try:
         from prefect_dask.task_runners import DaskTaskRunner

@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+from importlib import import_module
 from importlib.metadata import version
 
 from nanodlm.cli.arguments import Output
@@ -19,7 +20,7 @@ def doctor(*, store: OpenStore, out: Output) -> None:
     for name, check in (
         ("python", lambda: sys.version.split()[0]),
         ("packages", lambda: ", ".join(f"{name} {version(name)}" for name in PACKAGES)),
-        ("devices", _devices),
+        ("devices", lambda: ", ".join(f"{d.platform} {d.device_kind}" for d in import_module("jax").devices())),
         ("store", lambda: _writable(store)),
         ("corpus", _corpus),
         ("gpt2", _gpt2),
@@ -34,12 +35,6 @@ def doctor(*, store: OpenStore, out: Output) -> None:
     out.json(checks=rows, ok=not failed)
     if failed:
         raise NanodlmError(f"{len(failed)} of {len(rows)} checks failed: {', '.join(failed)}")
-
-
-def _devices() -> str:
-    import jax
-
-    return ", ".join(f"{d.platform} {d.device_kind}" for d in jax.devices())
 
 
 def _writable(store: Store) -> str:

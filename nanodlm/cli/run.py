@@ -18,13 +18,14 @@ from nanodlm.cluster.settings import Launch, Work
 from nanodlm.config import Config
 from nanodlm.errors import NanodlmError, UsageError
 from nanodlm.stages import table
-from nanodlm.stages.lookup import look_up, ready
+from nanodlm.stages.lookup import look_up, ready, why
 from nanodlm.stages.run import record, run_stage
 from nanodlm.stages.table import StageName
 from nanodlm.store import Artifact, Store
 
 Until = Annotated[StageName, Doc("Last stage to go through.")]
 Rebuild = Annotated[StageName | None, Doc("A stage to build again even though the store holds it.")]
+Runner = Literal["threads", "processes", "dask"]
 Again = Annotated[bool, Doc("Build again even though the store holds it.")]
 
 
@@ -34,10 +35,7 @@ def run(
     store: OpenStore,
     until: Until = "sample",
     rebuild: Rebuild = None,
-    runner: Annotated[
-        Literal["threads", "processes", "dask"] | None,
-        Doc("Where shards are made; by default $NANODLM_RUNNER, else threads."),
-    ] = None,
+    runner: Annotated[Runner | None, Doc("Where shards are made; by default $NANODLM_RUNNER, else threads.")] = None,
     workers: Annotated[int | None, Doc("Shards at a time; by default $NANODLM_WORKERS, else one a core.")] = None,
     verbose: Annotated[bool, Doc("Show Prefect's own log.")] = False,
     out: Output,
@@ -58,14 +56,16 @@ def run(
             out.done(artifact, done)
             records.append(done)
     else:
-        from flows.environment import quiet_prefect
+        from flows import quiet_prefect
 
         quiet_prefect(verbose)
         if not os.environ.get("PREFECT_API_URL"):
             out.line("[dim]starting the local Prefect server[/dim]")
         from flows.pipeline import run_pipeline
 
-        records = run_pipeline(config, store.uri(), until, rebuild, out, verbose, runner, workers)
+        given = {"NANODLM_RUNNER": runner, "NANODLM_WORKERS": workers}
+        os.environ.update({name: str(value) for name, value in given.items() if value is not None})
+        records = run_pipeline(config, store.uri(), until, rebuild, out, verbose)
     out.finish()
     _print_result(records, out)
 
@@ -84,10 +84,7 @@ def plan(
     store: OpenStore,
     until: Until = "sample",
     rebuild: Rebuild = None,
-    devices: Annotated[
-        int | None,
-        Doc("Instead, compile one update for so many devices, which need not exist, and say what each would hold."),
-    ] = None,
+    devices: Annotated[int | None, Doc("Instead, say what each of so many devices would hold; none is needed.")] = None,
     out: Output,
 ) -> None:
     """Say what `nanodlm run` would build or reuse, and why. Nothing is built."""
@@ -99,8 +96,6 @@ def plan(
         out.text(memory.table(planned))
         out.json(devices=planned)
         return
-    from nanodlm.stages.why import why
-
     rows = []
     for lookup in look_up(config, store, until, rebuild):
         stage, fingerprint, again = lookup.stage.name, lookup.fingerprint, lookup.stage.name == rebuild
@@ -128,9 +123,7 @@ class Alone:
 class AloneOrTogether(Alone):
     """How training runs in this process, alone or as one of several."""
 
-    coordinator: Annotated[
-        str, Doc("Address of the first of several processes that train together."), arg(metavar="HOST:PORT")
-    ] = ""
+    coordinator: Annotated[str, Doc("Address of the first of several processes."), arg(metavar="HOST:PORT")] = ""
     processes: Annotated[int | None, Doc("How many there are.")] = None
     process: Annotated[int | None, Doc("Which one this is, from 0.")] = None
 
@@ -176,9 +169,8 @@ def _open_inputs(name: str, config: Config, store: Store, words: tuple[str, ...]
     named = {stage: fingerprint for stage, _, fingerprint in (word.partition("=") for word in words)}
     needed = table.STAGES[name].inputs(config)
     if set(named) != set(needed) or not all(named.values()):
-        raise UsageError(
-            f"{name} reads --inputs {' '.join(f'{stage}=FINGERPRINT' for stage in needed)}: name just these"
-        )
+        told = " ".join(f"{stage}=FINGERPRINT" for stage in needed)
+        raise UsageError(f"{name} reads --inputs {told}: name just these")
     return {stage: store.open(f"{stage}/{fingerprint}") for stage, fingerprint in named.items()}
 
 

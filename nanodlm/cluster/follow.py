@@ -32,10 +32,8 @@ def run_on_cluster(
 
     The job is followed through the store, which its hosts see as well: what `emit` is called with is a few seconds old.
     When this is interrupted, the job is cancelled; it saves, and the next run goes on where it was. When this is killed
-    the job goes on, and the next call follows it.
-
-    Raises:
-        NanodlmError: When the scheduler refuses the job, or it fails or is cancelled, or nobody tells how it stands.
+    the job goes on, and the next call follows it. One that is refused, fails, is cancelled, or of which nobody tells
+    how it stands, is an error.
     """
     scheduler, address, shown = SCHEDULERS[launch.target], (lookup.stage.name, lookup.fingerprint), {}
     job = scheduler.submit(Work(config, store.uri(), launch, address[0], lookup.input_fingerprints, rebuild))

@@ -140,8 +140,8 @@ def cancel(job: Job) -> None:
 
 def _delete(job: Job, *words: str, seconds: float = 60) -> tuple[int, str, str]:
     """Delete a JobSet once its pods have gone: another by the same name would take them for its own."""
-    words = ("delete", "jobset", job.name, "--ignore-not-found", "--cascade=foreground", *words)
-    return _kubectl(job, *words, seconds=seconds)
+    kept = ("--ignore-not-found", "--cascade=foreground")
+    return _kubectl(job, "delete", "jobset", job.name, *kept, *words, seconds=seconds)
 
 
 def _kubectl(job: Job, *words: str, seconds: float = 60) -> tuple[int, str, str]:

@@ -39,10 +39,6 @@ def build_shard(config: Config, store: Store, index: int, inputs: dict[str, str]
     """Make the shard of the corpus's part of this number, from 0, and return whether that was still to be done.
 
     Any number of processes may do so at once, for one shard or for several: each has an attempt of its own.
-
-    Raises:
-        NanodlmError: When an input is not there any more.
-        Damaged: When a file that it is made from is not what it was.
     """
     opened = {name: store.open(f"{name}/{fingerprint}") for name, fingerprint in inputs.items()}
     lookup = ready("shard", config, store, inputs=opened)

@@ -34,13 +34,12 @@ def run_stage(
     While another process is building the same artifact, wait for that. A rebuild with equal bytes leaves the old
     manifest in place. Inputs are given where it is known that the stage is to be built: then the store is only asked
     once its lease is held. Of several processes that train together, all are `helping` but process 0, which commits.
-
     What returns is the artifact, and its `record`.
     """
     started = time.monotonic()
     store.emit = emit
-    given = inputs is not None
-    lookup = identify(STAGES[name], config, inputs) if given else ready(name, config, store, rebuild=rebuild)
+    known = None if inputs is None else identify(STAGES[name], config, inputs)
+    lookup = known or ready(name, config, store, rebuild=rebuild)
     if lookup.artifact and not rebuild:
         artifact, built = lookup.artifact, False
     else:

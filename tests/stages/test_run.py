@@ -12,7 +12,6 @@ from nanodlm.config import Config
 from nanodlm.errors import Damaged, NanodlmError
 from nanodlm.stages import lookup as stages_lookup
 from nanodlm.stages import run
-from nanodlm.stages import why as stages_why
 from nanodlm.store import Artifact, Store, lease_events
 from tests.support.helpers import prose, tiny_config
 
@@ -52,7 +51,7 @@ def manifests(store: Store) -> dict[str, bytes]:
 def why(config: Config, store: Store) -> dict[str, str]:
     """For each data stage that would be built, why."""
     lookups = stages_lookup.look_up(config, store, until="shard")
-    return {lookup.stage.name: stages_why.why(lookup, store) for lookup in lookups if lookup.artifact is None}
+    return {lookup.stage.name: stages_lookup.why(lookup, store) for lookup in lookups if lookup.artifact is None}
 
 
 # Building and reusing
@@ -155,7 +154,7 @@ def test_an_explanation_goes_through_the_stages_in_their_order(store: Store, sou
     found = run_all(tiny_config(source), store)
     source.write_text("".join(json.dumps({"text": text}) + "\\n" for text in prose(50)))
     other = tiny_config(source, val_tokens=900, tokenizer="gpt2").replace(model={"seq_len": 16})
-    told = list(dict.fromkeys(line.split(":")[0] for line in stages_why.explain(found["shard"][0], other)))
+    told = list(dict.fromkeys(line.split(":")[0] for line in stages_lookup.explain(found["shard"][0], other)))
     assert told == ["shard", "download", "tokenizer", "split"]
 
 
