@@ -68,8 +68,7 @@ class Console:
             text = self._pace.describe(fields)
             if self._progress is not None:
                 done, total = fields["done"], fields.get("total")
-                (task,) = self._progress.task_ids
-                self._progress.update(task, completed=done, total=total, text=escape(text))
+                self._progress.update(self._progress.task_ids[0], completed=done, total=total, text=escape(text))
             elif time.monotonic() - self._printed >= PLAIN_SECONDS:
                 self._printed = time.monotonic()
                 self.line(f"{self._stage:<10} {escape(text)}")

@@ -211,5 +211,4 @@ def launch(
         out.done(artifact, record(artifact, status, time.monotonic() - began))
         out.text(artifact.uri)
     else:
-        job = SCHEDULERS[to.target].submit(work)
-        out.text(f"{job}", f"`nanodlm ls --store {store.uri()}` shows what is done")
+        out.text(str(SCHEDULERS[to.target].submit(work)), f"`nanodlm ls --store {store.uri()}` shows what is done")

@@ -73,7 +73,7 @@ def job_text(work: Work) -> str:
 
 
 def submit(work: Work) -> Job:
-    """Submit a job, unless one for the same work waits or runs; one that is ending, and may come back, is waited for."""
+    """Submit a job, unless one for the same work waits or runs; one that is ending is waited for."""
     script, deadline = job_text(work), time.monotonic() + work.launch.grace_seconds + 60
     states = "PENDING,CONFIGURING,RUNNING,SUSPENDED,COMPLETING"
     while True:

@@ -10,7 +10,7 @@ from nanodlm.config import Config
 from nanodlm.data import rows
 from nanodlm.errors import Damaged
 from nanodlm.stages import fanout, lookup, run
-from nanodlm.store import Artifact, Store, cache, files, finished_parts
+from nanodlm.store import Artifact, Store, cache
 from nanodlm.upkeep import collect
 from tests.support.helpers import prose, tiny_config
 
@@ -104,33 +104,6 @@ def test_a_worker_needs_no_source_and_fetches_its_part_of_the_corpus_alone(
     assert fanout.build_shard(config, store, 1, inputs)
     fetched = (cache.cache_dir() / "entries").glob("download-*/files/*")
     assert [path.name for path in fetched] == ["part-00001.parquet"]
-
-
-def test_a_shard_adopted_in_a_bucket_is_copied_there_and_not_sent_again(
-    config: Config, s3_environment: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fsspec.filesystem("s3").mkdir("adopted")
-    store = prepared(config, "s3://adopted/store")
-    todo = missing(config, store)
-    for i in todo:
-        build(config, store, i)
-    fingerprint = lookup.ready("shard", config, store).fingerprint
-    (bad,) = finished_parts(store, "shard", fingerprint)[rows.name(1)]
-    path = store.path("shard", fingerprint, "attempts", bad, rows.name(1))
-    content = store.read(path)
-    store.fs.pipe_file(path, content[:50] + bytes([content[50] ^ 1]) + content[51:])
-    sent: list[str] = []
-    put = files.Storage.put
-
-    def noted(self: files.Storage, pairs: list, *done: object) -> None:
-        sent.extend(Path(target).name for _, target in pairs)
-        put(self, pairs, *done)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(files.Storage, "put", noted)
-    artifact = made(config, store)
-    assert sent == [rows.name(1), "validation.arrayrecord"]  # the damaged one alone is made again
-    assert artifact.problems(deep=True) == []
-    assert store.read(artifact.remote(rows.name(1))) == content
 
 
 def test_what_workers_have_finished_is_not_collected_before_the_stage_has_adopted_it(

@@ -109,14 +109,6 @@ def test_equal_bytes_from_other_settings_change_nothing_downstream(store: Store,
     assert statuses(found) == ["built", "cached", "cached", "cached"]
 
 
-def test_new_text_rebuilds_what_reads_it(store: Store, source: Path) -> None:
-    config = tiny_config(source)
-    run_all(config, store)
-    with source.open("a") as file:
-        file.write(json.dumps({"text": "One more."}) + "\n")
-    assert statuses(run_all(config, store)) == ["built", "cached", "built", "built"]
-
-
 # Why
 
 
