@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from statistics import mean, median
@@ -116,18 +117,15 @@ class Meter:
         (first, before), (last, after) = self._noted[0], self._noted[-1]
         return (after - before) / (last - first)
 
-    def start(self, stage: str) -> None:
+    def showing(self, stage: str) -> AbstractContextManager[Any]:
         """Show a stage, as the flow's own pages do."""
         self._pages = Pages()
-        self._pages.start(stage)
+        return self._pages.showing(stage)
 
     def emit(self, kind: str, **fields: Any) -> None:
         """Note an event and show it."""
         self.note(kind, **fields)
         self._pages.emit(kind, **fields)
-
-    def end(self) -> None:
-        """Do nothing: there is no bar to take away."""
 
     def done(self, artifact: Artifact, record: dict[str, Any]) -> None:
         """Show what a finished stage holds."""
@@ -161,7 +159,7 @@ def _directly(config: Config, url: str, meter: Meter) -> None:
     for name in STAGES:
         lookup = ready(name, config, Store(url))
         if lookup.stage.own_process and not lookup.artifact:
-            run_in_process(name, config, url, inputs=lookup.input_fingerprints, emit=meter.note)
+            run_in_process(lookup, config, Store(url), emit=meter.note)
         else:
             run_stage(name, config, Store(url))
 

@@ -14,11 +14,8 @@ def build(config: Config, store: Store, last: str) -> dict[str, Artifact]:
     """Build what the store lacks of a configuration's stages up to `last`, and return their artifacts by name."""
     console, artifacts = Console(sys.stderr), {}
     for name in until(last):
-        console.start(name)
-        try:
-            artifacts[name], _ = run_stage(name, config, store, emit=console.emit)
-        finally:
-            console.end()
+        with console.showing(name) as emit:
+            artifacts[name], _ = run_stage(name, config, store, emit=emit)
     return artifacts
 
 

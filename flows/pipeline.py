@@ -5,14 +5,13 @@ python -m flows.pipeline                 # on the server that PREFECT_API_URL na
 prefect deployment run pipeline/demo     # on a worker, once `prefect deploy --all` was run; see docs/operations.md
 """
 
-import os
 import signal
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-from prefect import flow, tags, task
+from prefect import Flow, flow, tags, task
 from prefect.cache_policies import NO_CACHE
 from prefect.concurrency.sync import concurrency
 from prefect.context import TagsContext
@@ -22,7 +21,7 @@ from prefect.settings import PREFECT_API_URL, PREFECT_LOGGING_LEVEL, get_current
 from prefect.states import Completed
 from prefect.utilities.annotations import quote
 
-from flows.environment import TAG
+from flows import TAG
 from flows.reporting import WATCHER, Pages, Watcher
 from flows.server import check_server, ephemeral_server, wait_for_server_at_end
 from flows.shards import shard_in_parallel, task_runner, worth_retrying
@@ -34,10 +33,9 @@ from nanodlm.stages import table
 from nanodlm.stages.lookup import ready
 from nanodlm.stages.process import run_in_process
 from nanodlm.stages.run import default_store, record, run_stage
-from nanodlm.stages.table import STAGES, check_rebuild
+from nanodlm.stages.table import STAGES, StageName, check_rebuild
 from nanodlm.store import Artifact, Store, fingerprint_of
 
-StageName = Literal["download", "tokenizer", "split", "shard", "train", "evaluate", "sample"]
 DataStageName = Literal["download", "tokenizer", "split", "shard"]
 HERE = Launch()  # in a process of this machine
 LEASE_SECONDS = 900.0  # for which a slot stays taken after kill -9; the server may be away for a quarter of it
@@ -73,34 +71,28 @@ def stage_task(
         watcher.done(lookup.artifact, found)
         return Completed(name="Cached", data=(lookup.artifact, found))
     if not build:
-        raise NanodlmError(
-            f"{name} is not built for this configuration in {store.uri()}: run the pipeline, or `nanodlm run --until "
-            f"{name}`, with the same settings first"
-        )
+        remedy = f"run the pipeline, or `nanodlm run --until {name}`, with the same settings first"
+        raise NanodlmError(f"{name} is not built for this configuration in {store.uri()}: {remedy}")
     own_process = lookup.stage.own_process
     limits = [gpu_limit] if gpu_limit and own_process else []
     if limits:
         watcher.emit("message", text=f"waiting for a slot of the concurrency limit {gpu_limit}")
     slot = concurrency(limits, lease_duration=LEASE_SECONDS, strict=False, raise_on_lease_renewal_failure=False)
     try:
-        with slot, wait_for_server_at_end(watcher.emit):  # in this order: a slot goes back to a server that answers
-            watcher.start(name)
-            if own_process:
+        # In this order: a slot goes back to a server that answers.
+        with slot, wait_for_server_at_end(watcher.emit), watcher.showing(name):
+            if not own_process:
+                artifact, found = run_stage(name, config, store, rebuild=rebuild, inputs=inputs, emit=watcher.emit)
+            else:
                 if name == "train" and train_on.target != "process":
                     artifact = run_on_cluster(lookup, config, store, train_on, rebuild=rebuild, emit=watcher.emit)
                 else:
-                    told = lookup.input_fingerprints
-                    run_in_process(name, config, store_url, inputs=told, rebuild=rebuild, emit=watcher.emit)
-                    artifact = store.open(f"{name}/{lookup.fingerprint}")
+                    artifact = run_in_process(lookup, config, store, rebuild=rebuild, emit=watcher.emit)
                 found = record(artifact, "built", time.monotonic() - started)
-            else:
-                artifact, found = run_stage(name, config, store, rebuild=rebuild, inputs=inputs, emit=watcher.emit)
     except Stopped as stopped:
         if isinstance(stopped.__cause__, TerminationSignal):  # Prefect tells a cancellation from a crash by it
             raise stopped.__cause__ from None
         raise
-    finally:
-        watcher.end()
     watcher.done(artifact, found)
     return artifact, found
 
@@ -113,19 +105,9 @@ def _run_name() -> str:
 
 
 def _run(
-    config: Config,
-    store: str | None,
-    until: str,
-    rebuild: str | None,
-    gpu_limit: str | None = None,
-    train_on: Launch = HERE,
-    *,
-    alone: bool = False,
+    config: Config, store: str | None, until: str, rebuild: str | None, *, alone: bool = False, **options: Any
 ) -> list[dict[str, Any]]:
-    """Go through stages in order; with `alone`, all that the last one needs must be there.
-
-    What returns is, for each, `stage`, `status` (built or cached), `uri`, `fingerprint` and `seconds`.
-    """
+    """Go through stages in order; `alone`, all that the last one needs must be there. Return the record of each."""
     found: dict[str, Artifact] = {}
     records, url, needed = [], store or default_store(), {until}
     if url.startswith("memory:"):
@@ -147,16 +129,14 @@ def _run(
                 quote(inputs),  # type: ignore[arg-type]
                 build=not alone or name == until,
                 rebuild=name == rebuild,
-                gpu_limit=gpu_limit,
-                train_on=train_on,
                 return_state=True,
+                **options,
             )
         found[name], told = state.result()
         records.append(told)
     return records
 
 
-F = TypeVar("F", bound=Callable[..., Any])
 PARAMETERS = """
     Args:
         config: Every setting of the run.
@@ -169,14 +149,13 @@ PARAMETERS = """
 """
 
 
-def described(function: F) -> F:
-    """Add `PARAMETERS` to a flow's docstring, from which Prefect takes what its forms say."""
+def described_flow(function: Callable[..., list[dict[str, Any]]]) -> Flow[..., list[dict[str, Any]]]:
+    """Make a flow, whose docstring has `PARAMETERS`, from which Prefect takes what its forms say."""
     function.__doc__ = f"{function.__doc__}\n{PARAMETERS}"
-    return function
+    return flow(flow_run_name=_run_name, persist_result=False)(function)
 
 
-@flow(flow_run_name=_run_name, persist_result=False)
-@described
+@described_flow
 def pipeline(
     config: Config = PRESETS["demo"],
     store: StoreUrl | None = None,
@@ -187,11 +166,10 @@ def pipeline(
 ) -> list[dict[str, Any]]:
     """Go from text to samples: build what the store lacks, stage by stage, and the report at the end."""
     check_rebuild(rebuild, until)
-    return _run(config, store, until, rebuild, gpu_limit, train_on)
+    return _run(config, store, until, rebuild, gpu_limit=gpu_limit, train_on=train_on)
 
 
-@flow(flow_run_name=_run_name, persist_result=False)
-@described
+@described_flow
 def prepare(
     config: Config = PRESETS["demo"], store: StoreUrl | None = None, rebuild: DataStageName | None = None
 ) -> list[dict[str, Any]]:
@@ -199,8 +177,7 @@ def prepare(
     return _run(config, store, "shard", rebuild)
 
 
-@flow(flow_run_name=_run_name, persist_result=False)
-@described
+@described_flow
 def train(
     config: Config = PRESETS["demo"],
     store: StoreUrl | None = None,
@@ -209,43 +186,34 @@ def train(
     train_on: Launch = HERE,
 ) -> list[dict[str, Any]]:
     """Train, and nothing else: from the last checkpoint on, if there is one. The shards must be in the store."""
-    return _run(config, store, "train", "train" if rebuild else None, gpu_limit, train_on, alone=True)
+    again = "train" if rebuild else None
+    return _run(config, store, "train", again, alone=True, gpu_limit=gpu_limit, train_on=train_on)
 
 
-@flow(flow_run_name=_run_name, persist_result=False)
-@described
+@described_flow
 def evaluate(
     config: Config = PRESETS["demo"], store: StoreUrl | None = None, rebuild: bool = False, gpu_limit: str | None = None
 ) -> list[dict[str, Any]]:
     """Evaluate, and nothing else. The trained model must be in the store."""
-    return _run(config, store, "evaluate", "evaluate" if rebuild else None, gpu_limit, alone=True)
+    return _run(config, store, "evaluate", "evaluate" if rebuild else None, alone=True, gpu_limit=gpu_limit)
 
 
-@flow(flow_run_name=_run_name, persist_result=False)
-@described
+@described_flow
 def sample(
     config: Config = PRESETS["demo"], store: StoreUrl | None = None, rebuild: bool = False, gpu_limit: str | None = None
 ) -> list[dict[str, Any]]:
     """Draw samples, and nothing else. The trained model must be in the store."""
-    return _run(config, store, "sample", "sample" if rebuild else None, gpu_limit, alone=True)
+    return _run(config, store, "sample", "sample" if rebuild else None, alone=True, gpu_limit=gpu_limit)
 
 
 def run_pipeline(
-    config: Config,
-    store: str,
-    until: str,
-    rebuild: str | None,
-    watcher: Watcher,
-    verbose: bool = False,
-    runner: str | None = None,
-    workers: int | None = None,
+    config: Config, store: str, until: str, rebuild: str | None, watcher: Watcher, verbose: bool
 ) -> list[dict[str, Any]]:
     """Run the flow `pipeline` in this process, on the server that the settings name, else on one started for it.
 
     SIGTERM raises `Stopped`, after a training has saved.
     """
-    task_runner(runner, workers)  # refuses what cannot be before a server is started
-    os.environ.update({name: str(v) for name, v in (("NANODLM_RUNNER", runner), ("NANODLM_WORKERS", workers)) if v})
+    task_runner()  # refuses what cannot be before a server is started
 
     def stop(*_: Any) -> None:
         raise Stopped("stopped by a signal; finished stages, parts and checkpoints are kept: run again to continue")

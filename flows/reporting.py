@@ -7,18 +7,12 @@ import base64
 import json
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, Protocol
 
-from prefect.artifacts import (
-    create_image_artifact,
-    create_link_artifact,
-    create_markdown_artifact,
-    create_progress_artifact,
-    create_table_artifact,
-    update_progress_artifact,
-)
+from prefect import artifacts as pages
 from prefect.logging import get_run_logger
 from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
@@ -33,9 +27,8 @@ SECONDS = 30.0  # between two lines of a stage's progress in Prefect's log, and 
 class Watcher(Protocol):
     """Whoever shows the stages to a person; `nanodlm.cli.console.Console` is one, `Pages` another."""
 
-    def start(self, stage: str) -> None: ...
+    def showing(self, stage: str) -> AbstractContextManager[Any]: ...
     def emit(self, kind: str, **fields: Any) -> None: ...
-    def end(self) -> None: ...
     def done(self, artifact: Artifact, record: dict[str, Any]) -> None: ...
 
 
@@ -46,10 +39,11 @@ class Pages:
         self._logger, self._last, self._pace = get_run_logger(), 0.0, Pace()
         self._stage, self._progress = "", None
 
-    def start(self, stage: str) -> None:
+    def showing(self, stage: str) -> AbstractContextManager[Any]:
         """Say that a stage is about to be built."""
         self._stage = stage
         self._logger.info("%s: building", stage)
+        return nullcontext()
 
     def emit(self, kind: str, **fields: Any) -> None:
         """Show an event of the running stage: `message` (text) or `progress` (done, total, unit, ...)."""
@@ -62,9 +56,6 @@ class Pages:
                 self._logger.info(text)
                 self._show_progress(100.0 * fields["done"] / fields["total"] if fields.get("total") else 0.0, text)
 
-    def end(self) -> None:
-        """Leave the log as it is: there is no bar to take away."""
-
     def done(self, artifact: Artifact, record: dict[str, Any]) -> None:
         """Show what a finished stage holds."""
         self._logger.info("%(stage)s: %(status)s in %(seconds)s s, %(uri)s", record)
@@ -76,9 +67,9 @@ class Pages:
     def _show_progress(self, percent: float, text: str) -> None:
         if self._progress is None:
             key = f"{self._stage}-progress"
-            self._progress = self._write(create_progress_artifact, percent, key=key, description=text)
+            self._progress = self._write(pages.create_progress_artifact, percent, key=key, description=text)
         else:
-            self._write(update_progress_artifact, self._progress, percent, description=text)
+            self._write(pages.update_progress_artifact, self._progress, percent, description=text)
 
     def _write(self, call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         try:
@@ -93,18 +84,16 @@ WATCHER: ContextVar[Watcher | None] = ContextVar("watcher", default=None)  # of 
 
 def show_counts(shard: Artifact) -> None:
     """Show a table of what the data stages counted, under the key `data-counts`."""
-    made_from = shard.manifest["inputs"]
-    inputs = {name: shard.store.find(name, made_from[name]["fingerprint"]) for name in NAMES if name in made_from}
+    made_from, counts = shard.manifest["inputs"], shard.metrics
+    inputs = [shard.store.find(name, made_from[name]["fingerprint"]) for name in NAMES if name in made_from]
     rows = [
-        {"stage": name, "holds": summary(artifact), "fingerprint": artifact.fingerprint[:16], "at": artifact.uri}
-        for name, artifact in {**inputs, "shard": shard}.items()
-        if artifact
+        {"stage": a.stage, "holds": summary(a), "fingerprint": a.fingerprint[:16], "at": a.uri}
+        for a in filter(None, [*inputs, shard])
     ]
-    counts = shard.metrics
     for name, side in (("train", "train"), ("validation", "val")):
         holds = f"{counts[f'{side}_tokens']:,} tokens in {counts[f'{side}_rows']:,} rows"
         rows.append({"stage": name, "holds": holds})
-    create_table_artifact(rows, key="data-counts", description="What the model is trained and tested on")
+    pages.create_table_artifact(rows, key="data-counts", description="What the model is trained and tested on")
 
 
 def show_loss(train: Artifact) -> None:
@@ -115,22 +104,22 @@ def show_loss(train: Artifact) -> None:
         size = '<svg xmlns="http://www.w3.org/2000/svg" width="720" height="290" '
         picture = base64.b64encode(loss_curve(points).replace("<svg ", size).encode()).decode()
         url, said = f"data:image/svg+xml;base64,{picture}", f"Training bound: {summary(train)}"
-        create_image_artifact(image_url=url, key="loss-curve", description=said)
+        pages.create_image_artifact(image_url=url, key="loss-curve", description=said)
 
 
 def show_samples(sample: Artifact) -> None:
     """Show the texts that the model wrote, under the key `samples`."""
     texts = [json.loads(line)["text"] for line in sample.file("samples.jsonl").read_text().splitlines()]
     quoted = ["\n".join(f"    {line}" for line in text.splitlines()) for text in texts]  # as code: no markup of theirs
-    create_markdown_artifact("\n\n---\n\n".join(quoted), key="samples", description=f"{len(texts)} samples")
+    pages.create_markdown_artifact("\n\n---\n\n".join(quoted), key="samples", description=f"{len(texts)} samples")
 
 
 def show_report(report: Artifact) -> None:
     """Show the report's numbers under the key `report`, and a link to its page under `report-page`."""
-    create_markdown_artifact(report.file("report.md").read_text(), key="report", description=report.uri)
+    pages.create_markdown_artifact(report.file("report.md").read_text(), key="report", description=report.uri)
     page = report.remote("report.html")
     link = Path(page).as_uri() if report.store.is_local else report.store.fs.unstrip_protocol(page)
-    create_link_artifact(link, link_text="report.html", key="report-page", description=report.uri)
+    pages.create_link_artifact(link, link_text="report.html", key="report-page", description=report.uri)
 
 
 SHOWN = {"shard": show_counts, "train": show_loss, "sample": show_samples, "report": show_report}

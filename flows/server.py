@@ -19,7 +19,7 @@ from prefect.client.orchestration import get_client
 from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, get_current_settings, temporary_settings
 
 from nanodlm.errors import NanodlmError, Stopped
-from nanodlm.stages.process import PARENT, end_with_parent
+from nanodlm.stages.process import PARENT, end_with_parent, last_line
 
 START_SECONDS = 120.0
 AWAY_SECONDS = 900.0  # for which a stage that ended waits for a server that is away
@@ -48,11 +48,9 @@ def ephemeral_server() -> Iterator[str]:
             while not _healthy(url):
                 if child.poll() is not None or time.monotonic() > deadline:
                     log.seek(0)
-                    last = (log.read().decode(errors="replace").strip().splitlines() or ["no output"])[-1]
-                    raise NanodlmError(
-                        f"the local Prefect server did not start ({last}); "
-                        "set PREFECT_API_URL to use a running one, or PREFECT_HOME to a folder that can be written"
-                    )
+                    last = last_line(log.read().decode(errors="replace")) or "no output"
+                    remedy = "set PREFECT_API_URL to use a running one, or PREFECT_HOME to a folder that can be written"
+                    raise NanodlmError(f"the local Prefect server did not start ({last}); {remedy}")
                 time.sleep(0.1)
             yield url
         except Exception as error:
@@ -86,10 +84,8 @@ def check_server() -> None:
     except (httpx.HTTPError, RuntimeError, ValueError) as error:
         if isinstance(error, httpx.HTTPStatusError) and error.response.status_code == 401:
             raise NanodlmError(f"the Prefect server at {url} refuses access: set PREFECT_API_AUTH_STRING") from error
-        raise NanodlmError(
-            f"no Prefect server answers at {url}: start it (`prefect server start --host 127.0.0.1`), or correct "
-            "PREFECT_API_URL, which ends in /api"
-        ) from error
+        remedy = "start it (`prefect server start --host 127.0.0.1`), or correct PREFECT_API_URL, which ends in /api"
+        raise NanodlmError(f"no Prefect server answers at {url}: {remedy}") from error
 
 
 @contextlib.contextmanager
@@ -99,33 +95,27 @@ def wait_for_server_at_end(emit: Callable[..., None]) -> Iterator[None]:
     A task's last state is an event, which Prefect tries to send for some seconds only: lost, the task would look as if
     it ran for ever. Whoever is stopped by a signal does not wait, nor for a server of their own that has ended.
     """
+    failure = None
     try:
         yield
     except Stopped:
         raise
-    except Exception:
-        _wait_for_server(emit)
-        raise
-    _wait_for_server(emit)
-
-
-def _wait_for_server(emit: Callable[..., None]) -> None:
+    except Exception as error:
+        failure = error
     url, own = get_current_settings().api.url, OWN.get()
-    if not url or _healthy(url):
-        return
-    emit("message", text="the Prefect server is away: waiting to tell it how the stage ended")
-    deadline = time.monotonic() + AWAY_SECONDS
+    away, deadline = bool(url) and not _healthy(url), time.monotonic() + AWAY_SECONDS
+    if away:
+        emit("message", text="the Prefect server is away: waiting to tell it how the stage ended")
     with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}), get_client(sync_client=True) as client:
-        while time.monotonic() < deadline and (own is None or own.poll() is None):
+        while away and time.monotonic() < deadline and (own is None or own.poll() is None):
             try:  # not `api_healthcheck`, which would swallow the error that a signal raises
                 client.request("GET", "/health")
-                return
-            except httpx.HTTPStatusError as error:
-                if not error.response.is_server_error:
-                    return
-            except httpx.HTTPError:
-                pass
-            time.sleep(1)
+                away = False
+            except httpx.HTTPError as error:
+                away = not isinstance(error, httpx.HTTPStatusError) or error.response.is_server_error
+                time.sleep(1)
+    if failure is not None:
+        raise failure
 
 
 if __name__ == "__main__":

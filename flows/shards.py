@@ -3,9 +3,7 @@
 nanodlm run --runner processes --workers 4
 """
 
-import multiprocessing
 import os
-import threading
 from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
@@ -19,12 +17,13 @@ from prefect.logging import get_run_logger
 from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner, ThreadPoolTaskRunner
 from prefect.tasks import exponential_backoff
 
-from flows.environment import TAG
+from flows import TAG
 from flows.reporting import Watcher
 from nanodlm.config import Config
 from nanodlm.errors import NanodlmError, Unreachable, UsageError
 from nanodlm.stages import fanout
 from nanodlm.stages.lookup import ready
+from nanodlm.stages.process import end_with_parent
 from nanodlm.store import Artifact, Store
 
 RUNNERS = ("threads", "processes", "dask")
@@ -33,8 +32,7 @@ EMIT: ContextVar[Callable[..., None]] = ContextVar("emit")
 
 def worth_retrying(_task: Any, _run: Any, state: State) -> bool:
     """Retry only what may pass by itself, such as a network that was away; never what the user has to mend."""
-    error = state.result(raise_on_failure=False)
-    return isinstance(error, OSError | Unreachable)
+    return isinstance(state.result(raise_on_failure=False), OSError | Unreachable)
 
 
 @task(
@@ -88,43 +86,33 @@ def shard_in_parallel(config: Config, store_url: str, inputs: dict[str, Artifact
         if len(missing) < 2:
             return
         runner, token = task_runner(), EMIT.set(watcher.emit)
-        watcher.start("shard")
         try:
-            with tags(TAG):  # with an absolute path, for other machines
+            with watcher.showing("shard"), tags(TAG):  # with an absolute path, for other machines
                 make = build_shards.with_options(task_runner=runner)
                 make(missing, config, store.uri(), lookup.input_fingerprints)
         except OSError as error:
-            raise NanodlmError(
-                f"the workers that make shards cannot be reached: {' '.join(str(error).split())[:200]}; check "
-                "NANODLM_DASK_ADDRESS, or use --runner threads"
-            ) from error
+            said = f"the workers that make shards cannot be reached: {' '.join(str(error).split())[:200]}"
+            raise NanodlmError(f"{said}; check NANODLM_DASK_ADDRESS, or use --runner threads") from error
         finally:
-            watcher.end()
             EMIT.reset(token)
 
 
-def task_runner(name: str | None = None, workers: int | None = None) -> TaskRunner[Any]:
-    """Return what runs the tasks that make shards, and how many of them at a time.
+def task_runner() -> TaskRunner[Any]:
+    """Return what runs the tasks that make shards: of `$NANODLM_RUNNER` (threads) and `$NANODLM_WORKERS` (cores).
 
-    Args:
-        name: One of `RUNNERS`; by default `$NANODLM_RUNNER`, else threads. `dask` uses the cluster at
-            `$NANODLM_DASK_ADDRESS`, which has its own number of workers, else starts one on this machine.
-        workers: How many at a time; by default `$NANODLM_WORKERS`, else as many as there are cores.
+    `dask` uses the cluster at `$NANODLM_DASK_ADDRESS`, with its own number of workers, else starts one on this machine.
     """
-    name = name or os.environ.get("NANODLM_RUNNER") or RUNNERS[0]
+    name = os.environ.get("NANODLM_RUNNER") or RUNNERS[0]
     if name not in RUNNERS:
         raise UsageError(f"unknown runner {name!r}: choose one of {', '.join(RUNNERS)} (--runner or NANODLM_RUNNER)")
-    count = str(workers) if workers is not None else os.environ.get("NANODLM_WORKERS") or str(os.cpu_count() or 1)
+    count = os.environ.get("NANODLM_WORKERS") or str(os.cpu_count() or 1)
     if not count.isdecimal() or int(count) < 1:
         raise UsageError(f"--workers (or NANODLM_WORKERS) counts tasks at a time, from 1, not {count}")
     if name == "threads":
         return ThreadPoolTaskRunner(max_workers=int(count))
     if name == "processes":
-        return ProcessPoolTaskRunner(max_workers=int(count), initializer=_end_with_parent)
-    return _dask(int(count))
-
-
-def _dask(workers: int) -> TaskRunner[Any]:
+        # Else they would wait for ever where this process is killed.
+        return ProcessPoolTaskRunner(max_workers=int(count), initializer=end_with_parent, initargs=(os.getpid(),))
     os.environ.setdefault("DASK_LOGGING__DISTRIBUTED", "error")  # read when it is imported, here and in its workers
     try:
         from prefect_dask.task_runners import DaskTaskRunner
@@ -133,17 +121,5 @@ def _dask(workers: int) -> TaskRunner[Any]:
     if address := os.environ.get("NANODLM_DASK_ADDRESS"):
         return DaskTaskRunner(address=address)
     # Loopback only, and no page that others could see.
-    local = {"n_workers": workers, "threads_per_worker": 1, "host": "127.0.0.1", "dashboard_address": None}
+    local = {"n_workers": int(count), "threads_per_worker": 1, "host": "127.0.0.1", "dashboard_address": None}
     return DaskTaskRunner(cluster_kwargs=local)
-
-
-def _end_with_parent() -> None:
-    """End a process of a pool when its parent is killed, for which the pool itself would wait for ever."""
-    parent = multiprocessing.parent_process()
-
-    def watch() -> None:
-        if parent is not None:
-            parent.join()
-            os._exit(1)
-
-    threading.Thread(target=watch, name="end-with-parent", daemon=True).start()

@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 
 import nanodlm
-from docs.animate import places
 from tests.support.servers import free_ports
 
 ROOT = Path(nanodlm.__file__).parents[1]
@@ -52,17 +51,6 @@ def test_the_readme_lists_every_room_once() -> None:
     outer = {f"{name.split('/')[0]}/" for name in tracked.splitlines() if "/" in name and name[0] != "."} - {"nanodlm/"}
     rooms = [f"nanodlm/{path.name}{'/' * path.is_dir()}" for path in inner if path.suffix == ".py" or path.is_dir()]
     assert sorted(listed) == sorted([*rooms, *outer])
-
-
-def test_the_picture_is_small_and_moves() -> None:
-    picture = (ROOT / "docs" / "sampling.svg").read_text()
-    assert len(picture) < 100_000
-    assert "@keyframes" in picture
-    assert "prefers-reduced-motion" in picture
-
-
-def test_a_line_of_the_picture_breaks_before_a_word() -> None:
-    assert places(["one", " " + "x" * 62, "!"]) == [(0, 0), (-1, 1), (62, 1)]
 
 
 def test_continuous_integration_runs_the_test_command() -> None:

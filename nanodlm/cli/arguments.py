@@ -40,11 +40,7 @@ for _group in Config.model_fields.values():  # so that --help breaks lines where
 
 
 def parse(command: str, function: Callable[..., None], words: list[str]) -> Callable[[], None]:
-    """Return the call of a command's function with what its words say; `--help` prints the help and exits.
-
-    Raises:
-        UsageError: One line on what is wrong.
-    """
+    """Return the call of a command's function with what its words say; `--help` prints the help and exits."""
     parameters = inspect.signature(function).parameters
     own = [name.upper() for name, p in parameters.items() if p.kind is p.POSITIONAL_ONLY]
     preset, defaults = "", {}

@@ -24,13 +24,9 @@ class Console:
 
     def __init__(self, stream: TextIO, *, json: bool = False):
         """Show events on a stream, and print results, or with `json` one JSON object, on standard output."""
-        self._rich = RichConsole(file=stream, highlight=False, soft_wrap=True, emoji=False)
-        self._json = json
+        self._rich, self._json = RichConsole(file=stream, highlight=False, soft_wrap=True, emoji=False), json
         self._progress: Progress | None = None
-        self._task: Any = None
-        self._stage = ""
-        self._printed = 0.0
-        self._pace = Pace()
+        self._stage, self._printed, self._pace = "", 0.0, Pace()
         self.artifacts: dict[str, Artifact] = {}  # of finished stages, by stage
 
     def line(self, text: str) -> None:
@@ -47,15 +43,22 @@ class Console:
         if self._json:
             print(json_module.dumps(result, sort_keys=True))
 
-    def start(self, stage: str) -> None:
-        """Say that a stage begins."""
+    @contextmanager
+    def showing(self, stage: str) -> Iterator[Emit]:
+        """Show a stage while it runs, with a bar on a terminal: what this gives is called with its events."""
         self._stage, self._printed, self._pace = stage, time.monotonic(), Pace()
         if self._rich.is_terminal:
             name, text = TextColumn("[bold]{task.description:<10}"), TextColumn("{task.fields[text]}")
             columns = (SpinnerColumn(), name, BarColumn(bar_width=24), text, TimeElapsedColumn())
             self._progress = Progress(*columns, console=self._rich, transient=True)
-            self._task = self._progress.add_task(stage, total=None, text="")
+            self._progress.add_task(stage, total=None, text="")
             self._progress.start()
+        try:
+            yield self.emit
+        finally:
+            if self._progress is not None:
+                self._progress.stop()
+                self._progress = None
 
     def emit(self, kind: str, **fields: Any) -> None:
         """Show an event of the running stage: `message` (text) or `progress` (done, total, unit, …)."""
@@ -65,29 +68,13 @@ class Console:
             text = self._pace.describe(fields)
             if self._progress is not None:
                 done, total = fields["done"], fields.get("total")
-                self._progress.update(self._task, completed=done, total=total, text=escape(text))
+                self._progress.update(self._progress.task_ids[0], completed=done, total=total, text=escape(text))
             elif time.monotonic() - self._printed >= PLAIN_SECONDS:
                 self._printed = time.monotonic()
                 self.line(f"{self._stage:<10} {escape(text)}")
 
-    def end(self) -> None:
-        """Take the bar of a stage away that is over, well or not."""
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress = None
-
-    @contextmanager
-    def showing(self, stage: str) -> Iterator[Emit]:
-        """Show a stage while it runs: what this gives is called with its events."""
-        self.start(stage)
-        try:
-            yield self.emit
-        finally:
-            self.end()
-
     def done(self, artifact: "Artifact", record: dict[str, Any]) -> None:
         """Print the line of a finished stage."""
-        self.end()
         self.artifacts[artifact.stage] = artifact
         built = record["status"] == "built"
         status = f"[green]built  {record['seconds']:7.1f} s[/green]" if built else f"[cyan]{'cached':<16}[/cyan]"
@@ -109,8 +96,8 @@ class Console:
             self.line("")
         for name, file in (("report", "report.html"), ("sample", "samples.txt"), ("train", "checkpoints")):
             if name in artifacts:
-                path = artifacts[name].remote(file)
-                where = path if artifacts[name].store.is_local else artifacts[name].store.fs.unstrip_protocol(path)
+                path, store = artifacts[name].remote(file), artifacts[name].store
+                where = path if store.is_local else store.fs.unstrip_protocol(path)
                 self.line(f"{file:<12} {escape(where)}")
         last = list(artifacts.values())[-1]
         self.line(f"{'store':<12} {escape(last.store.uri())}")

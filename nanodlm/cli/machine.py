@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+from importlib import import_module
 from importlib.metadata import version
 
 from nanodlm.cli.arguments import Output
@@ -10,14 +11,16 @@ from nanodlm.cli.store import OpenStore
 from nanodlm.errors import NanodlmError, redact
 from nanodlm.store import Store
 
+PACKAGES = ("jax", "flax", "orbax-checkpoint", "grain", "prefect")
+
 
 def doctor(*, store: OpenStore, out: Output) -> None:
     """Check this machine: packages, devices, store, corpus, encodings."""
     rows = []
     for name, check in (
         ("python", lambda: sys.version.split()[0]),
-        ("packages", _packages),
-        ("devices", _devices),
+        ("packages", lambda: ", ".join(f"{name} {version(name)}" for name in PACKAGES)),
+        ("devices", lambda: ", ".join(f"{d.platform} {d.device_kind}" for d in import_module("jax").devices())),
         ("store", lambda: _writable(store)),
         ("corpus", _corpus),
         ("gpt2", _gpt2),
@@ -32,16 +35,6 @@ def doctor(*, store: OpenStore, out: Output) -> None:
     out.json(checks=rows, ok=not failed)
     if failed:
         raise NanodlmError(f"{len(failed)} of {len(rows)} checks failed: {', '.join(failed)}")
-
-
-def _packages() -> str:
-    return ", ".join(f"{name} {version(name)}" for name in ("jax", "flax", "orbax-checkpoint", "grain", "prefect"))
-
-
-def _devices() -> str:
-    import jax
-
-    return ", ".join(f"{d.platform} {d.device_kind}" for d in jax.devices())
 
 
 def _writable(store: Store) -> str:

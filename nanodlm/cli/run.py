@@ -18,23 +18,24 @@ from nanodlm.cluster.settings import Launch, Work
 from nanodlm.config import Config
 from nanodlm.errors import NanodlmError, UsageError
 from nanodlm.stages import table
-from nanodlm.stages.lookup import look_up, ready
+from nanodlm.stages.lookup import look_up, ready, why
 from nanodlm.stages.run import record, run_stage
+from nanodlm.stages.table import StageName
 from nanodlm.store import Artifact, Store
 
-StageName = Literal["download", "tokenizer", "split", "shard", "train", "evaluate", "sample"]
+Until = Annotated[StageName, Doc("Last stage to go through.")]
+Rebuild = Annotated[StageName | None, Doc("A stage to build again even though the store holds it.")]
+Runner = Literal["threads", "processes", "dask"]
+Again = Annotated[bool, Doc("Build again even though the store holds it.")]
 
 
 def run(
     config: Settings,
     *,
     store: OpenStore,
-    until: Annotated[StageName, Doc("Last stage to run.")] = "sample",
-    rebuild: Annotated[StageName | None, Doc("A stage to build again even though the store holds it.")] = None,
-    runner: Annotated[
-        Literal["threads", "processes", "dask"] | None,
-        Doc("Where shards are made; by default $NANODLM_RUNNER, else threads."),
-    ] = None,
+    until: Until = "sample",
+    rebuild: Rebuild = None,
+    runner: Annotated[Runner | None, Doc("Where shards are made; by default $NANODLM_RUNNER, else threads.")] = None,
     workers: Annotated[int | None, Doc("Shards at a time; by default $NANODLM_WORKERS, else one a core.")] = None,
     verbose: Annotated[bool, Doc("Show Prefect's own log.")] = False,
     out: Output,
@@ -47,27 +48,26 @@ def run(
         records = [record(artifact, "cached", 0.0) for artifact in artifacts]
         for artifact, done in zip(artifacts, records, strict=True):
             out.done(artifact, done)
+    elif store.uri().startswith("memory:"):  # which no other process could see, an orchestrator's neither
+        records = []
+        for name in table.until(until):
+            with out.showing(name) as emit:
+                artifact, done = run_stage(name, config, store, rebuild=name == rebuild, emit=emit)
+            out.done(artifact, done)
+            records.append(done)
     else:
-        if store.uri().startswith("memory:"):  # which no other process could see, an orchestrator's neither
-            records = [_build(name, config, store, name == rebuild, out) for name in table.until(until)]
-        else:
-            from flows.environment import quiet_prefect
+        from flows import quiet_prefect
 
-            quiet_prefect(verbose)
-            if not os.environ.get("PREFECT_API_URL"):
-                out.line("[dim]starting the local Prefect server[/dim]")
-            from flows.pipeline import run_pipeline
+        quiet_prefect(verbose)
+        if not os.environ.get("PREFECT_API_URL"):
+            out.line("[dim]starting the local Prefect server[/dim]")
+        from flows.pipeline import run_pipeline
 
-            records = run_pipeline(config, store.uri(), until, rebuild, out, verbose, runner, workers)
+        given = {"NANODLM_RUNNER": runner, "NANODLM_WORKERS": workers}
+        os.environ.update({name: str(value) for name, value in given.items() if value is not None})
+        records = run_pipeline(config, store.uri(), until, rebuild, out, verbose)
     out.finish()
     _print_result(records, out)
-
-
-def _build(name: str, config: Config, store: Store, rebuild: bool, out: Console) -> dict[str, Any]:
-    with out.showing(name) as emit:
-        artifact, done = run_stage(name, config, store, rebuild=rebuild, emit=emit)
-    out.done(artifact, done)
-    return done
 
 
 def _print_result(records: list[dict[str, Any]], out: Console) -> None:
@@ -82,12 +82,9 @@ def plan(
     config: Settings,
     *,
     store: OpenStore,
-    until: Annotated[StageName, Doc("Last stage to look at.")] = "sample",
-    rebuild: Annotated[StageName | None, Doc("A stage that `nanodlm run` would be told to build again.")] = None,
-    devices: Annotated[
-        int | None,
-        Doc("Instead, compile one update for so many devices, which need not exist, and say what each would hold."),
-    ] = None,
+    until: Until = "sample",
+    rebuild: Rebuild = None,
+    devices: Annotated[int | None, Doc("Instead, say what each of so many devices would hold; none is needed.")] = None,
     out: Output,
 ) -> None:
     """Say what `nanodlm run` would build or reuse, and why. Nothing is built."""
@@ -99,8 +96,6 @@ def plan(
         out.text(memory.table(planned))
         out.json(devices=planned)
         return
-    from nanodlm.stages.why import why
-
     rows = []
     for lookup in look_up(config, store, until, rebuild):
         stage, fingerprint, again = lookup.stage.name, lookup.fingerprint, lookup.stage.name == rebuild
@@ -115,7 +110,7 @@ def plan(
 class Alone:
     """How a stage runs in this process, without Prefect."""
 
-    rebuild: Annotated[bool, Doc("Build again even though the store holds it.")] = False
+    rebuild: Again = False
     inputs: Annotated[
         tuple[str, ...],
         Doc("What the stage reads, each as STAGE=FINGERPRINT; by default it is looked up, from the source on."),
@@ -128,9 +123,7 @@ class Alone:
 class AloneOrTogether(Alone):
     """How training runs in this process, alone or as one of several."""
 
-    coordinator: Annotated[
-        str, Doc("Address of the first of several processes that train together."), arg(metavar="HOST:PORT")
-    ] = ""
+    coordinator: Annotated[str, Doc("Address of the first of several processes."), arg(metavar="HOST:PORT")] = ""
     processes: Annotated[int | None, Doc("How many there are.")] = None
     process: Annotated[int | None, Doc("Which one this is, from 0.")] = None
 
@@ -152,7 +145,7 @@ def sample(config: Settings, how: Annotated[Alone, arg(name="")], *, store: Open
 
 def _run_alone(name: str, config: Config, how: Alone, store: Store, out: Console) -> None:
     from nanodlm.stages.process import end_with_parent
-    from nanodlm.stages.progress import EventLog
+    from nanodlm.stages.progress import event_log
     from nanodlm.store.cache import cache_dir
 
     end_with_parent()
@@ -164,7 +157,7 @@ def _run_alone(name: str, config: Config, how: Alone, store: Store, out: Console
 
         helping = join(how.coordinator, how.processes, how.process) > 0
     with out.showing(name) as emit:
-        emit = EventLog(Path(how.events)) if how.events else emit
+        emit = event_log(Path(how.events)) if how.events else emit
         artifact, done = run_stage(name, config, store, rebuild=how.rebuild, helping=helping, inputs=inputs, emit=emit)
     out.done(artifact, done)
     out.text(artifact.uri)
@@ -172,17 +165,12 @@ def _run_alone(name: str, config: Config, how: Alone, store: Store, out: Console
 
 
 def _open_inputs(name: str, config: Config, store: Store, words: tuple[str, ...]) -> dict[str, Artifact]:
-    """Open the artifacts that words such as `shard=ab12…` name.
-
-    Raises:
-        UsageError: When they are not those that the stage reads.
-    """
+    """Open the artifacts that words such as `shard=ab12…` name, which must be just those that the stage reads."""
     named = {stage: fingerprint for stage, _, fingerprint in (word.partition("=") for word in words)}
     needed = table.STAGES[name].inputs(config)
     if set(named) != set(needed) or not all(named.values()):
-        raise UsageError(
-            f"{name} reads --inputs {' '.join(f'{stage}=FINGERPRINT' for stage in needed)}: name just these"
-        )
+        told = " ".join(f"{stage}=FINGERPRINT" for stage in needed)
+        raise UsageError(f"{name} reads --inputs {told}: name just these")
     return {stage: store.open(f"{stage}/{fingerprint}") for stage, fingerprint in named.items()}
 
 
@@ -199,7 +187,7 @@ def launch(
     *,
     stage: Annotated[Literal["train", "evaluate", "sample"], Doc("What to do there.")] = "train",
     store: OpenStore,
-    rebuild: Annotated[bool, Doc("Build again even though the store holds it.")] = False,
+    rebuild: Again = False,
     dry_run: Annotated[bool, Doc("Print the batch script or the manifest, and do nothing.")] = False,
     wait: Annotated[bool, Doc("Show how it goes until it is done; interrupted, the job is cancelled.")] = False,
 ) -> None:
@@ -213,7 +201,7 @@ def launch(
             lookup = ready(stage, config, store, rebuild=rebuild)
     work = Work(config, store.uri(), to, stage, lookup.input_fingerprints if lookup else {}, rebuild)
     if dry_run:
-        _print_job(work)
+        print(SCHEDULERS[to.target].job_text(work), end="")
     elif wait and lookup:
         began, artifact, status = time.monotonic(), lookup.artifact, "cached"
         if artifact is None or rebuild:
@@ -223,18 +211,4 @@ def launch(
         out.done(artifact, record(artifact, status, time.monotonic() - began))
         out.text(artifact.uri)
     else:
-        job = SCHEDULERS[to.target].submit(work)
-        out.text(f"{job}", f"`nanodlm ls --store {store.uri()}` shows what is done")
-
-
-def _print_job(work: Work) -> None:
-    if work.launch.target == "slurm":
-        from nanodlm.cluster.slurm import slurm_script
-
-        print(slurm_script(work), end="")
-    else:
-        import yaml
-
-        from nanodlm.cluster.kubernetes import jobset
-
-        print(yaml.safe_dump(jobset(work), sort_keys=False, width=1000), end="")
+        out.text(str(SCHEDULERS[to.target].submit(work)), f"`nanodlm ls --store {store.uri()}` shows what is done")

@@ -10,8 +10,8 @@ from tyro.conf import arg
 from nanodlm.cli.arguments import Output, Settings
 from nanodlm.config import parse_address
 from nanodlm.errors import Damaged, NanodlmError, UsageError
+from nanodlm.stages.lookup import explain as differences
 from nanodlm.stages.run import default_store
-from nanodlm.stages.why import explain as differences
 from nanodlm.store import Artifact, Store
 from nanodlm.upkeep import ages
 from nanodlm.upkeep.collect import collect
@@ -128,9 +128,7 @@ def gc(
     *,
     store: OpenStore,
     dry_run: Annotated[bool, Doc("Only say what would be removed.")] = False,
-    keep_last: Annotated[
-        int | None, Doc("Results to keep, the newest, with all they were made from; all by default.")
-    ] = None,
+    keep_last: Annotated[int | None, Doc("Newest results to keep, with all they were made from; else all.")] = None,
     older_than: Annotated[str | None, Doc("Give up results older than this, such as 30d."), arg(metavar="AGE")] = None,
     grace: Annotated[str, Doc("Leave alone what changed this lately."), arg(metavar="AGE")] = "1h",
     out: Output,

@@ -5,7 +5,7 @@ import time
 from typing import Any
 
 from nanodlm.cluster import kubernetes, slurm
-from nanodlm.cluster.settings import LOOK_SECONDS, Job, Launch, Work
+from nanodlm.cluster.settings import LOOK_SECONDS, Launch, Work
 from nanodlm.config import Config
 from nanodlm.errors import NanodlmError, Unreachable
 from nanodlm.stages.lookup import Lookup
@@ -28,66 +28,43 @@ def run_on_cluster(
     rebuild: bool = False,
     emit: Emit = lambda *_, **__: None,
 ) -> Artifact:
-    """Build a stage as a job of a cluster, and return its artifact.
+    """Build a stage that uses JAX as a job of a cluster, and return its artifact.
 
-    The job is followed through the store: what `emit` is called with is a few seconds old. When this is interrupted,
-    the job is cancelled; it saves, and the next run goes on where it was. When this is killed the job goes on, and the
-    next call follows it.
-
-    Args:
-        lookup: The stage, which is train, evaluate or sample, and the artifacts it reads.
-        config: The run's configuration.
-        store: Where artifacts lie, for this process and for the job's hosts.
-        launch: The cluster.
-        rebuild: Build even when the artifact exists.
-        emit: Called with the stage's events.
-
-    Raises:
-        NanodlmError: When the scheduler refuses the job, or it fails or is cancelled.
+    The job is followed through the store, which its hosts see as well: what `emit` is called with is a few seconds old.
+    When this is interrupted, the job is cancelled; it saves, and the next run goes on where it was. When this is killed
+    the job goes on, and the next call follows it. One that is refused, fails, is cancelled, or of which nobody tells
+    how it stands, is an error.
     """
-    work = Work(config, store.uri(), launch, lookup.stage.name, lookup.input_fingerprints, rebuild)
-    scheduler = SCHEDULERS[launch.target]
-    job = scheduler.submit(work)
-    try:
-        emit("message", text=str(job))
-        return _follow(job, lookup, store, rebuild, emit)
-    except _Ended:
-        raise
-    except BaseException:
-        scheduler.cancel(job)
-        raise
-
-
-class _Ended(NanodlmError):
-    """The job ended without its artifact."""
-
-
-def _follow(job: Job, lookup: Lookup, store: Store, rebuild: bool, emit: Emit) -> Artifact:
-    """Emit what the job's lease in the store tells, until its artifact is there."""
-    address, shown = (lookup.stage.name, lookup.fingerprint), {}
-    label = f"{job.launch.target} job {job.name}"
+    scheduler, address, shown = SCHEDULERS[launch.target], (lookup.stage.name, lookup.fingerprint), {}
+    job = scheduler.submit(Work(config, store.uri(), launch, address[0], lookup.input_fingerprints, rebuild))
+    label = f"{launch.target} job {job.name}"
     asked = answered = time.monotonic()
     ended = None
-    while True:
-        with contextlib.suppress(Unreachable), retrying_for(LOOK_SECONDS):  # the job may reach it nevertheless
-            for kind, fields in lease_events(store, *address).items():
-                if shown.get(kind) != fields:
-                    shown[kind] = fields
-                    emit(kind, **fields)
-            if (ended or not rebuild) and (artifact := store.find(*address)):
-                return artifact
-        now = time.monotonic()
-        if ended and now - ended > SETTLE_SECONDS:
-            raise _Ended(f"{label} ended without a {address[0]} artifact in {store.uri()}: {job.hint}")
-        if not ended and now - asked > ASK_SECONDS:
-            asked = now
-            state, words = SCHEDULERS[job.launch.target].state(job)
-            if state == "failed" and (rebuild or not store.find(*address)):
-                raise _Ended(f"{label} did not finish: {words}; run again to continue")
-            if state in ("done", "failed"):
-                ended = now
-            if state != "unknown":
-                answered = now
-            elif now - answered > SILENT_SECONDS:
-                raise NanodlmError(f"nobody tells how {label} stands ({words}): {job.hint}")
-        time.sleep(LOOK_SECONDS)
+    try:
+        emit("message", text=str(job))
+        while True:
+            with contextlib.suppress(Unreachable), retrying_for(LOOK_SECONDS):  # the job may reach it nevertheless
+                for kind, fields in lease_events(store, *address).items():
+                    if shown.get(kind) != fields:
+                        shown[kind] = fields
+                        emit(kind, **fields)
+                if (ended or not rebuild) and (artifact := store.find(*address)):
+                    return artifact
+            now = time.monotonic()
+            if ended and now - ended > SETTLE_SECONDS:
+                raise NanodlmError(f"{label} ended without a {address[0]} artifact in {store.uri()}: {job.hint}")
+            if not ended and now - asked > ASK_SECONDS:
+                asked = now
+                state, words = scheduler.state(job)
+                answered = answered if state == "unknown" else now
+                if state in ("done", "failed"):
+                    ended = now
+                if state == "failed" and (rebuild or not store.find(*address)):
+                    raise NanodlmError(f"{label} did not finish: {words}; run again to continue")
+                if now - answered > SILENT_SECONDS:
+                    raise NanodlmError(f"nobody tells how {label} stands ({words}): {job.hint}")
+            time.sleep(LOOK_SECONDS)
+    except BaseException:
+        if not ended:
+            scheduler.cancel(job)
+        raise

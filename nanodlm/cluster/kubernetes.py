@@ -4,8 +4,11 @@ import json
 from dataclasses import replace
 from typing import Any, Literal
 
-from nanodlm.cluster.settings import MOUNT, PORT, Job, Work, ask, hand_over, last_line
+import yaml
+
+from nanodlm.cluster.settings import MOUNT, PORT, Job, Work, ask, hand_over
 from nanodlm.errors import NanodlmError, Stopped
+from nanodlm.stages.process import last_line
 
 
 def jobset(work: Work) -> dict[str, Any]:
@@ -13,9 +16,6 @@ def jobset(work: Work) -> dict[str, Any]:
 
     When a pod ends with 75 or is evicted, all are made anew, as often as it takes, and go on from the last checkpoint;
     after other failures as well, `launch.restarts` times. Secrets come from a Secret by its name.
-
-    Raises:
-        UsageError: When the pods would not all see the store, or the text that they look up.
 
     >>> from nanodlm.cluster.settings import Config, Launch
     >>> pods = jobset(Work(Config(), "s3://bucket/store", Launch(target="k8s", image="nanodlm:1")))
@@ -34,10 +34,8 @@ def jobset(work: Work) -> dict[str, Any]:
     gpus = {"nvidia.com/gpu": str(launch.gpus_per_node)} if launch.gpus_per_node else {}
     cpu = {"cpu": str(launch.cpus_per_task)} if launch.cpus_per_task else {}
     memory = {"memory": f"{launch.memory_gb}G"} if launch.memory_gb else {}
-    volumes: list[dict[str, Any]] = [
-        {"name": "cache", "emptyDir": {}},
-        {"name": "shm", "emptyDir": {"medium": "Memory"}},  # through which the GPUs of a host talk
-    ]
+    volumes: list[dict[str, Any]] = [{"name": "cache", "emptyDir": {}}]
+    volumes.append({"name": "shm", "emptyDir": {"medium": "Memory"}})  # through which the GPUs of a host talk
     mounts = [{"name": "cache", "mountPath": "/cache"}, {"name": "shm", "mountPath": "/dev/shm"}]
     if launch.store_volume:
         volumes.append({"name": "store", "persistentVolumeClaim": {"claimName": launch.store_volume}})
@@ -65,33 +63,24 @@ def jobset(work: Work) -> dict[str, Any]:
         "containers": [container],
         "volumes": volumes,
     }
-    saved = {"containerName": stage, "operator": "In", "values": [Stopped.exit_code]}
+    saved = {"onExitCodes": {"containerName": stage, "operator": "In", "values": [Stopped.exit_code]}}
+    evicted = {"onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}
     job = {
         "completionMode": "Indexed",
         "completions": nodes,
         "parallelism": nodes,
         "backoffLimit": 0,  # one that fails is no use to the others: all begin anew
-        "podFailurePolicy": {
-            "rules": [
-                {"action": "FailJob", "onExitCodes": saved},
-                {"action": "FailJob", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
-            ]
-        },
+        "podFailurePolicy": {"rules": [{"action": "FailJob", **when} for when in (saved, evicted)]},
         "template": {"spec": pod},
     }
-    passed = {
-        "name": "stopped",
-        "action": "RestartJobSetAndIgnoreMaxRestarts",
-        "onJobFailureReasons": ["PodFailurePolicy"],
-    }
+    reasons = ["PodFailurePolicy"]
+    passed = {"name": "stopped", "action": "RestartJobSetAndIgnoreMaxRestarts", "onJobFailureReasons": reasons}
+    namespace = {"namespace": launch.namespace} if launch.namespace else {}
+    queue = {"labels": {"kueue.x-k8s.io/queue-name": launch.queue}} if launch.queue else {}
     return {
         "apiVersion": "jobset.x-k8s.io/v1alpha2",
         "kind": "JobSet",
-        "metadata": {
-            "name": name,
-            **({"namespace": launch.namespace} if launch.namespace else {}),
-            **({"labels": {"kueue.x-k8s.io/queue-name": launch.queue}} if launch.queue else {}),
-        },
+        "metadata": {"name": name, **namespace, **queue},
         "spec": {
             "network": {"enableDNSHostnames": True, "publishNotReadyAddresses": True},
             "failurePolicy": {"maxRestarts": launch.restarts, "rules": [passed]},
@@ -101,13 +90,13 @@ def jobset(work: Work) -> dict[str, Any]:
     }
 
 
-def submit(work: Work) -> Job:
-    """Create a JobSet, unless one for the same work waits or runs; one that has ended goes first.
+def job_text(work: Work) -> str:
+    """Write the manifest of `jobset` for a person to read, as YAML."""
+    return yaml.safe_dump(jobset(work), sort_keys=False, width=1000)
 
-    Raises:
-        UsageError: When the pods would not all see the store, or the text that they look up.
-        NanodlmError: When kubectl is not here, or refuses.
-    """
+
+def submit(work: Work) -> Job:
+    """Create a JobSet, unless one for the same work waits or runs; one that has ended goes first."""
     launch, manifest = work.launch, json.dumps(jobset(work))
     where = f" -n {launch.namespace}" if launch.namespace else ""
     job = Job(launch, work.name, f"kubectl get jobset {work.name}{where}")
@@ -151,8 +140,8 @@ def cancel(job: Job) -> None:
 
 def _delete(job: Job, *words: str, seconds: float = 60) -> tuple[int, str, str]:
     """Delete a JobSet once its pods have gone: another by the same name would take them for its own."""
-    words = ("delete", "jobset", job.name, "--ignore-not-found", "--cascade=foreground", *words)
-    return _kubectl(job, *words, seconds=seconds)
+    kept = ("--ignore-not-found", "--cascade=foreground")
+    return _kubectl(job, "delete", "jobset", job.name, *kept, *words, seconds=seconds)
 
 
 def _kubectl(job: Job, *words: str, seconds: float = 60) -> tuple[int, str, str]:

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from nanodlm.config import Config, Group
 from nanodlm.errors import NanodlmError, UsageError
-from nanodlm.stages.process import stage_flags
+from nanodlm.stages.process import last_line, stage_flags
 from nanodlm.store import Store, fingerprint_of
 
 MOUNT = "/store"  # where `Launch.store_volume` lies in a pod
@@ -73,16 +73,7 @@ class Launch(Group):
 
 @dataclass(frozen=True)
 class Work:
-    """What a job is to do, and where.
-
-    Attributes:
-        config: The run's configuration, which the job holds.
-        store: Address of a store that all its hosts see.
-        launch: The hosts.
-        stage: `train`, `evaluate` or `sample`.
-        inputs: Fingerprints, by stage, of what it reads; without them the job needs the source, and looks them up.
-        rebuild: Whether to build even when the artifact exists.
-    """
+    """What a job is to do, and where its hosts find the store; without fingerprints of its inputs it looks them up."""
 
     config: Config
     store: str
@@ -101,22 +92,15 @@ class Work:
         """The job's name, the same for the same work, so that a job that somebody has left is found again."""
         config = self.config
         work: dict[str, Any] = {"store": Store(self.store).uri(), "rebuild": self.rebuild}
-        work |= {
-            "data": config.data.model_dump(mode="json"),
-            "train": config.training(),
-            "from": config.exp.resume_path,
-        }
+        work |= {"data": config.data.model_dump(mode="json"), "train": config.training()}
+        work["from"] = config.exp.resume_path
         if self.stage != "train":
             work[self.stage] = {"evaluate": config.eval, "sample": config.sample}[self.stage].model_dump(mode="json")
         return f"nanodlm-{self.stage}-{fingerprint_of(work)[:12]}"
 
     def flags(self) -> list[str]:
-        """Return what follows the configuration in the job's command.
-
-        Raises:
-            UsageError: When the job's hosts would not all see the store, or the text that they look up.
-        """
-        store, launch = Store(self.store), self.launch
+        """Return what follows the configuration in the job's command, if its hosts see all that they are to read."""
+        store, volume, pods = Store(self.store), self.launch.store_volume, self.launch.target == "k8s"
         address = store.uri()
         if address.startswith("memory:"):
             raise UsageError("a store in memory is seen by no other process: give --store a shared folder or a bucket")
@@ -125,41 +109,26 @@ class Work:
                 f"several hosts save one checkpoint together, so {address} cannot be their store: give --store a "
                 "folder on a disk that they share, and `nanodlm copy` the result to the bucket"
             )
-        if launch.target == "k8s" and store.is_local and not launch.store_volume:
+        if pods and store.is_local and not (volume and Path(store.root).is_relative_to(MOUNT)):
+            sees = f"only {MOUNT} is mounted in pods" if volume else "name a volume that pods share with --store_volume"
             raise UsageError(
-                f"no pod sees the folder {address} of this machine: give --store a bucket, or name a volume that pods "
-                f"share with --store_volume and give --store {MOUNT} or a folder in it"
+                f"no pod sees the folder {address}: {sees}; give --store {MOUNT} or a folder in it, or a bucket"
             )
-        if launch.target == "k8s" and store.is_local and not Path(store.root).is_relative_to(MOUNT):
-            raise UsageError(
-                f"the volume {launch.store_volume} is mounted at {MOUNT}, and {address} is not in it: give --store "
-                f"{MOUNT}, or a folder in it"
-            )
-        for source in self.config.data.source if launch.target == "k8s" and not self.inputs else ():
-            if (
-                source != "sotu"
-                and "://" not in source
-                and not (launch.store_volume and source.startswith(f"{MOUNT}/"))
-            ):
+        for source in self.config.data.source if pods and not self.inputs else ():
+            mounted = volume and source.startswith(f"{MOUNT}/")
+            if source != "sotu" and "://" not in source and not mounted:
                 raise UsageError(f"no pod sees the file {source}: give --data.source a URL, or a path below {MOUNT}")
         return stage_flags(address, self.inputs, rebuild=self.rebuild)
 
 
 @dataclass(frozen=True)
 class Job:
-    """A job that a scheduler has taken.
-
-    Attributes:
-        launch: Where it runs.
-        name: Its number at Slurm, or the name of its JobSet.
-        hint: A command that shows it.
-        found: Whether it was there already: submitted before, by somebody who has left it or waits for it as well.
-    """
+    """A job that a scheduler has taken."""
 
     launch: Launch
-    name: str
-    hint: str
-    found: bool = False
+    name: str  # its number at Slurm, or that of its JobSet
+    hint: str  # a command that shows it
+    found: bool = False  # it was submitted before, by somebody who has left it or waits for it as well
 
     def __str__(self) -> str:
         return f"{self.launch.target} job {self.name} is {'there already' if self.found else 'submitted'}: {self.hint}"
@@ -177,19 +146,10 @@ def ask(command: list[str], text: str = "", seconds: float = 60) -> tuple[int, s
 
 
 def hand_over(command: list[str], job: str, remedy: str) -> str:
-    """Give a job to a scheduler's program, and return its answer.
-
-    Raises:
-        NanodlmError: When the program is not there, or refuses.
-    """
+    """Give a job to a scheduler's program, and return its answer; one that is not there or refuses is an error."""
     code, answer, error = ask(command, job)
     if code == 127:
         raise NanodlmError(f"there is no program {command[0]} here: {remedy}, or print the job with --dry-run")
     if code:
         raise NanodlmError(f"{command[0]} did not take the job: {last_line(error) or f'exit code {code}'}")
     return answer
-
-
-def last_line(text: str) -> str:
-    """Return the last line of a text, without the program's name."""
-    return (text.strip().splitlines() or [""])[-1].removeprefix("nanodlm: ")

@@ -6,26 +6,40 @@ import time
 from pathlib import Path
 from typing import Literal
 
-from nanodlm.cluster.settings import LOOK_SECONDS, Job, Work, ask, hand_over, last_line
+from nanodlm.cluster.settings import LOOK_SECONDS, Job, Work, ask, hand_over
 from nanodlm.errors import NanodlmError, Stopped
+from nanodlm.stages.process import last_line
 
 WAIT_SECONDS = 600  # for the other tasks of a Slurm job to end after the first has
 WAITING = {"PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "RESIZING", "SIGNALING"}
 WAITING |= {"REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD", "STAGE_OUT", "REVOKED"}
+SCRIPT = """#!/usr/bin/env bash
+{options}
+set -uo pipefail
+
+config=$(cat <<'CONFIG'
+{config}
+CONFIG
+)
+
+{command} "$config" {flags}
+code=$?
+if [ $code -eq {stopped} ]; then  # a signal ended it and it has saved: go on later
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit $code
+"""
 
 
-def slurm_script(work: Work) -> str:
+def job_text(work: Work) -> str:
     """Write a batch script for Slurm.
 
     It starts one task for each GPU; they find each other by themselves (see `devices.hosts.join`). Before the time
     limit, when it is preempted, or on `scancel --signal=TERM`, the job's tasks save and end with 75, and the script
     puts the job back into the queue. Environment variables come from where it is submitted; no secret is in the script.
 
-    Raises:
-        UsageError: When the hosts would not all see the store.
-
     >>> from nanodlm.cluster.settings import Config, Launch
-    >>> slurm_script(Work(Config(), "/shared", Launch(target="slurm", nodes=2, gpus_per_node=8))).splitlines()[2:4]
+    >>> job_text(Work(Config(), "/shared", Launch(target="slurm", nodes=2, gpus_per_node=8))).splitlines()[2:4]
     ['#SBATCH --nodes=2', '#SBATCH --ntasks-per-node=8']
     """
     launch, stage = work.launch, work.stage
@@ -49,37 +63,18 @@ def slurm_script(work: Work) -> str:
     srun = ["srun", "--kill-on-bad-exit=0", f"--wait={WAIT_SECONDS}"]
     if launch.cpus_per_task:
         srun.append(f"--cpus-per-task={launch.cpus_per_task}")  # which it does not take from the job
-    words = [*srun, sys.executable, "-P", "-m", "nanodlm", stage]
-    return "\n".join([
-        "#!/usr/bin/env bash",
-        *lines,
-        "set -uo pipefail",
-        "",
-        "config=$(cat <<'CONFIG'",
-        work.config.model_dump_json(indent=1),
-        "CONFIG",
-        ")",
-        "",
-        f'{shlex.join(words)} "$config" {shlex.join(work.flags())}',
-        "code=$?",
-        f"if [ $code -eq {Stopped.exit_code} ]; then  # a signal ended it and it has saved: go on later",
-        '    scontrol requeue "$SLURM_JOB_ID"',
-        "fi",
-        "exit $code",
-        "",
-    ])  # fmt: skip
+    return SCRIPT.format(
+        options="\n".join(lines),
+        config=work.config.model_dump_json(indent=1),
+        command=shlex.join([*srun, sys.executable, "-P", "-m", "nanodlm", stage]),
+        flags=shlex.join(work.flags()),
+        stopped=Stopped.exit_code,
+    )
 
 
 def submit(work: Work) -> Job:
-    """Submit a job, unless one for the same work waits or runs.
-
-    One that is ending, and may yet go back into the queue, is waited for.
-
-    Raises:
-        UsageError: When the hosts would not all see the store.
-        NanodlmError: When Slurm is not here, does not answer, or refuses.
-    """
-    script, deadline = slurm_script(work), time.monotonic() + work.launch.grace_seconds + 60
+    """Submit a job, unless one for the same work waits or runs; one that is ending is waited for."""
+    script, deadline = job_text(work), time.monotonic() + work.launch.grace_seconds + 60
     states = "PENDING,CONFIGURING,RUNNING,SUSPENDED,COMPLETING"
     while True:
         words = ["squeue", "--noheader", "--me", f"--name={work.name}", f"--states={states}", "--format=%i %T"]
@@ -101,6 +96,8 @@ def state(job: Job) -> tuple[Literal["waiting", "done", "failed", "unknown"], st
     code, answer, error = ask(["squeue", "--noheader", "--states=all", "--format=%T", "-j", job.name])
     if code and "Invalid job id" not in error:
         return "unknown", last_line(error)
+    if not answer:  # it ended long ago, and only accounting may still know it
+        _, answer, _ = ask(["sacct", "--noheader", "-X", "-P", "--format=State", "-j", job.name])
     word = answer.split()[0] if answer else "gone from the queue"
     if word in WAITING:
         return "waiting", word

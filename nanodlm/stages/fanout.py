@@ -20,12 +20,7 @@ from nanodlm.store import Store, finished_parts, hold_lease, new_attempt
 def missing_shards(lookup: Lookup, store: Store, emit: Emit = lambda *_, **__: None) -> Iterator[list[int]]:
     """Yield the numbers, from 0, of shards that no attempt has finished, holding the shard stage's lease meanwhile.
 
-    So a second run waits, and a collection leaves inputs and finished shards alone.
-
-    Args:
-        lookup: The shard stage's.
-        store: Where artifacts lie.
-        emit: Called as `emit("message", text)` while another run is waited for.
+    So a second run waits, and a collection leaves inputs and finished shards alone. The lookup is the shard stage's.
     """
     if lookup.artifact or not _missing(store, lookup):
         yield []
@@ -41,22 +36,9 @@ def _missing(store: Store, lookup: Lookup) -> list[int]:
 
 
 def build_shard(config: Config, store: Store, index: int, inputs: dict[str, str]) -> bool:
-    """Make one shard, unless an earlier attempt has finished it or the whole stage is done.
+    """Make the shard of the corpus's part of this number, from 0, and return whether that was still to be done.
 
     Any number of processes may do so at once, for one shard or for several: each has an attempt of its own.
-
-    Args:
-        config: The run's configuration.
-        store: Where artifacts lie.
-        index: Which shard, from 0: that of the corpus's part of this number.
-        inputs: Fingerprints, by stage, of what it is made from.
-
-    Returns:
-        Whether it was made now.
-
-    Raises:
-        NanodlmError: When an input is not there any more.
-        Damaged: When a file that it is made from is not what it was.
     """
     opened = {name: store.open(f"{name}/{fingerprint}") for name, fingerprint in inputs.items()}
     lookup = ready("shard", config, store, inputs=opened)

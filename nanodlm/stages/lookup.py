@@ -1,10 +1,11 @@
-"""What the store holds of each stage of a configuration."""
+"""What the store holds of each stage of a configuration, and why a stage would be built, field by field."""
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
-from nanodlm.config import Config
+from nanodlm.config import Config, differences
 from nanodlm.errors import Damaged, NanodlmError
 from nanodlm.stages.table import NAMES, STAGES, Stage
 from nanodlm.store import SCHEMA, Artifact, Store, fingerprint_of
@@ -12,15 +13,7 @@ from nanodlm.store import SCHEMA, Artifact, Store, fingerprint_of
 
 @dataclass(frozen=True)
 class Lookup:
-    """A stage whose inputs are there, and what the store holds of it.
-
-    Attributes:
-        stage: The stage.
-        inputs: The artifacts it reads, by stage.
-        identity: Everything that determines its bytes.
-        fingerprint: The sha256 of its identity.
-        artifact: What the store holds under this fingerprint, or None.
-    """
+    """A stage whose inputs are there, all that determines its bytes, the sha256 of that, and what the store holds."""
 
     stage: Stage
     inputs: dict[str, Artifact]
@@ -34,11 +27,7 @@ class Lookup:
         return {name: artifact.fingerprint for name, artifact in self.inputs.items()}
 
     def find_in(self, store: Store, *, may_be_damaged: bool = False) -> Self:
-        """Return this lookup with the artifact that the store holds now.
-
-        Raises:
-            Damaged: When its files are missing or have other sizes than its manifest says, unless it may be damaged.
-        """
+        """Return this lookup with the artifact that the store holds now, which is checked unless it may be damaged."""
         try:
             artifact = store.find(self.stage.name, self.fingerprint)
             if artifact:
@@ -77,11 +66,7 @@ def identify(stage: Stage, config: Config, inputs: dict[str, Artifact]) -> Looku
 def look_up(
     config: Config, store: Store, until: str = "report", rebuild: str | None = None
 ) -> Iterator[Lookup | Missing]:
-    """Look up every stage up to `until`, in order; that of `rebuild` may be damaged.
-
-    Raises:
-        Damaged: When an artifact's files are missing or have other sizes than its manifest says.
-    """
+    """Look up every stage up to `until`, in order; that of `rebuild` may be damaged."""
     found: dict[str, Artifact] = {}
     for stage in STAGES.values():
         needed = stage.inputs(config)
@@ -100,26 +85,13 @@ def look_up(
 def ready(
     name: str, config: Config, store: Store, *, rebuild: bool = False, inputs: dict[str, Artifact] | None = None
 ) -> Lookup:
-    """Look up one stage, whose inputs have to be there.
-
-    Args:
-        name: One of `STAGES`.
-        config: The run's configuration.
-        store: Where artifacts lie.
-        rebuild: Whether its own artifact may be damaged.
-        inputs: Its input artifacts, where they are known; else they are looked up, from the source on.
-
-    Raises:
-        NanodlmError: When an input has not been built.
-    """
+    """Look up one stage, whose inputs have to be there; where they are not given, from the source on."""
     if inputs is not None:
         return identify(STAGES[name], config, inputs).find_in(store, may_be_damaged=rebuild)
     *_, last = look_up(config, store, STAGES[name].name, name if rebuild else None)
     if isinstance(last, Missing):
-        raise NanodlmError(
-            f"{name} needs {' and '.join(last.lacking)}, which {store.uri()} does not hold for this configuration: "
-            f"run `nanodlm run --until {last.lacking[-1]}` with the same flags first"
-        )
+        needs = f"{name} needs {' and '.join(last.lacking)}, which {store.uri()} does not hold for this configuration"
+        raise NanodlmError(f"{needs}: run `nanodlm run --until {last.lacking[-1]}` with the same flags first")
     return last
 
 
@@ -127,3 +99,46 @@ def comparable(identity: dict[str, Any]) -> dict[str, Any]:
     """Return an identity with its settings at the top and its inputs by digest alone."""
     inputs = {n: i["digest"] if isinstance(i, dict) else i for n, i in identity["inputs"].items()}
     return {**identity["parameters"], "input": inputs, "version": identity["version"], "schema": identity["schema"]}
+
+
+def why(lookup: Lookup | Missing, store: Store) -> str:
+    """Say why a stage would be built: which settings and inputs differ from the most similar artifact there is."""
+    if isinstance(lookup, Missing):
+        return "an input is not built yet"
+    if not store.asked:
+        return "it was not fetched before, and the store is not asked while NANODLM_OFFLINE is set"
+    wanted = comparable(lookup.identity)
+    like_it: list[tuple[list[str], str]] = []
+    for stage, fingerprint in store:
+        with contextlib.suppress(Damaged):
+            if stage == lookup.stage.name and (other := store.find(stage, fingerprint)):
+                has = comparable({k: other.manifest[k] for k in lookup.identity})
+                reasons = [f"{field}: {values}" for field, values in differences(has, wanted).items()]
+                like_it.append((reasons, fingerprint[:12]))
+    if not like_it:
+        return "nothing like it has been built yet"
+    reasons, nearest = min(like_it, key=lambda one: len(one[0]))
+    return f"{'; '.join(reasons)} (against {nearest})"
+
+
+def explain(artifact: Artifact, config: Config) -> Iterator[str]:
+    """Yield, as `train: train.lr: 0.001 -> 0.002`, why an artifact or one it was made from would not be reused."""
+    stage, made = STAGES[artifact.stage], artifact.manifest
+    has = {**made["parameters"], "version": made["version"], "schema": made["schema"]}
+    wanted = {**stage.parameters(config), "version": stage.version, "schema": SCHEMA}
+    for field, values in differences(has, wanted).items():
+        yield f"{stage.name}: {field}: {values}"
+    names = stage.inputs(config)
+    for name in STAGES:  # in the pipeline's order
+        if name not in made["inputs"] and name not in names:
+            continue
+        if (name in made["inputs"]) != (name in names):
+            yield f"{stage.name}: {'is now made' if name in names else 'is no longer made'} from {name}"
+            continue
+        source = artifact.store.find(name, made["inputs"][name]["fingerprint"])
+        if source is None:
+            yield f"{stage.name}: the {name} artifact that it was made from is not there any more"
+            continue
+        if source.digest != made["inputs"][name]["digest"]:
+            yield f"{stage.name}: the {name} artifact was rebuilt with other bytes since"
+        yield from explain(source, config)

@@ -18,7 +18,9 @@ from typing import IO
 
 from nanodlm.config import Config
 from nanodlm.errors import NanodlmError, Stopped, UsageError
+from nanodlm.stages.lookup import Lookup
 from nanodlm.stages.progress import Emit
+from nanodlm.store import Artifact, Store
 
 PARENT = "NANODLM_PARENT_PID"
 GRACE_SECONDS = 60.0  # for a child to save after SIGTERM, before it is killed
@@ -34,38 +36,25 @@ def stage_flags(store: str, inputs: dict[str, str], *, rebuild: bool = False) ->
     return ["--store", store, *told, *(["--rebuild"] if rebuild else [])]
 
 
-def run_in_process(
-    name: str, config: Config, store_url: str, *, inputs: dict[str, str], rebuild: bool = False, emit: Emit
-) -> None:
-    """Run one stage in a child process until it ends.
-
-    Args:
-        name: `train`, `evaluate` or `sample`.
-        config: The run's configuration.
-        store_url: Where artifacts lie.
-        inputs: Fingerprints, by stage, of the artifacts it reads: the child looks nothing else up.
-        rebuild: Build even when the artifact exists.
-        emit: Called with the child's events.
+def run_in_process(lookup: Lookup, config: Config, store: Store, *, rebuild: bool = False, emit: Emit) -> Artifact:
+    """Build a stage that uses JAX in a child process, and return its artifact.
 
     Raises:
         Stopped: When the child saved and stopped because of a signal.
         UsageError: When the child exits with 2.
         NanodlmError: When it fails or is killed; the message is its own last line.
     """
+    name = lookup.stage.name
     with tempfile.TemporaryDirectory(prefix="nanodlm-") as folder:
         config_file, events, errors = (Path(folder) / n for n in ("config.json", "events.jsonl", "stderr.txt"))
         config_file.write_text(config.model_dump_json())
         events.touch()
-        command = [sys.executable, "-P", "-m", "nanodlm", name, str(config_file)]
-        command += [*stage_flags(store_url, inputs, rebuild=rebuild), "--events", str(events)]
-        with errors.open("wb") as stderr, events.open() as feed:
+        command = [sys.executable, "-P", "-m", "nanodlm", name, str(config_file), "--events", str(events)]
+        command += stage_flags(store.uri(), lookup.input_fingerprints, rebuild=rebuild)
+        environ = {**os.environ, PARENT: str(os.getpid())}
+        with errors.open("wb") as stderr, events.open() as feed, open(os.devnull, "r+b") as null:
             child = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=stderr,
-                env={**os.environ, PARENT: str(os.getpid())},
-                start_new_session=True,
+                command, stdin=null, stdout=null, stderr=stderr, env=environ, start_new_session=True
             )
             try:
                 while child.poll() is None:
@@ -74,14 +63,16 @@ def run_in_process(
                 _emit_new_events(feed, emit)
             except BaseException as interruption:
                 if _stop(child) == Stopped.exit_code:
-                    raise Stopped(_last_line(errors)) from interruption
+                    raise Stopped(last_line(errors.read_text(errors="replace"))) from interruption
                 raise
             finally:
                 _stop(child)
         if child.returncode:
             kind = {Stopped.exit_code: Stopped, UsageError.exit_code: UsageError}.get(child.returncode, NanodlmError)
             ending = f"signal {-child.returncode}" if child.returncode < 0 else f"exit code {child.returncode}"
-            raise kind(_last_line(errors) or f"the {name} process ended with {ending}; run again to continue")
+            said = last_line(errors.read_text(errors="replace"))
+            raise kind(said or f"the {name} process ended with {ending}; run again to continue")
+    return store.open(f"{name}/{lookup.fingerprint}")
 
 
 def _emit_new_events(feed: IO[str], emit: Emit) -> None:
@@ -96,9 +87,9 @@ def _emit_new_events(feed: IO[str], emit: Emit) -> None:
         emit(event.pop("event"), **event)
 
 
-def _last_line(path: Path) -> str:
-    lines = path.read_text(errors="replace").strip().splitlines()
-    return lines[-1].removeprefix("nanodlm: ") if lines else ""
+def last_line(text: str) -> str:
+    """Return the last line of what a program has said, without the name of ours before it."""
+    return (text.strip().splitlines() or [""])[-1].removeprefix("nanodlm: ")
 
 
 def _stop(child: subprocess.Popen[bytes]) -> int:
@@ -112,9 +103,12 @@ def _stop(child: subprocess.Popen[bytes]) -> int:
     return child.wait()
 
 
-def end_with_parent() -> None:
-    """Watch the supervisor that started this process, if one did, and end with it: SIGTERM first, to save work."""
-    parent = int(os.environ.pop(PARENT, "0"))
+def end_with_parent(parent: int | None = None) -> None:
+    """Watch the process that started this one, which a supervisor names in the environment, and end with it.
+
+    It gets SIGTERM first, to save its work.
+    """
+    parent = parent or int(os.environ.pop(PARENT, "0"))
     if not parent:
         return
 

@@ -12,20 +12,15 @@ if TYPE_CHECKING:
 Emit = Callable[..., None]  # called as emit(kind, **fields)
 
 
-class EventLog:
-    """Append one JSON object per event to a file; call it as `emit(kind, **fields)`."""
+def event_log(path: Path) -> Emit:
+    """Return an `emit` that appends one JSON object per event to a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = path.open("a", buffering=1)
 
-    def __init__(self, path: Path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("a", buffering=1)
+    def emit(kind: str, **fields: Any) -> None:
+        file.write(json.dumps({"time": round(time.time(), 3), "event": kind, **fields}) + "\n")
 
-    def __call__(self, kind: str, **fields: Any) -> None:
-        """Write one event."""
-        self._file.write(json.dumps({"time": round(time.time(), 3), "event": kind, **fields}) + "\n")
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+    return emit
 
 
 class Pace:
@@ -57,26 +52,20 @@ class Pace:
         return ", ".join(parts)
 
 
+SUMMARIES = {
+    "download": "{documents:,} documents, {megabytes:.1f} MB in {parts} parts",
+    "tokenizer": "{n_vocab:,} entries",
+    "split": "{val_tokens:,} validation tokens from {val_documents:,} of {documents:,} documents",
+    "shard": "{train_rows:,} training rows of {seq_len} tokens, {val_rows:,} for validation",
+    "train": "{updates:,} updates, {trained_tokens:,} tokens at {train_tokens_per_second:,.0f} tokens/s, "
+    "{millions:.2f}M parameters",
+    "evaluate": "{val_bits_per_byte:.4f} ± {val_bits_per_byte_stderr:.4f} bits per byte",
+    "sample": "{samples} samples",
+}
+
+
 def summary(artifact: "Artifact") -> str:
     """Return one phrase on what an artifact holds."""
     m = artifact.metrics
-    match artifact.stage:
-        case "download":
-            return f"{m['documents']:,} documents, {m['bytes'] / 1e6:.1f} MB in {m['parts']} parts"
-        case "tokenizer":
-            return f"{m['n_vocab']:,} entries"
-        case "split":
-            return f"{m['val_tokens']:,} validation tokens from {m['val_documents']:,} of {m['documents']:,} documents"
-        case "shard":
-            return f"{m['train_rows']:,} training rows of {m['seq_len']} tokens, {m['val_rows']:,} for validation"
-        case "train":
-            return (
-                f"{m['updates']:,} updates, {m['trained_tokens']:,} tokens at {m['train_tokens_per_second']:,.0f} "
-                f"tokens/s, {m['parameters'] / 1e6:.2f}M parameters"
-            )
-        case "evaluate":
-            return f"{m['val_bits_per_byte']:.4f} ± {m['val_bits_per_byte_stderr']:.4f} bits per byte"
-        case "sample":
-            return f"{m['samples']} samples"
-        case _:
-            return ""
+    inexact = {"megabytes": m.get("bytes", 0) / 1e6, "millions": m.get("parameters", 0) / 1e6}
+    return SUMMARIES.get(artifact.stage, "").format(**m, **inexact)

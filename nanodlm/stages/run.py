@@ -31,27 +31,15 @@ def run_stage(
 ) -> tuple[Artifact, dict[str, Any]]:
     """Return a stage's artifact, which is built in this process unless the store holds it.
 
-    While another process is building the same artifact, wait for that.
-
-    Args:
-        name: One of `STAGES`.
-        config: The run's configuration.
-        store: Where artifacts lie.
-        rebuild: Build even when the artifact exists; equal bytes leave the old manifest in place.
-        helping: Whether this is one of several processes that train together, but not process 0, which commits.
-        inputs: Its input artifacts, where the caller knows them, and that the stage is to be built: then the store is
-            only asked once the stage's lease is held. Else everything is looked up, from the source on.
-        emit: Called as `emit(kind, **fields)` with progress.
-
-    Returns:
-        The artifact, and a record with `stage`, `status` (built or cached), `uri`, `fingerprint`, `seconds`.
+    While another process is building the same artifact, wait for that. A rebuild with equal bytes leaves the old
+    manifest in place. Inputs are given where it is known that the stage is to be built: then the store is only asked
+    once its lease is held. Of several processes that train together, all are `helping` but process 0, which commits.
+    What returns is the artifact, and its `record`.
     """
     started = time.monotonic()
     store.emit = emit
-    if inputs is None:
-        lookup = ready(name, config, store, rebuild=rebuild)
-    else:
-        lookup = identify(STAGES[name], config, inputs)
+    known = None if inputs is None else identify(STAGES[name], config, inputs)
+    lookup = known or ready(name, config, store, rebuild=rebuild)
     if lookup.artifact and not rebuild:
         artifact, built = lookup.artifact, False
     else:
@@ -72,10 +60,8 @@ def _build(lookup: Lookup, config: Config, store: Store, rebuild: bool, emit: Em
         existing = lookup.find_in(store, may_be_damaged=rebuild).artifact
         if existing and not rebuild:
             return existing, False
-        with (
-            full_disk_in_one_line(store),
-            new_attempt(store, stage.name, fingerprint, afresh=existing is not None) as attempt,
-        ):
+        afresh = existing is not None
+        with full_disk_in_one_line(store), new_attempt(store, stage.name, fingerprint, afresh=afresh) as attempt:
             metrics = stage.run(config, lookup.inputs, attempt, publish)
             # Beside the digests that are part of the identity, the fingerprints tell where the inputs lie.
             lineage = {n: {"digest": a.digest, "fingerprint": a.fingerprint} for n, a in lookup.inputs.items()}
@@ -105,11 +91,7 @@ def _help(lookup: Lookup, config: Config, store: Store, rebuild: bool, emit: Emi
 
 @contextmanager
 def full_disk_in_one_line(store: Store) -> Iterator[None]:
-    """Turn whatever a library raises when a disk is full into one line that names the disk.
-
-    Raises:
-        NanodlmError: When nothing more fits.
-    """
+    """Turn whatever a library raises when a disk is full into one line that names the disk."""
     try:
         yield
     except Exception as error:  # libraries that write by themselves say it in words of their own
@@ -117,21 +99,14 @@ def full_disk_in_one_line(store: Store) -> Iterator[None]:
         if isinstance(error, NanodlmError) or not (full := codes & FULL):
             raise
         where = store.uri() if store.is_local else f"{store.uri()}, or into the cache {cache_dir()}"
-        raise NanodlmError(
-            f"nothing more fits into {where}: {os.strerror(full.pop())}; make room and run again, what is finished is "
-            "kept"
-        ) from error
+        said = f"nothing more fits into {where}: {os.strerror(full.pop())}"
+        raise NanodlmError(f"{said}; make room and run again, what is finished is kept") from error
 
 
 def record(artifact: Artifact, status: str, seconds: float) -> dict[str, Any]:
-    """Return what `--json` and the flows say of a stage."""
-    return {
-        "stage": artifact.stage,
-        "status": status,
-        "uri": artifact.uri,
-        "fingerprint": artifact.fingerprint,
-        "seconds": round(seconds, 3),
-    }
+    """Return what `--json` and the flows say of a stage, with a status of `built` or `cached`."""
+    told = {"stage": artifact.stage, "status": status, "uri": artifact.uri, "fingerprint": artifact.fingerprint}
+    return {**told, "seconds": round(seconds, 3)}
 
 
 def train(config: Config, store: str | None = None, emit: Emit = lambda *_, **__: None) -> Artifact:

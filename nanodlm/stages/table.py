@@ -9,7 +9,7 @@ Its fingerprint covers just those, so a changed setting rebuilds what depends on
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
+from typing import Any, Literal, get_args
 
 from nanodlm.checkpoints.finding import find_checkpoint
 from nanodlm.config import Config
@@ -18,25 +18,15 @@ from nanodlm.errors import UsageError
 
 @dataclass(frozen=True)
 class Stage:
-    """One step of the pipeline.
+    """One step of the pipeline."""
 
-    Attributes:
-        name: Also the name of its folder in the store.
-        build: `module:function` that does the work; see `run`.
-        reads: Stages whose artifacts it reads; see `inputs`.
-        parameters: The settings that determine its bytes, given the inputs.
-        version: Raised when the function's output changes for equal inputs.
-        own_process: Whether it uses JAX, and so runs in a process of its own beside an orchestrator.
-        volatile: Prefixes of its files that hold times or logs.
-    """
-
-    name: str
-    build: str
-    reads: tuple[str, ...]
-    parameters: Callable[[Config], dict[str, Any]]
-    version: int = 1
-    own_process: bool = False
-    volatile: tuple[str, ...] = ()
+    name: str  # also that of its folder in the store
+    build: str  # `module:function` that does the work; see `run`
+    reads: tuple[str, ...]  # stages whose artifacts it reads; see `inputs`
+    parameters: Callable[[Config], dict[str, Any]]  # the settings that determine its bytes, given the inputs
+    version: int = 1  # raised when the function's output changes for equal inputs
+    own_process: bool = False  # whether it uses JAX, and so runs in a process of its own beside an orchestrator
+    volatile: tuple[str, ...] = ()  # prefixes of its files that hold times or logs
 
     def inputs(self, config: Config) -> tuple[str, ...]:
         """Return the stages whose artifacts it reads: a tokenizer reads the text only to be trained on it."""
@@ -70,30 +60,22 @@ def _training(config: Config) -> dict[str, Any]:
     return {**config.training(), "started_from": find_checkpoint(config.exp.resume_path).digest}
 
 
+StageName = Literal["download", "tokenizer", "split", "shard", "train", "evaluate", "sample"]
+DOCUMENTS = ("download", "tokenizer")
 LOGS = ("checkpoints/", "config.json", "logs.json")
 ALL = (
     Stage("download", "nanodlm.data.download:download", (), _source),
     Stage("tokenizer", "nanodlm.data.split:build_tokenizer", ("download",), _tokenizer),
-    Stage(
-        "split",
-        "nanodlm.data.split:build_split",
-        ("download", "tokenizer"),
-        _settings("data", "val_tokens", "split_seed"),
-    ),
-    Stage(
-        "shard",
-        "nanodlm.data.shard:build_shards",
-        ("download", "tokenizer", "split"),
-        _settings("model", "seq_len"),
-        version=2,  # its metrics list the rows of each shard
-    ),
+    Stage("split", "nanodlm.data.split:build_split", DOCUMENTS, _settings("data", "val_tokens", "split_seed")),
+    # Since version 2, its metrics list the rows of each shard.
+    Stage("shard", "nanodlm.data.shard:build_shards", (*DOCUMENTS, "split"), _settings("model", "seq_len"), version=2),
     Stage("train", "nanodlm.training.loop:train", ("shard", "tokenizer"), _training, own_process=True, volatile=LOGS),
     Stage("evaluate", "nanodlm.evaluation.evaluate:evaluate", ("shard", "train"), _settings("eval"), own_process=True),
     Stage("sample", "nanodlm.generation.generate:generate", ("train",), _settings("sample"), own_process=True),
     Stage("report", "nanodlm.evaluation.report:build", ("train", "evaluate", "sample"), _settings("exp", "run_name")),
 )
 STAGES = {stage.name: stage for stage in ALL}
-NAMES = tuple(name for name in STAGES if name != "report")
+NAMES: tuple[str, ...] = get_args(StageName)
 
 
 def until(last: str) -> tuple[str, ...]:
@@ -106,10 +88,6 @@ def until(last: str) -> tuple[str, ...]:
 
 
 def check_rebuild(rebuild: str | None, last: str) -> None:
-    """Refuse to rebuild a stage that comes after the last one.
-
-    Raises:
-        UsageError: When it does.
-    """
+    """Raise a `UsageError` when the stage to rebuild comes after the last one."""
     if rebuild is not None and rebuild not in until(last):
         raise UsageError(f"--rebuild {rebuild} comes after --until {last}: nothing would be rebuilt")

@@ -51,15 +51,6 @@ def test_training_flops_are_those_of_a_hand_count() -> None:
     assert bench_flops.flops_per_token(config, 384) == pytest.approx(by_hand)
 
 
-def test_forward_flops_are_those_that_xla_counts() -> None:
-    config = tiny(model={"d_model": 128, "n_heads": 4, "d_ff": 512, "seq_len": 64, "conv_width": 0})
-    graphdef, params = nnx.split(make_model(config, Vocabulary.of(bench_flops.synthetic_encoding(config))))
-    forward = jax.jit(lambda params, x_t, t: nnx.merge(graphdef, params)(x_t, t))
-    counted = forward.lower(params, jnp.zeros((4, 64), int), jnp.zeros(4)).compile().cost_analysis()["flops"]
-    formula = 4 * 64 * bench_flops.forward_flops(config.model, bench_flops.vocab_size(config), keys=64)
-    assert formula < counted < 1.05 * formula  # norms, softmax and the like come on top
-
-
 def test_peaks_are_known_for_whole_devices_by_name_alone() -> None:
     known = {"NVIDIA H200": 989.4e12, "NVIDIA L4": 121e12, "TPU v5 lite": 197e12, "TPU v5": 459e12}
     unknown = dict.fromkeys(("cpu", "NVIDIA L40S", "NVIDIA H100 PCIe", "NVIDIA A100-SXM4-40GB MIG 1g.5gb"))

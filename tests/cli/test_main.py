@@ -1,9 +1,10 @@
 """The command line: its exit codes, and the one line it says when something is wrong."""
 
+import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 
@@ -14,7 +15,7 @@ from nanodlm.errors import NanodlmError
 from nanodlm.stages import table
 from nanodlm.stages.run import run_stage
 from nanodlm.store import Artifact, Store
-from tests.support.commands import environment, nanodlm, result_of, speeches
+from tests.support.commands import environment, result_of, speeches
 
 CONFIG = PRESETS["demo"].replace(
     data={"source": speeches(6), "val_tokens": 20000, "tokenizer": "bytes", "part_mb": 0.05}, model={"seq_len": 32}
@@ -64,38 +65,22 @@ def _fails(command: Command, code: int, *args: str, says: tuple[str, ...]) -> No
 BAD: list[tuple[list[str], tuple[str, ...]]] = [
     (["frobnicate"], ("unknown command 'frobnicate'", "choose one of run, plan")),
     (["lss"], ("unknown command 'lss': perhaps you meant ls",)),
-    (["bench", "race"], ("unknown command 'bench race'", "bench train")),
-    (["automate"], ("unknown command 'automate'",)),
     (["run", "nope"], ("unknown preset 'nope'", "demo", "owt")),
-    (["run", "--verbose", "owt"], ("preset owt must come first",)),
     (["train", "missing/config.json"], ("missing/config.json", "No such file")),
     (["run", '{"model": {"n_layers": 0}}'], ("n_layers", "greater than or equal to 1")),
     (["run", "--train.lrr", "3"], ("unknown flag --train.lrr", "perhaps you meant --train.lr", "run --help")),
-    (["train", "--corodinator", "x"], ("perhaps you meant --coordinator",)),
     (["launch", "--partitio", "x"], ("perhaps you meant --partition",)),
-    (["ls", "--jsn"], ("perhaps you meant --json",)),
     (["ls", "here"], ("one word too many: here",)),
-    (["run", "--train.lr"], ("--train.lr needs a value: FLOAT",)),
     (["run", "--train.lr", "abc"], ("--train.lr takes FLOAT, not 'abc'",)),
-    (["run", "--workers", "many"], ("--workers takes INT, not 'many'",)),
-    (["run", "--exp.resume", "maybe"], ("--exp.resume takes {True,False}, not 'maybe'",)),
     (["run", "--train.lr", "-1"], ("--train.lr: Input should be greater than 0",)),
-    (["run", "--train.lr", "inf"], ("--train.lr: Input should be a finite number",)),
     (["run", "--schedule.kind", "quadratic"], ("--schedule.kind", "quadratic", "linear", "cosine", "sqrt")),
-    (["run", "--until", "nowhere"], ("--until", "nowhere", "shard")),
-    (["run", "--runner", "ray"], ("--runner", "'ray'", "threads")),
     (["run", "--model.d_model", "100", "--model.n_heads", "8"], ("d_model (100)", "n_heads (8)", "try")),
     (["run", "--train.min_lr", "1"], ("min_lr (1.0) is larger than lr",)),
     (["run", "--objective.kind", "block", "--objective.block_size", "512"], ("512", "seq_len (64)")),
     (["run", "--until", "split", "--rebuild", "train"], ("--rebuild train comes after --until split",)),
-    (["run", "owt", "--data.tokenizer", "bpe"], ("pretokenized", "gpt2")),
     (["run", "--data.source", "hf://a/b"], ("pinned commit", "--data.revision")),
-    (["run", "--store", "nothing://x"], ("nothing",)),
     (["show"], ("nanodlm show URI", "name an artifact")),
     (["explain", "owt"], ("nanodlm explain URI [PRESET]", "name an artifact")),
-    (["copy", "here"], ("nanodlm copy SRC DST", "name the store to copy to")),
-    (["adopt", "demo"], ("nanodlm adopt FILES [PRESET]", "name the files")),
-    (["launch", "--nodes", "0"], ("--nodes: Input should be greater than or equal to 1",)),
     (["train", "--inputs", "shard=1"], ("train reads --inputs shard=FINGERPRINT tokenizer=FINGERPRINT",)),
 ]
 
@@ -103,10 +88,6 @@ BAD: list[tuple[list[str], tuple[str, ...]]] = [
 @pytest.mark.parametrize(("args", "says"), BAD, ids=lambda value: " ".join(value))
 def test_bad_usage_is_one_line_and_exit_code_2(command: Command, args: list[str], says: tuple[str, ...]) -> None:
     _fails(command, 2, *args, says=says)
-
-
-def test_a_process_of_its_own_says_and_ends_the_same() -> None:
-    _fails(nanodlm, 2, "run", "--train.lrr", "3", says=("--train.lrr", "perhaps you meant --train.lr"))
 
 
 def test_debug_adds_the_traceback_and_an_unforeseen_error_is_one_line(
@@ -194,15 +175,6 @@ def test_every_command_explains_itself(command: Command, name: str, monkeypatch:
     assert ("--train.lr FLOAT" in done.stdout) == ("[PRESET]" in done.stdout)
 
 
-def test_stages_are_named_as_in_the_table() -> None:
-    assert get_args(run.StageName) == table.NAMES
-
-
-def test_a_stage_alone_names_the_input_that_is_missing(command: Command, tmp_path: Path) -> None:
-    says = ("train needs tokenizer and shard", "nanodlm run --until shard")
-    _fails(command, 1, "train", "--store", str(tmp_path), says=says)
-
-
 def test_a_store_that_cannot_be_written_is_named(command: Command, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
     store = str(tmp_path / "file" / "store")
@@ -238,7 +210,9 @@ def test_plan_says_field_by_field_why_a_stage_would_be_built(command: Command, p
 
 
 def test_plan_does_nothing(command: Command, tmp_path: Path) -> None:
-    assert command("plan", "--store", str(tmp_path / "new")).returncode == 0
+    done = command("plan", "--store", str(tmp_path / "new"))  # of the demo
+    assert done.returncode == 0, done.stderr
+    assert re.match(r"download +build +[0-9a-f]{12}  nothing like it has been built yet\n", done.stdout)
     assert not (tmp_path / "new").exists()
 
 
@@ -275,12 +249,6 @@ def test_verify_deep_finds_a_flipped_byte_and_repair_builds_that_part_again(comm
     assert next(row for row in plan if row["stage"] == "shard")["action"] == "reuse"
 
 
-def test_gc_leaves_fresh_attempts_alone(command: Command, tmp_path: Path) -> None:
-    (tmp_path / "shard" / "f" / "attempts" / "x").mkdir(parents=True)
-    (tmp_path / "shard" / "f" / "attempts" / "x" / "file").write_text("young")
-    assert result_of(command("gc", "--store", str(tmp_path), "--json"))["removed"] == []
-
-
 def test_doctor_checks_this_machine_and_the_store(command: Command, tmp_path: Path) -> None:
     checks = result_of(command("doctor", "--store", str(tmp_path / "s"), "--json"))
     assert checks["ok"]
@@ -288,12 +256,3 @@ def test_doctor_checks_this_machine_and_the_store(command: Command, tmp_path: Pa
     blocked = tmp_path / "file"
     blocked.write_text("")
     _fails(command, 1, "doctor", "--store", str(blocked / "s"), says=("1 of 6 checks failed: store",))
-
-
-def test_a_command_without_arguments_means_the_demo(
-    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("NANODLM_STORE", str(tmp_path))
-    done = command("plan")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split()[:2] == ["download", "build"]

@@ -10,10 +10,10 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from nanodlm.cluster import follow
+from nanodlm.cluster import follow, settings, slurm
 from nanodlm.cluster.kubernetes import jobset
 from nanodlm.cluster.settings import Launch, Work
-from nanodlm.cluster.slurm import slurm_script
+from nanodlm.cluster.slurm import job_text
 from nanodlm.config import PRESETS, load_config
 from nanodlm.errors import NanodlmError, UsageError
 from nanodlm.stages.lookup import ready
@@ -32,12 +32,12 @@ def options(script: str) -> dict[str, str]:
 
 
 def test_a_script_asks_slurm_for_a_task_for_each_gpu_and_for_a_signal_before_the_end() -> None:
-    asked = options(slurm_script(Work(CONFIG, "/shared/store", GPUS)))
+    asked = options(job_text(Work(CONFIG, "/shared/store", GPUS)))
     assert {k: v for k, v in asked.items() if k not in ("job-name", "output")} == {
         "nodes": "4", "ntasks-per-node": "8", "gpus-per-node": "8", "cpus-per-task": "6", "mem": "512G", "time": "600",
         "partition": "gpu,big", "account": "lab", "signal": "TERM@300", "open-mode": "append", "requeue": "",
     }  # fmt: skip
-    alone = options(slurm_script(Work(CONFIG, "/shared/store", GPUS, stage="sample")))
+    alone = options(job_text(Work(CONFIG, "/shared/store", GPUS, stage="sample")))
     assert (alone["nodes"], alone["ntasks-per-node"]) == ("1", "1")
 
 
@@ -48,7 +48,7 @@ def test_a_script_hands_the_configuration_on_unchanged_and_requeues_only_what_a_
     """srun and scontrol are replaced by what writes down how they are called."""
     stand_in(tmp_path, "srun", f'printf "%s\\0" "$@" > {tmp_path}/srun.said; exit {code}')
     stand_in(tmp_path, "scontrol", f'echo "$@" > {tmp_path}/scontrol.said')
-    script = slurm_script(Work(NASTY, f"{tmp_path}/a store", GPUS, inputs=INPUTS, rebuild=True))
+    script = job_text(Work(NASTY, f"{tmp_path}/a store", GPUS, inputs=INPUTS, rebuild=True))
     assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
     env = environment(PATH=f"{tmp_path}:{os.environ['PATH']}", SLURM_JOB_ID="17")
     assert subprocess.run(["bash"], input=script, text=True, env=env, check=False).returncode == code
@@ -72,11 +72,8 @@ def test_a_script_hands_the_configuration_on_unchanged_and_requeues_only_what_a_
         ({"target": "slurm", "image": "x"}, "no use for image"),
         ({"target": "k8s", "image": "x", "partition": "gpu"}, "no use for partition"),
         ({"target": "k8s"}, "needs an image"),
-        ({"target": "slurm", "nodes": 0}, "nodes"),
         ({"target": "slurm", "partition": "gpu\n#SBATCH --wrap=id"}, "partition"),
         ({"target": "slurm", "time_limit": 10, "grace_seconds": 600}, "leaves little"),
-        ({"target": "cloud"}, "target"),
-        ({"nodez": 2}, "nodez"),
     ],
 )
 def test_a_launch_that_makes_no_sense_is_refused(fields: dict[str, Any], message: str) -> None:
@@ -88,7 +85,7 @@ def test_a_launch_that_makes_no_sense_is_refused(fields: dict[str, Any], message
     ("launch", "store", "message"),
     [
         (BUCKET, "data/store", "name a volume that pods share"),
-        (PODS, "data/store", "is mounted at /store"),
+        (PODS, "data/store", "only /store is mounted in pods"),
         (PODS, "s3://bucket/store", "several hosts save one checkpoint together"),
         (SLURM, "s3://bucket/store", "several hosts save one checkpoint together"),
         (SLURM, "memory://x", "in memory is seen by no other process"),
@@ -110,8 +107,6 @@ def test_text_that_pods_would_look_up_and_not_see_is_refused() -> None:
     [
         (["--target", "k8s"], 2, "needs an image"),
         (["--target", "k8s", "--image", "x", "--dry-run"], 2, "no pod sees the folder"),
-        (["--target", "process"], 2, "invalid choice"),
-        (["--nodes", "0"], 2, "greater than or equal to 1"),
         ([], 1, "train needs tokenizer and shard"),
     ],
 )
@@ -128,7 +123,7 @@ def test_a_dry_run_prints_the_job_and_nothing_else() -> None:
     slurm = nanodlm("launch", "demo", "--target", "slurm", "--nodes", "2", *flags)
     assert (slurm.returncode, slurm.stderr) == (0, "")
     config = PRESETS["demo"].replace(train={"lr": 0.002})
-    assert slurm.stdout == slurm_script(Work(config, "/store/runs", Launch(target="slurm", nodes=2)))
+    assert slurm.stdout == job_text(Work(config, "/store/runs", Launch(target="slurm", nodes=2)))
     pods = nanodlm("launch", "demo", "--target", "k8s", "--image", "a:1", "--store_volume", "shared", *flags)
     assert (pods.returncode, pods.stderr) == (0, "")
     launch = Launch(target="k8s", image="a:1", store_volume="shared")
@@ -174,6 +169,39 @@ def test_a_slurm_that_does_not_answer_gets_no_second_job_and_one_that_is_ending_
         stand_in(tmp_path, "squeue", f"[ -f {ended} ] && {{ {then}; exit; }}; touch {ended}; echo 17 COMPLETING")
         job = submit(work)
         assert (job.name, job.found) == found
+
+
+def test_a_slurm_that_falls_silent_ends_the_command_in_one_line(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    for name, seconds in (("LOOK", 0.05), ("ASK", 0.1), ("SILENT", 0.3)):
+        monkeypatch.setattr(follow, f"{name}_SECONDS", seconds)
+    stand_in(tmp_path, "sbatch", "echo 18")
+    stand_in(tmp_path, "scancel", "sleep 0")
+    stand_in(tmp_path, "squeue", 'case "$*" in *--me*) exit 0;; esac; echo error: Socket timed out >&2; exit 1')
+    store = Store(str(prepared))
+    with pytest.raises(NanodlmError, match=r"^nobody tells how slurm job 18 stands \(error: .*\): squeue -j 18"):
+        follow.run_on_cluster(ready("train", CONFIG, store), CONFIG, store, SLURM)
+    assert settings.ask(["sleep", "60"], seconds=0.1) == (124, "", "sleep did not answer within 0 s")
+
+
+@pytest.mark.parametrize(
+    ("known", "stands"),
+    [
+        ("COMPLETED", ("done", "COMPLETED")),
+        ("CANCELLED by 0", ("failed", "it is CANCELLED")),
+        ("", ("failed", "it is gone from the queue")),
+    ],
+)
+def test_accounting_is_asked_of_a_job_that_the_queue_has_forgotten(
+    known: str, stands: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    stand_in(tmp_path, "squeue", "echo slurm_load_jobs error: Invalid job id specified >&2; exit 1")
+    stand_in(tmp_path, "sacct", f'case "$*" in *"-j 18") echo "{known}";; esac')
+    stand_in(tmp_path, "scontrol", "exit 1")
+    assert slurm.state(settings.Job(SLURM, "18", "squeue -j 18")) == stands
 
 
 def test_a_jobs_name_is_that_of_its_work() -> None:

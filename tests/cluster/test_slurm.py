@@ -18,7 +18,7 @@ import pytest
 
 from nanodlm.cluster import follow
 from nanodlm.cluster.settings import Launch, Work
-from nanodlm.cluster.slurm import slurm_script
+from nanodlm.cluster.slurm import job_text
 from nanodlm.config import Config
 from nanodlm.errors import NanodlmError
 from nanodlm.stages import run
@@ -175,7 +175,7 @@ def test_slurm_itself_accepts_every_option_of_a_script(two_nodes: Path) -> None:
     """`--test-only` parses all of them; that for GPUs, which these nodes do not have, is in its help."""
     launch = Launch(target="slurm", nodes=2, gpus_per_node=0, cpus_per_task=1, memory_gb=1, time_limit=60,
                     partition="all", account="lab")  # fmt: skip
-    script = slurm_script(Work(CONFIG, str(two_nodes), launch))
+    script = job_text(Work(CONFIG, str(two_nodes), launch))
     done = subprocess.run(["sbatch", "--test-only"], input=script, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     for wrong in ("#SBATCH --no-such-option=1", "#SBATCH --nodes=many"):
@@ -183,7 +183,5 @@ def test_slurm_itself_accepts_every_option_of_a_script(two_nodes: Path) -> None:
         refused = subprocess.run(["sbatch", "--test-only"], input=bad, capture_output=True, text=True, check=False)
         assert refused.returncode
     help_ = subprocess.run(["sbatch", "--help"], capture_output=True, text=True, check=True).stdout
-    assert options(slurm_script(Work(CONFIG, str(two_nodes), GPUS))).keys() - options(script).keys() == {
-        "gpus-per-node"
-    }
+    assert options(job_text(Work(CONFIG, str(two_nodes), GPUS))).keys() - options(script).keys() == {"gpus-per-node"}
     assert "--gpus-per-node=" in help_

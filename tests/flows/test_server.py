@@ -74,7 +74,7 @@ def test_nobody_waits_for_a_server_of_their_own_that_has_ended(monkeypatch: pyte
 def test_prefect_is_quiet_unless_the_environment_says_otherwise() -> None:
     code = """
 import os, sys
-from flows.environment import quiet_prefect
+from flows import quiet_prefect
 quiet_prefect()
 print(os.environ["PREFECT_LOGGING_LEVEL"], os.environ["DO_NOT_TRACK"], "prefect" in sys.modules)
 """

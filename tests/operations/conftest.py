@@ -26,13 +26,9 @@ from tests.support.commands import environment, tiny_flags
 
 ROOT = Path(flows.__file__).parents[1]
 AUTH = "operator:planted-password-of-the-server"
-MONTH = 30 * 86400
 SERVER = {
     "PREFECT_SERVER_API_AUTH_STRING": AUTH,
     "PREFECT_SERVER_CSRF_PROTECTION_ENABLED": "true",
-    "PREFECT_SERVER_SERVICES_DB_VACUUM_ENABLED": "events,flow_runs",
-    "PREFECT_SERVER_SERVICES_DB_VACUUM_RETENTION_PERIOD": str(MONTH),
-    "PREFECT_SERVER_SERVICES_DB_VACUUM_LOOP_SECONDS": "2",
     "PREFECT_SERVER_CONCURRENCY_MAXIMUM_CONCURRENCY_SLOT_WAIT_SECONDS": "1",
 }
 FINAL = {"Completed", "Failed", "Crashed", "Cancelled", "TimedOut", "Cached"}

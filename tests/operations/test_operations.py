@@ -80,12 +80,6 @@ def test_a_bad_parameter_is_refused_before_a_run_is_scheduled(
     assert deployed.ask("/flow_runs/count", OF_DEMO) == before
 
 
-def test_the_command_line_refuses_a_parameter_that_the_flow_does_not_have(deployed: Site) -> None:
-    done = deployed.prefect("deployment", "run", "pipeline/demo", "--param", "learning_rate=1")
-    assert done.returncode == 1
-    assert "learning_rate" in done.stdout + done.stderr
-
-
 def test_a_run_on_a_server_without_limits_shows_progress_counts_curve_samples_and_report(site: Site) -> None:
     run = site.start("pipeline/demo", config=SHORT, gpu_limit="nobody-made-this")
     assert site.ends(run) == "Completed"

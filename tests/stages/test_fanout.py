@@ -1,7 +1,5 @@
 """Shards made one at a time, by whoever shares the store, give what the stage alone would have made."""
 
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,7 +10,7 @@ from nanodlm.config import Config
 from nanodlm.data import rows
 from nanodlm.errors import Damaged
 from nanodlm.stages import fanout, lookup, run
-from nanodlm.store import Artifact, Store, cache, files, finished_parts, new_attempt
+from nanodlm.store import Artifact, Store, cache
 from nanodlm.upkeep import collect
 from tests.support.helpers import prose, tiny_config
 
@@ -83,15 +81,6 @@ def test_workers_that_make_the_same_shards_at_once_change_no_bit(config: Config,
     assert made(config, Store(url)).digest == made(config, prepared(config, str(tmp_path / "alone"))).digest
 
 
-def test_a_rebuild_adopts_nothing_that_workers_made_before(config: Config, tmp_path: Path) -> None:
-    store = prepared(config, str(tmp_path / "store"))
-    for i in missing(config, store):
-        build(config, store, i)
-    artifact = made(config, store)
-    with new_attempt(store, "shard", artifact.fingerprint, afresh=True) as attempt:
-        assert attempt.earlier == {}
-
-
 def test_a_damaged_shard_of_a_worker_is_made_again_by_the_stage(config: Config, tmp_path: Path) -> None:
     store = prepared(config, str(tmp_path / "store"))
     for i in missing(config, store):
@@ -115,33 +104,6 @@ def test_a_worker_needs_no_source_and_fetches_its_part_of_the_corpus_alone(
     assert fanout.build_shard(config, store, 1, inputs)
     fetched = (cache.cache_dir() / "entries").glob("download-*/files/*")
     assert [path.name for path in fetched] == ["part-00001.parquet"]
-
-
-def test_a_shard_adopted_in_a_bucket_is_copied_there_and_not_sent_again(
-    config: Config, s3_environment: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fsspec.filesystem("s3").mkdir("adopted")
-    store = prepared(config, "s3://adopted/store")
-    todo = missing(config, store)
-    for i in todo:
-        build(config, store, i)
-    fingerprint = lookup.ready("shard", config, store).fingerprint
-    (bad,) = finished_parts(store, "shard", fingerprint)[rows.name(1)]
-    path = store.path("shard", fingerprint, "attempts", bad, rows.name(1))
-    content = store.read(path)
-    store.fs.pipe_file(path, content[:50] + bytes([content[50] ^ 1]) + content[51:])
-    sent: list[str] = []
-    put = files.Storage.put
-
-    def noted(self: files.Storage, pairs: list, *done: object) -> None:
-        sent.extend(Path(target).name for _, target in pairs)
-        put(self, pairs, *done)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(files.Storage, "put", noted)
-    artifact = made(config, store)
-    assert sent == [rows.name(1), "validation.arrayrecord"]  # the damaged one alone is made again
-    assert artifact.problems(deep=True) == []
-    assert store.read(artifact.remote(rows.name(1))) == content
 
 
 def test_what_workers_have_finished_is_not_collected_before_the_stage_has_adopted_it(
@@ -181,22 +143,3 @@ def test_a_shard_of_a_damaged_corpus_is_refused(config: Config, tmp_path: Path) 
     assert build(config, store, 1)
     with pytest.raises(Damaged, match="part-00002"):
         build(config, store, 2)
-
-
-def test_a_worker_does_not_load_jax(config: Config, tmp_path: Path) -> None:
-    store = prepared(config, str(tmp_path / "store"))
-    inputs = lookup.ready("shard", config, store).input_fingerprints
-    (tmp_path / "config.json").write_text(config.model_dump_json())
-    code = f"""
-import sys
-from pathlib import Path
-from flows.shards import build_shard
-from nanodlm.config import Config
-config = Config.model_validate_json(Path({str(tmp_path / "config.json")!r}).read_text())
-print(build_shard.fn(0, config, {store.uri()!r}, {inputs!r}), *sys.modules)
-"""
-    made, *loaded = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    ).stdout.split()
-    assert made == "True"
-    assert not {"jax", "grain", "datasets"} & set(loaded)
