@@ -48,3 +48,16 @@ def test_sizes_that_devices_cannot_share_are_one_line_and_exit_code_2() -> None:
     ]
     with pytest.raises(UsageError, match="raise --devices"):
         memory.plan(TINY, 0)
+
+
+@pytest.mark.slow
+def test_1_3_billion_parameters_are_planned_for_64_devices() -> None:
+    options = ["--devices", "64", "--train.fsdp", "8", "--train.tensor", "2", "--json"]
+    planned = result_of(nanodlm("plan", "owt-1b", *options, JAX_DISABLE_MOST_OPTIMIZATIONS="0"))["devices"]
+    assert 1.2e9 < planned["parameters"] < 1.45e9
+    size = planned["bytes"]
+    state = size["parameters"] + size["optimizer"] + size["average"]
+    assert state * 16 == pytest.approx(4 * 4 * planned["parameters"], rel=0.01)
+    assert size["total"] < 16 * 2**30
+    assert planned["tokens_per_update"] == 2**20
+    assert planned["flops_per_update"] == pytest.approx(6 * 2**20 * planned["parameters"], rel=0.1)

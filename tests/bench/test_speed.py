@@ -160,3 +160,12 @@ def test_speed_is_measured_without_what_only_data_needs(which: tuple[str, ...]) 
     else:
         assert (numbers["steps"], numbers["sample_tokens"]) == (2, 16)
         assert numbers["tokens_per_second"] * 2 * numbers["step_seconds"] == pytest.approx(16)
+
+
+def test_forward_flops_are_those_that_xla_counts() -> None:
+    config = tiny(model={"d_model": 128, "n_heads": 4, "d_ff": 512, "seq_len": 64, "conv_width": 0})
+    graphdef, params = nnx.split(make_model(config, Vocabulary.of(bench_flops.synthetic_encoding(config))))
+    forward = jax.jit(lambda params, x_t, t: nnx.merge(graphdef, params)(x_t, t))
+    counted = forward.lower(params, jnp.zeros((4, 64), int), jnp.zeros(4)).compile().cost_analysis()["flops"]
+    formula = 4 * 64 * bench_flops.forward_flops(config.model, bench_flops.vocab_size(config), keys=64)
+    assert formula < counted < 1.05 * formula  # norms, softmax and the like come on top

@@ -304,3 +304,10 @@ def test_sharding_cut_off_continues_to_the_same_bytes(tmp_path: Path) -> None:
     assert resumed.metrics == undisturbed["shard"].metrics
     adopted = {name: (resumed.local() / name).stat().st_ino for name in finished}
     assert adopted == finished
+
+
+def test_the_same_corpus_gives_the_same_bytes_at_every_stage(tmp_path: Path) -> None:
+    one, other = (
+        prepare(tmp_path / name, [DOCUMENTS[:90], DOCUMENTS[90:]], tokenizer="bpe", vocab_size=300) for name in "ab"
+    )
+    assert {stage: a.digest for stage, a in one.items()} == {stage: a.digest for stage, a in other.items()}

@@ -99,3 +99,10 @@ def test_flows_run_and_notify_once_on_postgresql_with_authentication(tmp_path: P
             assert not any(password in text for text in below(tmp_path))
     finally:
         shutil.rmtree(folder)
+
+
+def test_a_request_that_another_site_could_forge_is_refused(whole: Site) -> None:
+    url = f"{whole.environ['PREFECT_API_URL']}/flow_runs/count"
+    assert answer(url, "POST") in (401, 403)
+    assert answer(url, "POST", auth=AUTH) == 403  # a browser that knows the password would send it along
+    assert whole.ask("/flow_runs/count", {}) >= 0

@@ -1,10 +1,15 @@
-"""Stages in processes of their own end with those that started them."""
+"""Stages in processes of their own are told their inputs, and end with those that started them."""
 
+import os
 import subprocess
 import sys
+from collections import Counter
+from pathlib import Path
 
 import psutil
 import pytest
+
+from tests.support.commands import nanodlm, result_of, speeches, tiny_flags
 
 CHILD = """
 import signal, time
@@ -21,6 +26,20 @@ env = {**os.environ, PARENT: str(os.getpid())}
 subprocess.Popen([sys.executable, "-c", sys.argv[1]], env=env, start_new_session=True)
 sys.stdin.read()
 """
+# Python imports this first in every process that has its folder on PYTHONPATH: it writes down which files are opened.
+NOTE_OPENED = """
+import os, sys
+
+def note(event, args):
+    if event == "open" and os.fspath(args[0] if isinstance(args[0], str) else "").endswith(("manifest.json", ".txt")):
+        words, path = sys.orig_argv, os.path.abspath(args[0])
+        command = words[words.index("nanodlm") + 1] if "nanodlm" in words else "other"
+        with_ = os.open(os.environ["OPENED"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        os.write(with_, f"{command} {path}\\n".encode())
+        os.close(with_)
+
+sys.addaudithook(note)
+"""
 
 
 @pytest.mark.parametrize("setting", ["", "process.GRACE_SECONDS = 0.2; signal.signal(signal.SIGTERM, signal.SIG_IGN)"])
@@ -33,3 +52,26 @@ def test_a_child_ends_with_a_killed_parent_even_when_it_takes_too_long_to_save(s
         parent.kill()
         parent.wait()
         assert psutil.wait_procs([child], 20)[1] == []
+
+
+@pytest.mark.slow
+def test_a_fresh_run_opens_few_manifests_and_only_its_first_process_opens_the_source(
+    prefect_server: dict[str, str], tmp_path: Path
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(NOTE_OPENED)
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    flags = [*tiny_flags(), "--data.part_mb", "100", "--train.max_steps", "10", "--store", str(tmp_path / "store")]
+    environ = {**prefect_server, "PYTHONPATH": path, "OPENED": str(tmp_path / "opened")}
+    result = result_of(nanodlm("run", *flags, "--json", **environ))
+    assert {stage["status"] for stage in result["stages"]} == {"built"}
+    opened = [line.split(" ", 1) for line in (tmp_path / "opened").read_text().splitlines()]
+    sources = {os.path.abspath(path) for path in speeches(30)}
+    assert {command for command, path in opened if path in sources} == {"run"}
+    manifests = Counter(command for command, path in opened if path.endswith("/manifest.json"))
+    # Each child opens those of its inputs, and looks once for its own.
+    assert {name: manifests[name] for name in ("train", "evaluate", "sample")} == {
+        "train": 3,
+        "evaluate": 3,
+        "sample": 2,
+    }
+    assert manifests["run"] <= 19  # of eight stages: before, and while the lease is held or after the child

@@ -274,3 +274,11 @@ def test_the_lease_tells_others_how_far_a_stage_is_and_the_artifact_knows_nothin
     assert all(seen)
     assert lease_events(store, "download", artifact.fingerprint) == {}
     assert not artifact.problems(deep=True)
+
+
+def test_new_text_rebuilds_what_reads_it(store: Store, source: Path) -> None:
+    config = tiny_config(source)
+    run_all(config, store)
+    with source.open("a") as file:
+        file.write(json.dumps({"text": "One more."}) + "\n")
+    assert statuses(run_all(config, store)) == ["built", "cached", "built", "built"]

@@ -3,6 +3,7 @@
 import base64
 import json
 import pickle
+import re
 import shutil
 import traceback
 from collections.abc import Iterator
@@ -391,3 +392,15 @@ def test_arrays_of_objects_are_not_read(store: Store, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="allow_pickle=False"):
         stages_run.run_stage("shard", config, store)
     assert not mark.exists()
+
+
+def test_no_module_can_unpickle() -> None:
+    banned = re.compile(
+        r"\b(c?[Pp]ickle|cloudpickle|dill|joblib|marshal|shelve|torch)\b|allow_pickle\s*=\s*True|\b(eval|exec)\("
+    )
+    paths = [*(Path(nanodlm.__file__).parent).rglob("*.py"), *Path(nanodlm.__file__).parents[1].glob("flows/*.py")]
+    assert len(paths) > 50
+    for path in paths:
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            assert not banned.search(line), f"{path.name}:{number}: {line}"
+            assert "np.load(" not in line or "allow_pickle=False" in line, f"{path.name}:{number}: {line}"

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from nanodlm.stages import why
+from nanodlm.stages.lookup import explain
 from nanodlm.store import Store, new_attempt
 from nanodlm.upkeep import verify
 from tests.support.helpers import committed, fill, flip
@@ -217,7 +217,7 @@ def test_show_says_where_each_input_lies_and_which_has_gone_or_is_damaged(
 
 
 def reasons(made: Made) -> list[str]:
-    return sorted(set(why.explain(made.artifacts["sample"], made.config)))
+    return sorted(set(explain(made.artifacts["sample"], made.config)))
 
 
 def test_an_input_that_has_gone_or_changed_is_named(made: Made) -> None:
