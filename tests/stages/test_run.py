@@ -282,3 +282,13 @@ def test_new_text_rebuilds_what_reads_it(store: Store, source: Path) -> None:
     with source.open("a") as file:
         file.write(json.dumps({"text": "One more."}) + "\n")
     assert statuses(run_all(config, store)) == ["built", "cached", "built", "built"]
+
+
+def test_a_torn_manifest_is_refused_until_it_is_retired(store: Store, source: Path) -> None:
+    config = tiny_config(source)
+    artifact, _ = run.run_stage("download", config, store)
+    Path(store.path("download", artifact.fingerprint, "manifest.json")).write_text("{")
+    with pytest.raises(Damaged, match="is not a manifest"):
+        run.run_stage("download", config, store)
+    store.retire(("download", artifact.fingerprint))
+    assert run.run_stage("download", config, store)[0].digest == artifact.digest
