@@ -20,6 +20,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # workers and child processes
 
 from jaxtyping import install_import_hook
 
+from nanodlm.store import Store
 from tests.support import servers
 
 CHECKED = ["nanodlm.diffusion", "nanodlm.model"]
@@ -36,6 +37,11 @@ def private_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[N
     monkeypatch.setenv("NANODLM_CACHE", str(tmp_path / "cache"))
     yield
     servers.let_go_of_the_cache()
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(str(tmp_path / "store"))
 
 
 @pytest.fixture(scope="session")

@@ -22,9 +22,10 @@ from tests.checkpoints.support import EVERY, cut, words_for
 from tests.training.test_loop import tiny
 
 
-def refusal(store: Store, **groups: dict[str, Any]) -> str:
+def refusal(store: Store, start: str, *allowed: str, **groups: dict[str, Any]) -> str:
+    exp = {"resume_path": start, "allow_changed": list(allowed)}
     with pytest.raises(UsageError) as caught:
-        nanodlm.train(tiny(**groups), store.uri())
+        nanodlm.train(tiny(**groups, exp=exp), store.uri())
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -100,29 +101,26 @@ def test_an_interrupted_run_that_was_started_from_a_checkpoint_continues_from_it
 
 def test_a_checkpoint_of_another_run_is_refused_field_by_field(store: Store, fourth: str) -> None:
     changed = {"train": {"lr": 1e-3, "max_steps": 20}, "data": {"shuffle_seed": 1}, "objective": {"weighting": "bound"}}
-    said = refusal(store, **changed, exp={"resume_path": fourth})
+    said = refusal(store, fourth, **changed)
     assert "data.shuffle_seed: 123 -> 1; objective.weighting: uniform -> bound; train.lr: 0.008 -> 0.001; " in said
     assert "train.max_steps: 12 -> 20)" in said
     assert said.endswith("add --exp.allow_changed data.shuffle_seed objective.weighting train.lr train.max_steps")
     # Allowing some is not enough, and what to say is said in full.
-    exp = {"resume_path": fourth, "allow_changed": ["train.max_steps"]}
-    said = refusal(store, train={"lr": 1e-3, "max_steps": 20}, exp=exp)
+    said = refusal(store, fourth, "train.max_steps", train={"lr": 1e-3, "max_steps": 20})
     assert said.endswith("add --exp.allow_changed train.lr train.max_steps")
 
 
 def test_other_data_are_refused_with_the_settings_that_made_them(store: Store, fourth: str) -> None:
-    said = refusal(store, data={"val_tokens": 6000}, exp={"resume_path": fourth})
+    said = refusal(store, fourth, data={"val_tokens": 6000})
     assert re.search(r"\(dataset: \w{12}… -> \w{12}… \(data\.val_tokens: 5000 -> 6000\)\)", said), said
     assert said.endswith("add --exp.allow_changed dataset")
 
 
 def test_another_network_is_refused_whatever_is_allowed(store: Store, fourth: str) -> None:
-    exp = {"resume_path": fourth, "allow_changed": ["train.lr"]}
-    said = refusal(store, model={"d_ff": 64}, train={"lr": 1e-3}, exp=exp)
+    said = refusal(store, fourth, "train.lr", model={"d_ff": 64}, train={"lr": 1e-3})
     assert "model.d_ff: 32 -> 64; train.lr: 0.008 -> 0.001" in said
     assert "model.d_ff cannot change in mid-training" in said
-    exp = {"resume_path": fourth, "allow_changed": ["train.clip_grad_norm"]}
-    said = refusal(store, train={"clip_grad_norm": 0.0}, exp=exp)
+    said = refusal(store, fourth, "train.clip_grad_norm", train={"clip_grad_norm": 0.0})
     assert "do not fit this configuration" in said
 
 
@@ -148,8 +146,7 @@ def test_other_randomness_is_refused_and_so_is_a_checkpoint_that_does_not_know_i
 
 
 def test_a_checkpoint_that_has_all_updates_is_refused(store: Store, fourth: str) -> None:
-    exp = {"resume_path": fourth, "allow_changed": ["train.max_steps"]}
-    assert "raise --train.max_steps" in refusal(store, train={"max_steps": 4}, exp=exp)
+    assert "raise --train.max_steps" in refusal(store, fourth, "train.max_steps", train={"max_steps": 4})
 
 
 def test_a_name_that_cannot_be_allowed_is_refused() -> None:

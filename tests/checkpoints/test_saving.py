@@ -138,9 +138,8 @@ def test_a_loss_that_is_not_a_number_stops_the_run_before_it_is_saved(store: Sto
 
 
 def test_a_run_that_has_saved_nothing_says_so(trained: Artifact, store: Store) -> None:
-    config = tiny(train={"lr": 1e30, "clip_grad_norm": 0.0}, exp={"log_every": 1})
     with pytest.raises(NanodlmError, match=r"not a number at update .*no checkpoint was saved before"):
-        nanodlm.train(config, store.uri())
+        nanodlm.train(tiny(train={"lr": 1e30, "clip_grad_norm": 0.0}, exp={"log_every": 1}), store.uri())
 
 
 @pytest.mark.slow
@@ -162,11 +161,8 @@ def test_the_switch_that_skips_leaves_fingerprints_alone_while_it_is_off(trained
     assert tiny(train={"skip_nonfinite": True}).training()["train"]["skip_nonfinite"] is True
 
 
-SAVE_ALL = {"save_every": 1, "log_every": 3, "val_rows": 0}
-
-
 def test_a_run_killed_while_it_saves_ends_with_the_bits_of_an_undisturbed_one(trained: Artifact, data: Path) -> None:
-    config, attempts = tiny(exp=SAVE_ALL), 0
+    config, attempts = tiny(exp={"save_every": 1, "log_every": 3, "val_rows": 0}), 0
     while not list(data.glob("train/*/attempts/*/checkpoints/*.orbax-checkpoint-tmp*")):
         attempts += 1
         assert attempts < 5, "no kill came in the middle of a save"

@@ -26,11 +26,6 @@ def source(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store(str(tmp_path / "store"))
-
-
 def run_all(config: Config, store: Store, names: tuple[str, ...] = DATA_STAGES) -> dict[str, tuple[Artifact, str]]:
     """Artifact and status of each stage."""
     found = {}

@@ -126,30 +126,25 @@ def without_shards(undisturbed: Path, url: str) -> Store:
     return target
 
 
-@pytest.fixture
-def place(tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
-    """Returns the URL of an empty store, on disk or on S3."""
-
-    def url(kind: str) -> str:
-        if kind == "disk":
-            return str(tmp_path / "store")
-        server: Server = request.getfixturevalue("moto_server")
-        server.enter(monkeypatch)
-        return f"{server.store}/{tmp_path.name}"
-
-    return url
+@pytest.fixture(params=["disk", "s3"])
+def place(tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """URL of an empty store, on disk or on S3."""
+    if request.param == "disk":
+        return str(tmp_path / "store")
+    server: Server = request.getfixturevalue("moto_server")
+    server.enter(monkeypatch)
+    return f"{server.store}/{tmp_path.name}"
 
 
 MOMENTS = [("disk", "in mid-shard"), ("disk", "just before the manifest"), ("s3", "in mid-upload")]
 
 
-@pytest.mark.parametrize(("kind", "moment"), MOMENTS)
+@pytest.mark.parametrize(("place", "moment"), MOMENTS, indirect=["place"])
 def test_a_build_killed_at_any_moment_is_continued_to_the_same_digest(
-    kind: str, moment: str, source: Path, undisturbed: Path, place: Callable[[str], str]
+    place: str, moment: str, source: Path, undisturbed: Path
 ) -> None:
-    url = place(kind)
-    store, config = without_shards(undisturbed, url), tiny_config(source)
-    done = subprocess.run([sys.executable, "-c", BUILD, config.model_dump_json(), url, moment], timeout=100)
+    store, config = without_shards(undisturbed, place), tiny_config(source)
+    done = subprocess.run([sys.executable, "-c", BUILD, config.model_dump_json(), place, moment], timeout=100)
     assert done.returncode == -signal.SIGKILL
     assert not [item for item in store if item[0] == "shard"]
     finished = [path for path in store.sizes(store.path("shard")) if "/parts/" in path]
@@ -175,8 +170,7 @@ def altered(content: bytes) -> Iterator[bytes]:
         yield content[:i] + bytes([content[i] ^ 1]) + content[i + 1 :]
 
 
-def test_no_altered_byte_of_a_manifest_goes_unnoticed(tmp_path: Path) -> None:
-    store = Store(str(tmp_path))
+def test_no_altered_byte_of_a_manifest_goes_unnoticed(store: Store) -> None:
     artifact = committed(store, FILES)
     path = Path(store.path("shard", "f0", "manifest.json"))
     refused = 0
@@ -191,8 +185,7 @@ def test_no_altered_byte_of_a_manifest_goes_unnoticed(tmp_path: Path) -> None:
     assert refused > 1000
 
 
-def test_no_altered_byte_of_a_parts_record_goes_unnoticed(tmp_path: Path) -> None:
-    store = Store(str(tmp_path))
+def test_no_altered_byte_of_a_parts_record_goes_unnoticed(store: Store) -> None:
     with new_attempt(store, "shard", "f0") as attempt:
         fill(attempt, FILES)
         attempt.finish("all", list(FILES), rows=3)
@@ -204,8 +197,8 @@ def test_no_altered_byte_of_a_parts_record_goes_unnoticed(tmp_path: Path) -> Non
         assert read_part(store, str(path)) in (None, record)
 
 
-def test_no_altered_byte_of_a_file_goes_unnoticed(tmp_path: Path) -> None:
-    artifact = committed(Store(str(tmp_path)), FILES)
+def test_no_altered_byte_of_a_file_goes_unnoticed(store: Store) -> None:
+    artifact = committed(store, FILES)
     for name, content in FILES.items():
         path = Path(artifact.remote(name))
         for other in altered(content):
@@ -232,10 +225,9 @@ DAMAGES: dict[str, Callable[[Path, Path], object]] = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_shards_are_refused_and_repaired_to_the_same_digest(
-    damage: str, undisturbed: Path, source: Path, tmp_path: Path
+    damage: str, undisturbed: Path, source: Path, store: Store
 ) -> None:
-    shutil.copytree(undisturbed, tmp_path / "store")
-    store = Store(str(tmp_path / "store"))
+    shutil.copytree(undisturbed, store.root)
     artifact = the(store)
     one, other = (Path(artifact.remote(f"train-0000{i}.arrayrecord")) for i in (1, 2))
     DAMAGES[damage](one, other)
@@ -298,9 +290,8 @@ def test_training_goes_on_while_its_checkpoint_cannot_be_published(monkeypatch: 
         return busy()
 
     # Were the first checkpoint waited for, update 6 would not be reached, and this would be given up after a minute.
-    with scripted(
-        Fault("put_file", fail, "step_000004", times=99, until=lambda: len(failed_at) > 2 and failed_at[-1] > 5)
-    ):
+    fault = Fault("put_file", fail, "step_000004", times=99, until=lambda: len(failed_at) > 2 and failed_at[-1] > 5)
+    with scripted(fault):
         run = nanodlm.train(config, "faulty://place", emit)
         assert run.problems(deep=True) == []
         assert run.files("checkpoints/step_000004/")
@@ -342,10 +333,11 @@ except NanodlmError as error:
 
 
 def test_a_disk_that_takes_no_more_ends_the_run_in_one_line_and_nothing_torn_is_kept(
-    undisturbed: Path, source: Path, tmp_path: Path
+    undisturbed: Path, source: Path, store: Store
 ) -> None:
     """The kernel refuses bytes beyond a limit, whoever writes them, also libraries that are not Python."""
-    store, config = without_shards(undisturbed, str(tmp_path / "store")), tiny_config(source)
+    without_shards(undisturbed, store.root)
+    config = tiny_config(source)
     command = [sys.executable, "-c", LIMITED, "6000", config.model_dump_json(), store.root]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert not [item for item in store if item[0] == "shard"]
@@ -433,9 +425,8 @@ def test_a_collector_that_cannot_list_everything_removes_nothing(
     assert Store(url).open("shard/f0").check(deep=True)
 
 
-def test_readers_beside_a_collector_get_all_or_a_clear_error(tmp_path: Path) -> None:
-    store, seen = Store(str(tmp_path)), []
-    stop = threading.Event()
+def test_readers_beside_a_collector_get_all_or_a_clear_error(store: Store) -> None:
+    seen, stop = [], threading.Event()
 
     def collecting() -> None:
         while not stop.is_set():
@@ -513,12 +504,10 @@ def test_of_ten_runs_at_once_one_builds_and_nine_find(source: Path, tmp_path: Pa
     assert not list(tmp_path.glob("download/*/lease.json"))
 
 
-@pytest.mark.parametrize("kind", ["disk", "s3"])
-def test_without_leases_there_is_one_manifest_and_files_never_mix(kind: str, place: Callable[[str], str]) -> None:
-    url = place(kind)
-    said = together("commit", url, 4)
+def test_without_leases_there_is_one_manifest_and_files_never_mix(place: str) -> None:
+    said = together("commit", place, 4)
     assert len(set(said)) == 1
-    artifact = the(Store(url))
+    artifact = the(Store(place))
     assert artifact.metrics == {"by": said[0]}
     folder = artifact.local()
     assert (folder / "same.bin").read_bytes() == bytes([said[0]]) * 1000
@@ -527,8 +516,8 @@ def test_without_leases_there_is_one_manifest_and_files_never_mix(kind: str, pla
 
 
 @pytest.mark.parametrize("days", [-1, 1])
-def test_clocks_a_day_apart_change_nothing(days: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store, shift = Store(str(tmp_path)), timedelta(days=days)
+def test_clocks_a_day_apart_change_nothing(days: int, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    shift = timedelta(days=days)
 
     class Elsewhere(datetime):
         @classmethod

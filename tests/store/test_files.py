@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import botocore.exceptions
@@ -53,18 +54,11 @@ def faulty() -> Iterator[type[Faulty]]:
         yield file_system
 
 
-def translated(error: Exception) -> BaseException:
-    """What s3fs makes of what botocore says."""
-    made = translate_boto_error(error)
-    assert isinstance(made, BaseException)
-    return made
-
-
-PASSING: dict[str, Callable[[], BaseException]] = {
+PASSING: dict[str, Callable[[], Any]] = {
     "S3 503": busy,
-    "S3 503, translated": lambda: translated(busy()),
+    "S3 503, translated": lambda: translate_boto_error(busy()),
     "S3 429": lambda: answer(429, "TooManyRequests"),
-    "S3 conflict of two conditional writes": lambda: translated(answer(409, "ConditionalRequestConflict")),
+    "S3 conflict of two conditional writes": lambda: translate_boto_error(answer(409, "ConditionalRequestConflict")),
     "GCS 503": lambda: HttpError({"code": 503, "message": "unavailable"}),
     "reset": lambda: ConnectionResetError(errno.ECONNRESET, "reset by peer"),
     "server hung up": aiohttp.ServerDisconnectedError,
@@ -74,9 +68,9 @@ PASSING: dict[str, Callable[[], BaseException]] = {
     "S3 time-out": lambda: botocore.exceptions.ReadTimeoutError(endpoint_url="http://s3"),
     "S3 out of reach": lambda: botocore.exceptions.EndpointConnectionError(endpoint_url="http://s3"),
 }
-REFUSED: dict[str, Callable[[], BaseException]] = {
+REFUSED: dict[str, Callable[[], Any]] = {
     "S3 403": lambda: answer(403, "SignatureDoesNotMatch"),
-    "S3 403, translated": lambda: translated(answer(403, "AccessDenied")),
+    "S3 403, translated": lambda: translate_boto_error(answer(403, "AccessDenied")),
     "GCS 403": lambda: HttpError({"code": 403, "message": "no"}),
     "GCS forbidden": lambda: OSError("Forbidden: https://storage.googleapis.com/b\nyou may not"),
     "no credentials": botocore.exceptions.NoCredentialsError,
@@ -139,6 +133,20 @@ def test_what_stays_as_it_is_is_not_asked_again(
         there.write_json(there.path("x.json"), 1)
     assert pauses == []
     assert [request for request, _ in faulty.asked] == ["pipe_file"]
+
+
+def test_transfers_are_tried_again(faulty: type[Faulty], tmp_path: Path, pauses: list[float]) -> None:
+    there, names = Storage("faulty://place"), [f"{i:03d}" for i in range(30)]
+    for name in names:
+        (tmp_path / name).write_text(name)
+    faulty.script[:] = [Fault("put_file", busy, times=7), Fault("get_file", ConnectionResetError, times=7)]
+    arrived: list[int] = []
+    there.put([(tmp_path / name, f"/place/{name}") for name in names], arrived.append)
+    assert sum(arrived) == 30 * 3
+    there.get([(f"/place/{name}", tmp_path / "back" / name) for name in names])
+    assert {path.name: path.read_text() for path in (tmp_path / "back").iterdir()} == {name: name for name in names}
+    asked = [request for request, _ in faulty.asked]
+    assert min(asked.count("put_file"), asked.count("get_file")) >= 37
 
 
 def test_a_time_or_a_size_that_is_no_number_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,23 +214,6 @@ def test_a_server_that_ignores_the_condition_is_refused_by_name_before_any_work(
 def test_an_address_where_no_store_can_be_is_refused_with_what_to_write(url: str, says: str) -> None:
     with pytest.raises(UsageError, match=says):
         Storage(url)
-
-
-# Transfers
-
-
-def test_transfers_are_tried_again(faulty: type[Faulty], tmp_path: Path, pauses: list[float]) -> None:
-    there, names = Storage("faulty://place"), [f"{i:03d}" for i in range(30)]
-    for name in names:
-        (tmp_path / name).write_text(name)
-    faulty.script[:] = [Fault("put_file", busy, times=7), Fault("get_file", ConnectionResetError, times=7)]
-    arrived: list[int] = []
-    there.put([(tmp_path / name, f"/place/{name}") for name in names], arrived.append)
-    assert sum(arrived) == 30 * 3
-    there.get([(f"/place/{name}", tmp_path / "back" / name) for name in names])
-    assert {path.name: path.read_text() for path in (tmp_path / "back").iterdir()} == {name: name for name in names}
-    asked = [request for request, _ in faulty.asked]
-    assert min(asked.count("put_file"), asked.count("get_file")) >= 37
 
 
 # One suite for every kind of storage
@@ -504,7 +495,6 @@ def test_what_was_fetched_is_read_offline_without_asking_the_store(place: str, m
         committed(Store(place), FILES, fingerprint=fingerprint)
         assert Store(place).find("shard", fingerprint) is not None
     read(Store(place).open("shard/f0"))
-
     monkeypatch.delattr(Storage, "patiently")  # whatever asks the store fails
     monkeypatch.setenv("NANODLM_OFFLINE", "1")
     assert read(Store(place).open("shard/f0")) == FILES

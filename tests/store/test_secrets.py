@@ -25,8 +25,9 @@ from nanodlm.stages import table
 from nanodlm.store import Artifact, Store, new_attempt, sealed
 from nanodlm.store.disk import describe
 from nanodlm.store.manifest import digest_of
-from tests.support import commands, servers
+from tests.support import commands
 from tests.support.helpers import committed, copied, fill
+from tests.support.servers import Server
 from tests.training.test_loop import tiny
 
 ROOT = Path(nanodlm.__file__).parents[1]
@@ -69,7 +70,7 @@ def in_bucket(url: str) -> Iterator[bytes]:
 
 
 @pytest.fixture
-def planted(moto_server: servers.Server, tmp_path: Path) -> dict[str, str]:
+def planted(moto_server: Server, tmp_path: Path) -> dict[str, str]:
     """An environment with a secret in every place, whose folders are the test's own."""
     home, scratch = tmp_path / "home", tmp_path / "tmp"
     home.mkdir()
@@ -144,12 +145,9 @@ def failing(capsys: pytest.CaptureFixture[str], *words: str, code: int = 1) -> s
     return f"{out}\n{error}"
 
 
+@pytest.mark.usefixtures("inside")
 def test_refused_credentials_are_not_repeated(
-    inside: None,
-    seaweedfs_server: servers.Server,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
+    seaweedfs_server: Server, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """SeaweedFS checks keys, and does not know these."""
     monkeypatch.setenv("AWS_ENDPOINT_URL", seaweedfs_server.endpoint)
@@ -157,8 +155,7 @@ def test_refused_credentials_are_not_repeated(
         text = failing(capsys, *words)
         assert "refuses access" in text
         assert leaks(text) == []
-    text = failing(capsys, "adopt", *commands.speeches(1), "--store", "s3://refused/x")
-    assert leaks(text) == []
+    assert leaks(failing(capsys, "adopt", *commands.speeches(1), "--store", "s3://refused/x")) == []
 
 
 def test_a_missing_bucket_or_server_is_named_without_secrets(
@@ -167,8 +164,7 @@ def test_a_missing_bucket_or_server_is_named_without_secrets(
     text = failing(capsys, "adopt", *commands.speeches(1), "--store", "s3://missing-bucket/x")
     assert "cannot write to the store s3://missing-bucket/x" in text
     assert leaks(text, failing(capsys, "doctor", "--store", "s3://missing-bucket/x")) == []
-    secret = PLANTED["HF_TOKEN"]
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://someone:{secret}@127.0.0.1:9")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://someone:{PLANTED['HF_TOKEN']}@127.0.0.1:9")
     fsspec.filesystem("s3", skip_instance_cache=True).clear_instance_cache()
     text = failing(capsys, "ls", "--store", "s3://missing-bucket/x")
     assert "does not answer" in text
@@ -190,8 +186,7 @@ ADDRESSES = [
 
 @pytest.mark.parametrize("address", ADDRESSES)
 def test_an_address_with_secrets_is_refused_and_not_repeated(address: str) -> None:
-    readers = (nanodlm.load, find_checkpoint, Store, lambda uri: tiny(data={"source": uri}), refuse_secrets)
-    for read in readers:
+    for read in (nanodlm.load, find_checkpoint, Store, lambda uri: tiny(data={"source": uri}), refuse_secrets):
         with pytest.raises((UsageError, ValueError), match="credentials come from the environment only") as caught:
             read(f"{address}/train/abcdef12")
         assert "planted9secret" not in "".join(traceback.format_exception(caught.value))
@@ -201,7 +196,7 @@ def test_every_command_refuses_an_address_with_secrets_and_does_not_repeat_it(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     address = ADDRESSES[0]
-    words = [
+    for command in (
         ["ls", "--store", address],
         ["plan", "--store", address],
         ["train", "--exp.resume_path", f"{address}/step_1"],
@@ -210,8 +205,7 @@ def test_every_command_refuses_an_address_with_secrets_and_does_not_repeat_it(
         ["verify", f"{address}/train/f0", "--store", str(tmp_path)],
         ["explain", f"{address}/train/f0", "--store", str(tmp_path)],
         ["copy", address, str(tmp_path / "copy")],
-    ]
-    for command in words:
+    ):
         text = failing(capsys, *command, code=2)
         assert "credentials come from the environment only" in text, command
         assert "planted9secret" not in text, command
@@ -223,10 +217,9 @@ def test_every_command_refuses_an_address_with_secrets_and_does_not_repeat_it(
     assert "planted9secret" not in "".join(capsys.readouterr())
 
 
-HARMLESS = ["data/store", "s3://bucket/prefix", "http://host:8080/a@b.txt?part=1", "zip://*.txt::s3://b/c.zip"]
-
-
-@pytest.mark.parametrize("address", HARMLESS)
+@pytest.mark.parametrize(
+    "address", ["data/store", "s3://bucket/prefix", "http://host:8080/a@b.txt?part=1", "zip://*.txt::s3://b/c.zip"]
+)
 def test_an_address_without_secrets_is_left_as_it_is(address: str) -> None:
     assert refuse_secrets(address) == address
     assert redact(f"cannot read {address}") == f"cannot read {address}"
@@ -249,17 +242,12 @@ def edit(artifact: Artifact, **fields: Any) -> None:
     Path(artifact.uri, "manifest.json").write_text(json.dumps(sealed(manifest)))
 
 
-OUTSIDE = ["..", "../x", "/etc", "a/b", "a\\b", "a\0b", "", "a\n", "."]
-
-
-@pytest.mark.parametrize("name", OUTSIDE)
+@pytest.mark.parametrize("name", ["..", "../x", "/etc", "a/b", "a\\b", "a\0b", "", "a\n", "."])
 def test_an_attempt_an_input_or_its_stage_that_leaves_the_store_is_refused(store: Store, name: str) -> None:
     artifact = committed(store, {"a.bin": b"a"})
-    for fields in (
-        {"attempt": name},
-        {"inputs": {name: {"fingerprint": "f1", "digest": "0"}}},
-        {"inputs": {"train": {"fingerprint": name, "digest": "0"}}},
-    ):
+    odd_stage = {name: {"fingerprint": "f1", "digest": "0"}}
+    odd_fingerprint = {"train": {"fingerprint": name, "digest": "0"}}
+    for fields in ({"attempt": name}, {"inputs": odd_stage}, {"inputs": odd_fingerprint}):
         edit(artifact, **fields)
         with pytest.raises(Damaged, match="leaves"):
             store.find("shard", "f0")
@@ -280,12 +268,8 @@ def test_a_sealed_manifest_of_the_wrong_shape_is_refused(store: Store, fields: d
 def test_a_file_that_leaves_its_artifact_is_neither_read_nor_copied(store: Store, tmp_path: Path, path: str) -> None:
     artifact = committed(store, {"a.bin": b"a"})
     edit(artifact, files=[{**artifact.manifest["files"][0], "path": path}])
-    target = Store(str(tmp_path / "target" / "store"))
-    for use in (
-        lambda: copied(store, target),
-        lambda: store.open("shard/f0").local(),
-        lambda: store.open("shard/f0").problems(deep=True),
-    ):
+    target, found = Store(str(tmp_path / "target" / "store")), store.open("shard/f0")
+    for use in (lambda: copied(store, target), found.local, lambda: found.problems(deep=True)):
         with pytest.raises(Damaged, match="leaves its artifact"):
             use()
     assert [p for p in (tmp_path / "target").rglob("*") if p.is_file()] == []
@@ -351,8 +335,7 @@ def test_a_checkpoint_from_others_is_loaded_without_running_what_it_holds(traine
     assert mark.exists(), "it does run when it is unpickled"
     mark.unlink()
     shutil.copytree(trained.local(), folder)
-    places = [folder, folder / "tokenizer", *(p for p in (folder / "checkpoints").rglob("*") if p.is_dir())]
-    for place in places:
+    for place in (folder, folder / "tokenizer", *(p for p in (folder / "checkpoints").rglob("*") if p.is_dir())):
         for name in ("evil.pkl", "pytree.pkl", "model.pickle", "checkpoint.pt", "__init__.py", "descriptor.pbtxt"):
             if not (place / name).exists():
                 content = f"open({str(mark)!r}, 'w')".encode() if name.endswith(".py") else malice
@@ -378,8 +361,7 @@ def test_a_pickle_in_the_place_of_a_checkpoints_file_is_an_error_and_is_not_run(
 
 
 def test_arrays_of_objects_are_not_read(store: Store, tmp_path: Path) -> None:
-    mark = tmp_path / "executed"
-    config = tiny()
+    mark, config = tmp_path / "executed", tiny()
     for name in table.until("split"):
         split, _ = stages_run.run_stage(name, config, store)
     np.save(Path(split.remote("validation.npy")), np.array([Malice(mark)], dtype=object), allow_pickle=True)
@@ -395,12 +377,10 @@ def test_arrays_of_objects_are_not_read(store: Store, tmp_path: Path) -> None:
 
 
 def test_no_module_can_unpickle() -> None:
-    banned = re.compile(
-        r"\b(c?[Pp]ickle|cloudpickle|dill|joblib|marshal|shelve|torch)\b|allow_pickle\s*=\s*True|\b(eval|exec)\("
-    )
+    banned = r"\b(c?[Pp]ickle|cloudpickle|dill|joblib|marshal|shelve|torch)\b|allow_pickle\s*=\s*True|\b(eval|exec)\("
     paths = [*(Path(nanodlm.__file__).parent).rglob("*.py"), *Path(nanodlm.__file__).parents[1].glob("flows/*.py")]
     assert len(paths) > 50
     for path in paths:
         for number, line in enumerate(path.read_text().splitlines(), 1):
-            assert not banned.search(line), f"{path.name}:{number}: {line}"
+            assert not re.search(banned, line), f"{path.name}:{number}: {line}"
             assert "np.load(" not in line or "allow_pickle=False" in line, f"{path.name}:{number}: {line}"

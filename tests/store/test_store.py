@@ -15,15 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanodlm.errors import Damaged, NanodlmError
-from nanodlm.store import (
-    Artifact,
-    Attempt,
-    Store,
-    fingerprint_of,
-    hold_lease,
-    lease_events,
-    new_attempt,
-)
+from nanodlm.store import Artifact, Attempt, Store, fingerprint_of, hold_lease, lease_events, new_attempt
 from nanodlm.store import lease as store_lease
 from nanodlm.store.manifest import canonical_json
 from nanodlm.upkeep.collect import collect
@@ -35,7 +27,8 @@ def manifest_path(store: Store) -> Path:
     return Path(store.path("shard", "f0", "manifest.json"))
 
 
-def lease_path(store: Store) -> Path:
+@pytest.fixture
+def lease(store: Store) -> Path:
     return Path(store.path("shard", "f0", "lease.json"))
 
 
@@ -99,13 +92,20 @@ def test_a_committed_artifact_is_found_with_its_files_and_metrics(store: Store) 
     assert manifest_path(store).stat().st_mode & 0o777 == 0o644, "others may read it"
 
 
-def test_opening_a_store_creates_nothing(tmp_path: Path) -> None:
-    empty = Store(str(tmp_path / "store"))
-    assert empty.find("shard", "f0") is None
-    assert list(empty) == []
+def test_opening_a_store_creates_nothing(store: Store) -> None:
+    assert store.find("shard", "f0") is None
+    assert list(store) == []
     with pytest.raises(NanodlmError, match=r"no artifact at shard/f0.*nanodlm ls"):
-        empty.open("shard/f0")
-    assert not (tmp_path / "store").exists()
+        store.open("shard/f0")
+    assert not Path(store.root).exists()
+
+
+def test_a_store_below_a_regular_file_is_one_clear_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    store = Store(str(tmp_path / "file" / "store"))
+    assert store.find("shard", "f0") is None
+    with pytest.raises(NanodlmError, match=r"cannot write to the store .*Not a directory.*choose another with --store"):
+        committed(store, FILES)
 
 
 def test_a_commit_that_was_said_to_have_failed_keeps_its_files(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,18 +182,12 @@ def test_equal_files_have_equal_digests_wherever_and_whenever_they_were_made(tmp
     assert one.manifest["attempt"] != other.manifest["attempt"]
 
 
-@pytest.mark.parametrize(
-    "files",
-    [
-        {**FILES, "a.bin": b"First file"},
-        {**FILES, "a.bin": FILES["b.bin"], "b.bin": FILES["a.bin"]},
-        {**FILES, "d.bin": b""},
-        {k: v for k, v in FILES.items() if k != "a.bin"},
-    ],
-    ids=["altered", "swapped", "one more", "one less"],
-)
-def test_other_files_have_another_digest(store: Store, files: dict[str, bytes]) -> None:
-    assert committed(store, files).digest != committed(store, FILES, fingerprint="f1").digest
+def test_other_files_have_another_digest(store: Store) -> None:
+    altered, one_more = {**FILES, "a.bin": b"First file"}, {**FILES, "d.bin": b""}
+    swapped = {**FILES, "a.bin": FILES["b.bin"], "b.bin": FILES["a.bin"]}
+    one_less = {name: content for name, content in FILES.items() if name != "a.bin"}
+    sets = [FILES, altered, swapped, one_more, one_less]
+    assert len({committed(store, files, fingerprint=f"f{i}").digest for i, files in enumerate(sets)}) == len(sets)
 
 
 def test_volatile_files_are_verified_but_do_not_change_the_digest(store: Store) -> None:
@@ -254,7 +248,15 @@ def test_a_torn_manifest_is_refused_by_name(store: Store, content: bytes) -> Non
         store.find("shard", "f0")
 
 
-# Parts
+def test_two_artifacts_that_changed_places_are_refused(store: Store) -> None:
+    one, other = committed(store, FILES, fingerprint="f1"), committed(store, {"c.bin": b"c"}, fingerprint="f2")
+    for old, new in ((one.uri, f"{one.uri}x"), (other.uri, one.uri), (f"{one.uri}x", other.uri)):
+        Path(old).rename(new)
+    with pytest.raises(Damaged, match="belongs to shard/f2"):
+        store.find("shard", "f1")
+
+
+# Parts and attempts
 
 
 def test_a_later_attempt_adopts_the_parts_that_a_killed_one_finished(store: Store) -> None:
@@ -321,6 +323,29 @@ def test_what_an_attempt_adopted_can_be_adopted_again_from_it(store: Store) -> N
         assert third.adopt("a") == {"rows": 1}
 
 
+def test_an_interrupted_rebuild_is_continued_but_not_what_was_there_before(store: Store) -> None:
+    with new_attempt(store, "shard", "f0") as attempt:
+        fill(attempt, FILES)
+        attempt.finish("a", ["a.bin"])
+        attempt.commit(identity=identity(), metrics={})
+    with pytest.raises(Killed), new_attempt(store, "shard", "f0", afresh=True) as rebuild:
+        assert rebuild.adopt("a") is None
+        fill(rebuild, FILES)
+        rebuild.finish("a", ["a.bin"])
+        raise Killed
+    with new_attempt(store, "shard", "f0", afresh=True) as again:
+        assert again.earlier == {"a": [rebuild.id]}
+
+
+def test_an_attempt_that_changed_lately_is_not_abandoned(store: Store) -> None:
+    folder = Path(store.path("shard", "f0", "attempts", killed_attempt(store, {"a": {"a.bin": b"aa"}})))
+    for path in (p for p in folder.rglob("*") if p.is_file()):
+        assert list(collect(store, grace=600)) == [], "one file is still fresh"
+        os.utime(path, (time.time() - 3600,) * 2)
+    Path(store.path("shard", "f0", "attempts", folder.name, "parts", "a.json")).unlink()
+    assert [row["uri"] for row in collect(store, grace=600)] == [str(folder)]
+
+
 # Leases
 
 HOLD_LEASE = """
@@ -344,8 +369,7 @@ def holder(store: Store) -> Iterator[subprocess.Popen[str]]:
         process.kill()
 
 
-def test_the_lease_is_there_while_it_is_held_and_gone_after_it(store: Store) -> None:
-    lease = lease_path(store)
+def test_the_lease_is_there_while_it_is_held_and_gone_after_it(store: Store, lease: Path) -> None:
     with hold_lease(store, "shard", "f0") as mine:
         held = json.loads(lease.read_text())
         assert (held["holder"], held["pid"], held["host"]) == (mine["holder"], os.getpid(), socket.gethostname())
@@ -355,36 +379,36 @@ def test_the_lease_is_there_while_it_is_held_and_gone_after_it(store: Store) -> 
     assert not lease.exists()
 
 
-def test_a_holder_leaves_the_lease_alone_that_another_has_taken_over(store: Store) -> None:
-    lease = lease_path(store)
+def test_a_holder_leaves_the_lease_alone_that_another_has_taken_over(store: Store, lease: Path) -> None:
     with hold_lease(store, "shard", "f0"):
         other = {"holder": "another run", "host": "elsewhere", "pid": 1, "beat": 7}
         lease.write_text(json.dumps(other))
     assert json.loads(lease.read_text()) == other
 
 
-def test_a_second_process_waits_until_the_holder_is_done(store: Store, holder: subprocess.Popen[str]) -> None:
+def test_a_second_process_waits_until_the_holder_is_done(
+    store: Store, lease: Path, holder: subprocess.Popen[str]
+) -> None:
     told: list[str] = []
 
     def release(message: str) -> None:
         told.append(message)
-        assert lease_path(store).exists()
+        assert lease.exists()
         print(file=holder.stdin, flush=True)
 
     with hold_lease(store, "shard", "f0", notify=release):
         assert told == [f"process {holder.pid} on {socket.gethostname()} is building it; waiting"]
         assert holder.wait(10) == 0
-    assert not lease_path(store).exists()
+    assert not lease.exists()
 
 
 def test_the_lease_of_a_killed_process_is_taken_over_at_once(
-    store: Store, holder: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch
+    store: Store, lease: Path, holder: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     slept: list[float] = []
     holder.kill()
     holder.wait()
     monkeypatch.setattr("time.sleep", slept.append)
-    lease = lease_path(store)
     with hold_lease(store, "shard", "f0") as mine:
         assert json.loads(lease.read_text())["holder"] == mine["holder"]
     assert slept == [store_lease.SETTLE_SECONDS]  # not waited out
@@ -392,61 +416,15 @@ def test_the_lease_of_a_killed_process_is_taken_over_at_once(
 
 
 @pytest.mark.parametrize("text", [None, '{"holder"', "null", json.dumps({"holder": "x", "host": socket.gethostname()})])
-def test_no_lease_a_torn_one_or_one_without_a_process_is_not_waited_for(store: Store, text: str | None) -> None:
-    lease_path(store).parent.mkdir(parents=True)
+def test_no_lease_a_torn_one_or_one_without_a_process_is_not_waited_for(
+    store: Store, lease: Path, text: str | None
+) -> None:
+    lease.parent.mkdir(parents=True)
     if text:
-        lease_path(store).write_text(text)
+        lease.write_text(text)
     assert lease_events(store, "shard", "f0") == {}
     assert list(collect(store)) == []
     started = time.monotonic()
     with hold_lease(store, "shard", "f0") as mine:
-        assert json.loads(lease_path(store).read_text())["holder"] == mine["holder"]
+        assert json.loads(lease.read_text())["holder"] == mine["holder"]
     assert time.monotonic() - started < store_lease.LEASE_SECONDS / 2
-
-
-# Stores that cannot be written
-
-
-def test_a_store_below_a_regular_file_is_one_clear_error(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("in the way")
-    store = Store(str(tmp_path / "file" / "store"))
-    assert store.find("shard", "f0") is None
-    with pytest.raises(NanodlmError, match=r"cannot write to the store .*Not a directory.*choose another with --store"):
-        committed(store, FILES)
-
-
-# Abandoned attempts
-
-
-def test_an_attempt_that_changed_lately_is_not_abandoned(store: Store) -> None:
-    folder = Path(store.path("shard", "f0", "attempts", killed_attempt(store, {"a": {"a.bin": b"aa"}})))
-    for path in (p for p in folder.rglob("*") if p.is_file()):
-        assert list(collect(store, grace=600)) == [], "one file is still fresh"
-        os.utime(path, (time.time() - 3600,) * 2)
-    Path(store.path("shard", "f0", "attempts", folder.name, "parts", "a.json")).unlink()
-    assert [row["uri"] for row in collect(store, grace=600)] == [str(folder)]
-
-
-# What may stand at an address
-
-
-def test_two_artifacts_that_changed_places_are_refused(store: Store) -> None:
-    one, other = committed(store, FILES, fingerprint="f1"), committed(store, {"c.bin": b"c"}, fingerprint="f2")
-    for old, new in ((one.uri, f"{one.uri}x"), (other.uri, one.uri), (f"{one.uri}x", other.uri)):
-        Path(old).rename(new)
-    with pytest.raises(Damaged, match="belongs to shard/f2"):
-        store.find("shard", "f1")
-
-
-def test_an_interrupted_rebuild_is_continued_but_not_what_was_there_before(store: Store) -> None:
-    with new_attempt(store, "shard", "f0") as attempt:
-        fill(attempt, FILES)
-        attempt.finish("a", ["a.bin"])
-        attempt.commit(identity=identity(), metrics={})
-    with pytest.raises(Killed), new_attempt(store, "shard", "f0", afresh=True) as rebuild:
-        assert rebuild.adopt("a") is None
-        fill(rebuild, FILES)
-        rebuild.finish("a", ["a.bin"])
-        raise Killed
-    with new_attempt(store, "shard", "f0", afresh=True) as again:
-        assert again.earlier == {"a": [rebuild.id]}

