@@ -41,12 +41,6 @@ def batches(folder: Path, count: int, **options: Any) -> np.ndarray:
     return np.stack([update[0] for update in islice(updates(folder, **options), count)])
 
 
-@pytest.mark.parametrize("steps", [1, 6, 40])
-def test_a_later_first_row_gives_the_batches_of_an_uninterrupted_run(folder: Path, steps: int) -> None:
-    whole = batches(folder, steps + 8)
-    np.testing.assert_array_equal(batches(folder, 8, first_row=steps * STEP), whole[steps:])
-
-
 def test_every_epoch_visits_every_training_row_once_in_an_order_of_its_own(folder: Path) -> None:
     found = batches(folder, 2 * EPOCH)
     assert (found == found[..., :1]).all()  # whole rows
@@ -112,9 +106,13 @@ def test_an_epoch_reads_window_by_window_and_every_row_once(many: Path) -> None:
     assert visited[:14].tolist() != visited[14:].tolist()
 
 
-def test_a_later_first_row_gives_the_same_rows_in_windows_too(many: Path) -> None:
-    whole = batches(many, 20, size=2)
-    np.testing.assert_array_equal(batches(many, 10, size=2, first_row=20), whole[10:])
+@pytest.mark.parametrize(("shards", "steps"), [("folder", 1), ("folder", 6), ("folder", 40), ("many", 5)])
+def test_a_later_first_row_gives_the_batches_of_an_uninterrupted_run(
+    shards: str, steps: int, request: pytest.FixtureRequest
+) -> None:
+    source = request.getfixturevalue(shards)
+    whole = batches(source, steps + 8)
+    np.testing.assert_array_equal(batches(source, 8, first_row=steps * STEP), whole[steps:])
 
 
 def test_no_more_files_are_open_than_are_read_together(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,8 +31,7 @@ def test_equal_rows_give_equal_bytes_and_other_rows_others(tmp_path: Path) -> No
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         data_rows.write(tmp_path / name, rows_of(100, 16, "<u2", seed))
     one, same, other = ((tmp_path / name).read_bytes() for name in "abc")
-    assert one == same
-    assert one != other
+    assert one == same != other
 
 
 @pytest.mark.parametrize("keep", [0, 1, 1000, -1])

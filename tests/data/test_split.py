@@ -158,12 +158,9 @@ def test_the_sides_are_disjoint_and_the_manifest_says_so(tmp_path: Path) -> None
 def test_the_order_of_the_documents_and_parts_does_not_matter_for_what_is_held_out(tmp_path: Path) -> None:
     orders = [[DOCUMENTS], [DOCUMENTS], [DOCUMENTS[::-1]], [DOCUMENTS[100:], DOCUMENTS[:100]]]
     for kind in ("bytes", "bpe"):
-        found = [
-            prepare(tmp_path / f"{kind}{i}", parts, "split", tokenizer=kind, vocab_size=300)
-            for i, parts in enumerate(orders)
-        ]
-        assert len({artifacts["tokenizer"].digest for artifacts in found}) == 1
-        assert len({artifacts["split"].digest for artifacts in found}) == 1
+        options = {"until": "split", "tokenizer": kind, "vocab_size": 300}
+        found = [prepare(tmp_path / f"{kind}{i}", parts, **options) for i, parts in enumerate(orders)]
+        assert len({(artifacts["tokenizer"].digest, artifacts["split"].digest) for artifacts in found}) == 1
 
 
 @pytest.mark.parametrize("val_tokens", [50, 1000, 2500])
@@ -205,9 +202,9 @@ def test_rows_are_the_training_documents_one_after_another_with_an_end_mark_afte
     for part in parts:
         kept = [text for text in part if document_key(text, 0) > cut]
         stream = [t for text in kept for t in [*encoding.encode_ordinary(text), encoding.eot_token]]
-        whole = len(stream) // seq_len
-        expected += [stream[i * seq_len : (i + 1) * seq_len] for i in range(whole)]
-        left += len(stream) - whole * seq_len
+        whole = len(stream) // seq_len * seq_len
+        expected += [stream[i : i + seq_len] for i in range(0, whole, seq_len)]
+        left += len(stream) - whole
     assert training_rows(artifacts) == expected
     metrics = artifacts["shard"].metrics
     assert (metrics["train_rows"], metrics["train_tokens"]) == (len(expected), len(expected) * seq_len)
@@ -256,21 +253,16 @@ def test_rows_of_ids_are_held_out_and_cut_like_documents_but_not_joined(tmp_path
 def test_an_id_that_the_tokenizer_lacks_is_refused(tmp_path: Path, bad: int, side: str) -> None:
     rows = token_rows()
     by_key = sorted(rows, key=lambda row: document_key(row, 0))
-    keys = document_key(by_key[0], 0), document_key(by_key[-1], 0)
-
-    def fits(row: list[int]) -> bool:
-        return document_key(row, 0) < keys[0] if side == "front" else document_key(row, 0) > keys[1]
-
-    spoilt = next(row for i in range(50_000) if fits(row := [i, bad]))
+    first, last = (document_key(row, 0) for row in (by_key[0], by_key[-1]))
+    keyed = ((document_key(row, 0), row) for row in ([i, bad] for i in range(50_000)))
+    spoilt = next(row for key, row in keyed if (key < first if side == "front" else key > last))
     with pytest.raises(NanodlmError, match=rf"token id {bad}, but bytes has ids 0 to 256: check --data.tokenizer"):
         prepare(tmp_path, [[*rows, spoilt]], pretokenized=True, column="tokens")
 
 
 @pytest.mark.parametrize("kind", ["bytes", "bpe"])
 @pytest.mark.parametrize("val_tokens", [10**6, 1600])
-def test_a_corpus_smaller_than_the_validation_split_is_refused_with_what_to_do(
-    tmp_path: Path, kind: str, val_tokens: int
-) -> None:
+def test_a_corpus_smaller_than_the_split_is_refused_with_what_to_do(tmp_path: Path, kind: str, val_tokens: int) -> None:
     with pytest.raises(NanodlmError) as caught:
         prepare(tmp_path, [["word " * 60, "mot " * 60, "Wort " * 60]], tokenizer=kind, val_tokens=val_tokens)
     assert str(caught.value).startswith("the corpus is smaller than the validation split: ")
@@ -302,12 +294,10 @@ def test_sharding_cut_off_continues_to_the_same_bytes(tmp_path: Path) -> None:
     resumed = build("shard", config, store, inputs)
     assert resumed.digest == undisturbed["shard"].digest
     assert resumed.metrics == undisturbed["shard"].metrics
-    adopted = {name: (resumed.local() / name).stat().st_ino for name in finished}
-    assert adopted == finished
+    assert {name: (resumed.local() / name).stat().st_ino for name in finished} == finished
 
 
 def test_the_same_corpus_gives_the_same_bytes_at_every_stage(tmp_path: Path) -> None:
-    one, other = (
-        prepare(tmp_path / name, [DOCUMENTS[:90], DOCUMENTS[90:]], tokenizer="bpe", vocab_size=300) for name in "ab"
-    )
+    parts = [DOCUMENTS[:90], DOCUMENTS[90:]]
+    one, other = (prepare(tmp_path / name, parts, tokenizer="bpe", vocab_size=300) for name in "ab")
     assert {stage: a.digest for stage, a in one.items()} == {stage: a.digest for stage, a in other.items()}

@@ -114,9 +114,7 @@ def test_a_saved_encoding_is_loaded_as_it_was_and_is_in_tiktokens_own_format(
             assert loaded.encode_ordinary(text) == encoding.encode_ordinary(text)
 
 
-def test_the_lengths_of_the_tokens_sum_to_the_bytes_of_the_text(
-    gpt2: tiktoken.Encoding, bpe: tiktoken.Encoding
-) -> None:
+def test_the_lengths_of_tokens_sum_to_the_bytes_of_the_text(gpt2: tiktoken.Encoding, bpe: tiktoken.Encoding) -> None:
     for encoding in (gpt2, bpe, tokenizer.plain_bytes()):
         lengths = tokenizer.token_bytes(encoding)
         assert len(lengths) == encoding.n_vocab

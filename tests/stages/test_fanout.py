@@ -12,7 +12,7 @@ from nanodlm.errors import Damaged
 from nanodlm.stages import fanout, lookup, run
 from nanodlm.store import Artifact, Store, cache
 from nanodlm.upkeep import collect
-from tests.support.helpers import prose, tiny_config
+from tests.support.helpers import flip, prose, tiny_config
 
 PREPARED = ("download", "tokenizer", "split")
 
@@ -86,8 +86,7 @@ def test_a_damaged_shard_of_a_worker_is_made_again_by_the_stage(config: Config, 
     for i in missing(config, store):
         build(config, store, i)
     (damaged,) = Path(store.root).glob(f"shard/*/attempts/*/{rows.name(2)}")
-    content = damaged.read_bytes()
-    damaged.write_bytes(content[:50] + bytes([content[50] ^ 1]) + content[51:])
+    content = flip(damaged)
     assert (made(config, store).local() / rows.name(2)).read_bytes() == content
 
 
@@ -138,8 +137,7 @@ def test_while_shards_are_made_the_stage_is_leased_with_its_inputs(config: Confi
 def test_a_shard_of_a_damaged_corpus_is_refused(config: Config, tmp_path: Path) -> None:
     store = prepared(config, str(tmp_path / "store"))
     (part,) = Path(store.root).glob("download/*/attempts/*/part-00002.parquet")
-    content = part.read_bytes()
-    part.write_bytes(content[:50] + bytes([content[50] ^ 1]) + content[51:])
+    flip(part)
     assert build(config, store, 1)
     with pytest.raises(Damaged, match="part-00002"):
         build(config, store, 2)

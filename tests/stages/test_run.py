@@ -13,7 +13,7 @@ from nanodlm.errors import Damaged, NanodlmError
 from nanodlm.stages import lookup as stages_lookup
 from nanodlm.stages import run
 from nanodlm.store import Artifact, Store, lease_events
-from tests.support.helpers import prose, tiny_config
+from tests.support.helpers import flip, prose, tiny_config
 
 DATA_STAGES = ("download", "tokenizer", "split", "shard")
 
@@ -202,10 +202,7 @@ def test_a_truncated_shard_is_refused_and_after_repair_only_it_is_made_again(sto
 def test_a_flipped_byte_in_an_input_stops_the_stage_that_reads_it(store: Store, source: Path) -> None:
     config = tiny_config(source)
     download, _ = run_all(config, store, ("download", "tokenizer"))["download"]
-    part = Path(download.remote("part-00000.parquet"))
-    content = bytearray(part.read_bytes())
-    content[len(content) // 2] ^= 1
-    part.write_bytes(content)
+    flip(Path(download.remote("part-00000.parquet")))
     with pytest.raises(Damaged, match=r"the download artifact is damaged: part-00000\.parquet has been altered"):
         run.run_stage("split", config, store)
     assert [stage for stage, _ in store] == ["download", "tokenizer"]

@@ -37,10 +37,7 @@ SHORT = {"min_lr": 0.0, "warmup_steps": 2, "max_steps": 6}  # the rise first, th
 @pytest.mark.parametrize(
     ("fields", "expected"),
     [
-        (
-            {"lr_schedule": "warmup_cosine"},
-            {0: 0.2, 9: 2.0, 10: 2.0, 60: 1.25, 35: QUARTER, 110: 0.5, 500: 0.5},
-        ),
+        ({"lr_schedule": "warmup_cosine"}, {0: 0.2, 9: 2.0, 10: 2.0, 60: 1.25, 35: QUARTER, 110: 0.5, 500: 0.5}),
         ({**DECAY, "cooldown_steps": 40}, {0: 0.2, 9: 2.0, 10: 2.0, 70: 2.0, 80: 1.625, 90: 1.25, 110: 0.5, 500: 0.5}),
         ({**DECAY, "cooldown_steps": 100}, {0: 0.2, 9: 2.0, 10: 2.0, 60: 1.25, 110: 0.5}),
         ({**DECAY, **SHORT, "cooldown_steps": 100}, {0: 1.0, 1: 2.0, 2: 2.0, 3: 1.5, 4: 1.0, 5: 0.5}),
@@ -168,8 +165,7 @@ def test_muons_rate_has_the_shape_of_adamws() -> None:
     _, params = fresh()
     gradient = gradients_like(params)
     train = {"optimizer": "muon", "lr_schedule": "warmup_constant", "max_steps": 20, "muon_lr": 0.03}
-    slow = updates(make_optimizer(steady(**train, warmup_steps=10)), params, gradient)
-    full = updates(make_optimizer(steady(**train, warmup_steps=0)), params, gradient)
+    slow, full = (updates(make_optimizer(steady(**train, warmup_steps=n)), params, gradient) for n in (10, 0))
     for name, update in slow.items():
         np.testing.assert_allclose(10 * update, full[name], rtol=1e-3, atol=1e-6, err_msg=name)
 
@@ -183,6 +179,4 @@ def test_clipping_bounds_the_update_and_spares_small_gradients() -> None:
     norm = float(optax.tree.norm(updates(clipped, params, gradient)))
     assert norm == pytest.approx(0.1 / 1e3 * 0.5, rel=1e-2)
     assert float(optax.tree.norm(updates(free, params, gradient))) > 100 * norm
-    left, right = updates(clipped, params, small), updates(free, params, small)
-    for name in left:
-        np.testing.assert_allclose(left[name], right[name], rtol=1e-6)
+    assert_trees_close(updates(clipped, params, small), updates(free, params, small), rtol=1e-6)

@@ -45,13 +45,7 @@ def start_of(config: Config) -> tuple[nnx.GraphDef, Any]:
 
 
 def run_step(
-    config: Config,
-    rows: np.ndarray | jax.Array,
-    optimizer: optax.GradientTransformation,
-    *,
-    key: jax.Array = KEY,
-    start: State | None = None,
-    updates: int = 1,
+    config: Config, rows: np.ndarray, optimizer: Any, *, key: jax.Array = KEY, start: Any = None, updates: int = 1
 ) -> tuple[State, list[dict[str, float]]]:
     """Take some updates on the same rows."""
     state = init_state(config, start_of(config)[1], optimizer) if start is None else start
@@ -85,13 +79,11 @@ def test_the_learning_rate_advances_by_updates_and_not_by_micro_batches() -> Non
 
 
 def test_the_steps_loss_is_the_bound_per_token() -> None:
-    config = TINY.replace(
-        objective={"weighting": "bound", "estimator": "discrete", "num_timesteps": 5}, schedule={"kind": "cosine"}
-    )
+    discrete = {"estimator": "discrete", "num_timesteps": 5}
+    config = TINY.replace(objective={"weighting": "bound", **discrete}, schedule={"kind": "cosine"})
     state, [record] = run_step(config, ROWS[None], STILL)
-    graphdef, params = start_of(config)
-    discrete = {"schedule": make_schedule("cosine"), "estimator": "discrete", "num_timesteps": 5}
-    bound = partial(nelbo.nelbo, nnx.merge(graphdef, params), mask_id=MASK_ID, **discrete)
+    model, schedule = nnx.merge(*start_of(config)), make_schedule("cosine")
+    bound = partial(nelbo.nelbo, model, mask_id=MASK_ID, schedule=schedule, **discrete)
     expected = jax.jit(bound)(jnp.asarray(ROWS), jax.random.fold_in(KEY, 0))
     assert record["loss"] == pytest.approx(float(expected.mean()) / 8, rel=1e-4)
     assert record["nats_per_token"] == pytest.approx(record["loss"], rel=1e-5)
@@ -131,7 +123,6 @@ def test_the_average_of_the_parameters_follows_them_fast_at_first_and_slowly_lat
     config, optimizer = TINY.replace(train={"ema_decay": 0.9}), optax.sgd(0.5)
     state, _ = run_step(config, ROWS[None], optimizer)
     _, start = start_of(config)
-
     expected = jax.tree.map(lambda old, new: 0.1 * old + 0.9 * new, start, state["model_state"])
     assert_trees_close(state["ema_state"], expected, rtol=1e-5, atol=1e-6)
     later = {**state, "step": jnp.int32(10_000)}
@@ -153,8 +144,7 @@ class Fragile(Objective):
 def test_an_update_that_is_not_finite_is_skipped_and_counted() -> None:
     config = TINY.replace(train={"skip_nonfinite": True, "ema_decay": 0.5, "batch_size": 2})
     objective = Fragile(make_schedule("linear"), 4, estimator="count")
-    network = Transformer(vocab_size=5, n_layers=1, n_heads=1, d_model=4, d_ff=4, rngs=nnx.Rngs(0))
-    graphdef, params = nnx.split(network)
+    graphdef, params = nnx.split(Transformer(vocab_size=5, n_layers=1, n_heads=1, d_model=4, d_ff=4, rngs=nnx.Rngs(0)))
     optimizer = make_optimizer(config.train)
     step = jax.jit(partial(train_step, graphdef=graphdef, optimizer=optimizer, objective=objective, config=config))
     good, bad = jnp.ones((1, 2, 8), jnp.int32), jnp.ones((1, 2, 8), jnp.int32).at[0, 1, 0].set(0)

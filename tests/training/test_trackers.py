@@ -42,10 +42,9 @@ def open_tracker(folder: Path, *, records: Any = (), said: Any = None, **exp: An
 @pytest.fixture
 def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
     """W&B offline, with a key; whatever it would send anywhere arrives at this listener instead."""
-    for name in ("WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR", "HOME"):
-        monkeypatch.setenv(name, str(tmp_path / "home"))
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_API_KEY", API_KEY)
+    home = dict.fromkeys(("WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR", "HOME"), str(tmp_path / "home"))
+    for name, value in {**home, "WANDB_MODE": "offline", "WANDB_API_KEY": API_KEY}.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.delenv("WANDB_DIR", raising=False)
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -117,11 +116,9 @@ def test_the_jsonl_file_begins_with_restored_records_and_holds_each_new_one_at_o
 
 
 def test_nothing_but_the_jsonl_file_is_written_unless_asked_for(tmp_path: Path) -> None:
-    said: list[str] = []
-    with open_tracker(tmp_path, said=said) as tracker:
+    with open_tracker(tmp_path, said=(said := [])) as tracker:
         tracker.log(RECORDS[0])
-    assert [p.name for p in tmp_path.iterdir()] == ["logs.jsonl"]
-    assert said == []
+    assert (said, [p.name for p in tmp_path.iterdir()]) == ([], ["logs.jsonl"])
 
 
 @pytest.mark.parametrize(("extra", "package"), [("wandb", "wandb"), ("tensorboard", "tensorboardX")])
@@ -138,8 +135,7 @@ def test_wandb_offline_holds_the_records_and_settings_contacts_nobody_and_leaves
     offline: socket.socket, tmp_path: Path
 ) -> None:
     exp = {"use_wandb": True, "project_name": "planets", "run_name": "mars"}
-    said: list[str] = []
-    with open_tracker(tmp_path, said=said, **exp) as tracker:
+    with open_tracker(tmp_path, said=(said := []), **exp) as tracker:
         for record in RECORDS:
             tracker.log(record)
         assert sys.platform != "linux" or len(service_of(os.getpid())) == 1
@@ -200,11 +196,10 @@ def test_wandb_that_does_not_start_is_said_before_the_training_with_what_to_do(
 
 
 def test_the_event_file_of_a_resumed_run_is_whole_and_takes_the_place_of_the_earlier_one(tmp_path: Path) -> None:
-    said: list[str] = []
     with open_tracker(tmp_path, use_tensorboard=True) as tracker:
         tracker.log(RECORDS[0])
         tracker.log({"step": 20, "loss": 99.0, "lr": 0.125})
-    with open_tracker(tmp_path, said=said, use_tensorboard=True, records=RECORDS[:1]) as tracker:
+    with open_tracker(tmp_path, said=(said := []), use_tensorboard=True, records=RECORDS[:1]) as tracker:
         tracker.log(RECORDS[1])
     files = tmp_path.glob("cache/tensorboard/a1b2/events.out.tfevents.*")
     _, later = sorted(files, key=lambda path: path.name.rpartition(".")[2])
@@ -225,9 +220,8 @@ def test_a_run_name_cannot_lead_out_of_the_folder_of_tensorboard(tmp_path: Path)
 def test_a_tracker_that_fails_is_named_once_and_the_others_get_every_record(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    said: list[str] = []
     full = Mock(side_effect=OSError("no space left"))
-    with open_tracker(tmp_path, said=said, use_tensorboard=True) as tracker:
+    with open_tracker(tmp_path, said=(said := []), use_tensorboard=True) as tracker:
         monkeypatch.setattr("tensorboardX.event_file_writer.EventsWriter.write_event", full)
         for record in RECORDS:
             tracker.log(record)
@@ -243,9 +237,6 @@ def test_an_interrupted_training_leaves_whole_records_everywhere_and_none_but_js
     for name in table.until("shard"):
         stages_run.run_stage(name, asking, store)
 
-    class Cut(Exception):
-        """Stands for a kill."""
-
     seen: list[list[dict[str, Any]]] = []
 
     def cut(kind: str, **fields: Any) -> None:
@@ -253,9 +244,9 @@ def test_an_interrupted_training_leaves_whole_records_everywhere_and_none_but_js
             (file,) = tmp_path.glob("store/train/*/attempts/*/logs.jsonl")
             seen.append(lines(file))
             if fields["done"] == 12:
-                raise Cut
+                raise KeyboardInterrupt
 
-    with pytest.raises(Cut):
+    with pytest.raises(KeyboardInterrupt):
         stages_run.run_stage("train", asking, store, emit=cut)
     assert [[record["step"] for record in records] for records in seen] == [[3], [3, 6], [3, 6, 9], [3, 6, 9, 12]]
     run, _ = stages_run.run_stage("train", asking, store)
