@@ -93,7 +93,7 @@ def wait_for_server_at_end(emit: Callable[..., None]) -> Iterator[None]:
     """When the block has ended or failed, wait until the server of the settings answers, a quarter of an hour at most.
 
     A task's last state is an event, which Prefect tries to send for some seconds only: lost, the task would look as if
-    it ran for ever. Whoever is stopped by a signal does not wait, nor for a server of their own that has ended.
+    it ran for ever. A flow that is stopped by a signal does not wait, and one whose own server has ended neither.
     """
     failure = None
     try:

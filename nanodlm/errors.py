@@ -8,7 +8,7 @@ SECRETS = re.compile("token|secret|key|passw|webhook|auth(?!or)|credential|signa
 
 
 def redact(text: str) -> str:
-    """A text without the secrets of the environment, and without those in the addresses that it names.
+    """Return a text without the secrets of the environment, and without those in addresses that it names.
 
     >>> redact("cannot reach http://me:mine@proxy:80/x?token=abc&part=1")
     'cannot reach http://***@proxy:80/x?token=***&part=1'

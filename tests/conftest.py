@@ -20,8 +20,10 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # workers and child processes
 
 from jaxtyping import install_import_hook
 
-from nanodlm.store import Store
+import nanodlm
+from nanodlm.store import Artifact, Store
 from tests.support import servers
+from tests.support.training import tiny
 
 CHECKED = ["nanodlm.diffusion", "nanodlm.model"]
 install_import_hook(CHECKED, "beartype.beartype")
@@ -80,3 +82,15 @@ def gcs_server(run_folder: Path) -> Iterator[servers.Server]:
 def s3_environment(moto_server: servers.Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """What reaches an S3 server of our own."""
     moto_server.enter(monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """A store for models that several tests read."""
+    return Store(str(tmp_path_factory.mktemp("models")))
+
+
+@pytest.fixture(scope="session")
+def trained(models: Store) -> Artifact:
+    """The tiny model, trained."""
+    return nanodlm.train(tiny(), models.uri())

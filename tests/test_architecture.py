@@ -106,6 +106,17 @@ def test_the_science_knows_only_jax_and_itself() -> None:
             assert {imported.split(".")[0] for imported in _imports(path)} <= allowed, name
 
 
+def test_the_house_stays_small() -> None:
+    lines = {name: path.read_text().count("\n") for name, path in MODULES.items()}
+    science = sum(count for name, count in lines.items() if _room(name) in ("diffusion", "model"))
+    tests = sum(path.read_text().count("\n") for path in (ROOT / "tests").rglob("*.py"))
+    assert (sum(lines.values()) <= 11_000, science <= 2500, tests <= 13_000) == (True,) * 3
+    assert {name for name, count in lines.items() if count > 300} <= {"nanodlm.config.settings"}
+    nodes = [node for path in MODULES.values() for node in ast.walk(ast.parse(path.read_text()))]
+    functions = [node for node in nodes if isinstance(node, ast.FunctionDef)]
+    assert len([node for node in functions if (node.end_lineno or 0) - node.lineno > 60]) <= 4
+
+
 def test_only_flows_import_prefect_and_only_the_command_line_imports_flows() -> None:
     for name, path in MODULES.items():
         if name.startswith("nanodlm"):

@@ -29,6 +29,12 @@ def _anchors(page: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("page", PAGES)
+def test_every_test_that_a_page_names_is_there(page: str) -> None:
+    for name, test in re.findall(r"`(?:tests/)?((?:\w+/)?test_\w+\.py)(?:::(\w+))?`", (ROOT / page).read_text()):
+        assert f"def {test}" in (ROOT / "tests" / name).read_text(), f"there is no {name}::{test}"
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_every_link_leads_to_a_file_or_a_heading_that_exists(page: str) -> None:
     text = re.sub(r"```.*?```", "", (ROOT / page).read_text(), flags=re.DOTALL)
     for link in re.findall(r"\]\(([^)\s]+)\)", text):
@@ -66,14 +72,7 @@ def test_every_snippet_works_in_a_fresh_clone_and_the_demo_reaches_its_bound(tmp
     clone, venv = tmp_path / "clone", tmp_path / "venv"
     subprocess.run(["git", "clone", "-q", str(ROOT), str(clone)], check=True)
     subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
-    hidden = (
-        "VIRTUAL_ENV",
-        "PYTHONPATH",
-        "NANODLM_STORE",
-        "HF_HUB_OFFLINE",
-        "JAX_PLATFORMS",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS",
-    )
+    hidden = "VIRTUAL_ENV PYTHONPATH NANODLM_STORE HF_HUB_OFFLINE JAX_PLATFORMS JAX_DISABLE_MOST_OPTIMIZATIONS".split()
     (port,) = free_ports(1)
     env = {name: value for name, value in os.environ.items() if name not in hidden} | {
         "PATH": f"{venv / 'bin'}{os.pathsep}{os.environ['PATH']}",

@@ -142,7 +142,7 @@ class Checkpoints:
         return step, info, [(kept, scores[kept]) for kept in (step, *best)]
 
     def start(self, address: str, abstract: State, allowed: tuple[str, ...] = ()) -> tuple[State, Json]:
-        """Return the checkpoint at an address (see `find_checkpoint`), of any run, and its info; else as `restore`."""
+        """Return the checkpoint at an address, of any run, and its info; the other arguments are those of `restore`."""
         part = find_checkpoint(address)
         check_run(part.info, self._run, allowed, f"the checkpoint {part.uri}")
         self._origin = {step_of(part.name): part.uri}

@@ -56,8 +56,11 @@ def parse(command: str, function: Callable[..., None], words: list[str]) -> Call
         if isinstance(event, tyro_errors.UnrecognizedArgs):
             raise UsageError(f"{_unknown(event.tokens[0], function)} (`nanodlm {command} --help` lists the flags)")
         if isinstance(event, tyro_errors.MissingArgs):
-            missing = [str(item.arg.field.helptext).strip(" .") for item in event.missing_arguments]
-            texts = " and ".join(text[:1].lower() + text[1:] for text in missing)
+            missing = [item.arg for item in event.missing_arguments]
+            told = [str(arg.field.helptext).strip(" .") for arg in missing]
+            told = [text[:1].lower() + text[1:] for text in told]
+            both = (f"{arg.lowered.metavar} ({text})" for arg, text in zip(missing, told, strict=True))
+            texts = told[0] if len(told) == 1 else " and ".join(both)
             raise UsageError(f"nanodlm {command} {' '.join(own)}{preset}: name {texts}")
         raise UsageError(_wrong_value(event))
 
@@ -111,7 +114,8 @@ def _wrong_value(event: tyro_errors.ParseErrorEvent) -> str:
         return _explain(failure.__context__, f"--{failure.arg.rpartition('.')[2]}.")
     flag, takes = argument.lowered.name_or_flags[-1], argument.lowered.metavar.removeprefix("{None}|").strip("[]")
     if isinstance(event, tyro_errors.InvalidChoice):
-        return f"{flag}: invalid choice {event.value!r}: choose one of {', '.join(event.choices)}"
+        choices = takes.strip("{}").removeprefix("None,").replace(",", ", ")
+        return f"{flag}: invalid choice {event.value!r}: choose one of {choices}"
     if isinstance(event, tyro_errors.InstantiationFailure):
         return f"{flag} takes {takes}, not {event.message.rpartition(': ')[2]}"
     return f"{flag} needs a value: {takes}"
@@ -126,9 +130,9 @@ def _unknown(word: str, function: Callable[..., None]) -> str:
     if word.startswith("-"):
         near = difflib.get_close_matches(word.replace("-", "_").replace("__", "--", 1), list(_flags(function)), 1)
         return f"unknown flag {word}" + (f"; perhaps you meant {near[0]}" if near else "")
-    if "config" in inspect.signature(function).parameters:
+    if "config" in inspect.signature(function).parameters and "/" not in word:
         load_config(word)  # says what a preset is, unless this is one
-        return f"the preset {word} must come first, before all flags"
+        return f"the preset {word} must come first, before all flags, and there is only one"
     return f"there is one word too many: {word}"
 
 

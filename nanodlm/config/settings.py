@@ -6,13 +6,13 @@
 A flag such as `--train.lr 1e-3`, or `replace`, changes one field and validates the whole again.
 """
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 import tyro
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from nanodlm.config.addresses import Url
-from nanodlm.diffusion.kinds import KINDS, Estimator, KindName, Sampler, ScheduleName, Times, Weighting
+from nanodlm.diffusion.kinds import KINDS, Estimator, JumpingSchedule, KindName, Sampler, ScheduleName, Times, Weighting
 
 Switch = Annotated[bool, tyro.conf.FlagConversionOff]  # `--exp.use_wandb True`, as in the original project
 
@@ -322,8 +322,7 @@ class Config(Group):
         if longer and 2 * block > length:
             reason = f"in rows of {length} tokens no whole block of {block} comes before another"
             raise ValueError(f"{reason}, so texts cannot be longer: lower objective.block_size or sample.length")
-        clipped = self.schedule.kind == "loglinear" or self.schedule.kind.endswith("_clipped")
-        if kind.random_tokens and clipped:
+        if kind.random_tokens and self.schedule.kind in get_args(JumpingSchedule):
             raise ValueError(f"{name} noise needs a schedule from 0 to 1, not {self.schedule.kind}: try linear")
         return self
 

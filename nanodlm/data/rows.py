@@ -42,7 +42,7 @@ class Rows:
     """The records of several files one after the other, by number; a file is fetched when it is first read."""
 
     def __init__(self, counts: Mapping[str, int], fetch: Callable[[str], Path], opened: dict[str, Any]):
-        """Take the rows of each file by its name, what gives its local path, and the open files, perhaps shared."""
+        """Take the number of rows of each file, what gives a file's local path, and a place to keep open files in."""
         self._names, self._ends = list(counts), list(accumulate(counts.values()))
         self._fetch, self._opened = fetch, opened
 

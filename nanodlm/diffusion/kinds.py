@@ -15,9 +15,8 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 KindName = Literal["absorbing", "uniform", "hybrid", "block", "autoregressive"]
-ScheduleName = Literal[
-    "linear", "cosine", "sqrt", "poly", "loglinear", "linear_clipped", "cosine_clipped", "sqrt_clipped"
-]
+JumpingSchedule = Literal["loglinear", "linear_clipped", "cosine_clipped", "sqrt_clipped"]  # not from 0 to 1
+ScheduleName = Literal["linear", "cosine", "sqrt", "poly", JumpingSchedule]
 Estimator = Literal["continuous", "discrete", "count", "constant_count"]
 Weighting = Literal["bound", "clipped", "uniform"]
 Times = Literal["systematic", "stratified", "independent"]

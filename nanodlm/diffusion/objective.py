@@ -84,10 +84,8 @@ class Objective:
             raise ValueError(f"the uniform share of hybrid noise must lie between 0 and 1, not at {self.uniform_share}")
         whole = (self.schedule.start, self.schedule.end) == (0, 1)
         if self.mixed and not (whole and self.estimator in self.traits.estimators):
-            raise ValueError(
-                f"{self.kind} noise needs the continuous or count estimator and a schedule from 0 to 1, "
-                f"not {self.estimator} with {self.schedule.kind}"
-            )
+            needs = f"the {' or '.join(sorted(self.traits.estimators))} estimator and a schedule from 0 to 1"
+            raise ValueError(f"{self.kind} noise needs {needs}, not {self.estimator} with {self.schedule.kind}")
 
     @property
     def traits(self) -> Kind:

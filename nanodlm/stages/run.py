@@ -48,7 +48,7 @@ def run_stage(
 
 
 def _build(lookup: Lookup, config: Config, store: Store, rebuild: bool, emit: Emit) -> tuple[Artifact, bool]:
-    """Build and commit a stage while holding its lease; the artifact, and False where another run was quicker."""
+    """Build and commit a stage while holding its lease. Return the artifact, and whether this run built it."""
     stage, fingerprint, reads = lookup.stage, lookup.fingerprint, lookup.input_fingerprints
     with hold_lease(store, stage.name, fingerprint, lambda text: emit("message", text=text), reads) as lease:
 

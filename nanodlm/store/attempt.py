@@ -206,7 +206,7 @@ class Attempt:
 def new_attempt(store: Store, stage: str, fingerprint: str, *, afresh: bool = False) -> Iterator[Attempt]:
     """Make a new attempt at an artifact. Any number may go on at once: the first to commit wins.
 
-    One made `afresh` continues only an interrupted rebuild. A store that cannot be written is refused before any work.
+    With `afresh` it adopts only what an interrupted rebuild left. A store that cannot be written is refused at once.
     """
     try:
         store.require_create_only()

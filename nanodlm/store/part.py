@@ -46,7 +46,7 @@ class Part:
 
 
 def read_part(storage: Storage, path: str, **of: str) -> Json | None:
-    """Return the record of a finished part, or None when none is whole and `of` this stage, fingerprint and part."""
+    """Return the record of a finished part; None when it is not whole, or not `of` that stage, fingerprint, name."""
     part = storage.read_json(path)
     if not isinstance(part, dict) or not part.keys() >= {"files", "info"} or part != sealed(part):
         return None

@@ -27,7 +27,7 @@ def catch_signals() -> Iterator[threading.Event]:
 
 
 def make_stop_vote(mesh: Mesh, stop: threading.Event) -> Callable[[dict[str, Array]], bool]:
-    """Return what every process calls after every update, with its scalars, to learn whether all shall stop.
+    """Return a function that every process calls after each update, with its scalars, and that says if all shall stop.
 
     With several processes the answer comes an update late: their votes are counted on the devices, behind the update,
     and read while the next one runs. So a signal to any process stops all of them at the same update.

@@ -7,8 +7,8 @@ import pytest
 
 import nanodlm
 from nanodlm.store import Artifact, Store
-from tests.checkpoints.support import EVERY
-from tests.training.test_loop import tiny
+from tests.support.checkpoints import EVERY
+from tests.support.training import tiny
 
 
 @pytest.fixture(scope="package")

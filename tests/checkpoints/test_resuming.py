@@ -18,8 +18,8 @@ from nanodlm.cli import main
 from nanodlm.errors import Damaged, UsageError
 from nanodlm.stages import lookup
 from nanodlm.store import Artifact, Store
-from tests.checkpoints.support import EVERY, cut, words_for
-from tests.training.test_loop import tiny
+from tests.support.checkpoints import EVERY, cut, words_for
+from tests.support.training import tiny
 
 
 def refusal(store: Store, start: str, *allowed: str, **groups: dict[str, Any]) -> str:

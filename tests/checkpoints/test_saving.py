@@ -23,10 +23,10 @@ from nanodlm.checkpoints.identity import describe_run
 from nanodlm.checkpoints.saving import QUEUE, Checkpoints
 from nanodlm.errors import NanodlmError, Stopped, Unreachable
 from nanodlm.store import Artifact, Attempt, Store, new_attempt
-from tests.checkpoints.support import EVERY, cut, words_for
 from tests.support import commands
+from tests.support.checkpoints import EVERY, cut, words_for
 from tests.support.commands import started
-from tests.training.test_loop import tiny
+from tests.support.training import tiny
 
 
 def fake_state(step: int) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import pytest
 from nanodlm.stages import run as stages_run
 from nanodlm.stages import table
 from nanodlm.store import Store
-from tests.devices.support import CONFIG, attempt, records
+from tests.support.devices import CONFIG, attempt, records
 
 
 @pytest.fixture(scope="package")

@@ -15,8 +15,8 @@ import pytest
 
 from nanodlm.devices import hosts
 from nanodlm.errors import UsageError
-from tests.devices.support import assert_same, attempt, command, manifest, on_devices, records
 from tests.support.commands import environment
+from tests.support.devices import assert_same, attempt, command, manifest, on_devices, records
 
 SAVING = "checkpoints/*.orbax-checkpoint-tmp*"  # in an attempt's folder, while one is written
 

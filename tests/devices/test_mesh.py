@@ -14,8 +14,8 @@ import pytest
 from nanodlm.errors import UsageError
 from nanodlm.stages import run as stages_run
 from nanodlm.store import Store
-from tests.devices.support import CONFIG, ROOT, assert_same, attempt, command, manifest, on_devices, records
 from tests.support.commands import environment, nanodlm, result_of
+from tests.support.devices import CONFIG, ROOT, assert_same, attempt, command, manifest, on_devices, records
 
 # Trainings on eight devices, in one process: what the configuration changes, and which are compared with which.
 MESHES = {f"fsdp {f}, tensor {t}": {"train": {"fsdp": f, "tensor": t}} for f, t in ((1, 1), (2, 2), (8, 1), (1, 4))}

@@ -59,8 +59,8 @@ def test_unmask_probability_is_the_share_of_the_mask_rate_that_goes(kind: str, e
     p = np.asarray(unmask_probability(schedule, grid[1:], grid[:-1]))
     assert ((p >= 0) & (p <= 1)).all()
     alpha = np.asarray(schedule.alpha(grid), np.float64)
-    late = 1 - alpha[1:] > 0.02  # where 1 - alpha has not cancelled
-    np.testing.assert_allclose(p[late], (alpha[:-1] - alpha[1:])[late] / (1 - alpha[1:])[late], rtol=2e-3, atol=1e-6)
+    exact = 1 - alpha[1:] > 0.02  # 1 - alpha has not cancelled there
+    np.testing.assert_allclose(p[exact], (alpha[:-1] - alpha[1:])[exact] / (1 - alpha[1:])[exact], rtol=2e-3, atol=1e-6)
     # At time zero it is exactly 1, wherever t is; step by step it leaves the schedule's share masked.
     np.testing.assert_array_equal(unmask_probability(schedule, jnp.float32([1, 0.5, 2**-24]), jnp.zeros(3)), 1.0)
     np.testing.assert_allclose(np.cumprod((1 - p)[::-1]), 1 - alpha[:-1][::-1], atol=1e-4)

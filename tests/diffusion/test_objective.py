@@ -213,8 +213,8 @@ def next_token(denoise: Denoise) -> Denoise:
     """Predicts each token from those before it, given x_0 shifted right behind the begin token."""
 
     def autoregressive(x_in: jax.Array, t: jax.Array) -> jax.Array:
-        place, length = jnp.arange(x_in.shape[1]), x_in.shape[1]
-        rows = [jnp.where(place < i, jnp.roll(x_in, -1, axis=1), MASK_ID) for i in range(length)]
+        position, length = jnp.arange(x_in.shape[1]), x_in.shape[1]
+        rows = [jnp.where(position < i, jnp.roll(x_in, -1, axis=1), MASK_ID) for i in range(length)]
         return jnp.stack([denoise(row, t)[:, i] for i, row in enumerate(rows)], axis=1)
 
     return autoregressive

@@ -248,9 +248,9 @@ def drawn(objective: Objective, seed: int = 0) -> Corruption:
 
 def test_lambda_dce_is_the_any_order_autoregressive_loss() -> None:
     """RADD, arXiv:2406.03736, section 4: the mean over all orders of the tokens; the reference checks itself."""
-    place = 2 ** np.arange(SHORT)[::-1]
+    power = 2 ** np.arange(SHORT)[::-1]
     orders = [
-        sum(TABLE_NATS[place[list(order[i:])].sum(), order[i]] for i in range(SHORT))
+        sum(TABLE_NATS[power[list(order[i:])].sum(), order[i]] for i in range(SHORT))
         for order in permutations(range(SHORT))
     ]
     assert lambda_dce() == pytest.approx(np.mean(orders), rel=1e-12)

@@ -26,12 +26,12 @@ from nanodlm.store import Artifact, Store, cache, hold_lease, lease, new_attempt
 from nanodlm.store import files as storage
 from nanodlm.store.files import Storage
 from nanodlm.upkeep import collect
-from tests.store import support
-from tests.store.support import Killed, killed_attempt
+from tests.support import store as support
 from tests.support.faults import Fault, Faulty, answer, busy, no_space, scripted
 from tests.support.helpers import committed, copied, fill, identity, prose, tiny_config
 from tests.support.servers import Server, forget_connections, let_go_of_the_cache, s3_environ
-from tests.training.test_loop import tiny
+from tests.support.store import Killed, killed_attempt
+from tests.support.training import tiny
 
 FILES = {**support.FILES, "empty": b""}
 

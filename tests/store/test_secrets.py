@@ -28,7 +28,7 @@ from nanodlm.store.manifest import digest_of
 from tests.support import commands
 from tests.support.helpers import committed, copied, fill
 from tests.support.servers import Server
-from tests.training.test_loop import tiny
+from tests.support.training import tiny
 
 ROOT = Path(nanodlm.__file__).parents[1]
 PLANTED = {

@@ -24,7 +24,7 @@ from nanodlm.upkeep import verify
 from tests.support import servers
 from tests.support.commands import environment, speeches
 
-EVENTS = int(os.environ.get("SOAK_EVENTS", "12"))
+EVENTS = int(os.environ.get("SOAK_EVENTS", "200"))
 CONFIG = PRESETS["demo"].replace(
     data={"source": speeches(12), "val_tokens": 20000, "tokenizer": "bytes", "part_mb": 0.05},
     model={"n_layers": 1, "d_model": 32, "n_heads": 2, "d_ff": 64, "seq_len": 32},
@@ -154,7 +154,7 @@ def soak(url: str, folder: Path, events: int, last: str, patience: float, wire: 
 
 
 @pytest.fixture(params=["disk", "s3"])
-def place(
+def target(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[tuple[str, Wire]]:
     """URL of an empty store, and the wire that it is behind if it is on S3."""
@@ -169,11 +169,11 @@ def place(
 
 
 @pytest.mark.slow
-def test_a_few_kills_and_damages_of_the_data_stages_change_no_bit(place: tuple[str, Wire], tmp_path: Path) -> None:
-    soak(place[0], tmp_path, 3, "shard", 3.0, place[1])
+def test_a_few_kills_and_damages_of_the_data_stages_change_no_bit(target: tuple[str, Wire], tmp_path: Path) -> None:
+    soak(target[0], tmp_path, 3, "shard", 3.0, target[1])
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(7200)
-def test_kills_and_damages_and_a_failing_network_change_no_bit(place: tuple[str, Wire], tmp_path: Path) -> None:
-    soak(place[0], tmp_path, EVENTS, "sample", 9.0, place[1])
+def test_kills_and_damages_and_a_failing_network_change_no_bit(target: tuple[str, Wire], tmp_path: Path) -> None:
+    soak(target[0], tmp_path, EVENTS, "sample", 9.0, target[1])

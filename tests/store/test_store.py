@@ -19,8 +19,8 @@ from nanodlm.store import Artifact, Attempt, Store, fingerprint_of, hold_lease, 
 from nanodlm.store import lease as store_lease
 from nanodlm.store.manifest import canonical_json
 from nanodlm.upkeep.collect import collect
-from tests.store.support import FILES, Killed, killed_attempt
 from tests.support.helpers import committed, fill, identity
+from tests.support.store import FILES, Killed, killed_attempt
 
 
 def manifest_path(store: Store) -> Path:

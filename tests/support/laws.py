@@ -94,11 +94,11 @@ def exact_denoiser(table: np.ndarray) -> Denoise:
     for axis in range(length):
         marginals = np.concatenate([marginals, marginals.sum(axis=axis, keepdims=True)], axis=axis)
     log_p = jnp.asarray(np.log(marginals).reshape(-1), jnp.float32)
-    place = jnp.asarray((MASK_ID + 1) ** np.arange(length)[::-1], jnp.int32)
+    power = jnp.asarray((MASK_ID + 1) ** np.arange(length)[::-1], jnp.int32)
 
     def denoise(x_t: jax.Array, t: jax.Array) -> jax.Array:
-        others = (x_t * place).sum(axis=-1, keepdims=True) - x_t * place
-        logits = log_p[others[..., None] + place[:, None] * jnp.arange(TOKENS)]
+        others = (x_t * power).sum(axis=-1, keepdims=True) - x_t * power
+        logits = log_p[others[..., None] + power[:, None] * jnp.arange(TOKENS)]
         forbidden = jnp.full((*x_t.shape, VOCAB - TOKENS), FORBIDDEN_LOGIT)
         return jnp.concatenate([logits, forbidden], axis=-1)
 

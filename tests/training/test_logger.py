@@ -9,7 +9,7 @@ import pytest
 
 from nanodlm.errors import NanodlmError
 from nanodlm.training.logger import Logger
-from tests.training.test_loop import tiny
+from tests.support.training import tiny
 
 
 def logger(said: list[dict[str, Any]], **train: Any) -> Logger:

@@ -1,4 +1,4 @@
-"""The train stage, and evaluate and sample after it: their numbers, their artifacts."""
+"""The train stage: its numbers, its artifacts, and what is made of them."""
 
 import json
 import math
@@ -15,57 +15,28 @@ import pytest
 from flax import nnx
 
 import nanodlm
-from nanodlm.build import make_model, make_objective
 from nanodlm.checkpoints.loading import parameters_sha256
-from nanodlm.config import PRESETS, Config
+from nanodlm.config import PRESETS
 from nanodlm.data import loader, tokenizer
 from nanodlm.data import rows as data_rows
-from nanodlm.data.vocabulary import Vocabulary
-from nanodlm.diffusion.schedules import make_schedule
-from nanodlm.errors import NanodlmError, UsageError
-from nanodlm.evaluation import evaluate
-from nanodlm.model.transformer import segments
+from nanodlm.errors import NanodlmError
 from nanodlm.stages import run as stages_run
 from nanodlm.stages import table
 from nanodlm.store import Artifact, Store
 from nanodlm.store.files import Storage
 from tests.support.commands import speeches
+from tests.support.training import MANY, tiny
 
 
-def tiny(**groups: dict[str, Any]) -> Config:
-    base = PRESETS["demo"].replace(
-        data={"source": speeches(6), "val_tokens": 5000, "tokenizer": "bytes"},
-        model={"seq_len": 32, "n_layers": 1, "n_heads": 2, "d_model": 16, "d_ff": 32},
-        train={"optimizer": "adamw", "max_steps": 12, "warmup_steps": 2, "cooldown_steps": 4, "batch_size": 4},
-        eval={"max_rows": 20, "batch_size": 8},
-        sample={"num_samples": 2, "num_steps": 4},
-        exp={"save_every": 5, "log_every": 3, "val_rows": 0},
-    )
-    return base.replace(**groups)
+@pytest.fixture
+def store(models: Store) -> Store:
+    return models
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
-    return Store(str(tmp_path_factory.mktemp("store")))
-
-
-@pytest.fixture(scope="module")
-def trained(store: Store) -> Artifact:
-    return nanodlm.train(tiny(), store.uri())
-
-
-MANY = tiny(
-    data={"isolate_documents": True},
-    model={"time_conditioning": True, "dtype": "bfloat16"},
-    train={"ema_decay": 0.9, "optimizer": "muon"},
-    objective={"estimator": "continuous", "weighting": "bound"},
-)
-
-
-@pytest.fixture(scope="module")
-def averaged(store: Store) -> Artifact:
+def averaged(models: Store) -> Artifact:
     """A run with many options at once, as an average, Muon, bfloat16 and documents that do not see each other."""
-    return nanodlm.train(MANY, store.uri())
+    return nanodlm.train(MANY, models.uri())
 
 
 def test_train_leaves_checkpoints_with_config_and_logs_beside_them(trained: Artifact) -> None:
@@ -86,12 +57,12 @@ def test_training_begins_when_the_first_window_of_remote_shards_is_there(monkeyp
     first, *later = loader.windows(built.metrics["rows_per_shard"], config.data.shuffle_seed)  # type: ignore[possibly-unbound]
     assert later
     assert sum(built.metrics["rows_per_shard"][i] for i in first) > 4 * (12 + 16)  # those of updates and those prepared
-    late = {data_rows.name(i) for window in later for i in window}
+    of_later = {data_rows.name(i) for window in later for i in window}
     begun, fetched = threading.Event(), []
 
     def get(self: Store, pairs: list[tuple[str, Path]]) -> None:
         names = {source.rpartition("/")[2] for source, _ in pairs}
-        assert not names & late or begun.wait(120)
+        assert not names & of_later or begun.wait(120)
         fetched.extend(names)
         Storage.get(self, pairs)
 
@@ -102,7 +73,7 @@ def test_training_begins_when_the_first_window_of_remote_shards_is_there(monkeyp
     monkeypatch.setattr(Store, "get", get)
     stages_run.run_stage("train", config, store, emit=emit)
     assert begun.is_set()
-    assert late & set(fetched)  # and then they are fetched ahead
+    assert of_later & set(fetched)  # and then they are fetched ahead
     store.remove_folder(store.root)
 
 
@@ -172,61 +143,6 @@ def test_with_the_weights_of_the_bound_the_loss_is_the_bound_which_evaluate_find
     assert abs(artifact.metrics["val_nats_per_token"] - logs[-1]["nats_per_token"]) < 1.5
 
 
-def test_evaluation_of_a_model_that_scores_all_tokens_alike_is_the_uniform_bound() -> None:
-    config, encoding = tiny(model={"tie_embeddings": False}), tokenizer.plain_bytes()
-    rows = list(np.random.default_rng(0).integers(0, 257, (20, 32)))
-    # The output layer starts at zero: log 257 nats per token, whatever the noise.
-    untrained, objective = make_model(config, Vocabulary.of(encoding)), make_objective(config, Vocabulary.of(encoding))
-    metrics = evaluate.score(untrained, encoding, rows, objective, config.eval)
-    assert math.isclose(metrics["val_nats_per_token"], math.log(257), rel_tol=1e-4)
-    assert (metrics["scored_rows"], metrics["scored_tokens"]) == (20, 640)
-
-
-def test_units_are_converted_by_the_bytes_of_the_same_tokens(trained: Artifact, store: Store) -> None:
-    artifact, _ = stages_run.run_stage("evaluate", tiny(), store)
-    m = artifact.metrics
-    bits = m["val_nats_per_token"] * m["scored_tokens"] / math.log(2) / m["scored_bytes"]
-    assert math.isclose(m["val_bits_per_byte"], bits)
-    assert m["val_bits_per_byte_stderr"] > 0
-    assert m["val_unigram_nats_per_token"] < math.log(257)
-
-
-def test_more_noise_draws_shrink_the_standard_error(trained: Artifact, store: Store) -> None:
-    one, _ = stages_run.run_stage("evaluate", tiny(eval={"max_rows": None}), store)
-    many, _ = stages_run.run_stage("evaluate", tiny(eval={"max_rows": None, "repeats": 4}), store)
-    assert many.metrics["val_bits_per_byte_stderr"] < one.metrics["val_bits_per_byte_stderr"]
-    difference = abs(many.metrics["val_nats_per_token"] - one.metrics["val_nats_per_token"])
-    assert difference < 5 * one.metrics["val_nats_per_token_stderr"]
-
-
-def test_samples_begin_with_the_prompt_and_repeat_for_a_seed(trained: Artifact, store: Store) -> None:
-    config = tiny(sample={"prompt": "The people"})
-    artifact, _ = stages_run.run_stage("sample", config, store)
-    texts = [json.loads(line)["text"] for line in (artifact.local() / "samples.jsonl").read_text().splitlines()]
-    assert len(texts) == 2
-    assert all(text.startswith("The people") for text in texts)
-    assert np.load(artifact.local() / "tokens.npy", allow_pickle=False).max() < 257  # real tokens alone
-    again, _ = stages_run.run_stage("sample", config, store, rebuild=True)
-    assert again.digest == artifact.digest
-    other, _ = stages_run.run_stage("sample", tiny(sample={"prompt": "The people", "seed": 1}), store)
-    assert other.digest != artifact.digest
-
-
-def test_a_prompt_as_long_as_a_row_is_refused(trained: Artifact, store: Store) -> None:
-    with pytest.raises(UsageError, match=r"shorten --sample\.prompt"):
-        stages_run.run_stage("sample", tiny(sample={"prompt": "x" * 32}), store)
-
-
-def test_the_report_shows_numbers_curve_and_escaped_samples(trained: Artifact, store: Store) -> None:
-    config = tiny(sample={"prompt": "<b>&"})
-    for name in ("evaluate", "sample", "report"):
-        artifact, _ = stages_run.run_stage(name, config, store)
-    page = (artifact.local() / "report.html").read_text()  # type: ignore[possibly-unbound]
-    assert all(text in page for text in ("<svg", "&lt;b&gt;&amp;", "bits per byte"))
-    assert "<b>&" not in page
-    assert "> <b>&" in (artifact.local() / "report.md").read_text()  # type: ignore[possibly-unbound]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "objective",
@@ -255,22 +171,3 @@ def test_every_objective_trains_evaluates_and_writes_after_a_prompt(store: Store
     assert tokens.shape == (2, length)
     assert tokens.max() < 257
     assert all(bytes(row[: len(prompt)].tolist()) == prompt.encode() for row in tokens)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("isolated", [False, True])
-def test_an_autoregressive_models_evaluated_number_is_minus_log_p_of_all_rows(store: Store, isolated: bool) -> None:
-    data = {"isolate_documents": isolated, "source": speeches(6), "val_tokens": 1010}
-    config = tiny(data=data, objective={"kind": "autoregressive"}, eval={"max_rows": None})
-    run = nanodlm.train(config, store.uri())
-    result, _ = stages_run.run_stage("evaluate", config, store)
-    model, encoding = nanodlm.load(run.uri)
-    shard = store.open(f"shard/{run.manifest['inputs']['shard']['fingerprint']}")
-    rows = data_rows.read(shard.local() / "validation.arrayrecord", shard.metrics["dtype"])
-    assert [len(row) for row in rows[-2:]] == [32, 1010 % 32]
-    total, options = 0.0, {"schedule": make_schedule("linear"), "mask_id": 257, "objective": "autoregressive"}
-    for batch in (np.stack(rows[:-1]), rows[-1][None]):
-        x_0 = jnp.asarray(batch)
-        edges = segments(x_0, encoding.n_vocab - 1) if isolated else None
-        total += nanodlm.nelbo(model, x_0, jax.random.key(0), **options, segment_ids=edges).sum()
-    assert result.metrics["val_nats_per_token"] == pytest.approx(float(total) / 1010, rel=1e-5)

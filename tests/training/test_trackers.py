@@ -23,7 +23,7 @@ from nanodlm.stages import table
 from nanodlm.store import Store
 from nanodlm.store.cache import cache_dir
 from nanodlm.training.trackers import Tracker
-from tests.training.test_loop import tiny
+from tests.support.training import tiny
 
 ROOT = Path(nanodlm.__file__).parents[1]
 API_KEY = "5ec7e75ec7e75ec7e75ec7e75ec7e75ec7e75ec7"

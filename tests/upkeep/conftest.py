@@ -11,8 +11,8 @@ import pytest
 from nanodlm.stages import run
 from nanodlm.store import Store, sealed
 from tests.support.helpers import prose
-from tests.training.test_loop import tiny
-from tests.upkeep.support import CHAIN, Made
+from tests.support.training import tiny
+from tests.support.upkeep import CHAIN, Made
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from nanodlm.errors import NanodlmError, UsageError
 from nanodlm.store import Store, hold_lease, new_attempt
 from nanodlm.upkeep import collect
 from tests.support.helpers import copied, fill, identity
-from tests.upkeep.support import CHAIN, EVERYTHING, Made, age, files, made_from, said, told
+from tests.support.upkeep import CHAIN, EVERYTHING, Made, age, files, made_from, said, told
 
 
 def left(store: Store) -> list[str]:

@@ -14,9 +14,9 @@ from nanodlm.stages import run
 from nanodlm.store import Artifact, Store
 from nanodlm.store.files import Storage
 from nanodlm.upkeep import adopt, collect, copy, verify
-from tests.store.support import Killed
 from tests.support.helpers import committed, copied, flip, prose, tiny_config
-from tests.upkeep.support import CHAIN, EVERYTHING, Made, said, statuses, told
+from tests.support.store import Killed
+from tests.support.upkeep import CHAIN, EVERYTHING, Made, said, statuses, told
 
 
 def test_a_store_copied_there_and_back_is_the_same(master: Made, remote: Store, tmp_path: Path) -> None:

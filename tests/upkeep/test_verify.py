@@ -11,7 +11,7 @@ from nanodlm.stages.lookup import explain
 from nanodlm.store import Store, new_attempt
 from nanodlm.upkeep import verify
 from tests.support.helpers import committed, fill, flip
-from tests.upkeep.support import CHAIN, Made, files, made_from, said, statuses, told
+from tests.support.upkeep import CHAIN, Made, files, made_from, said, statuses, told
 
 
 def test_the_chain_of_a_sample_goes_down_to_the_data_in_the_order_of_the_stages(master: Made) -> None:

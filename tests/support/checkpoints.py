@@ -8,7 +8,7 @@ import pytest
 import nanodlm
 from nanodlm.config import Config
 from nanodlm.store import Store
-from tests.store.support import Killed
+from tests.support.store import Killed
 
 EVERY = {"save_every": 4, "keep": 3, "keep_best": 0}  # checkpoints after updates 4, 8 and 12
 

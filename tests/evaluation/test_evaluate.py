@@ -1,0 +1,77 @@
+"""The bound of held-out text, its units and its standard error, and the report."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import nanodlm
+from nanodlm.build import make_model, make_objective
+from nanodlm.data import rows as data_rows
+from nanodlm.data import tokenizer
+from nanodlm.data.vocabulary import Vocabulary
+from nanodlm.diffusion.schedules import make_schedule
+from nanodlm.evaluation import evaluate
+from nanodlm.model.transformer import segments
+from nanodlm.stages import run as stages_run
+from nanodlm.store import Artifact, Store
+from tests.support.commands import speeches
+from tests.support.training import tiny
+
+
+def test_evaluation_of_a_model_that_scores_all_tokens_alike_is_the_uniform_bound() -> None:
+    config, encoding = tiny(model={"tie_embeddings": False}), tokenizer.plain_bytes()
+    rows = list(np.random.default_rng(0).integers(0, 257, (20, 32)))
+    # The output layer starts at zero: log 257 nats per token, whatever the noise.
+    untrained, objective = make_model(config, Vocabulary.of(encoding)), make_objective(config, Vocabulary.of(encoding))
+    metrics = evaluate.score(untrained, encoding, rows, objective, config.eval)
+    assert math.isclose(metrics["val_nats_per_token"], math.log(257), rel_tol=1e-4)
+    assert (metrics["scored_rows"], metrics["scored_tokens"]) == (20, 640)
+
+
+def test_units_are_converted_by_the_bytes_of_the_same_tokens(trained: Artifact, models: Store) -> None:
+    artifact, _ = stages_run.run_stage("evaluate", tiny(), models)
+    m = artifact.metrics
+    bits = m["val_nats_per_token"] * m["scored_tokens"] / math.log(2) / m["scored_bytes"]
+    assert math.isclose(m["val_bits_per_byte"], bits)
+    assert m["val_bits_per_byte_stderr"] > 0
+    assert m["val_unigram_nats_per_token"] < math.log(257)
+
+
+def test_more_noise_draws_shrink_the_standard_error(trained: Artifact, models: Store) -> None:
+    one, _ = stages_run.run_stage("evaluate", tiny(eval={"max_rows": None}), models)
+    many, _ = stages_run.run_stage("evaluate", tiny(eval={"max_rows": None, "repeats": 4}), models)
+    assert many.metrics["val_bits_per_byte_stderr"] < one.metrics["val_bits_per_byte_stderr"]
+    difference = abs(many.metrics["val_nats_per_token"] - one.metrics["val_nats_per_token"])
+    assert difference < 5 * one.metrics["val_nats_per_token_stderr"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("isolated", [False, True])
+def test_an_autoregressive_models_evaluated_number_is_minus_log_p_of_all_rows(models: Store, isolated: bool) -> None:
+    data = {"isolate_documents": isolated, "source": speeches(6), "val_tokens": 1010}
+    config = tiny(data=data, objective={"kind": "autoregressive"}, eval={"max_rows": None})
+    run = nanodlm.train(config, models.uri())
+    result, _ = stages_run.run_stage("evaluate", config, models)
+    model, encoding = nanodlm.load(run.uri)
+    shard = models.open(f"shard/{run.manifest['inputs']['shard']['fingerprint']}")
+    rows = data_rows.read(shard.local() / "validation.arrayrecord", shard.metrics["dtype"])
+    assert [len(row) for row in rows[-2:]] == [32, 1010 % 32]
+    total, options = 0.0, {"schedule": make_schedule("linear"), "mask_id": 257, "objective": "autoregressive"}
+    for batch in (np.stack(rows[:-1]), rows[-1][None]):
+        x_0 = jnp.asarray(batch)
+        edges = segments(x_0, encoding.n_vocab - 1) if isolated else None
+        total += nanodlm.nelbo(model, x_0, jax.random.key(0), **options, segment_ids=edges).sum()
+    assert result.metrics["val_nats_per_token"] == pytest.approx(float(total) / 1010, rel=1e-5)
+
+
+def test_the_report_shows_numbers_curve_and_escaped_samples(trained: Artifact, models: Store) -> None:
+    config = tiny(sample={"prompt": "<b>&"})
+    for name in ("evaluate", "sample", "report"):
+        artifact, _ = stages_run.run_stage(name, config, models)
+    page = (artifact.local() / "report.html").read_text()  # type: ignore[possibly-unbound]
+    assert all(text in page for text in ("<svg", "&lt;b&gt;&amp;", "bits per byte"))
+    assert "<b>&" not in page
+    assert "> <b>&" in (artifact.local() / "report.md").read_text()  # type: ignore[possibly-unbound]

@@ -1,0 +1,29 @@
+"""Texts from a trained model."""
+
+import json
+
+import numpy as np
+import pytest
+
+from nanodlm.errors import UsageError
+from nanodlm.stages import run as stages_run
+from nanodlm.store import Artifact, Store
+from tests.support.training import tiny
+
+
+def test_samples_begin_with_the_prompt_and_repeat_for_a_seed(trained: Artifact, models: Store) -> None:
+    config = tiny(sample={"prompt": "The people"})
+    artifact, _ = stages_run.run_stage("sample", config, models)
+    texts = [json.loads(line)["text"] for line in (artifact.local() / "samples.jsonl").read_text().splitlines()]
+    assert len(texts) == 2
+    assert all(text.startswith("The people") for text in texts)
+    assert np.load(artifact.local() / "tokens.npy", allow_pickle=False).max() < 257  # real tokens alone
+    again, _ = stages_run.run_stage("sample", config, models, rebuild=True)
+    assert again.digest == artifact.digest
+    other, _ = stages_run.run_stage("sample", tiny(sample={"prompt": "The people", "seed": 1}), models)
+    assert other.digest != artifact.digest
+
+
+def test_a_prompt_as_long_as_a_row_is_refused(trained: Artifact, models: Store) -> None:
+    with pytest.raises(UsageError, match=r"shorten --sample\.prompt"):
+        stages_run.run_stage("sample", tiny(sample={"prompt": "x" * 32}), models)
