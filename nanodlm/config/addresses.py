@@ -34,8 +34,8 @@ def refuse_secrets(url: str) -> str:
 
 
 Url = Annotated[str, AfterValidator(refuse_secrets)]
-# The pattern lets a server refuse credentials in a form, before they are kept with a run's parameters.
-StoreUrl = Annotated[Url, Field(min_length=1, pattern=r"^[^@?*\[\]]*$")]
+# The pattern, which has to come first, lets a server refuse credentials in a form, before it keeps them.
+StoreUrl = Annotated[str, Field(min_length=1, pattern=r"^[^@?*\[\]]*$"), AfterValidator(refuse_secrets)]
 
 
 class Address(NamedTuple):

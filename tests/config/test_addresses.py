@@ -1,8 +1,11 @@
 """Addresses: one parser for stores, artifacts, manifests and checkpoints."""
 
-import pytest
+import re
 
-from nanodlm.config import parse_address
+import pytest
+from pydantic import TypeAdapter
+
+from nanodlm.config import StoreUrl, parse_address
 from nanodlm.errors import UsageError
 
 
@@ -39,3 +42,5 @@ def test_a_checkpoint_is_found_from_the_folder_that_its_address_begins_with(addr
 def test_an_address_with_secrets_is_refused() -> None:
     with pytest.raises(UsageError, match="credentials come from the environment only"):
         parse_address("s3://me:hunter2@bucket/train/3f2a")
+    pattern = TypeAdapter(StoreUrl).json_schema()["pattern"]  # so that a server can refuse it in a form
+    assert re.fullmatch(pattern, "s3://bucket/store") and not re.fullmatch(pattern, "s3://me:hunter2@bucket/store")
