@@ -3,6 +3,7 @@
 import atexit
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,8 +26,8 @@ from nanodlm.store import Artifact, Store
 from tests.support import servers
 from tests.support.training import tiny
 
-CHECKED = ["nanodlm.diffusion", "nanodlm.model"]
-install_import_hook(CHECKED, "beartype.beartype")
+install_import_hook(["nanodlm.diffusion", "nanodlm.model"], "beartype.beartype")
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore, and their children
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

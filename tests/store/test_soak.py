@@ -24,7 +24,6 @@ from nanodlm.upkeep import verify
 from tests.support import servers
 from tests.support.commands import environment, speeches
 
-EVENTS = int(os.environ.get("SOAK_EVENTS", "200"))
 CONFIG = PRESETS["demo"].replace(
     data={"source": speeches(12), "val_tokens": 20000, "tokenizer": "bytes", "part_mb": 0.05},
     model={"n_layers": 1, "d_model": 32, "n_heads": 2, "d_ff": 64, "seq_len": 32},
@@ -176,4 +175,4 @@ def test_a_few_kills_and_damages_of_the_data_stages_change_no_bit(target: tuple[
 @pytest.mark.soak
 @pytest.mark.timeout(7200)
 def test_kills_and_damages_and_a_failing_network_change_no_bit(target: tuple[str, Wire], tmp_path: Path) -> None:
-    soak(target[0], tmp_path, EVENTS, "sample", 9.0, target[1])
+    soak(target[0], tmp_path, int(os.environ.get("SOAK_EVENTS", "200")), "sample", 9.0, target[1])
