@@ -32,7 +32,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's back
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the longest files, so that no worker is left alone with one at the end."""
-    items.sort(key=lambda item: item.path.name not in ("test_pipeline.py", "test_loop.py"))
+    items.sort(key=lambda item: item.path.name not in ("test_pipeline.py", "test_loop.py", "test_docs.py"))
 
 
 @pytest.fixture(autouse=True)

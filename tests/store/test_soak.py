@@ -1,7 +1,4 @@
-"""The pipeline under random kills and faults: it must end with the bits of an undisturbed run.
-
-SOAK_EVENTS=200 pytest tests/store/test_soak.py -m soak -n 0 -s
-"""
+"""The pipeline under random kills and faults ends with undisturbed bits: `pytest -m soak -n 0 -s tests/store`."""
 
 import json
 import os

@@ -101,6 +101,7 @@ def shared(folder: Path, name: str) -> Iterator[Server]:
         if started:
             with FileLock(folder / f"{name}.starting"):
                 described.unlink()
+            signal.setitimer(signal.ITIMER_REAL, 0)  # waiting for another worker's last test is no test's time
             fcntl.flock(used, fcntl.LOCK_EX)
 
 
