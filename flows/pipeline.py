@@ -55,7 +55,7 @@ def stage_task(
     inputs: dict[str, Artifact],
     *,
     build: bool,
-    rebuild: bool,
+    rebuild: str | None,
     gpu_limit: str | None = None,
     train_on: Launch = HERE,
 ) -> Any:
@@ -65,8 +65,9 @@ def stage_task(
     while it is built. What returns is the artifact, and its record as `nanodlm.stages.run.run_stage` gives it.
     """
     store, watcher, started = Store(store_url), WATCHER.get() or Pages(), time.monotonic()
-    lookup = ready(name, config, store, rebuild=rebuild, inputs=inputs)
-    if lookup.artifact and not rebuild:
+    lookup = ready(name, config, store, rebuild=rebuild == name, inputs=inputs)
+    again = lookup.is_again(rebuild)
+    if lookup.artifact and not again:
         found = record(lookup.artifact, "cached", time.monotonic() - started)
         watcher.done(lookup.artifact, found)
         return Completed(name="Cached", data=(lookup.artifact, found))
@@ -82,12 +83,12 @@ def stage_task(
         # In this order: a slot goes back to a server that answers.
         with slot, wait_for_server_at_end(watcher.emit), watcher.showing(name):
             if not own_process:
-                artifact, found = run_stage(name, config, store, rebuild=rebuild, inputs=inputs, emit=watcher.emit)
+                artifact, found = run_stage(name, config, store, rebuild=again, inputs=inputs, emit=watcher.emit)
             else:
                 if name == "train" and train_on.target != "process":
-                    artifact = run_on_cluster(lookup, config, store, train_on, rebuild=rebuild, emit=watcher.emit)
+                    artifact = run_on_cluster(lookup, config, store, train_on, rebuild=again, emit=watcher.emit)
                 else:
-                    artifact = run_in_process(lookup, config, store, rebuild=rebuild, emit=watcher.emit)
+                    artifact = run_in_process(lookup, config, store, rebuild=again, emit=watcher.emit)
                 found = record(artifact, "built", time.monotonic() - started)
     except Stopped as stopped:
         if isinstance(stopped.__cause__, TerminationSignal):  # Prefect tells a cancellation from a crash by it
@@ -119,7 +120,7 @@ def _run(
         if alone and name not in needed:
             continue
         inputs = {input_: found[input_] for input_ in STAGES[name].inputs(config)}
-        if name == "shard" and name != rebuild and not alone:
+        if name == "shard" and rebuild not in (name, "changed") and not alone:
             shard_in_parallel(config, url, inputs, WATCHER.get() or Pages())
         with TagsContext(current_tags=set()):  # of a tag, Prefect would ask a server that may be busy for a limit
             state = stage_task.with_options(name=name, task_run_name=name)(
@@ -128,7 +129,7 @@ def _run(
                 url,
                 quote(inputs),  # type: ignore[arg-type]
                 build=not alone or name == until,
-                rebuild=name == rebuild,
+                rebuild=rebuild,
                 return_state=True,
                 **options,
             )
@@ -160,7 +161,7 @@ def pipeline(
     config: Config = PRESETS["demo"],
     store: StoreUrl | None = None,
     until: StageName = "sample",
-    rebuild: StageName | None = None,
+    rebuild: StageName | Literal["changed"] | None = None,
     gpu_limit: str | None = None,
     train_on: Launch = HERE,
 ) -> list[dict[str, Any]]:

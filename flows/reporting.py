@@ -16,7 +16,7 @@ from prefect import artifacts as pages
 from prefect.logging import get_run_logger
 from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
-from nanodlm.evaluation.report import loss_curve
+from nanodlm.evaluation.report import loss_curve, texts_of
 from nanodlm.stages.progress import Pace, summary
 from nanodlm.stages.table import NAMES
 from nanodlm.store import Artifact
@@ -109,7 +109,7 @@ def show_loss(train: Artifact) -> None:
 
 def show_samples(sample: Artifact) -> None:
     """Show the texts that the model wrote, under the key `samples`."""
-    texts = [json.loads(line)["text"] for line in sample.file("samples.jsonl").read_text().splitlines()]
+    texts = texts_of(sample)
     quoted = ["\n".join(f"    {line}" for line in text.splitlines()) for text in texts]  # as code: no markup of theirs
     pages.create_markdown_artifact("\n\n---\n\n".join(quoted), key="samples", description=f"{len(texts)} samples")
 

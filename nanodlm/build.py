@@ -11,11 +11,14 @@ from nanodlm.model.transformer import Transformer
 
 
 def make_model(config: Config, vocabulary: Vocabulary) -> Transformer:
-    """Return a freshly initialised network of a configuration for the ids of a vocabulary."""
+    """Return a freshly initialised network for the ids of a vocabulary, which carries what it is to be trained on."""
     shape = {**config.model.model_dump(exclude={"init_seed", "seq_len"}), "remat": config.train.remat}
     block_size = KINDS[config.objective.kind].block_size(config.objective.block_size)
     rngs = nnx.Rngs(config.model.init_seed)
-    return Transformer(vocab_size=vocabulary.padded_size, block_size=block_size, **shape, rngs=rngs)
+    model = Transformer(vocab_size=vocabulary.padded_size, block_size=block_size, **shape, rngs=rngs)
+    model.objective, model.seq_len = make_objective(config, vocabulary), config.model.seq_len
+    model.document_end = vocabulary.end_of_text if config.data.isolate_documents else None
+    return model
 
 
 def make_objective(config: Config, vocabulary: Vocabulary) -> Objective:

@@ -37,7 +37,7 @@ ROOMS = {
         "build", "checkpoints", "config", "data", "devices", "diffusion", "errors", "evaluation", "generation", "model",
         "stages", "store", "training",
     },
-    "cli": {"bench", "cluster", "config", "data", "devices", "errors", "stages", "store", "upkeep"},
+    "cli": {"bench", "cluster", "config", "data", "devices", "errors", "evaluation", "stages", "store", "upkeep"},
     "__init__": {"checkpoints", "config", "diffusion", "stages"},
     "__main__": {"cli"},
 }  # fmt: skip
@@ -100,7 +100,8 @@ def test_no_files_import_each_other_in_a_circle() -> None:
 
 
 def test_the_science_knows_only_jax_and_itself() -> None:
-    allowed = {"jax", "jaxtyping", "collections", "dataclasses", "functools", "math", "typing", "nanodlm"}
+    stdlib = {"collections", "dataclasses", "functools", "inspect", "math", "operator", "typing"}
+    allowed = stdlib | {"jax", "jaxtyping", "nanodlm"}
     for name, path in MODULES.items():
         if _room(name) == "diffusion":
             assert {imported.split(".")[0] for imported in _imports(path)} <= allowed, name
@@ -110,7 +111,7 @@ def test_the_house_stays_small() -> None:
     lines = {name: path.read_text().count("\n") for name, path in MODULES.items()}
     science = sum(count for name, count in lines.items() if _room(name) in ("diffusion", "model"))
     tests = sum(path.read_text().count("\n") for path in (ROOT / "tests").rglob("*.py"))
-    assert (sum(lines.values()) <= 11_000, science <= 2500, tests <= 13_000) == (True,) * 3
+    assert (sum(lines.values()) <= 11_000, science <= 2500, tests <= 13_750) == (True,) * 3
     assert {name for name, count in lines.items() if count > 300} <= {"nanodlm.config.settings"}
     nodes = [node for path in MODULES.values() for node in ast.walk(ast.parse(path.read_text()))]
     lengths = [(node.end_lineno or 0) - node.lineno for node in nodes if isinstance(node, ast.FunctionDef)]

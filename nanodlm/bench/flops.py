@@ -9,8 +9,8 @@ from nanodlm.build import make_objective
 from nanodlm.config import Config, ModelConfig
 from nanodlm.data.tokenizer import make_encoding
 from nanodlm.data.vocabulary import Vocabulary
+from nanodlm.diffusion.blocks import cache_window
 from nanodlm.diffusion.kinds import KINDS
-from nanodlm.generation.generate import cache_window
 
 # Peak FLOP/s of dense products by the makers' data sheets: bfloat16 with float32 sums, TF32, float32. V100 has no TF32
 # and float16 in place of bfloat16; TPUs multiply float32 in passes of bfloat16.

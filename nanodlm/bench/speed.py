@@ -151,10 +151,9 @@ def sample(config: Config, *, repeats: int = 5, emit: Emit = silent) -> dict[str
     if repeats < 1:
         raise UsageError(f"nothing is measured in {repeats} repeats: raise --repeats")
     encoding = synthetic_encoding(config)
-    graphdef, params = nnx.split(make_model(config, Vocabulary.of(encoding)))
-    key = jax.random.key(config.sample.seed)
-    began = time.perf_counter()
-    compiled = make_draw(config.sample, config, encoding, graphdef).lower(params, key).compile()
+    model, key = make_model(config, Vocabulary.of(encoding)), jax.random.key(config.sample.seed)
+    params, began = nnx.state(model), time.perf_counter()
+    compiled = make_draw(config.sample, encoding, model, model.objective.schedule).lower(params, key).compile()
     compile_seconds = time.perf_counter() - began
     (seconds,) = _medians([lambda: compiled(params, key)], repeats, "draws", emit)
     tokens = config.sample.num_samples * (config.sample.length or config.model.seq_len)

@@ -2,7 +2,7 @@
 
 import jax
 
-from nanodlm.config import Config, differences
+from nanodlm.config import Config, differences, training_settings
 from nanodlm.errors import UsageError
 from nanodlm.store import Json
 
@@ -13,7 +13,7 @@ FREE = ("model.init_seed", "model.seq_len", "model.dtype")  # settings of `model
 def describe_run(config: Config, dataset: str, encoding: str, key: jax.Array) -> Json:
     """Return what every checkpoint of a run remembers, with the digests of its `dataset` and token `encoding`."""
     return {
-        "config": config.training(),
+        "config": training_settings(config),
         "corpus": config.data.model_dump(mode="json"),
         "dataset": dataset,
         "tokenizer": encoding,

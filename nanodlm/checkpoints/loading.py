@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,12 @@ from jax.experimental.multihost_utils import process_allgather
 
 from nanodlm.build import make_model
 from nanodlm.checkpoints.finding import step_name, step_of
-from nanodlm.config import load_config, parse_address
+from nanodlm.config import Config, differences, load_config, parse_address, training_settings
 from nanodlm.data import tokenizer
 from nanodlm.data.vocabulary import Vocabulary
 from nanodlm.errors import NanodlmError
 from nanodlm.model.transformer import Transformer
-from nanodlm.store import Artifact, Store
+from nanodlm.store import Artifact, Store, changed_since, remark
 
 
 def load(uri: str) -> tuple[Transformer, tiktoken.Encoding]:
@@ -51,6 +52,8 @@ def load(uri: str) -> tuple[Transformer, tiktoken.Encoding]:
         if "train" not in inputs:
             raise NanodlmError(f"{uri} is a {artifact.stage} artifact, made before any model")
         artifact = artifact.store.open(f"train/{inputs['train']}")
+    if changed := changed_since(artifact):
+        warnings.warn(f"{artifact.uri} was {remark(changed)}", stacklevel=2)
     return load_artifact(artifact, step)
 
 
@@ -81,9 +84,19 @@ def load_folder(folder: Path, step: int) -> tuple[Transformer, tiktoken.Encoding
     )
     item = "ema_state" if (checkpoint / "ema_state").exists() else "model_state"
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        _check_settings(config, checkpointer.metadata(checkpoint).custom_metadata or {}, folder / "config.json")
         args = ocp.args.Composite(**{item: ocp.args.StandardRestore(target)})  # type: ignore[call-arg]
         params = checkpointer.restore(checkpoint, args=args)[item]
     return nnx.merge(graphdef, params), encoding
+
+
+def _check_settings(config: Config, remembered: dict[str, Any], file: Path) -> None:
+    """Refuse settings of a network that are not those its checkpoint remembers; an earlier version's does not."""
+    trained, now = remembered.get("config"), training_settings(config)
+    names = ("model", "objective", "schedule")
+    if trained and (changed := differences({n: trained[n] for n in names}, {n: now[n] for n in names})):
+        fields = "; ".join(f"{field}: {values}" for field, values in changed.items())
+        raise NanodlmError(f"{file} is not what the checkpoint was trained with ({fields}): put it right")
 
 
 def parameters_sha256(params: Any) -> str:

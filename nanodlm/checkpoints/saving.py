@@ -83,7 +83,11 @@ class Checkpoints:
         while self._pending and (len(self._pending) >= QUEUE or self._pending[0].done()):
             self._pending.popleft().result()
         args = {name: ocp.args.StandardSave(item) for name, item in _items(state).items()}  # type: ignore[call-arg]
-        self._checkpointer.save(self._folder / step_name(step), args=ocp.args.Composite(**args))
+        # So that whoever loads the folder alone can tell what it was trained with.
+        trained = {"config": self._run["config"]}
+        self._checkpointer.save(
+            self._folder / step_name(step), args=ocp.args.Composite(**args), custom_metadata=trained
+        )
         skipped = {"skipped": int(state["skipped"])} if "skipped" in state else {}
         self._written = self._writer.submit(self._checkpointer.wait_until_finished)
         self._pending.append(self._recorder.submit(self._record, step, {**self._run, **skipped, **info}, self._written))

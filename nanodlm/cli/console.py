@@ -74,22 +74,27 @@ class Console:
                 self.line(f"{self._stage:<10} {escape(text)}")
 
     def done(self, artifact: "Artifact", record: dict[str, Any]) -> None:
-        """Print the line of a finished stage."""
+        """Print the line of a finished stage, and which of the files that made it have changed since."""
+        from nanodlm.store import changed_since, remark
+
         self.artifacts[artifact.stage] = artifact
         built = record["status"] == "built"
         status = f"[green]built  {record['seconds']:7.1f} s[/green]" if built else f"[cyan]{'cached':<16}[/cyan]"
         self.line(f"[bold]{record['stage']:<10}[/bold] {status}  {escape(summary(artifact))}")
+        if changed := changed_since(artifact):
+            self.line(f"{'':<28}[yellow]{remark(changed)}: --rebuild changed builds it again[/yellow]")
 
     def finish(self) -> None:
         """Print the results of the finished stages and where everything lies."""
+        from nanodlm.evaluation.report import against_unigram
+
         artifacts = self.artifacts
         self.line("")
         if "evaluate" in artifacts:
             m = artifacts["evaluate"].metrics
-            below = 100 * (1 - m["val_bits_per_byte"] / m["val_unigram_bits_per_byte"])
             self.line(
                 f"validation bound [bold]{m['val_bits_per_byte']:.3f}[/bold] ± {m['val_bits_per_byte_stderr']:.3f} "
-                f"bits per byte, {below:.1f}% below the unigram entropy of {m['val_unigram_bits_per_byte']:.3f}"
+                f"bits per byte, {against_unigram(m)} the unigram entropy of {m['val_unigram_bits_per_byte']:.3f}"
             )
         if "sample" in artifacts:
             self.line(f"[dim]a sample:[/dim] {escape(' '.join(artifacts['sample'].metrics['first_sample'].split()))}")

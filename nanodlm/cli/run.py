@@ -15,16 +15,21 @@ from nanodlm.cli.arguments import Output, Settings
 from nanodlm.cli.console import Console
 from nanodlm.cli.store import OpenStore
 from nanodlm.cluster.settings import Launch, Work
-from nanodlm.config import Config
+from nanodlm.config import Config, unread
 from nanodlm.errors import NanodlmError, UsageError
 from nanodlm.stages import table
-from nanodlm.stages.lookup import look_up, ready, why
+from nanodlm.stages.lookup import Lookup, Missing, look_up, ready, why
 from nanodlm.stages.run import record, run_stage
 from nanodlm.stages.table import StageName
-from nanodlm.store import Artifact, Store
+from nanodlm.store import Artifact, Store, remark
 
 Until = Annotated[StageName, Doc("Last stage to go through.")]
-Rebuild = Annotated[StageName | None, Doc("A stage to build again even though the store holds it.")]
+Rebuild = Annotated[
+    StageName | Literal["changed"] | None,
+    Doc(
+        "A stage to build again even though the store holds it, or all that were made before their code was `changed`."
+    ),
+]
 Runner = Literal["threads", "processes", "dask"]
 Again = Annotated[bool, Doc("Build again even though the store holds it.")]
 
@@ -44,15 +49,17 @@ def run(
     table.check_rebuild(rebuild, until)
     lookups = list(look_up(config, store, table.until(until)[-1], rebuild))
     artifacts = [lookup.artifact for lookup in lookups if lookup.artifact]
-    if rebuild is None and len(artifacts) == len(lookups):
+    again = any(lookup.is_again(rebuild) for lookup in lookups if isinstance(lookup, Lookup))
+    if not again and len(artifacts) == len(lookups):
         records = [record(artifact, "cached", 0.0) for artifact in artifacts]
         for artifact, done in zip(artifacts, records, strict=True):
             out.done(artifact, done)
     elif store.uri().startswith("memory:"):  # which no other process could see, an orchestrator's neither
         records = []
         for name in table.until(until):
+            again = ready(name, config, store, rebuild=name == rebuild).is_again(rebuild)
             with out.showing(name) as emit:
-                artifact, done = run_stage(name, config, store, rebuild=name == rebuild, emit=emit)
+                artifact, done = run_stage(name, config, store, rebuild=again, emit=emit)
             out.done(artifact, done)
             records.append(done)
     else:
@@ -96,12 +103,16 @@ def plan(
         out.text(memory.table(planned))
         out.json(devices=planned)
         return
+    for name, value in unread(config).items():
+        out.text(f"{name} {value} is read by nothing beside the other settings, and builds nothing again")
     rows = []
     for lookup in look_up(config, store, until, rebuild):
-        stage, fingerprint, again = lookup.stage.name, lookup.fingerprint, lookup.stage.name == rebuild
+        stage, fingerprint = lookup.stage.name, lookup.fingerprint
+        changed, again = ([], False) if isinstance(lookup, Missing) else (lookup.changed, lookup.is_again(rebuild))
         action = "reuse" if lookup.artifact and not again else "build"
-        reason = "asked for" if again else "" if lookup.artifact else why(lookup, store)
-        rows.append({"stage": stage, "action": action, "fingerprint": fingerprint, "why": reason})
+        reason = remark(changed) if lookup.artifact else why(lookup, store)
+        reason = "asked for" if stage == rebuild else reason
+        rows.append({"stage": stage, "action": action, "fingerprint": fingerprint, "why": reason, "changed": changed})
         out.text(f"{stage:<10} {action:<6} {(fingerprint or '')[:12]:<12}  {reason}".rstrip())
     out.json(stages=rows)
 

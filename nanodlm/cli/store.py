@@ -11,8 +11,9 @@ from nanodlm.cli.arguments import Output, Settings
 from nanodlm.config import parse_address
 from nanodlm.errors import Damaged, NanodlmError, UsageError
 from nanodlm.stages.lookup import explain as differences
+from nanodlm.stages.progress import summary
 from nanodlm.stages.run import default_store
-from nanodlm.store import Artifact, Store
+from nanodlm.store import Artifact, Store, changed_since, remark
 from nanodlm.upkeep import ages
 from nanodlm.upkeep.collect import collect
 from nanodlm.upkeep.copy import copy as copy_artifacts
@@ -48,7 +49,12 @@ def ls(*, store: OpenStore, out: Output) -> None:
         inputs = {name: made["fingerprint"] for name, made in artifact.manifest["inputs"].items()}
         row = {"stage": stage, "uri": artifact.uri, "bytes": size, "created": artifact.manifest["created"]}
         rows.append({**row, "age_seconds": round(age), "inputs": inputs})
-        out.text(f"{stage:<10} {_ago(age):>4} {ages.size(size):>10}  {artifact.uri}")
+        name = (artifact.manifest.get("config") or {}).get("exp", {}).get("run_name", "")
+        row |= {"name": name, "val_bits_per_byte": artifact.metrics.get("val_bits_per_byte")}
+        said = "  ".join(filter(None, [artifact.uri, summary(artifact) if stage == "evaluate" else "", name]))
+        out.text(f"{stage:<10} {_ago(age):>4} {ages.size(size):>10}  {said}")
+        if changed := changed_since(artifact):
+            out.text(f"{'':<28}{remark(changed)}")
         if inputs:
             out.text(f"{'':<28}from {' '.join(f'{name} {made[:12]}' for name, made in inputs.items())}")
     total = ages.size(sum(row["bytes"] for row in rows))

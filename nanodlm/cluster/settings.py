@@ -7,7 +7,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from nanodlm.config import Config, Group
+from nanodlm.config import Config, Group, training_settings
 from nanodlm.errors import NanodlmError, UsageError
 from nanodlm.stages.process import last_line, stage_flags
 from nanodlm.store import Store, fingerprint_of
@@ -92,7 +92,7 @@ class Work:
         """The job's name, the same for the same work, so that a job that somebody has left is found again."""
         config = self.config
         work: dict[str, Any] = {"store": Store(self.store).uri(), "rebuild": self.rebuild}
-        work |= {"data": config.data.model_dump(mode="json"), "train": config.training()}
+        work |= {"data": config.data.model_dump(mode="json"), "train": training_settings(config)}
         work["from"] = config.exp.resume_path
         if self.stage != "train":
             work[self.stage] = {"evaluate": config.eval, "sample": config.sample}[self.stage].model_dump(mode="json")

@@ -215,7 +215,7 @@ class EvalConfig(Group):
     repeats: int = Field(default=1, ge=1)
     """Noise draws per row."""
     max_rows: int | None = Field(default=None, ge=2)
-    """Rows to score, from the front; none scores the whole validation split."""
+    """Rows to score, evenly spaced over the validation split; none scores all of it."""
     seed: int = Field(default=0, ge=0, lt=2**31)
     """Seed of the noise."""
 
@@ -267,7 +267,7 @@ class ExpConfig(Group):
     keep_best: int = Field(default=1, ge=0)
     """Best checkpoints that are kept besides: those with the lowest bound on `val_rows`."""
     val_rows: int = Field(default=64, ge=0)
-    """Validation rows, from the front, that are scored with each checkpoint; with 0 the training bound ranks them."""
+    """Evenly spaced validation rows that are scored with each checkpoint; with 0 the training bound ranks them."""
     resume: Switch = True
     """Whether an interrupted run continues from its last checkpoint; False starts it anew."""
     resume_path: Url = ""
@@ -330,16 +330,6 @@ class Config(Group):
     def edges_known(self) -> bool:
         """Whether scoring tells the network where documents end, as training did."""
         return KINDS[self.objective.kind].edges_known and self.data.isolate_documents
-
-    def training(self) -> dict[str, Any]:
-        """Return the settings that determine what training makes of its data."""
-        without = {"fsdp", "tensor", "remat"}  # these change where and how it is computed, not what comes out
-        train = self.train.model_dump(exclude=without if self.train.skip_nonfinite else {*without, "skip_nonfinite"})
-        return {
-            **self.model_dump(include={"model", "schedule", "objective"}),
-            "train": train,
-            "data": self.data.model_dump(include={"shuffle_seed", "isolate_documents"}),
-        }
 
     def replace(self, **groups: dict[str, Any]) -> "Config":
         """Return a copy with some fields of some groups changed, validated as a whole.

@@ -29,6 +29,15 @@ def write(path: Path, rows: Iterable[np.ndarray]) -> None:
         writer.close()  # an unclosed file is empty
 
 
+def evenly_spaced(n: int, count: int | None) -> np.ndarray:
+    """Return `count` of n places, from the first to the last, or all when there are no more: (min(n, count),).
+
+    >>> evenly_spaced(10, 4).tolist()
+    [0, 3, 6, 9]
+    """
+    return np.arange(n) if count is None or count >= n else np.linspace(0, n - 1, count).round().astype(int)
+
+
 def name(part: int) -> str:
     """Return the file name of the training shard that is made of a part of the corpus.
 

@@ -17,6 +17,8 @@ from nanodlm.data.tokenizer import load, tokenise
 from nanodlm.errors import NanodlmError
 from nanodlm.store import Artifact, Attempt
 
+COUNTS = "counts.npy"  # how often each token is trained on; left out of the digest, for the shards determine it
+
 
 def build_shards(
     config: Config, inputs: dict[str, Artifact], attempt: Attempt, emit: Callable[..., None]
@@ -33,7 +35,7 @@ def build_shards(
     encoding = load(inputs["tokenizer"].local())
     cut = inputs["split"].metrics["cut"]
     parts = download.parts(inputs["download"])
-    infos = {i: info for i in range(len(parts)) if (info := attempt.adopt(data_rows.name(i)))}
+    infos = {i: info for i in range(len(parts)) if "counts" in (info := attempt.adopt(data_rows.name(i)) or {})}
     missing = [i for i in range(len(parts)) if i not in infos]
     if missing:
         folder = inputs["download"].local(*(parts[i] for i in missing))
@@ -51,6 +53,7 @@ def build_shards(
     validation = np.load(inputs["split"].local() / "validation.npy", allow_pickle=False)
     val_rows = [validation[i : i + length] for i in range(0, len(validation), length)]
     write(attempt.path / "validation.arrayrecord", val_rows)
+    np.save(attempt.path / COUNTS, sum(np.array(info["counts"]) for info in shards))
     return {
         **totals,
         "rows_per_shard": [info["train_rows"] for info in shards],
@@ -76,6 +79,17 @@ def build_shard(config: Config, inputs: dict[str, Artifact], attempt: Attempt, i
     return _write_shard(config, encoding, inputs["split"].metrics["cut"], part, attempt, index, threads=1)
 
 
+def token_counts(shard: Artifact) -> np.ndarray:
+    """Return how often each token occurs in the training rows of a shard artifact, (V,)."""
+    if any(file["path"] == COUNTS for file in shard.manifest["files"]):
+        return np.load(shard.file(COUNTS), allow_pickle=False)
+    counts = np.zeros(shard.metrics["n_vocab"], np.int64)  # an earlier version did not write them
+    for part in range(len(shard.metrics["rows_per_shard"])):
+        tokens = np.concatenate(data_rows.read(shard.file(data_rows.name(part)), shard.metrics["dtype"]) or [[]])
+        counts += np.bincount(tokens.astype(int), minlength=len(counts))
+    return counts
+
+
 def _write_shard(
     config: Config, encoding: tiktoken.Encoding, cut: str, part: Path, attempt: Attempt, index: int, threads: int
 ) -> dict[str, Any]:
@@ -97,6 +111,7 @@ def _write_shard(
         "dropped_tokens": left,
         "dropped_documents": dropped,
         "first_key": smallest,
+        "counts": np.bincount(rows.ravel(), minlength=encoding.n_vocab).tolist(),
     }
     attempt.finish(name, [name], **info)
     return info

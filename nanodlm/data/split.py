@@ -67,7 +67,7 @@ def build_tokenizer(config: Config, inputs: dict[str, Artifact], attempt: Attemp
             zone_end, zone_bytes = key, zone_bytes + size
         if zone_end == order[-1][0]:
             raise _too_small(data.val_tokens, f"{sum(size for _, size in order) / 1e6:.2f} MB", len(order))
-        emit("message", text=f"training BPE on the documents after the first {zone_bytes / 1e6:.1f} MB")
+        emit("message", text=f"training BPE on all but {zone_bytes / 1e6:.3g} MB that may be held out")
         after_zone = (text for key, text in _keyed_documents(folder, data.split_seed) if key > zone_end)
         encoding = train_bpe(_up_to(MAX_BPE_BYTES, after_zone), data.vocab_size)
         zone = (text for key, text in _keyed_documents(folder, data.split_seed) if key <= zone_end)

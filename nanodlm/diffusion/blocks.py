@@ -6,12 +6,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int
 
+from nanodlm.diffusion.checks import Rows, Seed, check_logits, finite_tokens, random_key, require
 from nanodlm.diffusion.cross_entropy import predictable
-from nanodlm.diffusion.sampling import sample
+from nanodlm.diffusion.objective import own_objective, settle
 from nanodlm.diffusion.schedules import Schedule
-from nanodlm.diffusion.tokens import Prompt, _categorical, _require, _start, limited
+from nanodlm.diffusion.steps import draw_rows
+from nanodlm.diffusion.tokens import _categorical, _start, limited
 
 
 class Decoder(NamedTuple):
@@ -29,28 +31,43 @@ class Decoder(NamedTuple):
     denoise: Callable[[Any, Int[Array, "B b"], Float[Array, "B"]], Float[Array, "B b V"]]
 
 
+def cache_window(seq_len: int, block_size: int) -> int:
+    """Return how many tokens before a block are read: whole blocks, no more than in training on so many tokens.
+
+    >>> cache_window(64, 16), cache_window(64, 1)
+    (48, 63)
+    """
+    return max(1, seq_len // max(1, block_size) - 1) * block_size
+
+
+def decoder_of(network: Any) -> Decoder:
+    """Return the decoder of a loaded network."""
+    window = cache_window(network.seq_len, network.block_size)
+    return Decoder(partial(network.new_cache, window=window), network.extend, network.denoise_block)
+
+
 def sample_blocks(
     decoder: Decoder,
-    key: Key[Array, ""],
+    key: Seed,
     *,
     shape: tuple[int, int],
-    block_size: int,
-    mask_id: int,
-    schedule: Schedule,
     num_steps: int,
-    prompt: Prompt = None,
+    block_size: int | None = None,
+    mask_id: int | None = None,
+    schedule: Schedule | str | None = None,
+    prompt: Rows | None = None,
     **options: Any,
 ) -> Int[Array, "B L"]:
     """Draw sequences block by block, each by `sample` given the ones before; a block without masks costs no steps.
 
     Args:
         decoder: The network.
-        key: Randomness.
+        key: Randomness, or a seed.
         shape: (B, L) of the result, L a multiple of the block size.
-        block_size: Tokens per block.
-        mask_id: The id of a masked token.
-        schedule: The noise schedule.
         num_steps: Steps per block.
+        block_size: Tokens per block; like the next two, a loaded network carries it.
+        mask_id: The id of a masked token.
+        schedule: The noise schedule or its name.
         prompt: As for `sample`; what its blocks have masked is filled in without sight of later blocks.
         options: Those of `sample`, but for `guidance`: the cache has seen the prompt.
 
@@ -66,34 +83,36 @@ def sample_blocks(
     ...               schedule=make_schedule("linear"), num_steps=1, prompt=jnp.array([7])).tolist()
     [[7, 0, 1, 1, 2, 2]]
     """
-    _require(not options.get("guidance"), "the cache of earlier blocks has seen the prompt: choose guidance 0")
-    whole = block_size >= 1 and shape[1] % block_size == 0
-    _require(whole, f"the length {shape[1]} is no multiple of the block size {block_size}: choose one that divides it")
-    n_blocks = shape[1] // block_size
-    options |= {"shape": (shape[0], block_size), "mask_id": mask_id, "schedule": schedule, "num_steps": num_steps}
-    blocks = _start(prompt, shape, mask_id).reshape(shape[0], n_blocks, block_size).swapaxes(0, 1)
+    require(not options.pop("guidance", 0), "the cache of earlier blocks has seen the prompt: choose guidance 0")
+    _require_kind(decoder, "block")
+    known = settle(decoder.extend, schedule=schedule, mask_id=mask_id, block_size=block_size)
+    mask, size, key = known["mask_id"], known["block_size"], random_key(key)
+    whole = size and size >= 1 and shape[1] % size == 0
+    require(whole, f"the length {shape[1]} is no multiple of the block size {size}: choose one that divides it")
+    options |= {"shape": (shape[0], size), "mask_id": mask, "schedule": known["schedule"], "num_steps": num_steps}
+    blocks = _start(prompt, shape, mask).reshape(shape[0], -1, size).swapaxes(0, 1)
 
     def step(cache: Any, inputs: tuple[Int[Array, ""], Int[Array, "B b"]]) -> tuple[Any, Int[Array, "B b"]]:
         index, block = inputs
-        options["prompt"] = block
-        draw = partial(sample, partial(decoder.denoise, cache), jax.random.fold_in(key, index), **options)
-        block = jax.lax.cond((block == mask_id).any(), draw, lambda: block)
+        denoise = partial(decoder.denoise, cache)
+        draw = partial(draw_rows, denoise, jax.random.fold_in(key, index), prompt=block, **options)
+        block = jax.lax.cond((block == mask).any(), draw, lambda: block)
         return decoder.extend(cache, block)[1], block
 
-    _, blocks = jax.lax.scan(step, decoder.init(shape[0]), (jnp.arange(n_blocks), blocks))
-    return blocks.swapaxes(0, 1).reshape(shape)
+    _, blocks = jax.lax.scan(step, decoder.init(shape[0]), (jnp.arange(len(blocks)), blocks))
+    return finite_tokens(blocks.swapaxes(0, 1).reshape(shape))
 
 
 def sample_autoregressive(
     decoder: Decoder,
-    key: Key[Array, ""],
+    key: Seed,
     *,
     shape: tuple[int, int],
-    mask_id: int,
+    mask_id: int | None = None,
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
-    prompt: Prompt = None,
+    prompt: Rows | None = None,
     document_end: int | None = None,
 ) -> Int[Array, "B L"]:
     """Draw sequences from left to right, one token per call of the network.
@@ -103,9 +122,9 @@ def sample_autoregressive(
 
     Args:
         decoder: The network, with blocks of one token; `denoise` is not called.
-        key: Randomness.
+        key: Randomness, or a seed.
         shape: (B, L) of the result.
-        mask_id: The begin token; it and larger ids are never drawn.
+        mask_id: The begin token, which a loaded network carries; it and larger ids are never drawn.
         temperature: As for `sample`.
         top_k: As for `sample`.
         top_p: As for `sample`.
@@ -120,13 +139,28 @@ def sample_autoregressive(
     >>> sample_autoregressive(after, jax.random.key(0), shape=(1, 5), mask_id=8, prompt=jnp.array([8, 8, 5])).tolist()
     [[0, 1, 5, 6, 7]]
     """
+    _require_kind(decoder, "before")
+    own, key = own_objective(decoder.extend), random_key(key)
+    mask: int = settle(decoder.extend, schedule="linear" if own is None else None, mask_id=mask_id)["mask_id"]
 
     def step(state: tuple[Any, Int[Array, "B"]], inputs: tuple[Int[Array, ""], Int[Array, "B"]]) -> tuple[Any, Any]:
         (cache, before), (i, given) = state, inputs
         logits, cache = decoder.extend(cache, before[:, None])
-        logits = limited(predictable(logits, mask_id=mask_id), temperature, top_k, top_p)
-        token = jnp.where(given == mask_id, _categorical(key, i, logits)[:, 0], given)
-        return (cache, token if document_end is None else jnp.where(token == document_end, mask_id, token)), token
+        logits = predictable(check_logits(logits, before[:, None]), mask_id=mask)
+        logits = limited(logits, temperature, top_k, top_p)
+        token = jnp.where(given == mask, _categorical(key, i, logits)[:, 0], given)
+        return (cache, token if document_end is None else jnp.where(token == document_end, mask, token)), token
 
-    begin = (decoder.init(shape[0]), jnp.full(shape[0], mask_id, jnp.int32))
-    return jax.lax.scan(step, begin, (jnp.arange(shape[1]), _start(prompt, shape, mask_id).T))[1].T
+    begin = (decoder.init(shape[0]), jnp.full(shape[0], mask, jnp.int32))
+    tokens = jax.lax.scan(step, begin, (jnp.arange(shape[1]), _start(prompt, shape, mask).T))[1].T
+    return finite_tokens(tokens)
+
+
+def _require_kind(decoder: Decoder, reads: str) -> None:
+    """Refuse a loaded network that reads other positions than a sampler lets it."""
+    own = own_objective(decoder.extend)
+    kind = own.kind if own else ""
+    require(
+        own is None or own.traits.reads == reads,
+        f"the network was trained as {kind}: nanodlm.sample knows how to sample it",
+    )

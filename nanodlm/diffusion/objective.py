@@ -16,11 +16,12 @@ steps, so that a trainer can draw the noise of all its micro-batches at once: `c
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key
 
+from nanodlm.diffusion.checks import check_logits, noise_schedule, require, require_whole
 from nanodlm.diffusion.corruption import Corruption, mask_blocks, mask_rows, mix_rows, shift_right
 from nanodlm.diffusion.cross_entropy import cross_entropy, linear_cross_entropy
 from nanodlm.diffusion.kinds import KINDS, Estimator, Kind, KindName, Times, Weighting
@@ -28,6 +29,7 @@ from nanodlm.diffusion.mixed import mixed_divergence
 from nanodlm.diffusion.noise import Denoise, Logits, Tokens
 from nanodlm.diffusion.schedules import Schedule
 
+MOST_TIMESTEPS = 100_000  # beyond, alpha_s - alpha_t has few digits left in float32
 Features = Float[Array, "B L D"]
 Table = Float[Array, "V D"]
 
@@ -77,9 +79,10 @@ class Objective:
             names = get_args(choices)
             if value not in names:
                 raise ValueError(f"unknown name {value!r}: choose {', '.join(names[:-1])} or {names[-1]}")
-        for name in ("num_timesteps", "block_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("mask_id", "num_timesteps", "block_size"):
+            require_whole(name, getattr(self, name))
+        if self.estimator == "discrete" and self.num_timesteps > MOST_TIMESTEPS:
+            raise ValueError(f"{self.num_timesteps} steps cancel in float32: choose continuous, which is their limit")
         if self.mixed and self.traits.masks and not 0 < self.uniform_share < 1:
             raise ValueError(f"the uniform share of hybrid noise must lie between 0 and 1, not at {self.uniform_share}")
         whole = (self.schedule.start, self.schedule.end) == (0, 1)
@@ -139,7 +142,7 @@ class Objective:
         options = {"context": x_0} if self.traits.reads == "block" else {}
         if segment_ids is not None:
             options["segment_ids"] = segment_ids
-        return denoise(noised.x_t, noised.t, **options)
+        return check_logits(denoise(noised.x_t, noised.t, **options), x_0)
 
     def row_nats(self, logits: Logits, x_0: Tokens, noised: Corruption) -> RowNats:
         """Return loss and bound of each row from the network's logits, in nats per sequence."""
@@ -212,3 +215,40 @@ class Objective:
         if self.weighting == "bound" or not (self.traits.masks or self.mixed):  # without noise there are no weights
             return weight
         return jnp.minimum(weight, self.max_weight * ratio) if self.weighting == "clipped" else 2.0 * ratio
+
+
+def own_objective(network: Any) -> Objective | None:
+    """Return what a network, or the network of one of its methods, was trained on; None where it does not say."""
+    return getattr(getattr(network, "__self__", network), "objective", None)
+
+
+def settle(network: Any, *, schedule: Schedule | str | None, **passed: Any) -> dict[str, Any]:
+    """Return what was passed, filled in with what the network carries.
+
+    Another schedule is taken when the network does not see the time, for which it then means nothing.
+
+    Args:
+        network: A denoiser; one that was loaded carries the objective that it was trained on.
+        schedule: A schedule, its name, or None.
+        passed: Fields of an `Objective` by name, None where nothing was passed.
+
+    Raises:
+        ValueError: When a network that carries none is called without schedule or mask_id, or what was passed
+            contradicts what it carries.
+
+    >>> settle(lambda x_t, t: x_t, schedule="linear", mask_id=2)["schedule"].kind
+    'linear'
+    """
+    own, schedule = own_objective(network), noise_schedule(schedule)
+    if own is None:
+        missing = [name for name, value in (("schedule", schedule), ("mask_id", passed["mask_id"])) if value is None]
+        require(not missing, f"pass {' and '.join(missing)}: only a network of nanodlm.load carries its own")
+        require_whole("mask_id", passed["mask_id"])
+        return {"schedule": schedule, **passed}
+    for name, value in passed.items():
+        has = getattr(own, name)
+        require(value in (None, has), f"{name} {value} contradicts the network, which was trained with {has}")
+    if schedule is not None and getattr(network, "sees_time", True):
+        contradiction = f"a {schedule.kind} schedule: the network is told the times of {own.schedule.kind}"
+        require(schedule.agrees_with(own.schedule), contradiction)
+    return {"schedule": schedule or own.schedule, **{name: getattr(own, name) for name in passed}}

@@ -71,6 +71,16 @@ class Schedule:
         # Where a steep schedule's rate underflows to 0, no token is masked and 0 / 0 would spoil the sum.
         return jnp.where(mask_rate > 0, self.dmask_rate(t) / mask_rate, 0.0)
 
+    def agrees_with(self, other: "Schedule") -> bool:
+        """Return whether two schedules mask equally much at all of a few times.
+
+        >>> make_schedule("linear").agrees_with(make_schedule("poly", exponent=1.0))
+        True
+        """
+        with jax.ensure_compile_time_eval():
+            t = jnp.linspace(0.05, 0.95, 7)
+            return bool(jnp.allclose(self.mask_rate(t), other.mask_rate(t), atol=1e-6))
+
 
 def make_schedule(kind: str, *, exponent: float = 2.0, eps: float | None = None) -> Schedule:
     """Build a schedule by name.
@@ -141,7 +151,7 @@ def make_schedule(kind: str, *, exponent: float = 2.0, eps: float | None = None)
             time_of=lambda m: (jnp.arccos(jnp.sqrt(1 - m) * cos_first) - first) / scale,
         )
     power = {"linear": 1.0, "sqrt": 0.5, "poly": exponent}[kind]
-    if power <= 0:
+    if not 0 < power < math.inf:
         raise ValueError(f"the exponent of a poly schedule must be positive, not {power}")
     return Schedule(
         kind,

@@ -1,16 +1,21 @@
 """The loops of the samplers: how masks become tokens as time runs from 1 to 0."""
 
+import math
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import partial
+from typing import NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from nanodlm.diffusion.checks import Rows, check_logits, require, require_whole
+from nanodlm.diffusion.cross_entropy import predictable
+from nanodlm.diffusion.kinds import SAMPLERS, ByScore, InOrder
 from nanodlm.diffusion.mixed import shares
 from nanodlm.diffusion.noise import Denoise, Logits, Tokens, rank
 from nanodlm.diffusion.schedules import Schedule
-from nanodlm.diffusion.tokens import TINY, _categorical
+from nanodlm.diffusion.tokens import TINY, _categorical, _start, limited
 
 State = tuple[Int[Array, ""], Tokens]  # number of the step, and tokens before it
 
@@ -31,6 +36,85 @@ class _Walk(NamedTuple):
 
     def everywhere(self, value: Float[Array, ""]) -> Float[Array, "B"]:
         return jnp.full(len(self.start), value)
+
+
+def draw_rows(
+    denoise: Denoise,
+    key: Key[Array, ""],
+    *,
+    shape: tuple[int, int],
+    mask_id: int,
+    schedule: Schedule,
+    num_steps: int,
+    prompt: Rows | None = None,
+    sampler: str = "ancestral",
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    grid: str = "uniform",
+    guidance: float = 0.0,
+    uniform_share: float = 0.0,
+    entropy_bound: float = 0.1,
+    remask: float = 0.02,
+    loop_time: float = 0.1,
+) -> Tokens:
+    """Draw whole rows at a time, as `sampling.sample` says."""
+    require(sampler in SAMPLERS, f"unknown sampler {sampler!r}: choose one of {', '.join(SAMPLERS)}")
+    require(grid in ("uniform", "cosine"), f"unknown grid {grid!r}: choose uniform or cosine")
+    require_whole("num_steps", num_steps)
+    require(0 <= guidance < math.inf, f"guidance must not be negative, not {guidance}: choose 0 for none")
+    require(0 <= uniform_share <= 1, f"uniform_share must be between 0 and 1, not {uniform_share}")
+    require(sampler == "ancestral" or uniform_share == 0, f"{sampler} is for masks alone: choose ancestral")
+    require(guidance == 0 or uniform_share < 1, "uniform noise has no mask to hide a prompt with: choose guidance 0")
+    require(entropy_bound >= 0, f"entropy_bound must not be negative, not {entropy_bound}")
+    require(0 <= remask <= 1, f"remask must be between 0 and 1, not {remask}")
+    require(0 < loop_time < 1, f"loop_time must be above 0 and below 1, not {loop_time}")
+    start = _start(prompt, shape, mask_id)
+    given = start != mask_id
+    start_key, token_key = jax.random.split(key)
+
+    def predict(x_t: Tokens, t: Float[Array, "B"]) -> Logits:
+        logits = predictable(check_logits(denoise(x_t, t), x_t), mask_id=mask_id)
+        if guidance == 0 or prompt is None or jnp.asarray(prompt).size == 0:
+            return logits
+        without = predictable(denoise(jnp.where(given, mask_id, x_t), t), mask_id=mask_id)
+        return jnp.where(logits > -jnp.inf, (1 + guidance) * logits - guidance * without, -jnp.inf)
+
+    times = _times(num_steps, grid, loop_time if sampler == "remdm_loop" else None)
+    walk = _Walk(
+        start=start,
+        times=times,
+        rates=schedule.mask_rate(times).at[0].set(1.0).at[-1].set(0.0),  # whatever the schedule does at its ends
+        mask_id=mask_id,
+        predict=predict,
+        limit=partial(limited, temperature=temperature, top_k=top_k, top_p=top_p),
+        key=token_key,
+    )
+    if uniform_share > 0:
+        return _denoise_mixed(walk, start_key, uniform_share)
+    if sampler in get_args(InOrder):
+        return _unmask_in_order(walk, start_key, schedule, sampler)
+    if sampler in get_args(ByScore):
+        return _unmask_by_score(walk, schedule, sampler, entropy_bound)
+    return _remask(walk, start_key, sampler, remask)
+
+
+def _times(num_steps: int, grid: str, loop_time: float | None = None) -> Float[Array, "T"]:
+    """Return the grid of times from exactly 1 to exactly 0; it stands still at `loop_time` for a third of its steps.
+
+    >>> [round(t, 2) for t in _times(6, "uniform", 0.1).tolist()]
+    [1.0, 0.55, 0.1, 0.1, 0.1, 0.05, 0.0]
+    """
+
+    def spaced(n: int) -> list[float]:
+        return [(n - i) / n if grid == "uniform" else math.cos(math.pi / 2 * i / n) for i in range(n + 1)]
+
+    times = spaced(num_steps)
+    if loop_time is not None:
+        first, still, last = ((num_steps + k) // 3 for k in (1, 0, 2))  # they add up to num_steps
+        before = [loop_time + (1 - loop_time) * t for t in spaced(max(first, 1))[:first]]
+        times = before + [loop_time] * still + [loop_time * t for t in spaced(last)]
+    return jnp.array([1.0, *times[1:-1], 0.0], jnp.float32)
 
 
 def _unmask_in_order(walk: _Walk, key: Key[Array, ""], schedule: Schedule, sampler: str) -> Tokens:
@@ -95,7 +179,7 @@ def _unmask_by_score(walk: _Walk, schedule: Schedule, sampler: str, entropy_boun
             score = best[..., 0] - best[..., 1]
         else:
             score = (jnp.exp(log_p) * jnp.maximum(log_p, -1e30)).sum(axis=-1)
-        score = jnp.where(masked, score, -jnp.inf)
+        score = jnp.where(masked, jnp.nan_to_num(score, nan=0.0), -jnp.inf)
         if by_time:
             count = left - jnp.round(total * walk.rates[i + 1]).astype(jnp.int32)
         else:
@@ -104,7 +188,9 @@ def _unmask_by_score(walk: _Walk, schedule: Schedule, sampler: str, entropy_boun
             count = jnp.where(i == len(walk.rates) - 2, left, (others <= entropy_bound).sum(axis=1))
         return i + 1, jnp.where(masked & (rank(-score) < count[:, None]), tokens, x_t)
 
-    more = lambda state: (state[1] == walk.mask_id).any()  # noqa: E731
+    def more(state: State) -> Bool[Array, ""]:
+        return (state[1] == walk.mask_id).any() & (state[0] < len(walk.rates) - 1)
+
     return jax.lax.while_loop(more, body, (jnp.int32(0), walk.start))[1]
 
 
@@ -160,7 +246,7 @@ def _remask(walk: _Walk, key: Key[Array, ""], sampler: str, remask: float) -> To
         tokens = walk.tokens(logits, i)
         p = jnp.take_along_axis(jax.nn.softmax(logits, axis=-1), tokens[..., None], axis=-1)[..., 0]
         x_s = jnp.where(to_mask, walk.mask_id, jnp.where(masked, tokens, x_t))
-        return jnp.where(given, x_t, x_s), jnp.where(masked, p, psi)
+        return jnp.where(given | (x_t < 0), x_t, x_s), jnp.where(masked, p, psi)
 
     return jax.lax.fori_loop(0, len(walk.rates) - 1, body, (walk.start, jnp.zeros(given.shape)))[0]
 
@@ -192,6 +278,7 @@ def _denoise_mixed(walk: _Walk, key: Key[Array, ""], uniform_share: float) -> To
         noise = jnp.where(x_t == walk.mask_id, t.masked - a * s.masked, (t.uniform - a * s.uniform) / walk.mask_id)
         # Rounding must not make noise negative; a little of it leaves something to draw where rates underflow.
         back = jnp.maximum(noise, TINY)[..., None] + a * jax.nn.one_hot(x_t, walk.mask_id + 1)
-        return jnp.where(given, x_t, _categorical(walk.key, i, jnp.log(q_s) + jnp.log(back)))
+        x_s = _categorical(walk.key, i, jnp.log(q_s) + jnp.log(back))
+        return jnp.where(given | (x_t < 0), x_t, x_s)
 
     return jax.lax.fori_loop(0, len(walk.rates) - 1, body, prior)

@@ -6,29 +6,21 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, Key
 
+from nanodlm.diffusion.checks import Rows, require, require_whole, token_ids
 from nanodlm.diffusion.noise import Logits, Tokens
 
 TINY = 1e-30
-Prompt = Int[Array, "B P"] | Int[Array, "P"] | None
 
 
-def _require(sound: bool, message: str) -> None:
-    if not sound:
-        raise ValueError(message)
-
-
-def _start(prompt: Prompt, shape: tuple[int, int], mask_id: int) -> Tokens:
+def _start(prompt: Rows | None, shape: tuple[int, int], mask_id: int) -> Tokens:
     """Return the prompt with masks behind it."""
     x_1 = jnp.full(shape, mask_id, jnp.int32)
     if prompt is None:
         return x_1
-    given = jnp.asarray(prompt)
-    whole = jnp.issubdtype(given.dtype, jnp.integer) or given.size == 0
-    _require(whole and given.ndim in (1, 2), "a prompt is one row of token ids, or as many as there are sequences")
-    prompt = jnp.atleast_2d(given.astype(jnp.int32))
-    fits = prompt.shape[1] <= shape[1] and prompt.shape[0] in (1, shape[0])
-    _require(fits, f"a prompt of shape {prompt.shape} does not fit sequences of shape {shape}")
-    return x_1.at[:, : prompt.shape[1]].set(prompt)
+    given = jnp.atleast_2d(token_ids("the prompt", prompt, mask_id).astype(jnp.int32))
+    fits = given.shape[1] <= shape[1] and given.shape[0] in (1, shape[0])
+    require(fits, f"a prompt of shape {given.shape} does not fit sequences of shape {shape}")
+    return x_1.at[:, : given.shape[1]].set(given)
 
 
 def limited(logits: Logits, temperature: float, top_k: int, top_p: float) -> Logits:
@@ -39,12 +31,12 @@ def limited(logits: Logits, temperature: float, top_k: int, top_p: float) -> Log
     >>> jax.nn.softmax(limited(jnp.log(jnp.array([[[0.2, 0.5, 0.3]]])), 1.0, 0, 0.6))[0, 0].tolist()  # 0.5 < 0.6
     [0.0, 0.625, 0.375]
     """
-    _require(temperature >= 0, f"temperature must not be negative, not {temperature}")
-    _require(top_k >= 0, f"top_k must not be negative, not {top_k}: choose 0 for all tokens")
-    _require(0 < top_p <= 1, f"top_p must be above 0 and at most 1, not {top_p}: choose 1 for all tokens")
+    require(temperature >= 0, f"temperature must not be negative, not {temperature}")
+    require_whole("top_k", top_k, 0)
+    require(0 < top_p <= 1, f"top_p must be above 0 and at most 1, not {top_p}: choose 1 for all tokens")
     if temperature == 0:
         best = jnp.argmax(logits, axis=-1, keepdims=True)
-        return jnp.where(jnp.arange(logits.shape[-1]) == best, 0.0, -jnp.inf)
+        return jnp.where(jnp.arange(logits.shape[-1]) == best, 0.0 * logits, -jnp.inf)  # what is not finite stays so
     logits = (logits - logits.max(axis=-1, keepdims=True)) / temperature
     if top_k == 0 and top_p == 1:
         return logits
@@ -62,8 +54,10 @@ def _categorical(key: Key[Array, ""], step: Int[Array, "B"] | Int[Array, ""], lo
     """Draw by Gumbel-max, with noise of each row and its step, so that rows need not be at the same step.
 
     The noise is of high precision: that of one 32-bit number stops at 16, which starves rare tokens and acts as a
-    lower temperature (arXiv:2409.02908, on inaccurate categorical sampling).
+    lower temperature (arXiv:2409.02908, on inaccurate categorical sampling). Where logits are NaN or plus infinity, or
+    all minus infinity, nothing can be drawn, and the token is -1.
     """
     rows = jnp.arange(len(logits))
     keys = jax.vmap(partial(jax.random.fold_in, key))(step * len(rows) + rows)
-    return jax.vmap(partial(jax.random.categorical, mode="high"))(keys, logits).astype(jnp.int32)
+    drawn = jax.vmap(partial(jax.random.categorical, mode="high"))(keys, logits).astype(jnp.int32)
+    return jnp.where(jnp.isfinite(logits.max(axis=-1)), drawn, -1)

@@ -14,28 +14,30 @@ from jaxtyping import Int
 from nanodlm.build import make_objective
 from nanodlm.checkpoints.loading import load_artifact
 from nanodlm.config import Config, EvalConfig, load_config
-from nanodlm.data.rows import read
+from nanodlm.data.rows import evenly_spaced, read
+from nanodlm.data.shard import token_counts
 from nanodlm.data.tokenizer import token_bytes
 from nanodlm.data.vocabulary import Vocabulary
 from nanodlm.devices.mesh import make_mesh, replicated
 from nanodlm.diffusion.objective import Objective
 from nanodlm.errors import NanodlmError
 from nanodlm.evaluation.scoring import make_scorer, score_rows
+from nanodlm.evaluation.uncertainty import documents_in, ratio_stderr
 from nanodlm.model.transformer import Transformer
 from nanodlm.store import Artifact, Attempt
 
 Emit = Callable[..., None]
 
 
-def unigram_nats(tokens: Int[np.ndarray, "N"]) -> float:
-    """Return the entropy of the tokens' own frequencies, in nats per token: the best that a model without context gets.
+def unigram_nats(tokens: Int[np.ndarray, "N"], counts: Int[np.ndarray, "V"]) -> float:
+    """Return what tokens cost a model without context, in nats per token, given the counts of training.
 
-    >>> round(unigram_nats(np.array([0, 1, 0, 1])), 4)
-    0.6931
+    Each count is one more than it was, so that no token is impossible (Laplace's rule of succession).
+
+    >>> round(unigram_nats(np.array([0, 1]), np.array([2, 0])), 4)  # -(log 3/4 + log 1/4) / 2
+    0.837
     """
-    counts = np.bincount(tokens)
-    p = counts[counts > 0] / len(tokens)
-    return float(-(p * np.log(p)).sum())
+    return float(np.log(counts.sum() + len(counts)) - np.log(counts[tokens] + 1).mean())
 
 
 def evaluate(config: Config, inputs: dict[str, Artifact], attempt: Attempt, emit: Emit) -> dict[str, Any]:
@@ -43,9 +45,20 @@ def evaluate(config: Config, inputs: dict[str, Artifact], attempt: Attempt, emit
     model, encoding = load_artifact(inputs["train"])
     trained = load_config(str(inputs["train"].file("config.json")))
     shard = inputs["shard"]
-    rows = read(shard.file("validation.arrayrecord"), shard.metrics["dtype"])[: config.eval.max_rows]
-    objective = make_objective(trained, Vocabulary.of(encoding))
-    metrics = score(model, encoding, rows, objective, config.eval, edges_known=trained.edges_known, emit=emit)
+    rows = read(shard.file("validation.arrayrecord"), shard.metrics["dtype"])
+    chosen = evenly_spaced(len(rows), config.eval.max_rows)
+    documents = documents_in(rows, encoding.eot_token)[chosen]
+    metrics = score(
+        model,
+        encoding,
+        [rows[i] for i in chosen],
+        make_objective(trained, Vocabulary.of(encoding)),
+        config.eval,
+        documents=documents,
+        counts=token_counts(shard),
+        edges_known=trained.edges_known,
+        emit=emit,
+    )
     (attempt.path / "metrics.json").write_text(json.dumps(metrics, indent=1))
     return metrics
 
@@ -57,21 +70,24 @@ def score(
     objective: Objective,
     options: EvalConfig,
     *,
+    documents: Int[np.ndarray, "N 2"],
+    counts: Int[np.ndarray, "V"],
     edges_known: bool = False,
     emit: Emit = lambda *_, **__: None,
 ) -> dict[str, Any]:
     """Return the bound of rows, whatever the network was trained to minimise (see diffusion/objective.py).
 
     Rows are of equal length but for the last, which may be shorter. Every row is scored by itself: its bound is on
-    -log p of its tokens without the text before it. Each row gets `repeats` draws of noise. The standard error is that
-    of the mean over rows taken as independent: it covers the noise and the choice of rows, not that rows of one
-    document resemble each other. With `edges_known` the network is told where documents end.
+    -log p of its tokens without the text before it. Each row gets `repeats` draws of noise. The standard error is for
+    other documents: rows share `documents`, from `documents_in`, unless there is one document, when they are taken as
+    independent. `counts` are those of the training tokens. With `edges_known` the network is told where documents end.
 
     Raises:
         NanodlmError: When there are fewer than two rows, which have no standard error.
 
     Returns:
-        `val_nats_per_token`, `val_bits_per_byte`, `val_bits_per_byte_stderr`, `val_unigram_bits_per_byte` and counts.
+        `val_nats_per_token`, `val_bits_per_byte`, `val_bits_per_byte_stderr`, `val_unigram_bits_per_byte`, counts, and
+        as `val_stderr_over` whether the standard error is one over `documents` or over `rows`.
         Bits per byte divide by the bytes of the text; end-of-text marks add nats but no bytes.
     """
     if len(rows) < 2:
@@ -90,18 +106,25 @@ def score(
             if done // options.batch_size % 20 == 0 or done == len(rows):
                 emit("progress", done=done + repeat * len(rows), total=len(rows) * options.repeats, unit="rows")
     tokens = np.concatenate(rows)
-    n_bytes = int(np.array(token_bytes(encoding))[tokens].sum())
-    stderr = float(nats.std(ddof=1)) * math.sqrt(len(rows))  # of the sum
+    lengths = np.array(token_bytes(encoding))
+    n_bytes = int(lengths[tokens].sum())
+    row_bytes = np.array([lengths[row].sum() for row in rows])
+    row_tokens = np.array([len(row) for row in rows])
+    over = "documents" if documents.max() > documents.min() else "rows"
+    documents = documents if over == "documents" else np.repeat(np.arange(len(rows))[:, None], 2, axis=1)
+    unigram = unigram_nats(tokens, counts)
     return {
         "val_nats_per_token": float(nats.sum()) / len(tokens),
-        "val_nats_per_token_stderr": stderr / len(tokens),
+        "val_nats_per_token_stderr": ratio_stderr(nats, row_tokens, documents),
         "val_bits_per_byte": bits_per_byte(float(nats.sum()), n_bytes),
-        "val_bits_per_byte_stderr": bits_per_byte(stderr, n_bytes),
-        "val_unigram_nats_per_token": unigram_nats(tokens),
-        "val_unigram_bits_per_byte": bits_per_byte(unigram_nats(tokens) * len(tokens), n_bytes),
+        "val_bits_per_byte_stderr": ratio_stderr(nats, row_bytes, documents) / math.log(2),
+        "val_stderr_over": over,
+        "val_unigram_nats_per_token": unigram,
+        "val_unigram_bits_per_byte": bits_per_byte(unigram * len(tokens), n_bytes),
         "scored_tokens": len(tokens),
         "scored_bytes": n_bytes,
         "scored_rows": len(rows),
+        "scored_documents": int(documents[:, 1].max() - documents[:, 0].min() + 1) if over == "documents" else 1,
     }
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from nanodlm.config import Config
+from nanodlm.data.tokenizer import END_OF_TEXT
 from nanodlm.store import Artifact, Attempt
 
 STYLE = """
@@ -21,11 +22,13 @@ def build(config: Config, inputs: dict[str, Artifact], attempt: Attempt, emit: C
     """Gather the results of train, evaluate and sample into `report.html` and `report.md`."""
     train, evaluate, sample = (inputs[name] for name in ("train", "evaluate", "sample"))
     m, t = evaluate.metrics, train.metrics
-    below = 100 * (1 - m["val_bits_per_byte"] / m["val_unigram_bits_per_byte"])
+    by_document, unigram = m["val_stderr_over"] == "documents", m["val_unigram_bits_per_byte"]
+    over = f"{m['scored_documents']:,} documents" if by_document else "rows, taken as independent"
     rows = [
         ("validation bound", f"{m['val_bits_per_byte']:.4f} ± {m['val_bits_per_byte_stderr']:.4f} bits per byte"),
         ("", f"{m['val_nats_per_token']:.4f} ± {m['val_nats_per_token_stderr']:.4f} nats per token"),
-        ("unigram entropy", f"{m['val_unigram_bits_per_byte']:.4f} bits per byte: the bound is {below:.1f}% below it"),
+        ("unigram entropy", f"{unigram:.4f} bits per byte: the bound is {against_unigram(m)} it"),
+        ("standard error", f"over {over}"),
         ("validation text", f"{m['scored_tokens']:,} tokens, {m['scored_bytes']:,} bytes"),
         ("objective", f"{config.objective.kind}, trained with {config.objective.weighting} weights"),
         ("trained on", f"{t['trained_tokens']:,} tokens in {t['updates']:,} updates"),
@@ -34,7 +37,7 @@ def build(config: Config, inputs: dict[str, Artifact], attempt: Attempt, emit: C
         *((name, artifact.fingerprint) for name, artifact in inputs.items()),
     ]
     logs = json.loads(train.file("logs.json").read_text())
-    texts = [json.loads(line)["text"] for line in sample.file("samples.jsonl").read_text().splitlines()]
+    texts = texts_of(sample)
     title = config.exp.run_name or "nanodlm"
     points = [(r["step"], r["nats_per_token"]) for r in logs if r["nats_per_token"] is not None]
     curve = loss_curve(points, m["val_unigram_nats_per_token"]) if points else ""
@@ -52,7 +55,23 @@ def build(config: Config, inputs: dict[str, Artifact], attempt: Attempt, emit: C
     lines = [f"# {title}", "", "| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows), ""]
     quoted = ("\n".join("> " + line for line in text.splitlines()) + "\n" for text in texts)
     (attempt.path / "report.md").write_text("\n".join([*lines, "## Samples", "", *quoted]))
-    return {"below_unigram_percent": round(below, 2)}
+    return {"below_unigram_percent": round(100 * (1 - m["val_bits_per_byte"] / m["val_unigram_bits_per_byte"]), 2)}
+
+
+def against_unigram(metrics: dict[str, Any]) -> str:
+    """Return how a bound compares with the unigram entropy.
+
+    >>> against_unigram({"val_bits_per_byte": 1.5, "val_unigram_bits_per_byte": 2.0})
+    '25.0% below'
+    """
+    percent = 100 * (metrics["val_bits_per_byte"] / metrics["val_unigram_bits_per_byte"] - 1)
+    return f"{abs(percent):.1f}% {'above' if percent > 0 else 'below'}"
+
+
+def texts_of(sample: Artifact) -> list[str]:
+    """Return the sampled texts for people, with an empty line where a document ends."""
+    lines = sample.file("samples.jsonl").read_text().splitlines()
+    return [json.loads(line)["text"].replace(END_OF_TEXT, "\n\n") for line in lines]
 
 
 def loss_curve(points: list[tuple[int, float]], level: float | None = None) -> str:

@@ -5,19 +5,16 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tiktoken
 from flax import nnx
 from jaxtyping import Array, Int, Key
 
-from nanodlm.build import make_objective
-from nanodlm.config import Config, SampleConfig, load_config
+from nanodlm.config import Config, SampleConfig
 from nanodlm.data.tokenizer import END_OF_TEXT
-from nanodlm.data.vocabulary import Vocabulary
-from nanodlm.diffusion.blocks import Decoder, sample_autoregressive, sample_blocks
 from nanodlm.diffusion.sampling import sample
-from nanodlm.errors import UsageError
+from nanodlm.diffusion.schedules import Schedule, make_schedule
+from nanodlm.errors import NanodlmError, UsageError
 from nanodlm.model.transformer import Transformer
 
 if TYPE_CHECKING:
@@ -36,65 +33,40 @@ def generate(
 
     options = config.sample
     model, encoding = load_artifact(inputs["train"])
-    trained = load_config(str(inputs["train"].file("config.json")))
-    graphdef, params = nnx.split(model)
-    draw = make_draw(options, trained, encoding, graphdef)
-    tokens = np.asarray(draw(params, jax.random.key(options.seed)))
+    schedule = make_schedule(**config.schedule.model_dump())
+    tokens = np.asarray(make_draw(options, encoding, model, schedule)(nnx.state(model), jax.random.key(options.seed)))
+    if tokens.min() < 0:
+        raise NanodlmError("the network gave logits that are not finite: its training has diverged")
     texts = [encoding.decode(row.tolist()) for row in tokens]
     emit("progress", done=len(texts), total=len(texts), unit="samples")
     np.save(attempt.path / "tokens.npy", tokens)
     (attempt.path / "samples.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     rule = "\n" + "-" * 72 + "\n"
-    (attempt.path / "samples.txt").write_text(rule.join(text.replace(END_OF_TEXT, "\n\n") for text in texts))
-    return {"samples": len(texts), "sample_tokens": int(tokens.size), "first_sample": texts[0]}
+    shown = [text.replace(END_OF_TEXT, "\n\n") for text in texts]
+    (attempt.path / "samples.txt").write_text(rule.join(shown))
+    return {"samples": len(texts), "sample_tokens": int(tokens.size), "first_sample": shown[0]}
 
 
 def make_draw(
-    options: SampleConfig, trained: Config, encoding: tiktoken.Encoding, graphdef: nnx.GraphDef
+    options: SampleConfig, encoding: tiktoken.Encoding, model: Transformer, schedule: Schedule
 ) -> jax.stages.Wrapped:
     """Return a jitted function `(params, key) -> tokens` that draws texts, int32 of shape (num_samples, length).
 
-    The sampler is the one of the objective that the network, whose structure is `graphdef`, was trained on. A network
-    of blocks looks back no further than in training.
+    The parameters are what `nnx.state` gives of the model. The schedule must be its own if it is told the time.
 
     Raises:
         UsageError: When the prompt is as long as the texts.
     """
-    length = options.length or trained.model.seq_len
+    length = options.length or model.seq_len
     prompt = np.array(encoding.encode_ordinary(options.prompt), np.int32)
-    vocabulary = Vocabulary.of(encoding)
-    objective = make_objective(trained, vocabulary)
-    size = objective.traits.block_size(objective.block_size)
     if len(prompt) >= length:
-        remedy = "shorten --sample.prompt" + " or raise --sample.length" * bool(size)
+        remedy = "shorten --sample.prompt" + " or raise --sample.length" * bool(model.block_size)
         raise UsageError(f"the prompt has {len(prompt)} tokens and texts have {length}: {remedy}")
-    window = cache_window(trained.model.seq_len, size)
-    document_end = vocabulary.end_of_text if trained.data.isolate_documents else None
-    choice = options.model_dump(include={"temperature", "top_k", "top_p"})
-    steps = options.model_dump(include={"num_steps", "sampler", "grid", "entropy_bound", "remask", "loop_time"})
+    how: dict[str, Any] = options.model_dump(exclude={"prompt", "length", "num_samples", "seed"})
+    graphdef = nnx.graphdef(model)
 
-    @jax.jit
     def draw(params: Any, key: Key[Array, ""]) -> Int[Array, "B L"]:
-        model: Transformer = nnx.merge(graphdef, params)
-        common = {**choice, "mask_id": objective.mask_id, "prompt": jnp.asarray(prompt)}
-        if not size:
-            kind = {"uniform_share": objective.noise_share, "guidance": options.guidance}
-            shape = (options.num_samples, length)
-            return sample(model, key, shape=shape, schedule=objective.schedule, **kind, **common, **steps)
-        decoder = Decoder(lambda rows: model.new_cache(rows, window), model.extend, model.denoise_block)
-        shape = (options.num_samples, -(-length // size) * size)  # the text may end within the last block
-        if objective.traits.reads == "before":
-            return sample_autoregressive(decoder, key, shape=shape, document_end=document_end, **common)
-        blocks = {"block_size": size, "schedule": objective.schedule}
-        return sample_blocks(decoder, key, shape=shape, **blocks, **common, **steps)[:, :length]
+        model, shape = nnx.merge(graphdef, params), (options.num_samples, length)
+        return sample(model, key, shape=shape, schedule=schedule, prompt=prompt, **how)
 
-    return draw
-
-
-def cache_window(seq_len: int, block_size: int) -> int:
-    """Return how many tokens before a block it reads: whole blocks, no more than in training.
-
-    >>> cache_window(64, 16), cache_window(64, 1)
-    (48, 63)
-    """
-    return max(1, seq_len // max(1, block_size) - 1) * block_size
+    return jax.jit(draw)

@@ -71,6 +71,13 @@ class Transformer(nnx.Module):
         ValueError: For a block size below 0.
     """
 
+    objective: Any = None
+    """What it is trained on, a `diffusion.objective.Objective`, where it was made from settings."""
+    seq_len: int = 0
+    """Tokens in the rows it is trained on, likewise."""
+    document_end: int | None = None
+    """The id that ends a document, where it is told."""
+
     def __init__(
         self,
         *,
@@ -122,6 +129,11 @@ class Transformer(nnx.Module):
         (1, 4, 32)
         """
         return self._score(self.features(x_t, t, segment_ids, context))
+
+    @property
+    def sees_time(self) -> bool:
+        """Whether it is told the time t."""
+        return self.time_in is not None
 
     @property
     def table(self) -> Float[Array, "V D"]:

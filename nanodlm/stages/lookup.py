@@ -8,7 +8,7 @@ from typing import Any, Self
 from nanodlm.config import Config, differences
 from nanodlm.errors import Damaged, NanodlmError
 from nanodlm.stages.table import NAMES, STAGES, Stage
-from nanodlm.store import SCHEMA, Artifact, Store, fingerprint_of
+from nanodlm.store import SCHEMA, Artifact, Store, changed_since, fingerprint_of
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,15 @@ class Lookup:
     def input_fingerprints(self) -> dict[str, str]:
         """Fingerprints of the inputs by stage, as another process is told them."""
         return {name: artifact.fingerprint for name, artifact in self.inputs.items()}
+
+    @property
+    def changed(self) -> list[str]:
+        """Source files that are not what they were when the artifact was made."""
+        return changed_since(self.artifact) if self.artifact else []
+
+    def is_again(self, rebuild: str | None) -> bool:
+        """Say if a run is to build the stage again, by its name or because its code has `changed`."""
+        return rebuild == self.stage.name or (rebuild == "changed" and bool(self.changed))
 
     def find_in(self, store: Store, *, may_be_damaged: bool = False) -> Self:
         """Return this lookup with the artifact that the store holds now, which is checked unless it may be damaged."""

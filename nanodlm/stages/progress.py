@@ -26,8 +26,8 @@ def event_log(path: Path) -> Emit:
 class Pace:
     """Put the progress of one stage into words, with the time that is left.
 
-    >>> Pace().describe({"done": 20, "total": 120, "unit": "updates", "loss": 2.5})
-    '20/120 updates, loss 2.500'
+    >>> Pace().describe({"done": 20, "total": 120, "unit": "updates", "bits_per_byte": 2.5})
+    '20/120 updates, 2.50 bits per byte'
     """
 
     def __init__(self) -> None:
@@ -39,8 +39,8 @@ class Pace:
         digits = 1 if total and total < 100 and not float(total).is_integer() else 0
         count = f"{done:,.{digits}f}/{total:,.{digits}f}" if total else f"{done:,.1f}"
         parts = [f"{count} {fields['unit']}"]
-        if fields.get("loss") is not None:
-            parts.append(f"loss {fields['loss']:.3f}")
+        if fields.get("bits_per_byte") is not None:
+            parts.append(f"{fields['bits_per_byte']:.2f} bits per byte")
         if fields.get("tokens_per_second"):
             parts.append(f"{fields['tokens_per_second']:,.0f} tokens/s")
         now = time.monotonic()

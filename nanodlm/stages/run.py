@@ -12,7 +12,7 @@ from nanodlm.errors import NanodlmError
 from nanodlm.stages.lookup import Lookup, identify, ready
 from nanodlm.stages.progress import Emit
 from nanodlm.stages.table import STAGES, until
-from nanodlm.store import Artifact, Store, hold_lease, new_attempt
+from nanodlm.store import Artifact, Store, changed_since, code_record, hold_lease, new_attempt, remark
 from nanodlm.store.cache import cache_dir
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -50,6 +50,9 @@ def run_stage(
 def _build(lookup: Lookup, config: Config, store: Store, rebuild: bool, emit: Emit) -> tuple[Artifact, bool]:
     """Build and commit a stage while holding its lease. Return the artifact, and whether this run built it."""
     stage, fingerprint, reads = lookup.stage, lookup.fingerprint, lookup.input_fingerprints
+    for artifact in lookup.inputs.values():
+        if stage.own_process and (changed := changed_since(artifact)):
+            emit("message", text=f"the {artifact.stage} artifact was {remark(changed)}")
     with hold_lease(store, stage.name, fingerprint, lambda text: emit("message", text=text), reads) as lease:
 
         def publish(kind: str, **fields: Any) -> None:
@@ -62,12 +65,14 @@ def _build(lookup: Lookup, config: Config, store: Store, rebuild: bool, emit: Em
             return existing, False
         afresh = existing is not None
         with full_disk_in_one_line(store), new_attempt(store, stage.name, fingerprint, afresh=afresh) as attempt:
+            code = code_record(stage.module)  # as it is now, before anybody edits it
             metrics = stage.run(config, lookup.inputs, attempt, publish)
             # Beside the digests that are part of the identity, the fingerprints tell where the inputs lie.
             lineage = {n: {"digest": a.digest, "fingerprint": a.fingerprint} for n, a in lookup.inputs.items()}
             artifact = attempt.commit(
                 identity={**lookup.identity, "inputs": lineage},
                 config=config.model_dump(mode="json"),
+                code=code,
                 metrics=metrics,
                 volatile=stage.volatile,
                 replace=rebuild,

@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import Any, Literal, get_args
 
 from nanodlm.checkpoints.finding import find_checkpoint
-from nanodlm.config import Config
+from nanodlm.config import Config, sampling_settings, training_settings
 from nanodlm.errors import UsageError
 
 
@@ -32,10 +32,14 @@ class Stage:
         """Return the stages whose artifacts it reads: a tokenizer reads the text only to be trained on it."""
         return () if self.name == "tokenizer" and config.data.tokenizer != "bpe" else self.reads
 
+    @property
+    def module(self) -> str:
+        """The module of `build`, which with all it imports makes the stage's results."""
+        return self.build.partition(":")[0]
+
     def run(self, *arguments: Any) -> dict[str, Any]:
         """Call `build`, imported now, with `(config, inputs, attempt, emit)`; it returns the stage's metrics."""
-        module, function = self.build.split(":")
-        return getattr(import_module(module), function)(*arguments)
+        return getattr(import_module(self.module), self.build.partition(":")[2])(*arguments)
 
 
 def _settings(group: str, *names: str) -> Callable[[Config], dict[str, Any]]:
@@ -56,8 +60,8 @@ def _tokenizer(config: Config) -> dict[str, Any]:
 
 def _training(config: Config) -> dict[str, Any]:
     if not config.exp.resume_path:
-        return config.training()
-    return {**config.training(), "started_from": find_checkpoint(config.exp.resume_path).digest}
+        return training_settings(config)
+    return {**training_settings(config), "started_from": find_checkpoint(config.exp.resume_path).digest}
 
 
 StageName = Literal["download", "tokenizer", "split", "shard", "train", "evaluate", "sample"]
@@ -68,10 +72,24 @@ ALL = (
     Stage("tokenizer", "nanodlm.data.split:build_tokenizer", ("download",), _tokenizer),
     Stage("split", "nanodlm.data.split:build_split", DOCUMENTS, _settings("data", "val_tokens", "split_seed")),
     # Since version 2, its metrics list the rows of each shard.
-    Stage("shard", "nanodlm.data.shard:build_shards", (*DOCUMENTS, "split"), _settings("model", "seq_len"), version=2),
+    Stage(
+        "shard",
+        "nanodlm.data.shard:build_shards",
+        (*DOCUMENTS, "split"),
+        _settings("model", "seq_len"),
+        version=2,
+        volatile=("counts.npy",),
+    ),
     Stage("train", "nanodlm.training.loop:train", ("shard", "tokenizer"), _training, own_process=True, volatile=LOGS),
-    Stage("evaluate", "nanodlm.evaluation.evaluate:evaluate", ("shard", "train"), _settings("eval"), own_process=True),
-    Stage("sample", "nanodlm.generation.generate:generate", ("train",), _settings("sample"), own_process=True),
+    Stage(
+        "evaluate",
+        "nanodlm.evaluation.evaluate:evaluate",
+        ("shard", "train"),
+        _settings("eval"),
+        version=2,
+        own_process=True,
+    ),
+    Stage("sample", "nanodlm.generation.generate:generate", ("train",), sampling_settings, own_process=True),
     Stage("report", "nanodlm.evaluation.report:build", ("train", "evaluate", "sample"), _settings("exp", "run_name")),
 )
 STAGES = {stage.name: stage for stage in ALL}
@@ -88,6 +106,6 @@ def until(last: str) -> tuple[str, ...]:
 
 
 def check_rebuild(rebuild: str | None, last: str) -> None:
-    """Raise a `UsageError` when the stage to rebuild comes after the last one."""
-    if rebuild is not None and rebuild not in until(last):
+    """Raise a `UsageError` when the stage to rebuild comes after the last one; `changed` is any of them."""
+    if rebuild not in (None, "changed", *until(last)):
         raise UsageError(f"--rebuild {rebuild} comes after --until {last}: nothing would be rebuilt")

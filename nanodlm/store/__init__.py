@@ -15,6 +15,7 @@ mend `NanodlmError`.
 """
 
 from nanodlm.store.attempt import Attempt, new_attempt
+from nanodlm.store.code import changed_since, code_record, remark
 from nanodlm.store.lease import hold_lease, lease_events
 from nanodlm.store.manifest import SCHEMA, Item, Json, fingerprint_of, sealed
 from nanodlm.store.part import Part, finished_parts, read_part
@@ -28,11 +29,14 @@ __all__ = [
     "Json",
     "Part",
     "Store",
+    "changed_since",
+    "code_record",
     "fingerprint_of",
     "finished_parts",
     "hold_lease",
     "lease_events",
     "new_attempt",
     "read_part",
+    "remark",
     "sealed",
 ]

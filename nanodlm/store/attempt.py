@@ -147,6 +147,7 @@ class Attempt:
         identity: Json,
         metrics: Json,
         config: Json | None = None,
+        code: Json | None = None,
         volatile: Iterable[str] = (),
         replace: bool = False,
     ) -> Artifact:
@@ -156,6 +157,7 @@ class Attempt:
             identity: What the fingerprint was made of.
             metrics: Counts and measurements.
             config: The whole configuration of the run, from which `verify --repair` builds it again.
+            code: What `code_record` says of the code that made it.
             volatile: Prefixes of files that hold times or logs: verified like all others, but left out of the
                 digest, because equal results may differ there.
             replace: Put this in the place of an existing manifest whose digest differs (an explicit rebuild).
@@ -175,6 +177,7 @@ class Attempt:
             "digest": digest_of(files, volatile),
             "metrics": metrics,
             "config": config,
+            "code": code,
             "packages": {package: version(package) for package in PACKAGES},
             "created": utc_now(),
             "seconds": round(time.monotonic() - self.started, 3),
@@ -193,7 +196,8 @@ class Attempt:
                 existing = None
             if existing and existing.manifest["attempt"] == self.id:  # by a creation that was said to have failed
                 return existing
-            if existing and not (replace and (existing.digest != manifest["digest"] or existing.problems(deep=True))):
+            same = existing and all(existing.manifest.get(name) == manifest[name] for name in ("digest", "code"))
+            if existing and not (replace and (not same or existing.problems(deep=True))):
                 with contextlib.suppress(OSError, NanodlmError):
                     self.store.remove_folder(self._remote())  # nobody needs the same twice
                 return existing

@@ -182,10 +182,19 @@ class Store(Storage):
         return Artifact(self, stage, fingerprint, manifest)
 
     def open(self, uri: str) -> Artifact:
-        """Return the artifact at an address, or at the end of one, such as `train/3f2a…` or a manifest's path."""
+        """Return the artifact at an address, or at the end of one, such as `train/3f2a…` or a manifest's path.
+
+        Of a fingerprint the first four letters or more will do, with its stage or without, when they are its alone.
+        """
         address = parse_address(uri)
         if address.stage and (artifact := self.find(address.stage, address.fingerprint)):
             return artifact
+        begins = address.fingerprint or uri
+        named = [item for item in self if item[0] == (address.stage or item[0]) and item[1].startswith(begins)]
+        if len(begins) >= 4 and len(named) == 1 and (artifact := self.find(*named[0])):
+            return artifact
+        if len(begins) >= 4 and len(named) > 1:
+            raise NanodlmError(f"{len(named)} artifacts begin with {uri}: write more of the one that is meant")
         raise NanodlmError(f"no artifact at {uri}: `nanodlm ls` shows what is there")
 
     def __iter__(self) -> Iterator[Item]:

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable
+from operator import mul
 from typing import Any
 
 from jaxtyping import Array
@@ -25,17 +26,19 @@ class Logger:
         tracker: Tracker | None,
         *,
         limit: float,
+        bits: float,
         last_good: Callable[[int], str],
     ):
         """Continue the records of a run; new ones are emitted as `progress`, and given to the tracker.
 
         Two records in a row whose bounds are above `limit`, in nats per token, end it. `last_good` gives the address of
-        the newest checkpoint before an update.
+        the newest checkpoint before an update. A nat per token is so many `bits` per byte, which progress is shown in,
+        smoothed over about ten records, for one batch is noisy.
         """
         self.records = list(records)
         self.tokens_per_second: float = records[-1]["tokens_per_second"] if records else 0.0
         self._config, self._emit, self._tracker = config, emit, tracker
-        self._limit, self._last_good = limit, last_good
+        self._limit, self._bits, self._last_good = limit, bits, last_good
         self._exceeded = 0  # the first update of those whose bound is above the limit now
         self._waiting: tuple[int, dict[str, Array]] | None = None
         self.start_clock(0)
@@ -74,8 +77,15 @@ class Logger:
         self.records.append(record)
         if self._tracker:
             self._tracker.log(record)
-        self._emit("progress", done=step, total=self._config.train.max_steps, unit="updates", **record)
+        shown = {"bits_per_byte": self._smoothed(), **record}
+        self._emit("progress", done=step, total=self._config.train.max_steps, unit="updates", **shown)
         self._judge(step, values["nats_per_token"])
+
+    def _smoothed(self) -> float | None:
+        """Return the training bound in bits per byte, averaged with weights that fall by a tenth a record."""
+        bounds = [r["nats_per_token"] for r in self.records[-50:] if r["nats_per_token"] is not None]
+        weights = [0.9**age for age in reversed(range(len(bounds)))]
+        return self._bits * sum(map(mul, weights, bounds)) / sum(weights) if bounds else None
 
     def check(self, step: int, scalars: dict[str, Array], state: State) -> None:
         """Make sure that the state after an update is worth saving.

@@ -29,7 +29,7 @@ from nanodlm.checkpoints.loading import parameters_sha256
 from nanodlm.checkpoints.saving import Checkpoints
 from nanodlm.config import Config, differences
 from nanodlm.data.loader import train_batches, windows
-from nanodlm.data.rows import name, read
+from nanodlm.data.rows import evenly_spaced, name, read
 from nanodlm.data.tokenizer import load, save
 from nanodlm.data.vocabulary import Vocabulary
 from nanodlm.devices.hosts import any_process, from_leader, my_share, put_rows
@@ -71,7 +71,8 @@ def train(config: Config, inputs: dict[str, Artifact], attempt: Attempt | None, 
             (attempt.path / "tokenizer").mkdir()
             save(encoding, attempt.path / "tokenizer")
         count = config.exp.val_rows
-        rows = read(fetch("validation.arrayrecord"), shard.metrics["dtype"])[:count] if count else []
+        rows = read(fetch("validation.arrayrecord"), shard.metrics["dtype"]) if count else []
+        rows = [rows[i] for i in evenly_spaced(len(rows), count)]
         validate = _validation(config, vocabulary, program.graphdef, rows, mesh)
         key = jax.random.key(config.train.seed)
         run = describe_run(config, shard.digest, inputs["tokenizer"].digest, key)
@@ -89,7 +90,8 @@ def train(config: Config, inputs: dict[str, Artifact], attempt: Attempt | None, 
                 batches = _batches(config, shard.metrics, fetch, my_share(mesh), rows_seen)
                 stack.enter_context(contextlib.closing(batches))
                 limit = 10 * math.log(vocabulary.size)
-                logger = Logger(config, past["logs"], emit, tracker, limit=limit, last_good=checkpoints.last)
+                bits = shard.metrics["val_tokens"] / shard.metrics["val_bytes"] / math.log(2)
+                logger = Logger(config, past["logs"], emit, tracker, limit=limit, bits=bits, last_good=checkpoints.last)
                 loop = _Loop(config, mesh, program, key, checkpoints, logger, validate, stop, emit)
                 state = loop.run(state, batches, rows_seen)
     new_rows = (config.train.max_steps - first) * config.train.batch_size * config.train.grad_acc_steps

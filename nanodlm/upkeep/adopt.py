@@ -5,7 +5,7 @@ from nanodlm.data.download import download
 from nanodlm.stages.lookup import ready
 from nanodlm.stages.progress import Emit
 from nanodlm.stages.run import full_disk_in_one_line
-from nanodlm.store import Artifact, Store, hold_lease, new_attempt
+from nanodlm.store import Artifact, Store, code_record, hold_lease, new_attempt
 
 
 def adopt(config: Config, store: Store, files: list[str], emit: Emit = lambda *_, **__: None) -> tuple[Artifact, bool]:
@@ -24,6 +24,7 @@ def adopt(config: Config, store: Store, files: list[str], emit: Emit = lambda *_
     ):
         if there := store.find("download", lookup.fingerprint):  # another process may have been quicker
             return there, False
+        code = code_record(lookup.stage.module)
         metrics = {**download(config, {}, attempt, emit, adopted=files), "adopted": True}
         settings = config.model_dump(mode="json")
-        return attempt.commit(identity=lookup.identity, config=settings, metrics=metrics), True
+        return attempt.commit(identity=lookup.identity, config=settings, code=code, metrics=metrics), True

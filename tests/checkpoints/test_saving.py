@@ -21,6 +21,7 @@ import nanodlm
 from nanodlm.checkpoints.finding import find_checkpoint
 from nanodlm.checkpoints.identity import describe_run
 from nanodlm.checkpoints.saving import QUEUE, Checkpoints
+from nanodlm.config import training_settings
 from nanodlm.errors import NanodlmError, Stopped, Unreachable
 from nanodlm.store import Artifact, Attempt, Store, new_attempt
 from tests.support import commands
@@ -73,7 +74,7 @@ class Away(Attempt):
 
 def test_saving_goes_on_while_the_store_does_not_answer_until_the_queue_is_full(tmp_path: Path) -> None:
     attempt, saved = Away(Store(str(tmp_path))), []
-    with Checkpoints(attempt, {}, keep=9) as checkpoints:
+    with Checkpoints(attempt, {"config": {}}, keep=9) as checkpoints:
 
         def save() -> None:
             for step in range(1, QUEUE + 2):
@@ -95,12 +96,12 @@ def test_a_save_that_could_not_be_published_ends_the_run(tmp_path: Path) -> None
     attempt = Away(Store(str(tmp_path)))
     attempt.back.set()
     attempt.error = Unreachable("the bucket does not answer")
-    with pytest.raises(Unreachable), Checkpoints(attempt, {}, keep=9) as checkpoints:
+    with pytest.raises(Unreachable), Checkpoints(attempt, {"config": {}}, keep=9) as checkpoints:
         for step in range(1, QUEUE + 2):
             checkpoints.save(fake_state(step), step)
             time.sleep(0.2)
         raise AssertionError("nothing was said before the last save")
-    with pytest.raises(Unreachable), Checkpoints(attempt, {}, keep=9) as checkpoints:
+    with pytest.raises(Unreachable), Checkpoints(attempt, {"config": {}}, keep=9) as checkpoints:
         checkpoints.save(fake_state(99), 99)  # the last one: its failure is seen at the end
 
 
@@ -158,7 +159,7 @@ def test_skipped_updates_are_counted_across_a_resumed_run(tmp_path: Path) -> Non
 
 def test_the_switch_that_skips_leaves_fingerprints_alone_while_it_is_off(trained: Artifact) -> None:
     assert "skip_nonfinite" not in trained.manifest["parameters"]["train"]
-    assert tiny(train={"skip_nonfinite": True}).training()["train"]["skip_nonfinite"] is True
+    assert training_settings(tiny(train={"skip_nonfinite": True}))["train"]["skip_nonfinite"] is True
 
 
 def test_a_run_killed_while_it_saves_ends_with_the_bits_of_an_undisturbed_one(trained: Artifact, data: Path) -> None:

@@ -454,7 +454,7 @@ def test_a_network_that_writes_left_to_right_and_a_prompt_of_numbers_are_refused
     options = {"shape": (2, LENGTH), "mask_id": MASK_ID, "schedule": make_schedule("linear"), "num_steps": 1}
     with pytest.raises(ValueError, match="writes left to right"):
         sample(Causal(), KEY, **options)
-    for prompt in (3, [0.5, 1.0]):
+    for prompt in (3, np.array([0.5, 1.0])):
         with pytest.raises(ValueError, match="prompt is one row of token ids"):  # without checks of types
             inspect.unwrap(diffusion_tokens._start)(prompt, (2, LENGTH), MASK_ID)
     with pytest.raises(ValueError, match="scores 5 ids cannot have 9"):

@@ -26,9 +26,12 @@ def test_evaluation_of_a_model_that_scores_all_tokens_alike_is_the_uniform_bound
     rows = list(np.random.default_rng(0).integers(0, 257, (20, 32)))
     # The output layer starts at zero: log 257 nats per token, whatever the noise.
     untrained, objective = make_model(config, Vocabulary.of(encoding)), make_objective(config, Vocabulary.of(encoding))
-    metrics = evaluate.score(untrained, encoding, rows, objective, config.eval)
+    documents, counts = np.zeros((20, 2), int), np.ones(257, int)
+    metrics = evaluate.score(untrained, encoding, rows, objective, config.eval, documents=documents, counts=counts)
     assert math.isclose(metrics["val_nats_per_token"], math.log(257), rel_tol=1e-4)
     assert (metrics["scored_rows"], metrics["scored_tokens"]) == (20, 640)
+    assert (metrics["scored_documents"], metrics["val_stderr_over"]) == (1, "rows")
+    assert math.isclose(metrics["val_unigram_nats_per_token"], math.log(257))
 
 
 def test_units_are_converted_by_the_bytes_of_the_same_tokens(trained: Artifact, models: Store) -> None:

@@ -14,9 +14,11 @@ from urllib.parse import quote
 import fsspec
 import numpy as np
 import pytest
+from flax import nnx
 
 import nanodlm
 from nanodlm.checkpoints.finding import find_checkpoint
+from nanodlm.checkpoints.loading import parameters_sha256
 from nanodlm.cli import main
 from nanodlm.config import refuse_secrets
 from nanodlm.errors import Damaged, NanodlmError, UsageError, redact
@@ -342,7 +344,8 @@ def test_a_checkpoint_from_others_is_loaded_without_running_what_it_holds(traine
                 (place / name).write_bytes(content)
     ours, _ = nanodlm.load(trained.uri)
     model, tokenizer = nanodlm.load(f"{folder}/checkpoints/step_{trained.metrics['updates']:06d}")
-    assert (tokenizer.n_vocab, str(model)) == (257, str(ours))
+    assert tokenizer.n_vocab == 257
+    assert parameters_sha256(nnx.state(model)) == parameters_sha256(nnx.state(ours))
     assert not mark.exists()
 
 

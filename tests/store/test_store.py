@@ -428,3 +428,15 @@ def test_no_lease_a_torn_one_or_one_without_a_process_is_not_waited_for(
     with hold_lease(store, "shard", "f0") as mine:
         assert json.loads(lease.read_text())["holder"] == mine["holder"]
     assert time.monotonic() - started < store_lease.LEASE_SECONDS / 2
+
+
+def test_the_beginning_of_a_fingerprint_names_an_artifact_when_it_is_its_alone(store: Store) -> None:
+    for stage, fingerprint in (("shard", "abcd1"), ("shard", "abcd2"), ("train", "abce1")):
+        committed(store, FILES, stage, fingerprint)
+    assert store.open("abce").uri == store.open("train/abce").uri == store.uri("train", "abce1")
+    assert store.open("shard/abcd2").fingerprint == "abcd2"
+    with pytest.raises(NanodlmError, match="2 artifacts begin with shard/abcd: write more"):
+        store.open("shard/abcd")
+    for few in ("abc", "train/abcd"):
+        with pytest.raises(NanodlmError, match="no artifact at"):
+            store.open(few)

@@ -1,0 +1,97 @@
+"""Which settings determine a result: those that something reads, beside the others.
+
+A setting that nothing reads, such as the exponent of a linear schedule, is no part of what was done: results count as
+made with its default, so that changing it builds nothing again.
+"""
+
+from typing import Any
+
+from nanodlm.config.settings import Config
+from nanodlm.diffusion.kinds import KINDS
+
+
+def unread(config: Config) -> dict[str, Any]:
+    """Return the settings of objective, schedule, training and sampling that nothing reads, but differ from defaults.
+
+    >>> from nanodlm.config import PRESETS
+    >>> unread(PRESETS["demo"].replace(schedule={"exponent": 3.0}, train={"warmup_steps": 9}))
+    {'schedule.exponent': 3.0}
+    """
+    objective, schedule, train, sample = config.objective, config.schedule, config.train, config.sample
+    kind = KINDS[objective.kind]
+    noisy = kind.masks or kind.random_tokens
+    estimator = objective.estimator or kind.estimators[0]
+    rising = train.lr_schedule != "none"
+    decays = train.lr_schedule in ("warmup_cosine", "warmup_stable_decay")
+    steps = noisy and sample.sampler != "first_hitting"
+    read = {
+        "schedule.kind": noisy,
+        "schedule.exponent": noisy and schedule.kind == "poly",
+        "schedule.eps": noisy and (schedule.kind == "loglinear" or schedule.kind.endswith("_clipped")),
+        "objective.estimator": estimator != kind.estimators[0],
+        "objective.num_timesteps": estimator == "discrete",
+        "objective.times": noisy,
+        "objective.block_size": kind.reads == "block",
+        "objective.uniform_share": kind.masks and kind.random_tokens,
+        "objective.weighting": noisy,
+        "objective.max_weight": noisy and objective.weighting == "clipped",
+        "train.muon_lr": train.optimizer == "muon",
+        "train.min_lr": decays,
+        "train.warmup_steps": rising,
+        "train.cooldown_steps": train.lr_schedule == "warmup_stable_decay",
+        "sample.num_steps": steps,
+        "sample.grid": steps and sample.sampler != "entropy",
+        "sample.top_k": sample.temperature > 0,
+        "sample.top_p": sample.temperature > 0,
+        "sample.guidance": bool(sample.prompt),
+        "sample.entropy_bound": sample.sampler == "entropy",
+        "sample.remask": sample.sampler in ("remdm_cap", "remdm_rescale", "remdm_loop"),
+        "sample.loop_time": sample.sampler == "remdm_loop",
+    }
+    values = {name: _field(config, name) for name, is_read in read.items() if not is_read}
+    return {name: value for name, value in values.items() if value != _field(Config(), name)}
+
+
+def _field(config: Config, name: str) -> Any:
+    group, _, field = name.partition(".")
+    return getattr(getattr(config, group), field)
+
+
+def as_read(config: Config) -> Config:
+    """Return a configuration in which what nothing reads has its default."""
+    groups: dict[str, dict[str, Any]] = {}
+    for name in unread(config):
+        group, _, field = name.partition(".")
+        groups.setdefault(group, {})[field] = _field(Config(), name)
+    return config.replace(**groups) if groups else config
+
+
+def schedule_trains(config: Config) -> bool:
+    """Return whether training reads the noise schedule.
+
+    Counts draw no times, and only a network that is told the time learns from what the schedule makes of them.
+    """
+    kind = KINDS[config.objective.kind]
+    counts = (config.objective.estimator or kind.estimators[0]) in ("count", "constant_count")
+    return config.model.time_conditioning or not counts
+
+
+def training_settings(config: Config) -> dict[str, Any]:
+    """Return the settings that determine what training makes of its data, by group."""
+    config = as_read(config)
+    if not schedule_trains(config):
+        config = config.replace(schedule=Config().schedule.model_dump())
+    without = {"fsdp", "tensor", "remat"}  # these change where and how it is computed, not what comes out
+    train = config.train.model_dump(exclude=without if config.train.skip_nonfinite else {*without, "skip_nonfinite"})
+    return {
+        **config.model_dump(include={"model", "schedule", "objective"}),
+        "train": train,
+        "data": config.data.model_dump(include={"shuffle_seed", "isolate_documents"}),
+    }
+
+
+def sampling_settings(config: Config) -> dict[str, Any]:
+    """Return the settings that determine what is sampled from a network: those of `sample`, and another schedule."""
+    config = as_read(config)
+    other = config.schedule != Config().schedule and not schedule_trains(config)
+    return config.sample.model_dump() | ({"schedule": config.schedule.model_dump()} if other else {})

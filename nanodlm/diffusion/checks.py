@@ -1,0 +1,116 @@
+"""What the public functions of the science accept.
+
+Shapes and settings are checked when a function is called or traced, and values where they are known then, so that a
+compiled program does no more work. What only it can know ends in NaN (`nelbo`) or in ids of -1 (the samplers).
+"""
+
+from collections.abc import Sequence
+from operator import index
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.core import Tracer
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Int, Key, UInt32
+
+from nanodlm.diffusion.schedules import Schedule, make_schedule
+
+Rows = ArrayLike | Sequence[int] | Sequence[Sequence[int]]
+Seed = Key[Array, ""] | UInt32[Array, "2"] | int
+
+
+def require(sound: bool, message: str) -> None:
+    """Raise a ValueError with this message unless it is sound.
+
+    >>> require(1 + 1 == 2, "arithmetic is broken")
+    """
+    if not sound:
+        raise ValueError(message)
+
+
+def require_whole(name: str, value: Any, least: int = 1) -> None:
+    """Raise a ValueError unless a setting is a whole number of at least `least`.
+
+    >>> require_whole("num_steps", 8)
+    """
+    whole = hasattr(value, "__index__") and not isinstance(value, bool | Tracer)
+    require(whole, f"{name} must be a whole number, not {value!r}")
+    require(index(value) >= least, f"{name} must {f'be at least {least}' if least else 'not be negative'}, not {value}")
+
+
+def token_ids(name: str, rows: Rows, mask_id: int, *, padding: bool = False) -> Int[Array, "..."]:
+    """Return one row of token ids, or several of equal length, as an array of integers.
+
+    Args:
+        name: What messages call them.
+        rows: The ids.
+        mask_id: The largest of them, unless there may be padding.
+        padding: Whether larger ids are padding.
+
+    Raises:
+        ValueError: For anything but rows of integers from 0 on.
+
+    >>> token_ids("x_0", [[1, 2], [3, 4]], mask_id=9).shape
+    (2, 2)
+    """
+    try:
+        ids = jnp.asarray(rows)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} is one row of token ids, or several of one length") from error
+    ids = ids if ids.size else ids.astype(jnp.int32)
+    sound = ids.ndim in (1, 2) and jnp.issubdtype(ids.dtype, jnp.integer)
+    require(sound, f"{name} is one row of token ids, or several, not {ids.dtype} of shape {ids.shape}")
+    if ids.size and not isinstance(ids, Tracer):
+        with jax.ensure_compile_time_eval():
+            low, high = int(ids.min()), int(ids.max())
+        require(low >= 0, f"{name} holds the id {low}: ids begin at 0, and padding has ids above the mask")
+        require(padding or high <= mask_id, f"{name} holds the id {high}, which is beyond that of the mask, {mask_id}")
+    return ids
+
+
+def check_logits(logits: Float[Array, "... V"], ids: Int[Array, "B L"]) -> Float[Array, "B L V"]:
+    """Return a network's logits, which must have the shape of its ids and one more axis: nothing is broadcast.
+
+    >>> check_logits(jnp.zeros((2, 3, 9)), jnp.zeros((2, 3), int)).shape
+    (2, 3, 9)
+    """
+    fits = logits.ndim == 3 and logits.shape[:2] == ids.shape
+    require(fits, f"the network gave logits of shape {logits.shape} for ids of shape {ids.shape}: V must follow these")
+    return logits
+
+
+def random_key(key: Seed) -> Key[Array, ""] | UInt32[Array, "2"]:
+    """Return a key of randomness, which an integer stands for as well.
+
+    >>> random_key(3) == jax.random.key(3)
+    Array(True, dtype=bool)
+    """
+    if isinstance(key, int):
+        return jax.random.key(key)
+    typed = isinstance(key, jax.Array) and (jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.dtype == jnp.uint32)
+    require(typed, f"the key must be jax.random.key(seed), or a seed, not {type(key).__name__}")
+    return key
+
+
+def noise_schedule(schedule: Schedule | str | None) -> Schedule | None:
+    """Return a schedule, for which its name stands as well; None stays None.
+
+    >>> noise_schedule("cosine").kind
+    'cosine'
+    """
+    return make_schedule(schedule) if isinstance(schedule, str) else schedule
+
+
+def finite_tokens(tokens: Int[Array, "B L"]) -> Int[Array, "B L"]:
+    """Return what a sampler drew, where ids of -1 stand for logits from which nothing can be drawn.
+
+    Raises:
+        ValueError: For such ids, where they are known: under `jax.jit` they are returned.
+
+    >>> finite_tokens(jnp.array([[1, 2]])).tolist()
+    [[1, 2]]
+    """
+    sound = isinstance(tokens, Tracer) or bool((tokens >= 0).all())
+    require(sound, "the network gave logits that are not finite: nothing can be drawn")
+    return tokens

@@ -1,0 +1,88 @@
+"""Which source files a result was made by, and which of them have changed since."""
+
+import ast
+import hashlib
+import subprocess
+from functools import cache
+from pathlib import Path
+
+import nanodlm
+from nanodlm.store.manifest import Json, fingerprint_of
+from nanodlm.store.store import Artifact
+
+PACKAGE = Path(nanodlm.__file__).parent
+# Settings and inputs are compared by value, and where artifacts lie decides no byte of them.
+LEFT_OUT = ("config", "errors", "stages", "store")
+
+
+@cache
+def sources(module: str) -> dict[str, str]:
+    """Return the start of the sha256 of a module's file and of what it imports, and so on, but for `LEFT_OUT`.
+
+    The keys are paths in the package.
+    """
+    files, waiting = set(), [_path(module)]
+    while waiting:
+        file = waiting.pop()
+        if file not in files and file.relative_to(PACKAGE).parts[0].removesuffix(".py") not in LEFT_OUT:
+            files.add(file)
+            waiting += _imports(file)
+    digests = {file: hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in sorted(files)}
+    return {file.relative_to(PACKAGE).as_posix(): digest for file, digest in digests.items()}
+
+
+def _path(module: str) -> Path:
+    return PACKAGE.parent / (module.replace(".", "/") + ".py")
+
+
+@cache
+def _imports(file: Path) -> list[Path]:
+    """Return the files of this package that one imports anywhere in it."""
+    froms = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.ImportFrom)]
+    names = {name for node in froms for name in (node.module, *(f"{node.module}.{alias.name}" for alias in node.names))}
+    return [_path(name) for name in names if name and name.startswith("nanodlm.") and _path(name).exists()]
+
+
+def code_record(module: str) -> Json:
+    """Return what a manifest says of the code: its `digest`, its `module` and `files`, and git's `commit` of it."""
+    files = sources(module)
+    return {"digest": fingerprint_of(files), **_commit(), "module": module, "files": files}
+
+
+@cache
+def _commit() -> Json:
+    """Return the `commit` of this clone and whether it was `modified` since; nothing where git tells nothing."""
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(PACKAGE), *words]
+        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=10).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", "__init__.py")  # it may lie in an environment within another clone
+        return {"commit": git("rev-parse", "HEAD"), "modified": bool(git("status", "--porcelain", "--", "."))}
+    except (OSError, subprocess.SubprocessError):
+        return {}
+
+
+def changed_since(artifact: Artifact) -> list[str]:
+    """Return the files that an artifact was made by and that are not what they were then.
+
+    Of an artifact whose manifest does not record them nothing is known, and none is returned.
+    """
+    code: Json | None = artifact.manifest.get("code")
+    if code is None:
+        return []
+    then, now = code["files"], sources(code["module"])
+    return sorted(name for name in then.keys() | now.keys() if then.get(name) != now.get(name))
+
+
+def remark(changed: list[str]) -> str:
+    """Return a remark on changed files, empty without any.
+
+    >>> remark(["model/layers.py", "model/views.py", "training/step.py"])
+    'made before model/layers.py and 2 other files changed'
+    """
+    if not changed:
+        return ""
+    others = f" and {len(changed) - 1} other file{'s' * (len(changed) > 2)}" if len(changed) > 1 else ""
+    return f"made before {changed[0]}{others} changed"

@@ -1,0 +1,191 @@
+"""What the public functions refuse in one line, and what they do when the network's logits are not finite."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import nanodlm
+from nanodlm.build import make_model
+from nanodlm.config import PRESETS
+from nanodlm.data.vocabulary import Vocabulary
+from nanodlm.diffusion.kinds import KINDS, SAMPLERS, KindName
+from nanodlm.model.transformer import Transformer
+
+KEY, X_0 = jax.random.key(0), jnp.zeros((3, 4), int)
+
+
+def even(x_t: jax.Array, t: jax.Array) -> jax.Array:
+    """Two tokens and a mask, all alike."""
+    return jnp.zeros((*x_t.shape, 3))
+
+
+def nelbo(denoise: Any = even, x_0: Any = X_0, key: Any = KEY, **options: Any) -> jax.Array:
+    return nanodlm.nelbo(denoise, x_0, key, **{"schedule": "linear", "mask_id": 2, **options})
+
+
+def sample(denoise: Any = even, key: Any = KEY, **options: Any) -> jax.Array:
+    return nanodlm.sample(denoise, key, **{"shape": (3, 4), "schedule": "linear", "mask_id": 2, **options})
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (partial(nelbo, lambda x_t, t: even(x_t[:1], t)), r"logits of shape \(1, 4, 3\) for ids of shape \(3, 4\)"),
+        (partial(nelbo, lambda x_t, t: even(x_t[:, :1], t)), r"logits of shape \(3, 1, 3\) for ids of shape \(3, 4\)"),
+        (partial(sample, lambda x_t, t: even(x_t[:1], t)), r"logits of shape \(1, 4, 3\) for ids of shape \(3, 4\)"),
+        (partial(nelbo, x_0=X_0.at[0, 0].set(-100)), "x_0 holds the id -100: ids begin at 0"),
+        (partial(nelbo, x_0=[[0, 1], [1]]), "x_0 is one row of token ids, or several of one length"),
+        (partial(nelbo, x_0=jnp.zeros((2, 3))), r"not float32 of shape \(2, 3\)"),
+        (partial(nelbo, x_0=jnp.zeros((0, 8), int)), "at least one"),
+        (partial(nelbo, mask_id=0), "mask_id must be at least 1, not 0"),
+        (partial(nelbo, mask_id=-1), "mask_id must be at least 1, not -1"),
+        (partial(nelbo, mask_id=4), "scores 3 ids cannot have 4 as its mask"),
+        (partial(nelbo, mask_id=None), "pass mask_id: only a network of nanodlm.load carries its own"),
+        (partial(nelbo, schedule="lineal"), "unknown schedule 'lineal': choose one of linear"),
+        (partial(nelbo, estimator="discrete", num_timesteps=10**6), "1000000 steps cancel in float32"),
+        (partial(nanodlm.make_schedule, "poly", exponent=float("nan")), "must be positive, not nan"),
+        (partial(sample, prompt=[0, 5]), "the prompt holds the id 5, which is beyond that of the mask, 2"),
+        (partial(sample, prompt=[-1]), "the prompt holds the id -1"),
+        (partial(sample, temperature=float("nan")), "temperature must not be negative, not nan"),
+        (partial(sample, shape=(0, 4)), "the rows of the shape must be at least 1, not 0"),
+    ],
+)
+def test_what_has_no_meaning_is_refused(call: Callable[[], Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_types_that_have_no_meaning_are_refused_too() -> None:
+    program = """
+import jax, nanodlm
+even = lambda x_t, t: jax.numpy.zeros((*x_t.shape, 3))
+known = {"schedule": "linear", "mask_id": 2}
+for call in (
+    lambda: nanodlm.nelbo(even, [[0, 1]], "3", **known),
+    lambda: nanodlm.nelbo(even, [[0, 1]], 3, num_timesteps=2.5, **known),
+    lambda: nanodlm.sample(even, 3, shape=(1, 2), num_steps=2.5, **known),
+    lambda: nanodlm.sample(even, 3, shape=(1, 2), top_k=1.5, **known),
+):
+    try:
+        print(call())
+    except ValueError as error:
+        print(error)
+"""  # in a process of its own, in which annotations are not checked
+    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    assert done.stdout.splitlines() == [
+        "the key must be jax.random.key(seed), or a seed, not str",
+        "num_timesteps must be a whole number, not 2.5",
+        "num_steps must be a whole number, not 2.5",
+        "top_k must be a whole number, not 1.5",
+    ]
+
+
+def test_lists_names_and_seeds_stand_for_arrays_schedules_and_keys() -> None:
+    usual = nelbo(x_0=jnp.array([[0, 1, 0]]), schedule=nanodlm.make_schedule("cosine"), key=jax.random.key(7))
+    np.testing.assert_array_equal(nelbo(x_0=[[0, 1, 0]], schedule="cosine", key=7), usual)
+    drawn = sample(key=jax.random.key(7), prompt=jnp.array([1, 0]), num_steps=4)
+    np.testing.assert_array_equal(sample(key=7, prompt=[1, 0]), drawn)  # by default one step for each position
+
+
+def test_ids_below_zero_that_are_not_known_when_traced_give_nan_for_their_row() -> None:
+    nats = jax.jit(lambda x_0: nelbo(x_0=x_0))(X_0.at[1, 2].set(-1))
+    assert jnp.isnan(nats).tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize(("sampler", "bad"), [*((name, jnp.nan) for name in SAMPLERS), ("ancestral", jnp.inf)])
+def test_logits_that_are_not_finite_end_every_sampler_and_are_told(sampler: str, bad: float) -> None:
+    def broken(x_t: jax.Array, t: jax.Array) -> jax.Array:
+        return even(x_t, t).at[0, 0].set(bad)
+
+    drawn = jax.jit(lambda key: sample(broken, key, sampler=sampler, num_steps=3))(KEY)
+    assert drawn[0, 0] == -1
+    assert ((drawn[1:] >= 0) & (drawn[1:] < 2)).all()
+
+
+def test_where_no_token_is_possible_the_caller_is_told() -> None:
+    for temperature in (0.0, 1.0):
+        with pytest.raises(ValueError, match="logits that are not finite"):
+            sample(lambda x_t, t: even(x_t, t) - jnp.inf, temperature=temperature, num_steps=1)
+
+
+def test_mixed_noise_and_decoders_tell_of_logits_that_are_not_finite() -> None:
+    def broken(x_t: jax.Array, t: jax.Array) -> jax.Array:
+        return even(x_t, t).at[0, 0, 0].set(jnp.where(t[0] > 0.5, jnp.nan, 0.0))  # at first, and then no more
+
+    with pytest.raises(ValueError, match="logits that are not finite"):
+        sample(broken, uniform_share=1.0)
+    extend = lambda cache, x: (even(x, x).at[0].set(jnp.nan), cache)  # noqa: E731
+    decoder = nanodlm.Decoder(lambda rows: 0, extend, lambda cache, x, t: even(x, t).at[0].set(jnp.nan))
+    with pytest.raises(ValueError, match="logits that are not finite"):
+        nanodlm.sample_autoregressive(decoder, KEY, shape=(2, 3), mask_id=2)
+    with pytest.raises(ValueError, match="logits that are not finite"):
+        nanodlm.sample_blocks(decoder, KEY, shape=(2, 4), block_size=2, num_steps=2, mask_id=2, schedule="linear")
+
+
+def network(kind: KindName, **model: Any) -> Transformer:
+    """A small network that carries its objective."""
+    small = {"seq_len": 8, "n_layers": 1, "n_heads": 2, "d_model": 16, "d_ff": 32, "zero_init": False, **model}
+    return make_model(PRESETS["demo"].replace(objective={"kind": kind, "block_size": 4}, model=small), Vocabulary(9, 8))
+
+
+@pytest.mark.parametrize("kind", get_args(KindName))
+def test_a_loaded_network_is_scored_and_sampled_as_it_was_trained(kind: KindName) -> None:
+    model = network(kind)
+    drawn = nanodlm.sample(model, 0, shape=(2, 7))
+    assert drawn.shape == (2, 7)
+    assert (drawn < 9).all()
+    named = {"schedule": "linear", "mask_id": 9, "objective": kind, "block_size": 4}
+    alone = nanodlm.nelbo(model, drawn[:, :4], 1, estimator="count")
+    np.testing.assert_array_equal(nanodlm.nelbo(model, drawn[:, :4], 1, estimator="count", **named), alone)
+    with pytest.raises(ValueError, match="mask_id 8 contradicts the network, which was trained with 9"):
+        nanodlm.nelbo(model, drawn[:, :4], 1, mask_id=8, estimator="count")
+    with pytest.raises(ValueError, match="mask_id 8 contradicts the network, which was trained with 9"):
+        nanodlm.sample(model, 0, shape=(2, 4), mask_id=8)
+    other = "uniform" if kind != "uniform" else "absorbing"
+    with pytest.raises(ValueError, match=f"kind {other} contradicts the network, which was trained with {kind}"):
+        nanodlm.nelbo(model, drawn[:, :4], 1, objective=other, estimator="count")
+
+
+def test_a_uniform_network_is_not_sampled_as_if_it_had_masks() -> None:
+    model = network("uniform")
+    given = {"shape": (2, 6), "num_steps": 4}
+    explicit = nanodlm.sample(model, 0, uniform_share=1.0, **given)
+    np.testing.assert_array_equal(nanodlm.sample(model, 0, **given), explicit)
+    with pytest.raises(ValueError, match="contradicts the network"):
+        nanodlm.sample(model, 0, uniform_share=0.5, **given)
+
+
+def test_networks_of_one_kind_are_refused_by_the_samplers_of_another() -> None:
+    block, before, masked = (network(kind) for kind in ("block", "autoregressive", "absorbing"))
+    decoders = {m: nanodlm.Decoder(partial(m.new_cache, window=4), m.extend, m.denoise_block) for m in (block, before)}
+    with pytest.raises(ValueError, match="trained as autoregressive"):
+        nanodlm.sample_blocks(decoders[before], 0, shape=(1, 4), num_steps=2)
+    with pytest.raises(ValueError, match="trained as block"):
+        nanodlm.sample_autoregressive(decoders[block], 0, shape=(1, 4))
+    with pytest.raises(ValueError, match="trained as absorbing"):
+        nanodlm.sample_blocks(nanodlm.Decoder(masked.new_cache, masked.extend, even), 0, shape=(1, 4), num_steps=2)
+
+
+def test_another_schedule_is_refused_where_the_network_is_told_the_time() -> None:
+    blind, timed = network("absorbing"), network("absorbing", time_conditioning=True)
+    nanodlm.sample(blind, 0, shape=(1, 4), schedule="cosine")
+    nanodlm.sample(timed, 0, shape=(1, 4), schedule="linear")
+    with pytest.raises(ValueError, match="a cosine schedule: the network is told the times of linear"):
+        nanodlm.sample(timed, 0, shape=(1, 4), schedule="cosine")
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "uniform"])
+def test_padding_changes_nothing_for_the_tokens_beside_it(kind: KindName) -> None:
+    model = network(kind)
+    x_0 = jnp.array([[1, 2, 3, 4, 10, 10, 10, 10]] * 6)
+    other = x_0.at[:, 4:].set(jnp.array([9, 11, 12, 10]))
+    score = partial(nanodlm.nelbo, model, key=0, estimator="count")
+    np.testing.assert_allclose(score(x_0), score(other), rtol=1e-5)
+    np.testing.assert_allclose(jax.jit(score)(x_0), score(x_0), rtol=1e-5)
