@@ -22,7 +22,7 @@ from nanodlm.devices.mesh import make_mesh, replicated
 from nanodlm.diffusion.objective import Objective
 from nanodlm.errors import NanodlmError
 from nanodlm.evaluation.scoring import make_scorer, score_rows
-from nanodlm.evaluation.uncertainty import documents_in, ratio_stderr
+from nanodlm.evaluation.uncertainty import count_documents, documents_in, ratio_stderr
 from nanodlm.model.transformer import Transformer
 from nanodlm.store import Artifact, Attempt
 
@@ -59,6 +59,7 @@ def evaluate(config: Config, inputs: dict[str, Artifact], attempt: Attempt, emit
         edges_known=trained.edges_known,
         emit=emit,
     )
+    metrics["pretokenized"] = trained.data.pretokenized  # only their end-of-text marks tell documents
     (attempt.path / "metrics.json").write_text(json.dumps(metrics, indent=1))
     return metrics
 
@@ -110,21 +111,21 @@ def score(
     n_bytes = int(lengths[tokens].sum())
     row_bytes = np.array([lengths[row].sum() for row in rows])
     row_tokens = np.array([len(row) for row in rows])
-    over = "documents" if documents.max() > documents.min() else "rows"
-    documents = documents if over == "documents" else np.repeat(np.arange(len(rows))[:, None], 2, axis=1)
+    n_documents = count_documents(documents)
+    shared = documents if n_documents > 1 else None
     unigram = unigram_nats(tokens, counts)
     return {
         "val_nats_per_token": float(nats.sum()) / len(tokens),
-        "val_nats_per_token_stderr": ratio_stderr(nats, row_tokens, documents),
+        "val_nats_per_token_stderr": ratio_stderr(nats, row_tokens, shared),
         "val_bits_per_byte": bits_per_byte(float(nats.sum()), n_bytes),
-        "val_bits_per_byte_stderr": ratio_stderr(nats, row_bytes, documents) / math.log(2),
-        "val_stderr_over": over,
+        "val_bits_per_byte_stderr": ratio_stderr(nats, row_bytes, shared) / math.log(2),
+        "val_stderr_over": "rows" if shared is None else "documents",
         "val_unigram_nats_per_token": unigram,
         "val_unigram_bits_per_byte": bits_per_byte(unigram * len(tokens), n_bytes),
         "scored_tokens": len(tokens),
         "scored_bytes": n_bytes,
         "scored_rows": len(rows),
-        "scored_documents": int(documents[:, 1].max() - documents[:, 0].min() + 1) if over == "documents" else 1,
+        "scored_documents": n_documents,
     }
 
 

@@ -23,12 +23,13 @@ def build(config: Config, inputs: dict[str, Artifact], attempt: Attempt, emit: C
     train, evaluate, sample = (inputs[name] for name in ("train", "evaluate", "sample"))
     m, t = evaluate.metrics, train.metrics
     by_document, unigram = m["val_stderr_over"] == "documents", m["val_unigram_bits_per_byte"]
-    over = f"{m['scored_documents']:,} documents" if by_document else "rows, taken as independent"
+    over = f"{m['scored_documents']:,} documents" if by_document else "rows of one document, taken as independent"
+    assumed = ", as end-of-text marks tell them in neighbouring pre-tokenised rows" if m["pretokenized"] else ""
     rows = [
         ("validation bound", f"{m['val_bits_per_byte']:.4f} ± {m['val_bits_per_byte_stderr']:.4f} bits per byte"),
         ("", f"{m['val_nats_per_token']:.4f} ± {m['val_nats_per_token_stderr']:.4f} nats per token"),
         ("unigram entropy", f"{unigram:.4f} bits per byte: the bound is {against_unigram(m)} it"),
-        ("standard error", f"over {over}"),
+        ("standard error", f"over {over}{assumed}"),
         ("validation text", f"{m['scored_tokens']:,} tokens, {m['scored_bytes']:,} bytes"),
         ("objective", f"{config.objective.kind}, trained with {config.objective.weighting} weights"),
         ("trained on", f"{t['trained_tokens']:,} tokens in {t['updates']:,} updates"),

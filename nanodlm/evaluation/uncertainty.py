@@ -22,6 +22,16 @@ def documents_in(rows: list[np.ndarray], end_of_text: int) -> Int[np.ndarray, "N
     return np.stack([before, before + ends - complete], axis=1)
 
 
+def count_documents(documents: Int[np.ndarray, "N 2"]) -> int:
+    """Return how many documents rows touch, which are in the order of the stream.
+
+    >>> count_documents(np.array([[0, 0], [0, 1], [3, 4]]))
+    4
+    """
+    first, last = documents.T
+    return int((last - first + 1).sum() - (first[1:] == last[:-1]).sum())
+
+
 def ratio_stderr(
     values: Float[np.ndarray, "N"], sizes: Float[np.ndarray, "N"], documents: Int[np.ndarray, "N 2"] | None = None
 ) -> float:
@@ -46,7 +56,7 @@ def ratio_stderr(
     if documents is None:
         documents = np.stack([np.arange(len(values))] * 2, axis=1)
     first, last = documents.T
-    n = min(len(values), len(np.unique(documents)))
+    n = min(len(values), count_documents(documents))
     if n < 2:
         raise ValueError("rows of one document have no standard error")
     errors = values - values.sum() / sizes.sum() * sizes
