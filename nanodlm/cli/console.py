@@ -1,6 +1,7 @@
 """What a person sees: a line per stage, a progress bar for long ones, and where everything lies at the end."""
 
 import json as json_module
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -99,10 +100,11 @@ class Console:
         if "sample" in artifacts:
             self.line(f"[dim]a sample:[/dim] {escape(' '.join(artifacts['sample'].metrics['first_sample'].split()))}")
             self.line("")
+        store = list(artifacts.values())[-1].store
+        links = {name: store.show_latest(artifact) for name, artifact in artifacts.items() if store.is_local}
         for name, file in (("report", "report.html"), ("sample", "samples.txt"), ("train", "checkpoints")):
             if name in artifacts:
-                path, store = artifacts[name].remote(file), artifacts[name].store
-                where = path if store.is_local else store.fs.unstrip_protocol(path)
-                self.line(f"{file:<12} {escape(where)}")
-        last = list(artifacts.values())[-1]
-        self.line(f"{'store':<12} {escape(last.store.uri())}")
+                link, path = links.get(name), artifacts[name].remote(file)
+                where = str(link / file) if link else path if store.is_local else store.fs.unstrip_protocol(path)
+                self.line(f"{file:<12} {escape(min(where, os.path.relpath(where), key=len) if link else where)}")
+        self.line(f"{'store':<12} {escape(store.uri())}")

@@ -51,12 +51,12 @@ def ls(*, store: OpenStore, out: Output) -> None:
         rows.append({**row, "age_seconds": round(age), "inputs": inputs})
         name = (artifact.manifest.get("config") or {}).get("exp", {}).get("run_name", "")
         row |= {"name": name, "val_bits_per_byte": artifact.metrics.get("val_bits_per_byte")}
-        said = "  ".join(filter(None, [artifact.uri, summary(artifact) if stage == "evaluate" else "", name]))
-        out.text(f"{stage:<10} {_ago(age):>4} {ages.size(size):>10}  {said}")
+        said = "  ".join(filter(None, [name, summary(artifact)]))
+        out.text(f"{artifact.name:<23} {_ago(age):>4} {ages.size(size):>10}  {said}".rstrip())
         if changed := changed_since(artifact):
-            out.text(f"{'':<28}{remark(changed)}")
+            out.text(f"{'':<25}{remark(changed)}")
         if inputs:
-            out.text(f"{'':<28}from {' '.join(f'{name} {made[:12]}' for name, made in inputs.items())}")
+            out.text(f"{'':<25}from {' '.join(f'{name} {made[:12]}' for name, made in inputs.items())}")
     total = ages.size(sum(row["bytes"] for row in rows))
     out.text(f"{_count(rows)}, {total}, in {store.uri()}" if rows else f"no artifacts in {store.uri()}")
     out.json(artifacts=rows)
@@ -106,11 +106,9 @@ def verify(
 ) -> None:
     """Check artifacts against their manifests, and repair them when asked to."""
     if uri:
-        _, address, stage, fingerprint, _ = parse_address(uri)
+        address = parse_address(uri).store
         store = Store(address) if address else store
-        if not stage or store.read_json(store.path(stage, fingerprint, "manifest.json")) is None:
-            raise NanodlmError(f"no artifact at {uri}: `nanodlm ls` shows what is there")
-        targets = chain(store, stage, fingerprint)
+        targets = chain(store, *store.locate(uri))
     else:
         targets = named(store)
     rows = []
@@ -119,7 +117,7 @@ def verify(
             address = store.uri(found.stage, found.fingerprint)
             rows.append({"uri": address, "problems": found.problems, "repaired": found.repaired})
             status = "REPAIRED" if found.repaired else "DAMAGED" if found.problems else "ok"
-            out.text(f"{status:<8} {address}", *(f"{'':<8} {line}" for line in found.problems))
+            out.text(f"{status:<8} {found.stage}/{found.fingerprint[:12]}", *(f"{'':<8} {line}" for line in found.problems))
     bad, repaired = sum(bool(row["problems"]) for row in rows), sum(row["repaired"] for row in rows)
     out.json(artifacts=rows, damaged=bad, repaired=repaired)
     if bad > repaired:
@@ -174,7 +172,7 @@ def copy(
         for artifact, copied in copy_artifacts(source, Store(dst), targets, emit):
             rows.append({"uri": artifact.uri, "copied": copied})
             sent += _size(artifact) if copied else 0
-            out.text(f"{'copied' if copied else 'there':<8} {artifact.uri}")
+            out.text(f"{'copied' if copied else 'there':<8} {artifact.name}")
     out.text(f"{_count(rows)} there; {ages.size(sent)} copied, each file compared with its sha256")
     if not all(row["copied"] for row in rows):
         out.text("what was there before was compared by size: `nanodlm verify --deep` reads it")

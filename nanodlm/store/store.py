@@ -14,6 +14,9 @@ from nanodlm.store.files import Storage, T, show_transfer
 from nanodlm.store.manifest import MANIFEST, Item, Json, problem_with, safe
 
 
+LATEST = "latest"  # the folder of links to what was made last
+
+
 @dataclass(frozen=True)
 class Artifact:
     """A committed artifact: where it is and what its manifest says."""
@@ -27,6 +30,11 @@ class Artifact:
     def uri(self) -> str:
         """Its address; `nanodlm show URI` and `nanodlm.load(uri)` take it."""
         return self.store.uri(self.stage, self.fingerprint)
+
+    @property
+    def name(self) -> str:
+        """Its stage and the beginning of its fingerprint, which commands take in place of its address."""
+        return f"{self.stage}/{self.fingerprint[:12]}"
 
     @property
     def digest(self) -> str:
@@ -182,20 +190,29 @@ class Store(Storage):
         return Artifact(self, stage, fingerprint, manifest)
 
     def open(self, uri: str) -> Artifact:
-        """Return the artifact at an address, or at the end of one, such as `train/3f2a…` or a manifest's path.
+        """Return the artifact at an address, or at the end of one; see `locate`."""
+        address = parse_address(uri)
+        artifact = self.find(address.stage, address.fingerprint) if address.stage else None
+        artifact = artifact or self.find(*self.locate(uri))
+        if artifact is None:
+            raise NanodlmError(f"no artifact at {uri}: `nanodlm ls` shows what is there")
+        return artifact
+
+    def locate(self, uri: str) -> Item:
+        """Return (stage, fingerprint) of what an address names, or the end of one, such as `train/3f2a…`; sound or not.
 
         Of a fingerprint the first four letters or more will do, with its stage or without, when they are its alone.
         """
-        address = parse_address(uri)
-        if address.stage and (artifact := self.find(address.stage, address.fingerprint)):
-            return artifact
-        begins = address.fingerprint or uri
-        named = [item for item in self if item[0] == (address.stage or item[0]) and item[1].startswith(begins)]
-        if len(begins) >= 4 and len(named) == 1 and (artifact := self.find(*named[0])):
-            return artifact
-        if len(begins) >= 4 and len(named) > 1:
+        _, _, stage, fingerprint, _ = parse_address(uri)
+        if stage and self.read_json(self.path(stage, fingerprint, MANIFEST)) is not None:
+            return stage, fingerprint
+        begins = fingerprint or uri
+        named = [item for item in self if stage in ("", item[0]) and item[1].startswith(begins)]
+        if len(begins) < 4 or not named:
+            raise NanodlmError(f"no artifact at {uri}: `nanodlm ls` shows what is there")
+        if len(named) > 1:
             raise NanodlmError(f"{len(named)} artifacts begin with {uri}: write more of the one that is meant")
-        raise NanodlmError(f"no artifact at {uri}: `nanodlm ls` shows what is there")
+        return named[0]
 
     def __iter__(self) -> Iterator[Item]:
         """Yield (stage, fingerprint) of everything that has a manifest, sorted."""
@@ -225,7 +242,19 @@ class Store(Storage):
                 return self.patiently(lambda: [entry.name for entry in os.scandir(folder) if entry.is_dir()])
             return []
 
-        return [(stage, name) for stage in names(self.root) for name in names(self.path(stage))]
+        stages = [name for name in names(self.root) if name != LATEST]
+        return [(stage, name) for stage in stages for name in names(self.path(stage))]
+
+    def show_latest(self, artifact: Artifact) -> Path | None:
+        """Make `latest/STAGE` of a local store a link to an artifact's files, and return it; None where it cannot."""
+        link = Path(self.path(LATEST, artifact.stage))
+        with contextlib.suppress(OSError):  # a file system without links, or one that is not ours to write
+            link.parent.mkdir(exist_ok=True)
+            new = link.with_name(f"{link.name}.{os.getpid()}")
+            new.symlink_to(os.path.relpath(artifact.folder, link.parent))
+            new.replace(link)
+            return link
+        return None
 
     def retire(self, item: Item) -> None:
         """Remove the manifest of (stage, fingerprint), so that the next run builds it from the parts that are good."""

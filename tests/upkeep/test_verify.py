@@ -153,9 +153,9 @@ def test_verify_of_a_store_names_what_its_artifacts_were_made_from_and_is_gone(
 ) -> None:
     made.manifest("split").unlink()
     out, _ = said(capsys, "verify", "--store", made.store.uri(), code=1)
-    assert f"DAMAGED  {made.artifacts['split'].uri}\n         its manifest is missing" in out
+    assert f"DAMAGED  {made.artifacts['split'].name}\n         its manifest is missing" in out
     out, _ = said(capsys, "verify", "--store", made.store.uri(), "--repair")
-    assert f"REPAIRED {made.artifacts['split'].uri}" in out
+    assert f"REPAIRED {made.artifacts['split'].name}" in out
 
 
 def test_verify_says_what_is_wrong_and_what_was_mended(made: Made, capsys: pytest.CaptureFixture[str]) -> None:
@@ -164,12 +164,12 @@ def test_verify_says_what_is_wrong_and_what_was_mended(made: Made, capsys: pytes
     assert out.splitlines()[-1] == "6 artifacts: every file has its size"
     flip(made.first("shard", "train-*"))
     out, error = said(capsys, "verify", sample, "--deep", code=1)
-    assert f"\nDAMAGED  {shard}\n         train-00000.arrayrecord has been altered" in out
+    assert f"\nDAMAGED  {made.artifacts['shard'].name}\n         train-00000.arrayrecord has been altered" in out
     assert error == "nanodlm: 1 of 6 artifacts are damaged: add --repair to build again what is bad\n"
     rows = told(capsys, "verify", sample, "--deep", code=1)["artifacts"]
     assert [row["uri"] for row in rows if row["problems"]] == [shard]
     out, _ = said(capsys, "verify", "--store", made.store.uri(), "--deep", "--repair")
-    assert f"REPAIRED {shard}" in out
+    assert f"REPAIRED {made.artifacts['shard'].name}" in out
     assert out.endswith("6 artifacts, 1 repaired: every file has its sha256\n")
     assert said(capsys, "verify", sample, "--deep")[0].endswith("6 artifacts: every file has its sha256\n")
     rows = [{"uri": made.artifacts[name].uri, "problems": [], "repaired": False} for name in CHAIN]
@@ -190,13 +190,23 @@ def test_ls_shows_age_size_and_what_each_was_made_from(made: Made, capsys: pytes
     assert rows[4]["bytes"] == sum(file["size"] for file in train.manifest["files"])
     assert 0 <= rows[4]["age_seconds"] < 3600
     out, _ = said(capsys, "ls", "--store", made.store.uri())
-    line = next(line for line in out.splitlines() if line.endswith(train.uri))
-    assert line.split()[0] == "train"
+    line = next(line for line in out.splitlines() if line.startswith(train.name))
     assert line.split()[3] in ("B", "kB", "MB")
+    assert "tokens/s" in line
     assert f"from train {train.fingerprint[:12]}" in out
     assert out.splitlines()[-1].startswith("6 artifacts, ")
-    columns = {line.index(made.store.root) for line in out.splitlines()[:-1] if made.store.root in line}
-    assert len(columns) == 1, "addresses line up"
+    assert max(map(len, out.splitlines()[:-1])) < 120
+
+
+def test_what_ls_and_plan_print_of_a_fingerprint_is_taken_by_every_command(
+    made: Made, capsys: pytest.CaptureFixture[str]
+) -> None:
+    where, train = ("--store", made.store.uri()), made.artifacts["train"]
+    for name in (train.name, train.fingerprint[:12], f"{made.store.uri()}/{train.name}", f"train/{train.fingerprint}"):
+        assert told(capsys, "show", name, *where)["digest"] == train.digest
+        assert told(capsys, "explain", name, *where)["uri"] == train.uri
+        assert len(told(capsys, "verify", name, *where)["artifacts"]) == 5
+    assert "no artifact at 0000" in said(capsys, "verify", "0000", *where, code=1)[1]
 
 
 def test_show_says_where_each_input_lies_and_which_has_gone_or_is_damaged(

@@ -1,0 +1,48 @@
+"""What a person reads at the end of a run."""
+
+import io
+from pathlib import Path
+
+import pytest
+
+from nanodlm.cli.console import Console
+from nanodlm.store import Store
+from tests.support.helpers import committed
+
+METRICS = {
+    "evaluate": {"val_bits_per_byte": 2.5, "val_bits_per_byte_stderr": 0.01, "val_unigram_bits_per_byte": 2.0},
+    "sample": {"samples": 1, "first_sample": "the people\n\nof"},
+    "report": {},
+}
+
+
+def end_of_a_run(store: Store, fingerprint: str) -> list[str]:
+    console = Console(io.StringIO())
+    files = {"evaluate": "metrics.json", "sample": "samples.txt", "report": "report.html"}
+    for stage, file in files.items():
+        artifact = committed(store, {file: fingerprint.encode()}, stage, fingerprint)
+        artifact.metrics.update(METRICS[stage])
+        console.artifacts[stage] = artifact
+    console.finish()
+    return console._rich.file.getvalue().splitlines()  # type: ignore[attr-defined]
+
+
+def test_the_end_of_a_run_is_short_lines_with_links_to_what_is_newest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    store = Store("data/store")
+    end_of_a_run(store, "0" * 64)
+    lines = end_of_a_run(store, "1" * 64)
+    assert "bits per byte, 25.0% above the unigram entropy of 2.000" in lines[1]
+    assert "report.html  data/store/latest/report/report.html" in lines
+    assert Path("data/store/latest/report/report.html").read_text() == "1" * 64
+    assert max(map(len, lines[2:-1])) < 80
+    assert len(list(store)) == 6, "links are no artifacts"
+
+
+def test_where_links_cannot_be_made_the_whole_path_is_printed(tmp_path: Path) -> None:
+    (tmp_path / "latest").write_text("not a folder")
+    lines = end_of_a_run(Store(str(tmp_path)), "0" * 64)
+    (line,) = (line for line in lines if line.startswith("samples.txt"))
+    assert Path(line.split()[1]).read_text() == "0" * 64
