@@ -46,7 +46,7 @@ def token_ids(name: str, rows: Rows, mask_id: int, *, padding: bool = False) -> 
         name: What messages call them.
         rows: The ids.
         mask_id: The largest of them, unless there may be padding.
-        padding: Whether larger ids are padding.
+        padding: Whether one larger id may stand for padding.
 
     Raises:
         ValueError: For anything but rows of integers from 0 on.
@@ -64,8 +64,10 @@ def token_ids(name: str, rows: Rows, mask_id: int, *, padding: bool = False) -> 
     if ids.size and not isinstance(ids, Tracer):
         with jax.ensure_compile_time_eval():
             low, high = int(ids.min()), int(ids.max())
-        require(low >= 0, f"{name} holds the id {low}: ids begin at 0, and padding has ids above the mask")
+            beyond = int(jnp.where(ids > mask_id, ids, high).min())
+        require(low >= 0, f"{name} holds the id {low}: ids begin at 0, and padding has one above the mask")
         require(padding or high <= mask_id, f"{name} holds the id {high}, which is beyond that of the mask, {mask_id}")
+        require(beyond == high, f"{name} holds ids above the mask, {mask_id}, from {beyond} to {high}: padding has one")
     return ids
 
 

@@ -36,7 +36,7 @@ def nelbo(
         denoise: Maps x_t (B, L) and t (B,) to logits (B, L, V), V > mask_id. For `block` it is called with t (B, K) and
             `context=x_0`, of which logits in a block may depend on earlier blocks only. For `autoregressive`, x_t is
             x_0 shifted right behind `mask_id` as begin token, and logits at i may depend on x_t up to i only.
-        x_0: Token ids (B, L); those from `mask_id` on are padding, which is never scored.
+        x_0: Token ids (B, L); `mask_id`, and one id above it, are padding, which is never scored.
         key: Randomness, or a seed.
         schedule: The noise schedule or its name. A loaded network carries its own, and its own `mask_id`, `objective`,
             `block_size` and `uniform_share`; what is passed must not contradict them.
@@ -66,10 +66,10 @@ def nelbo(
     >>> [round(float(v), 3) for v in nats]  # 8 log 2
     [5.545, 5.545, 5.545, 5.545]
     """
-    x_0 = token_ids("x_0", x_0, 0, padding=True)
-    require(x_0.ndim == 2 and x_0.size > 0, f"x_0 must be rows of tokens, (B, L), at least one, not {x_0.shape}")
     named = {"kind": objective, "mask_id": mask_id, "block_size": block_size, "uniform_share": uniform_share}
     known = settle(denoise, schedule=schedule, **named)
+    x_0 = token_ids("x_0", x_0, known["mask_id"], padding=True)
+    require(x_0.ndim == 2 and x_0.size > 0, f"x_0 must be rows of tokens, (B, L), at least one, not {x_0.shape}")
     chosen = Objective(
         estimator=estimator,
         num_timesteps=num_timesteps,

@@ -88,6 +88,7 @@ def sample(
     own, key = own_objective(denoise), random_key(key)
     blocks = own is None and getattr(denoise, "block_size", 0)
     require(not blocks, "this network writes left to right: choose sample_blocks, or sample_autoregressive as trained")
+    require(len(shape) == 2, f"the shape must be (rows, length), not {shape}")
     for name, size in zip(("rows", "length"), shape, strict=True):
         require_whole(f"the {name} of the shape", size)
     if own and own.traits.reads != "row":

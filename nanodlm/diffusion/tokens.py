@@ -1,5 +1,6 @@
 """Drawing tokens from logits: the start of a sequence, temperature, top-k, nucleus, Gumbel-max."""
 
+import math
 from functools import partial
 
 import jax
@@ -31,7 +32,7 @@ def limited(logits: Logits, temperature: float, top_k: int, top_p: float) -> Log
     >>> jax.nn.softmax(limited(jnp.log(jnp.array([[[0.2, 0.5, 0.3]]])), 1.0, 0, 0.6))[0, 0].tolist()  # 0.5 < 0.6
     [0.0, 0.625, 0.375]
     """
-    require(temperature >= 0, f"temperature must not be negative, not {temperature}")
+    require(0 <= temperature < math.inf, f"temperature must be finite and not negative, not {temperature}")
     require_whole("top_k", top_k, 0)
     require(0 < top_p <= 1, f"top_p must be above 0 and at most 1, not {top_p}: choose 1 for all tokens")
     if temperature == 0:

@@ -15,7 +15,7 @@ from nanodlm.checkpoints.finding import find_checkpoint
 from nanodlm.checkpoints.identity import check_run, describe_run
 from nanodlm.checkpoints.loading import parameters_sha256
 from nanodlm.cli import main
-from nanodlm.errors import Damaged, UsageError
+from nanodlm.errors import Damaged, NanodlmError, UsageError
 from nanodlm.stages import lookup
 from nanodlm.store import Artifact, Store
 from tests.support.checkpoints import EVERY, cut, words_for
@@ -173,6 +173,20 @@ def test_a_damaged_or_unfinished_checkpoint_is_refused(trained: Artifact, tmp_pa
     ):
         with pytest.raises(UsageError, match=words):
             find_checkpoint(f"{folder}/{name}")
+
+
+@pytest.mark.parametrize(("group", "field", "value"), [("model", "n_heads", 1), ("objective", "kind", "uniform")])
+def test_a_folder_whose_settings_were_edited_is_not_loaded(
+    trained: Artifact, tmp_path: Path, group: str, field: str, value: Any
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(trained.local(), folder)
+    settings = json.loads((folder / "config.json").read_text())
+    before, settings[group][field] = settings[group][field], value
+    assert nanodlm.load(f"{folder}/checkpoints/step_12")
+    (folder / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(NanodlmError, match=rf"not what .* was trained with \({group}.{field}: {before} -> {value}"):
+        nanodlm.load(f"{folder}/checkpoints/step_12")
 
 
 def test_the_original_flags_start_from_a_checkpoint(

@@ -44,6 +44,7 @@ def sample(denoise: Any = even, key: Any = KEY, **options: Any) -> jax.Array:
         (partial(nelbo, x_0=[[0, 1], [1]]), "x_0 is one row of token ids, or several of one length"),
         (partial(nelbo, x_0=jnp.zeros((2, 3))), r"not float32 of shape \(2, 3\)"),
         (partial(nelbo, x_0=jnp.zeros((0, 8), int)), "at least one"),
+        (partial(nelbo, lambda x, t: jnp.zeros((*x.shape, 9)), x_0=[[1, 5, 7]]), "above the mask, 2, from 5 to 7"),
         (partial(nelbo, mask_id=0), "mask_id must be at least 1, not 0"),
         (partial(nelbo, mask_id=-1), "mask_id must be at least 1, not -1"),
         (partial(nelbo, mask_id=4), "scores 3 ids cannot have 4 as its mask"),
@@ -53,7 +54,7 @@ def sample(denoise: Any = even, key: Any = KEY, **options: Any) -> jax.Array:
         (partial(nanodlm.make_schedule, "poly", exponent=float("nan")), "must be positive, not nan"),
         (partial(sample, prompt=[0, 5]), "the prompt holds the id 5, which is beyond that of the mask, 2"),
         (partial(sample, prompt=[-1]), "the prompt holds the id -1"),
-        (partial(sample, temperature=float("nan")), "temperature must not be negative, not nan"),
+        (partial(sample, temperature=float("nan")), "temperature must be finite and not negative, not nan"),
         (partial(sample, shape=(0, 4)), "the rows of the shape must be at least 1, not 0"),
     ],
 )
@@ -72,6 +73,7 @@ for call in (
     lambda: nanodlm.nelbo(even, [[0, 1]], 3, num_timesteps=2.5, **known),
     lambda: nanodlm.sample(even, 3, shape=(1, 2), num_steps=2.5, **known),
     lambda: nanodlm.sample(even, 3, shape=(1, 2), top_k=1.5, **known),
+    lambda: nanodlm.sample(even, 3, shape=(4,), **known),
 ):
     try:
         print(call())
@@ -84,6 +86,7 @@ for call in (
         "num_timesteps must be a whole number, not 2.5",
         "num_steps must be a whole number, not 2.5",
         "top_k must be a whole number, not 1.5",
+        "the shape must be (rows, length), not (4,)",
     ]
 
 
@@ -185,7 +188,7 @@ def test_another_schedule_is_refused_where_the_network_is_told_the_time() -> Non
 def test_padding_changes_nothing_for_the_tokens_beside_it(kind: KindName) -> None:
     model = network(kind)
     x_0 = jnp.array([[1, 2, 3, 4, 10, 10, 10, 10]] * 6)
-    other = x_0.at[:, 4:].set(jnp.array([9, 11, 12, 10]))
+    other = x_0.at[:, 4:].set(jnp.array([9, 11, 11, 9]))
     score = partial(nanodlm.nelbo, model, key=0, estimator="count")
     np.testing.assert_allclose(score(x_0), score(other), rtol=1e-5)
     np.testing.assert_allclose(jax.jit(score)(x_0), score(x_0), rtol=1e-5)

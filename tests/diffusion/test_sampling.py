@@ -421,7 +421,7 @@ def test_guidance_without_a_prompt_changes_nothing_and_calls_nothing() -> None:
         ({"remask": 2.0}, "remask must be between 0 and 1, not 2.0"),
         ({"loop_time": 1.0}, "loop_time must be above 0 and below 1, not 1.0"),
         ({"num_steps": 0}, "num_steps must be at least 1, not 0"),
-        ({"temperature": -0.5}, "temperature must not be negative, not -0.5"),
+        ({"temperature": -0.5}, "temperature must be finite and not negative, not -0.5"),
         ({"prompt": jnp.zeros(LENGTH + 1, jnp.int32)}, r"prompt of shape \(1, 5\) does not fit .* \(64, 4\)"),
         ({"prompt": jnp.zeros((3, 2), jnp.int32)}, r"prompt of shape \(3, 2\) does not fit .* \(64, 4\)"),
     ],
