@@ -117,7 +117,8 @@ def verify(
             address = store.uri(found.stage, found.fingerprint)
             rows.append({"uri": address, "problems": found.problems, "repaired": found.repaired})
             status = "REPAIRED" if found.repaired else "DAMAGED" if found.problems else "ok"
-            out.text(f"{status:<8} {found.stage}/{found.fingerprint[:12]}", *(f"{'':<8} {line}" for line in found.problems))
+            name = f"{found.stage}/{found.fingerprint[:12]}"
+            out.text(f"{status:<8} {name}", *(f"{'':<8} {line}" for line in found.problems))
     bad, repaired = sum(bool(row["problems"]) for row in rows), sum(row["repaired"] for row in rows)
     out.json(artifacts=rows, damaged=bad, repaired=repaired)
     if bad > repaired:

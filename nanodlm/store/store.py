@@ -13,7 +13,6 @@ from nanodlm.store.disk import Found, is_within
 from nanodlm.store.files import Storage, T, show_transfer
 from nanodlm.store.manifest import MANIFEST, Item, Json, problem_with, safe
 
-
 LATEST = "latest"  # the folder of links to what was made last
 
 
