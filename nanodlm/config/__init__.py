@@ -6,6 +6,7 @@ from nanodlm.config.addresses import parse_address as parse_address
 from nanodlm.config.addresses import refuse_secrets as refuse_secrets
 from nanodlm.config.differences import differences as differences
 from nanodlm.config.differences import explain as explain
+from nanodlm.config.meaning import evaluation_settings as evaluation_settings
 from nanodlm.config.meaning import sampling_settings as sampling_settings
 from nanodlm.config.meaning import training_settings as training_settings
 from nanodlm.config.meaning import unread as unread

@@ -11,7 +11,7 @@ from nanodlm.diffusion.kinds import KINDS
 
 
 def unread(config: Config) -> dict[str, Any]:
-    """Return the settings of objective, schedule, training and sampling that nothing reads, but differ from defaults.
+    """Return the settings that nothing reads beside the others, but that differ from their defaults.
 
     >>> from nanodlm.config import PRESETS
     >>> unread(PRESETS["demo"].replace(schedule={"exponent": 3.0}, train={"warmup_steps": 9}))
@@ -39,6 +39,8 @@ def unread(config: Config) -> dict[str, Any]:
         "train.min_lr": decays,
         "train.warmup_steps": rising,
         "train.cooldown_steps": train.lr_schedule == "warmup_stable_decay",
+        "eval.repeats": noisy,
+        "eval.seed": noisy,
         "sample.num_steps": steps,
         "sample.grid": steps and sample.sampler != "entropy",
         "sample.top_k": sample.temperature > 0,
@@ -88,6 +90,11 @@ def training_settings(config: Config) -> dict[str, Any]:
         "train": train,
         "data": config.data.model_dump(include={"shuffle_seed", "isolate_documents"}),
     }
+
+
+def evaluation_settings(config: Config) -> dict[str, Any]:
+    """Return the settings that determine what a network's bound is measured as."""
+    return as_read(config).eval.model_dump()
 
 
 def sampling_settings(config: Config) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import Any, Literal, get_args
 
 from nanodlm.checkpoints.finding import find_checkpoint
-from nanodlm.config import Config, sampling_settings, training_settings
+from nanodlm.config import Config, evaluation_settings, sampling_settings, training_settings
 from nanodlm.errors import UsageError
 
 
@@ -85,7 +85,7 @@ ALL = (
         "evaluate",
         "nanodlm.evaluation.evaluate:evaluate",
         ("shard", "train"),
-        _settings("eval"),
+        evaluation_settings,
         version=2,
         own_process=True,
     ),

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from nanodlm.config import PRESETS, Config, sampling_settings, training_settings, unread
+from nanodlm.config import PRESETS, Config, evaluation_settings, sampling_settings, training_settings, unread
 
 DEMO = PRESETS["demo"]
 
@@ -22,6 +22,9 @@ DEMO = PRESETS["demo"]
         ({"objective": {"estimator": "constant_count"}}, ["objective.estimator"]),
         ({"objective": {"kind": "autoregressive"}, "schedule": {"kind": "cosine"}, "sample": {"num_steps": 9}}, [
             "schedule.kind", "objective.weighting", "sample.num_steps",
+        ]),
+        ({"objective": {"kind": "autoregressive", "weighting": "bound"}, "eval": {"repeats": 3, "seed": 1}}, [
+            "eval.repeats", "eval.seed",
         ]),
         ({"train": {"optimizer": "adamw", "muon_lr": 0.5}}, ["train.muon_lr"]),
         ({"train": {"lr_schedule": "none", "warmup_steps": 9, "min_lr": 1e-4}}, [
@@ -43,7 +46,7 @@ def test_what_nothing_reads_changes_no_result(groups: dict[str, Any], names: lis
     for name in names:
         group, field = name.split(".")
         defaults.setdefault(group, {})[field] = getattr(getattr(Config(), group), field)
-    for settings in (training_settings, sampling_settings):
+    for settings in (training_settings, evaluation_settings, sampling_settings):
         assert settings(config) == settings(config.replace(**defaults))
 
 
