@@ -40,7 +40,7 @@ def require_whole(name: str, value: Any, least: int = 1) -> None:
 
 
 def token_ids(name: str, rows: Rows, mask_id: int, *, padding: bool = False) -> Int[Array, "..."]:
-    """Return one row of token ids, or several of equal length, as an array of integers.
+    """Return one row of token ids, or several of equal length, as an array.
 
     Args:
         name: What messages call them.
@@ -58,8 +58,7 @@ def token_ids(name: str, rows: Rows, mask_id: int, *, padding: bool = False) -> 
         ids = jnp.asarray(rows)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name} is one row of token ids, or several of one length") from error
-    ids = ids if ids.size else ids.astype(jnp.int32)
-    sound = ids.ndim in (1, 2) and jnp.issubdtype(ids.dtype, jnp.integer)
+    sound = ids.ndim in (1, 2) and (jnp.issubdtype(ids.dtype, jnp.integer) or ids.size == 0)
     require(sound, f"{name} is one row of token ids, or several, not {ids.dtype} of shape {ids.shape}")
     if ids.size and not isinstance(ids, Tracer):
         with jax.ensure_compile_time_eval():
@@ -68,7 +67,7 @@ def token_ids(name: str, rows: Rows, mask_id: int, *, padding: bool = False) -> 
         require(low >= 0, f"{name} holds the id {low}: ids begin at 0, and padding has one above the mask")
         require(padding or high <= mask_id, f"{name} holds the id {high}, which is beyond that of the mask, {mask_id}")
         require(beyond == high, f"{name} holds ids above the mask, {mask_id}, from {beyond} to {high}: padding has one")
-    return ids
+    return ids.astype(jnp.int32)
 
 
 def check_logits(logits: Float[Array, "... V"], ids: Int[Array, "B L"]) -> Float[Array, "B L V"]:

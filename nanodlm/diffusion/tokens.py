@@ -18,7 +18,7 @@ def _start(prompt: Rows | None, shape: tuple[int, int], mask_id: int) -> Tokens:
     x_1 = jnp.full(shape, mask_id, jnp.int32)
     if prompt is None:
         return x_1
-    given = jnp.atleast_2d(token_ids("the prompt", prompt, mask_id).astype(jnp.int32))
+    given = jnp.atleast_2d(token_ids("the prompt", prompt, mask_id))
     fits = given.shape[1] <= shape[1] and given.shape[0] in (1, shape[0])
     require(fits, f"a prompt of shape {given.shape} does not fit sequences of shape {shape}")
     return x_1.at[:, : given.shape[1]].set(given)
@@ -38,7 +38,8 @@ def limited(logits: Logits, temperature: float, top_k: int, top_p: float) -> Log
     if temperature == 0:
         best = jnp.argmax(logits, axis=-1, keepdims=True)
         return jnp.where(jnp.arange(logits.shape[-1]) == best, 0.0 * logits, -jnp.inf)  # what is not finite stays so
-    logits = (logits - logits.max(axis=-1, keepdims=True)) / temperature
+    below = logits - logits.max(axis=-1, keepdims=True)
+    logits = jnp.where(below == 0, 0.0, below / temperature)  # which may be 0 in the type of the logits
     if top_k == 0 and top_p == 1:
         return logits
     order = jnp.argsort(-logits, axis=-1)

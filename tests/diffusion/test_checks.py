@@ -192,3 +192,41 @@ def test_padding_changes_nothing_for_the_tokens_beside_it(kind: KindName) -> Non
     score = partial(nanodlm.nelbo, model, key=0, estimator="count")
     np.testing.assert_allclose(score(x_0), score(other), rtol=1e-5)
     np.testing.assert_allclose(jax.jit(score)(x_0), score(x_0), rtol=1e-5)
+
+
+def score(x_0: Any, slope: Any = 1.0, dtype: Any = jnp.float32) -> jax.Array:
+    """The bound of rows under logits that rise with the token, by the count form, with one key."""
+    return nelbo(lambda x_t, t: even(x_t, t).astype(dtype) + jnp.arange(3, dtype=dtype) * slope, x_0, estimator="count")
+
+
+def test_scoring_and_sampling_go_through_jit_vmap_and_grad() -> None:
+    usual = score(X_0)
+    np.testing.assert_allclose(jax.jit(score)(X_0), usual, rtol=1e-6)
+    np.testing.assert_allclose(jax.vmap(score)(jnp.stack([X_0] * 2))[1], usual, rtol=1e-6)
+    step = 1e-2
+    slope = (score(X_0, 1 + step).sum() - score(X_0, 1 - step).sum()) / (2 * step)
+    np.testing.assert_allclose(jax.grad(lambda s: score(X_0, s).sum())(1.0), slope, rtol=1e-3)
+    keys = jax.random.split(KEY, 3)
+    drawn = jax.vmap(lambda key: sample(key=key, num_steps=3))(keys)
+    np.testing.assert_array_equal(drawn[2], sample(key=keys[2], num_steps=3))
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint32"])
+def test_ids_of_every_type_are_scored_alike(dtype: str) -> None:
+    np.testing.assert_array_equal(score(X_0.astype(dtype)), score(X_0))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
+def test_logits_of_every_type_are_scored_in_float32_and_sampled_down_to_the_least_temperature(dtype: Any) -> None:
+    assert score(X_0, dtype=dtype).dtype == jnp.float32
+    np.testing.assert_allclose(score(X_0, dtype=dtype), score(X_0), rtol=1e-6)
+    rising = lambda x_t, t: even(x_t, t).astype(dtype) + jnp.arange(3, dtype=dtype)  # noqa: E731
+    for temperature in (1e-45, 0.0):
+        assert (sample(rising, temperature=temperature, num_steps=3) == 1).all()
+
+
+def test_with_64_bits_the_numbers_are_the_same() -> None:
+    usual = score(X_0)
+    with jax.enable_x64(True):
+        np.testing.assert_allclose(score(X_0), usual, rtol=1e-5)
+        assert sample(num_steps=3).dtype == jnp.int32
