@@ -19,11 +19,9 @@ from flax import nnx
 from jaxtyping import Array, Key
 
 from benchmarks.runs import build
-from nanodlm.build import make_objective
 from nanodlm.checkpoints.loading import load_artifact
 from nanodlm.config import PRESETS, Config
 from nanodlm.data.rows import read
-from nanodlm.data.vocabulary import Vocabulary
 from nanodlm.diffusion.objective import Objective
 from nanodlm.errors import UsageError
 from nanodlm.stages.run import default_store
@@ -62,7 +60,7 @@ def variance(
     if config.objective.kind not in ("absorbing", "block"):
         raise UsageError(f"{config.objective.kind} has no estimators to compare: use absorbing or block")
     artifacts = build(config, Store(store), "train")
-    model, encoding = load_artifact(artifacts["train"])
+    model, _ = load_artifact(artifacts["train"])
     rows = read(artifacts["shard"].file("validation.arrayrecord"), artifacts["shard"].metrics["dtype"])
     x_0 = jnp.asarray(np.stack(rows[: config.train.batch_size]))
     graphdef, params = nnx.split(model)
@@ -81,7 +79,7 @@ def variance(
         (gradients, squares), nats = jax.lax.scan(step, zero, jax.random.split(jax.random.key(0), draws))
         return nats, _square(gradients) / draws**2, squares
 
-    trained, table = make_objective(config, Vocabulary.of(encoding)), []
+    trained, table = model.objective, []
     print("| estimator, times | bound, nats/token | standard deviation | variance | gradient noise | relative |")
     print("|---|---|---|---|---|---|")
     for estimator, times in ESTIMATORS:

@@ -326,11 +326,6 @@ class Config(Group):
             raise ValueError(f"{name} noise needs a schedule from 0 to 1, not {self.schedule.kind}: try linear")
         return self
 
-    @property
-    def edges_known(self) -> bool:
-        """Whether scoring tells the network where documents end, as training did."""
-        return KINDS[self.objective.kind].edges_known and self.data.isolate_documents
-
     def replace(self, **groups: dict[str, Any]) -> "Config":
         """Return a copy with some fields of some groups changed, validated as a whole.
 

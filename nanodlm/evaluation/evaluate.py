@@ -11,15 +11,12 @@ import tiktoken
 from flax import nnx
 from jaxtyping import Int
 
-from nanodlm.build import make_objective
 from nanodlm.checkpoints.loading import load_artifact
-from nanodlm.config import Config, EvalConfig, load_config
+from nanodlm.config import Config, EvalConfig
 from nanodlm.data.rows import evenly_spaced, read
 from nanodlm.data.shard import token_counts
 from nanodlm.data.tokenizer import token_bytes
-from nanodlm.data.vocabulary import Vocabulary
 from nanodlm.devices.mesh import make_mesh, replicated
-from nanodlm.diffusion.objective import Objective
 from nanodlm.errors import NanodlmError
 from nanodlm.evaluation.scoring import make_scorer, score_rows
 from nanodlm.evaluation.uncertainty import count_documents, documents_in, ratio_stderr
@@ -43,7 +40,6 @@ def unigram_nats(tokens: Int[np.ndarray, "N"], counts: Int[np.ndarray, "V"]) -> 
 def evaluate(config: Config, inputs: dict[str, Artifact], attempt: Attempt, emit: Emit) -> dict[str, Any]:
     """Stage: `score` the validation rows with the bound of the objective they were trained on; write `metrics.json`."""
     model, encoding = load_artifact(inputs["train"])
-    trained = load_config(str(inputs["train"].file("config.json")))
     shard = inputs["shard"]
     rows = read(shard.file("validation.arrayrecord"), shard.metrics["dtype"])
     chosen = evenly_spaced(len(rows), config.eval.max_rows)
@@ -52,14 +48,12 @@ def evaluate(config: Config, inputs: dict[str, Artifact], attempt: Attempt, emit
         model,
         encoding,
         [rows[i] for i in chosen],
-        make_objective(trained, Vocabulary.of(encoding)),
         config.eval,
         documents=documents,
         counts=token_counts(shard),
-        edges_known=trained.edges_known,
         emit=emit,
     )
-    metrics["pretokenized"] = trained.data.pretokenized  # only their end-of-text marks tell documents
+    metrics["pretokenized"] = config.data.pretokenized  # only their end-of-text marks tell documents
     (attempt.path / "metrics.json").write_text(json.dumps(metrics, indent=1))
     return metrics
 
@@ -68,20 +62,18 @@ def score(
     model: Transformer,
     encoding: tiktoken.Encoding,
     rows: list[np.ndarray],
-    objective: Objective,
     options: EvalConfig,
     *,
     documents: Int[np.ndarray, "N 2"],
     counts: Int[np.ndarray, "V"],
-    edges_known: bool = False,
     emit: Emit = lambda *_, **__: None,
 ) -> dict[str, Any]:
-    """Return the bound of rows, whatever the network was trained to minimise (see diffusion/objective.py).
+    """Return the bound of rows under the objective that a network carries, whatever weights it was trained on.
 
     Rows are of equal length but for the last, which may be shorter. Every row is scored by itself: its bound is on
     -log p of its tokens without the text before it. Each row gets `repeats` draws of noise. The standard error is for
     other documents: rows share `documents`, from `documents_in`, unless there is one document, when they are taken as
-    independent. `counts` are those of the training tokens. With `edges_known` the network is told where documents end.
+    independent. `counts` are those of the training tokens.
 
     Raises:
         NanodlmError: When there are fewer than two rows, which have no standard error.
@@ -93,10 +85,8 @@ def score(
     """
     if len(rows) < 2:
         raise NanodlmError("one validation row has no standard error: raise --data.val_tokens or lower --model.seq_len")
-    graphdef, params = nnx.split(model)
-    scorer = make_scorer(objective, graphdef, document_end=encoding.eot_token if edges_known else None)
-    mesh = make_mesh(options.batch_size)
-    params = jax.device_put(params, replicated(mesh))
+    scorer, mesh = make_scorer(model), make_mesh(options.batch_size)
+    params = jax.device_put(nnx.state(model), replicated(mesh))
     nats = np.zeros(len(rows))
     for repeat in range(options.repeats):
         done = 0

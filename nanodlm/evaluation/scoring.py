@@ -11,20 +11,21 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key
 
 from nanodlm.devices.mesh import constrain, logit_chunks, put_whole
-from nanodlm.diffusion.objective import Objective
-from nanodlm.model.transformer import segments
+from nanodlm.model.transformer import Transformer, segments
 
 Scorer = Callable[[Any, Int[Array, "B L"], Key[Array, ""]], Float[Array, "B"]]
 
 
-def make_scorer(objective: Objective, graphdef: nnx.GraphDef, *, document_end: int | None = None) -> Scorer:
+def make_scorer(network: Transformer) -> Scorer:
     """Return a function of (parameters, rows, key): the bound of each row in nats, whatever weights were trained on.
 
     Noise takes the count form, which has the least variance and no schedule in it; the autoregressive likelihood has no
-    noise. With `document_end`, the id that ends a document, the network is told where documents end. That says where
-    masked end-of-text marks are, so the number is a bound for known edges only; from left to right they are known, for
-    a mark that was read ends a document.
+    noise. A network that was told in training where documents end is told so from left to right only, where a mark that
+    was read ends a document. Edges would tell others where masked end-of-text marks are. Only the network's structure
+    is kept.
     """
+    graphdef, objective = nnx.graphdef(network), network.objective
+    document_end = network.document_end if objective.traits.edges_known else None
     objective = replace(objective, estimator="count", times="systematic", weighting="bound")
 
     @jax.jit

@@ -19,10 +19,8 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh
 
-from nanodlm.build import make_objective
 from nanodlm.checkpoints import State
 from nanodlm.checkpoints.identity import describe_run
 from nanodlm.checkpoints.loading import parameters_sha256
@@ -36,6 +34,7 @@ from nanodlm.devices.hosts import any_process, from_leader, my_share, put_rows
 from nanodlm.devices.mesh import make_mesh
 from nanodlm.errors import NanodlmError, Stopped, UsageError
 from nanodlm.evaluation.scoring import make_scorer, score_rows
+from nanodlm.model.transformer import Transformer
 from nanodlm.store import Artifact, Attempt
 from nanodlm.training.logger import Logger
 from nanodlm.training.signals import catch_signals, make_stop_vote
@@ -73,7 +72,7 @@ def train(config: Config, inputs: dict[str, Artifact], attempt: Attempt | None, 
         count = config.exp.val_rows
         rows = read(fetch("validation.arrayrecord"), shard.metrics["dtype"]) if count else []
         rows = [rows[i] for i in evenly_spaced(len(rows), count)]
-        validate = _validation(config, vocabulary, program.graphdef, rows, mesh)
+        validate = _validation(config, program.network, rows, mesh)
         key = jax.random.key(config.train.seed)
         run = describe_run(config, shard.digest, inputs["tokenizer"].digest, key)
         with jax.set_mesh(mesh):
@@ -218,16 +217,14 @@ def _batches(
 
 
 def _validation(
-    config: Config, vocabulary: Vocabulary, graphdef: nnx.GraphDef, rows: list[np.ndarray], mesh: Mesh
+    config: Config, network: Transformer, rows: list[np.ndarray], mesh: Mesh
 ) -> Callable[[State], dict[str, float]] | None:
     """Return what scores a state, always with the same noise on the whole rows among these, or None."""
     length = config.model.seq_len
     rows = [row for row in rows if len(row) == length]
     if not rows:
         return None
-    document_end = vocabulary.end_of_text if config.edges_known else None
-    scorer = make_scorer(make_objective(config, vocabulary), graphdef, document_end=document_end)
-    key = jax.random.key(config.eval.seed)
+    scorer, key = make_scorer(network), jax.random.key(config.eval.seed)
 
     def validate(state: State) -> dict[str, float]:
         params = state.get("ema_state", state["model_state"])

@@ -11,15 +11,14 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Int, Key
 
-from nanodlm.build import make_model, make_objective
+from nanodlm.build import make_model
 from nanodlm.checkpoints import State
 from nanodlm.config import Config
 from nanodlm.data.vocabulary import Vocabulary
 from nanodlm.devices.mesh import batch_sharding, logit_chunks, replicated, shardings
 from nanodlm.diffusion.corruption import Corruption
-from nanodlm.diffusion.objective import Objective
 from nanodlm.errors import UsageError
-from nanodlm.model.transformer import LOGICAL_AXES, count_parameters, segments
+from nanodlm.model.transformer import LOGICAL_AXES, Transformer, count_parameters, segments
 from nanodlm.training.optimizer import learning_rate, make_optimizer
 
 
@@ -28,26 +27,25 @@ def train_step(
     rows: Int[Array, "A B L"],
     key: Key[Array, ""],
     *,
-    graphdef: nnx.GraphDef,
+    network: Transformer,
     optimizer: optax.GradientTransformation,
-    objective: Objective,
     config: Config,
-    document_end: int | None = None,
 ) -> tuple[State, dict[str, Array]]:
     """Take one update from A micro-batches of B rows.
 
     The loss is the objective's in nats per token: summed over a row's tokens, divided by all of them. The noise of all
-    micro-batches is drawn at once, so that its times are spread evenly over the whole update. With `document_end`, the
-    id of the end-of-text mark, the network is told where documents end.
+    micro-batches is drawn at once, so that its times are spread evenly over the whole update. The network is told where
+    documents end if it carries the mark that ends them; only its structure is read.
 
     Returns:
         The new state, and scalars: `loss` (what was minimised), `nats_per_token` (the bound; with isolated documents
         that of rows whose document edges are known), `grad_norm`, `lr`, and `skipped` when the state counts them.
     """
+    graphdef, objective = nnx.graphdef(network), network.objective
     n_micro, n_rows, length = rows.shape
     chunks = logit_chunks(n_rows * length, objective.mask_id)
     flat = rows.reshape(-1, length)
-    segment_ids = None if document_end is None else segments(flat, document_end)
+    segment_ids = None if network.document_end is None else segments(flat, network.document_end)
     noised = objective.corrupt(flat, jax.random.fold_in(key, state["step"]), segment_ids)
     micro = jax.tree.map(lambda a: a.reshape(n_micro, n_rows, *a.shape[1:]), (flat, noised, segment_ids))
 
@@ -107,7 +105,7 @@ def init_state(config: Config, params: Any, optimizer: optax.GradientTransformat
 class Program(NamedTuple):
     """What runs on the devices of a mesh; trace it under `jax.set_mesh(mesh)`."""
 
-    graphdef: nnx.GraphDef
+    network: Transformer  # its structure: arrays are shapes
     n_parameters: int
     initialise: Callable[[], State]  # makes the state before the first update, each part on its device
     step: Any  # the jitted `train_step`, of (state, rows, key); the state is donated
@@ -123,8 +121,7 @@ def make_program(config: Config, vocabulary: Vocabulary, mesh: Mesh) -> Program:
     heads, tensor = config.model.n_heads, mesh.shape["tensor"]
     if heads % tensor:
         raise UsageError(f"--model.n_heads {heads} cannot be shared by --train.tensor {tensor}: use a divisor")
-    optimizer, objective = make_optimizer(config.train), make_objective(config, vocabulary)
-    graphdef, abstract = nnx.split(nnx.eval_shape(lambda: make_model(config, vocabulary)))
+    optimizer, network = make_optimizer(config.train), nnx.eval_shape(lambda: make_model(config, vocabulary))
 
     def initialise() -> State:
         params = nnx.to_pure_dict(nnx.split(make_model(config, vocabulary))[1])
@@ -132,12 +129,10 @@ def make_program(config: Config, vocabulary: Vocabulary, mesh: Mesh) -> Program:
 
     shapes = jax.eval_shape(initialise)
     cuts = shardings(mesh, shapes, LOGICAL_AXES)
-    document_end = vocabulary.end_of_text if config.data.isolate_documents else None
-    fixed = {"graphdef": graphdef, "optimizer": optimizer, "objective": objective, "config": config}
-    step = partial(train_step, **fixed, document_end=document_end)
+    step = partial(train_step, network=network, optimizer=optimizer, config=config)
     return Program(
-        graphdef,
-        count_parameters(nnx.merge(graphdef, abstract)),
+        network,
+        count_parameters(network),
         jax.jit(initialise, out_shardings=cuts),
         jax.jit(step, donate_argnums=0, out_shardings=(cuts, replicated(mesh))),
         jax.tree.map(lambda leaf, cut: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=cut), shapes, cuts),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import nanodlm
-from nanodlm.build import make_model, make_objective
+from nanodlm.build import make_model
 from nanodlm.data import rows as data_rows
 from nanodlm.data import tokenizer
 from nanodlm.data.vocabulary import Vocabulary
@@ -25,9 +25,9 @@ def test_evaluation_of_a_model_that_scores_all_tokens_alike_is_the_uniform_bound
     config, encoding = tiny(model={"tie_embeddings": False}), tokenizer.plain_bytes()
     rows = list(np.random.default_rng(0).integers(0, 257, (20, 32)))
     # The output layer starts at zero: log 257 nats per token, whatever the noise.
-    untrained, objective = make_model(config, Vocabulary.of(encoding)), make_objective(config, Vocabulary.of(encoding))
+    untrained = make_model(config, Vocabulary.of(encoding))
     documents, counts = np.zeros((20, 2), int), np.ones(257, int)
-    metrics = evaluate.score(untrained, encoding, rows, objective, config.eval, documents=documents, counts=counts)
+    metrics = evaluate.score(untrained, encoding, rows, config.eval, documents=documents, counts=counts)
     assert math.isclose(metrics["val_nats_per_token"], math.log(257), rel_tol=1e-4)
     assert (metrics["scored_rows"], metrics["scored_tokens"]) == (20, 640)
     assert (metrics["scored_documents"], metrics["val_stderr_over"]) == (1, "rows")

@@ -11,7 +11,7 @@ import optax
 import pytest
 from flax import nnx
 
-from nanodlm.build import make_objective
+from nanodlm.build import make_model
 from nanodlm.checkpoints import State
 from nanodlm.checkpoints.loading import parameters_sha256
 from nanodlm.config import Config
@@ -35,9 +35,8 @@ STILL = optax.sgd(0.0)  # leaves the parameters as they are
 
 @cache
 def compiled_step(config: Config, optimizer: optax.GradientTransformation) -> Callable[..., Any]:
-    graphdef, _ = start_of(config)
-    objective = make_objective(config, Vocabulary.of(ENCODING))
-    return jax.jit(partial(train_step, graphdef=graphdef, optimizer=optimizer, objective=objective, config=config))
+    network = nnx.eval_shape(lambda: make_model(config, Vocabulary.of(ENCODING)))
+    return jax.jit(partial(train_step, network=network, optimizer=optimizer, config=config))
 
 
 def start_of(config: Config) -> tuple[nnx.GraphDef, Any]:
@@ -144,9 +143,10 @@ class Fragile(Objective):
 def test_an_update_that_is_not_finite_is_skipped_and_counted() -> None:
     config = TINY.replace(train={"skip_nonfinite": True, "ema_decay": 0.5, "batch_size": 2})
     objective = Fragile(make_schedule("linear"), 4, estimator="count")
-    graphdef, params = nnx.split(Transformer(vocab_size=5, n_layers=1, n_heads=1, d_model=4, d_ff=4, rngs=nnx.Rngs(0)))
+    network = Transformer(vocab_size=5, n_layers=1, n_heads=1, d_model=4, d_ff=4, rngs=nnx.Rngs(0))
+    params, network.objective = nnx.state(network), objective
     optimizer = make_optimizer(config.train)
-    step = jax.jit(partial(train_step, graphdef=graphdef, optimizer=optimizer, objective=objective, config=config))
+    step = jax.jit(partial(train_step, network=network, optimizer=optimizer, config=config))
     good, bad = jnp.ones((1, 2, 8), jnp.int32), jnp.ones((1, 2, 8), jnp.int32).at[0, 1, 0].set(0)
     start = init_state(config, nnx.to_pure_dict(params), optimizer)
     first, said = step(start, good, jax.random.key(0))
@@ -175,9 +175,10 @@ def test_a_tiny_network_trained_on_a_markov_chain_comes_within_two_percent_of_it
     shape = {"n_layers": 2, "n_heads": 2, "d_model": 32, "d_ff": 64, "conv_width": 3, "rngs": nnx.Rngs(0)}
     block_size = objective.traits.block_size(4)
     network = Transformer(vocab_size=VOCAB, time_conditioning=objective.mixed, block_size=block_size, **shape)
+    network.objective = objective
     graphdef, params = nnx.split(network)
     optimizer = make_optimizer(config.train)
-    step = partial(train_step, graphdef=graphdef, optimizer=optimizer, objective=objective, config=config)
+    step = partial(train_step, network=network, optimizer=optimizer, config=config)
 
     @partial(jax.jit, compiler_options={"xla_backend_optimization_level": 1})  # long enough to gain from it
     def train(state: Any, key: jax.Array) -> Any:
