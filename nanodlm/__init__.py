@@ -10,7 +10,7 @@ The names below are the stable Python API; they are imported when first used, so
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # for editors and type checkers
     from nanodlm.checkpoints.loading import load
     from nanodlm.config import PRESETS, Config
     from nanodlm.diffusion.blocks import Decoder, sample_autoregressive, sample_blocks
@@ -18,19 +18,6 @@ if TYPE_CHECKING:
     from nanodlm.diffusion.sampling import sample
     from nanodlm.diffusion.schedules import make_schedule
     from nanodlm.stages.run import train
-
-__all__ = [
-    "PRESETS",
-    "Config",
-    "Decoder",
-    "load",
-    "make_schedule",
-    "nelbo",
-    "sample",
-    "sample_autoregressive",
-    "sample_blocks",
-    "train",
-]
 
 _HOME = {
     "PRESETS": "config",
@@ -44,6 +31,7 @@ _HOME = {
     "sample_blocks": "diffusion.blocks",
     "train": "stages.run",
 }
+__all__ = list(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:

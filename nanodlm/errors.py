@@ -1,7 +1,20 @@
-"""The errors that users cause or can mend; each message says what is wrong and what to do, in one line."""
+"""What a run tells people: its events, and the errors that they cause or can mend.
+
+Each error is one line that says what is wrong and what to do. Whatever reads settings, files or a store raises
+`UsageError` or another `NanodlmError` for what it cannot take; docstrings inside the package do not repeat that.
+"""
 
 import os
 import re
+from collections.abc import Callable
+from typing import Any
+
+Emit = Callable[..., None]  # called as emit(kind, **fields), such as `message` with `text`
+
+
+def silent(kind: str, **fields: Any) -> None:
+    """Tell nobody of an event."""
+
 
 # In names of what holds a secret: environment variables, and what follows `?` in an address.
 SECRETS = re.compile("token|secret|key|passw|webhook|auth(?!or)|credential|signature|^sig$", re.IGNORECASE)

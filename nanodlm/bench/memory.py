@@ -21,9 +21,6 @@ def plan(config: Config, devices: int) -> dict[str, Any]:
     The `bytes` are those of one device: `parameters`, `optimizer`, `average` and `rows` are exact, and so is
     `gradients`, float32 and cut like the parameters. `temporaries`, of which the gradients are a part, are what this
     backend's compiler plans. `total` is all of them, but for the gradients. `collectives` counts those in a loop once.
-
-    Raises:
-        UsageError: When the devices cannot share rows or parameters.
     """
     if devices < 1:
         raise UsageError(f"nothing is planned for {devices} devices: raise --devices")

@@ -30,14 +30,12 @@ from nanodlm.data.vocabulary import Vocabulary
 from nanodlm.devices.hosts import put_rows
 from nanodlm.devices.mesh import make_mesh
 from nanodlm.diffusion.plain import plain_nelbo
-from nanodlm.errors import UsageError
+from nanodlm.errors import Emit, UsageError, silent
 from nanodlm.generation.generate import make_draw
 from nanodlm.model.transformer import Transformer
 from nanodlm.training.step import compile_step, make_program
 
-Emit = Callable[..., None]
 ADAMW = optax.adamw(3e-4, b2=0.95, weight_decay=0.1)
-silent: Emit = lambda *_, **__: None  # noqa: E731
 
 
 def report(
@@ -103,9 +101,6 @@ def train(config: Config, *, steps: int = 10, baseline: bool = False, emit: Emit
 
     The fields of `report` are those of the median update. With `baseline`, plain updates of a usual network of the same
     sizes, on one device, are timed in turn with these, and `speedup` is the ratio of the two medians.
-
-    Raises:
-        UsageError: When there is nothing to repeat, or devices cannot share the work.
     """
     if steps < 1:
         raise UsageError(f"nothing is measured in {steps} updates: raise --steps")
@@ -144,9 +139,6 @@ def sample(config: Config, *, repeats: int = 5, emit: Emit = silent) -> dict[str
     The fields of `report` are those of the median draw of `sample.num_samples` texts. A step is one call of the network
     on all texts, of each block when there are blocks. Some samplers take steps by the text, of which an untrained
     network says nothing: theirs are None.
-
-    Raises:
-        UsageError: When there is nothing to repeat, or the prompt leaves no space to write.
     """
     if repeats < 1:
         raise UsageError(f"nothing is measured in {repeats} repeats: raise --repeats")

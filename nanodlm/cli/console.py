@@ -11,7 +11,8 @@ from rich.console import Console as RichConsole
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from nanodlm.stages.progress import Emit, Pace, summary
+from nanodlm.errors import Emit
+from nanodlm.stages.progress import Pace, summary
 
 if TYPE_CHECKING:
     from nanodlm.store import Artifact

@@ -7,9 +7,8 @@ from typing import Any
 from nanodlm.cluster import kubernetes, slurm
 from nanodlm.cluster.settings import LOOK_SECONDS, Launch, Work
 from nanodlm.config import Config
-from nanodlm.errors import NanodlmError, Unreachable
+from nanodlm.errors import Emit, NanodlmError, Unreachable, silent
 from nanodlm.stages.lookup import Lookup
-from nanodlm.stages.progress import Emit
 from nanodlm.store import Artifact, Store, lease_events
 from nanodlm.store.retry import retrying_for
 
@@ -26,7 +25,7 @@ def run_on_cluster(
     launch: Launch,
     *,
     rebuild: bool = False,
-    emit: Emit = lambda *_, **__: None,
+    emit: Emit = silent,
 ) -> Artifact:
     """Build a stage that uses JAX as a job of a cluster, and return its artifact.
 

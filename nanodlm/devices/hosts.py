@@ -25,9 +25,6 @@ def my_share(mesh: Mesh) -> tuple[int, int]:
 
     Processes whose devices all work on the same rows, because `tensor` spans them, read the same part.
 
-    Raises:
-        UsageError: When the rows of a process's devices are not one such part.
-
     >>> from nanodlm.devices.mesh import make_mesh
     >>> my_share(make_mesh(rows=jax.device_count()))
     (0, 1)
@@ -62,10 +59,6 @@ def join(coordinator: str = "", processes: int | None = None, process: int | Non
     They find each other by the arguments, else by `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`,
     else by what Slurm sets when `srun` starts several tasks (one for each GPU, for JAX gives each task one). Without
     any the process is alone. Process 0 listens at `coordinator`, HOST:PORT.
-
-    Raises:
-        UsageError: For numbers that make no sense, or some but not all of the three.
-        NanodlmError: When the others do not come within five minutes.
 
     >>> join()
     0

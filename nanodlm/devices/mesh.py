@@ -44,9 +44,6 @@ def make_mesh(rows: int, *, fsdp: int = 1, tensor: int = 1) -> Mesh:
     """Return a mesh over all devices of all processes; `data` is what `fsdp` and `tensor` leave.
 
     The `rows` of a batch are shared evenly by `data` and `fsdp`.
-
-    Raises:
-        UsageError: When the devices or the rows cannot be shared so.
     """
     devices = jax.device_count()
     if devices % (fsdp * tensor):
@@ -69,9 +66,6 @@ def shardings(mesh: Mesh, tree: Any, logical_axes: dict[str, tuple[str | None, .
 
     Averages and optimizer states end in the names of their parameters, and so are cut like them. `logical_axes` names
     the last axes, as `model.LOGICAL_AXES` does; what it does not list is held whole.
-
-    Raises:
-        UsageError: When an axis cannot be cut evenly.
 
     >>> mesh = make_mesh(rows=jax.device_count())
     >>> tree = {"qkv": {"kernel": jax.ShapeDtypeStruct((3, 8, 24), "float32")}}

@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,13 +16,11 @@ from nanodlm.data.rows import evenly_spaced, read
 from nanodlm.data.shard import token_counts
 from nanodlm.data.tokenizer import token_bytes
 from nanodlm.devices.mesh import make_mesh, replicated
-from nanodlm.errors import NanodlmError
+from nanodlm.errors import Emit, NanodlmError, silent
 from nanodlm.evaluation.scoring import make_scorer, score_rows
 from nanodlm.evaluation.uncertainty import count_documents, documents_in, ratio_stderr
 from nanodlm.model.transformer import Transformer
 from nanodlm.store import Artifact, Attempt
-
-Emit = Callable[..., None]
 
 
 def unigram_nats(tokens: Int[np.ndarray, "N"], counts: Int[np.ndarray, "V"]) -> float:
@@ -66,7 +63,7 @@ def score(
     *,
     documents: Int[np.ndarray, "N 2"],
     counts: Int[np.ndarray, "V"],
-    emit: Emit = lambda *_, **__: None,
+    emit: Emit = silent,
 ) -> dict[str, Any]:
     """Return the bound of rows under the objective that a network carries, whatever weights it was trained on.
 
@@ -74,9 +71,6 @@ def score(
     -log p of its tokens without the text before it. Each row gets `repeats` draws of noise. The standard error is for
     other documents: rows share `documents`, from `documents_in`, unless there is one document, when they are taken as
     independent. `counts` are those of the training tokens.
-
-    Raises:
-        NanodlmError: When there are fewer than two rows, which have no standard error.
 
     Returns:
         `val_nats_per_token`, `val_bits_per_byte`, `val_bits_per_byte_stderr`, `val_unigram_bits_per_byte`, counts, and

@@ -2,11 +2,11 @@
 
 import html
 import json
-from collections.abc import Callable
 from typing import Any
 
 from nanodlm.config import Config
 from nanodlm.data.tokenizer import END_OF_TEXT
+from nanodlm.errors import Emit
 from nanodlm.store import Artifact, Attempt
 
 STYLE = """
@@ -18,7 +18,7 @@ border-left: 3px solid #3b73c4; white-space: pre-wrap } svg { width: 100%; heigh
 """
 
 
-def build(config: Config, inputs: dict[str, Artifact], attempt: Attempt, emit: Callable[..., None]) -> dict[str, Any]:
+def build(config: Config, inputs: dict[str, Artifact], attempt: Attempt, emit: Emit) -> dict[str, Any]:
     """Gather the results of train, evaluate and sample into `report.html` and `report.md`."""
     train, evaluate, sample = (inputs[name] for name in ("train", "evaluate", "sample"))
     m, t = evaluate.metrics, train.metrics

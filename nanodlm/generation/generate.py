@@ -1,7 +1,6 @@
 """The sample stage: texts from a trained model."""
 
 import json
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -14,21 +13,15 @@ from nanodlm.config import Config, SampleConfig
 from nanodlm.data.tokenizer import END_OF_TEXT
 from nanodlm.diffusion.sampling import sample
 from nanodlm.diffusion.schedules import Schedule, make_schedule
-from nanodlm.errors import NanodlmError, UsageError
+from nanodlm.errors import Emit, NanodlmError, UsageError
 from nanodlm.model.transformer import Transformer
 
 if TYPE_CHECKING:
     from nanodlm.store import Artifact, Attempt
 
 
-def generate(
-    config: Config, inputs: dict[str, "Artifact"], attempt: "Attempt", emit: Callable[..., None]
-) -> dict[str, Any]:
-    """Draw `sample.num_samples` texts and write them to `samples.txt`, `samples.jsonl` and `tokens.npy`.
-
-    Raises:
-        UsageError: When the prompt is as long as the texts.
-    """
+def generate(config: Config, inputs: dict[str, "Artifact"], attempt: "Attempt", emit: Emit) -> dict[str, Any]:
+    """Draw `sample.num_samples` texts and write them to `samples.txt`, `samples.jsonl` and `tokens.npy`."""
     from nanodlm.checkpoints.loading import load_artifact  # `make_draw` is timed where no store can be opened
 
     options = config.sample
@@ -53,9 +46,6 @@ def make_draw(
     """Return a jitted function `(params, key) -> tokens` that draws texts, int32 of shape (num_samples, length).
 
     The parameters are what `nnx.state` gives of the model. The schedule must be its own if it is told the time.
-
-    Raises:
-        UsageError: When the prompt is as long as the texts.
     """
     length = options.length or model.seq_len
     prompt = np.array(encoding.encode_ordinary(options.prompt), np.int32)

@@ -10,14 +10,14 @@ from contextlib import contextmanager
 from nanodlm.config import Config
 from nanodlm.data import rows, shard
 from nanodlm.data.download import parts
+from nanodlm.errors import Emit, silent
 from nanodlm.stages.lookup import Lookup, ready
-from nanodlm.stages.progress import Emit
 from nanodlm.stages.run import full_disk_in_one_line
 from nanodlm.store import Store, finished_parts, hold_lease, new_attempt
 
 
 @contextmanager
-def missing_shards(lookup: Lookup, store: Store, emit: Emit = lambda *_, **__: None) -> Iterator[list[int]]:
+def missing_shards(lookup: Lookup, store: Store, emit: Emit = silent) -> Iterator[list[int]]:
     """Yield the numbers, from 0, of shards that no attempt has finished, holding the shard stage's lease meanwhile.
 
     So a second run waits, and a collection leaves inputs and finished shards alone. The lookup is the shard stage's.

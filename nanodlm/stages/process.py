@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import IO
 
 from nanodlm.config import Config
-from nanodlm.errors import NanodlmError, Stopped, UsageError
+from nanodlm.errors import Emit, NanodlmError, Stopped, UsageError
 from nanodlm.stages.lookup import Lookup
-from nanodlm.stages.progress import Emit
 from nanodlm.store import Artifact, Store
 
 PARENT = "NANODLM_PARENT_PID"

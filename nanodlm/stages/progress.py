@@ -2,14 +2,13 @@
 
 import json
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nanodlm.errors import Emit
+
 if TYPE_CHECKING:
     from nanodlm.store import Artifact
-
-Emit = Callable[..., None]  # called as emit(kind, **fields)
 
 
 def event_log(path: Path) -> Emit:

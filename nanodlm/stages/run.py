@@ -3,16 +3,15 @@
 import errno
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from nanodlm.config import Config
-from nanodlm.errors import NanodlmError
+from nanodlm.errors import Emit, NanodlmError, silent
 from nanodlm.stages.lookup import Lookup, identify, ready
-from nanodlm.stages.progress import Emit
 from nanodlm.stages.table import STAGES, until
-from nanodlm.store import Artifact, Store, changed_since, code_record, hold_lease, new_attempt, remark
+from nanodlm.store import Artifact, Json, Store, changed_since, code_record, hold_lease, new_attempt, remark
 from nanodlm.store.cache import cache_dir
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -27,7 +26,7 @@ def run_stage(
     rebuild: bool = False,
     helping: bool = False,
     inputs: dict[str, Artifact] | None = None,
-    emit: Emit = lambda *_, **__: None,
+    emit: Emit = silent,
 ) -> tuple[Artifact, dict[str, Any]]:
     """Return a stage's artifact, which is built in this process unless the store holds it.
 
@@ -43,12 +42,17 @@ def run_stage(
     if lookup.artifact and not rebuild:
         artifact, built = lookup.artifact, False
     else:
-        artifact, built = (_help if helping else _build)(lookup, config, store, rebuild, emit)
+        artifact, built = (_help if helping else build)(lookup, config, store, rebuild, emit)
     return artifact, record(artifact, "built" if built else "cached", time.monotonic() - started)
 
 
-def _build(lookup: Lookup, config: Config, store: Store, rebuild: bool, emit: Emit) -> tuple[Artifact, bool]:
-    """Build and commit a stage while holding its lease. Return the artifact, and whether this run built it."""
+def build(
+    lookup: Lookup, config: Config, store: Store, rebuild: bool, emit: Emit, how: Callable[..., Json] | None = None
+) -> tuple[Artifact, bool]:
+    """Build and commit a stage while holding its lease; `how` is what to call in place of its own function.
+
+    What returns is the artifact, and whether this run built it.
+    """
     stage, fingerprint, reads = lookup.stage, lookup.fingerprint, lookup.input_fingerprints
     for artifact in lookup.inputs.values():
         if stage.own_process and (changed := changed_since(artifact)):
@@ -66,7 +70,7 @@ def _build(lookup: Lookup, config: Config, store: Store, rebuild: bool, emit: Em
         afresh = existing is not None
         with full_disk_in_one_line(store), new_attempt(store, stage.name, fingerprint, afresh=afresh) as attempt:
             code = code_record(stage.module)  # as it is now, before anybody edits it
-            metrics = stage.run(config, lookup.inputs, attempt, publish)
+            metrics = (how or stage.run)(config, lookup.inputs, attempt, publish)
             # Beside the digests that are part of the identity, the fingerprints tell where the inputs lie.
             lineage = {n: {"digest": a.digest, "fingerprint": a.fingerprint} for n, a in lookup.inputs.items()}
             artifact = attempt.commit(
@@ -81,7 +85,7 @@ def _build(lookup: Lookup, config: Config, store: Store, rebuild: bool, emit: Em
 
 
 def _help(lookup: Lookup, config: Config, store: Store, rebuild: bool, emit: Emit) -> tuple[Artifact, bool]:
-    """Take part in a stage that process 0 builds and commits, as `_build` does there."""
+    """Take part in a stage that process 0 builds and commits, as `build` does there."""
     artifact = lookup.find_in(store, may_be_damaged=rebuild).artifact
     if artifact and not rebuild:
         return artifact, False
@@ -114,7 +118,7 @@ def record(artifact: Artifact, status: str, seconds: float) -> dict[str, Any]:
     return {**told, "seconds": round(seconds, 3)}
 
 
-def train(config: Config, store: str | None = None, emit: Emit = lambda *_, **__: None) -> Artifact:
+def train(config: Config, store: str | None = None, emit: Emit = silent) -> Artifact:
     """Train a model, first building whatever data it needs, all in this process.
 
     A finished run is found rather than repeated, and an interrupted one continues from its last checkpoint.

@@ -20,23 +20,3 @@ from nanodlm.store.lease import hold_lease, lease_events
 from nanodlm.store.manifest import SCHEMA, Item, Json, fingerprint_of, sealed
 from nanodlm.store.part import Part, finished_parts, read_part
 from nanodlm.store.store import Artifact, Store
-
-__all__ = [
-    "SCHEMA",
-    "Artifact",
-    "Attempt",
-    "Item",
-    "Json",
-    "Part",
-    "Store",
-    "changed_since",
-    "code_record",
-    "fingerprint_of",
-    "finished_parts",
-    "hold_lease",
-    "lease_events",
-    "new_attempt",
-    "read_part",
-    "remark",
-    "sealed",
-]

@@ -5,7 +5,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from functools import cached_property
@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from nanodlm.errors import Damaged, NanodlmError
+from nanodlm.errors import Damaged, Emit, NanodlmError, silent
 from nanodlm.store.cache import drop, hold
 from nanodlm.store.disk import describe, is_whole, is_within, list_files
 from nanodlm.store.files import show_transfer
@@ -45,7 +45,7 @@ class Attempt:
     def finish(self, name: str, files: Iterable[str], **info: Any) -> None:
         """Record files (relative paths), which will not change any more, as a finished part, with JSON as `info`."""
         described = [describe(self.path, file) for file in sorted(files)]
-        self._publish(described, lambda *_, **__: None)
+        self._publish(described, silent)
         self._record(name, described, info)
 
     def _record(self, name: str, files: list[Json], info: Json) -> None:
@@ -54,7 +54,7 @@ class Attempt:
         self.store.write_json(self._remote("parts", f"{name}.json"), sealed(part))
         self._parts[name] = part
 
-    def _publish(self, files: list[Json], emit: Callable[..., None]) -> None:
+    def _publish(self, files: list[Json], emit: Emit) -> None:
         """Copy files to the store, unless they are in it already because it is on this disk."""
         if not self.store.is_local:
             pairs = [(self.path / file["path"], self._remote(file["path"])) for file in files]

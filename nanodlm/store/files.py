@@ -20,7 +20,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from nanodlm.config import refuse_secrets
-from nanodlm.errors import NanodlmError, UsageError
+from nanodlm.errors import Emit, NanodlmError, UsageError
 from nanodlm.store.disk import Found, list_files, write_whole
 from nanodlm.store.manifest import Json
 from nanodlm.store.retry import ask, one_line, says_it_exists
@@ -224,7 +224,7 @@ def _changed(info: Json) -> float:
     return value.timestamp() if isinstance(value, datetime) else float(value)
 
 
-def show_transfer(emit: Callable[..., None], unit: str, files: list[Json]) -> Callable[[int], None]:
+def show_transfer(emit: Emit, unit: str, files: list[Json]) -> Callable[[int], None]:
     """Return what to call with numbers of bytes that have arrived, so that `emit` is called with progress in MB."""
     done, total = 0, sum(file["size"] for file in files)
 

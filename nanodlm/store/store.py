@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanodlm.config import parse_address
-from nanodlm.errors import Damaged, NanodlmError
+from nanodlm.errors import Damaged, Emit, NanodlmError, silent
 from nanodlm.store import cache
 from nanodlm.store.disk import Found, is_within
 from nanodlm.store.files import Storage, T, show_transfer
@@ -63,7 +63,7 @@ class Artifact:
         """Return `path`, `size` and `sha256` of its files: of those whose paths begin so, or of all."""
         return [file for file in self.manifest["files"] if not only or file["path"].startswith(only)]
 
-    def problems(self, *only: str, deep: bool = False, emit: Callable[..., None] = lambda *_, **__: None) -> list[str]:
+    def problems(self, *only: str, deep: bool = False, emit: Emit = silent) -> list[str]:
         """Say what is wrong with its files, one line each: by names and sizes, with `deep` also by sha256."""
         found = {path: size for path, size in self.store.sizes(self.folder).items() if not path.startswith("parts/")}
         listed = {safe(file["path"]) for file in self.manifest["files"]}
@@ -161,7 +161,7 @@ class Store(Storage):
 
     def __init__(self, url: str):
         super().__init__(url)
-        self.emit: Callable[..., None] = lambda *_, **__: None
+        self.emit: Emit = silent
         self.asked = self.is_local or os.environ.get("NANODLM_OFFLINE", "").lower() not in ("1", "true", "yes")
 
     def patiently(self, call: Callable[[], T]) -> T:

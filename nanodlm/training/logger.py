@@ -10,7 +10,7 @@ from jaxtyping import Array
 
 from nanodlm.checkpoints import State
 from nanodlm.config import Config
-from nanodlm.errors import NanodlmError
+from nanodlm.errors import Emit, NanodlmError
 from nanodlm.training.step import all_finite
 from nanodlm.training.trackers import Tracker
 
@@ -22,7 +22,7 @@ class Logger:
         self,
         config: Config,
         records: list[dict[str, Any]],
-        emit: Callable[..., None],
+        emit: Emit,
         tracker: Tracker | None,
         *,
         limit: float,
@@ -60,11 +60,7 @@ class Logger:
         self._waiting = (step, scalars)
 
     def flush(self) -> None:
-        """Fetch and write the waiting record; numbers that are not finite are written as None.
-
-        Raises:
-            NanodlmError: When one is, unless such updates are skipped, or when the bound has exploded.
-        """
+        """Fetch and write the waiting record; numbers that are not finite are written as None."""
         if self._waiting is None:
             return
         (step, scalars), self._waiting = self._waiting, None
@@ -88,11 +84,7 @@ class Logger:
         return self._bits * sum(map(mul, weights, bounds)) / sum(weights) if bounds else None
 
     def check(self, step: int, scalars: dict[str, Array], state: State) -> None:
-        """Make sure that the state after an update is worth saving.
-
-        Raises:
-            NanodlmError: When its numbers, or those of records before, are not finite or have exploded.
-        """
+        """Make sure that the state after an update is worth saving."""
         self.flush()
         self._judge(step, self._fetch(step, scalars)["nats_per_token"])
         if not all_finite(state):

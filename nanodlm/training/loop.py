@@ -32,7 +32,7 @@ from nanodlm.data.tokenizer import load, save
 from nanodlm.data.vocabulary import Vocabulary
 from nanodlm.devices.hosts import any_process, from_leader, my_share, put_rows
 from nanodlm.devices.mesh import make_mesh
-from nanodlm.errors import NanodlmError, Stopped, UsageError
+from nanodlm.errors import Emit, NanodlmError, Stopped, UsageError
 from nanodlm.evaluation.scoring import make_scorer, score_rows
 from nanodlm.model.transformer import Transformer
 from nanodlm.store import Artifact, Attempt
@@ -40,8 +40,6 @@ from nanodlm.training.logger import Logger
 from nanodlm.training.signals import catch_signals, make_stop_vote
 from nanodlm.training.step import Program, make_program
 from nanodlm.training.trackers import Tracker
-
-Emit = Callable[..., None]
 
 
 def train(config: Config, inputs: dict[str, Artifact], attempt: Attempt | None, emit: Emit) -> dict[str, Any]:
@@ -168,11 +166,7 @@ def _finish(config: Config, attempt: Attempt | None, state: State, logger: Logge
 
 
 def _require_same_start(config: Config, inputs: dict[str, Artifact]) -> None:
-    """Make sure that all processes train the same; they would hang, or publish something else than they say.
-
-    Raises:
-        UsageError: On all of them, with what differs on this one.
-    """
+    """Make sure that all processes train the same; they would hang, or publish something else than they say."""
     digests = {stage: artifact.digest for stage, artifact in inputs.items()}
     run = {**config.model_dump(mode="json"), "inputs": digests, "jax": jax.__version__}
     differ = differences(from_leader(run), run)

@@ -113,11 +113,7 @@ class Program(NamedTuple):
 
 
 def make_program(config: Config, vocabulary: Vocabulary, mesh: Mesh) -> Program:
-    """Return the training program of a configuration on a mesh.
-
-    Raises:
-        UsageError: When the mesh cannot cut the parameters.
-    """
+    """Return the training program of a configuration on a mesh."""
     heads, tensor = config.model.n_heads, mesh.shape["tensor"]
     if heads % tensor:
         raise UsageError(f"--model.n_heads {heads} cannot be shared by --train.tensor {tensor}: use a divisor")

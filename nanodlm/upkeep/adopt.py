@@ -1,14 +1,16 @@
 """Taking files at hand for what a configuration would download."""
 
+from typing import Any
+
 from nanodlm.config import Config
 from nanodlm.data.download import download
+from nanodlm.errors import Emit, silent
 from nanodlm.stages.lookup import ready
-from nanodlm.stages.progress import Emit
-from nanodlm.stages.run import full_disk_in_one_line
-from nanodlm.store import Artifact, Store, code_record, hold_lease, new_attempt
+from nanodlm.stages.run import build
+from nanodlm.store import Artifact, Store
 
 
-def adopt(config: Config, store: Store, files: list[str], emit: Emit = lambda *_, **__: None) -> tuple[Artifact, bool]:
+def adopt(config: Config, store: Store, files: list[str], emit: Emit = silent) -> tuple[Artifact, bool]:
     """Return the download of a configuration, made of files at hand, and whether it was made now.
 
     The same parts are written as the download stage would write, so the same files give the same artifact. That they
@@ -17,14 +19,8 @@ def adopt(config: Config, store: Store, files: list[str], emit: Emit = lambda *_
     lookup = ready("download", config, store)
     if lookup.artifact:
         return lookup.artifact, False
-    with (
-        hold_lease(store, "download", lookup.fingerprint),
-        full_disk_in_one_line(store),
-        new_attempt(store, "download", lookup.fingerprint) as attempt,
-    ):
-        if there := store.find("download", lookup.fingerprint):  # another process may have been quicker
-            return there, False
-        code = code_record(lookup.stage.module)
-        metrics = {**download(config, {}, attempt, emit, adopted=files), "adopted": True}
-        settings = config.model_dump(mode="json")
-        return attempt.commit(identity=lookup.identity, config=settings, code=code, metrics=metrics), True
+
+    def take(*stage: Any) -> dict[str, Any]:
+        return {**download(*stage, adopted=files), "adopted": True}
+
+    return build(lookup, config, store, rebuild=False, emit=emit, how=take)

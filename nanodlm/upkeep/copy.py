@@ -2,8 +2,7 @@
 
 from collections.abc import Iterator
 
-from nanodlm.errors import NanodlmError
-from nanodlm.stages.progress import Emit
+from nanodlm.errors import Emit, NanodlmError
 from nanodlm.stages.run import full_disk_in_one_line
 from nanodlm.store import Artifact, Item, Json, Store, hold_lease, read_part
 from nanodlm.store.files import show_transfer

@@ -5,9 +5,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from nanodlm.config import Config
-from nanodlm.errors import Damaged, NanodlmError
+from nanodlm.errors import Damaged, Emit, NanodlmError, silent
 from nanodlm.stages.lookup import ready
-from nanodlm.stages.progress import Emit
 from nanodlm.stages.run import run_stage
 from nanodlm.stages.table import STAGES
 from nanodlm.store import Artifact, Item, Json, Store, hold_lease, sealed
@@ -61,7 +60,7 @@ def _made_from(store: Store, item: Item) -> list[Item]:
 
 
 def check(
-    store: Store, artifacts: list[Item], deep: bool = False, repair: bool = False, emit: Emit = lambda *_, **__: None
+    store: Store, artifacts: list[Item], deep: bool = False, repair: bool = False, emit: Emit = silent
 ) -> Iterator[Checked]:
     """Compare artifacts with their manifests, and each with what it was made from.
 

@@ -22,9 +22,19 @@ import nanodlm
 from nanodlm.errors import Damaged, NanodlmError, Unreachable
 from nanodlm.stages import run as stages_run
 from nanodlm.stages import table as stages_table
-from nanodlm.store import Artifact, Store, hold_lease, new_attempt, read_part
-from nanodlm.store import attempt as store_attempt
-from nanodlm.store import lease as store_lease
+from nanodlm.store import (
+    Artifact,
+    Store,
+    hold_lease,
+    new_attempt,
+    read_part,
+)
+from nanodlm.store import (
+    attempt as store_attempt,
+)
+from nanodlm.store import (
+    lease as store_lease,
+)
 from nanodlm.upkeep import collect, verify
 from tests.support.faults import Fault, busy, no_space, scripted
 from tests.support.helpers import committed, copied, fill, flip, identity, prose, tiny_config

@@ -15,8 +15,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanodlm.errors import Damaged, NanodlmError
-from nanodlm.store import Artifact, Attempt, Store, fingerprint_of, hold_lease, lease_events, new_attempt
-from nanodlm.store import lease as store_lease
+from nanodlm.store import (
+    Artifact,
+    Attempt,
+    Store,
+    fingerprint_of,
+    hold_lease,
+    lease_events,
+    new_attempt,
+)
+from nanodlm.store import (
+    lease as store_lease,
+)
 from nanodlm.store.manifest import canonical_json
 from nanodlm.upkeep.collect import collect
 from tests.support.helpers import committed, fill, identity
