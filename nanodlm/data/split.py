@@ -3,27 +3,63 @@
 What is held out is decided by content alone. Units (documents, or rows of pre-tokenised data) are sorted by a
 keyed hash; the front gives exactly `val_tokens` validation tokens, the rest of the unit where the budget ends is
 dropped, and every unit with a larger key is for training. Equal documents have equal keys, so duplicates stay on one
-side, and new data moves units only at the budget's edge.
+side, and new data moves units only at the budget's edge. Of a small corpus the last tenth is held out (last.py).
 """
 
 import hashlib
 import heapq
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
+import tiktoken
+from fsspec.implementations.local import LocalFileSystem
 
-from nanodlm.config import Config
+from nanodlm.config import Config, DataConfig
 from nanodlm.data import download
+from nanodlm.data.last import Place, halves, last_tenth
 from nanodlm.data.rows import dtype_for
+from nanodlm.data.sources import READERS, source_files
 from nanodlm.data.tokenizer import gpt2, load, plain_bytes, save, token_bytes, tokenise, train_bpe
 from nanodlm.errors import NanodlmError
 from nanodlm.store import Artifact, Attempt
 
 Emit = Callable[..., None]
 MAX_BPE_BYTES = 200_000_000
+VAL_TOKENS = 1_000_000
+PROBE_BYTES = 1_000_000
+SMALL = 8_000_000  # bytes: about two million tokens of text, and two million ids of four bytes
+
+
+def tokens_by_hash(data: DataConfig, corpus: Artifact) -> int | None:
+    """Return how many tokens are held out by hash; None where instead the source's last tenth is held out.
+
+    That is so where nobody has set a number, and the corpus is small or one document.
+    """
+    if data.val_tokens is None and (corpus.metrics["bytes"] < SMALL or corpus.metrics["documents"] == 1):
+        return None
+    return data.val_tokens or VAL_TOKENS
+
+
+def check_size(data: DataConfig) -> None:
+    """Refuse a number of validation tokens that local files cannot give, for a token has at least one byte.
+
+    Of parquet files, which are compressed, and of files elsewhere nothing is known before they are read.
+    """
+    if data.val_tokens is None or data.revision:
+        return
+    files = source_files(data)
+    systems = [fsspec.url_to_fs(url) for url in files]
+    if not all(isinstance(fs, LocalFileSystem) for fs, _ in systems) or any(f.endswith(".parquet") for f in files):
+        return
+    size = sum(os.path.getsize(path) for _, path in systems)
+    one = len(files) == 1 and READERS[Path(files[0]).suffix] == "text" and data.sample_by == "document"
+    if one or size + len(files) <= data.val_tokens:  # an end-of-text mark is a token without bytes
+        raise _too_small(data, f"{size / 1e6:.2f} MB in {len(files):,} files", one=one)
 
 
 def document_key(content: str | list[int], seed: int) -> str:
@@ -56,9 +92,19 @@ def build_tokenizer(config: Config, inputs: dict[str, Artifact], attempt: Attemp
         fixed = gpt2() if data.tokenizer == "gpt2" else plain_bytes()
         save(fixed, attempt.path)
         return {"n_vocab": fixed.n_vocab}
-    folder = inputs["download"].local()
+    corpus = inputs["download"]
+    folder, wanted = corpus.local(), tokens_by_hash(data, corpus)
+    if wanted is None:
+        emit("message", text="training BPE on all but the last tenth")
+        fronts = (front for front, _ in halves(corpus, last_tenth(corpus)))
+        encoding = train_bpe(_up_to(MAX_BPE_BYTES, fronts), data.vocab_size)
+        save(encoding, attempt.path)
+        return {"n_vocab": encoding.n_vocab}
     order = sorted((key, len(text.encode())) for key, text in _keyed_documents(folder, data.split_seed))
-    target = float(data.val_tokens)  # a token has at least one byte; corrected by counting
+    total, target = sum(size for _, size in order), float(wanted)  # a token has at least one byte; then by counting
+    limit = (
+        MAX_BPE_BYTES if 2 * wanted <= total else PROBE_BYTES
+    )  # whether there is enough is seen before long training
     while True:
         zone_end, zone_bytes = "", 0
         for key, size in order:
@@ -66,23 +112,32 @@ def build_tokenizer(config: Config, inputs: dict[str, Artifact], attempt: Attemp
                 break
             zone_end, zone_bytes = key, zone_bytes + size
         if zone_end == order[-1][0]:
-            raise _too_small(data.val_tokens, f"{sum(size for _, size in order) / 1e6:.2f} MB", len(order))
+            raise _too_small(data, f"{total / 1e6:.2f} MB in {len(order):,} documents", one=len(order) == 1)
         emit("message", text=f"training BPE on all but {zone_bytes / 1e6:.3g} MB that may be held out")
         after_zone = (text for key, text in _keyed_documents(folder, data.split_seed) if key > zone_end)
-        encoding = train_bpe(_up_to(MAX_BPE_BYTES, after_zone), data.vocab_size)
+        encoding = train_bpe(_up_to(limit, after_zone), data.vocab_size)
         zone = (text for key, text in _keyed_documents(folder, data.split_seed) if key <= zone_end)
         tokens = sum(len(encoding.encode_ordinary(text)) + 1 for text in zone)
-        if tokens >= data.val_tokens:
+        if tokens < wanted:
+            target = zone_bytes * 1.02 * wanted / tokens
+        elif limit == MAX_BPE_BYTES:
             break
-        target = zone_bytes * 1.02 * data.val_tokens / tokens
+        else:
+            target, limit = float(wanted), MAX_BPE_BYTES
     save(encoding, attempt.path)
     return {"n_vocab": encoding.n_vocab, "zone_end": zone_end, "zone_bytes": zone_bytes, "zone_tokens": tokens}
 
 
-def _too_small(val_tokens: int, size: str, units: int) -> NanodlmError:
-    found = f"{size} in {units:,} documents cannot give {val_tokens:,} validation tokens and leave some to train on"
-    remedy = "add text, lower --data.val_tokens, or cut long .txt files up with --data.sample_by paragraph"
-    return NanodlmError(f"the corpus is smaller than the validation split: {found}; {remedy}")
+def _too_small(data: DataConfig, found: str, *, one: bool, most: int | None = None) -> NanodlmError:
+    """Say why a corpus, which may be one document, cannot be split by hash, and what helps: `most` tokens at most."""
+    cut_up = "" if data.pretokenized else ", or cut .txt files up with --data.sample_by paragraph"
+    if one:
+        what = "the corpus is one document, which cannot be split by hash"
+        return NanodlmError(f"{what}: leave out --data.val_tokens, and its last tenth is held out{cut_up}")
+    wanted = f"{data.val_tokens or VAL_TOKENS:,} validation tokens and leave some to train on"
+    lower = "lower --data.val_tokens" + (f" to at most {most:,}" if most else "")
+    remedy = f"{lower}{' or leave it out' if data.val_tokens else ''}, add text{cut_up}"
+    return NanodlmError(f"the corpus is smaller than the validation split: {found} cannot give {wanted}; {remedy}")
 
 
 def _up_to(limit: int, texts: Iterable[str]) -> Iterator[str]:
@@ -94,40 +149,68 @@ def _up_to(limit: int, texts: Iterable[str]) -> Iterator[str]:
 
 
 def build_split(config: Config, inputs: dict[str, Artifact], attempt: Attempt, emit: Emit) -> dict[str, Any]:
-    """Choose the held-out units and write their tokens (`validation.npy`) and the cut (`split.json`).
-
-    One pass keeps just as many units as the budget needs, so memory does not grow with the corpus.
+    """Choose what is held out, and write its tokens (`validation.npy`) and the cut (`split.json`).
 
     Raises:
         NanodlmError: When the corpus has too few tokens, or a row has ids that the tokenizer lacks.
     """
-    data = config.data
+    data, corpus = config.data, inputs["download"]
     encoding = load(inputs["tokenizer"].local())
-    chosen: list[tuple[int, int, Any]] = []  # a heap with the largest key on top; counts keep duplicates in order
-    total = units = 0
-    for key, document in _keyed_documents(inputs["download"].local(), data.split_seed):
-        units += 1
-        if total >= data.val_tokens and int(key, 16) > -chosen[0][0]:
-            continue
-        tokens = tokenise(encoding, document)
-        heapq.heappush(chosen, (-int(key, 16), units, tokens))
-        total += len(tokens)
-        while total - len(chosen[0][2]) >= data.val_tokens:
-            total -= len(heapq.heappop(chosen)[2])
-    if total < data.val_tokens or units <= len(chosen):
-        raise _too_small(data.val_tokens, f"{total:,} tokens", units)
-    chosen.sort(key=lambda item: -item[0])
-    validation = np.concatenate([tokens for *_, tokens in chosen])[: data.val_tokens]
-    cut = f"{-chosen[-1][0]:032x}"
-    if zone_end := inputs["tokenizer"].metrics.get("zone_end"):
-        assert cut <= zone_end, "the tokenizer was trained on a held-out document"
+    wanted = tokens_by_hash(data, corpus)
+    if wanted is None:
+        assert "zone_end" not in inputs["tokenizer"].metrics, "the tokenizer was trained on what is held out"
+        cut, units, chosen = _hold_out_last_tenth(data, corpus, encoding, emit)
+    else:
+        cut, units, chosen = _hold_out_by_hash(data, corpus, encoding, wanted)
+        if zone_end := inputs["tokenizer"].metrics.get("zone_end"):
+            assert cut <= zone_end, "the tokenizer was trained on a held-out document"
+    validation = np.concatenate(chosen)[:wanted]
     np.save(attempt.path / "validation.npy", validation.astype(dtype_for(encoding.n_vocab + 1)))
-    (attempt.path / "split.json").write_text(json.dumps({"cut": cut, "seed": data.split_seed}, indent=1))
+    described = {"cut": cut} if wanted is None else {"cut": cut, "seed": data.split_seed}
+    (attempt.path / "split.json").write_text(json.dumps(described, indent=1))
     return {
+        "split": "last" if wanted is None else "hash",
         "val_tokens": len(validation),
         "val_bytes": int(np.array(token_bytes(encoding))[validation].sum()),
         "val_documents": len(chosen),
         "documents": units,
-        "val_dropped_tokens": total - len(validation),
+        "val_dropped_tokens": sum(len(tokens) for tokens in chosen) - len(validation),
         "cut": cut,
     }
+
+
+def _hold_out_by_hash(
+    data: DataConfig, corpus: Artifact, encoding: tiktoken.Encoding, wanted: int
+) -> tuple[str, int, list[np.ndarray]]:
+    """Return the key of the last unit that is held out, the number of all, and the tokens of those held out, by key.
+
+    One pass keeps just as many units as the budget needs, so memory does not grow with the corpus.
+    """
+    chosen: list[tuple[int, int, Any]] = []  # a heap with the largest key on top; counts keep duplicates in order
+    total = units = 0
+    for key, document in _keyed_documents(corpus.local(), data.split_seed):
+        units += 1
+        if total >= wanted and int(key, 16) > -chosen[0][0]:
+            continue
+        tokens = tokenise(encoding, document)
+        heapq.heappush(chosen, (-int(key, 16), units, tokens))
+        total += len(tokens)
+        while total - len(chosen[0][2]) >= wanted:
+            total -= len(heapq.heappop(chosen)[2])
+    if total < wanted or units <= len(chosen):
+        most = total - len(chosen[0][2])
+        raise _too_small(data, f"{total:,} tokens in {units:,} documents", one=units == 1, most=most)
+    chosen.sort(key=lambda item: -item[0])
+    return f"{-chosen[-1][0]:032x}", units, [tokens for *_, tokens in chosen]
+
+
+def _hold_out_last_tenth(
+    data: DataConfig, corpus: Artifact, encoding: tiktoken.Encoding, emit: Emit
+) -> tuple[Place, int, list[np.ndarray]]:
+    """Return where the last tenth begins, the number of units, and the tokens of those in it or of what is of them."""
+    place, size, one = last_tenth(corpus), corpus.metrics["bytes"] / 1e6, corpus.metrics["documents"] == 1
+    said = f"the corpus is {'one document' if one else 'small'}: its last tenth is held out, {size / 10:.2g} of {size:.2g} MB"
+    flags = "--data.val_tokens N" + (" with --data.sample_by paragraph" if one else "")
+    emit("message", text=f"{said}; {flags} holds out N tokens by hash of whole documents instead")
+    backs = [back for _, back in halves(corpus, place)]
+    return place, len(backs), [tokenise(encoding, back) for back in backs if back]

@@ -11,7 +11,7 @@ from nanodlm.config import Config
 from nanodlm.errors import NanodlmError
 from nanodlm.stages.lookup import Lookup, identify, ready
 from nanodlm.stages.progress import Emit
-from nanodlm.stages.table import STAGES, until
+from nanodlm.stages.table import STAGES, check, until
 from nanodlm.store import Artifact, Store, changed_since, code_record, hold_lease, new_attempt, remark
 from nanodlm.store.cache import cache_dir
 
@@ -50,6 +50,7 @@ def run_stage(
 def _build(lookup: Lookup, config: Config, store: Store, rebuild: bool, emit: Emit) -> tuple[Artifact, bool]:
     """Build and commit a stage while holding its lease. Return the artifact, and whether this run built it."""
     stage, fingerprint, reads = lookup.stage, lookup.fingerprint, lookup.input_fingerprints
+    check(config, (stage.name,))
     for artifact in lookup.inputs.values():
         if stage.own_process and (changed := changed_since(artifact)):
             emit("message", text=f"the {artifact.stage} artifact was {remark(changed)}")
@@ -136,6 +137,8 @@ def train(config: Config, store: str | None = None, emit: Emit = lambda *_, **__
     for name in until("train"):
         inputs = {needed: found[needed] for needed in STAGES[name].inputs(config)}
         existing = ready(name, config, opened, inputs=inputs).artifact
+        if existing is None:
+            check(config, until("train"))
         found[name] = existing or run_stage(name, config, opened, inputs=inputs, emit=emit)[0]
     return found["train"]
 

@@ -6,13 +6,20 @@ import os
 import re
 import time
 from collections.abc import Callable
-from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from nanodlm.config import Config, explain
+from nanodlm.config import Config, ExpConfig, explain
 from nanodlm.errors import NanodlmError, UsageError
 from nanodlm.store.cache import cache_dir
+
+
+def check_packages(exp: ExpConfig) -> None:
+    """Refuse settings that ask for a tracker whose package is not installed."""
+    for name, package in (("wandb", "wandb"), ("tensorboard", "tensorboardX")):
+        if getattr(exp, f"use_{name}") and find_spec(package) is None:
+            raise UsageError(f"--exp.use_{name} needs {package}: pip install 'nanodlm[{name}]'")
 
 
 class Tracker:
@@ -37,12 +44,7 @@ class Tracker:
         """
         self._emit = emit
         self._others: dict[str, _Wandb | _TensorBoard] = {}
-        for name, package in (("wandb", "wandb"), ("tensorboard", "tensorboardX")):
-            if getattr(config.exp, f"use_{name}"):
-                try:
-                    import_module(package)
-                except ImportError as error:
-                    raise UsageError(f"--exp.use_{name} needs {package}: pip install 'nanodlm[{name}]'") from error
+        check_packages(config.exp)
         self._file = path.open("w", buffering=1)
         try:
             self._file.writelines(map(_json_line, records))
