@@ -46,15 +46,16 @@ def tokens_by_hash(data: DataConfig, corpus: Artifact) -> int | None:
 
 
 def check_size(data: DataConfig) -> None:
-    """Refuse a number of validation tokens that local files cannot give, for a token has at least one byte.
+    """Refuse files that are not there, and more validation tokens than local ones can give: each has at least one byte.
 
-    Of parquet files, which are compressed, and of files elsewhere nothing is known before they are read.
+    Of parquet files, which are compressed, and of those elsewhere no more is known before they are read.
     """
-    if data.val_tokens is None or data.revision:
+    if data.revision:
         return
     files = source_files(data)
     systems = [fsspec.url_to_fs(url) for url in files]
-    if not all(isinstance(fs, LocalFileSystem) for fs, _ in systems) or any(f.endswith(".parquet") for f in files):
+    local = all(isinstance(fs, LocalFileSystem) for fs, _ in systems)
+    if data.val_tokens is None or not local or any(url.endswith(".parquet") for url in files):
         return
     size = sum(os.path.getsize(path) for _, path in systems)
     one = len(files) == 1 and READERS[Path(files[0]).suffix] == "text" and data.sample_by == "document"
@@ -209,7 +210,7 @@ def _hold_out_last_tenth(
 ) -> tuple[Place, int, list[np.ndarray]]:
     """Return where the last tenth begins, the number of units, and the tokens of those in it or of what is of them."""
     place, size, one = last_tenth(corpus), corpus.metrics["bytes"] / 1e6, corpus.metrics["documents"] == 1
-    said = f"the corpus is {'one document' if one else 'small'}: its last tenth is held out, {size / 10:.2g} of {size:.2g} MB"
+    said = f"the corpus is {'one document' if one else 'small'}: its last tenth ({size / 10:.2g} MB) is held out"
     flags = "--data.val_tokens N" + (" with --data.sample_by paragraph" if one else "")
     emit("message", text=f"{said}; {flags} holds out N tokens by hash of whole documents instead")
     backs = [back for _, back in halves(corpus, place)]

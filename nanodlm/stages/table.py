@@ -112,11 +112,7 @@ def check_rebuild(rebuild: str | None, last: str) -> None:
 
 
 def check(config: Config, stages: Iterable[str]) -> None:
-    """Refuse settings that would stop one of these stages, as far as they tell it before anything is started or built.
-
-    The split may want more text than there is, training a tracker that is not installed. (Looking up the download finds
-    the source's files.)
-    """
+    """Refuse settings that would stop one of these stages, as far as they tell before anything is started or built."""
     from nanodlm.data.split import check_size
     from nanodlm.training.trackers import check_packages
 
