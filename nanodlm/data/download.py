@@ -74,6 +74,12 @@ def parts(download: Artifact) -> list[str]:
     return sorted(file["path"] for file in download.files("part-"))
 
 
+def by_part(download: Artifact) -> list[Iterator[str] | Iterator[list[int]]]:
+    """Return the documents of each part of a download."""
+    folder = download.local()
+    return [documents(folder / name) for name in parts(download)]
+
+
 def documents(part: Path) -> Iterator[str] | Iterator[list[int]]:
     """Read the documents of one part: texts, or lists of token ids."""
     with pq.ParquetFile(part) as file:

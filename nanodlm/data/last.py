@@ -1,4 +1,4 @@
-"""The last tenth of a corpus in the order of its source, which is held out where a million tokens would be too much."""
+"""The last tenth of a small corpus, in the order of its source: where it begins, and what lies on either side."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -11,36 +11,19 @@ Place = list[int]  # a part, a document of it, and how many characters (or ids) 
 
 def last_tenth(corpus: Artifact) -> Place:
     """Return where the last tenth of a corpus begins, by bytes of text (at the edge of a character) or by ids."""
-    folder = corpus.local()
-    paths = [folder / name for name in download.parts(corpus)]
-    total = sum(len(_units(document)) for path in paths for document in download.documents(path))
-    left = total * 9 // 10
-    for part, path in enumerate(paths):
-        for row, document in enumerate(download.documents(path)):
-            units = _units(document)
-            if left < len(units):
-                front = units[:left]
-                offset = len(front.decode(errors="ignore")) if isinstance(front, bytes) else left
-                return [part, row, offset]
-            left -= len(units)
-    raise AssertionError("a corpus holds a document")
+    units = [[d.encode() if isinstance(d, str) else d for d in part] for part in download.by_part(corpus)]
+    part, row, left = 0, 0, sum(len(document) for documents in units for document in documents) * 9 // 10
+    while left >= len(units[part][row]):
+        left -= len(units[part][row])
+        part, row = (part, row + 1) if row + 1 < len(units[part]) else (part + 1, 0)
+    before = units[part][row][:left]
+    return [part, row, len(before.decode(errors="ignore") if isinstance(before, bytes) else before)]
 
 
-def _units(document: str | list[int]) -> bytes | list[int]:
-    return document.encode() if isinstance(document, str) else document
+def halves(documents: Iterable[Any], part: int, place: Place) -> Iterator[tuple[Any, Any]]:
+    """Yield what of each document of a part lies before a place, and what from there on; one of them may be empty.
 
-
-def halves(corpus: Artifact, place: Place) -> Iterator[tuple[Any, Any]]:
-    """Yield what of each document of a corpus lies before a place, and what from there on; one of them may be empty."""
-    folder = corpus.local()
-    for part, name in enumerate(download.parts(corpus)):
-        yield from halves_of_part(download.documents(folder / name), part, place)
-
-
-def halves_of_part(documents: Iterable[Any], part: int, place: Place) -> Iterator[tuple[Any, Any]]:
-    """Yield the halves of the documents of one part; nothing of other parts is needed.
-
-    >>> list(halves_of_part(["one", "two", "three"], 4, [4, 1, 2]))
+    >>> list(halves(["one", "two", "three"], 4, [4, 1, 2]))
     [('one', ''), ('tw', 'o'), ('', 'three')]
     """
     for row, document in enumerate(documents):

@@ -11,7 +11,7 @@ import tiktoken
 from nanodlm.config import Config
 from nanodlm.data import download
 from nanodlm.data import rows as data_rows
-from nanodlm.data.last import Place, halves_of_part
+from nanodlm.data.last import Place, halves
 from nanodlm.data.rows import dtype_for, write
 from nanodlm.data.split import document_key
 from nanodlm.data.tokenizer import load, tokenise
@@ -47,14 +47,9 @@ def build_shards(
     counts = ("train_rows", "train_tokens", "train_documents", "dropped_tokens", "dropped_documents")
     totals = {field: sum(info[field] for info in shards) for field in counts}
     if totals["train_rows"] == 0:
-        raise _no_row(config, by_hash=isinstance(cut, str), tokens=totals["dropped_tokens"])
-    if isinstance(cut, str):
-        # Validation keys are at most the first of these, training keys at least the second: the sides are disjoint.
-        first_key = min(info["first_key"] for info in shards)
-        assert first_key > cut, "a held-out document is among the training documents"
-        edge: dict[str, Any] = {"largest_validation_key": cut, "smallest_training_key": first_key}
-    else:
-        edge = {"training_ends_at": cut}
+        raise _no_row(config, cut)
+    first_key = min(info["first_key"] for info in shards)
+    assert isinstance(cut, list) or first_key > cut, "a held-out document is among the training documents"
     validation = np.load(inputs["split"].local() / "validation.npy", allow_pickle=False)
     val_rows = [validation[i : i + length] for i in range(0, len(validation), length)]
     write(attempt.path / "validation.arrayrecord", val_rows)
@@ -68,20 +63,18 @@ def build_shards(
         "seq_len": length,
         "n_vocab": encoding.n_vocab,
         "dtype": np.dtype(dtype_for(encoding.n_vocab + 1)).name,
-        **edge,
+        # Validation keys are at most the first of these, training keys at least the second: the sides are disjoint.
+        **({"largest_validation_key": cut, "smallest_training_key": first_key} if isinstance(cut, str) else {}),
     }
 
 
-def _no_row(config: Config, *, by_hash: bool, tokens: int) -> NanodlmError:
-    """Say why there is no whole row in what is left for training, which has so many tokens, and what helps."""
-    left, lower = "what is left for training has", "lower --model.seq_len"
+def _no_row(config: Config, cut: str | Place) -> NanodlmError:
+    """Say why there is no whole row to train on, and what helps."""
+    few, length = "the documents left after the validation split have fewer than seq_len", config.model.seq_len
     if config.data.pretokenized:
-        left = "each row of ids that is left for training has"
-    elif tokens >= config.model.seq_len:
-        left, lower = "of what is left for training each part has", f"raise --data.part_mb, or {lower}"
-    else:
-        lower = f"add text, or {lower}" + (" or --data.val_tokens" if by_hash else "")
-    return NanodlmError(f"no training row: {left} fewer than seq_len ({config.model.seq_len}) tokens; {lower}")
+        return NanodlmError(f"no training row: each of {few} ({length}) tokens; lower --model.seq_len")
+    remedy = "add text, or lower --model.seq_len" + (" or --data.val_tokens" if isinstance(cut, str) else "")
+    return NanodlmError(f"no training row: {few} ({length}) tokens; {remedy}")
 
 
 def build_shard(config: Config, inputs: dict[str, Artifact], attempt: Attempt, index: int) -> dict[str, Any]:
@@ -117,7 +110,9 @@ def _write_shard(
     """Write the rows of one part: of documents whose keys lie behind the cut, or of what lies before it in place."""
     data, name = config.data, data_rows.name(index)
     kept, dropped, smallest = [], 0, "f" * 32
-    if isinstance(cut, str):
+    if isinstance(cut, list):
+        kept = [front for front, _ in halves(download.documents(part), index, cut) if front]
+    else:
         for document in download.documents(part):
             key = document_key(document, data.split_seed)
             if key > cut:
@@ -125,8 +120,6 @@ def _write_shard(
                 smallest = min(smallest, key)
             else:
                 dropped += key == cut
-    else:
-        kept = [front for front, _ in halves_of_part(download.documents(part), index, cut) if front]
     rows, left = _rows(encoding, kept, config.model.seq_len, data.pretokenized, threads)
     write(attempt.path / name, rows.astype(dtype_for(encoding.n_vocab + 1)))
     info = {

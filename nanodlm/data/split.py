@@ -21,7 +21,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from nanodlm.config import Config, DataConfig
 from nanodlm.data import download
-from nanodlm.data.last import Place, halves, last_tenth
+from nanodlm.data.last import halves, last_tenth
 from nanodlm.data.rows import dtype_for
 from nanodlm.data.sources import READERS, source_files
 from nanodlm.data.tokenizer import gpt2, load, plain_bytes, save, token_bytes, tokenise, train_bpe
@@ -97,7 +97,8 @@ def build_tokenizer(config: Config, inputs: dict[str, Artifact], attempt: Attemp
     folder, wanted = corpus.local(), tokens_by_hash(data, corpus)
     if wanted is None:
         emit("message", text="training BPE on all but the last tenth")
-        fronts = (front for front, _ in halves(corpus, last_tenth(corpus)))
+        place, every = last_tenth(corpus), enumerate(download.by_part(corpus))
+        fronts = (front for part, documents in every for front, _ in halves(documents, part, place))
         encoding = train_bpe(_up_to(MAX_BPE_BYTES, fronts), data.vocab_size)
         save(encoding, attempt.path)
         return {"n_vocab": encoding.n_vocab}
@@ -158,13 +159,20 @@ def build_split(config: Config, inputs: dict[str, Artifact], attempt: Attempt, e
     data, corpus = config.data, inputs["download"]
     encoding = load(inputs["tokenizer"].local())
     wanted = tokens_by_hash(data, corpus)
+    zone_end = inputs["tokenizer"].metrics.get("zone_end")
     if wanted is None:
-        assert "zone_end" not in inputs["tokenizer"].metrics, "the tokenizer was trained on what is held out"
-        cut, units, chosen = _hold_out_last_tenth(data, corpus, encoding, emit)
+        assert zone_end is None, "the tokenizer was trained on what is held out"
+        cut = last_tenth(corpus)
+        size, one = corpus.metrics["bytes"] / 1e6, corpus.metrics["documents"] == 1
+        said = f"the corpus is {'one document' if one else 'small'}: its last tenth ({size / 10:.2g} MB) is held out"
+        flags = "--data.val_tokens N" + (" with --data.sample_by paragraph" if one else "")
+        emit("message", text=f"{said}; {flags} holds out N tokens by hash of whole documents instead")
+        every = enumerate(download.by_part(corpus))
+        backs = [back for part, documents in every for _, back in halves(documents, part, cut)]
+        chosen = [tokenise(encoding, back) for back in backs if back]
     else:
-        cut, units, chosen = _hold_out_by_hash(data, corpus, encoding, wanted)
-        if zone_end := inputs["tokenizer"].metrics.get("zone_end"):
-            assert cut <= zone_end, "the tokenizer was trained on a held-out document"
+        cut, chosen = _chosen_by_hash(data, corpus, encoding, wanted)
+        assert zone_end is None or cut <= zone_end, "the tokenizer was trained on a held-out document"
     validation = np.concatenate(chosen)[:wanted]
     np.save(attempt.path / "validation.npy", validation.astype(dtype_for(encoding.n_vocab + 1)))
     described = {"cut": cut} if wanted is None else {"cut": cut, "seed": data.split_seed}
@@ -174,27 +182,26 @@ def build_split(config: Config, inputs: dict[str, Artifact], attempt: Attempt, e
         "val_tokens": len(validation),
         "val_bytes": int(np.array(token_bytes(encoding))[validation].sum()),
         "val_documents": len(chosen),
-        "documents": units,
+        "documents": corpus.metrics["documents"],
         "val_dropped_tokens": sum(len(tokens) for tokens in chosen) - len(validation),
         "cut": cut,
     }
 
 
-def _hold_out_by_hash(
+def _chosen_by_hash(
     data: DataConfig, corpus: Artifact, encoding: tiktoken.Encoding, wanted: int
-) -> tuple[str, int, list[np.ndarray]]:
-    """Return the key of the last unit that is held out, the number of all, and the tokens of those held out, by key.
+) -> tuple[str, list[np.ndarray]]:
+    """Return the key of the last unit that is held out, and the tokens of all that are, in the order of their keys.
 
     One pass keeps just as many units as the budget needs, so memory does not grow with the corpus.
     """
-    chosen: list[tuple[int, int, Any]] = []  # a heap with the largest key on top; counts keep duplicates in order
-    total = units = 0
-    for key, document in _keyed_documents(corpus.local(), data.split_seed):
-        units += 1
+    chosen: list[tuple[int, int, Any]] = []  # a heap with the largest key on top; numbers keep duplicates in order
+    total, units = 0, corpus.metrics["documents"]
+    for number, (key, document) in enumerate(_keyed_documents(corpus.local(), data.split_seed)):
         if total >= wanted and int(key, 16) > -chosen[0][0]:
             continue
         tokens = tokenise(encoding, document)
-        heapq.heappush(chosen, (-int(key, 16), units, tokens))
+        heapq.heappush(chosen, (-int(key, 16), number, tokens))
         total += len(tokens)
         while total - len(chosen[0][2]) >= wanted:
             total -= len(heapq.heappop(chosen)[2])
@@ -202,16 +209,4 @@ def _hold_out_by_hash(
         most = total - len(chosen[0][2])
         raise _too_small(data, f"{total:,} tokens in {units:,} documents", one=units == 1, most=most)
     chosen.sort(key=lambda item: -item[0])
-    return f"{-chosen[-1][0]:032x}", units, [tokens for *_, tokens in chosen]
-
-
-def _hold_out_last_tenth(
-    data: DataConfig, corpus: Artifact, encoding: tiktoken.Encoding, emit: Emit
-) -> tuple[Place, int, list[np.ndarray]]:
-    """Return where the last tenth begins, the number of units, and the tokens of those in it or of what is of them."""
-    place, size, one = last_tenth(corpus), corpus.metrics["bytes"] / 1e6, corpus.metrics["documents"] == 1
-    said = f"the corpus is {'one document' if one else 'small'}: its last tenth ({size / 10:.2g} MB) is held out"
-    flags = "--data.val_tokens N" + (" with --data.sample_by paragraph" if one else "")
-    emit("message", text=f"{said}; {flags} holds out N tokens by hash of whole documents instead")
-    backs = [back for _, back in halves(corpus, place)]
-    return place, len(backs), [tokenise(encoding, back) for back in backs if back]
+    return f"{-chosen[-1][0]:032x}", [tokens for *_, tokens in chosen]
