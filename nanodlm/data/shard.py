@@ -47,7 +47,11 @@ def build_shards(
     counts = ("train_rows", "train_tokens", "train_documents", "dropped_tokens", "dropped_documents")
     totals = {field: sum(info[field] for info in shards) for field in counts}
     if totals["train_rows"] == 0:
-        raise _no_row(config, cut)
+        few = f"what is left for training has fewer than seq_len ({length}) tokens"
+        remedy = "add text, or lower --model.seq_len" + (" or --data.val_tokens" if isinstance(cut, str) else "")
+        if config.data.pretokenized:
+            few, remedy = f"rows of ids have fewer than seq_len ({length}), each", "lower --model.seq_len"
+        raise NanodlmError(f"no training row: {few}; {remedy}")
     first_key = min(info["first_key"] for info in shards)
     assert isinstance(cut, list) or first_key > cut, "a held-out document is among the training documents"
     validation = np.load(inputs["split"].local() / "validation.npy", allow_pickle=False)
@@ -66,15 +70,6 @@ def build_shards(
         # Validation keys are at most the first of these, training keys at least the second: the sides are disjoint.
         **({"largest_validation_key": cut, "smallest_training_key": first_key} if isinstance(cut, str) else {}),
     }
-
-
-def _no_row(config: Config, cut: str | Place) -> NanodlmError:
-    """Say why there is no whole row to train on, and what helps."""
-    few, length = "the documents left after the validation split have fewer than seq_len", config.model.seq_len
-    if config.data.pretokenized:
-        return NanodlmError(f"no training row: each of {few} ({length}) tokens; lower --model.seq_len")
-    remedy = "add text, or lower --model.seq_len" + (" or --data.val_tokens" if isinstance(cut, str) else "")
-    return NanodlmError(f"no training row: {few} ({length}) tokens; {remedy}")
 
 
 def build_shard(config: Config, inputs: dict[str, Artifact], attempt: Attempt, index: int) -> dict[str, Any]:

@@ -52,7 +52,10 @@ def _matching(patterns: list[str], *, may_be_empty: bool = False, named: str = "
     for pattern in patterns:
         try:
             found = [f.full_name for f in fsspec.open_files(pattern, "rb")]
-            urls = [url for url in found if fsspec.url_to_fs(url)[0].isfile(url)] or _below(pattern)
+            urls = [url for url in found if fsspec.url_to_fs(url)[0].isfile(url)]
+            fs, path = fsspec.url_to_fs(pattern)
+            if not urls and fs.isdir(path):
+                urls = [fs.unstrip_protocol(file) for file in fs.find(path) if Path(file).suffix in READERS]
         except (OSError, ValueError, ImportError) as error:
             raise NanodlmError(f"cannot list {pattern}: {error}") from error
         if not urls and not may_be_empty:
@@ -64,13 +67,6 @@ def _matching(patterns: list[str], *, may_be_empty: bool = False, named: str = "
         if Path(file).suffix not in READERS:
             raise NanodlmError(f"cannot read {file}: files must end in {', '.join(READERS)}")
     return sorted(files)
-
-
-def _below(folder: str) -> list[str]:
-    """List the URLs of the files in a folder and below that can be read; none where it is no folder."""
-    fs, path = fsspec.url_to_fs(folder)
-    below = fs.find(path) if fs.isdir(path) else []
-    return [fs.unstrip_protocol(file) for file in below if Path(file).suffix in READERS]
 
 
 def identity(data: DataConfig, adopted: list[str] | None = None) -> dict[str, Any]:

@@ -14,10 +14,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import numpy as np
 import tiktoken
-from fsspec.implementations.local import LocalFileSystem
 
 from nanodlm.config import Config, DataConfig
 from nanodlm.data import download
@@ -50,14 +48,11 @@ def check_size(data: DataConfig) -> None:
 
     Of parquet files, which are compressed, and of those elsewhere no more is known before they are read.
     """
-    if data.revision:
+    files = [] if data.revision else source_files(data)
+    known = all(url.startswith("file://") and not url.endswith(".parquet") for url in files)
+    if data.val_tokens is None or not files or not known:
         return
-    files = source_files(data)
-    systems = [fsspec.url_to_fs(url) for url in files]
-    local = all(isinstance(fs, LocalFileSystem) for fs, _ in systems)
-    if data.val_tokens is None or not local or any(url.endswith(".parquet") for url in files):
-        return
-    size = sum(os.path.getsize(path) for _, path in systems)
+    size = sum(os.path.getsize(url.removeprefix("file://")) for url in files)
     one = len(files) == 1 and READERS[Path(files[0]).suffix] == "text" and data.sample_by == "document"
     if one or size + len(files) <= data.val_tokens:  # an end-of-text mark is a token without bytes
         raise _too_small(data, f"{size / 1e6:.2f} MB in {len(files):,} files", one=one)
@@ -162,12 +157,11 @@ def build_split(config: Config, inputs: dict[str, Artifact], attempt: Attempt, e
     zone_end = inputs["tokenizer"].metrics.get("zone_end")
     if wanted is None:
         assert zone_end is None, "the tokenizer was trained on what is held out"
-        cut = last_tenth(corpus)
-        size, one = corpus.metrics["bytes"] / 1e6, corpus.metrics["documents"] == 1
-        said = f"the corpus is {'one document' if one else 'small'}: its last tenth ({size / 10:.2g} MB) is held out"
-        flags = "--data.val_tokens N" + (" with --data.sample_by paragraph" if one else "")
-        emit("message", text=f"{said}; {flags} holds out N tokens by hash of whole documents instead")
-        every = enumerate(download.by_part(corpus))
+        cut, every = last_tenth(corpus), enumerate(download.by_part(corpus))
+        said = (
+            f"the corpus is small or one document: its last tenth ({corpus.metrics['bytes'] / 1e7:.2g} MB) is held out"
+        )
+        emit("message", text=f"{said}; --data.val_tokens N holds out N tokens by hash of whole documents instead")
         backs = [back for part, documents in every for _, back in halves(documents, part, cut)]
         chosen = [tokenise(encoding, back) for back in backs if back]
     else:
@@ -188,9 +182,7 @@ def build_split(config: Config, inputs: dict[str, Artifact], attempt: Attempt, e
     }
 
 
-def _chosen_by_hash(
-    data: DataConfig, corpus: Artifact, encoding: tiktoken.Encoding, wanted: int
-) -> tuple[str, list[np.ndarray]]:
+def _chosen_by_hash(data: DataConfig, corpus: Artifact, encoding: tiktoken.Encoding, wanted: int) -> tuple[str, list]:
     """Return the key of the last unit that is held out, and the tokens of all that are, in the order of their keys.
 
     One pass keeps just as many units as the budget needs, so memory does not grow with the corpus.

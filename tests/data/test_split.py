@@ -301,18 +301,14 @@ def test_of_few_rows_of_ids_the_last_tenth_is_held_out_within_a_row_if_need_be(t
     assert training_rows(artifacts) == [row[i : i + 32] for row in rows for i in (0, 32)][:-1]
 
 
+SMALL = (
+    r"the corpus is small or one document: its last tenth \(0.* MB\) is held out; --data\.val_tokens N holds out N tok"
+)
+
+
 @pytest.mark.parametrize(
     ("documents", "asked", "says"),
-    [
-        (DOCUMENTS, None, ""),
-        (DOCUMENTS[:20], 500, ""),
-        (
-            DOCUMENTS[:20],
-            None,
-            r"the corpus is small: its last tenth \(0\.00043 MB\) is held out; --data\.val_tokens N holds",
-        ),
-        (["long " * 9000], None, "the corpus is one document: .* N with --data.sample_by paragraph holds out N tokens"),
-    ],
+    [(DOCUMENTS, None, ""), (DOCUMENTS[:20], 500, ""), (DOCUMENTS[:20], None, SMALL), (["long " * 9000], None, SMALL)],
     ids=["large", "asked", "small", "one"],
 )
 def test_a_fixed_number_is_held_out_by_hash_unless_the_corpus_is_small_and_none_is_set(
@@ -403,7 +399,7 @@ def test_a_number_that_local_files_cannot_give_is_refused_before_they_are_read(
 
 def test_rows_that_no_split_can_mend_are_refused_with_what_does(tmp_path: Path) -> None:
     with pytest.raises(
-        NanodlmError, match=r"each of the doc.* fewer than seq_len \(65\) tokens; lower --model\.seq_len$"
+        NanodlmError, match=r"rows of ids have fewer than seq_len \(65\), each; lower --model\.seq_len$"
     ):
         prepare(tmp_path / "a", [token_rows()], pretokenized=True, column="tokens", seq_len=65)
     with pytest.raises(NanodlmError, match=r"add text, or lower --model\.seq_len$"):
