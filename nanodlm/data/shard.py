@@ -30,7 +30,7 @@ def build_shards(
     its last whole row is dropped. Pre-tokenised rows are cut one by one. The validation's last row may be shorter.
 
     Raises:
-        NanodlmError: When there is not one whole row to train on.
+        NanodlmError: When there is not one whole row to train on, or only one to validate with.
     """
     length = config.model.seq_len
     encoding = load(inputs["tokenizer"].local())
@@ -55,6 +55,10 @@ def build_shards(
     first_key = min(info["first_key"] for info in shards)
     assert isinstance(cut, list) or first_key > cut, "a held-out document is among the training documents"
     validation = np.load(inputs["split"].local() / "validation.npy", allow_pickle=False)
+    if len(validation) <= length:  # nobody should learn it after the training
+        few = f"{len(validation):,} validation tokens are one row of seq_len ({length}), which has no standard error"
+        remedy = "raise --data.val_tokens" if isinstance(cut, str) else "add text"
+        raise NanodlmError(f"{few}; {remedy}, or lower --model.seq_len")
     val_rows = [validation[i : i + length] for i in range(0, len(validation), length)]
     write(attempt.path / "validation.arrayrecord", val_rows)
     np.save(attempt.path / COUNTS, sum(np.array(info["counts"]) for info in shards))

@@ -219,7 +219,7 @@ def test_rows_are_the_training_documents_one_after_another_with_an_end_mark_afte
     assert names == ["train-00000.arrayrecord", "train-00001.arrayrecord", "validation.arrayrecord"]
 
 
-@pytest.mark.parametrize(("val_tokens", "last"), [(1000, 8), (992, 32), (993, 1), (31, 31)])
+@pytest.mark.parametrize(("val_tokens", "last"), [(1000, 8), (992, 32), (993, 1), (33, 1)])
 def test_the_last_validation_row_holds_what_is_left(tmp_path: Path, val_tokens: int, last: int) -> None:
     artifacts = prepare(tmp_path, [DOCUMENTS], val_tokens=val_tokens)
     rows = data_rows.read(artifacts["shard"].local() / "validation.arrayrecord", "<u2")
@@ -296,9 +296,9 @@ def test_of_a_small_corpus_the_last_tenth_is_held_out_and_what_is_before_it_trai
 
 def test_of_few_rows_of_ids_the_last_tenth_is_held_out_within_a_row_if_need_be(tmp_path: Path) -> None:
     rows = token_rows(5)
-    artifacts = prepare(tmp_path, [rows[:2], rows[2:]], pretokenized=True, column="tokens", val_tokens=None)
+    artifacts = prepare(tmp_path, [rows[:2], rows[2:]], seq_len=16, pretokenized=True, column="tokens", val_tokens=None)
     assert validation_of(artifacts) == rows[4][32:]
-    assert training_rows(artifacts) == [row[i : i + 32] for row in rows for i in (0, 32)][:-1]
+    assert training_rows(artifacts) == [row[i : i + 16] for row in rows for i in (0, 16, 32, 48)][:-2]
 
 
 SMALL = (
@@ -404,6 +404,14 @@ def test_rows_that_no_split_can_mend_are_refused_with_what_does(tmp_path: Path) 
         prepare(tmp_path / "a", [token_rows()], pretokenized=True, column="tokens", seq_len=65)
     with pytest.raises(NanodlmError, match=r"add text, or lower --model\.seq_len$"):
         prepare(tmp_path / "b", [["short"]], val_tokens=None)
+
+
+@pytest.mark.parametrize(("asked", "remedy"), [(None, "add text"), (32, "raise --data.val_tokens")])
+def test_one_validation_row_is_refused_before_anything_is_trained(
+    tmp_path: Path, asked: int | None, remedy: str
+) -> None:
+    with pytest.raises(NanodlmError, match=rf"no standard error; {remedy}, or lower --model\.seq_len"):
+        prepare(tmp_path, [["a few words " * 20, "and more " * 5]], val_tokens=asked)
 
 
 def test_no_whole_training_row_is_refused_with_what_to_do(tmp_path: Path) -> None:
