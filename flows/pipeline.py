@@ -113,6 +113,8 @@ def _run(
     records, url, needed = [], store or default_store(), {until}
     if url.startswith("memory:"):
         raise UsageError("a store in memory is seen by no other process: give store a folder or a bucket")
+    told = [until] if alone else [*table.until(until)]
+    table.check(config, told if options.get("train_on", HERE) == HERE else [name for name in told if name != "train"])
     for name in reversed(table.until(until)):
         if name in needed:
             needed |= set(STAGES[name].inputs(config))

@@ -30,7 +30,7 @@ ROOMS = {
         "build", "checkpoints", "config", "data", "devices", "diffusion", "errors", "evaluation", "model", "store",
     },
     "generation": {"build", "checkpoints", "config", "data", "diffusion", "errors", "model", "store"},
-    "stages": {"checkpoints", "config", "data", "errors", "store"},
+    "stages": {"checkpoints", "config", "data", "errors", "store", "training"},
     "upkeep": {"config", "data", "errors", "stages", "store"},
     "cluster": {"config", "errors", "stages", "store"},
     "bench": {

@@ -50,6 +50,8 @@ def run(
     lookups = list(look_up(config, store, table.until(until)[-1], rebuild))
     artifacts = [lookup.artifact for lookup in lookups if lookup.artifact]
     again = any(lookup.is_again(rebuild) for lookup in lookups if isinstance(lookup, Lookup))
+    if len(artifacts) < len(lookups):
+        table.check(config, table.until(until))
     if not again and len(artifacts) == len(lookups):
         records = [record(artifact, "cached", 0.0) for artifact in artifacts]
         for artifact, done in zip(artifacts, records, strict=True):

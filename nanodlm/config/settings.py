@@ -30,7 +30,7 @@ class DataConfig(Group):
 
     source: tuple[Url, ...] = ("sotu",)
     """Corpus: `sotu` (built in), `hf://OWNER/NAME` (a Hugging Face data set), or files: paths, globs or fsspec URLs
-    of .txt, .md, .jsonl or .parquet."""
+    of .txt, .md, .jsonl or .parquet, or of folders, for all such files in them and below."""
     revision: str = Field(default="", pattern=r"^([0-9a-f]{7,40})?$")
     """Commit of a `hf://` data set, 7 to 40 hex digits, so that its bytes are pinned; other sources have none."""
     column: str = "text"
@@ -43,8 +43,9 @@ class DataConfig(Group):
     """`bpe` is trained on the training documents; `gpt2` and `bytes` are fixed."""
     vocab_size: int = Field(default=4095, ge=257)
     """Entries of a trained `bpe`, the 256 bytes and the end-of-text mark included; with the mask one more."""
-    val_tokens: int = Field(default=1_000_000, gt=0)
-    """Tokens of the validation split, exactly."""
+    val_tokens: int | None = Field(default=None, gt=0)
+    """Tokens of the validation split, exactly, from documents chosen by hash; none is one million, or of a small corpus
+    the last tenth in the order of its files."""
     split_seed: int = Field(default=0, ge=0, lt=2**63)
     """Key of the hash that decides which documents are held out."""
     shuffle_seed: int = Field(default=123, ge=0, lt=2**31)

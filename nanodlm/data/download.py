@@ -1,6 +1,6 @@
 """The download stage: whatever the source is becomes parquet parts of documents."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +9,8 @@ import pyarrow.parquet as pq
 
 from nanodlm.config import Config
 from nanodlm.data.sources import BATCH, identity, read_documents, source_files
-from nanodlm.errors import NanodlmError
+from nanodlm.errors import Emit, NanodlmError
 from nanodlm.store import Artifact, Attempt, fingerprint_of
-
-Emit = Callable[..., None]
 
 
 def download(
@@ -21,9 +19,6 @@ def download(
     """Copy the source's documents into parquet parts of about `data.part_mb` megabytes each.
 
     With `adopted`, paths or globs of copies of the source's files, those are read instead.
-
-    Raises:
-        NanodlmError: For a file that is empty, unreadable, or lacks the column.
     """
     data = config.data
     before = identity(data, adopted)
@@ -72,6 +67,12 @@ def download(
 def parts(download: Artifact) -> list[str]:
     """Return the names of a download's parts, in order; nothing is fetched."""
     return sorted(file["path"] for file in download.files("part-"))
+
+
+def by_part(download: Artifact) -> list[Iterator[str] | Iterator[list[int]]]:
+    """Return the documents of each part of a download."""
+    folder = download.local()
+    return [documents(folder / name) for name in parts(download)]
 
 
 def documents(part: Path) -> Iterator[str] | Iterator[list[int]]:

@@ -72,11 +72,7 @@ class Rows:
 
 
 def read(path: Path, dtype: str) -> list[np.ndarray]:
-    """Read all rows of a file, as int32.
-
-    Raises:
-        Damaged: When it is not a whole ArrayRecord file (the reader itself would be silent).
-    """
+    """Read all rows of a file, as int32."""
     reader = ArrayRecordReader(str(path))
     if not reader.ok():  # not to be closed: that raises what is wrong in the reader's own words
         raise Damaged(f"{path} is not a whole ArrayRecord file: rebuild it with --rebuild shard")

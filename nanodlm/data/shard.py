@@ -1,7 +1,6 @@
 """The shard stage: documents become rows of token ids in ArrayRecord files."""
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,25 +10,21 @@ import tiktoken
 from nanodlm.config import Config
 from nanodlm.data import download
 from nanodlm.data import rows as data_rows
+from nanodlm.data.last import Place, halves
 from nanodlm.data.rows import dtype_for, write
 from nanodlm.data.split import document_key
 from nanodlm.data.tokenizer import load, tokenise
-from nanodlm.errors import NanodlmError
+from nanodlm.errors import Emit, NanodlmError
 from nanodlm.store import Artifact, Attempt
 
 COUNTS = "counts.npy"  # how often each token is trained on; left out of the digest, for the shards determine it
 
 
-def build_shards(
-    config: Config, inputs: dict[str, Artifact], attempt: Attempt, emit: Callable[..., None]
-) -> dict[str, Any]:
+def build_shards(config: Config, inputs: dict[str, Artifact], attempt: Attempt, emit: Emit) -> dict[str, Any]:
     """Write rows of `seq_len` tokens as ArrayRecord, one training shard for each corpus part, and the validation.
 
     Texts follow each other with an end-of-text mark after each, and are cut into rows; what is left of a part after
     its last whole row is dropped. Pre-tokenised rows are cut one by one. The validation's last row may be shorter.
-
-    Raises:
-        NanodlmError: When there is not one whole row to train on.
     """
     length = config.model.seq_len
     encoding = load(inputs["tokenizer"].local())
@@ -45,12 +40,19 @@ def build_shards(
     shards = [infos[i] for i in range(len(parts))]
     counts = ("train_rows", "train_tokens", "train_documents", "dropped_tokens", "dropped_documents")
     totals = {field: sum(info[field] for info in shards) for field in counts}
-    first_key = min(info["first_key"] for info in shards)
     if totals["train_rows"] == 0:
-        few = f"the documents left after the validation split have fewer than seq_len ({length}) tokens"
-        raise NanodlmError(f"no training row: {few}; add text, or lower --model.seq_len or --data.val_tokens")
-    assert first_key > cut, "a held-out document is among the training documents"
+        few = f"what is left for training has fewer than seq_len ({length}) tokens"
+        remedy = "add text, or lower --model.seq_len" + (" or --data.val_tokens" if isinstance(cut, str) else "")
+        if config.data.pretokenized:
+            few, remedy = f"rows of ids have fewer than seq_len ({length}), each", "lower --model.seq_len"
+        raise NanodlmError(f"no training row: {few}; {remedy}")
+    first_key = min(info["first_key"] for info in shards)
+    assert isinstance(cut, list) or first_key > cut, "a held-out document is among the training documents"
     validation = np.load(inputs["split"].local() / "validation.npy", allow_pickle=False)
+    if len(validation) <= length:  # nobody should learn it after the training
+        few = f"{len(validation):,} validation tokens are one row of seq_len ({length}), which has no standard error"
+        remedy = "raise --data.val_tokens" if isinstance(cut, str) else "add text"
+        raise NanodlmError(f"{few}; {remedy}, or lower --model.seq_len")
     val_rows = [validation[i : i + length] for i in range(0, len(validation), length)]
     write(attempt.path / "validation.arrayrecord", val_rows)
     np.save(attempt.path / COUNTS, sum(np.array(info["counts"]) for info in shards))
@@ -64,8 +66,7 @@ def build_shards(
         "n_vocab": encoding.n_vocab,
         "dtype": np.dtype(dtype_for(encoding.n_vocab + 1)).name,
         # Validation keys are at most the first of these, training keys at least the second: the sides are disjoint.
-        "largest_validation_key": cut,
-        "smallest_training_key": first_key,
+        **({"largest_validation_key": cut, "smallest_training_key": first_key} if isinstance(cut, str) else {}),
     }
 
 
@@ -91,17 +92,27 @@ def token_counts(shard: Artifact) -> np.ndarray:
 
 
 def _write_shard(
-    config: Config, encoding: tiktoken.Encoding, cut: str, part: Path, attempt: Attempt, index: int, threads: int
+    config: Config,
+    encoding: tiktoken.Encoding,
+    cut: str | Place,
+    part: Path,
+    attempt: Attempt,
+    index: int,
+    threads: int,
 ) -> dict[str, Any]:
+    """Write the rows of one part: of documents whose keys lie behind the cut, or of what lies before it in place."""
     data, name = config.data, data_rows.name(index)
     kept, dropped, smallest = [], 0, "f" * 32
-    for document in download.documents(part):
-        key = document_key(document, data.split_seed)
-        if key > cut:
-            kept.append(document)
-            smallest = min(smallest, key)
-        else:
-            dropped += key == cut
+    if isinstance(cut, list):
+        kept = [front for front, _ in halves(download.documents(part), index, cut) if front]
+    else:
+        for document in download.documents(part):
+            key = document_key(document, data.split_seed)
+            if key > cut:
+                kept.append(document)
+                smallest = min(smallest, key)
+            else:
+                dropped += key == cut
     rows, left = _rows(encoding, kept, config.model.seq_len, data.pretokenized, threads)
     write(attempt.path / name, rows.astype(dtype_for(encoding.n_vocab + 1)))
     info = {

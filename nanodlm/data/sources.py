@@ -24,10 +24,7 @@ BATCH = 100  # documents read at a time; parts end between batches
 def source_files(data: DataConfig, adopted: list[str] | None = None) -> list[str]:
     """List the URLs of the source's files, sorted; those of a `hf://` data set are fetched into the hub's cache first.
 
-    With `adopted`, paths or globs of files to read instead, those are listed.
-
-    Raises:
-        NanodlmError: When there are none, or one is of a kind that cannot be read.
+    With `adopted`, paths, globs or folders of files to read instead, those are listed.
     """
     if adopted is not None:
         return _matching(adopted, named="what is to be adopted")
@@ -47,16 +44,21 @@ def source_files(data: DataConfig, adopted: list[str] | None = None) -> list[str
 
 
 def _matching(patterns: list[str], *, may_be_empty: bool = False, named: str = "--data.source") -> list[str]:
-    """List the URLs of the files that paths and globs name, sorted; `named` is where they were given."""
+    """List the URLs of the files that paths, globs and folders name, sorted; `named` is where they were given."""
     files: set[str] = set()
     for pattern in patterns:
         try:
             found = [f.full_name for f in fsspec.open_files(pattern, "rb")]
             urls = [url for url in found if fsspec.url_to_fs(url)[0].isfile(url)]
+            fs, path = fsspec.url_to_fs(pattern)
+            if not urls and fs.isdir(path):
+                urls = [fs.unstrip_protocol(file) for file in fs.find(path) if Path(file).suffix in READERS]
         except (OSError, ValueError, ImportError) as error:
             raise NanodlmError(f"cannot list {pattern}: {error}") from error
         if not urls and not may_be_empty:
-            raise NanodlmError(f"no file matches {pattern!r}: check {named} (a folder needs a glob, as in dir/*.txt)")
+            raise NanodlmError(
+                f"no file matches {pattern!r}, nor is it a folder of {', '.join(READERS)}: check {named}"
+            )
         files.update(urls)
     for file in files:
         if Path(file).suffix not in READERS:

@@ -3,27 +3,58 @@
 What is held out is decided by content alone. Units (documents, or rows of pre-tokenised data) are sorted by a
 keyed hash; the front gives exactly `val_tokens` validation tokens, the rest of the unit where the budget ends is
 dropped, and every unit with a larger key is for training. Equal documents have equal keys, so duplicates stay on one
-side, and new data moves units only at the budget's edge.
+side, and new data moves units only at the budget's edge. Of a small corpus the last tenth is held out (last.py).
 """
 
 import hashlib
 import heapq
 import json
-from collections.abc import Callable, Iterable, Iterator
+import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tiktoken
 
-from nanodlm.config import Config
+from nanodlm.config import Config, DataConfig
 from nanodlm.data import download
+from nanodlm.data.last import halves, last_tenth
 from nanodlm.data.rows import dtype_for
+from nanodlm.data.sources import READERS, source_files
 from nanodlm.data.tokenizer import gpt2, load, plain_bytes, save, token_bytes, tokenise, train_bpe
-from nanodlm.errors import NanodlmError
+from nanodlm.errors import Emit, NanodlmError
 from nanodlm.store import Artifact, Attempt
 
-Emit = Callable[..., None]
 MAX_BPE_BYTES = 200_000_000
+VAL_TOKENS = 1_000_000
+PROBE_BYTES = 1_000_000
+SMALL = 8_000_000  # bytes: about two million tokens of text, and two million ids of four bytes
+
+
+def tokens_by_hash(data: DataConfig, corpus: Artifact) -> int | None:
+    """Return how many tokens are held out by hash; None where instead the source's last tenth is held out.
+
+    That is so where nobody has set a number, and the corpus is small or one document.
+    """
+    if data.val_tokens is None and (corpus.metrics["bytes"] < SMALL or corpus.metrics["documents"] == 1):
+        return None
+    return data.val_tokens or VAL_TOKENS
+
+
+def check_size(data: DataConfig) -> None:
+    """Refuse files that are not there, and more validation tokens than local ones can give: each has at least one byte.
+
+    Of parquet files, which are compressed, and of those elsewhere no more is known before they are read.
+    """
+    files = [] if data.revision else source_files(data)
+    known = all(url.startswith("file://") and not url.endswith(".parquet") for url in files)
+    if data.val_tokens is None or not files or not known:
+        return
+    size = sum(os.path.getsize(url.removeprefix("file://")) for url in files)
+    one = len(files) == 1 and READERS[Path(files[0]).suffix] == "text" and data.sample_by == "document"
+    if one or size + len(files) <= data.val_tokens:  # an end-of-text mark is a token without bytes
+        raise _too_small(data, f"{size / 1e6:.2f} MB in {len(files):,} files", one=one)
 
 
 def document_key(content: str | list[int], seed: int) -> str:
@@ -47,18 +78,24 @@ def build_tokenizer(config: Config, inputs: dict[str, Artifact], attempt: Attemp
 
     How many those are depends on the encoding. So a zone at the front of their order is set aside, the encoding is
     trained on the rest, and the zone counted with it; when it has too few tokens, it grows and all starts over.
-
-    Raises:
-        NanodlmError: When the corpus is too small for the validation split.
     """
     data = config.data
     if data.tokenizer != "bpe":
         fixed = gpt2() if data.tokenizer == "gpt2" else plain_bytes()
         save(fixed, attempt.path)
         return {"n_vocab": fixed.n_vocab}
-    folder = inputs["download"].local()
+    corpus = inputs["download"]
+    folder, wanted = corpus.local(), tokens_by_hash(data, corpus)
+    if wanted is None:
+        emit("message", text="training BPE on all but the last tenth")
+        place, every = last_tenth(corpus), enumerate(download.by_part(corpus))
+        fronts = (front for part, documents in every for front, _ in halves(documents, part, place))
+        encoding = train_bpe(_up_to(MAX_BPE_BYTES, fronts), data.vocab_size)
+        save(encoding, attempt.path)
+        return {"n_vocab": encoding.n_vocab}
     order = sorted((key, len(text.encode())) for key, text in _keyed_documents(folder, data.split_seed))
-    target = float(data.val_tokens)  # a token has at least one byte; corrected by counting
+    total, target = sum(size for _, size in order), float(wanted)  # a token has at least one byte; then by counting
+    limit = MAX_BPE_BYTES if 2 * wanted <= total else PROBE_BYTES  # that there is not enough is seen before long
     while True:
         zone_end, zone_bytes = "", 0
         for key, size in order:
@@ -66,23 +103,32 @@ def build_tokenizer(config: Config, inputs: dict[str, Artifact], attempt: Attemp
                 break
             zone_end, zone_bytes = key, zone_bytes + size
         if zone_end == order[-1][0]:
-            raise _too_small(data.val_tokens, f"{sum(size for _, size in order) / 1e6:.2f} MB", len(order))
+            raise _too_small(data, f"{total / 1e6:.2f} MB in {len(order):,} documents", one=len(order) == 1)
         emit("message", text=f"training BPE on all but {zone_bytes / 1e6:.3g} MB that may be held out")
         after_zone = (text for key, text in _keyed_documents(folder, data.split_seed) if key > zone_end)
-        encoding = train_bpe(_up_to(MAX_BPE_BYTES, after_zone), data.vocab_size)
+        encoding = train_bpe(_up_to(limit, after_zone), data.vocab_size)
         zone = (text for key, text in _keyed_documents(folder, data.split_seed) if key <= zone_end)
         tokens = sum(len(encoding.encode_ordinary(text)) + 1 for text in zone)
-        if tokens >= data.val_tokens:
+        if tokens < wanted:
+            target = zone_bytes * 1.02 * wanted / tokens
+        elif limit == MAX_BPE_BYTES:
             break
-        target = zone_bytes * 1.02 * data.val_tokens / tokens
+        else:
+            target, limit = float(wanted), MAX_BPE_BYTES
     save(encoding, attempt.path)
     return {"n_vocab": encoding.n_vocab, "zone_end": zone_end, "zone_bytes": zone_bytes, "zone_tokens": tokens}
 
 
-def _too_small(val_tokens: int, size: str, units: int) -> NanodlmError:
-    found = f"{size} in {units:,} documents cannot give {val_tokens:,} validation tokens and leave some to train on"
-    remedy = "add text, lower --data.val_tokens, or cut long .txt files up with --data.sample_by paragraph"
-    return NanodlmError(f"the corpus is smaller than the validation split: {found}; {remedy}")
+def _too_small(data: DataConfig, found: str, *, one: bool, most: int | None = None) -> NanodlmError:
+    """Say why a corpus, which may be one document, cannot be split by hash, and what helps: `most` tokens at most."""
+    cut_up = "" if data.pretokenized else ", or cut .txt files up with --data.sample_by paragraph"
+    if one:
+        what = "the corpus is one document, which cannot be split by hash"
+        return NanodlmError(f"{what}: leave out --data.val_tokens, and its last tenth is held out{cut_up}")
+    wanted = f"{data.val_tokens or VAL_TOKENS:,} validation tokens and leave some to train on"
+    lower = "lower --data.val_tokens" + (f" to at most {most:,}" if most else "")
+    remedy = f"{lower}{' or leave it out' if data.val_tokens else ''}, add text{cut_up}"
+    return NanodlmError(f"the corpus is smaller than the validation split: {found} cannot give {wanted}; {remedy}")
 
 
 def _up_to(limit: int, texts: Iterable[str]) -> Iterator[str]:
@@ -94,40 +140,53 @@ def _up_to(limit: int, texts: Iterable[str]) -> Iterator[str]:
 
 
 def build_split(config: Config, inputs: dict[str, Artifact], attempt: Attempt, emit: Emit) -> dict[str, Any]:
-    """Choose the held-out units and write their tokens (`validation.npy`) and the cut (`split.json`).
-
-    One pass keeps just as many units as the budget needs, so memory does not grow with the corpus.
-
-    Raises:
-        NanodlmError: When the corpus has too few tokens, or a row has ids that the tokenizer lacks.
-    """
-    data = config.data
+    """Choose what is held out, and write its tokens (`validation.npy`) and the cut (`split.json`)."""
+    data, corpus = config.data, inputs["download"]
     encoding = load(inputs["tokenizer"].local())
-    chosen: list[tuple[int, int, Any]] = []  # a heap with the largest key on top; counts keep duplicates in order
-    total = units = 0
-    for key, document in _keyed_documents(inputs["download"].local(), data.split_seed):
-        units += 1
-        if total >= data.val_tokens and int(key, 16) > -chosen[0][0]:
-            continue
-        tokens = tokenise(encoding, document)
-        heapq.heappush(chosen, (-int(key, 16), units, tokens))
-        total += len(tokens)
-        while total - len(chosen[0][2]) >= data.val_tokens:
-            total -= len(heapq.heappop(chosen)[2])
-    if total < data.val_tokens or units <= len(chosen):
-        raise _too_small(data.val_tokens, f"{total:,} tokens", units)
-    chosen.sort(key=lambda item: -item[0])
-    validation = np.concatenate([tokens for *_, tokens in chosen])[: data.val_tokens]
-    cut = f"{-chosen[-1][0]:032x}"
-    if zone_end := inputs["tokenizer"].metrics.get("zone_end"):
-        assert cut <= zone_end, "the tokenizer was trained on a held-out document"
+    wanted = tokens_by_hash(data, corpus)
+    zone_end = inputs["tokenizer"].metrics.get("zone_end")
+    if wanted is None:
+        assert zone_end is None, "the tokenizer was trained on what is held out"
+        cut, every = last_tenth(corpus), enumerate(download.by_part(corpus))
+        tenth = f"the last tenth ({corpus.metrics['bytes'] / 1e7:.2g} MB) of a small corpus"
+        emit("message", text=f"holding out {tenth}; --data.val_tokens N takes N tokens of documents chosen by hash")
+        backs = [back for part, documents in every for _, back in halves(documents, part, cut)]
+        chosen = [tokenise(encoding, back) for back in backs if back]
+    else:
+        cut, chosen = _chosen_by_hash(data, corpus, encoding, wanted)
+        assert zone_end is None or cut <= zone_end, "the tokenizer was trained on a held-out document"
+    validation = np.concatenate(chosen)[:wanted]
     np.save(attempt.path / "validation.npy", validation.astype(dtype_for(encoding.n_vocab + 1)))
-    (attempt.path / "split.json").write_text(json.dumps({"cut": cut, "seed": data.split_seed}, indent=1))
+    described = {"cut": cut} if wanted is None else {"cut": cut, "seed": data.split_seed}
+    (attempt.path / "split.json").write_text(json.dumps(described, indent=1))
     return {
+        "split": "last" if wanted is None else "hash",
         "val_tokens": len(validation),
         "val_bytes": int(np.array(token_bytes(encoding))[validation].sum()),
         "val_documents": len(chosen),
-        "documents": units,
-        "val_dropped_tokens": total - len(validation),
+        "documents": corpus.metrics["documents"],
+        "val_dropped_tokens": sum(len(tokens) for tokens in chosen) - len(validation),
         "cut": cut,
     }
+
+
+def _chosen_by_hash(data: DataConfig, corpus: Artifact, encoding: tiktoken.Encoding, wanted: int) -> tuple[str, list]:
+    """Return the key of the last unit that is held out, and the tokens of all that are, in the order of their keys.
+
+    One pass keeps just as many units as the budget needs, so memory does not grow with the corpus.
+    """
+    chosen: list[tuple[int, int, Any]] = []  # a heap with the largest key on top; numbers keep duplicates in order
+    total, units = 0, corpus.metrics["documents"]
+    for number, (key, document) in enumerate(_keyed_documents(corpus.local(), data.split_seed)):
+        if total >= wanted and int(key, 16) > -chosen[0][0]:
+            continue
+        tokens = tokenise(encoding, document)
+        heapq.heappush(chosen, (-int(key, 16), number, tokens))
+        total += len(tokens)
+        while total - len(chosen[0][2]) >= wanted:
+            total -= len(heapq.heappop(chosen)[2])
+    if total < wanted or units <= len(chosen):
+        most = total - len(chosen[0][2])
+        raise _too_small(data, f"{total:,} tokens in {units:,} documents", one=units == 1, most=most)
+    chosen.sort(key=lambda item: -item[0])
+    return f"{-chosen[-1][0]:032x}", [tokens for *_, tokens in chosen]

@@ -112,9 +112,6 @@ def token_bytes(encoding: tiktoken.Encoding) -> list[int]:
 def tokenise(encoding: tiktoken.Encoding, document: str | list[int]) -> np.ndarray:
     """Return the token ids (int64) of a document, with the end-of-text mark after a text; ids are only checked.
 
-    Raises:
-        NanodlmError: For ids outside the encoding.
-
     >>> tokenise(plain_bytes(), "Hi").tolist()
     [72, 105, 256]
     """

@@ -10,7 +10,7 @@ from typing import Any
 from nanodlm.config import Config
 from nanodlm.errors import Emit, NanodlmError, silent
 from nanodlm.stages.lookup import Lookup, identify, ready
-from nanodlm.stages.table import STAGES, until
+from nanodlm.stages.table import STAGES, check, until
 from nanodlm.store import Artifact, Json, Store, changed_since, code_record, hold_lease, new_attempt, remark
 from nanodlm.store.cache import cache_dir
 
@@ -54,6 +54,7 @@ def build(
     What returns is the artifact, and whether this run built it.
     """
     stage, fingerprint, reads = lookup.stage, lookup.fingerprint, lookup.input_fingerprints
+    check(config, (stage.name,))
     for artifact in lookup.inputs.values():
         if stage.own_process and (changed := changed_since(artifact)):
             emit("message", text=f"the {artifact.stage} artifact was {remark(changed)}")
@@ -140,6 +141,8 @@ def train(config: Config, store: str | None = None, emit: Emit = silent) -> Arti
     for name in until("train"):
         inputs = {needed: found[needed] for needed in STAGES[name].inputs(config)}
         existing = ready(name, config, opened, inputs=inputs).artifact
+        if existing is None:
+            check(config, until("train"))
         found[name] = existing or run_stage(name, config, opened, inputs=inputs, emit=emit)[0]
     return found["train"]
 

@@ -6,7 +6,7 @@ Each stage is a function from verified input artifacts and its own part of the c
 Its fingerprint covers just those, so a changed setting rebuilds what depends on it and nothing else.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Literal, get_args
@@ -109,3 +109,14 @@ def check_rebuild(rebuild: str | None, last: str) -> None:
     """Raise a `UsageError` when the stage to rebuild comes after the last one; `changed` is any of them."""
     if rebuild not in (None, "changed", *until(last)):
         raise UsageError(f"--rebuild {rebuild} comes after --until {last}: nothing would be rebuilt")
+
+
+def check(config: Config, stages: Iterable[str]) -> None:
+    """Refuse settings that would stop one of these stages, as far as they tell before anything is started or built."""
+    from nanodlm.data.split import check_size
+    from nanodlm.training.trackers import check_packages
+
+    if "split" in stages:
+        check_size(config.data)
+    if "train" in stages:
+        check_packages(config.exp)

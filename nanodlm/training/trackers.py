@@ -6,13 +6,20 @@ import os
 import re
 import time
 from collections.abc import Callable
-from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from nanodlm.config import Config, explain
-from nanodlm.errors import NanodlmError, UsageError
+from nanodlm.config import Config, ExpConfig, explain
+from nanodlm.errors import Emit, NanodlmError, UsageError
 from nanodlm.store.cache import cache_dir
+
+
+def check_packages(exp: ExpConfig) -> None:
+    """Refuse settings that ask for a tracker whose package is not installed."""
+    for name, package in (("wandb", "wandb"), ("tensorboard", "tensorboardX")):
+        if getattr(exp, f"use_{name}") and find_spec(package) is None:
+            raise UsageError(f"--exp.use_{name} needs {package}: pip install 'nanodlm[{name}]'")
 
 
 class Tracker:
@@ -22,27 +29,16 @@ class Tracker:
     records.
     """
 
-    def __init__(
-        self, config: Config, path: Path, run_id: str, records: list[dict[str, Any]], emit: Callable[..., None]
-    ):
+    def __init__(self, config: Config, path: Path, run_id: str, records: list[dict[str, Any]], emit: Emit):
         """Open all that `config.exp` asks for; messages say where to look, and what failed.
 
         Records go to the JSONL file `path`, one a line, as they come. `run_id` names the run at W&B, where one that
         exists goes on, and in TensorBoard's folder. `records` are what a resumed run has logged before: W&B has them
         already, the others begin with them. `tensorboard/` and, unless `$WANDB_DIR` is set, `wandb/` lie in the cache.
-
-        Raises:
-            UsageError: When a package is missing.
-            NanodlmError: When W&B does not start.
         """
         self._emit = emit
         self._others: dict[str, _Wandb | _TensorBoard] = {}
-        for name, package in (("wandb", "wandb"), ("tensorboard", "tensorboardX")):
-            if getattr(config.exp, f"use_{name}"):
-                try:
-                    import_module(package)
-                except ImportError as error:
-                    raise UsageError(f"--exp.use_{name} needs {package}: pip install 'nanodlm[{name}]'") from error
+        check_packages(config.exp)
         self._file = path.open("w", buffering=1)
         try:
             self._file.writelines(map(_json_line, records))

@@ -132,12 +132,12 @@ def refused(tmp_path: Path, source: str, **data: Any) -> str:
     return message
 
 
-def test_a_pattern_that_matches_nothing_is_named(tmp_path: Path) -> None:
+def test_a_pattern_or_folder_that_gives_nothing_is_named(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
-    for pattern in ("*.txt", "absent.txt", "folder"):
+    (tmp_path / "folder" / "picture.png").touch()
+    for pattern in ("*.txt", "absent.txt", "folder", "folder/"):
         message = refused(tmp_path, pattern)
-        assert "a folder needs a glob" in message
-        assert f"no file matches '{tmp_path}/{pattern}'" in message
+        assert f"no file matches '{(tmp_path / pattern)}', nor is it a folder of .txt, .md, .jsonl" in message
         assert "--data.source" in message
 
 
@@ -205,6 +205,28 @@ def test_the_identity_is_that_of_the_content_not_of_the_path_or_the_time(tmp_pat
     assert data_sources.identity(one) == before
     (tmp_path / "one" / "one.txt").write_text("Content")
     assert data_sources.identity(one) != before
+
+
+@pytest.mark.parametrize("where", ["", "memory:/"])
+def test_a_folder_stands_for_the_files_in_it_and_below_that_can_be_read_wherever_it_lies(
+    tmp_path: Path, where: str
+) -> None:
+    def write(folder: Path) -> str:
+        for name, text in {
+            "b.txt": "b",
+            "sub [1]/a.md": "a",
+            "c.png": "c",
+            "sub [1]/deep/d.jsonl": '{"text": "d"}',
+        }.items():
+            with fsspec.open(f"{where}{folder}/{name}", "w", auto_mkdir=True) as file:
+                file.write(text)
+        return f"{where}{folder}"
+
+    folder, moved = write(tmp_path / "folder"), write(tmp_path / "moved")
+    named = [f"{folder}/b.txt", f"{folder}/sub [1]/a.md", f"{folder}/sub [1]/deep/d.jsonl"]
+    assert documents(download(tmp_path / "store", source=f"{folder}/")) == ["b", "a", "d"]
+    found = [data_sources.identity(tiny_config(source=source).data) for source in (folder, [f"{moved}/"], named)]
+    assert found[0] == found[1] == found[2]
 
 
 def test_the_identity_covers_every_setting_that_changes_the_documents(tmp_path: Path) -> None:

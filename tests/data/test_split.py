@@ -1,4 +1,7 @@
+import contextlib
 import json
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ from nanodlm.data import rows as data_rows
 from nanodlm.data import shard, split, tokenizer
 from nanodlm.data.split import document_key
 from nanodlm.errors import NanodlmError
+from nanodlm.stages import table
 from nanodlm.store import Artifact, Store, new_attempt
 from tests.support.helpers import downloaded, identity, prose, tiny_config
 
@@ -215,7 +219,7 @@ def test_rows_are_the_training_documents_one_after_another_with_an_end_mark_afte
     assert names == ["train-00000.arrayrecord", "train-00001.arrayrecord", "validation.arrayrecord"]
 
 
-@pytest.mark.parametrize(("val_tokens", "last"), [(1000, 8), (992, 32), (993, 1), (31, 31)])
+@pytest.mark.parametrize(("val_tokens", "last"), [(1000, 8), (992, 32), (993, 1), (33, 1)])
 def test_the_last_validation_row_holds_what_is_left(tmp_path: Path, val_tokens: int, last: int) -> None:
     artifacts = prepare(tmp_path, [DOCUMENTS], val_tokens=val_tokens)
     rows = data_rows.read(artifacts["shard"].local() / "validation.arrayrecord", "<u2")
@@ -260,6 +264,68 @@ def test_an_id_that_the_tokenizer_lacks_is_refused(tmp_path: Path, bad: int, sid
         prepare(tmp_path, [[*rows, spoilt]], pretokenized=True, column="tokens")
 
 
+CORPUS = prose(60)
+
+
+@pytest.mark.parametrize("kind", ["bytes", "bpe", "gpt2"])
+@pytest.mark.parametrize(
+    "parts", [[["é — Ω 😀, long. " * 300]], [CORPUS[:30], CORPUS[30:]], [CORPUS[:3], ["é" * 4001, "…"]]], ids=len
+)
+def test_of_a_small_corpus_the_last_tenth_is_held_out_and_what_is_before_it_trained_on(
+    tmp_path: Path, parts: list[list[str]], kind: str
+) -> None:
+    artifacts = prepare(tmp_path, parts, seq_len=2, val_tokens=None, tokenizer=kind, vocab_size=300)
+    encoding, split, whole = encoding_of(artifacts), artifacts["split"].metrics, "".join(map("".join, parts)).encode()
+    front = whole[: len(whole) * 9 // 10].decode(errors="ignore")  # up to the edge of a character
+    ids = [i for i in validation_of(artifacts) if i != encoding.eot_token]
+    assert front.encode() + encoding.decode_bytes(ids) == whole
+    fronts, left = [], len(front)
+    for part in parts:
+        fronts.append([text[: max(0, left - sum(map(len, part[:i])))] for i, text in enumerate(part)])
+        left -= sum(map(len, part))
+    streams = [
+        [t for text in part if text for t in [*encoding.encode_ordinary(text), encoding.eot_token]] for part in fronts
+    ]
+    assert training_rows(artifacts) == [s[i : i + 2] for s in streams for i in range(0, len(s) // 2 * 2, 2)]
+    if kind == "bpe":
+        trained = tokenizer.train_bpe([text for part in fronts for text in part], 300)
+        assert encoding._mergeable_ranks == trained._mergeable_ranks
+    assert split["split"] == "last"
+    assert "smallest_training_key" not in artifacts["shard"].metrics
+
+
+def test_of_few_rows_of_ids_the_last_tenth_is_held_out_within_a_row_if_need_be(tmp_path: Path) -> None:
+    rows = token_rows(5)
+    artifacts = prepare(tmp_path, [rows[:2], rows[2:]], seq_len=16, pretokenized=True, column="tokens", val_tokens=None)
+    assert validation_of(artifacts) == rows[4][32:]
+    assert training_rows(artifacts) == [row[i : i + 16] for row in rows for i in (0, 16, 32, 48)][:-2]
+
+
+SMALL = (
+    r"the corpus is small or one document: its last tenth \(0.* MB\) is held out; --data\.val_tokens N holds out N tok"
+)
+
+
+@pytest.mark.parametrize(
+    ("documents", "asked", "says"),
+    [(DOCUMENTS, None, ""), (DOCUMENTS[:20], 500, ""), (DOCUMENTS[:20], None, SMALL), (["long " * 9000], None, SMALL)],
+    ids=["large", "asked", "small", "one"],
+)
+def test_a_fixed_number_is_held_out_by_hash_unless_the_corpus_is_small_and_none_is_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, documents: list[str], asked: int | None, says: str
+) -> None:
+    monkeypatch.setattr(split, "VAL_TOKENS", 900)
+    monkeypatch.setattr(split, "SMALL", 5000)
+    config, store, said = tiny_config(val_tokens=asked), Store(str(tmp_path)), []
+    inputs = {"download": downloaded(store, [documents])}
+    for stage in ("tokenizer", "split"):
+        inputs[stage] = build(stage, config, store, inputs, lambda _, text: said.append(text))
+    assert inputs["split"].metrics["split"] == ("last" if says else "hash")
+    assert re.match(says, "".join(said))
+    assert bool(said) == bool(says)
+    assert says or len(validation_of(inputs)) == (asked or 900)
+
+
 @pytest.mark.parametrize("kind", ["bytes", "bpe"])
 @pytest.mark.parametrize("val_tokens", [10**6, 1600])
 def test_a_corpus_smaller_than_the_split_is_refused_with_what_to_do(tmp_path: Path, kind: str, val_tokens: int) -> None:
@@ -268,6 +334,84 @@ def test_a_corpus_smaller_than_the_split_is_refused_with_what_to_do(tmp_path: Pa
     assert str(caught.value).startswith("the corpus is smaller than the validation split: ")
     assert f"cannot give {val_tokens:,} validation tokens and leave some to train on" in str(caught.value)
     assert "lower --data.val_tokens" in str(caught.value)
+    assert "or leave it out, add text, or cut .txt files up with --data.sample_by paragraph" in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["bytes", "bpe"])
+def test_one_document_is_not_to_be_split_by_a_lower_number(tmp_path: Path, kind: str) -> None:
+    with pytest.raises(
+        NanodlmError, match=r"one document.*: leave out --data\.val_tokens, .*sample_by paragraph"
+    ) as caught:
+        prepare(tmp_path, [["word " * 600]], tokenizer=kind, val_tokens=10)
+    assert "lower" not in str(caught.value)
+
+
+def test_the_largest_number_that_rows_of_ids_can_give_is_named_and_can_be_given(tmp_path: Path) -> None:
+    ids = {"pretokenized": True, "column": "tokens"}
+    with pytest.raises(
+        NanodlmError, match=r"320 tokens in 5 documents .*lower --data\.val_tokens to at most 256 or"
+    ) as caught:
+        prepare(tmp_path / "a", [token_rows(5)], val_tokens=300, **ids)
+    assert "sample_by" not in str(caught.value)
+    assert prepare(tmp_path / "b", [token_rows(5)], val_tokens=256, **ids)["shard"].metrics["train_rows"] == 2
+
+
+def test_too_few_tokens_for_the_split_are_noticed_before_a_long_training_of_the_tokenizer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(split, "PROBE_BYTES", 2000)
+    seen: list[int] = []
+    train = tokenizer.train_bpe
+
+    def note(texts: Iterable[str]) -> Iterator[str]:
+        for text in texts:
+            seen.append(len(text))
+            yield text
+
+    monkeypatch.setattr(split, "train_bpe", lambda texts, size: train(note(texts), size))
+    size = sum(len(text.encode()) for text in DOCUMENTS)
+    with pytest.raises(NanodlmError, match="the corpus is smaller than the validation split"):
+        prepare(tmp_path, [DOCUMENTS], tokenizer="bpe", vocab_size=300, val_tokens=size * 2 // 3)
+    assert sum(seen) < 2500
+
+
+@pytest.mark.parametrize(
+    ("sources", "data", "says"),
+    [
+        (["a.txt"], {"val_tokens": 100}, "one document"),
+        (["a.txt", "b.txt"], {"val_tokens": 402}, r"0\.00 MB in 2 files cannot give 402 validation tokens"),
+        (["a.txt"], {"val_tokens": 201, "sample_by": "line"}, "in 1 files cannot give 201"),
+        (["a.txt", "b.txt"], {"val_tokens": 401}, ""),
+        (["a.txt"], {"val_tokens": None}, ""),
+        (["a.txt", "c.parquet"], {"val_tokens": 10**6}, ""),
+    ],
+)
+def test_a_number_that_local_files_cannot_give_is_refused_before_they_are_read(
+    tmp_path: Path, sources: list[str], data: dict[str, Any], says: str
+) -> None:
+    for name in sources:
+        (tmp_path / name).write_text("a" * 200)
+    config = tiny_config([str(tmp_path / name) for name in sources], **data)
+    with pytest.raises(NanodlmError, match=says) if says else contextlib.nullcontext():
+        table.check(config, table.until("split"))
+    table.check(config, ("download", "train"))
+
+
+def test_rows_that_no_split_can_mend_are_refused_with_what_does(tmp_path: Path) -> None:
+    with pytest.raises(
+        NanodlmError, match=r"rows of ids have fewer than seq_len \(65\), each; lower --model\.seq_len$"
+    ):
+        prepare(tmp_path / "a", [token_rows()], pretokenized=True, column="tokens", seq_len=65)
+    with pytest.raises(NanodlmError, match=r"add text, or lower --model\.seq_len$"):
+        prepare(tmp_path / "b", [["short"]], val_tokens=None)
+
+
+@pytest.mark.parametrize(("asked", "remedy"), [(None, "add text"), (32, "raise --data.val_tokens")])
+def test_one_validation_row_is_refused_before_anything_is_trained(
+    tmp_path: Path, asked: int | None, remedy: str
+) -> None:
+    with pytest.raises(NanodlmError, match=rf"no standard error; {remedy}, or lower --model\.seq_len"):
+        prepare(tmp_path, [["a few words " * 20, "and more " * 5]], val_tokens=asked)
 
 
 def test_no_whole_training_row_is_refused_with_what_to_do(tmp_path: Path) -> None:

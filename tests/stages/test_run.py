@@ -1,5 +1,7 @@
 import json
 import os
+import re
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -8,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from flows.pipeline import _run
+from nanodlm.cli.main import main
 from nanodlm.config import Config
 from nanodlm.errors import Damaged, NanodlmError
 from nanodlm.stages import lookup as stages_lookup
@@ -218,6 +222,47 @@ def test_a_stage_whose_inputs_are_missing_names_them_and_the_command(store: Stor
     run_all(config, store, ("download", "tokenizer"))
     with pytest.raises(NanodlmError, match=r"shard needs split, which .*/store does not hold .*run --until split`"):
         run.run_stage("shard", config, store)
+
+
+# What can be known before
+
+
+@pytest.mark.parametrize(
+    ("groups", "says"),
+    [
+        ({"data": {"source": "a.txt", "val_tokens": 10}}, "one document, .* last tenth is held out"),
+        (
+            {"data": {"source": "a.txt", "val_tokens": 900, "sample_by": "line"}},
+            "lower --data.val_tokens or leave it out",
+        ),
+        ({"data": {"source": "a.txt"}, "exp": {"use_wandb": True}}, r"pip install 'nanodlm\[wandb\]'"),
+        ({"data": {"source": "b.txt"}}, "no file matches 'b.txt'"),
+        ({"data": {"source": "a.pdf"}}, "files must end in .txt"),
+    ],
+    ids=["one document", "too small", "no package", "absent", "suffix"],
+)
+def test_what_cannot_be_is_said_before_a_server_is_started_or_anything_is_built(
+    store: Store,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    groups: dict[str, Any],
+    says: str,
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    monkeypatch.chdir(tmp_path)
+    Path("a.txt").write_text("a text. " * 100)
+    Path("a.pdf").touch()
+    config = Config().replace(**groups)
+    with pytest.raises(SystemExit):
+        main(["run", config.model_dump_json(), "--store", store.root])
+    captured = capsys.readouterr()
+    assert re.search(says, captured.err)
+    assert (captured.out, captured.err.count("\n")) == ("", 1)
+    for start in (lambda: run.train(config, store.root), lambda: _run(config, store.root, "sample", None)):
+        with pytest.raises(NanodlmError, match=says):
+            start()
+    assert list(store) == []
 
 
 # Two runs at once

@@ -78,4 +78,6 @@ def downloaded(store: Store, parts: list[list[str]] | list[list[list[int]]]) -> 
             kind = pa.string() if column == "text" else pa.list_(pa.int32())
             table = pa.table({column: pa.array(documents, kind)})
             pq.write_table(table, attempt.path / f"part-{i:05d}.parquet")
-        return attempt.commit(identity=identity("download"), metrics={})
+        units = sum(len(d.encode() if isinstance(d, str) else 4 * d) for documents in parts for d in documents)
+        metrics = {"bytes": units, "documents": sum(map(len, parts))}
+        return attempt.commit(identity=identity("download"), metrics=metrics)
