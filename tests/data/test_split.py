@@ -302,7 +302,7 @@ def test_of_few_rows_of_ids_the_last_tenth_is_held_out_within_a_row_if_need_be(t
 
 
 SMALL = (
-    r"the corpus is small or one document: its last tenth \(0.* MB\) is held out; --data\.val_tokens N holds out N tok"
+    r"holding out the last tenth \(0.* MB\) of a small corpus; --data\.val_tokens N takes N tokens of documents chosen"
 )
 
 
