@@ -56,9 +56,8 @@ def _matching(patterns: list[str], *, may_be_empty: bool = False, named: str = "
         except (OSError, ValueError, ImportError) as error:
             raise NanodlmError(f"cannot list {pattern}: {error}") from error
         if not urls and not may_be_empty:
-            raise NanodlmError(
-                f"no file matches {pattern!r}, nor is it a folder of {', '.join(READERS)}: check {named}"
-            )
+            folder = f"a folder gives its files that end in {', '.join(READERS)}"
+            raise NanodlmError(f"no file matches {pattern!r}: check {named} ({folder})")
         files.update(urls)
     for file in files:
         if Path(file).suffix not in READERS:

@@ -173,7 +173,7 @@ def test_a_flow_of_a_bad_configuration_is_refused_in_one_line(server: dict[str, 
     done = nanodlm("run", "--store", str(tmp_path / "s"), "--data.source", str(text), **server)
     assert done.returncode == 1
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
-    assert "smaller than the validation split" in done.stderr
+    assert "no training row" in done.stderr
 
 
 def test_a_server_that_does_not_answer_is_one_line(tmp_path: Path) -> None:

@@ -117,7 +117,7 @@ def test_the_commands_and_the_orchestrator_leave_no_secret_anywhere(
         run(command, "--store", store)
     run("copy", store, str(home / "copy"))
     run("run", "config.json", "--store", "s3://no-such-bucket/runs", "--until", "split", "--debug", code=1)
-    run("run", *configured, "--data.val_tokens", "100000000", "--debug", "--verbose", code=1)  # fails in a flow
+    run("run", *configured, "--model.seq_len", "10000000", "--debug", "--verbose", code=1)  # fails in a flow
     assert leaks(*outputs) == []
     kept = list(in_bucket(store))
     assert any(b"report.html" in text for text in kept)
