@@ -47,10 +47,10 @@ def ls(*, store: OpenStore, out: Output) -> None:
             continue
         size, age = _size(artifact), ages.age(artifact)
         inputs = {name: made["fingerprint"] for name, made in artifact.manifest["inputs"].items()}
-        row = {"stage": stage, "uri": artifact.uri, "bytes": size, "created": artifact.manifest["created"]}
-        rows.append({**row, "age_seconds": round(age), "inputs": inputs})
         name = (artifact.manifest.get("config") or {}).get("exp", {}).get("run_name", "")
+        row = {"stage": stage, "uri": artifact.uri, "bytes": size, "created": artifact.manifest["created"]}
         row |= {"name": name, "val_bits_per_byte": artifact.metrics.get("val_bits_per_byte")}
+        rows.append({**row, "age_seconds": round(age), "inputs": inputs})
         said = "  ".join(filter(None, [name, summary(artifact)]))
         out.text(f"{artifact.name:<23} {_ago(age):>4} {ages.size(size):>10}  {said}".rstrip())
         if changed := changed_since(artifact):

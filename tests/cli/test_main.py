@@ -210,9 +210,10 @@ def test_plan_says_field_by_field_why_a_stage_would_be_built(command: Command, p
 
 
 def test_plan_does_nothing(command: Command, tmp_path: Path) -> None:
-    done = command("plan", "--store", str(tmp_path / "new"))  # of the demo
+    done = command("plan", "--store", str(tmp_path / "new"), "--schedule.exponent", "3")  # of the demo
     assert done.returncode == 0, done.stderr
-    assert re.match(r"download +build +[0-9a-f]{12}  nothing like it has been built yet\n", done.stdout)
+    assert done.stdout.startswith("schedule.exponent 3.0 is read by nothing beside the other settings, and builds")
+    assert re.search(r"\ndownload +build +[0-9a-f]{12}  nothing like it has been built yet\n", done.stdout)
     assert not (tmp_path / "new").exists()
 
 

@@ -1,5 +1,6 @@
 """The bound of held-out text, its units and its standard error, and the report."""
 
+import json
 import math
 
 import jax
@@ -11,13 +12,16 @@ import nanodlm
 from nanodlm.build import make_model
 from nanodlm.data import rows as data_rows
 from nanodlm.data import tokenizer
+from nanodlm.data.shard import token_counts
 from nanodlm.data.vocabulary import Vocabulary
 from nanodlm.diffusion.schedules import make_schedule
 from nanodlm.evaluation import evaluate
+from nanodlm.evaluation.report import texts_of
 from nanodlm.model.transformer import segments
 from nanodlm.stages import run as stages_run
 from nanodlm.store import Artifact, Store
 from tests.support.commands import speeches
+from tests.support.helpers import committed
 from tests.support.training import tiny
 
 
@@ -68,6 +72,21 @@ def test_an_autoregressive_models_evaluated_number_is_minus_log_p_of_all_rows(mo
         edges = segments(x_0, encoding.n_vocab - 1) if isolated else None
         total += nanodlm.nelbo(model, x_0, jax.random.key(0), **options, segment_ids=edges).sum()
     assert result.metrics["val_nats_per_token"] == pytest.approx(float(total) / 1010, rel=1e-5)
+
+
+def test_fewer_rows_are_spread_over_the_whole_split(trained: Artifact, models: Store) -> None:
+    artifact, _ = stages_run.run_stage("evaluate", tiny(eval={"max_rows": 3}), models)
+    shard = models.open(f"shard/{trained.manifest['inputs']['shard']['fingerprint']}")
+    rows = data_rows.read(shard.local() / "validation.arrayrecord", shard.metrics["dtype"])
+    tokens = np.concatenate([rows[0], rows[round((len(rows) - 1) / 2)], rows[-1]])
+    unigram = evaluate.unigram_nats(tokens, token_counts(shard))
+    assert artifact.metrics["scored_rows"] == 3
+    assert artifact.metrics["val_unigram_nats_per_token"] == pytest.approx(unigram)
+
+
+def test_people_are_shown_no_end_of_text_marks(store: Store) -> None:
+    line = json.dumps({"text": f"one{tokenizer.END_OF_TEXT}two"})
+    assert texts_of(committed(store, {"samples.jsonl": line.encode()}, "sample")) == ["one\n\ntwo"]
 
 
 def test_the_report_shows_numbers_curve_and_escaped_samples(trained: Artifact, models: Store) -> None:

@@ -10,7 +10,7 @@ import pytest
 from nanodlm.stages.lookup import explain
 from nanodlm.store import Store, new_attempt
 from nanodlm.upkeep import verify
-from tests.support.helpers import committed, fill, flip
+from tests.support.helpers import committed, fill, flip, identity
 from tests.support.upkeep import CHAIN, Made, files, made_from, said, statuses, told
 
 
@@ -196,6 +196,16 @@ def test_ls_shows_age_size_and_what_each_was_made_from(made: Made, capsys: pytes
     assert f"from train {train.fingerprint[:12]}" in out
     assert out.splitlines()[-1].startswith("6 artifacts, ")
     assert max(map(len, out.splitlines()[:-1])) < 120
+
+
+def test_ls_shows_the_names_and_bounds_of_runs(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    with new_attempt(store, "evaluate", "e" * 64) as attempt:
+        bound = {"val_bits_per_byte": 2.5, "val_bits_per_byte_stderr": 0.01}
+        attempt.commit(identity=identity("evaluate"), metrics=bound, config={"exp": {"run_name": "night"}})
+    out, _ = said(capsys, "ls", "--store", store.uri())
+    assert out.splitlines()[0].endswith("night  2.5000 ± 0.0100 bits per byte")
+    (row,) = told(capsys, "ls", "--store", store.uri())["artifacts"]
+    assert (row["name"], row["val_bits_per_byte"]) == ("night", 2.5)
 
 
 def test_what_ls_and_plan_print_of_a_fingerprint_is_taken_by_every_command(
