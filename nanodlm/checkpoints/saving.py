@@ -6,7 +6,6 @@ A checkpoint counts once its files are recorded with their sha256 (`Attempt.fini
 them is recorded what the run was: its settings, the digests of its data, its key, how many rows it has seen, its logs.
 """
 
-import logging
 import tempfile
 import time
 from collections import deque
@@ -26,8 +25,6 @@ from nanodlm.checkpoints.identity import check_run
 from nanodlm.devices.hosts import from_leader
 from nanodlm.errors import NanodlmError, UsageError
 from nanodlm.store import Attempt, Json
-
-logging.getLogger("absl").setLevel(logging.ERROR)
 
 QUEUE = 4  # saves that may wait to be published
 
