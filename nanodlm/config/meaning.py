@@ -50,22 +50,21 @@ def unread(config: Config) -> dict[str, Any]:
         "sample.remask": sample.sampler in ("remdm_cap", "remdm_rescale", "remdm_loop"),
         "sample.loop_time": sample.sampler == "remdm_loop",
     }
-    values = {name: _field(config, name) for name, is_read in read.items() if not is_read}
-    return {name: value for name, value in values.items() if value != _field(Config(), name)}
-
-
-def _field(config: Config, name: str) -> Any:
-    group, _, field = name.partition(".")
-    return getattr(getattr(config, group), field)
+    now, default, found = config.model_dump(), Config().model_dump(), {}
+    for name, is_read in read.items():
+        group, field = name.split(".")
+        if not is_read and now[group][field] != default[group][field]:
+            found[name] = now[group][field]
+    return found
 
 
 def as_read(config: Config) -> Config:
     """Return a configuration in which what nothing reads has its default."""
-    groups: dict[str, dict[str, Any]] = {}
+    settings, default = config.model_dump(), Config().model_dump()
     for name in unread(config):
-        group, _, field = name.partition(".")
-        groups.setdefault(group, {})[field] = _field(Config(), name)
-    return config.replace(**groups) if groups else config
+        group, field = name.split(".")
+        settings[group][field] = default[group][field]
+    return Config.model_validate(settings)
 
 
 def schedule_trains(config: Config) -> bool:
