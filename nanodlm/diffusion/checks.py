@@ -40,16 +40,9 @@ def require_whole(name: str, value: Any, least: int = 1) -> None:
 
 
 def token_ids(name: str, rows: Rows, mask_id: int, *, padding: bool = False) -> Int[Array, "..."]:
-    """Return one row of token ids, or several of equal length, as an array.
+    """Return one row of token ids, or several of equal length, as an array; anything else is a ValueError.
 
-    Args:
-        name: What messages call them.
-        rows: The ids.
-        mask_id: The largest of them, unless there may be padding.
-        padding: Whether one larger id may stand for padding.
-
-    Raises:
-        ValueError: For anything but rows of integers from 0 on.
+    They go from 0 to `mask_id`; with `padding`, one larger id may stand for that. Messages call them by `name`.
 
     >>> token_ids("x_0", [[1, 2], [3, 4]], mask_id=9).shape
     (2, 2)
@@ -104,10 +97,7 @@ def noise_schedule(schedule: Schedule | str | None) -> Schedule | None:
 
 
 def finite_tokens(tokens: Int[Array, "B L"]) -> Int[Array, "B L"]:
-    """Return what a sampler drew, where ids of -1 stand for logits from which nothing can be drawn.
-
-    Raises:
-        ValueError: For such ids, where they are known: under `jax.jit` they are returned.
+    """Return what a sampler drew; ids of -1, for logits from which nothing can be drawn, are a ValueError if known.
 
     >>> finite_tokens(jnp.array([[1, 2]])).tolist()
     [[1, 2]]

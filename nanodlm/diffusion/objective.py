@@ -223,18 +223,10 @@ def own_objective(network: Any) -> Objective | None:
 
 
 def settle(network: Any, *, schedule: Schedule | str | None, **passed: Any) -> dict[str, Any]:
-    """Return what was passed, filled in with what the network carries.
+    """Return what was passed, fields of an `Objective` by name, with what a loaded network carries in place of None.
 
-    Another schedule is taken when the network does not see the time, for which it then means nothing.
-
-    Args:
-        network: A denoiser; one that was loaded carries the objective that it was trained on.
-        schedule: A schedule, its name, or None.
-        passed: Fields of an `Objective` by name, None where nothing was passed.
-
-    Raises:
-        ValueError: When a network that carries none is called without schedule or mask_id, or what was passed
-            contradicts what it carries.
+    Another schedule is taken when the network does not see the time, for which it then means nothing. A ValueError says
+    what contradicts the network, and what is missing where it carries nothing.
 
     >>> settle(lambda x_t, t: x_t, schedule="linear", mask_id=2)["schedule"].kind
     'linear'

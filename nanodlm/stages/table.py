@@ -21,7 +21,7 @@ class Stage:
     """One step of the pipeline."""
 
     name: str  # also that of its folder in the store
-    build: str  # `module:function` that does the work; see `run`
+    build: str  # `module:function` of this package that does the work; see `run`
     reads: tuple[str, ...]  # stages whose artifacts it reads; see `inputs`
     parameters: Callable[[Config], dict[str, Any]]  # the settings that determine its bytes, given the inputs
     version: int = 1  # raised when the function's output changes for equal inputs
@@ -35,7 +35,7 @@ class Stage:
     @property
     def module(self) -> str:
         """The module of `build`, which with all it imports makes the stage's results."""
-        return self.build.partition(":")[0]
+        return "nanodlm." + self.build.partition(":")[0]
 
     def run(self, *arguments: Any) -> dict[str, Any]:
         """Call `build`, imported now, with `(config, inputs, attempt, emit)`; it returns the stage's metrics."""
@@ -67,30 +67,18 @@ def _training(config: Config) -> dict[str, Any]:
 StageName = Literal["download", "tokenizer", "split", "shard", "train", "evaluate", "sample"]
 DOCUMENTS = ("download", "tokenizer")
 LOGS = ("checkpoints/", "config.json", "logs.json")
+COUNTS = ("counts.npy",)
 ALL = (
-    Stage("download", "nanodlm.data.download:download", (), _source),
-    Stage("tokenizer", "nanodlm.data.split:build_tokenizer", ("download",), _tokenizer),
-    Stage("split", "nanodlm.data.split:build_split", DOCUMENTS, _settings("data", "val_tokens", "split_seed")),
+    Stage("download", "data.download:download", (), _source),
+    Stage("tokenizer", "data.split:build_tokenizer", ("download",), _tokenizer),
+    Stage("split", "data.split:build_split", DOCUMENTS, _settings("data", "val_tokens", "split_seed")),
     # Since version 2, its metrics list the rows of each shard.
-    Stage(
-        "shard",
-        "nanodlm.data.shard:build_shards",
-        (*DOCUMENTS, "split"),
-        _settings("model", "seq_len"),
-        version=2,
-        volatile=("counts.npy",),
-    ),
-    Stage("train", "nanodlm.training.loop:train", ("shard", "tokenizer"), _training, own_process=True, volatile=LOGS),
-    Stage(
-        "evaluate",
-        "nanodlm.evaluation.evaluate:evaluate",
-        ("shard", "train"),
-        evaluation_settings,
-        version=2,
-        own_process=True,
-    ),
-    Stage("sample", "nanodlm.generation.generate:generate", ("train",), sampling_settings, own_process=True),
-    Stage("report", "nanodlm.evaluation.report:build", ("train", "evaluate", "sample"), _settings("exp", "run_name")),
+    Stage("shard", "data.shard:build_shards", (*DOCUMENTS, "split"), _settings("model", "seq_len"), 2, volatile=COUNTS),
+    Stage("train", "training.loop:train", ("shard", "tokenizer"), _training, own_process=True, volatile=LOGS),
+    # Since version 2, its standard errors are by document, and the unigram entropy is of the training tokens.
+    Stage("evaluate", "evaluation.evaluate:evaluate", ("shard", "train"), evaluation_settings, 2, own_process=True),
+    Stage("sample", "generation.generate:generate", ("train",), sampling_settings, own_process=True),
+    Stage("report", "evaluation.report:build", ("train", "evaluate", "sample"), _settings("exp", "run_name")),
 )
 STAGES = {stage.name: stage for stage in ALL}
 NAMES: tuple[str, ...] = get_args(StageName)
