@@ -81,9 +81,9 @@ def show(uri: Uri, /, *, store: OpenStore, out: Output) -> None:
         out.text("", title)
         for key, value in (inputs if title == "inputs" else m[title]).items():
             out.text(f"  {key:<28} {value if isinstance(value, str) else json.dumps(value)}")
-    out.text("", "files")
+    out.text("", f"files in {artifact.folder}")
     for file in m["files"]:
-        out.text(f"  {file['size']:>12,}  {file['sha256'][:12]}  {artifact.remote(file['path'])}")
+        out.text(f"  {file['size']:>12,}  {file['sha256'][:12]}  {file['path']}")
     out.json(uri=artifact.uri, **m)
 
 

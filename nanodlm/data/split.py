@@ -54,7 +54,7 @@ def check_size(data: DataConfig) -> None:
     size = sum(os.path.getsize(url.removeprefix("file://")) for url in files)
     one = len(files) == 1 and READERS[Path(files[0]).suffix] == "text" and data.sample_by == "document"
     if one or size + len(files) <= data.val_tokens:  # an end-of-text mark is a token without bytes
-        raise _too_small(data, f"{size / 1e6:.2f} MB in {len(files):,} files", one=one)
+        raise _too_small(data, f"{size:,} bytes", one=one)
 
 
 def document_key(content: str | list[int], seed: int) -> str:
@@ -103,7 +103,7 @@ def build_tokenizer(config: Config, inputs: dict[str, Artifact], attempt: Attemp
                 break
             zone_end, zone_bytes = key, zone_bytes + size
         if zone_end == order[-1][0]:
-            raise _too_small(data, f"{total / 1e6:.2f} MB in {len(order):,} documents", one=len(order) == 1)
+            raise _too_small(data, f"{total:,} bytes in {len(order):,} documents", one=len(order) == 1)
         emit("message", text=f"training BPE on all but {zone_bytes / 1e6:.3g} MB that may be held out")
         after_zone = (text for key, text in _keyed_documents(folder, data.split_seed) if key > zone_end)
         encoding = train_bpe(_up_to(limit, after_zone), data.vocab_size)

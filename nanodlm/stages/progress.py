@@ -52,7 +52,7 @@ class Pace:
 
 
 SUMMARIES = {
-    "download": "{documents:,} documents, {megabytes:.1f} MB in {parts} parts",
+    "download": "{documents:,} documents, {megabytes:.1f} MB",
     "tokenizer": "{n_vocab:,} entries",
     "split": "{val_tokens:,} validation tokens from {val_documents:,} of {documents:,} documents",
     "shard": "{train_rows:,} training rows of {seq_len} tokens, {val_rows:,} for validation",

@@ -379,8 +379,8 @@ def test_too_few_tokens_for_the_split_are_noticed_before_a_long_training_of_the_
     ("sources", "data", "says"),
     [
         (["a.txt"], {"val_tokens": 100}, "one document"),
-        (["a.txt", "b.txt"], {"val_tokens": 402}, r"0\.00 MB in 2 files cannot give 402 validation tokens"),
-        (["a.txt"], {"val_tokens": 201, "sample_by": "line"}, "in 1 files cannot give 201"),
+        (["a.txt", "b.txt"], {"val_tokens": 402}, "400 bytes cannot give 402 validation tokens"),
+        (["a.txt"], {"val_tokens": 201, "sample_by": "line"}, "200 bytes cannot give 201"),
         (["a.txt", "b.txt"], {"val_tokens": 401}, ""),
         (["a.txt"], {"val_tokens": None}, ""),
         (["a.txt", "c.parquet"], {"val_tokens": 10**6}, ""),
