@@ -10,7 +10,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 
@@ -68,11 +67,9 @@ def ephemeral_server() -> Iterator[str]:
 
 def _healthy(url: str) -> bool:
     """Return whether a server answers at an API's URL."""
-    try:
-        with urllib.request.urlopen(f"{url}/health", timeout=5) as answer:
-            return answer.status == 200
-    except OSError:
-        return False
+    with contextlib.suppress(httpx.HTTPError):
+        return httpx.get(f"{url}/health", timeout=5).is_success
+    return False
 
 
 def check_server() -> None:

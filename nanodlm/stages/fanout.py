@@ -25,8 +25,7 @@ def missing_shards(lookup: Lookup, store: Store, emit: Emit = silent) -> Iterato
     if lookup.artifact or not _missing(store, lookup):
         yield []
         return
-    notify, reads = lambda text: emit("message", text=text), lookup.input_fingerprints
-    with hold_lease(store, "shard", lookup.fingerprint, notify, reads):
+    with hold_lease(store, "shard", lookup.fingerprint, emit, lookup.input_fingerprints):
         yield _missing(store, lookup)  # another run may have made some meanwhile
 
 

@@ -53,12 +53,12 @@ def build(
 
     What returns is the artifact, and whether this run built it.
     """
-    stage, fingerprint, reads = lookup.stage, lookup.fingerprint, lookup.input_fingerprints
+    stage, fingerprint = lookup.stage, lookup.fingerprint
     check(config, (stage.name,))
     for artifact in lookup.inputs.values():
         if stage.own_process and (changed := changed_since(artifact)):
             emit("message", text=f"the {artifact.stage} artifact was {remark(changed)}")
-    with hold_lease(store, stage.name, fingerprint, lambda text: emit("message", text=text), reads) as lease:
+    with hold_lease(store, stage.name, fingerprint, emit, lookup.input_fingerprints) as lease:
 
         def publish(kind: str, **fields: Any) -> None:
             lease["events"] = {**lease["events"], kind: fields}  # whoever waits elsewhere reads the lease

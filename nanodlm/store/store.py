@@ -106,30 +106,23 @@ class Artifact:
 
     def local(self, *only: str) -> Path:
         """Return a local folder with its files, fetched if they are remote, each compared with its sha256."""
+        self.check(*only, deep=self.store.is_local)
         if self.store.is_local:
-            self.check(*only, deep=True)
             return Path(self.folder)
-        files = self.check(*only).files(*only)
-        folder = self._entry(files)
-        self._fetch(folder, files, show_transfer(self.store.emit, f"MB of {self.stage} fetched", files))
-        return folder
+        files = self.files(*only)
+        arrived = show_transfer(self.store.emit, f"MB of {self.stage} fetched", files)
+        return self._fetch(self._entry(files), files, arrived)
 
     def file(self, path: str) -> Path:
         """Return the local path of one of its files; see `local`."""
         return self.local(path) / path
 
-    def on_demand(self, *only: str) -> Callable[[str], Path]:
+    def on_demand(self) -> Callable[[str], Path]:
         """Return a function that does as `file`, and fetches a file of a remote store when it is first asked for."""
         if self.store.is_local:
-            return self.local(*only).joinpath
-        files = {file["path"]: file for file in self.check(*only).files(*only)}
-        folder = self._entry(list(files.values()))
-
-        def fetch(path: str) -> Path:
-            self._fetch(folder, [files[path]], lambda _: None)
-            return folder / path
-
-        return fetch
+            return self.local().joinpath
+        folder = self._entry(self.check().files())
+        return lambda path: self._fetch(folder, self.files(path), lambda _: None) / path
 
     def _entry(self, files: list[Json]) -> Path:
         """Return the cache's folder for it, with room for those of these files that are not there yet."""
@@ -138,7 +131,7 @@ class Artifact:
         missing = sum(file["size"] for file in files if not (there / safe(file["path"])).is_file())
         return cache.hold(name, missing)
 
-    def _fetch(self, folder: Path, files: list[Json], arrived: Callable[[int], None]) -> None:
+    def _fetch(self, folder: Path, files: list[Json], arrived: Callable[[int], None]) -> Path:
         def get(pairs: list[tuple[str, Path]]) -> None:
             if not self.store.asked:
                 raise NanodlmError(
@@ -154,6 +147,7 @@ class Artifact:
             raise Damaged(self.remedy(str(error), deep=True)) from error
         except OSError as error:
             raise cache.cannot_write_cache(error) from error
+        return folder
 
 
 class Store(Storage):
