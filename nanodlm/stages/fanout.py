@@ -35,10 +35,7 @@ def _missing(store: Store, lookup: Lookup) -> list[int]:
 
 
 def build_shard(config: Config, store: Store, index: int, inputs: dict[str, str]) -> bool:
-    """Make the shard of the corpus's part of this number, from 0, and return whether that was still to be done.
-
-    Any number of processes may do so at once, for one shard or for several: each has an attempt of its own.
-    """
+    """Make the shard of the corpus's part of this number, from 0, and return whether that was still to be done."""
     opened = {name: store.open(f"{name}/{fingerprint}") for name, fingerprint in inputs.items()}
     lookup = ready("shard", config, store, inputs=opened)
     if lookup.artifact or rows.name(index) in finished_parts(store, "shard", lookup.fingerprint):

@@ -37,8 +37,7 @@ def run_stage(
     """
     started = time.monotonic()
     store.emit = emit
-    known = None if inputs is None else identify(STAGES[name], config, inputs)
-    lookup = known or ready(name, config, store, rebuild=rebuild)
+    lookup = ready(name, config, store, rebuild=rebuild) if inputs is None else identify(STAGES[name], config, inputs)
     if lookup.artifact and not rebuild:
         artifact, built = lookup.artifact, False
     else:
@@ -49,10 +48,7 @@ def run_stage(
 def build(
     lookup: Lookup, config: Config, store: Store, rebuild: bool, emit: Emit, how: Callable[..., Json] | None = None
 ) -> tuple[Artifact, bool]:
-    """Build and commit a stage while holding its lease; `how` is what to call in place of its own function.
-
-    What returns is the artifact, and whether this run built it.
-    """
+    """Build a stage under its lease, by its own function or `how`; return the artifact, and if this run built it."""
     stage, fingerprint = lookup.stage, lookup.fingerprint
     check(config, (stage.name,))
     for artifact in lookup.inputs.values():

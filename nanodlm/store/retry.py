@@ -34,10 +34,7 @@ PASSING_ERRNOS = {errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EBUSY, errno.EAGA
 
 
 def ask(uri: str, call: Callable[[], T]) -> T:
-    """Return the result of a request to `uri`, which is made again while it fails for a reason that may pass.
-
-    When it still fails after `$NANODLM_RETRY_SECONDS`, `Unreachable` is raised.
-    """
+    """Return the result of a request to `uri`; what may pass is tried again, and in the end raised as `Unreachable`."""
 
     def warn(state: RetryCallState) -> None:
         if state.attempt_number == 4 and state.outcome:
@@ -113,7 +110,6 @@ def one_line(error: BaseException | None) -> str:
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """Yield an error and what it came from."""
     for _ in range(8):
         if error is None:
             return

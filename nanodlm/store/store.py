@@ -1,6 +1,8 @@
 """A store and its committed artifacts, whose files are verified before anybody reads them."""
 
 import contextlib
+import hashlib
+import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -9,7 +11,7 @@ from pathlib import Path
 from nanodlm.config import parse_address
 from nanodlm.errors import Damaged, Emit, NanodlmError, silent
 from nanodlm.store import cache
-from nanodlm.store.disk import Found, is_within
+from nanodlm.store.disk import Found, is_within, write_whole
 from nanodlm.store.files import Storage, T, show_transfer
 from nanodlm.store.manifest import MANIFEST, Item, Json, problem_with, safe
 
@@ -166,10 +168,9 @@ class Store(Storage):
 
     def find(self, stage: str, fingerprint: str) -> Artifact | None:
         """Return the committed artifact, or None."""
-        if self.asked:
-            manifest = self.read_json(self.path(stage, fingerprint, MANIFEST))
-        else:
-            manifest = cache.recall(self.uri(), stage, fingerprint)
+        kept = cache.cache_dir() / "manifests" / hashlib.sha256(self.uri().encode()).hexdigest()[:16]
+        known = self if self.asked else Storage(str(kept))
+        manifest = known.read_json(known.path(stage, fingerprint, MANIFEST))
         if manifest is None:
             return None
         if problem := problem_with(manifest, stage, fingerprint):
@@ -179,7 +180,8 @@ class Store(Storage):
                 "sets it aside for the next run"
             )
         if self.asked and not self.is_local:
-            cache.remember(self.uri(), stage, fingerprint, manifest)
+            with contextlib.suppress(OSError):  # a cache that cannot be written is no error
+                write_whole(kept / stage / fingerprint / MANIFEST, json.dumps(manifest).encode())
         return Artifact(self, stage, fingerprint, manifest)
 
     def open(self, uri: str) -> Artifact:
