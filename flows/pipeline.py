@@ -9,7 +9,7 @@ import signal
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from prefect import Flow, flow, tags, task
 from prefect.cache_policies import NO_CACHE
@@ -125,16 +125,9 @@ def _run(
         if name == "shard" and rebuild not in (name, "changed") and not alone:
             shard_in_parallel(config, url, inputs, WATCHER.get() or Pages())
         with TagsContext(current_tags=set()):  # of a tag, Prefect would ask a server that may be busy for a limit
-            state = stage_task.with_options(name=name, task_run_name=name)(
-                name,
-                config,
-                url,
-                quote(inputs),  # type: ignore[arg-type]
-                build=not alone or name == until,
-                rebuild=rebuild,
-                return_state=True,
-                **options,
-            )
+            make = stage_task.with_options(name=name, task_run_name=name)
+            build, given = not alone or name == until, cast(dict[str, Artifact], quote(inputs))
+            state = make(name, config, url, given, build=build, rebuild=rebuild, return_state=True, **options)
         found[name], told = state.result()
         records.append(told)
     return records

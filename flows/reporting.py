@@ -91,8 +91,7 @@ def show_counts(shard: Artifact) -> None:
         for a in filter(None, [*inputs, shard])
     ]
     for name, side in (("train", "train"), ("validation", "val")):
-        holds = f"{counts[f'{side}_tokens']:,} tokens in {counts[f'{side}_rows']:,} rows"
-        rows.append({"stage": name, "holds": holds})
+        rows.append({"stage": name, "holds": f"{counts[f'{side}_tokens']:,} tokens in {counts[f'{side}_rows']:,} rows"})
     pages.create_table_artifact(rows, key="data-counts", description="What the model is trained and tested on")
 
 

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 
@@ -19,7 +18,7 @@ from prefect.client.orchestration import get_client
 from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, get_current_settings, temporary_settings
 
 from nanodlm.errors import NanodlmError, Stopped
-from nanodlm.stages.process import PARENT, end_with_parent, last_line
+from nanodlm.stages.process import PARENT, end_with_parent, last_line, stop
 
 START_SECONDS = 120.0
 AWAY_SECONDS = 900.0  # for which a stage that ended waits for a server that is away
@@ -59,20 +58,13 @@ def ephemeral_server() -> Iterator[str]:
             raise NanodlmError("the local Prefect server has ended; what is finished is kept: run again") from error
         finally:
             OWN.reset(token)
-            child.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                child.wait(10)
-            child.kill()
-            child.wait()
+            stop(child, 10)
 
 
 def _healthy(url: str) -> bool:
-    """Return whether a server answers at an API's URL."""
-    try:
-        with urllib.request.urlopen(f"{url}/health", timeout=5) as answer:
-            return answer.status == 200
-    except OSError:
-        return False
+    with contextlib.suppress(httpx.HTTPError):
+        return httpx.get(f"{url}/health", timeout=5).is_success
+    return False
 
 
 def check_server() -> None:

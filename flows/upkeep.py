@@ -18,11 +18,7 @@ from nanodlm.upkeep.ages import AGE, seconds, size
 from nanodlm.upkeep.collect import collect
 
 
-def _run_name() -> str:
-    return "gc-dry-run" if flow_run.parameters["dry_run"] else "gc"
-
-
-@flow(name="gc", flow_run_name=_run_name, persist_result=False)
+@flow(name="gc", flow_run_name=lambda: "gc-dry-run" if flow_run.parameters["dry_run"] else "gc", persist_result=False)
 def gc(
     store: StoreUrl | None = None,
     dry_run: bool = False,

@@ -18,7 +18,7 @@ from nanodlm.cluster.settings import Launch, Work
 from nanodlm.config import Config, unread
 from nanodlm.errors import NanodlmError, UsageError
 from nanodlm.stages import table
-from nanodlm.stages.lookup import Lookup, Missing, look_up, ready, why
+from nanodlm.stages.lookup import look_up, ready, why
 from nanodlm.stages.run import record, run_stage
 from nanodlm.stages.table import StageName
 from nanodlm.store import Artifact, Store, remark
@@ -49,7 +49,7 @@ def run(
     table.check_rebuild(rebuild, until)
     lookups = list(look_up(config, store, table.until(until)[-1], rebuild))
     artifacts = [lookup.artifact for lookup in lookups if lookup.artifact]
-    again = any(lookup.is_again(rebuild) for lookup in lookups if isinstance(lookup, Lookup))
+    again = any(lookup.is_again(rebuild) for lookup in lookups)
     if len(artifacts) < len(lookups):
         table.check(config, table.until(until))
     if not again and len(artifacts) == len(lookups):
@@ -109,9 +109,8 @@ def plan(
         out.text(f"{name} {value} is read by nothing beside the other settings, and builds nothing again")
     rows = []
     for lookup in look_up(config, store, until, rebuild):
-        stage, fingerprint = lookup.stage.name, lookup.fingerprint
-        changed, again = ([], False) if isinstance(lookup, Missing) else (lookup.changed, lookup.is_again(rebuild))
-        action = "reuse" if lookup.artifact and not again else "build"
+        stage, fingerprint, changed = lookup.stage.name, lookup.fingerprint or None, lookup.changed
+        action = "reuse" if lookup.artifact and not lookup.is_again(rebuild) else "build"
         reason = remark(changed) if lookup.artifact else why(lookup, store)
         reason = "asked for" if stage == rebuild else reason
         rows.append({"stage": stage, "action": action, "fingerprint": fingerprint, "why": reason, "changed": changed})

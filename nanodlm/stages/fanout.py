@@ -25,8 +25,7 @@ def missing_shards(lookup: Lookup, store: Store, emit: Emit = silent) -> Iterato
     if lookup.artifact or not _missing(store, lookup):
         yield []
         return
-    notify, reads = lambda text: emit("message", text=text), lookup.input_fingerprints
-    with hold_lease(store, "shard", lookup.fingerprint, notify, reads):
+    with hold_lease(store, "shard", lookup.fingerprint, emit, lookup.input_fingerprints):
         yield _missing(store, lookup)  # another run may have made some meanwhile
 
 
@@ -36,10 +35,7 @@ def _missing(store: Store, lookup: Lookup) -> list[int]:
 
 
 def build_shard(config: Config, store: Store, index: int, inputs: dict[str, str]) -> bool:
-    """Make the shard of the corpus's part of this number, from 0, and return whether that was still to be done.
-
-    Any number of processes may do so at once, for one shard or for several: each has an attempt of its own.
-    """
+    """Make the shard of the corpus's part of this number, from 0, and return whether that was still to be done."""
     opened = {name: store.open(f"{name}/{fingerprint}") for name, fingerprint in inputs.items()}
     lookup = ready("shard", config, store, inputs=opened)
     if lookup.artifact or rows.name(index) in finished_parts(store, "shard", lookup.fingerprint):

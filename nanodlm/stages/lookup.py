@@ -13,13 +13,14 @@ from nanodlm.store import SCHEMA, Artifact, Store, changed_since, fingerprint_of
 
 @dataclass(frozen=True)
 class Lookup:
-    """A stage whose inputs are there, all that determines its bytes, the sha256 of that, and what the store holds."""
+    """All that determines a stage's bytes, the sha256 of that, and what the store holds; or the inputs `lacking`."""
 
     stage: Stage
     inputs: dict[str, Artifact]
     identity: dict[str, Any]
     fingerprint: str
     artifact: Artifact | None = None
+    lacking: tuple[str, ...] = ()  # stages that are not built: there is no fingerprint without them
 
     @property
     def input_fingerprints(self) -> dict[str, str]:
@@ -50,16 +51,6 @@ class Lookup:
         return replace(self, artifact=artifact)
 
 
-@dataclass(frozen=True)
-class Missing:
-    """A stage that has no fingerprint yet, because that depends on inputs which are not built: those `lacking`."""
-
-    stage: Stage
-    lacking: list[str]
-    fingerprint: None = None
-    artifact: None = None
-
-
 def identify(stage: Stage, config: Config, inputs: dict[str, Artifact]) -> Lookup:
     """Return a stage's identity and fingerprint, without asking the store."""
     identity = {
@@ -72,15 +63,13 @@ def identify(stage: Stage, config: Config, inputs: dict[str, Artifact]) -> Looku
     return Lookup(stage, inputs, identity, fingerprint_of(identity))
 
 
-def look_up(
-    config: Config, store: Store, until: str = "report", rebuild: str | None = None
-) -> Iterator[Lookup | Missing]:
+def look_up(config: Config, store: Store, until: str = "report", rebuild: str | None = None) -> Iterator[Lookup]:
     """Look up every stage up to `until`, in order; that of `rebuild` may be damaged."""
     found: dict[str, Artifact] = {}
     for stage in STAGES.values():
         needed = stage.inputs(config)
-        if lacking := sorted(set(needed) - set(found), key=NAMES.index):
-            yield Missing(stage, lacking)
+        if lacking := tuple(name for name in NAMES if name in needed and name not in found):
+            yield Lookup(stage, {}, {}, "", lacking=lacking)
         else:
             lookup = identify(stage, config, {name: found[name] for name in needed})
             lookup = lookup.find_in(store, may_be_damaged=stage.name == rebuild)
@@ -98,7 +87,7 @@ def ready(
     if inputs is not None:
         return identify(STAGES[name], config, inputs).find_in(store, may_be_damaged=rebuild)
     *_, last = look_up(config, store, STAGES[name].name, name if rebuild else None)
-    if isinstance(last, Missing):
+    if last.lacking:
         needs = f"{name} needs {' and '.join(last.lacking)}, which {store.uri()} does not hold for this configuration"
         raise NanodlmError(f"{needs}: run `nanodlm run --until {last.lacking[-1]}` with the same flags first")
     return last
@@ -110,9 +99,9 @@ def comparable(identity: dict[str, Any]) -> dict[str, Any]:
     return {**identity["parameters"], "input": inputs, "version": identity["version"], "schema": identity["schema"]}
 
 
-def why(lookup: Lookup | Missing, store: Store) -> str:
+def why(lookup: Lookup, store: Store) -> str:
     """Say why a stage would be built: which settings and inputs differ from the most similar artifact there is."""
-    if isinstance(lookup, Missing):
+    if lookup.lacking:
         return "an input is not built yet"
     if not store.asked:
         return "it was not fetched before, and the store is not asked while NANODLM_OFFLINE is set"
@@ -138,9 +127,7 @@ def explain(artifact: Artifact, config: Config) -> Iterator[str]:
     for field, values in differences(has, wanted).items():
         yield f"{stage.name}: {field}: {values}"
     names = stage.inputs(config)
-    for name in STAGES:  # in the pipeline's order
-        if name not in made["inputs"] and name not in names:
-            continue
+    for name in sorted({*made["inputs"], *names}, key=NAMES.index):
         if (name in made["inputs"]) != (name in names):
             yield f"{stage.name}: {'is now made' if name in names else 'is no longer made'} from {name}"
             continue

@@ -38,10 +38,7 @@ def stage_flags(store: str, inputs: dict[str, str], *, rebuild: bool = False) ->
 def run_in_process(lookup: Lookup, config: Config, store: Store, *, rebuild: bool = False, emit: Emit) -> Artifact:
     """Build a stage that uses JAX in a child process, and return its artifact.
 
-    Raises:
-        Stopped: When the child saved and stopped because of a signal.
-        UsageError: When the child exits with 2.
-        NanodlmError: When it fails or is killed; the message is its own last line.
+    When the child fails or is stopped, the error is of the kind that its exit code says, with its last line.
     """
     name = lookup.stage.name
     with tempfile.TemporaryDirectory(prefix="nanodlm-") as folder:
@@ -61,11 +58,11 @@ def run_in_process(lookup: Lookup, config: Config, store: Store, *, rebuild: boo
                     time.sleep(0.1)
                 _emit_new_events(feed, emit)
             except BaseException as interruption:
-                if _stop(child) == Stopped.exit_code:
+                if stop(child, GRACE_SECONDS) == Stopped.exit_code:
                     raise Stopped(last_line(errors.read_text(errors="replace"))) from interruption
                 raise
             finally:
-                _stop(child)
+                stop(child, GRACE_SECONDS)
         if child.returncode:
             kind = {Stopped.exit_code: Stopped, UsageError.exit_code: UsageError}.get(child.returncode, NanodlmError)
             ending = f"signal {-child.returncode}" if child.returncode < 0 else f"exit code {child.returncode}"
@@ -91,22 +88,19 @@ def last_line(text: str) -> str:
     return (text.strip().splitlines() or [""])[-1].removeprefix("nanodlm: ")
 
 
-def _stop(child: subprocess.Popen[bytes]) -> int:
-    """Ask the child to save and stop, kill its group when it takes too long, and return how it ended."""
+def stop(child: subprocess.Popen[bytes], grace: float) -> int:
+    """Ask a child to save and stop, kill its group when it takes too long, and return how it ended."""
     if child.poll() is None:
         child.send_signal(signal.SIGTERM)
         try:
-            child.wait(GRACE_SECONDS)
+            child.wait(grace)
         except subprocess.TimeoutExpired:
             os.killpg(child.pid, signal.SIGKILL)
     return child.wait()
 
 
 def end_with_parent(parent: int | None = None) -> None:
-    """Watch the process that started this one, which a supervisor names in the environment, and end with it.
-
-    It gets SIGTERM first, to save its work.
-    """
+    """End with the process that started this one, which a supervisor names in the environment: by SIGTERM, to save."""
     parent = parent or int(os.environ.pop(PARENT, "0"))
     if not parent:
         return

@@ -3,12 +3,10 @@
 import json
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from nanodlm.errors import Emit
-
-if TYPE_CHECKING:
-    from nanodlm.store import Artifact
+from nanodlm.store import Artifact
 
 
 def event_log(path: Path) -> Emit:
@@ -63,7 +61,7 @@ SUMMARIES = {
 }
 
 
-def summary(artifact: "Artifact") -> str:
+def summary(artifact: Artifact) -> str:
     """Return one phrase on what an artifact holds."""
     m = artifact.metrics
     inexact = {"megabytes": m.get("bytes", 0) / 1e6, "millions": m.get("parameters", 0) / 1e6}

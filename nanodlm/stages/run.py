@@ -37,8 +37,7 @@ def run_stage(
     """
     started = time.monotonic()
     store.emit = emit
-    known = None if inputs is None else identify(STAGES[name], config, inputs)
-    lookup = known or ready(name, config, store, rebuild=rebuild)
+    lookup = ready(name, config, store, rebuild=rebuild) if inputs is None else identify(STAGES[name], config, inputs)
     if lookup.artifact and not rebuild:
         artifact, built = lookup.artifact, False
     else:
@@ -49,16 +48,13 @@ def run_stage(
 def build(
     lookup: Lookup, config: Config, store: Store, rebuild: bool, emit: Emit, how: Callable[..., Json] | None = None
 ) -> tuple[Artifact, bool]:
-    """Build and commit a stage while holding its lease; `how` is what to call in place of its own function.
-
-    What returns is the artifact, and whether this run built it.
-    """
-    stage, fingerprint, reads = lookup.stage, lookup.fingerprint, lookup.input_fingerprints
+    """Build a stage under its lease, by its own function or `how`; return the artifact, and if this run built it."""
+    stage, fingerprint = lookup.stage, lookup.fingerprint
     check(config, (stage.name,))
     for artifact in lookup.inputs.values():
         if stage.own_process and (changed := changed_since(artifact)):
             emit("message", text=f"the {artifact.stage} artifact was {remark(changed)}")
-    with hold_lease(store, stage.name, fingerprint, lambda text: emit("message", text=text), reads) as lease:
+    with hold_lease(store, stage.name, fingerprint, emit, lookup.input_fingerprints) as lease:
 
         def publish(kind: str, **fields: Any) -> None:
             lease["events"] = {**lease["events"], kind: fields}  # whoever waits elsewhere reads the lease

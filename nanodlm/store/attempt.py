@@ -30,14 +30,8 @@ class Attempt:
         self.id = f"{datetime.now(UTC):%Y%m%dT%H%M%S%f}-{secrets.token_hex(4)}"  # sorts by time
         self.started = time.monotonic()
         self._parts: dict[str, Json] = {}
-        self._entry = f"attempt-{self.id}"  # of the cache, when the store is remote
-        self.path = Path(self._remote()) if store.is_local else hold(self._entry)
+        self.path = Path(self._remote()) if store.is_local else hold(f"attempt-{self.id}")
         self.path.mkdir(parents=True, exist_ok=not store.is_local)
-
-    def close(self) -> None:
-        """Remove local copies of what lies in a remote store."""
-        if not self.store.is_local:
-            drop(self._entry)
 
     def _remote(self, *relative: str) -> str:
         return self.store.path(self.stage, self.fingerprint, "attempts", self.id, *relative)
@@ -153,14 +147,10 @@ class Attempt:
     ) -> Artifact:
         """Publish every file of the folder, write the manifest, and return the artifact, or that of who was first.
 
-        Args:
-            identity: What the fingerprint was made of.
-            metrics: Counts and measurements.
-            config: The whole configuration of the run, from which `verify --repair` builds it again.
-            code: What `code_record` says of the code that made it.
-            volatile: Prefixes of files that hold times or logs: verified like all others, but left out of the
-                digest, because equal results may differ there.
-            replace: Put this in the place of an existing manifest whose digest differs (an explicit rebuild).
+        The fingerprint was made of the `identity`; `config` is the whole configuration, from which `verify --repair`
+        builds it again, and `code` what `code_record` says. Files whose paths begin as one of `volatile` hold times or
+        logs: verified like all others, but left out of the digest, because equal results may differ there. `replace`
+        (an explicit rebuild) puts this in the place of an existing manifest whose digest differs.
         """
         known = {file["path"]: file for part in self._parts.values() for file in part["files"]}
         names = sorted(name for name in list_files(str(self.path)) if not name.startswith("parts/"))
@@ -220,7 +210,8 @@ def new_attempt(store: Store, stage: str, fingerprint: str, *, afresh: bool = Fa
     try:
         yield attempt
     finally:
-        attempt.close()
+        if not store.is_local:
+            drop(f"attempt-{attempt.id}")
 
 
 def cannot_write(store: Store, error: OSError) -> NanodlmError:

@@ -13,19 +13,18 @@ they end with their process. filelock's shared lock is in an SQLite file, which 
 import contextlib
 import fcntl
 import hashlib
-import json
 import os
 import shutil
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from filelock import FileLock
 
 from nanodlm.errors import Damaged, NanodlmError
-from nanodlm.store.disk import is_whole, list_files, write_whole
+from nanodlm.store.disk import is_whole, list_files
 from nanodlm.store.manifest import Json
 from nanodlm.store.retry import one_line
 
@@ -147,20 +146,3 @@ def _is_unused(entry: Path) -> bool:
         except BlockingIOError:
             return False
     return True
-
-
-def _manifest(store: str, stage: str, fingerprint: str) -> Path:
-    return cache_dir() / "manifests" / hashlib.sha256(store.encode()).hexdigest()[:16] / stage / f"{fingerprint}.json"
-
-
-def remember(store: str, stage: str, fingerprint: str, manifest: Json) -> None:
-    """Keep a manifest of a remote store, for when it may not be asked; a cache that cannot be written is no error."""
-    with contextlib.suppress(OSError):
-        write_whole(_manifest(store, stage, fingerprint), json.dumps(manifest).encode())
-
-
-def recall(store: str, stage: str, fingerprint: str) -> Any:
-    """Return the manifest that was kept, or None."""
-    with contextlib.suppress(FileNotFoundError, ValueError):  # a machine that went down may have torn it
-        return json.loads(_manifest(store, stage, fingerprint).read_bytes())
-    return None

@@ -17,10 +17,7 @@ LEFT_OUT = ("config", "errors", "stages", "store")
 
 @cache
 def sources(module: str) -> dict[str, str]:
-    """Return the start of the sha256 of a module's file and of what it imports, and so on, but for `LEFT_OUT`.
-
-    The keys are paths in the package.
-    """
+    """Return the start of the sha256 of each file, by path, that a module is or imports, and so on, but `LEFT_OUT`."""
     files, waiting = set(), [_path(module)]
     while waiting:
         file = waiting.pop()
@@ -37,7 +34,6 @@ def _path(module: str) -> Path:
 
 @cache
 def _imports(file: Path) -> list[Path]:
-    """Return the files of this package that one imports anywhere in it."""
     froms = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.ImportFrom)]
     names = {name for node in froms for name in (node.module, *(f"{node.module}.{alias.name}" for alias in node.names))}
     return [_path(name) for name in names if name and name.startswith("nanodlm.") and _path(name).exists()]
@@ -65,10 +61,7 @@ def _commit() -> Json:
 
 
 def changed_since(artifact: Artifact) -> list[str]:
-    """Return the files that an artifact was made by and that are not what they were then.
-
-    Of an artifact whose manifest does not record them nothing is known, and none is returned.
-    """
+    """Return the files that made an artifact and have changed since: none where its manifest does not name them."""
     code: Json | None = artifact.manifest.get("code")
     if code is None:
         return []

@@ -59,8 +59,6 @@ class Storage:
         """Return the result of a request, made again while it fails for a reason that may pass; see `retry.ask`."""
         return ask(self.uri(), call)
 
-    # Reading
-
     def read(self, path: str) -> bytes:
         """Return the content of a file."""
         return self.patiently(lambda: self.fs.cat_file(path))
@@ -109,8 +107,6 @@ class Storage:
             target.parent.mkdir(parents=True, exist_ok=True)
         for sources, targets in _batches(pairs):
             self.patiently(partial(self.fs.get, sources, targets))
-
-    # Writing
 
     def put(self, pairs: list[tuple[Path, str]], done: Callable[[int], None] = lambda _: None) -> None:
         """Copy local files to paths here, several at a time; `done` is called with numbers of bytes that arrived."""

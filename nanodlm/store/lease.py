@@ -6,11 +6,11 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import psutil
 
-from nanodlm.errors import NanodlmError
+from nanodlm.errors import Emit, NanodlmError, silent
 from nanodlm.store.attempt import cannot_write
 from nanodlm.store.manifest import Json
 from nanodlm.store.retry import retrying_for
@@ -23,18 +23,14 @@ SETTLE_SECONDS = 1.0  # of two runs that take a dead one's lease over, the later
 
 @contextlib.contextmanager
 def hold_lease(
-    store: Store,
-    stage: str,
-    fingerprint: str,
-    notify: Callable[[str], None] = lambda _: None,
-    inputs: dict[str, str] | None = None,
+    store: Store, stage: str, fingerprint: str, emit: Emit = silent, inputs: dict[str, str] | None = None
 ) -> Iterator[Json]:
     """Hold the artifact's lease, waiting first while another run does, so that not both build it.
 
     Ages are measured by this process's own clock, so clocks that differ cannot mislead it. One that stopped (a
     paused process) is taken over after `LEASE_SECONDS`, and then lost to its holder; nothing rests on it.
 
-    `notify` is told who is being waited for. What is read meanwhile, the fingerprints of `inputs` by stage, is kept by
+    A message says who is being waited for. What is read meanwhile, the fingerprints of `inputs` by stage, is kept by
     collections. What is yielded is what the lease says: others read its `events` from the next beat on.
     """
     holder: Json = {"holder": secrets.token_hex(8), "host": socket.gethostname(), "pid": os.getpid()}
@@ -46,7 +42,7 @@ def hold_lease(
 
     try:  # before any work, so that a store that cannot be written says so at once
         while not store.write_json(path, {**holder, "beat": 0}, create_only=True):
-            if not _wait_for_lease(store, path, notify):
+            if not _wait_for_lease(store, path, emit):
                 continue
             store.write_json(path, {**holder, "beat": 0})
             time.sleep(SETTLE_SECONDS)
@@ -88,11 +84,11 @@ def lease_events(store: Store, stage: str, fingerprint: str) -> dict[str, Json]:
     return (read_lease(store, store.path(stage, fingerprint, "lease.json")) or {}).get("events", {})
 
 
-def _wait_for_lease(store: Store, path: str, notify: Callable[[str], None]) -> bool:
+def _wait_for_lease(store: Store, path: str, emit: Emit) -> bool:
     """Wait while a live run holds the lease, and say if a dead one's is left to be taken over."""
     seen, since = read_lease(store, path), time.monotonic()
     if seen:
-        notify(f"process {seen.get('pid')} on {seen.get('host')} is building it; waiting")
+        emit("message", text=f"process {seen.get('pid')} on {seen.get('host')} is building it; waiting")
     while seen:
         pid = seen.get("pid")
         if seen.get("host") == socket.gethostname() and not (isinstance(pid, int) and psutil.pid_exists(pid)):

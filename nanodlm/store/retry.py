@@ -34,19 +34,21 @@ PASSING_ERRNOS = {errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EBUSY, errno.EAGA
 
 
 def ask(uri: str, call: Callable[[], T]) -> T:
-    """Return the result of a request to `uri`, which is made again while it fails for a reason that may pass.
-
-    When it still fails after `$NANODLM_RETRY_SECONDS`, `Unreachable` is raised.
-    """
+    """Return the result of a request to `uri`; what may pass is tried again, and in the end raised as `Unreachable`."""
 
     def warn(state: RetryCallState) -> None:
         if state.attempt_number == 4 and state.outcome:
             log.warning("%s does not answer (%s): trying again", uri, one_line(state.outcome.exception()))
 
+    text = os.environ.get("NANODLM_RETRY_SECONDS") or "300"
+    try:
+        patience = float(text)
+    except ValueError:
+        raise UsageError(f"NANODLM_RETRY_SECONDS must be a number of seconds, not {text!r}") from None
     tries = Retrying(
         retry=retry_if_exception(may_pass),
         wait=wait_random_exponential(multiplier=FIRST_PAUSE, max=LONGEST_PAUSE),
-        stop=stop_before_delay(_patience()),
+        stop=stop_before_delay(min(patience, _longest.get())),
         before_sleep=warn,
         reraise=True,
     )
@@ -73,15 +75,6 @@ def retrying_for(seconds: float) -> Iterator[None]:
         yield
     finally:
         _longest.reset(token)
-
-
-def _patience() -> float:
-    """Return the seconds for which what may pass is tried again."""
-    text = os.environ.get("NANODLM_RETRY_SECONDS") or "300"
-    try:
-        return min(float(text), _longest.get())
-    except ValueError:
-        raise UsageError(f"NANODLM_RETRY_SECONDS must be a number of seconds, not {text!r}") from None
 
 
 def may_pass(error: BaseException) -> bool:
@@ -117,7 +110,6 @@ def one_line(error: BaseException | None) -> str:
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """Yield an error and what it came from."""
     for _ in range(8):
         if error is None:
             return

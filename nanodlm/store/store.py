@@ -1,6 +1,8 @@
 """A store and its committed artifacts, whose files are verified before anybody reads them."""
 
 import contextlib
+import hashlib
+import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -9,7 +11,7 @@ from pathlib import Path
 from nanodlm.config import parse_address
 from nanodlm.errors import Damaged, Emit, NanodlmError, silent
 from nanodlm.store import cache
-from nanodlm.store.disk import Found, is_within
+from nanodlm.store.disk import Found, is_within, write_whole
 from nanodlm.store.files import Storage, T, show_transfer
 from nanodlm.store.manifest import MANIFEST, Item, Json, problem_with, safe
 
@@ -106,30 +108,23 @@ class Artifact:
 
     def local(self, *only: str) -> Path:
         """Return a local folder with its files, fetched if they are remote, each compared with its sha256."""
+        self.check(*only, deep=self.store.is_local)
         if self.store.is_local:
-            self.check(*only, deep=True)
             return Path(self.folder)
-        files = self.check(*only).files(*only)
-        folder = self._entry(files)
-        self._fetch(folder, files, show_transfer(self.store.emit, f"MB of {self.stage} fetched", files))
-        return folder
+        files = self.files(*only)
+        arrived = show_transfer(self.store.emit, f"MB of {self.stage} fetched", files)
+        return self._fetch(self._entry(files), files, arrived)
 
     def file(self, path: str) -> Path:
         """Return the local path of one of its files; see `local`."""
         return self.local(path) / path
 
-    def on_demand(self, *only: str) -> Callable[[str], Path]:
+    def on_demand(self) -> Callable[[str], Path]:
         """Return a function that does as `file`, and fetches a file of a remote store when it is first asked for."""
         if self.store.is_local:
-            return self.local(*only).joinpath
-        files = {file["path"]: file for file in self.check(*only).files(*only)}
-        folder = self._entry(list(files.values()))
-
-        def fetch(path: str) -> Path:
-            self._fetch(folder, [files[path]], lambda _: None)
-            return folder / path
-
-        return fetch
+            return self.local().joinpath
+        folder = self._entry(self.check().files())
+        return lambda path: self._fetch(folder, self.files(path), lambda _: None) / path
 
     def _entry(self, files: list[Json]) -> Path:
         """Return the cache's folder for it, with room for those of these files that are not there yet."""
@@ -138,7 +133,7 @@ class Artifact:
         missing = sum(file["size"] for file in files if not (there / safe(file["path"])).is_file())
         return cache.hold(name, missing)
 
-    def _fetch(self, folder: Path, files: list[Json], arrived: Callable[[int], None]) -> None:
+    def _fetch(self, folder: Path, files: list[Json], arrived: Callable[[int], None]) -> Path:
         def get(pairs: list[tuple[str, Path]]) -> None:
             if not self.store.asked:
                 raise NanodlmError(
@@ -154,6 +149,7 @@ class Artifact:
             raise Damaged(self.remedy(str(error), deep=True)) from error
         except OSError as error:
             raise cache.cannot_write_cache(error) from error
+        return folder
 
 
 class Store(Storage):
@@ -172,10 +168,9 @@ class Store(Storage):
 
     def find(self, stage: str, fingerprint: str) -> Artifact | None:
         """Return the committed artifact, or None."""
-        if self.asked:
-            manifest = self.read_json(self.path(stage, fingerprint, MANIFEST))
-        else:
-            manifest = cache.recall(self.uri(), stage, fingerprint)
+        kept = cache.cache_dir() / "manifests" / hashlib.sha256(self.uri().encode()).hexdigest()[:16]
+        known = self if self.asked else Storage(str(kept))
+        manifest = known.read_json(known.path(stage, fingerprint, MANIFEST))
         if manifest is None:
             return None
         if problem := problem_with(manifest, stage, fingerprint):
@@ -185,7 +180,8 @@ class Store(Storage):
                 "sets it aside for the next run"
             )
         if self.asked and not self.is_local:
-            cache.remember(self.uri(), stage, fingerprint, manifest)
+            with contextlib.suppress(OSError):  # a cache that cannot be written is no error
+                write_whole(kept / stage / fingerprint / MANIFEST, json.dumps(manifest).encode())
         return Artifact(self, stage, fingerprint, manifest)
 
     def open(self, uri: str) -> Artifact:

@@ -1,7 +1,5 @@
 """Taking files at hand for what a configuration would download."""
 
-from typing import Any
-
 from nanodlm.config import Config
 from nanodlm.data.download import download
 from nanodlm.errors import Emit, silent
@@ -19,8 +17,6 @@ def adopt(config: Config, store: Store, files: list[str], emit: Emit = silent) -
     lookup = ready("download", config, store)
     if lookup.artifact:
         return lookup.artifact, False
-
-    def take(*stage: Any) -> dict[str, Any]:
-        return {**download(*stage, adopted=files), "adopted": True}
-
-    return build(lookup, config, store, rebuild=False, emit=emit, how=take)
+    return build(
+        lookup, config, store, False, emit, lambda *stage: {**download(*stage, adopted=files), "adopted": True}
+    )

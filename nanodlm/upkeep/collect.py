@@ -62,7 +62,9 @@ def collect(
             if not dry_run:
                 raise
     artifacts, unreadable, torn = _artifacts(store)
-    building, read = _leases(store, listed, now - max(grace, LEASE_GRACE))
+    building = {item for item, contents in listed.items() if contents.lease > now - max(grace, LEASE_GRACE)}
+    leases = [read_lease(store, store.path(*item, "lease.json")) or {} for item in building]
+    read = {item for lease in leases for item in lease.get("inputs", {}).items()}
     young = {i for i, a in artifacts.items() if now - max(made_at(a), listed[i].manifest) < grace}  # or copied here
     kept, wished = set(artifacts), keep_last is not None or older_than is not None
     if wished and torn:  # what it was made from is not known
@@ -103,7 +105,6 @@ def _artifacts(store: Store) -> tuple[dict[Item, Artifact], set[Item], str]:
 
 
 def _contents(store: Store) -> dict[Item, Contents]:
-    """List a store."""
     listed: dict[Item, Contents] = defaultdict(Contents)
     for path, found in store.listed().items():
         match path.split("/"):
@@ -114,13 +115,6 @@ def _contents(store: Store) -> dict[Item, Contents]:
                 if first == "parts":
                     listed[stage, fingerprint].parts[attempt].add("/".join(rest))
     return listed
-
-
-def _leases(store: Store, listed: dict[Item, Contents], since: float) -> tuple[set[Item], set[Item]]:
-    """Return what runs under way are building, and what they read. A lease that nobody renews is a dead run's."""
-    building = {item for item, contents in listed.items() if contents.lease > since}
-    held = [read_lease(store, store.path(*item, "lease.json")) or {} for item in building]
-    return building, {item for lease in held for item in lease.get("inputs", {}).items()}
 
 
 def _needed(artifacts: dict[Item, Artifact], needed: set[Item], keep_last: int, oldest: float) -> set[Item]:

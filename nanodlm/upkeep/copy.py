@@ -20,8 +20,7 @@ def copy(source: Store, target: Store, artifacts: list[Item], emit: Emit) -> Ite
         artifact = source.open(f"{stage}/{fingerprint}")
         there, sent = _find_same(artifact, target), False
         if there is None:
-            reads = dict(artifact.inputs)
-            lease = hold_lease(target, stage, fingerprint, lambda text: emit("message", text=text), reads)
+            lease = hold_lease(target, stage, fingerprint, emit, dict(artifact.inputs))
             with lease, full_disk_in_one_line(target):
                 there = _find_same(artifact, target)  # another process may have been quicker
                 if there is None:

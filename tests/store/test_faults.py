@@ -578,14 +578,15 @@ def test_a_holder_that_was_stopped_past_its_lease_loses_cleanly(
             assert stopped.stdout is not None
             assert stopped.stdout.readline() == "building\n"
             stopped.send_signal(signal.SIGSTOP)
-            with hold_lease(store, "shard", "f0", notify=told.append), new_attempt(store, "shard", "f0") as attempt:
+            lease = hold_lease(store, "shard", "f0", lambda _, text: told.append(text))
+            with lease, new_attempt(store, "shard", "f0") as attempt:
                 assert told == [f"process {stopped.pid} on {os.uname().nodename} is building it; waiting"]
                 fill(attempt, {"a.bin": b"of the other"})
                 stopped.send_signal(signal.SIGCONT)
                 won = attempt.commit(identity=identity(), metrics={})
                 said, _ = stopped.communicate("\n", timeout=60)
-                lease = store.read_json(store.path("shard", "f0", "lease.json"))
-                assert lease is None or lease["pid"] in (os.getpid(), stopped.pid)
+                held = store.read_json(store.path("shard", "f0", "lease.json"))
+                assert held is None or held["pid"] in (os.getpid(), stopped.pid)
         finally:
             stopped.kill()
     assert stopped.returncode == 0

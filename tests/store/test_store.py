@@ -401,12 +401,12 @@ def test_a_second_process_waits_until_the_holder_is_done(
 ) -> None:
     told: list[str] = []
 
-    def release(message: str) -> None:
-        told.append(message)
+    def release(_: str, text: str) -> None:
+        told.append(text)
         assert lease.exists()
         print(file=holder.stdin, flush=True)
 
-    with hold_lease(store, "shard", "f0", notify=release):
+    with hold_lease(store, "shard", "f0", emit=release):
         assert told == [f"process {holder.pid} on {socket.gethostname()} is building it; waiting"]
         assert holder.wait(10) == 0
     assert not lease.exists()
