@@ -31,7 +31,6 @@ from nanodlm.data.rows import evenly_spaced, name, read
 from nanodlm.data.tokenizer import load, save
 from nanodlm.data.vocabulary import Vocabulary
 from nanodlm.devices.hosts import any_process, from_leader, my_share, put_rows
-from nanodlm.devices.mesh import make_mesh
 from nanodlm.errors import Emit, NanodlmError, Stopped, UsageError
 from nanodlm.evaluation.scoring import make_scorer, score_rows
 from nanodlm.model.transformer import Transformer
@@ -58,9 +57,9 @@ def train(config: Config, inputs: dict[str, Artifact], attempt: Attempt | None, 
         _require_same_start(config, inputs)
         shard, fetch = inputs["shard"], inputs["shard"].on_demand()
         encoding = load(inputs["tokenizer"].local())
-        mesh = make_mesh(config.train.batch_size, fsdp=config.train.fsdp, tensor=config.train.tensor)
         vocabulary = Vocabulary.of(encoding)
-        program = make_program(config, vocabulary, mesh)
+        program = make_program(config, vocabulary)
+        mesh = program.mesh
         if shard.metrics["n_vocab"] != vocabulary.size:
             raise NanodlmError("the shards were made with another tokenizer: rebuild them with --rebuild shard")
         if attempt:
@@ -89,7 +88,7 @@ def train(config: Config, inputs: dict[str, Artifact], attempt: Attempt | None, 
                 limit = 10 * math.log(vocabulary.size)
                 bits = shard.metrics["val_tokens"] / shard.metrics["val_bytes"] / math.log(2)
                 logger = Logger(config, past["logs"], emit, tracker, limit=limit, bits=bits, last_good=checkpoints.last)
-                loop = _Loop(config, mesh, program, key, checkpoints, logger, validate, stop, emit)
+                loop = _Loop(config, program, key, checkpoints, logger, validate, stop, emit)
                 state = loop.run(state, batches, rows_seen)
     new_rows = (config.train.max_steps - first) * config.train.batch_size * config.train.grad_acc_steps
     trained_tokens = (rows_seen + new_rows) * config.model.seq_len
@@ -101,7 +100,6 @@ class _Loop(NamedTuple):
     """What stays the same from update to update."""
 
     config: Config
-    mesh: Mesh
     program: Program
     key: jax.Array
     checkpoints: Checkpoints
@@ -116,9 +114,9 @@ class _Loop(NamedTuple):
         first = saved = int(state["step"])
         if any_process(self.stop.is_set()):
             raise Stopped(f"stopped by a signal after update {first}, before another: run again to continue")
-        shall_stop = make_stop_vote(self.mesh, self.stop)
+        shall_stop = make_stop_vote(self.program.mesh, self.stop)
         for step in range(first + 1, train.max_steps + 1):
-            state, scalars = self.program.step(state, put_rows(self.mesh, next(batches), axis=1), self.key)
+            state, scalars = self.program.step(state, put_rows(self.program.mesh, next(batches), axis=1), self.key)
             rows_seen += train.batch_size * train.grad_acc_steps
             if step == first + 1:
                 jax.block_until_ready(scalars)  # compiled; from here on the clock runs
