@@ -88,8 +88,3 @@ def join(coordinator: str = "", processes: int | None = None, process: int | Non
         what = f"process {process} of {processes} could not join the others at {coordinator or 'the address of Slurm'}"
         raise NanodlmError(f"{what}: {' '.join(str(error).split())[:200]}") from error
     return jax.process_index()
-
-
-def is_one_of_several() -> bool:
-    """Return whether this process is one of several; such a one ends at once after an error and waits for no other."""
-    return jax.distributed.is_initialized()

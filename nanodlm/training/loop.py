@@ -87,7 +87,7 @@ def train(config: Config, inputs: dict[str, Artifact], attempt: Attempt | None, 
                 stack.enter_context(contextlib.closing(batches))
                 limit = 10 * math.log(vocabulary.size)
                 bits = shard.metrics["val_tokens"] / shard.metrics["val_bytes"] / math.log(2)
-                logger = Logger(config, past["logs"], emit, tracker, limit=limit, bits=bits, last_good=checkpoints.last)
+                logger = Logger(config, list(past["logs"]), emit, tracker, limit, bits, checkpoints.last)
                 loop = _Loop(config, program, key, checkpoints, logger, validate, stop, emit)
                 state = loop.run(state, batches, rows_seen)
     new_rows = (config.train.max_steps - first) * config.train.batch_size * config.train.grad_acc_steps
@@ -154,9 +154,7 @@ def _finish(config: Config, attempt: Attempt | None, state: State, logger: Logge
         (attempt.path / "parameters.json").write_text(json.dumps(identity, indent=1))
     return {
         **result,
-        "train_tokens_per_second": round(logger.tokens_per_second, 1),
-        "train_loss": logger.records[-1]["loss"],
-        "train_nats_per_token": logger.records[-1]["nats_per_token"],
+        **{f"train_{name}": logger.records[-1][name] for name in ("tokens_per_second", "loss", "nats_per_token")},
         "devices": jax.device_count(),
         "device": jax.devices()[0].device_kind,
         **({"skipped": int(state["skipped"])} if "skipped" in state else {}),
