@@ -111,7 +111,7 @@ def train(config: Config, *, steps: int = 10, baseline: bool = False, emit: Emit
     tokens = np.random.default_rng(0).integers(0, encoding.n_vocab, program.rows.shape, np.int32)
     with jax.set_mesh(mesh):
         start = program.initialise()
-    calls = [_updates(lambda state: compiled(state, put_rows(mesh, tokens, axis=1), key), start).__next__]
+    calls = [_updates(lambda state: compiled(state, put_rows(mesh, tokens), key), start).__next__]
     if baseline:
         sizes = config.model.model_dump(include={"n_layers", "n_heads", "d_model", "d_ff"})
         network = Transformer(vocab_size=vocab_size(config), **sizes, qk_norm=False, zero_init=False, rngs=nnx.Rngs(0))

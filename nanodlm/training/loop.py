@@ -88,7 +88,7 @@ def train(config: Config, inputs: dict[str, Artifact], attempt: Attempt | None, 
                 limit = 10 * math.log(vocabulary.size)
                 bits = shard.metrics["val_tokens"] / shard.metrics["val_bytes"] / math.log(2)
                 logger = Logger(config, list(past["logs"]), emit, tracker, limit, bits, checkpoints.last)
-                loop = _Loop(config, program, key, checkpoints, logger, validate, stop, emit)
+                loop = _Loop(program, key, checkpoints, logger, validate, stop)
                 state = loop.run(state, batches, rows_seen)
     new_rows = (config.train.max_steps - first) * config.train.batch_size * config.train.grad_acc_steps
     trained_tokens = (rows_seen + new_rows) * config.model.seq_len
@@ -99,24 +99,22 @@ def train(config: Config, inputs: dict[str, Artifact], attempt: Attempt | None, 
 class _Loop(NamedTuple):
     """What stays the same from update to update."""
 
-    config: Config
     program: Program
     key: jax.Array
     checkpoints: Checkpoints
     logger: Logger
     validate: Callable[[State], dict[str, float]] | None
     stop: threading.Event
-    emit: Emit
 
     def run(self, state: State, batches: Iterator[np.ndarray], rows_seen: int) -> State:
         """Take updates until `max_steps` are done; log and save now and then."""
-        train, exp, logger = self.config.train, self.config.exp, self.logger
+        train, exp, logger = self.logger.config.train, self.logger.config.exp, self.logger
         first = saved = int(state["step"])
         if any_process(self.stop.is_set()):
             raise Stopped(f"stopped by a signal after update {first}, before another: run again to continue")
         shall_stop = make_stop_vote(self.program.mesh, self.stop)
         for step in range(first + 1, train.max_steps + 1):
-            state, scalars = self.program.step(state, put_rows(self.program.mesh, next(batches), axis=1), self.key)
+            state, scalars = self.program.step(state, put_rows(self.program.mesh, next(batches)), self.key)
             rows_seen += train.batch_size * train.grad_acc_steps
             if step == first + 1:
                 jax.block_until_ready(scalars)  # compiled; from here on the clock runs
@@ -136,7 +134,7 @@ class _Loop(NamedTuple):
                 if not (self.validate or stopping):
                     scores = logger.mean_bound(saved, step)
                 self.checkpoints.save(state, step, logs=list(logger.records), rows_seen=rows_seen, **scores)
-                self.emit("checkpoint", step=step)
+                logger.emit("checkpoint", step=step)
                 saved = step
             if stopping and not last:
                 self.checkpoints.finish()
