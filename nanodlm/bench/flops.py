@@ -120,22 +120,18 @@ def sampling_work(config: Config, prompt: int) -> tuple[int, float] | tuple[None
     """Count steps and FLOPs of drawing all texts behind so many tokens of prompt; None where they depend on texts."""
     options, kind, outputs = config.sample, KINDS[config.objective.kind], vocab_size(config)
     length = options.length or config.model.seq_len
-    size = kind.block_size(config.objective.block_size)
+    size = kind.block_size(config.objective.block_size) or length
     if not (options.sampler in ("ancestral", "first_hitting") or options.sampler.startswith("remdm")):
         return None, None
-    if not size:
-        steps = length - prompt if options.sampler == "first_hitting" else options.num_steps
-        calls = steps * (2 if options.guidance and prompt else 1)
-        forward = forward_flops(config.model, outputs, keys=length)
-        return steps, options.num_samples * length * calls * forward
     steps, flops, window = 0, 0.0, cache_window(config.model.seq_len, size)
-    for start in range(0, length, size):
+    passes = 2 if options.guidance and prompt else 1
+    for start in range(0, length, size):  # each block; a network that reads whole rows has one
         keys = min(start, window) + size
         masked = min(size, start + size - prompt)
         calls = (masked if options.sampler == "first_hitting" else options.num_steps) if masked > 0 else 0
         if kind.reads == "block":  # what is written is read once more, for the blocks behind it
             flops += forward_flops(config.model, outputs, keys=keys, output_share=0)
-        else:
+        elif kind.reads == "before":
             calls = 1
-        steps, flops = steps + calls, flops + calls * forward_flops(config.model, outputs, keys=keys)
+        steps, flops = steps + calls, flops + calls * passes * forward_flops(config.model, outputs, keys=keys)
     return steps, options.num_samples * size * flops

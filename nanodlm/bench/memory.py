@@ -6,6 +6,7 @@ Virtual CPU devices stand for the real ones, so JAX must not have been used in t
 ever made.
 """
 
+import math
 import os
 import re
 import time
@@ -33,30 +34,28 @@ def plan(config: Config, devices: int) -> dict[str, Any]:
 
     from nanodlm.bench.flops import flops_per_update, synthetic_encoding
     from nanodlm.data.vocabulary import Vocabulary
-    from nanodlm.devices.mesh import bytes_per_device, make_mesh
-    from nanodlm.training.step import abstract_rows, compile_step, make_program
+    from nanodlm.devices.mesh import bytes_per_device
+    from nanodlm.training.step import make_program
 
-    train = config.train
-    mesh = make_mesh(train.batch_size, fsdp=train.fsdp, tensor=train.tensor)
     began = time.perf_counter()
-    program = make_program(config, Vocabulary.of(synthetic_encoding(config)), mesh)
-    compiled = compile_step(config, program, mesh)
+    program = make_program(config, Vocabulary.of(synthetic_encoding(config)))
+    compiled = program.compile(config.train.seed)
     seconds = time.perf_counter() - began
     held = {name: bytes_per_device(part) for name, part in program.state.items()}
     size = {
         "parameters": held["model_state"],
         "optimizer": held["optimizer_state"],
         "average": held.get("ema_state", 0),
-        "rows": bytes_per_device(abstract_rows(config, mesh)),
+        "rows": bytes_per_device(program.rows),
         "temporaries": getattr(compiled.memory_analysis(), "temp_size_in_bytes", 0),
     }
     collectives = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
     text = compiled.as_text() or ""
     return {
-        "devices": mesh.size,
-        "mesh": dict(mesh.shape),
+        "devices": devices,
+        "mesh": dict(program.mesh.shape),
         "parameters": program.n_parameters,
-        "tokens_per_update": train.grad_acc_steps * train.batch_size * config.model.seq_len,
+        "tokens_per_update": math.prod(program.rows.shape),
         "flops_per_update": flops_per_update(config),
         "bytes": {**size, "gradients": held["model_state"], "total": sum(size.values())},
         "collectives": {name: len(re.findall(rf" {name}(?:-start)?\(", text)) for name in collectives},

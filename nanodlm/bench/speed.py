@@ -28,12 +28,11 @@ from nanodlm.build import make_model
 from nanodlm.config import Config
 from nanodlm.data.vocabulary import Vocabulary
 from nanodlm.devices.hosts import put_rows
-from nanodlm.devices.mesh import make_mesh
 from nanodlm.diffusion.plain import plain_nelbo
 from nanodlm.errors import Emit, UsageError, silent
 from nanodlm.generation.generate import make_draw
 from nanodlm.model.transformer import Transformer
-from nanodlm.training.step import compile_step, make_program
+from nanodlm.training.step import make_program
 
 ADAMW = optax.adamw(3e-4, b2=0.95, weight_decay=0.1)
 
@@ -104,24 +103,24 @@ def train(config: Config, *, steps: int = 10, baseline: bool = False, emit: Emit
     """
     if steps < 1:
         raise UsageError(f"nothing is measured in {steps} updates: raise --steps")
-    encoding, size = synthetic_encoding(config), config.train
-    mesh = make_mesh(size.batch_size, fsdp=size.fsdp, tensor=size.tensor)
-    began = time.perf_counter()
-    program = make_program(config, Vocabulary.of(encoding), mesh)
-    compiled = compile_step(config, program, mesh)
+    encoding, seed, began = synthetic_encoding(config), config.train.seed, time.perf_counter()
+    program = make_program(config, Vocabulary.of(encoding))
+    compiled = program.compile(seed)
     compile_seconds = time.perf_counter() - began
-    shape = (size.grad_acc_steps, size.batch_size, config.model.seq_len)
-    tokens = np.random.default_rng(0).integers(0, encoding.n_vocab, shape, np.int32)
-    key = jax.random.key(size.seed)
+    mesh, key = program.mesh, jax.random.key(seed)
+    tokens = np.random.default_rng(0).integers(0, encoding.n_vocab, program.rows.shape, np.int32)
     with jax.set_mesh(mesh):
         start = program.initialise()
-    calls = [_updates(lambda state: compiled(state, put_rows(mesh, tokens, axis=1), key), start).__next__]
+    calls = [_updates(lambda state: compiled(state, put_rows(mesh, tokens), key), start).__next__]
     if baseline:
         sizes = config.model.model_dump(include={"n_layers", "n_heads", "d_model", "d_ff"})
         network = Transformer(vocab_size=vocab_size(config), **sizes, qk_norm=False, zero_init=False, rngs=nnx.Rngs(0))
         graphdef, params = nnx.split(network)
         step = jax.jit(partial(plain_step, graphdef=graphdef, mask_id=encoding.n_vocab), donate_argnums=0)
-        rows, start = tokens.reshape(-1, shape[-1]), (nnx.to_pure_dict(params), ADAMW.init(nnx.to_pure_dict(params)))
+        rows, start = (
+            tokens.reshape(-1, config.model.seq_len),
+            (nnx.to_pure_dict(params), ADAMW.init(nnx.to_pure_dict(params))),
+        )
         calls.append(_updates(lambda state: step(state, rows, key), start).__next__)
     seconds = _medians(calls, steps, "updates", emit)
     flops = flops_per_update(config)

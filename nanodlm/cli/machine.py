@@ -8,6 +8,7 @@ from importlib.metadata import version
 
 from nanodlm.cli.arguments import Output
 from nanodlm.cli.store import OpenStore
+from nanodlm.config import DataConfig
 from nanodlm.errors import NanodlmError, redact
 from nanodlm.store import Store
 
@@ -22,8 +23,11 @@ def doctor(*, store: OpenStore, out: Output) -> None:
         ("packages", lambda: ", ".join(f"{name} {version(name)}" for name in PACKAGES)),
         ("devices", lambda: ", ".join(f"{d.platform} {d.device_kind}" for d in import_module("jax").devices())),
         ("store", lambda: _writable(store)),
-        ("corpus", _corpus),
-        ("gpt2", _gpt2),
+        (
+            "corpus",
+            lambda: f"{len(import_module('nanodlm.data.sources').source_files(DataConfig()))} built-in documents",
+        ),
+        ("gpt2", lambda: f"{import_module('nanodlm.data.tokenizer').gpt2().n_vocab:,} entries"),
     ):
         try:
             ok, text = True, check()
@@ -49,16 +53,3 @@ def _writable(store: Store) -> str:
     finally:
         store.remove(probe)
     return f"{store.uri()} can be written"
-
-
-def _corpus() -> str:
-    from nanodlm.config import DataConfig
-    from nanodlm.data.sources import source_files
-
-    return f"{len(source_files(DataConfig()))} built-in documents"
-
-
-def _gpt2() -> str:
-    from nanodlm.data.tokenizer import gpt2
-
-    return f"{gpt2().n_vocab:,} entries"

@@ -67,8 +67,8 @@ def main(argv: list[str] | None = None) -> NoReturn:
             hint = "" if debug else " (add --debug for the traceback)"
             message = f"{type(error).__name__}: {redact(' '.join(message.split()))[:500]}{hint}"
         print(f"nanodlm: {message}", file=sys.stderr)
-        hosts = sys.modules.get("nanodlm.devices.hosts")  # which processes that train together have imported
-        if hosts and hosts.is_one_of_several() and code != Stopped.exit_code:
+        jax = sys.modules.get("jax")  # which processes that train together have imported
+        if jax and jax.distributed.is_initialized() and code != Stopped.exit_code:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)  # not waiting for the others, which then end as well

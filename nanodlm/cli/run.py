@@ -26,9 +26,7 @@ from nanodlm.store import Artifact, Store, remark
 Until = Annotated[StageName, Doc("Last stage to go through.")]
 Rebuild = Annotated[
     StageName | Literal["changed"] | None,
-    Doc(
-        "A stage to build again even though the store holds it, or all that were made before their code was `changed`."
-    ),
+    Doc("A stage to build again even though it is stored, or all that were made before their code was `changed`."),
 ]
 Runner = Literal["threads", "processes", "dask"]
 Again = Annotated[bool, Doc("Build again even though the store holds it.")]

@@ -19,13 +19,7 @@ SCHEDULERS: dict[str, Any] = {"slurm": slurm, "k8s": kubernetes}
 
 
 def run_on_cluster(
-    lookup: Lookup,
-    config: Config,
-    store: Store,
-    launch: Launch,
-    *,
-    rebuild: bool = False,
-    emit: Emit = silent,
+    lookup: Lookup, config: Config, store: Store, launch: Launch, *, rebuild: bool = False, emit: Emit = silent
 ) -> Artifact:
     """Build a stage that uses JAX as a job of a cluster, and return its artifact.
 

@@ -7,43 +7,23 @@ from nanodlm.config.differences import explain
 from nanodlm.config.settings import Config
 from nanodlm.errors import UsageError
 
+_DECAY = {"lr_schedule": "warmup_stable_decay", "warmup_steps": 50, "cooldown_steps": 600}
 _DEMO = Config().replace(
     data={"part_mb": 2.0},
     model={"n_layers": 2, "conv_width": 5, "tie_embeddings": True, "qk_norm": False},
     objective={"weighting": "uniform"},
-    train={
-        "batch_size": 8,
-        "max_steps": 1200,
-        "optimizer": "muon",
-        "lr": 8e-3,
-        "lr_schedule": "warmup_stable_decay",
-        "warmup_steps": 50,
-        "cooldown_steps": 600,
-        "weight_decay": 0.0,
-    },
+    train={"batch_size": 8, "max_steps": 1200, "optimizer": "muon", "lr": 8e-3, "weight_decay": 0.0, **_DECAY},
     sample={"temperature": 0.6},
 )
 
 # The original project's data and sizes: 9B GPT-2 tokens of OpenWebText, for one or many GPUs.
+_TOKENS = {"source": ("hf://NeelNanda/openwebtext-tokenized-9b",), "column": "tokens", "pretokenized": True}
+_TOKENS["revision"] = "5a711cc"  # the upload of the last of its 37 files
+_UPDATES = {"batch_size": 64, "grad_acc_steps": 8, "max_steps": 50_000, "warmup_steps": 2000}
 _OWT = Config().replace(
-    data={
-        "source": ("hf://NeelNanda/openwebtext-tokenized-9b",),
-        "revision": "5a711cc",  # the upload of the last of its 37 files
-        "column": "tokens",
-        "pretokenized": True,
-        "tokenizer": "gpt2",
-        "part_mb": 512.0,
-    },
+    data={**_TOKENS, "tokenizer": "gpt2", "part_mb": 512.0},
     model={"seq_len": 1024, "n_layers": 12, "n_heads": 12, "d_model": 768, "d_ff": 3072, "dtype": "bfloat16"},
-    train={
-        "batch_size": 64,
-        "grad_acc_steps": 8,
-        "max_steps": 50_000,
-        "lr": 6e-4,
-        "min_lr": 6e-5,
-        "warmup_steps": 2000,
-        "ema_decay": 0.9999,
-    },
+    train={**_UPDATES, "lr": 6e-4, "min_lr": 6e-5, "ema_decay": 0.9999},
     eval={"batch_size": 32},
     sample={"num_steps": 1000},
     exp={"log_every": 50, "save_every": 1000},

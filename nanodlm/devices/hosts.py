@@ -13,11 +13,11 @@ from nanodlm.devices.mesh import batch_sharding
 from nanodlm.errors import NanodlmError, UsageError
 
 
-def put_rows(mesh: Mesh, rows: np.ndarray, axis: int = 0) -> jax.Array:
-    """Send rows to the devices, cut along `axis`; each process passes its part of them, which `my_share` names."""
-    _, shares = my_share(mesh)
-    shape = tuple(size * shares if i == axis else size for i, size in enumerate(rows.shape))
-    return jax.make_array_from_process_local_data(batch_sharding(mesh, axis), rows, shape)
+def put_rows(mesh: Mesh, rows: np.ndarray) -> jax.Array:
+    """Send micro-batches of rows to the devices; each process passes its part of all rows, which `my_share` names."""
+    n_micro, n_rows, length = rows.shape
+    shape = (n_micro, n_rows * my_share(mesh)[1], length)
+    return jax.make_array_from_process_local_data(batch_sharding(mesh, axis=1), rows, shape)
 
 
 def my_share(mesh: Mesh) -> tuple[int, int]:
@@ -88,8 +88,3 @@ def join(coordinator: str = "", processes: int | None = None, process: int | Non
         what = f"process {process} of {processes} could not join the others at {coordinator or 'the address of Slurm'}"
         raise NanodlmError(f"{what}: {' '.join(str(error).split())[:200]}") from error
     return jax.process_index()
-
-
-def is_one_of_several() -> bool:
-    """Return whether this process is one of several; such a one ends at once after an error and waits for no other."""
-    return jax.distributed.is_initialized()

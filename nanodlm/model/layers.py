@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Literal
 
 import jax
@@ -90,30 +91,25 @@ class Block(nnx.Module):
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ):
-        def linear(d_in: int, d_out: int, init: nnx.Initializer) -> Linear:
-            return Linear(d_in, d_out, use_bias=False, kernel_init=init, dtype=dtype, rngs=rngs)
-
+        linear = partial(Linear, use_bias=False, dtype=dtype, rngs=rngs)
+        norm = partial(nnx.RMSNorm, dtype=dtype, rngs=rngs)
         zeros = nnx.initializers.zeros_init()
         output = zeros if zero_init else NORMAL(0.02)
         self.n_heads = n_heads
         self.conv = ShortConvolution(conv_width, d_model, rngs) if conv_width else None
-        self.conv_norm = nnx.RMSNorm(d_model, dtype=dtype, rngs=rngs) if conv_width else None
-        self.attention_norm = nnx.RMSNorm(d_model, dtype=dtype, rngs=rngs)
-        self.qkv = linear(d_model, 3 * d_model, NORMAL(d_model**-0.5))
-        self.query_norm = nnx.RMSNorm(d_model // n_heads, dtype=dtype, rngs=rngs) if qk_norm else None
-        self.key_norm = nnx.RMSNorm(d_model // n_heads, dtype=dtype, rngs=rngs) if qk_norm else None
-        self.attention_out = linear(d_model, d_model, output)
-        self.mlp_norm = nnx.RMSNorm(d_model, dtype=dtype, rngs=rngs)
-        self.mlp_in = linear(d_model, d_ff, NORMAL(d_model**-0.5))
-        self.mlp_out = linear(d_ff, d_model, output)
-        self.modulation = linear(d_model, 6 * d_model, zeros) if time_conditioning else None
+        self.conv_norm = norm(d_model) if conv_width else None
+        self.attention_norm = norm(d_model)
+        self.qkv = linear(d_model, 3 * d_model, kernel_init=NORMAL(d_model**-0.5))
+        self.query_norm = norm(d_model // n_heads) if qk_norm else None
+        self.key_norm = norm(d_model // n_heads) if qk_norm else None
+        self.attention_out = linear(d_model, d_model, kernel_init=output)
+        self.mlp_norm = norm(d_model)
+        self.mlp_in = linear(d_model, d_ff, kernel_init=NORMAL(d_model**-0.5))
+        self.mlp_out = linear(d_ff, d_model, kernel_init=output)
+        self.modulation = linear(d_model, 6 * d_model, kernel_init=zeros) if time_conditioning else None
 
     def __call__(
-        self,
-        x: Float[Array, "B Q D"],
-        view: View,
-        condition: Float[Array, "B #Q D"] | None = None,
-        past: Past | None = None,
+        self, x: Float[Array, "B Q D"], view: View, condition: Float[Array, "B #Q D"] | None, past: Past | None
     ) -> tuple[Float[Array, "B Q D"], Past]:
         """Run one block; return the residual stream and what the block would keep of these positions.
 

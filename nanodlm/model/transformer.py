@@ -162,9 +162,7 @@ class Transformer(nnx.Module):
         """
         if context is not None and not self.block_size:
             raise ValueError("a context needs a network with a block_size above 0")
-        view_of = partial(
-            view_of_row, x_t.shape[1], segment_ids, block_size=self.block_size, conv_width=self.conv_width
-        )
+        view_of = partial(view_of_row, x_t.shape[1], segment_ids, self.block_size, self.conv_width)
         past, view = None, view_of()
         if context is not None:
             _, past = self._run(context, jnp.zeros_like(t, shape=t.shape[:1]), view, keep=True)
@@ -216,7 +214,7 @@ class Transformer(nnx.Module):
         return self._score(self.norm(self._run(x_t, t, self._view(cache, self.block_size), cache.layers)[0]))
 
     def _view(self, cache: Cache, length: int) -> View:
-        return view_behind(cache, length, block_size=self.block_size, conv_width=self.conv_width)
+        return view_behind(cache, length, self.block_size, self.conv_width)
 
     def _check_blocks(self, number: int, what: str) -> None:
         if not self.block_size:

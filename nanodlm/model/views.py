@@ -27,6 +27,9 @@ class Cache(NamedTuple):
     """Tokens seen so far, the same for all rows."""
 
 
+Places = tuple[Int[Array, "_"], Int[Array, "_ _"]]  # positions, and the documents that they belong to in each row
+
+
 class Reads(NamedTuple):
     """Say what Q positions read of K: masks, whose first axis is 1 when all rows are alike."""
 
@@ -48,12 +51,7 @@ class View(NamedTuple):
 
 
 def view_of_row(
-    length: int,
-    segment_ids: Int[Array, "B L"] | None = None,
-    *,
-    block_size: int,
-    conv_width: int,
-    beside_context: bool = False,
+    length: int, segment_ids: Int[Array, "B L"] | None, block_size: int, conv_width: int, beside_context: bool = False
 ) -> View:
     """Return what the positions of a whole row read: their own document, their block (0 is none) and those before it.
 
@@ -67,7 +65,7 @@ def view_of_row(
     return View(positions, reads((0, 0)), reads((1, length))) if beside_context else View(positions, reads((0, length)))
 
 
-def view_behind(cache: Cache, length: int, *, block_size: int, conv_width: int) -> View:
+def view_behind(cache: Cache, length: int, block_size: int, conv_width: int) -> View:
     """Return what the `length` positions behind the cached ones read: each other's blocks, and the cache's window."""
     window = cache.layers.keys.shape[2]
     most = window // block_size
@@ -79,17 +77,11 @@ def view_behind(cache: Cache, length: int, *, block_size: int, conv_width: int) 
 
 
 def _reads(
-    queries: tuple[Int[Array, "Q"], Int[Array, "B Q"]],
-    keys: tuple[Int[Array, "K"], Int[Array, "B K"]],
-    blocks_back: tuple[int, int],
-    *,
-    block_size: int,
-    conv_width: int,
-    start: int = 0,
+    queries: Places, keys: Places, blocks_back: tuple[int, int], *, block_size: int, conv_width: int, start: int = 0
 ) -> Reads:
     """Return what queries read of keys: positions of the same document, from the least to the most blocks back.
 
-    Both are positions and the documents they belong to; those below 0 do not exist. `start` is the index of the first
+    Positions below 0 do not exist. `start` is the index of the first
     query among the keys. Without a block size, only documents count.
     """
     (query, query_ids), (key, key_ids), (least, most) = queries, keys, blocks_back

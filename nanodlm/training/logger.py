@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from operator import mul
 from typing import Any
 
@@ -15,33 +16,25 @@ from nanodlm.training.step import all_finite
 from nanodlm.training.trackers import Tracker
 
 
+@dataclass
 class Logger:
-    """Fetches scalars an update late, so that the device always has work, and ends a run that diverges."""
+    """Continues the records of a run; new ones are emitted as `progress`, in bits per byte, and given to the tracker.
 
-    def __init__(
-        self,
-        config: Config,
-        records: list[dict[str, Any]],
-        emit: Emit,
-        tracker: Tracker | None,
-        *,
-        limit: float,
-        bits: float,
-        last_good: Callable[[int], str],
-    ):
-        """Continue the records of a run; new ones are emitted as `progress`, and given to the tracker.
+    Scalars are fetched an update late, so that the device always has work. Progress is smoothed over about ten records,
+    for one batch is noisy. Two records in a row whose bounds are above the limit end the run.
+    """
 
-        Two records in a row whose bounds are above `limit`, in nats per token, end it. `last_good` gives the address of
-        the newest checkpoint before an update. A nat per token is so many `bits` per byte, which progress is shown in,
-        smoothed over about ten records, for one batch is noisy.
-        """
-        self.records = list(records)
-        self.tokens_per_second: float = records[-1]["tokens_per_second"] if records else 0.0
-        self._config, self._emit, self._tracker = config, emit, tracker
-        self._limit, self._bits, self._last_good = limit, bits, last_good
-        self._exceeded = 0  # the first update of those whose bound is above the limit now
-        self._waiting: tuple[int, dict[str, Array]] | None = None
-        self.start_clock(0)
+    config: Config
+    records: list[dict[str, Any]]
+    emit: Emit
+    tracker: Tracker | None
+    limit: float  # in nats per token
+    bits: float  # so many per byte are a nat per token
+    last_good: Callable[[int], str]  # the address of the newest checkpoint before an update
+    _exceeded: int = 0  # the first update of those whose bound is above the limit now
+    _waiting: tuple[int, dict[str, Array]] | None = None
+    _since: int = 0
+    _began: float = field(default_factory=time.monotonic)
 
     def start_clock(self, step: int) -> None:
         """Measure the speed from here on, where update `step` is done."""
@@ -64,24 +57,24 @@ class Logger:
         if self._waiting is None:
             return
         (step, scalars), self._waiting = self._waiting, None
-        values = self._fetch(step, scalars)
+        values, train = self._fetch(step, scalars), self.config.train
+        speed = self.records[-1]["tokens_per_second"] if self.records else 0.0
         if step > self._since:
-            train = self._config.train
-            tokens = train.batch_size * train.grad_acc_steps * self._config.model.seq_len
-            self.tokens_per_second = (step - self._since) * tokens / (time.monotonic() - self._began)
-        record = {"step": step, **values, "tokens_per_second": round(self.tokens_per_second, 1)}
+            tokens = (step - self._since) * train.batch_size * train.grad_acc_steps * self.config.model.seq_len
+            speed = round(tokens / (time.monotonic() - self._began), 1)
+        record = {"step": step, **values, "tokens_per_second": speed}
         self.records.append(record)
-        if self._tracker:
-            self._tracker.log(record)
+        if self.tracker:
+            self.tracker.log(record)
         shown = {"bits_per_byte": self._smoothed(), **record}
-        self._emit("progress", done=step, total=self._config.train.max_steps, unit="updates", **shown)
+        self.emit("progress", done=step, total=train.max_steps, unit="updates", **shown)
         self._judge(step, values["nats_per_token"])
 
     def _smoothed(self) -> float | None:
         """Return the training bound in bits per byte, averaged with weights that fall by a tenth a record."""
         bounds = [r["nats_per_token"] for r in self.records[-50:] if r["nats_per_token"] is not None]
         weights = [0.9**age for age in reversed(range(len(bounds)))]
-        return self._bits * sum(map(mul, weights, bounds)) / sum(weights) if bounds else None
+        return self.bits * sum(map(mul, weights, bounds)) / sum(weights) if bounds else None
 
     def check(self, step: int, scalars: dict[str, Array], state: State) -> None:
         """Make sure that the state after an update is worth saving."""
@@ -99,7 +92,7 @@ class Logger:
     def _fetch(self, step: int, scalars: dict[str, Array]) -> dict[str, float | None]:
         values = {name: float(value) for name, value in scalars.items()}
         bad = [name for name, value in values.items() if not math.isfinite(value)]
-        if bad and not self._config.train.skip_nonfinite:
+        if bad and not self.config.train.skip_nonfinite:
             found = ", ".join(f"{name} {values[name]}" for name in bad)
             raise self._diverged(f"the loss is not a number at update {step} ({found})", step)
         if "skipped" in values:
@@ -108,14 +101,15 @@ class Logger:
 
     def _judge(self, step: int, bound: float | None) -> None:
         """Call two bounds in a row above the limit, of records or of saves, an explosion."""
-        high = bound is not None and bound > self._limit
+        high = bound is not None and bound > self.limit
         if high and self._exceeded and step > self._exceeded:
-            what = f"the loss has exploded at update {step}, to {bound:.0f} nats per token"
-            raise self._diverged(what, self._exceeded)
+            raise self._diverged(
+                f"the loss has exploded at update {step}, to {bound:.0f} nats per token", self._exceeded
+            )
         self._exceeded = (self._exceeded or step) if high else 0
 
     def _diverged(self, what: str, before: int) -> NanodlmError:
-        good = self._last_good(before)
+        good = self.last_good(before)
         found = f"the last good checkpoint is {good}" if good else "no checkpoint was saved before"
         remedy = "lower --train.lr or --train.clip_grad_norm, or add --train.skip_nonfinite"
         resume = ", and go on from it with --exp.resume_path and --exp.allow_changed" if good else ""

@@ -31,7 +31,6 @@ from nanodlm.data.rows import evenly_spaced, name, read
 from nanodlm.data.tokenizer import load, save
 from nanodlm.data.vocabulary import Vocabulary
 from nanodlm.devices.hosts import any_process, from_leader, my_share, put_rows
-from nanodlm.devices.mesh import make_mesh
 from nanodlm.errors import Emit, NanodlmError, Stopped, UsageError
 from nanodlm.evaluation.scoring import make_scorer, score_rows
 from nanodlm.model.transformer import Transformer
@@ -58,9 +57,9 @@ def train(config: Config, inputs: dict[str, Artifact], attempt: Attempt | None, 
         _require_same_start(config, inputs)
         shard, fetch = inputs["shard"], inputs["shard"].on_demand()
         encoding = load(inputs["tokenizer"].local())
-        mesh = make_mesh(config.train.batch_size, fsdp=config.train.fsdp, tensor=config.train.tensor)
         vocabulary = Vocabulary.of(encoding)
-        program = make_program(config, vocabulary, mesh)
+        program = make_program(config, vocabulary)
+        mesh = program.mesh
         if shard.metrics["n_vocab"] != vocabulary.size:
             raise NanodlmError("the shards were made with another tokenizer: rebuild them with --rebuild shard")
         if attempt:
@@ -88,8 +87,8 @@ def train(config: Config, inputs: dict[str, Artifact], attempt: Attempt | None, 
                 stack.enter_context(contextlib.closing(batches))
                 limit = 10 * math.log(vocabulary.size)
                 bits = shard.metrics["val_tokens"] / shard.metrics["val_bytes"] / math.log(2)
-                logger = Logger(config, past["logs"], emit, tracker, limit=limit, bits=bits, last_good=checkpoints.last)
-                loop = _Loop(config, mesh, program, key, checkpoints, logger, validate, stop, emit)
+                logger = Logger(config, list(past["logs"]), emit, tracker, limit, bits, checkpoints.last)
+                loop = _Loop(program, key, checkpoints, logger, validate, stop)
                 state = loop.run(state, batches, rows_seen)
     new_rows = (config.train.max_steps - first) * config.train.batch_size * config.train.grad_acc_steps
     trained_tokens = (rows_seen + new_rows) * config.model.seq_len
@@ -100,25 +99,22 @@ def train(config: Config, inputs: dict[str, Artifact], attempt: Attempt | None, 
 class _Loop(NamedTuple):
     """What stays the same from update to update."""
 
-    config: Config
-    mesh: Mesh
     program: Program
     key: jax.Array
     checkpoints: Checkpoints
     logger: Logger
     validate: Callable[[State], dict[str, float]] | None
     stop: threading.Event
-    emit: Emit
 
     def run(self, state: State, batches: Iterator[np.ndarray], rows_seen: int) -> State:
         """Take updates until `max_steps` are done; log and save now and then."""
-        train, exp, logger = self.config.train, self.config.exp, self.logger
+        train, exp, logger = self.logger.config.train, self.logger.config.exp, self.logger
         first = saved = int(state["step"])
         if any_process(self.stop.is_set()):
             raise Stopped(f"stopped by a signal after update {first}, before another: run again to continue")
-        shall_stop = make_stop_vote(self.mesh, self.stop)
+        shall_stop = make_stop_vote(self.program.mesh, self.stop)
         for step in range(first + 1, train.max_steps + 1):
-            state, scalars = self.program.step(state, put_rows(self.mesh, next(batches), axis=1), self.key)
+            state, scalars = self.program.step(state, put_rows(self.program.mesh, next(batches)), self.key)
             rows_seen += train.batch_size * train.grad_acc_steps
             if step == first + 1:
                 jax.block_until_ready(scalars)  # compiled; from here on the clock runs
@@ -138,7 +134,7 @@ class _Loop(NamedTuple):
                 if not (self.validate or stopping):
                     scores = logger.mean_bound(saved, step)
                 self.checkpoints.save(state, step, logs=list(logger.records), rows_seen=rows_seen, **scores)
-                self.emit("checkpoint", step=step)
+                logger.emit("checkpoint", step=step)
                 saved = step
             if stopping and not last:
                 self.checkpoints.finish()
@@ -156,9 +152,7 @@ def _finish(config: Config, attempt: Attempt | None, state: State, logger: Logge
         (attempt.path / "parameters.json").write_text(json.dumps(identity, indent=1))
     return {
         **result,
-        "train_tokens_per_second": round(logger.tokens_per_second, 1),
-        "train_loss": logger.records[-1]["loss"],
-        "train_nats_per_token": logger.records[-1]["nats_per_token"],
+        **{f"train_{name}": logger.records[-1][name] for name in ("tokens_per_second", "loss", "nats_per_token")},
         "devices": jax.device_count(),
         "device": jax.devices()[0].device_kind,
         **({"skipped": int(state["skipped"])} if "skipped" in state else {}),

@@ -15,7 +15,7 @@ from nanodlm.build import make_model
 from nanodlm.checkpoints import State
 from nanodlm.config import Config
 from nanodlm.data.vocabulary import Vocabulary
-from nanodlm.devices.mesh import batch_sharding, logit_chunks, replicated, shardings
+from nanodlm.devices.mesh import batch_sharding, logit_chunks, make_mesh, replicated, shardings
 from nanodlm.diffusion.corruption import Corruption
 from nanodlm.errors import UsageError
 from nanodlm.model.transformer import LOGICAL_AXES, Transformer, count_parameters, segments
@@ -105,19 +105,27 @@ def init_state(config: Config, params: Any, optimizer: optax.GradientTransformat
 class Program(NamedTuple):
     """What runs on the devices of a mesh; trace it under `jax.set_mesh(mesh)`."""
 
+    mesh: Mesh
     network: Transformer  # its structure: arrays are shapes
     n_parameters: int
     initialise: Callable[[], State]  # makes the state before the first update, each part on its device
     step: Any  # the jitted `train_step`, of (state, rows, key); the state is donated
     state: State  # shapes, types and shardings
+    rows: jax.ShapeDtypeStruct  # those of one update, likewise
+
+    def compile(self, seed: int) -> jax.stages.Compiled:
+        """Compile one update ahead of time, without any data; the mesh may be of devices that only stand for others."""
+        with jax.set_mesh(self.mesh):
+            return self.step.lower(self.state, self.rows, jax.eval_shape(lambda: jax.random.key(seed))).compile()
 
 
-def make_program(config: Config, vocabulary: Vocabulary, mesh: Mesh) -> Program:
-    """Return the training program of a configuration on a mesh."""
-    heads, tensor = config.model.n_heads, mesh.shape["tensor"]
-    if heads % tensor:
-        raise UsageError(f"--model.n_heads {heads} cannot be shared by --train.tensor {tensor}: use a divisor")
-    optimizer, network = make_optimizer(config.train), nnx.eval_shape(lambda: make_model(config, vocabulary))
+def make_program(config: Config, vocabulary: Vocabulary) -> Program:
+    """Return the training program of a configuration, on a mesh of all devices."""
+    train, heads = config.train, config.model.n_heads
+    mesh = make_mesh(train.batch_size, fsdp=train.fsdp, tensor=train.tensor)
+    if heads % train.tensor:
+        raise UsageError(f"--model.n_heads {heads} cannot be shared by --train.tensor {train.tensor}: use a divisor")
+    optimizer, network = make_optimizer(train), nnx.eval_shape(lambda: make_model(config, vocabulary))
 
     def initialise() -> State:
         params = nnx.to_pure_dict(nnx.split(make_model(config, vocabulary))[1])
@@ -126,26 +134,16 @@ def make_program(config: Config, vocabulary: Vocabulary, mesh: Mesh) -> Program:
     shapes = jax.eval_shape(initialise)
     cuts = shardings(mesh, shapes, LOGICAL_AXES)
     step = partial(train_step, network=network, optimizer=optimizer, config=config)
+    shape = (train.grad_acc_steps, train.batch_size, config.model.seq_len)
     return Program(
+        mesh,
         network,
         count_parameters(network),
         jax.jit(initialise, out_shardings=cuts),
         jax.jit(step, donate_argnums=0, out_shardings=(cuts, replicated(mesh))),
         jax.tree.map(lambda leaf, cut: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=cut), shapes, cuts),
+        jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(mesh, axis=1)),
     )
-
-
-def abstract_rows(config: Config, mesh: Mesh) -> jax.ShapeDtypeStruct:
-    """Return shape, type and sharding of one update's rows."""
-    shape = (config.train.grad_acc_steps, config.train.batch_size, config.model.seq_len)
-    return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(mesh, axis=1))
-
-
-def compile_step(config: Config, program: Program, mesh: Mesh) -> jax.stages.Compiled:
-    """Compile one update ahead of time, without any data; `mesh` may be of devices that only stand for others."""
-    key = jax.eval_shape(lambda: jax.random.key(config.train.seed))
-    with jax.set_mesh(mesh):
-        return program.step.lower(program.state, abstract_rows(config, mesh), key).compile()
 
 
 @jax.jit
