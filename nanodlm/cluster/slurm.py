@@ -10,7 +10,6 @@ from nanodlm.cluster.settings import LOOK_SECONDS, Job, Work, ask, hand_over
 from nanodlm.errors import NanodlmError, Stopped
 from nanodlm.stages.process import last_line
 
-WAIT_SECONDS = 600  # for the other tasks of a Slurm job to end after the first has
 WAITING = {"PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "RESIZING", "SIGNALING"}
 WAITING |= {"REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD", "STAGE_OUT", "REVOKED"}
 SCRIPT = """#!/usr/bin/env bash
@@ -43,11 +42,10 @@ def job_text(work: Work) -> str:
     ['#SBATCH --nodes=2', '#SBATCH --ntasks-per-node=8']
     """
     launch, stage = work.launch, work.stage
-    tasks = max(1, launch.gpus_per_node) if stage == "train" else 1
     options = {
         "job-name": work.name,
         "nodes": work.nodes,
-        "ntasks-per-node": tasks,
+        "ntasks-per-node": max(1, launch.gpus_per_node) if stage == "train" else 1,
         "gpus-per-node": launch.gpus_per_node or None,
         "cpus-per-task": launch.cpus_per_task,
         "mem": launch.memory_gb and f"{launch.memory_gb}G",
@@ -60,7 +58,7 @@ def job_text(work: Work) -> str:
         "requeue": True,
     }
     lines = [f"#SBATCH --{n}{'' if v is True else f'={v}'}" for n, v in options.items() if v is not None]
-    srun = ["srun", "--kill-on-bad-exit=0", f"--wait={WAIT_SECONDS}"]
+    srun = ["srun", "--kill-on-bad-exit=0", "--wait=600"]  # seconds for other tasks to end after the first has
     if launch.cpus_per_task:
         srun.append(f"--cpus-per-task={launch.cpus_per_task}")  # which it does not take from the job
     return SCRIPT.format(

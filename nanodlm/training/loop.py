@@ -72,24 +72,22 @@ def train(config: Config, inputs: dict[str, Artifact], attempt: Attempt | None, 
         validate = _validation(config, program.network, rows, mesh)
         key = jax.random.key(config.train.seed)
         run = describe_run(config, shard.digest, inputs["tokenizer"].digest, key)
-        with jax.set_mesh(mesh):
+        with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
             checkpoints = Checkpoints(attempt, run, keep=config.exp.keep, keep_best=config.exp.keep_best)
             state, past = _restore(config, checkpoints, program)
             first, rows_seen = int(state["step"]), past["rows_seen"]
             emit("message", text=_describe(mesh, program.n_parameters, first))
-            with contextlib.ExitStack() as stack:
-                tracker = None  # the process that has the attempt tracks, until the last checkpoint is safe
-                if attempt:
-                    log = Tracker(config, attempt.path / "logs.jsonl", attempt.fingerprint[:16], past["logs"], emit)
-                    tracker = stack.enter_context(log)
-                stack.enter_context(checkpoints)
-                batches = _batches(config, shard.metrics, fetch, my_share(mesh), rows_seen)
-                stack.enter_context(contextlib.closing(batches))
-                limit = 10 * math.log(vocabulary.size)
-                bits = shard.metrics["val_tokens"] / shard.metrics["val_bytes"] / math.log(2)
-                logger = Logger(config, list(past["logs"]), emit, tracker, limit, bits, checkpoints.last)
-                loop = _Loop(program, key, checkpoints, logger, validate, stop)
-                state = loop.run(state, batches, rows_seen)
+            tracker = None  # the process that has the attempt tracks, until the last checkpoint is safe
+            if attempt:
+                log = Tracker(config, attempt.path / "logs.jsonl", attempt.fingerprint[:16], past["logs"], emit)
+                tracker = stack.enter_context(log)
+            stack.enter_context(checkpoints)
+            batches = _batches(config, shard.metrics, fetch, my_share(mesh), rows_seen)
+            stack.enter_context(contextlib.closing(batches))
+            limit = 10 * math.log(vocabulary.size)
+            bits = shard.metrics["val_tokens"] / shard.metrics["val_bytes"] / math.log(2)
+            logger = Logger(config, list(past["logs"]), emit, tracker, limit, bits, checkpoints.last)
+            state = _Loop(program, key, checkpoints, logger, validate, stop).run(state, batches, rows_seen)
     new_rows = (config.train.max_steps - first) * config.train.batch_size * config.train.grad_acc_steps
     trained_tokens = (rows_seen + new_rows) * config.model.seq_len
     found = {"resumed_from_update": first, "best_update": checkpoints.best(), "trained_tokens": trained_tokens}

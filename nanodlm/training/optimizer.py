@@ -50,24 +50,17 @@ def make_optimizer(train: TrainConfig) -> optax.GradientTransformation:
     and no decay. Sources: AdamW, arXiv:1711.05101, algorithm 2; Muon, arXiv:2502.16982, equation 1.
     """
     schedule = learning_rate(train)
+    decay: dict[str, Any] = {"eps": train.eps, "weight_decay": train.weight_decay}
     if train.optimizer == "adamw":
-        optimizer = optax.adamw(
-            schedule, b1=train.beta1, b2=train.beta2, eps=train.eps, weight_decay=train.weight_decay, mask=is_matrix
-        )
+        optimizer = optax.adamw(schedule, b1=train.beta1, b2=train.beta2, mask=is_matrix, **decay)
     else:
+        adam: dict[str, Any] = {"adam_b1": train.beta1, "adam_b2": train.beta2, "adam_learning_rate": schedule}
+        adam["muon_weight_dimension_numbers"] = _muon_dimensions
         optimizer = optax.contrib.muon(
-            lambda count: schedule(count) * train.muon_lr / train.lr,
-            ns_steps=3,
-            eps=train.eps,
-            weight_decay=train.weight_decay,
-            adam_b1=train.beta1,
-            adam_b2=train.beta2,
-            adam_learning_rate=schedule,
-            muon_weight_dimension_numbers=_muon_dimensions,
+            lambda count: schedule(count) * train.muon_lr / train.lr, ns_steps=3, **adam, **decay
         )
-    if not train.clip_grad_norm:
-        return optimizer
-    return optax.chain(optax.clip_by_global_norm(train.clip_grad_norm), optimizer)
+    clip = train.clip_grad_norm
+    return optax.chain(optax.clip_by_global_norm(clip), optimizer) if clip else optimizer
 
 
 def is_matrix(params: Any) -> Any:
