@@ -1,7 +1,7 @@
 """Measure how much sooner the demo reaches the bound that a plain recipe reaches in so many minutes.
 
     python -m benchmarks.race --minutes 10                       # two CPU cores: a quarter of an hour
-    python -m benchmarks.race --minutes 1 --eval.max_rows 2000 --train.lr 4e-3 --plain.model.n_layers 2
+    python -m benchmarks.race --minutes 1 --train.lr 4e-3 --plain.model.n_layers 2
 
 Both recipes are configurations whose runs lie in a store, so what is finished is not trained again. They have the same
 training documents and tokenizer, and are scored on the same held-out tokens, each in rows of its own length.
@@ -18,6 +18,7 @@ import tyro
 
 from benchmarks.runs import measure, shorten
 from nanodlm.config import PRESETS, Config
+from nanodlm.errors import UsageError
 from nanodlm.stages.run import default_store
 from nanodlm.store import Store
 
@@ -51,11 +52,9 @@ def race(
         `plain` and, in a list, `ours`, each as `benchmarks.runs.measure` returns it; `ratio` of the training seconds of
         both, and `stage_ratio`, of whole stages, None when the plain bound was never reached.
     """
-    opened, rows = Store(store), config.eval.max_rows
-    shared = config.eval.model_dump()
-    if rows is not None:  # as many tokens
-        shared["max_rows"] = max(2, rows * config.model.seq_len // plain.model.seq_len)
-    plain = plain.replace(data=config.data.model_dump(), eval=shared)
+    if config.eval.max_rows is not None:  # rows of another length would be of other text
+        raise UsageError("a race scores the same held-out tokens, which are all of them: leave out --eval.max_rows")
+    opened, plain = Store(store), plain.replace(data=config.data.model_dump(), eval=config.eval.model_dump())
     pace = measure(shorten(plain, PACE_UPDATES), opened)
     number = max(2, round(60 * minutes / (pace["seconds"] / PACE_UPDATES)))
     print("| recipe | updates | tokens | training, s | whole stage, s | bits per byte |\n|---|---|---|---|---|---|")

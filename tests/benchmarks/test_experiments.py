@@ -42,10 +42,13 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.mark.slow
 def test_the_race_scores_the_same_tokens_and_ends_when_the_plain_bound_is_reached(config: Config, store: str) -> None:
     plain = config.replace(model={"seq_len": 24}, train={"max_steps": 1000, "lr": 1e-9, "warmup_steps": 0})
+    with pytest.raises(UsageError, match="the same held-out tokens"):
+        race(config, plain, store)
+    config = config.replace(eval={"max_rows": None})
     result = race(config, plain, store, minutes=1e-5, updates=(3, 2))
     assert result["plain"]["tokens"] == result["plain"]["updates"] * 4 * 24
     artifacts = [Store(store).find(stage, fingerprint) for stage, fingerprint in Store(store) if stage == "evaluate"]
-    assert {artifact.metrics["scored_tokens"] for artifact in artifacts} == {24 * 16}
+    assert {artifact.metrics["scored_tokens"] for artifact in artifacts} == {1000}
     reached = [row["bits_per_byte"] <= result["plain"]["bits_per_byte"] for row in result["ours"]]
     assert [row["updates"] for row in result["ours"]] == [2, 3][: len(reached)]
     assert not any(reached[:-1])

@@ -155,7 +155,7 @@ class Site:
 
     def updates_shown(self, run: str) -> list[int]:
         """Return the numbers of updates in a run's log."""
-        return [int(log["message"].split("/")[0].replace(",", "")) for log in self.lines(run, " updates, loss ")]
+        return [int(log["message"].split("/")[0].replace(",", "")) for log in self.lines(run, " bits per byte, ")]
 
 
 def below(pid: int) -> list[psutil.Process]:

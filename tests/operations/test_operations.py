@@ -209,7 +209,7 @@ def test_training_goes_on_while_the_server_is_away_and_runs_end_well_however_the
         assert site.tasks(run) == CACHED | {"train": "Completed"}
         assert site.taken() == 0
         # The log has a line of progress every 30 s, and never more.
-        lines = [datetime.fromisoformat(log["timestamp"]).timestamp() for log in site.lines(run, " updates, loss ")]
+        lines = [datetime.fromisoformat(log["timestamp"]).timestamp() for log in site.lines(run, " bits per byte, ")]
         assert all(later - earlier >= 29 for earlier, later in itertools.pairwise(lines))
 
         failing = site.start("train/gpu", config=LONG)
