@@ -3,10 +3,12 @@
 import json
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nanodlm.errors import Emit
-from nanodlm.store import Artifact
+
+if TYPE_CHECKING:  # what reads files is not there where only speed is measured
+    from nanodlm.store import Artifact
 
 
 def event_log(path: Path) -> Emit:
@@ -61,7 +63,7 @@ SUMMARIES = {
 }
 
 
-def summary(artifact: Artifact) -> str:
+def summary(artifact: "Artifact") -> str:
     """Return one phrase on what an artifact holds."""
     m = artifact.metrics
     inexact = {"megabytes": m.get("bytes", 0) / 1e6, "millions": m.get("parameters", 0) / 1e6}
