@@ -117,10 +117,8 @@ def train(config: Config, *, steps: int = 10, baseline: bool = False, emit: Emit
         network = Transformer(vocab_size=vocab_size(config), **sizes, qk_norm=False, zero_init=False, rngs=nnx.Rngs(0))
         graphdef, params = nnx.split(network)
         step = jax.jit(partial(plain_step, graphdef=graphdef, mask_id=encoding.n_vocab), donate_argnums=0)
-        rows, start = (
-            tokens.reshape(-1, config.model.seq_len),
-            (nnx.to_pure_dict(params), ADAMW.init(nnx.to_pure_dict(params))),
-        )
+        rows, params = tokens.reshape(-1, config.model.seq_len), nnx.to_pure_dict(params)
+        start = (params, ADAMW.init(params))
         calls.append(_updates(lambda state: step(state, rows, key), start).__next__)
     seconds = _medians(calls, steps, "updates", emit)
     flops = flops_per_update(config)

@@ -20,7 +20,7 @@ from tyro.conf import FlagConversionOff, FlagCreatePairsOff, PositionalMetavarFr
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from nanodlm.cli.console import Console
-from nanodlm.config import PRESETS, Config, explain, load_config
+from nanodlm.config import FILES, PRESETS, Config, explain, load_config
 from nanodlm.errors import UsageError
 
 
@@ -81,7 +81,7 @@ def parse(command: str, function: Callable[..., None], words: list[str]) -> Call
 def _take_preset(words: list[str]) -> tuple[str, list[str]]:
     """Take the PRESET out of the words before the first flag."""
     for i, word in enumerate(takewhile(lambda word: not word.startswith("-"), words)):
-        file = word.endswith(".json") and not word.endswith("manifest.json")  # which is an artifact's
+        file = word.endswith(FILES) and not word.endswith("manifest.json")  # which is an artifact's
         if word in PRESETS or word.startswith("{") or file:
             return word, words[:i] + words[i + 1 :]
     return "demo", words

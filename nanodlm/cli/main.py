@@ -17,6 +17,7 @@ from nanodlm.errors import NanodlmError, Stopped, UsageError, redact
 COMMANDS = {  # the file that holds it, and what it does
     "run": ("run", "text to samples: build what the store lacks, stage by stage"),
     "plan": ("run", "say what `run` would build or reuse, and why"),
+    "config": ("run", "the whole configuration, to be edited and given as PRESET"),
     "train": ("run", "the train stage alone, without Prefect"),
     "evaluate": ("run", "the evaluate stage alone"),
     "sample": ("run", "the sample stage alone"),
@@ -40,9 +41,10 @@ Diffusion language models, from text to samples.
 commands:
 {chr(10).join(f"  {name:<12}  {text}" for name, (_, text) in COMMANDS.items())}
 
-PRESET is demo (the default), owt, owt-1b, or a config.json that a run has
-written. `nanodlm COMMAND --help` lists a command's flags. The store is --store,
-else $NANODLM_STORE, else data/store. --debug adds the traceback to an error.
+PRESET is demo (the default), owt, owt-1b, or a file: what `config` prints, or a
+config.json that a run has written. `nanodlm COMMAND --help` lists a command's
+flags. The store is --store, else $NANODLM_STORE, else data/store. --debug adds
+the traceback to an error.
 """
 
 

@@ -116,6 +116,15 @@ def plan(
     out.json(stages=rows)
 
 
+def config(config: Settings, *, out: Output) -> None:
+    """Print the whole configuration as YAML, to be edited and given as PRESET."""
+    import yaml
+
+    settings = config.model_dump(mode="json")
+    out.text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).rstrip())
+    out.json(**settings)
+
+
 @dataclass(frozen=True)
 class Alone:
     """How a stage runs in this process, without Prefect."""

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from nanodlm.config.differences import explain
 from nanodlm.config.settings import Config
@@ -42,8 +43,11 @@ PRESETS: dict[str, Config] = {
 }  # fmt: skip
 
 
+FILES = (".json", ".yaml", ".yml")  # of settings
+
+
 def load_config(name: str) -> Config:
-    """Look up a preset, or read a `config.json` that a run has written, or JSON that is given instead of its path.
+    """Look up a preset, or read a file of settings, JSON or YAML, or JSON that is given instead of its path.
 
     Raises:
         UsageError: When there is neither.
@@ -52,7 +56,7 @@ def load_config(name: str) -> Config:
         return PRESETS[name]
     if name.startswith("{"):
         text, name = name, "the configuration"
-    elif not name.endswith(".json"):
+    elif not name.endswith(FILES):
         *names, last = PRESETS
         known = f"{', '.join(names)} or {last}"
         raise UsageError(f"unknown preset {name!r}: choose {known}, or name a config.json that a run has written")
@@ -62,6 +66,15 @@ def load_config(name: str) -> Config:
         except OSError as error:
             raise UsageError(f"cannot read config {name}: {error.strerror or error}") from error
     try:
-        return Config.model_validate(json.loads(text))
+        return Config.model_validate(_read_yaml(text) if name.endswith(FILES[1:]) else json.loads(text))
     except ValueError as error:
         raise UsageError(f"{name} is not a valid config: {explain(error)}") from error
+
+
+def _read_yaml(text: str) -> Any:
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from error

@@ -209,6 +209,16 @@ def test_plan_says_field_by_field_why_a_stage_would_be_built(command: Command, p
     assert rows["shard"]["fingerprint"] is None
 
 
+def test_the_configuration_that_is_printed_is_a_preset(command: Command, tmp_path: Path) -> None:
+    flags = ("--train.eps", "1e-9", "--exp.run_name", "é: 1", "--data.source", "a.txt", "b.txt")
+    printed = command("config", "demo", *flags).stdout
+    assert "eps: 1.0e-09\n" in printed, "other readers of YAML take 1e-09 for a text"
+    (tmp_path / "mine.yaml").write_text(printed)
+    again = command("config", str(tmp_path / "mine.yaml"), "--json")
+    assert result_of(again) == result_of(command("config", "demo", *flags, "--json"))
+    assert result_of(again)["train"]["eps"] == 1e-9
+
+
 def test_plan_does_nothing(command: Command, tmp_path: Path) -> None:
     done = command("plan", "--store", str(tmp_path / "new"), "--schedule.exponent", "3")  # of the demo
     assert done.returncode == 0, done.stderr

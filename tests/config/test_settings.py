@@ -108,6 +108,8 @@ def test_a_config_that_a_run_has_written_is_read_back(tmp_path: Path) -> None:
         ("dmeo", None, r"unknown preset 'dmeo': choose demo, owt or owt-1b, or name a config\.json"),
         ("absent.json", None, r"cannot read config absent\.json: No such file"),
         ("mine.json", "", r"mine\.json is not a valid config: Expecting value"),
+        ("mine.yaml", "train: {lr: [}", r"mine\.yaml is not a valid config: while parsing"),
+        ("mine.yaml", "", r"mine\.yaml is not a valid config: Input should be a valid dictionary"),
         ("mine.json", "[]", r"mine\.json is not a valid config"),
         ("mine.json", '{"train": {"lr": "fast"}}', "train.lr: Input should be a valid number"),
     ],
