@@ -39,14 +39,14 @@ def load(uri: str) -> tuple[Transformer, tiktoken.Encoding]:
         logits = model(x_t, t)
     """
     folder, store, stage, fingerprint, step = parse_address(uri)
-    is_artifact = store and re.fullmatch(r"[0-9a-f]{8,64}", fingerprint)
+    is_artifact = store and re.fullmatch(r"[0-9a-f]{4,64}", fingerprint)
     artifact = Store(store).find(stage, fingerprint) if is_artifact else None
+    if artifact is None and is_artifact and step is None:  # it may be the beginning of a fingerprint
+        artifact = Store(store).open(f"{stage}/{fingerprint}")
     if artifact is None:
         if step is not None and Path(folder).is_dir():  # of a run under way, or a copy of a run's folder
             return load_folder(Path(folder), step)
-        raise NanodlmError(
-            f"no model at {uri!r}: name an artifact, as `nanodlm ls` prints it, or a checkpoint's folder"
-        )
+        raise NanodlmError(f"no model at {uri!r}: name an artifact, as data/store/train/3f2a, or a checkpoint's folder")
     if artifact.stage != "train":
         inputs = dict(artifact.inputs)
         if "train" not in inputs:

@@ -48,8 +48,7 @@ def run(
     lookups = list(look_up(config, store, table.until(until)[-1], rebuild))
     artifacts = [lookup.artifact for lookup in lookups if lookup.artifact]
     again = any(lookup.is_again(rebuild) for lookup in lookups)
-    if len(artifacts) < len(lookups):
-        table.check(config, table.until(until))
+    table.check(config, [found.stage.name for found in lookups if not found.artifact or found.is_again(rebuild)])
     if not again and len(artifacts) == len(lookups):
         records = [record(artifact, "cached", 0.0) for artifact in artifacts]
         for artifact, done in zip(artifacts, records, strict=True):
@@ -120,9 +119,8 @@ def config(config: Settings, *, out: Output) -> None:
     """Print the whole configuration as YAML, to be edited and given as PRESET."""
     import yaml
 
-    settings = config.model_dump(mode="json")
-    out.text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).rstrip())
-    out.json(**settings)
+    out.text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True).rstrip())
+    out.json(**config.model_dump(mode="json"))
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from nanodlm.config.differences import explain
 from nanodlm.config.settings import Config
 from nanodlm.errors import UsageError
 
+FILES = (".json", ".yaml", ".yml")  # of settings
 _DECAY = {"lr_schedule": "warmup_stable_decay", "warmup_steps": 50, "cooldown_steps": 600}
 _DEMO = Config().replace(
     data={"part_mb": 2.0},
@@ -41,9 +42,6 @@ PRESETS: dict[str, Config] = {
         eval={"batch_size": 128},
     ),
 }  # fmt: skip
-
-
-FILES = (".json", ".yaml", ".yml")  # of settings
 
 
 def load_config(name: str) -> Config:

@@ -43,6 +43,12 @@ def source_files(data: DataConfig, adopted: list[str] | None = None) -> list[str
     return files
 
 
+def is_text(path: str) -> bool:
+    """Say if a file below a folder is one to read: not settings (.json), nothing hidden, and not a store's own."""
+    hidden = any(part.startswith(".") for part in Path(path).parts)
+    return not hidden and Path(path).suffix in {*READERS} - {".json"} and not re.search("[0-9a-f]{64}/attempts/", path)
+
+
 def _matching(patterns: list[str], *, may_be_empty: bool = False, named: str = "--data.source") -> list[str]:
     """List the URLs of the files that paths, globs and folders name, sorted; `named` is where they were given."""
     files: set[str] = set()
@@ -52,12 +58,11 @@ def _matching(patterns: list[str], *, may_be_empty: bool = False, named: str = "
             urls = [url for url in found if fsspec.url_to_fs(url)[0].isfile(url)]
             fs, path = fsspec.url_to_fs(pattern)
             if not urls and fs.isdir(path):
-                urls = [fs.unstrip_protocol(file) for file in fs.find(path) if Path(file).suffix in READERS]
+                urls = [fs.unstrip_protocol(file) for file in fs.find(path) if is_text(file.removeprefix(path))]
         except (OSError, ValueError, ImportError) as error:
             raise NanodlmError(f"cannot list {pattern}: {error}") from error
         if not urls and not may_be_empty:
-            folder = f"a folder gives its files that end in {', '.join(READERS)}"
-            raise NanodlmError(f"no file matches {pattern!r}: check {named} ({folder})")
+            raise NanodlmError(f"no file matches {pattern!r}: check {named} (folders give .txt, .md, .jsonl, .parquet)")
         files.update(urls)
     for file in files:
         if Path(file).suffix not in READERS:

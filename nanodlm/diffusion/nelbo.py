@@ -76,7 +76,8 @@ def nelbo(
         times=times,
         **{name: value for name, value in known.items() if value is not None},
     )
-    if segment_ids is None and "segment_ids" in signature(denoise).parameters:
+    takes = signature(denoise).parameters.get("segment_ids")
+    if segment_ids is None and takes is not None and takes.default is None:  # else they are bound already
         padding = x_0 >= chosen.mask_id
         if isinstance(x_0, Tracer) or padding.any():
             segment_ids = padding.astype(jnp.int32)  # or attention would read it

@@ -13,6 +13,7 @@ The first three have one law, that of the model's reverse process. The next thre
 `remdm` ones correct themselves. `sample_blocks` fills a row block by block, `sample_autoregressive` token by token.
 """
 
+from inspect import signature
 from typing import Any
 
 from nanodlm.diffusion.blocks import decoder_of, sample_autoregressive, sample_blocks
@@ -21,6 +22,7 @@ from nanodlm.diffusion.noise import Denoise, Tokens
 from nanodlm.diffusion.objective import own_objective, settle
 from nanodlm.diffusion.schedules import Schedule
 from nanodlm.diffusion.steps import draw_rows
+from nanodlm.diffusion.tokens import _start
 
 
 def sample(
@@ -88,6 +90,9 @@ def sample(
     own, key = own_objective(denoise), random_key(key)
     blocks = own is None and getattr(denoise, "block_size", 0)
     require(not blocks, "this network writes left to right: choose sample_blocks, or sample_autoregressive as trained")
+    unknown = sorted(options.keys() - signature(draw_rows).parameters.keys())
+    require(not unknown, f"sample has no option {' and '.join(unknown)}")
+    require_whole("num_steps", 1 if num_steps is None else num_steps)
     require(len(shape) == 2, f"the shape must be (rows, length), not {shape}")
     for name, size in zip(("rows", "length"), shape, strict=True):
         require_whole(f"the {name} of the shape", size)
@@ -98,8 +103,9 @@ def sample(
             given |= {name: options[name] for name in ("temperature", "top_k", "top_p") if name in options}
             given["document_end"] = getattr(denoise, "document_end", None)
             return sample_autoregressive(decoder_of(denoise), key, shape=shape, **given)
+        _start(prompt, shape, own.mask_id)  # a prompt must fit the text, not only its blocks
         length = -(-shape[1] // own.block_size) * own.block_size  # the text may end within the last block
-        options |= {"schedule": schedule, "num_steps": num_steps or own.block_size}
+        options |= {"schedule": schedule, "num_steps": own.block_size if num_steps is None else num_steps}
         return sample_blocks(decoder_of(denoise), key, shape=(shape[0], length), **given, **options)[:, : shape[1]]
     known = settle(denoise, schedule=schedule, mask_id=mask_id, noise_share=uniform_share)
     tokens = draw_rows(

@@ -43,7 +43,8 @@ def ratio_stderr(
     sandwich for clusters that overlap (Aronow, Samii and Assenova, arXiv:1312.3398).
 
     Values are such as nats of each row, and sizes such as its bytes. Without `documents`, from `documents_in`, rows are
-    taken as independent. One row, or one document, is a ValueError: nothing then tells how others differ.
+    taken as independent; with them it is never less than then, for in few rows the pairs may cancel all. One row or
+    document is a ValueError: nothing then tells how others differ.
 
     >>> round(ratio_stderr(np.array([1.0, 3.0]), np.array([1.0, 1.0])), 4)
     1.0
@@ -59,5 +60,5 @@ def ratio_stderr(
     numbers, shares = np.concatenate([first, last[several]]), np.concatenate([errors, errors[several]])
     # Two rows share one document at most: the square of its rows' sum, less their squares, is all pairs of its rows.
     pairs = np.square(np.bincount(numbers, shares)) - np.bincount(numbers, np.square(shares))
-    variance = (np.square(errors).sum() + pairs.sum()) * n / (n - 1)
-    return float(np.sqrt(max(variance, 0.0)) / sizes.sum())
+    variance = (np.square(errors).sum() + max(pairs.sum(), 0.0)) * n / (n - 1)
+    return float(np.sqrt(variance) / sizes.sum())

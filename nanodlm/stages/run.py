@@ -30,8 +30,8 @@ def run_stage(
 ) -> tuple[Artifact, dict[str, Any]]:
     """Return a stage's artifact, which is built in this process unless the store holds it.
 
-    While another process is building the same artifact, wait for that. A rebuild with equal bytes leaves the old
-    manifest in place. Inputs are given where it is known that the stage is to be built: then the store is only asked
+    While another process is building the same artifact, wait for that. A rebuild of equal bytes by equal code leaves
+    the old manifest in place. Inputs are given where it is known that the stage is to be built; then the store is asked
     once its lease is held. Of several processes that train together, all are `helping` but process 0, which commits.
     What returns is the artifact, and its `record`.
     """

@@ -186,7 +186,7 @@ class Attempt:
                 existing = None
             if existing and existing.manifest["attempt"] == self.id:  # by a creation that was said to have failed
                 return existing
-            same = existing and all(existing.manifest.get(name) == manifest[name] for name in ("digest", "code"))
+            same = existing and _digests(existing.manifest) == _digests(manifest)
             if existing and not (replace and (not same or existing.problems(deep=True))):
                 with contextlib.suppress(OSError, NanodlmError):
                     self.store.remove_folder(self._remote())  # nobody needs the same twice
@@ -221,3 +221,7 @@ def cannot_write(store: Store, error: OSError) -> NanodlmError:
     return NanodlmError(
         f"cannot write to the store {store.uri()}: {reason}; choose another with --store, or mend its permissions"
     )
+
+
+def _digests(manifest: Json) -> tuple[str, str | None]:
+    return manifest["digest"], (manifest.get("code") or {}).get("digest")

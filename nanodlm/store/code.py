@@ -21,7 +21,8 @@ def sources(module: str) -> dict[str, str]:
     files, waiting = set(), [_path(module)]
     while waiting:
         file = waiting.pop()
-        if file not in files and file.relative_to(PACKAGE).parts[0].removesuffix(".py") not in LEFT_OUT:
+        ours = file.is_relative_to(PACKAGE) and file.exists()  # it may have been removed since
+        if ours and file not in files and file.relative_to(PACKAGE).parts[0].removesuffix(".py") not in LEFT_OUT:
             files.add(file)
             waiting += _imports(file)
     digests = {file: hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in sorted(files)}
@@ -34,7 +35,10 @@ def _path(module: str) -> Path:
 
 @cache
 def _imports(file: Path) -> list[Path]:
-    froms = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.ImportFrom)]
+    try:
+        froms = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.ImportFrom)]
+    except SyntaxError:  # somebody is in the middle of an edit
+        return []
     names = {name for node in froms for name in (node.module, *(f"{node.module}.{alias.name}" for alias in node.names))}
     return [_path(name) for name in names if name and name.startswith("nanodlm.") and _path(name).exists()]
 

@@ -68,6 +68,7 @@ def train(config: Config, inputs: dict[str, Artifact], attempt: Attempt | None, 
             save(encoding, attempt.path / "tokenizer")
         count = config.exp.val_rows
         rows = read(fetch("validation.arrayrecord"), shard.metrics["dtype"]) if count else []
+        rows = [row for row in rows if len(row) == config.model.seq_len]  # the last one may be shorter
         rows = [rows[i] for i in evenly_spaced(len(rows), count)]
         validate = _validation(config, program.network, rows, mesh)
         key = jax.random.key(config.train.seed)
@@ -205,9 +206,8 @@ def _batches(
 def _validation(
     config: Config, network: Transformer, rows: list[np.ndarray], mesh: Mesh
 ) -> Callable[[State], dict[str, float]] | None:
-    """Return what scores a state, always with the same noise on the whole rows among these, or None."""
+    """Return what scores a state, always with the same noise on these rows, or None."""
     length = config.model.seq_len
-    rows = [row for row in rows if len(row) == length]
     if not rows:
         return None
     scorer, key = make_scorer(network), jax.random.key(config.eval.seed)

@@ -17,6 +17,5 @@ def adopt(config: Config, store: Store, files: list[str], emit: Emit = silent) -
     lookup = ready("download", config, store)
     if lookup.artifact:
         return lookup.artifact, False
-    return build(
-        lookup, config, store, False, emit, lambda *stage: {**download(*stage, adopted=files), "adopted": True}
-    )
+    take = lambda *stage: {**download(*stage, adopted=files), "adopted": True}  # noqa: E731
+    return build(lookup, config, store, False, emit, take)

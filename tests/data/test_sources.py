@@ -137,9 +137,7 @@ def test_a_pattern_or_folder_that_gives_nothing_is_named(tmp_path: Path) -> None
     (tmp_path / "folder" / "picture.png").touch()
     for pattern in ("*.txt", "absent.txt", "folder", "folder/"):
         message = refused(tmp_path, pattern)
-        assert (
-            f"no file matches '{(tmp_path / pattern)}': check --data.source (a folder gives its files that" in message
-        )
+        assert f"no file matches '{(tmp_path / pattern)}': check --data.source (folders give .txt, .md" in message
 
 
 def parquet(texts: list[str]) -> bytes:
@@ -217,6 +215,9 @@ def test_a_folder_stands_for_the_files_in_it_and_below_that_can_be_read_wherever
             "b.txt": "b",
             "sub [1]/a.md": "a",
             "c.png": "c",
+            "package.json": "{}",
+            ".git/notes.txt": "hidden",
+            f"store/download/{'0' * 64}/attempts/1/report.md": "of a store",
             "sub [1]/deep/d.jsonl": '{"text": "d"}',
         }.items():
             with fsspec.open(f"{where}{folder}/{name}", "w", auto_mkdir=True) as file:

@@ -156,6 +156,25 @@ def test_a_loaded_network_is_scored_and_sampled_as_it_was_trained(kind: KindName
         nanodlm.nelbo(model, drawn[:, :4], 1, objective=other, estimator="count")
 
 
+def test_a_prompt_must_fit_the_text_and_options_must_exist_for_every_kind() -> None:
+    block, before = network("block"), network("autoregressive")
+    with pytest.raises(ValueError, match=r"a prompt of shape \(1, 6\) does not fit sequences of shape \(1, 5\)"):
+        nanodlm.sample(block, 0, shape=(1, 5), prompt=[1] * 6)
+    for model in (block, before):
+        with pytest.raises(ValueError, match="sample has no option temprature"):
+            nanodlm.sample(model, 0, shape=(1, 4), temprature=0.1)
+        with pytest.raises(ValueError, match="num_steps must be at least 1, not 0"):
+            nanodlm.sample(model, 0, shape=(1, 4), num_steps=0)
+
+
+def test_segments_that_are_bound_already_stay() -> None:
+    model, x_0 = network("absorbing"), jnp.array([[1, 2, 3, 4, 10, 10, 10, 10]])
+    bound = partial(model.__call__, segment_ids=jnp.array([[0, 1, 2, 3, 4, 4, 4, 4]]))
+    named = {"key": 0, "estimator": "count", "mask_id": 9, "schedule": "linear"}
+    given = nanodlm.nelbo(model, x_0, segment_ids=jnp.array([[0, 1, 2, 3, 4, 4, 4, 4]]), **named)
+    np.testing.assert_allclose(nanodlm.nelbo(bound, x_0, **named), given, rtol=1e-5)
+
+
 def test_a_uniform_network_is_not_sampled_as_if_it_had_masks() -> None:
     model = network("uniform")
     given = {"shape": (2, 6), "num_steps": 4}

@@ -27,7 +27,7 @@ def test_the_standard_error_is_the_sum_over_all_pairs_of_rows_that_share_a_docum
     errors = nats - nats.sum() / sizes.sum() * sizes
     touched = [set(range(first, last + 1)) for first, last in documents]
     pairs = itertools.product(zip(errors, touched, strict=True), repeat=2)
-    total = sum(error * other for (error, x), (other, y) in pairs if x & y)
+    total = max(sum(error * other for (error, x), (other, y) in pairs if x & y), np.square(errors).sum())
     n = min(len(chosen), len(set.union(*touched)))
     assert ratio_stderr(nats, sizes, documents) == pytest.approx(math.sqrt(total * n / (n - 1)) / sizes.sum())
 
@@ -63,6 +63,12 @@ def test_it_is_the_spread_of_results_over_samples_of_documents_of_any_length(mea
 def test_a_row_ends_with_the_document_whose_mark_it_holds_last() -> None:
     rows = [np.array(row) for row in ([0, 0], [0, END], [0, END], [END, 0], [0, 0])]
     assert documents_in(rows, END).tolist() == [[0, 0], [0, 0], [1, 1], [2, 3], [3, 3]]
+
+
+def test_few_rows_that_share_documents_have_no_less_than_the_error_of_independent_ones() -> None:
+    values, sizes = np.array([120.0, 90.0, 130.0]), np.full(3, 50.0)
+    chained = np.array([[0, 1], [1, 2], [2, 3]])
+    assert ratio_stderr(values, sizes, chained) >= ratio_stderr(values, sizes) > 0
 
 
 def test_one_document_has_no_standard_error() -> None:

@@ -37,6 +37,8 @@ def test_a_manifest_says_which_code_made_it_and_what_has_changed_is_named(tmp_pa
             made[name] = attempt.commit(identity=identity, metrics={}, code=record)
     assert changed_since(made["now"]) == []
     assert changed_since(made["then"]) == ["evaluation/report.py", "gone.py"]
+    made["then"].manifest["code"]["module"] = "nanodlm.evaluation.gone"
+    assert "evaluation/report.py" in changed_since(made["then"]), "its module was removed"
     del made["then"].manifest["code"]  # as older versions wrote it
     assert changed_since(made["then"]) == []
 

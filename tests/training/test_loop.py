@@ -91,6 +91,7 @@ def test_load_gives_back_the_parameters_that_were_recorded(trained: Artifact, ca
 
 
 def test_load_takes_a_checkpoint_folder_and_refuses_what_is_no_model(trained: Artifact, store: Store) -> None:
+    assert nanodlm.load(f"{store.uri()}/train/{trained.fingerprint[:8]}")
     early, _ = nanodlm.load(str(trained.local() / "checkpoints" / "step_000010"))
     final, _ = nanodlm.load(trained.uri)
     assert not np.array_equal(early.embedding.embedding[...], final.embedding.embedding[...])
