@@ -25,10 +25,10 @@ import psutil
 import tyro
 from prefect.settings import PREFECT_API_URL, PREFECT_LOGGING_LEVEL, temporary_settings
 
-from flows.pipeline import WATCHER, pipeline
-from flows.reporting import Pages
-from flows.server import ephemeral_server
 from nanodlm.config import PRESETS, Config
+from nanodlm.flows.pipeline import WATCHER, pipeline
+from nanodlm.flows.reporting import Pages
+from nanodlm.flows.server import ephemeral_server
 from nanodlm.stages.lookup import ready
 from nanodlm.stages.process import run_in_process
 from nanodlm.stages.run import run_stage

@@ -1,7 +1,7 @@
 """The pipeline as Prefect flows, whole or in parts: one task per stage. What the store holds ends as `Cached`.
 
 nanodlm run                              # on a server of its own
-python -m flows.pipeline                 # on the server that PREFECT_API_URL names
+python -m nanodlm.flows.pipeline                 # on the server that PREFECT_API_URL names
 prefect deployment run pipeline/demo     # on a worker, once `prefect deploy --all` was run; see docs/operations.md
 """
 
@@ -11,34 +11,33 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any, Literal, cast
 
-from prefect import Flow, flow, tags, task
+from prefect import Flow, State, flow, tags, task
 from prefect.cache_policies import NO_CACHE
-from prefect.concurrency.sync import concurrency
-from prefect.context import TagsContext
-from prefect.exceptions import TerminationSignal
-from prefect.runtime import flow_run
 from prefect.settings import PREFECT_API_URL, PREFECT_LOGGING_LEVEL, get_current_settings, temporary_settings
-from prefect.states import Completed
+from prefect.states import Completed, Failed
 from prefect.utilities.annotations import quote
 
-from flows import TAG
-from flows.reporting import WATCHER, Pages, Watcher
-from flows.server import check_server, ephemeral_server, wait_for_server_at_end
-from flows.shards import shard_in_parallel, task_runner, worth_retrying
 from nanodlm.cluster.follow import run_on_cluster
 from nanodlm.cluster.settings import Launch
-from nanodlm.config import PRESETS, Config, StoreUrl
+from nanodlm.config import Changes, Config, Preset, StoreUrl, as_changes, changed
 from nanodlm.errors import NanodlmError, Stopped, UsageError
+from nanodlm.flows import TAG
+from nanodlm.flows.internals import untagged
+from nanodlm.flows.own_run import built_before, hold_device, run_name, working_for_run
+from nanodlm.flows.reporting import WATCHER, Pages, Watcher, show_run
+from nanodlm.flows.server import check_server, ephemeral_server, wait_for_server_at_end
+from nanodlm.flows.shards import may_pass, shard_in_parallel, task_runner, worth_retrying
 from nanodlm.stages import table
 from nanodlm.stages.lookup import ready
 from nanodlm.stages.process import run_in_process
 from nanodlm.stages.run import default_store, record, run_stage
 from nanodlm.stages.table import STAGES, StageName, check_rebuild
-from nanodlm.store import Artifact, Store, fingerprint_of
+from nanodlm.store import Artifact, Store
 
 DataStageName = Literal["download", "tokenizer", "split", "shard"]
+Records = list[dict[str, Any]]  # of each stage, as `nanodlm.stages.run.record` gives it
 HERE = Launch()  # in a process of this machine
-LEASE_SECONDS = 900.0  # for which a slot stays taken after kill -9; the server may be away for a quarter of it
+UNCHANGED: dict[str, Any] = {}
 
 
 @task(
@@ -48,10 +47,27 @@ LEASE_SECONDS = 900.0  # for which a slot stays taken after kill -9; the server 
     retry_delay_seconds=[5, 30],
     retry_condition_fn=worth_retrying,
 )
-def stage_task(
+def stage_task(name: str, config: Config, store_url: str, inputs: dict[str, Artifact], **options: Any) -> Any:
+    """Build one stage, or find it and end as `Cached`; what returns is the artifact and its record.
+
+    What the user has to mend ends as `Failed` with one line, without the tracebacks of an error that is raised.
+    """
+    try:
+        return _build_or_find(name, config, Store(store_url), inputs, **options)
+    except NanodlmError as error:
+        if may_pass(error):
+            raise
+        return _failed(error)
+
+
+def _failed(error: NanodlmError) -> State[Any]:
+    return Failed(message=str(error), data=error)
+
+
+def _build_or_find(
     name: str,
     config: Config,
-    store_url: str,
+    store: Store,
     inputs: dict[str, Artifact],
     *,
     build: bool,
@@ -59,12 +75,11 @@ def stage_task(
     gpu_limit: str | None = None,
     train_on: Launch = HERE,
 ) -> Any:
-    """Build one stage, in a process of its own if it uses JAX; or find it, and end as `Cached`.
+    """Build one stage, in a process of its own if it uses JAX, which holds a slot of `gpu_limit` meanwhile; or find it.
 
-    Where `build` is false and the store lacks the stage, it fails. A stage that uses JAX holds a slot of `gpu_limit`
-    while it is built. What returns is the artifact, and its record as `nanodlm.stages.run.run_stage` gives it.
+    Where `build` is false and the store lacks the stage, it fails.
     """
-    store, watcher, started = Store(store_url), WATCHER.get() or Pages(), time.monotonic()
+    watcher, started = WATCHER.get() or Pages(), time.monotonic()
     lookup = ready(name, config, store, rebuild=rebuild == name, inputs=inputs)
     again = lookup.is_again(rebuild)
     if lookup.artifact and not again:
@@ -75,42 +90,52 @@ def stage_task(
         remedy = f"run the pipeline, or `nanodlm run --until {name}`, with the same settings first"
         raise NanodlmError(f"{name} is not built for this configuration in {store.uri()}: {remedy}")
     own_process = lookup.stage.own_process
-    limits = [gpu_limit] if gpu_limit and own_process else []
-    if limits:
-        watcher.emit("message", text=f"waiting for a slot of the concurrency limit {gpu_limit}")
-    slot = concurrency(limits, lease_duration=LEASE_SECONDS, strict=False, raise_on_lease_renewal_failure=False)
     try:
         # In this order: a slot goes back to a server that answers.
-        with slot, wait_for_server_at_end(watcher.emit), watcher.showing(name):
+        with (
+            hold_device(gpu_limit if own_process else None, watcher.emit),
+            wait_for_server_at_end(watcher.emit),
+            watcher.showing(name),
+        ):
+            started = time.monotonic()
             if not own_process:
                 artifact, found = run_stage(name, config, store, rebuild=again, inputs=inputs, emit=watcher.emit)
             else:
+                if name == "train":
+                    unigram = inputs["shard"].metrics.get("val_unigram_nats_per_token")  # not of earlier versions
+                    watcher.emit("unigram", nats_per_token=unigram)
                 if name == "train" and train_on.target != "process":
                     artifact = run_on_cluster(lookup, config, store, train_on, rebuild=again, emit=watcher.emit)
                 else:
                     artifact = run_in_process(lookup, config, store, rebuild=again, emit=watcher.emit)
                 found = record(artifact, "built", time.monotonic() - started)
     except Stopped as stopped:
-        if isinstance(stopped.__cause__, TerminationSignal):  # Prefect tells a cancellation from a crash by it
+        if stopped.__cause__ and not isinstance(stopped.__cause__, Exception):  # Prefect's own signal, which it knows
             raise stopped.__cause__ from None
         raise
     watcher.done(artifact, found)
     return artifact, found
 
 
-def _run_name() -> str:
-    """Return the preset and the start of a fingerprint of all settings, such as `demo-1f2e3d4c`."""
-    config = Config.model_validate(flow_run.parameters["config"])
-    preset = next((name for name, preset in PRESETS.items() if preset == config), "custom")
-    return f"{preset}-{fingerprint_of(config.model_dump(mode='json'))[:8]}"
-
-
 def _run(
-    config: Config, store: str | None, until: str, rebuild: str | None, *, alone: bool = False, **options: Any
-) -> list[dict[str, Any]]:
+    preset: str, changes: dict[str, Any], store: str | None, until: str, rebuild: str | None, **options: Any
+) -> Records | State[Any]:
+    """Go through stages as `_stages` does, for this flow run; what the user has to mend ends it as `Failed`."""
+    try:
+        with working_for_run():
+            rebuild = None if rebuild in built_before() else rebuild
+            return _stages(changed(preset, changes), store or default_store(), until, rebuild, **options)
+    except NanodlmError as error:
+        return _failed(error)
+
+
+def _stages(
+    config: Config, url: str, until: str, rebuild: str | None, *, alone: bool = False, **options: Any
+) -> Records:
     """Go through stages in order; `alone`, all that the last one needs must be there. Return the record of each."""
     found: dict[str, Artifact] = {}
-    records, url, needed = [], store or default_store(), {until}
+    records, needed = [], {until}
+    check_rebuild(rebuild, until)
     if url.startswith("memory:"):
         raise UsageError("a store in memory is seen by no other process: give store a folder or a bucket")
     told = [until] if alone else [*table.until(until)]
@@ -124,87 +149,104 @@ def _run(
         inputs = {input_: found[input_] for input_ in STAGES[name].inputs(config)}
         if name == "shard" and rebuild not in (name, "changed") and not alone:
             shard_in_parallel(config, url, inputs, WATCHER.get() or Pages())
-        with TagsContext(current_tags=set()):  # of a tag, Prefect would ask a server that may be busy for a limit
+        with untagged():
             make = stage_task.with_options(name=name, task_run_name=name)
             build, given = not alone or name == until, cast(dict[str, Artifact], quote(inputs))
             state = make(name, config, url, given, build=build, rebuild=rebuild, return_state=True, **options)
         found[name], told = state.result()
         records.append(told)
+    if WATCHER.get() is None:
+        show_run(records, found)
     return records
 
 
 PARAMETERS = """
     Args:
-        config: Every setting of the run.
+        preset: The settings to begin with.
+        config: The settings that are changed, in groups, or with a dot: `{"train.lr": 0.001}`.
         store: Where artifacts lie: a folder, or an address such as s3://bucket/prefix, without credentials, which come
             from the worker's environment. Without it that of the worker's NANODLM_STORE, else data/store.
         until: The last stage to run.
-        rebuild: What to build even though the store holds it.
+        rebuild: What to build even though the store holds it; a run that is retried rebuilds what it has not yet.
         gpu_limit: A concurrency limit to hold a slot of while a stage uses the accelerator, where the server has it.
         train_on: Where to train: in a process of the worker, or as a job of a Slurm or Kubernetes cluster.
 """
 
 
-def described_flow(function: Callable[..., list[dict[str, Any]]]) -> Flow[..., list[dict[str, Any]]]:
+def described_flow(function: Callable[..., Records | State[Any]]) -> Flow[..., Any]:
     """Make a flow, whose docstring has `PARAMETERS`, from which Prefect takes what its forms say."""
     function.__doc__ = f"{function.__doc__}\n{PARAMETERS}"
-    return flow(flow_run_name=_run_name, persist_result=False)(function)
+    return flow(flow_run_name=run_name, persist_result=False)(function)
 
 
 @described_flow
 def pipeline(
-    config: Config = PRESETS["demo"],
+    preset: Preset = "demo",
+    config: Changes = UNCHANGED,
     store: StoreUrl | None = None,
     until: StageName = "sample",
     rebuild: StageName | Literal["changed"] | None = None,
     gpu_limit: str | None = None,
     train_on: Launch = HERE,
-) -> list[dict[str, Any]]:
+) -> Records | State[Any]:
     """Go from text to samples: build what the store lacks, stage by stage, and the report at the end."""
-    check_rebuild(rebuild, until)
-    return _run(config, store, until, rebuild, gpu_limit=gpu_limit, train_on=train_on)
+    return _run(preset, config, store, until, rebuild, gpu_limit=gpu_limit, train_on=train_on)
 
 
 @described_flow
 def prepare(
-    config: Config = PRESETS["demo"], store: StoreUrl | None = None, rebuild: DataStageName | None = None
-) -> list[dict[str, Any]]:
+    preset: Preset = "demo",
+    config: Changes = UNCHANGED,
+    store: StoreUrl | None = None,
+    rebuild: DataStageName | None = None,
+) -> Records | State[Any]:
     """Prepare the data, up to the shards. It needs no accelerator."""
-    return _run(config, store, "shard", rebuild)
+    return _run(preset, config, store, "shard", rebuild)
 
 
 @described_flow
 def train(
-    config: Config = PRESETS["demo"],
+    preset: Preset = "demo",
+    config: Changes = UNCHANGED,
     store: StoreUrl | None = None,
     rebuild: bool = False,
     gpu_limit: str | None = None,
     train_on: Launch = HERE,
-) -> list[dict[str, Any]]:
+) -> Records | State[Any]:
     """Train, and nothing else: from the last checkpoint on, if there is one. The shards must be in the store."""
     again = "train" if rebuild else None
-    return _run(config, store, "train", again, alone=True, gpu_limit=gpu_limit, train_on=train_on)
+    return _run(preset, config, store, "train", again, alone=True, gpu_limit=gpu_limit, train_on=train_on)
 
 
 @described_flow
 def evaluate(
-    config: Config = PRESETS["demo"], store: StoreUrl | None = None, rebuild: bool = False, gpu_limit: str | None = None
-) -> list[dict[str, Any]]:
+    preset: Preset = "demo",
+    config: Changes = UNCHANGED,
+    store: StoreUrl | None = None,
+    rebuild: bool = False,
+    gpu_limit: str | None = None,
+) -> Records | State[Any]:
     """Evaluate, and nothing else. The trained model must be in the store."""
-    return _run(config, store, "evaluate", "evaluate" if rebuild else None, alone=True, gpu_limit=gpu_limit)
+    again = "evaluate" if rebuild else None
+    return _run(preset, config, store, "evaluate", again, alone=True, gpu_limit=gpu_limit)
 
 
 @described_flow
 def sample(
-    config: Config = PRESETS["demo"], store: StoreUrl | None = None, rebuild: bool = False, gpu_limit: str | None = None
-) -> list[dict[str, Any]]:
+    preset: Preset = "demo",
+    config: Changes = UNCHANGED,
+    store: StoreUrl | None = None,
+    rebuild: bool = False,
+    gpu_limit: str | None = None,
+) -> Records | State[Any]:
     """Draw samples, and nothing else. The trained model must be in the store."""
-    return _run(config, store, "sample", "sample" if rebuild else None, alone=True, gpu_limit=gpu_limit)
+    again = "sample" if rebuild else None
+    return _run(preset, config, store, "sample", again, alone=True, gpu_limit=gpu_limit)
 
 
 def run_pipeline(
     config: Config, store: str, until: str, rebuild: str | None, watcher: Watcher, verbose: bool
-) -> list[dict[str, Any]]:
+) -> Records:
     """Run the flow `pipeline` in this process, on the server that the settings name, else on one started for it.
 
     SIGTERM raises `Stopped`, after a training has saved.
@@ -223,7 +265,13 @@ def run_pipeline(
         stack.enter_context(tags(TAG))
         stack.callback(WATCHER.reset, WATCHER.set(watcher))
         stack.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, stop))
-        return pipeline(config, store, until, rebuild)  # type: ignore[arg-type]
+        preset, changes = as_changes(config)
+        try:
+            return pipeline(preset, changes, store, until, rebuild)  # type: ignore[arg-type]
+        except BaseException as ended:
+            if isinstance(ended.__cause__, Stopped):  # by somebody who cancelled this run on a shared server
+                raise ended.__cause__ from None
+            raise
 
 
 if __name__ == "__main__":

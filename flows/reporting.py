@@ -4,19 +4,20 @@ A page that cannot be written, because the server is away, is said in the log an
 """
 
 import base64
-import json
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
-from pathlib import Path
 from typing import Any, Protocol
+from uuid import UUID
 
 from prefect import artifacts as pages
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import ArtifactUpdate
 from prefect.logging import get_run_logger
 from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
-from nanodlm.evaluation.report import loss_curve, texts_of
+from nanodlm.evaluation.report import logs_of, loss_curve, texts_of
 from nanodlm.stages.progress import Pace, summary
 from nanodlm.stages.table import NAMES
 from nanodlm.store import Artifact
@@ -38,6 +39,8 @@ class Pages:
     def __init__(self) -> None:
         self._logger, self._last, self._pace = get_run_logger(), 0.0, Pace()
         self._stage, self._progress = "", None
+        self._logs: list[dict[str, Any]] = []  # of training
+        self._unigram, self._curve = None, None
 
     def showing(self, stage: str) -> AbstractContextManager[Any]:
         """Say that a stage is about to be built."""
@@ -46,21 +49,30 @@ class Pages:
         return nullcontext()
 
     def emit(self, kind: str, **fields: Any) -> None:
-        """Show an event of the running stage: `message` (text) or `progress` (done, total, unit, ...)."""
+        """Show an event of the running stage: `message` (text), `progress` (done, total, unit, ...), or `unigram`."""
         if kind == "message":
             self._logger.info(fields["text"])
+        elif kind == "unigram":
+            self._unigram = fields["nats_per_token"]
         elif kind == "progress":
             text = self._pace.describe(fields)
+            if "nats_per_token" in fields:
+                self._logs.append(fields)
             if time.monotonic() - self._last >= SECONDS:
                 self._last = time.monotonic()
                 self._logger.info(text)
                 self._show_progress(100.0 * fields["done"] / fields["total"] if fields.get("total") else 0.0, text)
+                self._show_curve(text)
 
     def done(self, artifact: Artifact, record: dict[str, Any]) -> None:
         """Show what a finished stage holds."""
-        self._logger.info("%(stage)s: %(status)s in %(seconds)s s, %(uri)s", record)
+        told = f"{summary(artifact)} in {record['seconds']:,.1f} s"
+        self._logger.info("%s: %s, %s, %s", record["stage"], record["status"], told, record["uri"])
         if self._progress is not None:
-            self._show_progress(100.0, f"{summary(artifact)} in {record['seconds']:,.0f} s")
+            self._show_progress(100.0, told)
+        if artifact.stage == "train":
+            self._logs = logs_of(artifact)
+            self._show_curve(told)
         if show := SHOWN.get(artifact.stage):
             self._write(show, artifact)
 
@@ -70,6 +82,13 @@ class Pages:
             self._progress = self._write(pages.create_progress_artifact, percent, key=key, description=text)
         else:
             self._write(pages.update_progress_artifact, self._progress, percent, description=text)
+
+    def _show_curve(self, text: str) -> None:
+        url = _curve_url(self._logs, self._unigram)
+        if url and self._curve is None:
+            self._curve = self._write(pages.create_image_artifact, url, key="loss-curve", description=text)
+        elif url:
+            self._write(_update_curve, self._curve, url, text)
 
     def _write(self, call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         try:
@@ -95,17 +114,6 @@ def show_counts(shard: Artifact) -> None:
     pages.create_table_artifact(rows, key="data-counts", description="What the model is trained and tested on")
 
 
-def show_loss(train: Artifact) -> None:
-    """Show the training bound over the updates, a picture under the key `loss-curve`."""
-    logs = json.loads(train.file("logs.json").read_text())
-    points = [(record["step"], record["nats_per_token"]) for record in logs if record["nats_per_token"] is not None]
-    if points:
-        size = '<svg xmlns="http://www.w3.org/2000/svg" width="720" height="290" '
-        picture = base64.b64encode(loss_curve(points).replace("<svg ", size).encode()).decode()
-        url, said = f"data:image/svg+xml;base64,{picture}", f"Training bound: {summary(train)}"
-        pages.create_image_artifact(image_url=url, key="loss-curve", description=said)
-
-
 def show_samples(sample: Artifact) -> None:
     """Show the texts that the model wrote, under the key `samples`."""
     texts = texts_of(sample)
@@ -113,12 +121,33 @@ def show_samples(sample: Artifact) -> None:
     pages.create_markdown_artifact("\n\n---\n\n".join(quoted), key="samples", description=f"{len(texts)} samples")
 
 
-def show_report(report: Artifact) -> None:
-    """Show the report's numbers under the key `report`, and a link to its page under `report-page`."""
-    pages.create_markdown_artifact(report.file("report.md").read_text(), key="report", description=report.uri)
-    page = report.remote("report.html")
-    link = Path(page).as_uri() if report.store.is_local else report.store.fs.unstrip_protocol(page)
-    pages.create_link_artifact(link, link_text="report.html", key="report-page", description=report.uri)
+SHOWN = {"shard": show_counts, "sample": show_samples}
 
 
-SHOWN = {"shard": show_counts, "train": show_loss, "sample": show_samples, "report": show_report}
+def show_run(records: list[dict[str, Any]], artifacts: dict[str, Artifact]) -> None:
+    """Show all of a run in one place, under the key `report`: numbers, stages, where they lie, loss curve, samples."""
+    report, store = artifacts.get("report"), next(iter(artifacts.values())).store
+    numbers, _, samples = (report.file("report.md").read_text() if report else "").partition("## Samples")
+    lines = [numbers, "## Stages", "", "| stage | | seconds | holds | fingerprint |", "|---|---|---:|---|---|"]
+    for told in records:
+        stage, fingerprint = told["stage"], told["fingerprint"][:16]
+        holds = summary(artifacts[stage])
+        lines.append(f"| {stage} | {told['status']} | {told['seconds']:,.1f} | {holds} | `{fingerprint}` |")
+    lines += ["", f"Store: `{store.uri()}`", ""]
+    if "train" in artifacts:
+        unigram = artifacts["shard"].metrics.get("val_unigram_nats_per_token")
+        lines.append(f"![loss curve]({_curve_url(logs_of(artifacts['train']), unigram)})")
+    if samples:
+        lines += ["", "## Samples", samples]
+    pages.create_markdown_artifact("\n".join(lines), key="report", description=store.uri())
+
+
+def _curve_url(logs: list[dict[str, Any]], unigram: float | None) -> str:
+    """Return the loss curve of a training's logs as an address that holds the picture; nothing before the first."""
+    curve = loss_curve(logs, unigram)
+    return curve and f"data:image/svg+xml;base64,{base64.b64encode(curve.encode()).decode()}"
+
+
+def _update_curve(artifact: UUID, url: str, text: str) -> None:
+    with get_client(sync_client=True) as client:
+        client.update_artifact(artifact, ArtifactUpdate(data=url, description=text))

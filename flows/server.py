@@ -1,10 +1,12 @@
 """A Prefect server for one `nanodlm run`, gone when its parent is, even after SIGKILL; waiting for one that is away.
 
-python -m flows.server PORT              # on loopback only
+python -m nanodlm.flows.server --port PORT              # on loopback only
 """
 
 import contextlib
 import os
+import re
+import runpy
 import socket
 import subprocess
 import sys
@@ -14,11 +16,12 @@ from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 
 import httpx
+from filelock import FileLock
 from prefect.client.orchestration import get_client
 from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, get_current_settings, temporary_settings
 
 from nanodlm.errors import NanodlmError, Stopped
-from nanodlm.stages.process import PARENT, end_with_parent, last_line, stop
+from nanodlm.stages.process import PARENT, end_with_parent, stop
 
 START_SECONDS = 120.0
 AWAY_SECONDS = 900.0  # for which a stage that ended waits for a server that is away
@@ -34,10 +37,16 @@ def ephemeral_server() -> Iterator[str]:
     url = f"http://127.0.0.1:{port}/api"
     for name in ("NO_PROXY", "no_proxy"):  # a proxy of the environment is not asked for this machine's own server
         os.environ[name] = ",".join(filter(None, (os.environ.get(name), "127.0.0.1")))
-    environ = {**os.environ, PARENT: str(os.getpid()), "PREFECT_API_URL": "", "PREFECT_UI_ENABLED": "false"}
+    environ = {**os.environ, PARENT: str(os.getpid()), "PREFECT_API_URL": ""}
     environ.pop("PREFECT_SERVER_API_AUTH_STRING", None)
-    command = [sys.executable, "-P", "-m", "flows.server", str(port)]
-    with tempfile.TemporaryFile() as log:
+    command = [sys.executable, "-P", "-m", "nanodlm.flows.server", "--port", str(port)]
+    with tempfile.TemporaryFile() as log, contextlib.ExitStack() as starting:
+        home = get_current_settings().home
+        try:  # one after the other: two that start on a new database would both make its tables, and one would fail
+            home.mkdir(parents=True, exist_ok=True)
+            starting.enter_context(FileLock(home / "nanodlm-server-starts.lock"))
+        except OSError as error:
+            raise _not_started(str(error)) from error
         child = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environ, start_new_session=True
         )
@@ -47,10 +56,9 @@ def ephemeral_server() -> Iterator[str]:
             while not _healthy(url):
                 if child.poll() is not None or time.monotonic() > deadline:
                     log.seek(0)
-                    last = last_line(log.read().decode(errors="replace")) or "no output"
-                    remedy = "set PREFECT_API_URL to use a running one, or PREFECT_HOME to a folder that can be written"
-                    raise NanodlmError(f"the local Prefect server did not start ({last}); {remedy}")
+                    raise _not_started(_reason(log.read().decode(errors="replace")))
                 time.sleep(0.1)
+            starting.close()
             yield url
         except Exception as error:
             if child.poll() is None or isinstance(error, NanodlmError):
@@ -59,6 +67,22 @@ def ephemeral_server() -> Iterator[str]:
         finally:
             OWN.reset(token)
             stop(child, 10)
+
+
+def _not_started(reason: str) -> NanodlmError:
+    remedy = "set PREFECT_API_URL to use a running one, or PREFECT_HOME to a folder that can be written"
+    return NanodlmError(f"the local Prefect server did not start ({reason}); {remedy}")
+
+
+def _reason(log: str) -> str:
+    r"""Return the line of a server's log that says why it ended: the last one that names an error, else the last.
+
+    >>> _reason("sqlite3.OperationalError: database is locked\n[SQL: ...]\n\nApplication startup failed. Exiting.")
+    'sqlite3.OperationalError: database is locked'
+    """
+    lines = [line.strip() for line in log.splitlines() if line.strip()] or ["no output"]
+    errors = [line for line in lines if re.match(r"[\w.]+(Error|Exception)\b", line)]
+    return (errors or lines)[-1]
 
 
 def _healthy(url: str) -> bool:
@@ -112,8 +136,6 @@ def wait_for_server_at_end(emit: Callable[..., None]) -> Iterator[None]:
 
 if __name__ == "__main__":
     end_with_parent()
-    import uvicorn
-    from prefect.server.api.server import create_app
-
-    app, port = create_app(ephemeral=True, final=True), int(sys.argv[1])
-    uvicorn.run(app, host="127.0.0.1", port=port, log_level="error", lifespan="on")
+    options = ["--host", "127.0.0.1", "--no-ui", "--no-scheduler", "--no-late-runs", "--log-level", "ERROR"]
+    sys.argv[1:] = ["server", "start", *options, *sys.argv[1:]]
+    runpy.run_module("prefect", run_name="__main__")

@@ -11,16 +11,16 @@ from typing import Any
 from prefect import flow, tags, task, unmapped
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
-from prefect.context import TagsContext
 from prefect.futures import as_completed
 from prefect.logging import get_run_logger
 from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner, ThreadPoolTaskRunner
 from prefect.tasks import exponential_backoff
 
-from flows import TAG
-from flows.reporting import Watcher
 from nanodlm.config import Config
 from nanodlm.errors import NanodlmError, Unreachable, UsageError
+from nanodlm.flows import TAG
+from nanodlm.flows.internals import untagged
+from nanodlm.flows.reporting import Watcher
 from nanodlm.stages import fanout
 from nanodlm.stages.lookup import ready
 from nanodlm.stages.process import end_with_parent
@@ -30,9 +30,14 @@ RUNNERS = ("threads", "processes", "dask")
 EMIT: ContextVar[Callable[..., None]] = ContextVar("emit")
 
 
+def may_pass(error: Any) -> bool:
+    """Say if an error may pass by itself, such as a network that was away, and not what the user has to mend."""
+    return isinstance(error, OSError | Unreachable)
+
+
 def worth_retrying(_task: Any, _run: Any, state: State) -> bool:
-    """Retry only what may pass by itself, such as a network that was away; never what the user has to mend."""
-    return isinstance(state.result(raise_on_failure=False), OSError | Unreachable)
+    """Retry only what may pass by itself."""
+    return may_pass(state.result(raise_on_failure=False))
 
 
 @task(
@@ -55,7 +60,7 @@ def build_shards(missing: list[int], config: Config, store_url: str, inputs: dic
 
     It is a flow of its own, in this module, because a task in another process gets the flow it belongs to with it.
     """
-    with TagsContext(current_tags=set()):  # of a tag, Prefect would ask its server for a limit
+    with untagged():
         futures = build_shard.map(missing, unmapped(config), store_url, unmapped(inputs))
     built = failed = 0
     for future in as_completed(futures):

@@ -62,12 +62,12 @@ def run(
             out.done(artifact, done)
             records.append(done)
     else:
-        from flows import quiet_prefect
+        from nanodlm.flows import quiet_prefect
 
         quiet_prefect(verbose)
         if not os.environ.get("PREFECT_API_URL"):
             out.line("[dim]starting the local Prefect server[/dim]")
-        from flows.pipeline import run_pipeline
+        from nanodlm.flows.pipeline import run_pipeline
 
         given = {"NANODLM_RUNNER": runner, "NANODLM_WORKERS": workers}
         os.environ.update({name: str(value) for name, value in given.items() if value is not None})

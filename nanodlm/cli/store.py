@@ -67,6 +67,11 @@ def show(uri: Uri, /, *, store: OpenStore, out: Output) -> None:
     artifact = _artifact(uri, store)
     m = artifact.manifest
     out.text(artifact.uri, f"made    {m['created']} ({_ago(ages.age(artifact))} ago) in {m['seconds']} s")
+    code, run = m.get("code") or {}, m.get("flow_run")
+    if "commit" in code:
+        out.text(f"commit  {code['commit']}{', modified since' if code['modified'] else ''}")
+    if run:
+        out.text(f"run     {run}")
     out.text(
         f"size    {ages.size(_size(artifact))} in {_count(m['files'], 'file')}", f"digest  {m['digest']}", "", "lineage"
     )

@@ -1,6 +1,7 @@
 """Kubernetes: the JobSet of a job, creating it, and asking how it stands."""
 
 import json
+import os
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -9,6 +10,7 @@ import yaml
 from nanodlm.cluster.settings import MOUNT, PORT, Job, Work, ask, hand_over
 from nanodlm.errors import NanodlmError, Stopped
 from nanodlm.stages.process import last_line
+from nanodlm.store import FLOW_RUN
 
 
 def jobset(work: Work) -> dict[str, Any]:
@@ -24,6 +26,8 @@ def jobset(work: Work) -> dict[str, Any]:
     """
     launch, stage, name, nodes = work.launch, work.stage, work.name, work.nodes
     env: list[dict[str, Any]] = [{"name": "NANODLM_CACHE", "value": "/cache"}]
+    if run := os.environ.get(FLOW_RUN):
+        env.append({"name": FLOW_RUN, "value": run})
     if nodes > 1:
         index = {"fieldRef": {"fieldPath": "metadata.annotations['batch.kubernetes.io/job-completion-index']"}}
         env += [

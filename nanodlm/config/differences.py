@@ -13,15 +13,20 @@ def differences(saved: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
     >>> differences({"train": {"lr": 0.1, "seed": 1}}, {"train": {"lr": 0.2, "seed": 1}})
     {'train.lr': '0.1 -> 0.2'}
     """
-    old, new = _flat(saved), _flat(now)
+    old, new = flat(saved), flat(now)
     changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
     return {key: f"{_short(old.get(key))} -> {_short(new.get(key))}" for key in changed}
 
 
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+def flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Return the values of a nested dict by dotted names.
+
+    >>> flat({"train": {"lr": 0.1}, "exp.resume": True})
+    {'train.lr': 0.1, 'exp.resume': True}
+    """
     if not isinstance(value, dict):
         return {prefix: value}
-    return {k: v for key, item in value.items() for k, v in _flat(item, f"{prefix}.{key}".lstrip(".")).items()}
+    return {k: v for key, item in value.items() for k, v in flat(item, f"{prefix}.{key}".lstrip(".")).items()}
 
 
 def _short(value: Any) -> str:

@@ -1,10 +1,14 @@
-"""Complete configurations by name, and reading one from a file."""
+"""Complete configurations by name, and what is changed of one: in a file, or by a flow."""
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from nanodlm.config.differences import explain
+from pydantic import GetJsonSchemaHandler
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
+
+from nanodlm.config.differences import explain, flat
 from nanodlm.config.settings import Config
 from nanodlm.errors import UsageError
 
@@ -31,6 +35,7 @@ _OWT = Config().replace(
     exp={"log_every": 50, "save_every": 1000},
 )
 
+Preset = Literal["demo", "owt", "owt-1b"]
 PRESETS: dict[str, Config] = {
     "demo": _DEMO,
     "owt": _OWT,
@@ -47,6 +52,8 @@ PRESETS: dict[str, Config] = {
 def load_config(name: str) -> Config:
     """Look up a preset, or read a file of settings, JSON or YAML, or JSON that is given instead of its path.
 
+    What a file does not set is as in the preset that it names under `preset`, else as in `demo`.
+
     Raises:
         UsageError: When there is neither.
     """
@@ -55,18 +62,60 @@ def load_config(name: str) -> Config:
     if name.startswith("{"):
         text, name = name, "the configuration"
     elif not name.endswith(FILES):
-        *names, last = PRESETS
-        known = f"{', '.join(names)} or {last}"
-        raise UsageError(f"unknown preset {name!r}: choose {known}, or name a config.json that a run has written")
+        raise UsageError(f"unknown preset {name!r}: choose {_known()}, or name a config.json that a run has written")
     else:
         try:
             text = Path(name).read_text()
         except OSError as error:
             raise UsageError(f"cannot read config {name}: {error.strerror or error}") from error
     try:
-        return Config.model_validate(_read_yaml(text) if name.endswith(FILES[1:]) else json.loads(text))
-    except ValueError as error:
+        given = _read_yaml(text) if name.endswith(FILES[1:]) else json.loads(text)
+        if not isinstance(given, dict):
+            raise ValueError("it holds no settings by name")
+        return changed(given.pop("preset", "demo"), given)
+    except (ValueError, UsageError) as error:
         raise UsageError(f"{name} is not a valid config: {explain(error)}") from error
+
+
+def changed(preset: str, changes: dict[str, Any]) -> Config:
+    """Return a preset with settings changed, which are named in groups, or with a dot.
+
+    Raises:
+        UsageError: When there is no such preset or setting, or a value is out of its bounds.
+
+    >>> changed("demo", {"train": {"lr": 0.1}, "data.tokenizer": "bytes"}).train.max_steps
+    1200
+    """
+    if preset not in PRESETS:
+        raise UsageError(f"unknown preset {preset!r}: choose {_known()}")
+    settings = PRESETS[preset].model_dump()
+    for name, value in flat(changes).items():
+        group, _, field = name.partition(".")
+        settings.setdefault(group, {})[field] = value
+    try:
+        return Config.model_validate(settings)
+    except ValueError as error:
+        raise UsageError(explain(error)) from error
+
+
+def as_changes(config: Config) -> tuple[str, dict[str, Any]]:
+    """Return the preset that is most like a configuration, and what `changed` makes that configuration of it with.
+
+    >>> as_changes(PRESETS["owt"].replace(train={"lr": 1e-3}))
+    ('owt', {'train.lr': 0.001})
+    """
+    wanted = flat(config.model_dump(mode="json"))
+    found = {}
+    for preset, known in PRESETS.items():
+        has = flat(known.model_dump(mode="json"))
+        found[preset] = {name: value for name, value in wanted.items() if has[name] != value}
+    preset = min(found, key=lambda name: len(found[name]))
+    return preset, found[preset]
+
+
+def _known() -> str:
+    *names, last = PRESETS
+    return f"{', '.join(names)} or {last}"
 
 
 def _read_yaml(text: str) -> Any:
@@ -76,3 +125,25 @@ def _read_yaml(text: str) -> Any:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ValueError(str(error)) from error
+
+
+class _Form:
+    """The JSON schema of changes, by which forms are drawn and servers refuse: that of `Config`, without defaults.
+
+    A form would send the defaults, and so set what nobody has changed.
+    """
+
+    def __get_pydantic_json_schema__(self, _: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        schema, dotted = handler(Config.__pydantic_core_schema__), {}
+        del schema["additionalProperties"]
+        for name, group in schema["properties"].items():
+            del group["default"]
+            for field, setting in handler.resolve_ref_schema(group)["properties"].items():
+                setting.pop("default", None)
+                dotted[rf"^{name}\.{field}$"] = setting
+        known = "|".join([*dotted, *(f"^{name}$" for name in schema["properties"])])
+        others = {f"^(?!{known})": {"not": {"description": "there is no such setting"}}}  # what its refusal quotes
+        return {**schema, "patternProperties": dotted | others}
+
+
+Changes = Annotated[dict[str, Any], _Form()]

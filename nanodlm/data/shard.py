@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import tiktoken
+from jaxtyping import Int
 
 from nanodlm.config import Config
 from nanodlm.data import download
@@ -55,13 +56,15 @@ def build_shards(config: Config, inputs: dict[str, Artifact], attempt: Attempt, 
         raise NanodlmError(f"{few}; {remedy}, or lower --model.seq_len")
     val_rows = [validation[i : i + length] for i in range(0, len(validation), length)]
     write(attempt.path / "validation.arrayrecord", val_rows)
-    np.save(attempt.path / COUNTS, sum(np.array(info["counts"]) for info in shards))
+    frequencies = np.sum([info["counts"] for info in shards], axis=0)
+    np.save(attempt.path / COUNTS, frequencies)
     return {
         **totals,
         "rows_per_shard": [info["train_rows"] for info in shards],
         "val_tokens": len(validation),
         "val_rows": len(val_rows),
         "val_bytes": inputs["split"].metrics["val_bytes"],
+        "val_unigram_nats_per_token": unigram_nats(validation, frequencies),
         "seq_len": length,
         "n_vocab": encoding.n_vocab,
         "dtype": np.dtype(dtype_for(encoding.n_vocab + 1)).name,
@@ -89,6 +92,17 @@ def token_counts(shard: Artifact) -> np.ndarray:
         tokens = np.concatenate(data_rows.read(shard.file(data_rows.name(part)), shard.metrics["dtype"]) or [[]])
         counts += np.bincount(tokens.astype(int), minlength=len(counts))
     return counts
+
+
+def unigram_nats(tokens: Int[np.ndarray, "N"], counts: Int[np.ndarray, "V"]) -> float:
+    """Return what tokens cost a model without context, in nats per token, given the counts of training.
+
+    Each count is one more than it was, so that no token is impossible (Laplace's rule of succession).
+
+    >>> round(unigram_nats(np.array([0, 1]), np.array([2, 0])), 4)  # -(log 3/4 + log 1/4) / 2
+    0.837
+    """
+    return float(np.log(counts.sum() + len(counts)) - np.log(counts[tokens] + 1).mean())
 
 
 def _write_shard(

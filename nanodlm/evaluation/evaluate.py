@@ -13,7 +13,7 @@ from jaxtyping import Int
 from nanodlm.checkpoints.loading import load_artifact
 from nanodlm.config import Config, EvalConfig
 from nanodlm.data.rows import evenly_spaced, read
-from nanodlm.data.shard import token_counts
+from nanodlm.data.shard import token_counts, unigram_nats
 from nanodlm.data.tokenizer import token_bytes
 from nanodlm.devices.mesh import make_mesh, replicated
 from nanodlm.errors import Emit, NanodlmError, silent
@@ -21,17 +21,6 @@ from nanodlm.evaluation.scoring import make_scorer, score_rows
 from nanodlm.evaluation.uncertainty import count_documents, documents_in, ratio_stderr
 from nanodlm.model.transformer import Transformer
 from nanodlm.store import Artifact, Attempt
-
-
-def unigram_nats(tokens: Int[np.ndarray, "N"], counts: Int[np.ndarray, "V"]) -> float:
-    """Return what tokens cost a model without context, in nats per token, given the counts of training.
-
-    Each count is one more than it was, so that no token is impossible (Laplace's rule of succession).
-
-    >>> round(unigram_nats(np.array([0, 1]), np.array([2, 0])), 4)  # -(log 3/4 + log 1/4) / 2
-    0.837
-    """
-    return float(np.log(counts.sum() + len(counts)) - np.log(counts[tokens] + 1).mean())
 
 
 def evaluate(config: Config, inputs: dict[str, Artifact], attempt: Attempt, emit: Emit) -> dict[str, Any]:

@@ -37,11 +37,9 @@ def build(config: Config, inputs: dict[str, Artifact], attempt: Attempt, emit: E
         ("parameters", f"{t['parameters']:,}, sha256 {t['parameters_sha256'][:16]}…"),
         *((name, artifact.fingerprint) for name, artifact in inputs.items()),
     ]
-    logs = json.loads(train.file("logs.json").read_text())
     texts = texts_of(sample)
     title = config.exp.run_name or "nanodlm"
-    points = [(r["step"], r["nats_per_token"]) for r in logs if r["nats_per_token"] is not None]
-    curve = loss_curve(points, m["val_unigram_nats_per_token"]) if points else ""
+    curve = loss_curve(logs_of(train), m["val_unigram_nats_per_token"])
     page = [
         f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title><style>{STYLE}</style>",
         f"<h1>{html.escape(title)}</h1><table>",
@@ -75,18 +73,27 @@ def texts_of(sample: Artifact) -> list[str]:
     return [json.loads(line)["text"].replace(END_OF_TEXT, "\n\n") for line in lines]
 
 
-def loss_curve(points: list[tuple[int, float]], level: float | None = None) -> str:
-    """Return an SVG of the training bound over updates, with a dashed line at `level`, the unigram entropy.
+def logs_of(train: Artifact) -> list[dict[str, Any]]:
+    """Return the records of a training, as `logs.json` holds them."""
+    return json.loads(train.file("logs.json").read_text())
 
-    `points` are updates done with the bound of the batch then, in nats per token. Each point that is drawn is the mean
-    of up to 1/50 of them, because the bound of one batch is noisy.
+
+def loss_curve(logs: list[dict[str, Any]], unigram: float | None = None) -> str:
+    """Return an SVG of the training bound over updates, with points of the validation bound, in nats per token.
+
+    Each point of the line is the mean of up to 1/50 of the records, because the bound of one batch is noisy. A dashed
+    line is the unigram entropy. Without a record the text is empty. It has a ground of its own, for pages may be dark.
     """
+    points = [(r["step"], r["nats_per_token"]) for r in logs if r["nats_per_token"] is not None]
+    scored = [(r["step"], r["val_nats_per_token"]) for r in logs if r.get("val_nats_per_token") is not None]
+    if not points:
+        return ""
     size = max(1, len(points) // 50)
     groups = [points[i : i + size] for i in range(0, len(points), size)]
     means = [(sum(s for s, _ in g) / len(g), sum(v for _, v in g) / len(g)) for g in groups]
-    left, right, top, bottom = 56, 700, 12, 240
+    left, right, top, bottom = 56, 700, 30, 240
     last = points[-1][0]
-    values = [v for _, v in means] + ([] if level is None else [level])
+    values = [v for _, v in means + scored] + ([] if unigram is None else [unigram])
     low, high = min(values) * 0.97, max(values) * 1.02
 
     def x(step: float) -> float:
@@ -102,17 +109,23 @@ def loss_curve(points: list[tuple[int, float]], level: float | None = None) -> s
         f'<text x="{left - 8}" y="{y(v) + 4:.1f}" text-anchor="end">{v:.2f}</text>'
         for v in ticks
     )
+    circles = "".join(f'<circle cx="{x(s):.1f}" cy="{y(v):.1f}" r="3.5" fill="#1f7a4d"/>' for s, v in scored)
     middle, below = (left + right) / 2, bottom + 20
     dashed = ""
-    if level is not None:
-        at = y(level)
-        dashed = (
-            f'<line x1="{left}" x2="{right}" y1="{at:.1f}" y2="{at:.1f}" stroke="#c2571a" stroke-dasharray="5 4"/>'
-            f'<text x="{right}" y="{at - 6:.1f}" text-anchor="end" fill="#c2571a">unigram entropy</text>'
-        )
+    if unigram is not None:
+        at = f"{y(unigram):.1f}"
+        dashed = f'<line x1="{left}" x2="{right}" y1="{at}" y2="{at}" stroke="#c2571a" stroke-dasharray="5 4"/>'
+    names = '<tspan fill="#3b73c4">training bound</tspan>'
+    if scored:
+        names += '<tspan fill="#1f7a4d" dx="14">validation bound</tspan>'
+    if unigram is not None:
+        names += '<tspan fill="#c2571a" dx="14">unigram entropy</tspan>'
     return (
-        f'<svg viewBox="0 0 720 290" font-size="12" fill="#5b6776" role="img" aria-label="training bound">{grid}'
-        f'{dashed}<polyline points="{line}" fill="none" stroke="#3b73c4" stroke-width="2"/>'
+        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 290" width="720" height="290" font-size="12" '
+        'font-family="system-ui, sans-serif" fill="#5b6776" role="img" aria-label="training bound">'
+        f'<rect width="720" height="290" rx="6" fill="#fff"/>{grid}{dashed}'
+        f'<polyline points="{line}" fill="none" stroke="#3b73c4" stroke-width="2"/>{circles}'
+        f'<text x="{left}" y="{top - 12}" font-weight="600">{names}</text>'
         f'<text x="{left}" y="{below}">0</text><text x="{right}" y="{below}" text-anchor="end">{last:,.0f}</text>'
-        f'<text x="{middle}" y="{below + 18}" text-anchor="middle">update; bound in nats per token</text></svg>'
+        f'<text x="{middle}" y="{below + 18}" text-anchor="middle">update; bounds in nats per token</text></svg>'
     )

@@ -60,6 +60,7 @@ SUMMARIES = {
     "{millions:.2f}M parameters",
     "evaluate": "{val_bits_per_byte:.4f} ± {val_bits_per_byte_stderr:.4f} bits per byte",
     "sample": "{samples} samples",
+    "report": "report.html, report.md",
 }
 
 

@@ -17,7 +17,7 @@ from nanodlm.errors import Damaged, Emit, NanodlmError, silent
 from nanodlm.store.cache import drop, hold
 from nanodlm.store.disk import describe, is_whole, is_within, list_files
 from nanodlm.store.files import show_transfer
-from nanodlm.store.manifest import MANIFEST, PACKAGES, Json, digest_of, safe, sealed, utc_now
+from nanodlm.store.manifest import FLOW_RUN, MANIFEST, PACKAGES, Json, digest_of, safe, sealed, utc_now
 from nanodlm.store.part import finished_parts, read_part
 from nanodlm.store.store import Artifact, Store
 
@@ -168,6 +168,7 @@ class Attempt:
             "metrics": metrics,
             "config": config,
             "code": code,
+            "flow_run": os.environ.get(FLOW_RUN),
             "packages": {package: version(package) for package in PACKAGES},
             "created": utc_now(),
             "seconds": round(time.monotonic() - self.started, 3),

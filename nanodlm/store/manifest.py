@@ -12,6 +12,7 @@ from nanodlm.errors import Damaged
 Json = dict[str, Any]  # a record, such as that of a file: its `path`, `size` and `sha256`
 Item = tuple[str, str]  # the stage and the fingerprint of an artifact
 MANIFEST = "manifest.json"
+FLOW_RUN = "NANODLM_FLOW_RUN"  # the variable in which an orchestrator names the run that artifacts are made for
 SCHEMA = 1
 PACKAGES = ("nanodlm", "jax", "flax", "optax", "orbax-checkpoint", "grain", "array-record", "tiktoken", "tokenizers")
 NAME = re.compile(r"[0-9A-Za-z_-]+")  # of an attempt, a stage or a fingerprint in a manifest

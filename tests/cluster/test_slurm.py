@@ -86,7 +86,7 @@ def written(folder: Path, config: Config) -> str:
 def test_a_flow_trains_as_a_slurm_job_and_reports_it(two_nodes: Path, prefect_server: dict[str, str]) -> None:
     program = """
 import sys
-from flows.pipeline import train
+from nanodlm.flows.pipeline import train
 from nanodlm.cluster.settings import Launch
 from nanodlm.config import load_config
 for record in train(load_config(sys.argv[1]), sys.argv[2], train_on=Launch(target="slurm", gpus_per_node=0)):

@@ -11,8 +11,8 @@ import psutil
 import pytest
 from prefect.client.orchestration import SyncPrefectClient
 
-from flows.pipeline import pipeline
 from nanodlm.errors import UsageError
+from nanodlm.flows.pipeline import pipeline
 from nanodlm.stages.table import NAMES, STAGES
 from tests.support.commands import nanodlm, result_of, started, statuses, tiny_flags
 
@@ -147,7 +147,7 @@ def test_a_run_whose_server_is_killed_keeps_what_it_trains_and_says_so_at_once(t
         while not list(store.glob("train/*/attempts/*/parts/checkpoints/*.json")):
             assert process.poll() is None, process.communicate()
             time.sleep(0.01)
-        (server,) = [p for p in psutil.Process(process.pid).children() if "flows.server" in p.cmdline()]
+        (server,) = [p for p in psutil.Process(process.pid).children() if "nanodlm.flows.server" in p.cmdline()]
         server.kill()
         _, said = process.communicate(timeout=100)
     assert process.returncode == 1

@@ -8,9 +8,9 @@ import time
 import pytest
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from flows import server
-from flows.server import ephemeral_server, wait_for_server_at_end
 from nanodlm.errors import NanodlmError, Stopped
+from nanodlm.flows import server
+from nanodlm.flows.server import ephemeral_server, wait_for_server_at_end
 from tests.support.commands import environment
 from tests.support.servers import free_ports
 
@@ -74,7 +74,7 @@ def test_nobody_waits_for_a_server_of_their_own_that_has_ended(monkeypatch: pyte
 def test_prefect_is_quiet_unless_the_environment_says_otherwise() -> None:
     code = """
 import os, sys
-from flows import quiet_prefect
+from nanodlm.flows import quiet_prefect
 quiet_prefect()
 print(os.environ["PREFECT_LOGGING_LEVEL"], os.environ["DO_NOT_TRACK"], "prefect" in sys.modules)
 """

@@ -15,8 +15,8 @@ import psutil
 import pytest
 from prefect.client.orchestration import SyncPrefectClient
 
-from flows.shards import task_runner
 from nanodlm.errors import UsageError
+from nanodlm.flows.shards import task_runner
 from nanodlm.stages import run as stages_run
 from nanodlm.store import Store
 from nanodlm.upkeep import copy

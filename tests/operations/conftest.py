@@ -14,7 +14,7 @@ import psutil
 import pytest
 from prefect.client.orchestration import SyncPrefectClient
 
-import flows
+import nanodlm
 from nanodlm.cli.arguments import parse
 from nanodlm.cli.run import plan
 from nanodlm.config import Config
@@ -24,7 +24,7 @@ from nanodlm.store import Store
 from tests.support import servers
 from tests.support.commands import environment, tiny_flags
 
-ROOT = Path(flows.__file__).parents[1]
+ROOT = Path(nanodlm.__file__).parents[1]
 AUTH = "operator:planted-password-of-the-server"
 SERVER = {
     "PREFECT_SERVER_API_AUTH_STRING": AUTH,

@@ -26,7 +26,7 @@ FLOWS = """
 import time
 from pathlib import Path
 from prefect import flow, tags
-from flows import TAG
+from nanodlm.flows import TAG
 
 @flow(name="waiting")
 def waiting(end):

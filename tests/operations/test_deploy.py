@@ -18,11 +18,11 @@ from docker.types import HostConfig
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.utilities.templating import apply_values, find_placeholders
 
-import flows
+import nanodlm
 from nanodlm.errors import SECRETS
 from tests.support.commands import environment
 
-ROOT = Path(flows.__file__).parents[1]
+ROOT = Path(nanodlm.__file__).parents[1]
 DEPLOY = ROOT / "deploy"
 POOLS = ("docker", "kubernetes")
 

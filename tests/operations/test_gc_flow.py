@@ -14,7 +14,7 @@ from prefect.exceptions import ParameterTypeError
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.utilities.callables import parameter_schema
 
-from flows.upkeep import gc
+from nanodlm.flows.upkeep import gc
 from nanodlm.store import Store, new_attempt
 from tests.operations.conftest import wait_until
 from tests.support.helpers import committed, fill

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from flows.pipeline import _run
 from nanodlm.cli.main import main
 from nanodlm.config import Config
 from nanodlm.errors import Damaged, NanodlmError
+from nanodlm.flows.pipeline import _run
 from nanodlm.stages import lookup as stages_lookup
 from nanodlm.stages import run
 from nanodlm.store import Artifact, Store, lease_events

@@ -195,7 +195,7 @@ def fake_gcs() -> Iterator[Server]:
 @contextmanager
 def ephemeral_prefect(home: Path) -> Iterator[dict[str, str]]:
     """The Prefect server of `nanodlm run`; yields the environment that names it."""
-    from flows.server import ephemeral_server
+    from nanodlm.flows.server import ephemeral_server
 
     named = {"PREFECT_HOME": str(home), "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
     with ExitStack() as stack:

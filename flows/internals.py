@@ -1,0 +1,29 @@
+"""All that is taken from inside Prefect where it has no public way; `tests/flows/test_internals.py` holds each."""
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+from coolname.data import config as words_of_names
+from prefect.context import TagsContext
+from prefect.exceptions import Abort
+
+NAMES = {word for rule in words_of_names.values() for word in rule.get("words", ())}
+
+
+def untagged() -> AbstractContextManager[Any]:
+    """Let tasks of the block have no tags: of each, Prefect would ask a server that may be busy for a limit."""
+    return TagsContext(current_tags=set())
+
+
+def without_state(why: str) -> BaseException:
+    """Return what a flow raises to end without any state of its own: the one that somebody gave it stays."""
+    return Abort(why)
+
+
+def is_generated(name: str) -> bool:
+    """Say if Prefect made a run's name up, such as `gentle-otter`, for it does not tell.
+
+    >>> is_generated("gentle-otter"), is_generated("nightly-owt")
+    (True, False)
+    """
+    return NAMES.issuperset(name.split("-"))

@@ -1,0 +1,142 @@
+"""The flow run that this process works for: its name, what it built before, its end, the device it waits for."""
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from datetime import date
+from typing import Any
+
+import httpx
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import FlowRunFilter, TaskRunFilter
+from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.concurrency.sync import concurrency
+from prefect.exceptions import ObjectNotFound
+from prefect.runtime import flow_run
+from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
+from prefect.states import Cancelled, Running
+
+from nanodlm.config import changed
+from nanodlm.errors import Emit, Stopped, UsageError
+from nanodlm.flows.internals import is_generated, without_state
+from nanodlm.stages.table import STAGES
+from nanodlm.store import FLOW_RUN
+
+LOOK_SECONDS = 30.0  # between two looks whether the run is still wanted
+LEASE_SECONDS = 900.0  # for which a slot stays taken after kill -9; the server may be away for a quarter of it
+WAITING = "Waiting"  # the name of the state of a run that waits for a device
+ON_DEVICE = [stage.name for stage in STAGES.values() if stage.own_process]
+
+
+def run_name() -> str:
+    """Return the name that a run was given, else its date, its preset and `exp.run_name`: `2026-11-29-demo-wide`."""
+    given, parameters = flow_run.name or "", flow_run.parameters
+    if not is_generated(given):
+        return given
+    preset, run = parameters["preset"], ""
+    with contextlib.suppress(UsageError):  # which the flow tells
+        run = changed(preset, parameters["config"]).exp.run_name
+    return "-".join(filter(None, [date.today().isoformat(), preset, run]))
+
+
+def built_before() -> set[str]:
+    """Return the stages that earlier tries of this run have built: retried, it does not build them once more."""
+    if flow_run.run_count < 2:
+        return set()
+    of_run = FlowRunFilter.model_validate({"id": {"any_": [flow_run.id]}})
+    with get_client(sync_client=True) as client:
+        return {run.name for run in client.read_task_runs(flow_run_filter=of_run) if run.state_name == "Completed"}
+
+
+@contextlib.contextmanager
+def working_for_run() -> Iterator[None]:
+    """Name this run in all manifests that the block writes, and stop the block, saving, when the run is over.
+
+    Prefect tells a run that it was cancelled while it listens, which it gives up after half a minute without a server,
+    and of a suspended, crashed or deleted run it tells nothing. So the run asks for its own state.
+    """
+    run, ended, done = flow_run.id, "", threading.Event()
+    main = threading.main_thread()
+
+    def look() -> None:
+        nonlocal ended
+        while not done.wait(LOOK_SECONDS):
+            ended = _end_of(run)
+            if ended and main.ident:  # again and again, for a library may have caught what this raises
+                signal.pthread_kill(main.ident, signal.SIGUSR1)
+
+    def interrupt(*_: Any) -> None:
+        raise Stopped(f"the run was {ended.lower()}; what is finished and saved is kept")
+
+    os.environ[FLOW_RUN] = str(run)
+    before = signal.signal(signal.SIGUSR1, interrupt) if threading.current_thread() is main else None
+    if before is not None:
+        threading.Thread(target=look, name="own-run", daemon=True).start()
+    try:
+        yield
+    except Exception as error:
+        if not ended:
+            raise
+        done.set()
+        if ended == "Cancelling":
+            with get_client(sync_client=True) as client:
+                client.set_flow_run_state(run, Cancelled(message=str(error)))  # type: ignore[arg-type]
+        raise without_state(str(error)) from error
+    finally:
+        done.set()
+        del os.environ[FLOW_RUN]
+        if before is not None:
+            signal.signal(signal.SIGUSR1, before)
+
+
+def _end_of(run: str | None) -> str:
+    """Return how a run has ended for its server, such as `Cancelling` or `Deleted`; nothing while it goes on."""
+    try:
+        with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}), get_client(sync_client=True) as client:
+            state = client.read_flow_run(run).state  # type: ignore[arg-type]
+    except ObjectNotFound:
+        return "Deleted"
+    except (httpx.HTTPError, RuntimeError):  # the server is away
+        return ""
+    return "" if state is None or state.type in (StateType.RUNNING, StateType.PENDING) else state.name or "ended"
+
+
+@contextlib.contextmanager
+def hold_device(limit: str | None, emit: Emit) -> Iterator[None]:
+    """Hold a slot of a concurrency limit, where the server has it. A run that has to wait says so, and for whom."""
+    waiting = False
+    if limit and _is_taken(limit):
+        waiting = True
+        names = " and ".join(run.name for run in _holders(limit)) or "a run that is gone"
+        emit("message", text=f"waiting for a slot of the concurrency limit {limit}, held by {names}")
+        _set_state(WAITING)
+    limits = [limit] if limit else []
+    with concurrency(limits, lease_duration=LEASE_SECONDS, strict=False, raise_on_lease_renewal_failure=False):
+        if waiting:
+            _set_state("Running")
+        yield
+
+
+def _is_taken(limit: str) -> bool:
+    with contextlib.suppress(ObjectNotFound), get_client(sync_client=True) as client:
+        found = client.read_global_concurrency_limit_by_name(limit)
+        return found.active_slots >= found.limit
+    return False
+
+
+def _holders(limit: str) -> list[FlowRun]:
+    """Return the runs that use a limit and are at a stage that needs it; the server does not tell who has its slots."""
+    running = {"state": {"name": {"any_": ["Running"]}}}  # a run that waits is in a state of another name
+    at_device = TaskRunFilter.model_validate({**running, "name": {"any_": ON_DEVICE}})
+    with get_client(sync_client=True) as client:
+        of_run = FlowRunFilter.model_validate(running)
+        tasks = client.read_task_runs(flow_run_filter=of_run, task_run_filter=at_device)
+        runs = [client.read_flow_run(task.flow_run_id) for task in tasks if task.flow_run_id]
+    return [run for run in runs if run.parameters.get("gpu_limit") == limit and str(run.id) != flow_run.id]
+
+
+def _set_state(name: str) -> None:
+    with get_client(sync_client=True) as client:
+        client.set_flow_run_state(flow_run.id, Running(name=name))  # type: ignore[arg-type]
