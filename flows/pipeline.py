@@ -24,7 +24,7 @@ from nanodlm.errors import NanodlmError, Stopped, UsageError
 from nanodlm.flows import TAG
 from nanodlm.flows.internals import untagged
 from nanodlm.flows.own_run import built_before, hold_device, run_name, working_for_run
-from nanodlm.flows.reporting import WATCHER, Pages, Watcher, show_run
+from nanodlm.flows.reporting import WATCHER, Pages, Watcher
 from nanodlm.flows.server import check_server, ephemeral_server, wait_for_server_at_end
 from nanodlm.flows.shards import may_pass, shard_in_parallel, task_runner, worth_retrying
 from nanodlm.stages import table
@@ -156,7 +156,7 @@ def _stages(
         found[name], told = state.result()
         records.append(told)
     if WATCHER.get() is None:
-        show_run(records, found)
+        Pages().run(records, found)
     return records
 
 

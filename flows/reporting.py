@@ -76,6 +76,10 @@ class Pages:
         if show := SHOWN.get(artifact.stage):
             self._write(show, artifact)
 
+    def run(self, records: list[dict[str, Any]], artifacts: dict[str, Artifact]) -> None:
+        """Show all of a run in one place."""
+        self._write(_show_run, records, artifacts)
+
     def _show_progress(self, percent: float, text: str) -> None:
         if self._progress is None:
             key = f"{self._stage}-progress"
@@ -124,7 +128,7 @@ def show_samples(sample: Artifact) -> None:
 SHOWN = {"shard": show_counts, "sample": show_samples}
 
 
-def show_run(records: list[dict[str, Any]], artifacts: dict[str, Artifact]) -> None:
+def _show_run(records: list[dict[str, Any]], artifacts: dict[str, Artifact]) -> None:
     """Show all of a run in one place, under the key `report`: numbers, stages, where they lie, loss curve, samples."""
     report, store = artifacts.get("report"), next(iter(artifacts.values())).store
     numbers, _, samples = (report.file("report.md").read_text() if report else "").partition("## Samples")
