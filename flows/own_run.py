@@ -24,6 +24,7 @@ from nanodlm.flows.internals import is_generated, without_state
 from nanodlm.stages.table import STAGES
 from nanodlm.store import FLOW_RUN
 
+FOLDER = "NANODLM_FOLDER"  # in which a deployment runs, as prefect.yaml says
 LOOK_SECONDS = 30.0  # between two looks whether the run is still wanted
 LEASE_SECONDS = 900.0  # for which a slot stays taken after kill -9; the server may be away for a quarter of it
 WAITING = "Waiting"  # the name of the state of a run that waits for a device
@@ -70,6 +71,12 @@ def working_for_run() -> Iterator[None]:
     def interrupt(*_: Any) -> None:
         raise Stopped(f"the run was {ended.lower()}; what is finished and saved is kept")
 
+    if folder := os.environ.get(FOLDER):
+        try:
+            os.chdir(folder)
+        except OSError as error:
+            moved = f"{folder}, from where this was deployed, cannot be entered ({error.strerror})"
+            raise UsageError(f"{moved}: `prefect deploy --all` in the clone tells where it is now") from error
     os.environ[FLOW_RUN] = str(run)
     before = signal.signal(signal.SIGUSR1, interrupt) if threading.current_thread() is main else None
     if before is not None:
