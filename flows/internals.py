@@ -4,6 +4,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from coolname.data import config as words_of_names
+from prefect.client.schemas.objects import State
 from prefect.context import TagsContext
 from prefect.exceptions import Abort
 
@@ -15,9 +16,11 @@ def untagged() -> AbstractContextManager[Any]:
     return TagsContext(current_tags=set())
 
 
-def without_state(why: str) -> BaseException:
-    """Return what a flow raises to end without any state of its own: the one that somebody gave it stays."""
-    return Abort(why)
+def end_of_run(why: str, state: State | None) -> BaseException:
+    """Return what a flow raises to end in the state that the server has by now, without another and a traceback."""
+    end = Abort(why)
+    end.state = state  # type: ignore[attr-defined]  # which the run's log tells
+    return end
 
 
 def is_generated(name: str) -> bool:

@@ -11,16 +11,16 @@ from typing import Any
 import httpx
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, TaskRunFilter
-from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.concurrency.sync import concurrency
 from prefect.exceptions import ObjectNotFound
-from prefect.runtime import flow_run
+from prefect.runtime import deployment, flow_run
 from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
-from prefect.states import Cancelled, Running
+from prefect.states import Cancelled, Failed, Running
 
 from nanodlm.config import changed
-from nanodlm.errors import Emit, Stopped, UsageError
-from nanodlm.flows.internals import is_generated, without_state
+from nanodlm.errors import Emit, NanodlmError, Stopped, UsageError
+from nanodlm.flows.internals import end_of_run, is_generated
 from nanodlm.stages.table import STAGES
 from nanodlm.store import FLOW_RUN
 
@@ -87,10 +87,8 @@ def working_for_run() -> Iterator[None]:
         if not ended:
             raise
         done.set()
-        if ended == "Cancelling":
-            with get_client(sync_client=True) as client:
-                client.set_flow_run_state(run, Cancelled(message=str(error)))  # type: ignore[arg-type]
-        raise without_state(str(error)) from error
+        state = _set_state(Cancelled(message=str(error))) if ended == "Cancelling" else None
+        raise end_of_run(str(error), state) from error
     finally:
         done.set()
         del os.environ[FLOW_RUN]
@@ -118,11 +116,11 @@ def hold_device(limit: str | None, emit: Emit) -> Iterator[None]:
         waiting = True
         names = " and ".join(run.name for run in _holders(limit)) or "a run that is gone"
         emit("message", text=f"waiting for a slot of the concurrency limit {limit}, held by {names}")
-        _set_state(WAITING)
+        _set_state(Running(name=WAITING))
     limits = [limit] if limit else []
     with concurrency(limits, lease_duration=LEASE_SECONDS, strict=False, raise_on_lease_renewal_failure=False):
         if waiting:
-            _set_state("Running")
+            _set_state(Running())
         yield
 
 
@@ -144,6 +142,15 @@ def _holders(limit: str) -> list[FlowRun]:
     return [run for run in runs if run.parameters.get("gpu_limit") == limit and str(run.id) != flow_run.id]
 
 
-def _set_state(name: str) -> None:
+def fail(error: NanodlmError) -> State[Any]:
+    """Return the state `Failed` with the one line of an error; a deployed flow is ended in it, without a traceback."""
+    failed = Failed(message=str(error), data=error)
+    if not deployment.id:
+        return failed
+    raise end_of_run(str(error), _set_state(Failed(message=str(error)))) from error
+
+
+def _set_state(state: State[Any]) -> State[Any] | None:
+    """Propose a state of this run, and return the one that the server took or has."""
     with get_client(sync_client=True) as client:
-        client.set_flow_run_state(flow_run.id, Running(name=name))  # type: ignore[arg-type]
+        return client.set_flow_run_state(flow_run.id, state).state  # type: ignore[arg-type]

@@ -23,7 +23,7 @@ from nanodlm.config import Changes, Config, Preset, StoreUrl, as_changes, change
 from nanodlm.errors import NanodlmError, Stopped, UsageError
 from nanodlm.flows import TAG
 from nanodlm.flows.internals import untagged
-from nanodlm.flows.own_run import built_before, hold_device, run_name, working_for_run
+from nanodlm.flows.own_run import built_before, fail, hold_device, run_name, working_for_run
 from nanodlm.flows.reporting import WATCHER, Pages, Watcher
 from nanodlm.flows.server import check_server, ephemeral_server, wait_for_server_at_end
 from nanodlm.flows.shards import may_pass, shard_in_parallel, task_runner, worth_retrying
@@ -57,11 +57,7 @@ def stage_task(name: str, config: Config, store_url: str, inputs: dict[str, Arti
     except NanodlmError as error:
         if may_pass(error):
             raise
-        return _failed(error)
-
-
-def _failed(error: NanodlmError) -> State[Any]:
-    return Failed(message=str(error), data=error)
+        return Failed(message=str(error), data=error)
 
 
 def _build_or_find(
@@ -126,7 +122,7 @@ def _run(
             rebuild = None if rebuild in built_before() else rebuild
             return _stages(changed(preset, changes), store or default_store(), until, rebuild, **options)
     except NanodlmError as error:
-        return _failed(error)
+        return fail(error)
 
 
 def _stages(
