@@ -37,7 +37,9 @@ from nanodlm.store import Artifact, Store
 DataStageName = Literal["download", "tokenizer", "split", "shard"]
 Records = list[dict[str, Any]]  # of each stage, as `nanodlm.stages.run.record` gives it
 HERE = Launch()  # in a process of this machine
-UNCHANGED: dict[str, Any] = {}
+AS_IS: dict[str, Any] = {}  # a preset without changes
+Where = StoreUrl | None
+Limit = str | None
 
 
 @task(
@@ -68,7 +70,7 @@ def _build_or_find(
     *,
     build: bool,
     rebuild: str | None,
-    gpu_limit: str | None = None,
+    gpu_limit: Limit = None,
     train_on: Launch = HERE,
 ) -> Any:
     """Build one stage, in a process of its own if it uses JAX, which holds a slot of `gpu_limit` meanwhile; or find it.
@@ -178,11 +180,11 @@ def described_flow(function: Callable[..., Records | State[Any]]) -> Flow[..., A
 @described_flow
 def pipeline(
     preset: Preset = "demo",
-    config: Changes = UNCHANGED,
-    store: StoreUrl | None = None,
+    config: Changes = AS_IS,
+    store: Where = None,
     until: StageName = "sample",
     rebuild: StageName | Literal["changed"] | None = None,
-    gpu_limit: str | None = None,
+    gpu_limit: Limit = None,
     train_on: Launch = HERE,
 ) -> Records | State[Any]:
     """Go from text to samples: build what the store lacks, stage by stage, and the report at the end."""
@@ -191,10 +193,7 @@ def pipeline(
 
 @described_flow
 def prepare(
-    preset: Preset = "demo",
-    config: Changes = UNCHANGED,
-    store: StoreUrl | None = None,
-    rebuild: DataStageName | None = None,
+    preset: Preset = "demo", config: Changes = AS_IS, store: Where = None, rebuild: DataStageName | None = None
 ) -> Records | State[Any]:
     """Prepare the data, up to the shards. It needs no accelerator."""
     return _run(preset, config, store, "shard", rebuild)
@@ -203,10 +202,10 @@ def prepare(
 @described_flow
 def train(
     preset: Preset = "demo",
-    config: Changes = UNCHANGED,
-    store: StoreUrl | None = None,
+    config: Changes = AS_IS,
+    store: Where = None,
     rebuild: bool = False,
-    gpu_limit: str | None = None,
+    gpu_limit: Limit = None,
     train_on: Launch = HERE,
 ) -> Records | State[Any]:
     """Train, and nothing else: from the last checkpoint on, if there is one. The shards must be in the store."""
@@ -217,10 +216,10 @@ def train(
 @described_flow
 def evaluate(
     preset: Preset = "demo",
-    config: Changes = UNCHANGED,
-    store: StoreUrl | None = None,
+    config: Changes = AS_IS,
+    store: Where = None,
     rebuild: bool = False,
-    gpu_limit: str | None = None,
+    gpu_limit: Limit = None,
 ) -> Records | State[Any]:
     """Evaluate, and nothing else. The trained model must be in the store."""
     again = "evaluate" if rebuild else None
@@ -230,10 +229,10 @@ def evaluate(
 @described_flow
 def sample(
     preset: Preset = "demo",
-    config: Changes = UNCHANGED,
-    store: StoreUrl | None = None,
+    config: Changes = AS_IS,
+    store: Where = None,
     rebuild: bool = False,
-    gpu_limit: str | None = None,
+    gpu_limit: Limit = None,
 ) -> Records | State[Any]:
     """Draw samples, and nothing else. The trained model must be in the store."""
     again = "sample" if rebuild else None

@@ -3,7 +3,6 @@
 A page that cannot be written, because the server is away, is said in the log and never fails a stage.
 """
 
-import base64
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -17,9 +16,8 @@ from prefect.client.schemas.actions import ArtifactUpdate
 from prefect.logging import get_run_logger
 from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
-from nanodlm.evaluation.report import logs_of, loss_curve, texts_of
-from nanodlm.stages.progress import Pace, summary
-from nanodlm.stages.table import NAMES
+from nanodlm.evaluation.report import logs_of, loss_curve_url, texts_of
+from nanodlm.stages.progress import Pace, counts, stage_table, summary
 from nanodlm.store import Artifact
 
 SECONDS = 30.0  # between two lines of a stage's progress in Prefect's log, and on its page
@@ -78,7 +76,7 @@ class Pages:
 
     def run(self, records: list[dict[str, Any]], artifacts: dict[str, Artifact]) -> None:
         """Show all of a run in one place."""
-        self._write(_show_run, records, artifacts)
+        self._write(show_run, records, artifacts)
 
     def _show_progress(self, percent: float, text: str) -> None:
         if self._progress is None:
@@ -88,11 +86,11 @@ class Pages:
             self._write(pages.update_progress_artifact, self._progress, percent, description=text)
 
     def _show_curve(self, text: str) -> None:
-        url = _curve_url(self._logs, self._unigram)
+        url = loss_curve_url(self._logs, self._unigram)
         if url and self._curve is None:
             self._curve = self._write(pages.create_image_artifact, url, key="loss-curve", description=text)
         elif url:
-            self._write(_update_curve, self._curve, url, text)
+            self._write(update_curve, self._curve, url, text)
 
     def _write(self, call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         try:
@@ -107,15 +105,7 @@ WATCHER: ContextVar[Watcher | None] = ContextVar("watcher", default=None)  # of 
 
 def show_counts(shard: Artifact) -> None:
     """Show a table of what the data stages counted, under the key `data-counts`."""
-    made_from, counts = shard.manifest["inputs"], shard.metrics
-    inputs = [shard.store.find(name, made_from[name]["fingerprint"]) for name in NAMES if name in made_from]
-    rows = [
-        {"stage": a.stage, "holds": summary(a), "fingerprint": a.fingerprint[:16], "at": a.uri}
-        for a in filter(None, [*inputs, shard])
-    ]
-    for name, side in (("train", "train"), ("validation", "val")):
-        rows.append({"stage": name, "holds": f"{counts[f'{side}_tokens']:,} tokens in {counts[f'{side}_rows']:,} rows"})
-    pages.create_table_artifact(rows, key="data-counts", description="What the model is trained and tested on")
+    pages.create_table_artifact(counts(shard), key="data-counts", description="What the model is trained and tested on")
 
 
 def show_samples(sample: Artifact) -> None:
@@ -128,30 +118,20 @@ def show_samples(sample: Artifact) -> None:
 SHOWN = {"shard": show_counts, "sample": show_samples}
 
 
-def _show_run(records: list[dict[str, Any]], artifacts: dict[str, Artifact]) -> None:
+def show_run(records: list[dict[str, Any]], artifacts: dict[str, Artifact]) -> None:
     """Show all of a run in one place, under the key `report`: numbers, stages, where they lie, loss curve, samples."""
     report, store = artifacts.get("report"), next(iter(artifacts.values())).store
     numbers, _, samples = (report.file("report.md").read_text() if report else "").partition("## Samples")
-    lines = [numbers, "## Stages", "", "| stage | | seconds | holds | fingerprint |", "|---|---|---:|---|---|"]
-    for told in records:
-        stage, fingerprint = told["stage"], told["fingerprint"][:16]
-        holds = summary(artifacts[stage])
-        lines.append(f"| {stage} | {told['status']} | {told['seconds']:,.1f} | {holds} | `{fingerprint}` |")
-    lines += ["", f"Store: `{store.uri()}`", ""]
+    lines = [numbers, "## Stages", *stage_table(records, artifacts), "", f"Store: `{store.uri()}`"]
     if "train" in artifacts:
         unigram = artifacts["shard"].metrics.get("val_unigram_nats_per_token")
-        lines.append(f"![loss curve]({_curve_url(logs_of(artifacts['train']), unigram)})")
+        lines += ["", f"![loss curve]({loss_curve_url(logs_of(artifacts['train']), unigram)})"]
     if samples:
         lines += ["", "## Samples", samples]
     pages.create_markdown_artifact("\n".join(lines), key="report", description=store.uri())
 
 
-def _curve_url(logs: list[dict[str, Any]], unigram: float | None) -> str:
-    """Return the loss curve of a training's logs as an address that holds the picture; nothing before the first."""
-    curve = loss_curve(logs, unigram)
-    return curve and f"data:image/svg+xml;base64,{base64.b64encode(curve.encode()).decode()}"
-
-
-def _update_curve(artifact: UUID, url: str, text: str) -> None:
+def update_curve(artifact: UUID, url: str, text: str) -> None:
+    """Show another picture of the loss curve."""
     with get_client(sync_client=True) as client:
         client.update_artifact(artifact, ArtifactUpdate(data=url, description=text))

@@ -1,5 +1,6 @@
 """The report: one HTML page and one Markdown file with a run's numbers, its loss curve and its samples."""
 
+import base64
 import html
 import json
 from typing import Any
@@ -76,6 +77,12 @@ def texts_of(sample: Artifact) -> list[str]:
 def logs_of(train: Artifact) -> list[dict[str, Any]]:
     """Return the records of a training, as `logs.json` holds them."""
     return json.loads(train.file("logs.json").read_text())
+
+
+def loss_curve_url(logs: list[dict[str, Any]], unigram: float | None) -> str:
+    """Return the `loss_curve` as an address that holds the picture; an empty one before the first record."""
+    curve = loss_curve(logs, unigram)
+    return curve and f"data:image/svg+xml;base64,{base64.b64encode(curve.encode()).decode()}"
 
 
 def loss_curve(logs: list[dict[str, Any]], unigram: float | None = None) -> str:

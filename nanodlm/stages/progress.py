@@ -69,3 +69,25 @@ def summary(artifact: "Artifact") -> str:
     m = artifact.metrics
     inexact = {"megabytes": m.get("bytes", 0) / 1e6, "millions": m.get("parameters", 0) / 1e6}
     return SUMMARIES.get(artifact.stage, "").format(**m, **inexact)
+
+
+def stage_table(records: list[dict[str, Any]], artifacts: dict[str, "Artifact"]) -> list[str]:
+    """Return the lines of a table, in Markdown, of the stages that a run went through."""
+    lines = ["", "| stage | | seconds | holds | fingerprint |", "|---|---|---:|---|---|"]
+    for told in records:
+        holds, fingerprint = summary(artifacts[told["stage"]]), told["fingerprint"][:16]
+        lines.append(f"| {told['stage']} | {told['status']} | {told['seconds']:,.1f} | {holds} | `{fingerprint}` |")
+    return lines
+
+
+def counts(shard: "Artifact") -> list[dict[str, str]]:
+    """Return the rows of a table of what the data stages up to the shards counted."""
+    made_from, m = shard.manifest["inputs"], shard.metrics
+    inputs = [shard.store.find(name, made_from[name]["fingerprint"]) for name in SUMMARIES if name in made_from]
+    rows = [
+        {"stage": a.stage, "holds": summary(a), "fingerprint": a.fingerprint[:16], "at": a.uri}
+        for a in filter(None, [*inputs, shard])
+    ]
+    for name, side in (("train", "train"), ("validation", "val")):
+        rows.append({"stage": name, "holds": f"{m[f'{side}_tokens']:,} tokens in {m[f'{side}_rows']:,} rows"})
+    return rows
