@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, TaskRunFilter
-from prefect.client.schemas.objects import FlowRun, State, StateType
+from prefect.client.schemas.objects import State, StateType
 from prefect.concurrency.sync import concurrency
 from prefect.exceptions import ObjectNotFound
 from prefect.runtime import deployment, flow_run
@@ -27,7 +27,6 @@ from nanodlm.store import FLOW_RUN
 FOLDER = "NANODLM_FOLDER"  # in which a deployment runs, as prefect.yaml says
 LOOK_SECONDS = 30.0  # between two looks whether the run is still wanted
 LEASE_SECONDS = 900.0  # for which a slot stays taken after kill -9; the server may be away for a quarter of it
-WAITING = "Waiting"  # the name of the state of a run that waits for a device
 ON_DEVICE = [stage.name for stage in STAGES.values() if stage.own_process]
 
 
@@ -40,6 +39,15 @@ def run_name() -> str:
     with contextlib.suppress(UsageError):  # which the flow tells
         run = changed(preset, parameters["config"]).exp.run_name
     return "-".join(filter(None, [date.today().isoformat(), preset, run]))
+
+
+def enter_folder() -> None:
+    """Go to the folder of the clone that the run was deployed from, where there is one."""
+    try:
+        os.chdir(os.environ.get(FOLDER, "."))
+    except OSError as error:
+        moved = f"{error.filename}, from where this was deployed, cannot be entered ({error.strerror})"
+        raise UsageError(f"{moved}: `prefect --no-prompt deploy --all` in the clone tells where it is now") from error
 
 
 def built_before() -> set[str]:
@@ -71,12 +79,6 @@ def working_for_run() -> Iterator[None]:
     def interrupt(*_: Any) -> None:
         raise Stopped(f"the run was {ended.lower()}; what is finished and saved is kept")
 
-    if folder := os.environ.get(FOLDER):
-        try:
-            os.chdir(folder)
-        except OSError as error:
-            moved = f"{folder}, from where this was deployed, cannot be entered ({error.strerror})"
-            raise UsageError(f"{moved}: `prefect deploy --all` in the clone tells where it is now") from error
     os.environ[FLOW_RUN] = str(run)
     before = signal.signal(signal.SIGUSR1, interrupt) if threading.current_thread() is main else None
     if before is not None:
@@ -111,35 +113,36 @@ def _end_of(run: str | None) -> str:
 @contextlib.contextmanager
 def hold_device(limit: str | None, emit: Emit) -> Iterator[None]:
     """Hold a slot of a concurrency limit, where the server has it. A run that has to wait says so, and for whom."""
-    waiting = False
-    if limit and _is_taken(limit):
-        waiting = True
-        names = " and ".join(run.name for run in _holders(limit)) or "a run that is gone"
-        emit("message", text=f"waiting for a slot of the concurrency limit {limit}, held by {names}")
-        _set_state(Running(name=WAITING))
+    holders = _holders(limit) if limit else ""
+    if holders:
+        emit("message", text=f"waiting for a slot of the concurrency limit {limit}, held by {holders}")
+        _set_state(Running(name="Waiting"))
     limits = [limit] if limit else []
     with concurrency(limits, lease_duration=LEASE_SECONDS, strict=False, raise_on_lease_renewal_failure=False):
-        if waiting:
+        if holders:
             _set_state(Running())
         yield
 
 
-def _is_taken(limit: str) -> bool:
-    with contextlib.suppress(ObjectNotFound), get_client(sync_client=True) as client:
-        found = client.read_global_concurrency_limit_by_name(limit)
-        return found.active_slots >= found.limit
-    return False
+def _holders(limit: str) -> str:
+    """Return the names of the runs that have all slots of a limit; nothing while one is free, or without such a limit.
 
-
-def _holders(limit: str) -> list[FlowRun]:
-    """Return the runs that use a limit and are at a stage that needs it; the server does not tell who has its slots."""
+    The server does not tell who has them: these are the others that use it and are at a stage that needs it.
+    """
     running = {"state": {"name": {"any_": ["Running"]}}}  # a run that waits is in a state of another name
     at_device = TaskRunFilter.model_validate({**running, "name": {"any_": ON_DEVICE}})
     with get_client(sync_client=True) as client:
+        try:
+            found = client.read_global_concurrency_limit_by_name(limit)
+        except ObjectNotFound:
+            return ""
+        if found.active_slots < found.limit:
+            return ""
         of_run = FlowRunFilter.model_validate(running)
         tasks = client.read_task_runs(flow_run_filter=of_run, task_run_filter=at_device)
         runs = [client.read_flow_run(task.flow_run_id) for task in tasks if task.flow_run_id]
-    return [run for run in runs if run.parameters.get("gpu_limit") == limit and str(run.id) != flow_run.id]
+    names = [run.name for run in runs if run.parameters.get("gpu_limit") == limit and str(run.id) != flow_run.id]
+    return " and ".join(names) or "a run that is gone"
 
 
 def fail(error: NanodlmError) -> State[Any]:

@@ -20,13 +20,13 @@ from prefect.utilities.annotations import quote
 from nanodlm.cluster.follow import run_on_cluster
 from nanodlm.cluster.settings import Launch
 from nanodlm.config import Changes, Config, Preset, StoreUrl, as_changes, changed
-from nanodlm.errors import NanodlmError, Stopped, UsageError
+from nanodlm.errors import NanodlmError, Stopped, Unreachable, UsageError
 from nanodlm.flows import TAG
 from nanodlm.flows.internals import untagged
-from nanodlm.flows.own_run import built_before, fail, hold_device, run_name, working_for_run
-from nanodlm.flows.reporting import WATCHER, Pages, Watcher
+from nanodlm.flows.own_run import built_before, enter_folder, fail, hold_device, run_name, working_for_run
+from nanodlm.flows.reporting import WATCHER, Pages, Watcher, show_run
 from nanodlm.flows.server import check_server, ephemeral_server, wait_for_server_at_end
-from nanodlm.flows.shards import may_pass, shard_in_parallel, task_runner, worth_retrying
+from nanodlm.flows.shards import shard_in_parallel, task_runner, worth_retrying
 from nanodlm.stages import table
 from nanodlm.stages.lookup import ready
 from nanodlm.stages.process import run_in_process
@@ -36,8 +36,9 @@ from nanodlm.store import Artifact, Store
 
 DataStageName = Literal["download", "tokenizer", "split", "shard"]
 Records = list[dict[str, Any]]  # of each stage, as `nanodlm.stages.run.record` gives it
+Outcome = Records | State[Any]
 HERE = Launch()  # in a process of this machine
-AS_IS: dict[str, Any] = {}  # a preset without changes
+NONE: dict[str, Any] = {}  # a preset without changes
 Where = StoreUrl | None
 Limit = str | None
 
@@ -56,9 +57,9 @@ def stage_task(name: str, config: Config, store_url: str, inputs: dict[str, Arti
     """
     try:
         return _build_or_find(name, config, Store(store_url), inputs, **options)
+    except Unreachable:  # which may pass
+        raise
     except NanodlmError as error:
-        if may_pass(error):
-            raise
         return Failed(message=str(error), data=error)
 
 
@@ -88,13 +89,10 @@ def _build_or_find(
         remedy = f"run the pipeline, or `nanodlm run --until {name}`, with the same settings first"
         raise NanodlmError(f"{name} is not built for this configuration in {store.uri()}: {remedy}")
     own_process = lookup.stage.own_process
+    limit = gpu_limit if own_process else None
     try:
         # In this order: a slot goes back to a server that answers.
-        with (
-            hold_device(gpu_limit if own_process else None, watcher.emit),
-            wait_for_server_at_end(watcher.emit),
-            watcher.showing(name),
-        ):
+        with hold_device(limit, watcher.emit), wait_for_server_at_end(watcher.emit), watcher.showing(name):
             started = time.monotonic()
             if not own_process:
                 artifact, found = run_stage(name, config, store, rebuild=again, inputs=inputs, emit=watcher.emit)
@@ -117,9 +115,10 @@ def _build_or_find(
 
 def _run(
     preset: str, changes: dict[str, Any], store: str | None, until: str, rebuild: str | None, **options: Any
-) -> Records | State[Any]:
+) -> Outcome:
     """Go through stages as `_stages` does, for this flow run; what the user has to mend ends it as `Failed`."""
     try:
+        enter_folder()
         with working_for_run():
             rebuild = None if rebuild in built_before() else rebuild
             return _stages(changed(preset, changes), store or default_store(), until, rebuild, **options)
@@ -132,21 +131,16 @@ def _stages(
 ) -> Records:
     """Go through stages in order; `alone`, all that the last one needs must be there. Return the record of each."""
     found: dict[str, Artifact] = {}
-    records, needed = [], {until}
+    records, names = [], table.needed(config, until) if alone else table.until(until)
     check_rebuild(rebuild, until)
     if url.startswith("memory:"):
         raise UsageError("a store in memory is seen by no other process: give store a folder or a bucket")
-    told = [until] if alone else [*table.until(until)]
-    table.check(config, told if options.get("train_on", HERE) == HERE else [name for name in told if name != "train"])
-    for name in reversed(table.until(until)):
-        if name in needed:
-            needed |= set(STAGES[name].inputs(config))
-    for name in table.until(until):
-        if alone and name not in needed:
-            continue
+    elsewhere = {"train"} if options.get("train_on", HERE) != HERE else set()
+    table.check(config, {until} - elsewhere if alone else {*names} - elsewhere)
+    for name in names:
         inputs = {input_: found[input_] for input_ in STAGES[name].inputs(config)}
         if name == "shard" and rebuild not in (name, "changed") and not alone:
-            shard_in_parallel(config, url, inputs, WATCHER.get() or Pages())
+            shard_in_parallel(config, url, inputs)
         with untagged():
             make = stage_task.with_options(name=name, task_run_name=name)
             build, given = not alone or name == until, cast(dict[str, Artifact], quote(inputs))
@@ -154,7 +148,7 @@ def _stages(
         found[name], told = state.result()
         records.append(told)
     if WATCHER.get() is None:
-        Pages().run(records, found)
+        Pages().write(show_run, records, found)
     return records
 
 
@@ -171,7 +165,7 @@ PARAMETERS = """
 """
 
 
-def described_flow(function: Callable[..., Records | State[Any]]) -> Flow[..., Any]:
+def described_flow(function: Callable[..., Outcome]) -> Flow[..., Any]:
     """Make a flow, whose docstring has `PARAMETERS`, from which Prefect takes what its forms say."""
     function.__doc__ = f"{function.__doc__}\n{PARAMETERS}"
     return flow(flow_run_name=run_name, persist_result=False)(function)
@@ -180,21 +174,21 @@ def described_flow(function: Callable[..., Records | State[Any]]) -> Flow[..., A
 @described_flow
 def pipeline(
     preset: Preset = "demo",
-    config: Changes = AS_IS,
+    config: Changes = NONE,
     store: Where = None,
     until: StageName = "sample",
     rebuild: StageName | Literal["changed"] | None = None,
     gpu_limit: Limit = None,
     train_on: Launch = HERE,
-) -> Records | State[Any]:
+) -> Outcome:
     """Go from text to samples: build what the store lacks, stage by stage, and the report at the end."""
     return _run(preset, config, store, until, rebuild, gpu_limit=gpu_limit, train_on=train_on)
 
 
 @described_flow
 def prepare(
-    preset: Preset = "demo", config: Changes = AS_IS, store: Where = None, rebuild: DataStageName | None = None
-) -> Records | State[Any]:
+    preset: Preset = "demo", config: Changes = NONE, store: Where = None, rebuild: DataStageName | None = None
+) -> Outcome:
     """Prepare the data, up to the shards. It needs no accelerator."""
     return _run(preset, config, store, "shard", rebuild)
 
@@ -202,12 +196,12 @@ def prepare(
 @described_flow
 def train(
     preset: Preset = "demo",
-    config: Changes = AS_IS,
+    config: Changes = NONE,
     store: Where = None,
     rebuild: bool = False,
     gpu_limit: Limit = None,
     train_on: Launch = HERE,
-) -> Records | State[Any]:
+) -> Outcome:
     """Train, and nothing else: from the last checkpoint on, if there is one. The shards must be in the store."""
     again = "train" if rebuild else None
     return _run(preset, config, store, "train", again, alone=True, gpu_limit=gpu_limit, train_on=train_on)
@@ -215,12 +209,8 @@ def train(
 
 @described_flow
 def evaluate(
-    preset: Preset = "demo",
-    config: Changes = AS_IS,
-    store: Where = None,
-    rebuild: bool = False,
-    gpu_limit: Limit = None,
-) -> Records | State[Any]:
+    preset: Preset = "demo", config: Changes = NONE, store: Where = None, rebuild: bool = False, gpu_limit: Limit = None
+) -> Outcome:
     """Evaluate, and nothing else. The trained model must be in the store."""
     again = "evaluate" if rebuild else None
     return _run(preset, config, store, "evaluate", again, alone=True, gpu_limit=gpu_limit)
@@ -228,12 +218,8 @@ def evaluate(
 
 @described_flow
 def sample(
-    preset: Preset = "demo",
-    config: Changes = AS_IS,
-    store: Where = None,
-    rebuild: bool = False,
-    gpu_limit: Limit = None,
-) -> Records | State[Any]:
+    preset: Preset = "demo", config: Changes = NONE, store: Where = None, rebuild: bool = False, gpu_limit: Limit = None
+) -> Outcome:
     """Draw samples, and nothing else. The trained model must be in the store."""
     again = "sample" if rebuild else None
     return _run(preset, config, store, "sample", again, alone=True, gpu_limit=gpu_limit)

@@ -72,27 +72,24 @@ class Pages:
             self._logs = logs_of(artifact)
             self._show_curve(told)
         if show := SHOWN.get(artifact.stage):
-            self._write(show, artifact)
-
-    def run(self, records: list[dict[str, Any]], artifacts: dict[str, Artifact]) -> None:
-        """Show all of a run in one place."""
-        self._write(show_run, records, artifacts)
+            self.write(show, artifact)
 
     def _show_progress(self, percent: float, text: str) -> None:
         if self._progress is None:
             key = f"{self._stage}-progress"
-            self._progress = self._write(pages.create_progress_artifact, percent, key=key, description=text)
+            self._progress = self.write(pages.create_progress_artifact, percent, key=key, description=text)
         else:
-            self._write(pages.update_progress_artifact, self._progress, percent, description=text)
+            self.write(pages.update_progress_artifact, self._progress, percent, description=text)
 
     def _show_curve(self, text: str) -> None:
         url = loss_curve_url(self._logs, self._unigram)
         if url and self._curve is None:
-            self._curve = self._write(pages.create_image_artifact, url, key="loss-curve", description=text)
+            self._curve = self.write(pages.create_image_artifact, url, key="loss-curve", description=text)
         elif url:
-            self._write(update_curve, self._curve, url, text)
+            self.write(update_curve, self._curve, url, text)
 
-    def _write(self, call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    def write(self, call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        """Call what writes a page, and return what it returns, or None when the server does not take it."""
         try:
             with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}):
                 return call(*arguments, **options)

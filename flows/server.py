@@ -18,7 +18,7 @@ from contextvars import ContextVar
 import httpx
 from filelock import FileLock
 from prefect.client.orchestration import get_client
-from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, get_current_settings, temporary_settings
+from prefect.settings import get_current_settings
 
 from nanodlm.errors import NanodlmError, Stopped
 from nanodlm.stages.process import PARENT, end_with_parent, stop
@@ -111,25 +111,19 @@ def wait_for_server_at_end(emit: Callable[..., None]) -> Iterator[None]:
     A task's last state is an event, which Prefect tries to send for some seconds only: lost, the task would look as if
     it ran for ever. A flow that is stopped by a signal does not wait, and one whose own server has ended neither.
     """
-    failure = None
+    failure, said = None, False
     try:
         yield
     except Stopped:
         raise
     except Exception as error:
         failure = error
-    url, own = get_current_settings().api.url, OWN.get()
-    away, deadline = bool(url) and not _healthy(url), time.monotonic() + AWAY_SECONDS
-    if away:
-        emit("message", text="the Prefect server is away: waiting to tell it how the stage ended")
-    with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}), get_client(sync_client=True) as client:
-        while away and time.monotonic() < deadline and (own is None or own.poll() is None):
-            try:  # not `api_healthcheck`, which would swallow the error that a signal raises
-                client.request("GET", "/health")
-                away = False
-            except httpx.HTTPError as error:
-                away = not isinstance(error, httpx.HTTPStatusError) or error.response.is_server_error
-                time.sleep(1)
+    url, own, deadline = get_current_settings().api.url, OWN.get(), time.monotonic() + AWAY_SECONDS
+    while url and not _healthy(url) and time.monotonic() < deadline and (own is None or own.poll() is None):
+        if not said:
+            emit("message", text="the Prefect server is away: waiting to tell it how the stage ended")
+        said = True
+        time.sleep(1)
     if failure is not None:
         raise failure
 

@@ -4,8 +4,6 @@ nanodlm run --runner processes --workers 4
 """
 
 import os
-from collections.abc import Callable
-from contextvars import ContextVar
 from typing import Any
 
 from prefect import flow, tags, task, unmapped
@@ -20,24 +18,18 @@ from nanodlm.config import Config
 from nanodlm.errors import NanodlmError, Unreachable, UsageError
 from nanodlm.flows import TAG
 from nanodlm.flows.internals import untagged
-from nanodlm.flows.reporting import Watcher
+from nanodlm.flows.reporting import WATCHER, Pages
 from nanodlm.stages import fanout
 from nanodlm.stages.lookup import ready
 from nanodlm.stages.process import end_with_parent
 from nanodlm.store import Artifact, Store
 
 RUNNERS = ("threads", "processes", "dask")
-EMIT: ContextVar[Callable[..., None]] = ContextVar("emit")
-
-
-def may_pass(error: Any) -> bool:
-    """Say if an error may pass by itself, such as a network that was away, and not what the user has to mend."""
-    return isinstance(error, OSError | Unreachable)
 
 
 def worth_retrying(_task: Any, _run: Any, state: State) -> bool:
-    """Retry only what may pass by itself."""
-    return may_pass(state.result(raise_on_failure=False))
+    """Retry only what may pass by itself, such as a network that was away; never what the user has to mend."""
+    return isinstance(state.result(raise_on_failure=False), OSError | Unreachable)
 
 
 @task(
@@ -60,46 +52,38 @@ def build_shards(missing: list[int], config: Config, store_url: str, inputs: dic
 
     It is a flow of its own, in this module, because a task in another process gets the flow it belongs to with it.
     """
-    with untagged():
-        futures = build_shard.map(missing, unmapped(config), store_url, unmapped(inputs))
+    watcher = WATCHER.get() or Pages()
     built = failed = 0
-    for future in as_completed(futures):
-        try:
-            built += future.result()
-        except Exception as error:  # also what a process that was killed leaves behind
-            failed += 1
-            get_run_logger().warning("a shard is left to the shard stage: %s", error)
-        emit("progress", done=built, total=len(missing), unit="shards")
-    if failed:
-        emit("message", text=f"{failed} of {len(missing)} shards are left to the stage itself")
+    with watcher.showing("shard"), untagged():
+        for future in as_completed(build_shard.map(missing, unmapped(config), store_url, unmapped(inputs))):
+            try:
+                built += future.result()
+            except Exception as error:  # also what a process that was killed leaves behind
+                failed += 1
+                get_run_logger().warning("a shard is left to the shard stage: %s", error)
+            watcher.emit("progress", done=built, total=len(missing), unit="shards")
+        if failed:
+            watcher.emit("message", text=f"{failed} of {len(missing)} shards are left to the stage itself")
     return built
 
 
-def emit(kind: str, **fields: Any) -> None:
-    """Show progress of the flow of this process; the variable itself could not be sent to others with the flow."""
-    EMIT.get()(kind, **fields)
-
-
-def shard_in_parallel(config: Config, store_url: str, inputs: dict[str, Artifact], watcher: Watcher) -> None:
+def shard_in_parallel(config: Config, store_url: str, inputs: dict[str, Artifact]) -> None:
     """Inside a flow, make the missing shards as tasks on the runner that the environment names, when there are several.
 
     The shard stage has to run afterwards: it adopts them, makes those whose tasks failed, and says why if it cannot.
     """
     store = Store(store_url)
     lookup = ready("shard", config, store, inputs=inputs)
-    with fanout.missing_shards(lookup, store, watcher.emit) as missing:
+    with fanout.missing_shards(lookup, store, (WATCHER.get() or Pages()).emit) as missing:
         if len(missing) < 2:
             return
-        runner, token = task_runner(), EMIT.set(watcher.emit)
+        make = build_shards.with_options(task_runner=task_runner())
         try:
-            with watcher.showing("shard"), tags(TAG):  # with an absolute path, for other machines
-                make = build_shards.with_options(task_runner=runner)
+            with tags(TAG):  # with an absolute path, for other machines
                 make(missing, config, store.uri(), lookup.input_fingerprints)
         except OSError as error:
             said = f"the workers that make shards cannot be reached: {' '.join(str(error).split())[:200]}"
             raise NanodlmError(f"{said}; check NANODLM_DASK_ADDRESS, or use --runner threads") from error
-        finally:
-            EMIT.reset(token)
 
 
 def task_runner() -> TaskRunner[Any]:

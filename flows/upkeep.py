@@ -12,6 +12,7 @@ from prefect.runtime import flow_run
 from pydantic import Field
 
 from nanodlm.config import StoreUrl
+from nanodlm.flows.own_run import enter_folder
 from nanodlm.stages.run import default_store
 from nanodlm.store import Store
 from nanodlm.upkeep.ages import AGE, seconds, size
@@ -41,6 +42,7 @@ def gc(
     log, removed = get_run_logger(), []
     older = None if older_than is None else seconds(older_than)
     done = "would remove" if dry_run else "removed"
+    enter_folder()
     opened = Store(store or default_store())
     try:
         for row in collect(opened, keep_last=keep_last, older_than=older, grace=seconds(grace), dry_run=dry_run):

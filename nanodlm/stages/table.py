@@ -93,6 +93,15 @@ def until(last: str) -> tuple[str, ...]:
     return tuple(STAGES) if last == "sample" else NAMES[: NAMES.index(last) + 1]
 
 
+def needed(config: Config, last: str) -> list[str]:
+    """Return the names of the stages that one needs, and of those that these need, in order; its own comes last."""
+    names = {last}
+    for name in reversed(until(last)):
+        if name in names:
+            names |= set(STAGES[name].inputs(config))
+    return [name for name in until(last) if name in names]
+
+
 def check_rebuild(rebuild: str | None, last: str) -> None:
     """Raise a `UsageError` when the stage to rebuild comes after the last one; `changed` is any of them."""
     if rebuild not in (None, "changed", *until(last)):
