@@ -24,7 +24,6 @@ from nanodlm.flows.internals import end_of_run, is_generated
 from nanodlm.stages.table import STAGES
 from nanodlm.store import FLOW_RUN
 
-FOLDER = "NANODLM_FOLDER"  # in which a deployment runs, as prefect.yaml says
 LOOK_SECONDS = 30.0  # between two looks whether the run is still wanted
 LEASE_SECONDS = 900.0  # for which a slot stays taken after kill -9; the server may be away for a quarter of it
 ON_DEVICE = [stage.name for stage in STAGES.values() if stage.own_process]
@@ -42,9 +41,9 @@ def run_name() -> str:
 
 
 def enter_folder() -> None:
-    """Go to the folder of the clone that the run was deployed from, where there is one."""
+    """Go to the clone that the run was deployed from, where prefect.yaml names one."""
     try:
-        os.chdir(os.environ.get(FOLDER, "."))
+        os.chdir(os.environ.get("NANODLM_FOLDER", "."))
     except OSError as error:
         moved = f"{error.filename}, from where this was deployed, cannot be entered ({error.strerror})"
         raise UsageError(f"{moved}: `prefect --no-prompt deploy --all` in the clone tells where it is now") from error

@@ -26,7 +26,7 @@ from nanodlm.flows.internals import untagged
 from nanodlm.flows.own_run import built_before, enter_folder, fail, hold_device, run_name, working_for_run
 from nanodlm.flows.reporting import WATCHER, Pages, Watcher, show_run
 from nanodlm.flows.server import check_server, ephemeral_server, wait_for_server_at_end
-from nanodlm.flows.shards import shard_in_parallel, task_runner, worth_retrying
+from nanodlm.flows.shards import may_pass, shard_in_parallel, task_runner
 from nanodlm.stages import table
 from nanodlm.stages.lookup import ready
 from nanodlm.stages.process import run_in_process
@@ -48,7 +48,7 @@ Limit = str | None
     persist_result=False,
     retries=2,
     retry_delay_seconds=[5, 30],
-    retry_condition_fn=worth_retrying,
+    retry_condition_fn=may_pass,
 )
 def stage_task(name: str, config: Config, store_url: str, inputs: dict[str, Artifact], **options: Any) -> Any:
     """Build one stage, or find it and end as `Cached`; what returns is the artifact and its record.

@@ -1,7 +1,4 @@
-"""A Prefect server for one `nanodlm run`, gone when its parent is, even after SIGKILL; waiting for one that is away.
-
-python -m nanodlm.flows.server --port PORT              # on loopback only
-"""
+"""A Prefect server for one `nanodlm run`, gone when its parent is, even after SIGKILL; waiting for one that is away."""
 
 import contextlib
 import os

@@ -1,7 +1,4 @@
-"""The shards as tasks of their own, in threads, processes, or on the workers of a Dask cluster.
-
-nanodlm run --runner processes --workers 4
-"""
+"""The shards as tasks of their own, in threads, processes, or on the workers of a Dask cluster."""
 
 import os
 from typing import Any
@@ -27,7 +24,7 @@ from nanodlm.store import Artifact, Store
 RUNNERS = ("threads", "processes", "dask")
 
 
-def worth_retrying(_task: Any, _run: Any, state: State) -> bool:
+def may_pass(_task: Any, _run: Any, state: State) -> bool:
     """Retry only what may pass by itself, such as a network that was away; never what the user has to mend."""
     return isinstance(state.result(raise_on_failure=False), OSError | Unreachable)
 
@@ -39,7 +36,7 @@ def worth_retrying(_task: Any, _run: Any, state: State) -> bool:
     retries=3,
     retry_delay_seconds=exponential_backoff(backoff_factor=2),
     retry_jitter_factor=0.5,
-    retry_condition_fn=worth_retrying,
+    retry_condition_fn=may_pass,
 )
 def build_shard(index: int, config: Config, store_url: str, inputs: dict[str, str]) -> bool:
     """Make one shard as a finished part of an attempt of its own, and return whether it had to be made."""
