@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from contextvars import copy_context
 from datetime import date
 from typing import Any
 
@@ -81,7 +82,7 @@ def working_for_run() -> Iterator[None]:
     os.environ[FLOW_RUN] = str(run)
     before = signal.signal(signal.SIGUSR1, interrupt) if threading.current_thread() is main else None
     if before is not None:
-        threading.Thread(target=look, name="own-run", daemon=True).start()
+        threading.Thread(target=copy_context().run, args=(look,), name="own-run", daemon=True).start()
     try:
         yield
     except Exception as error:

@@ -1,0 +1,163 @@
+"""The run that a flow works for: on a real server, which somebody else tells that the run is over."""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prefect import flow, get_client, task
+from prefect.client.orchestration import SyncPrefectClient
+from prefect.runtime import flow_run
+from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.states import Cancelled, Cancelling, Crashed, Running, Suspended
+
+from nanodlm.errors import NanodlmError, UsageError
+from nanodlm.flows import own_run
+from nanodlm.flows.own_run import built_before, enter_folder, run_name, working_for_run
+from nanodlm.flows.pipeline import pipeline
+from nanodlm.store import FLOW_RUN
+
+
+@pytest.fixture
+def client(prefect_server: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[SyncPrefectClient]:
+    monkeypatch.setattr(own_run, "LOOK_SECONDS", 0.2)
+    with temporary_settings({PREFECT_API_URL: prefect_server["PREFECT_API_URL"]}), get_client(sync_client=True) as found:
+        yield found
+
+
+def end(how: Callable[[str], Any]) -> tuple[str, str, float]:
+    """Run a flow that works for a minute, and have its run ended; return its id, what was raised, and the seconds."""
+    ids, began = [], time.monotonic()
+
+    @flow
+    def working() -> None:
+        with working_for_run():
+            ids.append(flow_run.id)
+            assert os.environ[FLOW_RUN] == ids[0]
+            threading.Timer(0.3, how, ids).start()
+            time.sleep(60)
+
+    with pytest.raises(BaseException) as raised:
+        working()
+    assert not isinstance(raised.value, Exception)  # so that no state is proposed
+    assert FLOW_RUN not in os.environ
+    return ids[0], str(raised.value), time.monotonic() - began
+
+
+@pytest.mark.parametrize(
+    ("told", "name"),
+    [
+        (Cancelling(), "Cancelled"),
+        (Cancelled(), "Cancelled"),
+        (Suspended(timeout_seconds=600), "Suspended"),
+        (Crashed(), "Crashed"),
+    ],
+    ids=lambda value: value.name.lower() if hasattr(value, "name") else "",
+)
+def test_a_run_stops_when_its_server_says_that_it_is_over_and_leaves_the_state(
+    client: SyncPrefectClient, told: Any, name: str
+) -> None:
+    run, said, seconds = end(lambda run: client.set_flow_run_state(run, told, force=True))
+    assert seconds < 30
+    assert said == f"the run was {told.name.lower()}; what is finished and saved is kept"
+    state = client.read_flow_run(run).state
+    assert state is not None
+    assert state.name == name
+
+
+def test_a_run_that_was_deleted_stops(client: SyncPrefectClient) -> None:
+    _, said, _ = end(lambda run: client.delete_flow_run(run))
+    assert said.startswith("the run was deleted")
+
+
+def test_a_run_goes_on_while_its_server_is_away_and_while_it_waits(
+    client: SyncPrefectClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @flow
+    def working() -> str:
+        with working_for_run():
+            client.set_flow_run_state(flow_run.id, Running(name="Waiting"))
+            time.sleep(0.7)
+            with monkeypatch.context() as patch:
+                patch.setattr(own_run, "get_client", lambda **_: get_client(sync_client=True, httpx_settings={"timeout": 0}))
+                time.sleep(0.7)
+        return "done"
+
+    before = signal.getsignal(signal.SIGUSR1)
+    assert working() == "done"
+    assert signal.getsignal(signal.SIGUSR1) == before
+
+
+def test_only_a_run_that_is_tried_again_knows_stages_that_it_has_built(client: SyncPrefectClient) -> None:
+    known: list[set[str]] = []
+
+    @task(name="train")
+    def train() -> None:
+        pass
+
+    @flow
+    def twice() -> None:
+        known.append(built_before())
+        if len(known) == 1:
+            train()
+            deadline = time.monotonic() + 20
+            with get_client(sync_client=True) as client:
+                while "Completed" not in {run.state_name for run in client.read_task_runs(limit=1)}:
+                    assert time.monotonic() < deadline
+                    time.sleep(0.1)
+            raise ValueError("the first try fails")
+
+    twice.with_options(retries=1)()
+    assert known == [set(), {"train"}]
+
+
+@pytest.mark.parametrize(
+    ("given", "config", "expected"),
+    [
+        ("gentle-otter", {}, f"{date.today()}-owt"),
+        ("gentle-otter", {"exp.run_name": "wide"}, f"{date.today()}-owt-wide"),
+        ("gentle-otter", {"train.lr": -1}, f"{date.today()}-owt"),
+        ("before-the-move", {"exp.run_name": "wide"}, "before-the-move"),
+    ],
+)
+def test_a_given_name_is_kept_and_another_is_made_of_date_preset_and_run_name(
+    given: str, config: dict[str, Any], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flow_run, "name", given, raising=False)
+    monkeypatch.setattr(flow_run, "parameters", {"preset": "owt", "config": config}, raising=False)
+    assert run_name() == expected
+
+
+def test_a_deployment_whose_clone_was_moved_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NANODLM_FOLDER", str(tmp_path / "moved"))
+    with pytest.raises(UsageError, match="moved, from where this was deployed, cannot be entered .*deploy --all"):
+        enter_folder()
+
+
+@pytest.mark.parametrize(
+    ("parameters", "says"),
+    [
+        ({"store": "memory://x"}, "a store in memory is seen by no other process"),
+        ({"until": "shard", "rebuild": "train"}, "comes after --until shard: nothing would be rebuilt"),
+        ({"config": {"train": {"max_steps": 0}}}, "train.max_steps: Input should be greater than 0"),
+        ({"store": "s3://key:planted-secret@bucket/store"}, "holds a user name or password"),
+    ],
+)
+def test_what_a_flow_refuses_is_one_line_without_a_traceback_and_without_secrets(
+    client: SyncPrefectClient, parameters: dict[str, Any], says: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(NanodlmError, match=says):
+        pipeline(**parameters)
+    run = client.read_flow_runs(sort="EXPECTED_START_TIME_DESC", limit=1)[0]  # type: ignore[arg-type]
+    assert run.state is not None
+    assert run.state.name == "Failed"
+    assert says in str(run.state.message)
+    told = f"{run.state.message} {caplog.text}"
+    assert "Traceback" not in told
+    assert "planted-secret" not in told
