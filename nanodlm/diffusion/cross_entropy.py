@@ -13,8 +13,7 @@ from nanodlm.diffusion.noise import Logits, Tokens
 def predictable(logits: Float[Array, "... V"], *, mask_id: int) -> Float[Array, "... V"]:
     """Set the logits of ids that are never predicted (mask and padding) to minus infinity, in float32 at least.
 
-    Raises:
-        ValueError: For fewer logits than real tokens.
+    Fewer logits than real tokens are a ValueError.
 
     >>> predictable(jnp.zeros((1, 4)), mask_id=2).tolist()
     [[0.0, 0.0, -inf, -inf]]

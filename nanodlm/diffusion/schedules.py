@@ -26,22 +26,14 @@ class Schedule:
     m stays exact in float32 near t = 0, where 1 - alpha(t) would cancel. Schedules whose m does not run from 0 to 1
     jump the rest at their ends: a token masked at t = 0 is unmasked there, and what is unmasked just before t = 1 is
     masked there. `Objective.corrupt` and the samplers account for both jumps, so that the bound stays one.
-
-    Attributes:
-        kind: Its name.
-        mask_rate: m(t), not decreasing, from `start` to `end`.
-        dmask_rate: m'(t) >= 0; it may be infinite at t = 0.
-        time_of: The inverse of m: the time at which a given share of tokens is masked, in [0, 1].
-        start: m just after t = 0; 0 for all but the clipped forms.
-        end: m just before t = 1; 1 for all but the clipped forms and `loglinear`.
     """
 
     kind: str
-    mask_rate: Rate
-    dmask_rate: Rate
-    time_of: Rate
-    start: float = 0.0
-    end: float = 1.0
+    mask_rate: Rate  # m(t), not decreasing, from `start` to `end`
+    dmask_rate: Rate  # m'(t) >= 0; it may be infinite at t = 0
+    time_of: Rate  # the inverse of m: the time at which a given share of tokens is masked, in [0, 1]
+    start: float = 0.0  # m just after t = 0; 0 for all but the clipped forms
+    end: float = 1.0  # m just before t = 1; 1 for all but the clipped forms and `loglinear`
 
     def alpha(self, t: Float[Array, "..."] | float) -> Float[Array, "..."]:
         """Return the probability that a token is unmasked at time t, in [0, 1].
