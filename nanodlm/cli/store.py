@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from typing import Annotated
 
 from typing_extensions import Doc
@@ -45,7 +46,7 @@ def ls(*, store: OpenStore, out: Output) -> None:
             continue
         if artifact is None:  # it was removed just now
             continue
-        size, age = _size(artifact), ages.age(artifact)
+        size, age = _size(artifact), time.time() - ages.made_at(artifact)
         inputs = {name: made["fingerprint"] for name, made in artifact.manifest["inputs"].items()}
         name = (artifact.manifest.get("config") or {}).get("exp", {}).get("run_name", "")
         row = {"stage": stage, "uri": artifact.uri, "bytes": size, "created": artifact.manifest["created"]}
@@ -66,10 +67,10 @@ def show(uri: Uri, /, *, store: OpenStore, out: Output) -> None:
     """Show where an artifact came from, its settings, metrics, packages and files."""
     artifact = _artifact(uri, store)
     m = artifact.manifest
-    out.text(artifact.uri, f"made    {m['created']} ({_ago(ages.age(artifact))} ago) in {m['seconds']} s")
-    out.text(
-        f"size    {ages.size(_size(artifact))} in {_count(m['files'], 'file')}", f"digest  {m['digest']}", "", "lineage"
-    )
+    ago = _ago(time.time() - ages.made_at(artifact))
+    out.text(artifact.uri, f"made    {m['created']} ({ago} ago) in {m['seconds']} s")
+    out.text(f"size    {ages.size(_size(artifact))} in {_count(m['files'], 'file')}")
+    out.text(f"digest  {m['digest']}", "", "lineage")
     for stage, fingerprint in chain(artifact.store, artifact.stage, artifact.fingerprint)[:-1]:
         try:
             there = "" if artifact.store.find(stage, fingerprint) else "  (not there any more)"

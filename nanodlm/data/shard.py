@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tiktoken
+from tiktoken import Encoding
 
 from nanodlm.config import Config
 from nanodlm.data import download
@@ -92,13 +92,7 @@ def token_counts(shard: Artifact) -> np.ndarray:
 
 
 def _write_shard(
-    config: Config,
-    encoding: tiktoken.Encoding,
-    cut: str | Place,
-    part: Path,
-    attempt: Attempt,
-    index: int,
-    threads: int,
+    config: Config, encoding: Encoding, cut: str | Place, part: Path, attempt: Attempt, index: int, threads: int
 ) -> dict[str, Any]:
     """Write the rows of one part: of documents whose keys lie behind the cut, or of what lies before it in place."""
     data, name = config.data, data_rows.name(index)
@@ -129,7 +123,7 @@ def _write_shard(
 
 
 def _rows(
-    encoding: tiktoken.Encoding, documents: list[Any], length: int, pretokenized: bool, threads: int
+    encoding: Encoding, documents: list[Any], length: int, pretokenized: bool, threads: int
 ) -> tuple[np.ndarray, int]:
     """Cut documents into rows (N, length); return these and the number of tokens left over."""
     if pretokenized:

@@ -41,15 +41,8 @@ def evaluate(config: Config, inputs: dict[str, Artifact], attempt: Attempt, emit
     rows = read(shard.file("validation.arrayrecord"), shard.metrics["dtype"])
     chosen = evenly_spaced(len(rows), config.eval.max_rows)
     documents = documents_in(rows, encoding.eot_token)[chosen]
-    metrics = score(
-        model,
-        encoding,
-        [rows[i] for i in chosen],
-        config.eval,
-        documents=documents,
-        counts=token_counts(shard),
-        emit=emit,
-    )
+    rows, counts = [rows[i] for i in chosen], token_counts(shard)
+    metrics = score(model, encoding, rows, config.eval, documents=documents, counts=counts, emit=emit)
     metrics["pretokenized"] = config.data.pretokenized  # only their end-of-text marks tell documents
     (attempt.path / "metrics.json").write_text(json.dumps(metrics, indent=1))
     return metrics

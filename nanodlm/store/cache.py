@@ -66,18 +66,17 @@ def hold(name: str, needed: int = 0) -> Path:
 
 def cannot_write_cache(error: OSError) -> NanodlmError:
     """Return the error, in one line, of a cache that cannot be written."""
-    return NanodlmError(
-        f"cannot write to the cache {cache_dir()}: {one_line(error)}; set NANODLM_CACHE to a folder with room"
-    )
+    remedy = "set NANODLM_CACHE to a folder with room"
+    return NanodlmError(f"cannot write to the cache {cache_dir()}: {one_line(error)}; {remedy}")
 
 
 def drop(name: str) -> None:
     """Throw an entry out that this process alone has used."""
     entry = cache_dir() / "entries" / name
-    with _holding:
+    with _holding, FileLock(cache_dir() / "lock"):
         if held := _held.pop(entry, None):
             held.close()
-    shutil.rmtree(entry, ignore_errors=True)
+        shutil.rmtree(entry, ignore_errors=True)
 
 
 def fetch(
@@ -117,32 +116,22 @@ def fetch(
 
 def _make_room(needed: int) -> None:
     """Throw out what nobody uses, the least recently used first, until `needed` more bytes fit."""
-    entries = sorted((entry for entry in (cache_dir() / "entries").iterdir() if entry.is_dir()), key=_last_used)
-    sizes = {entry: sum(found.size for found in list_files(str(entry)).values()) for entry in entries}
+    used = sorted((cache_dir() / "entries").glob("*/used"), key=lambda file: file.stat().st_mtime)
+    sizes = {file.parent: sum(found.size for found in list_files(str(file.parent)).values()) for file in used}
     total = sum(sizes.values())
-    for entry in entries:
+    for entry, size in sizes.items():
         wanted = total + needed > limit() or entry.name.startswith("attempt-")  # which a killed run has left
-        if wanted and entry not in _held and _is_unused(entry):
+        if wanted and _is_unused(entry):
             shutil.rmtree(entry, ignore_errors=True)
-            total -= sizes[entry]
+            total -= size
     if needed and total + needed > limit():
-        raise NanodlmError(
-            f"the cache {cache_dir()} may hold {limit() / 1e9:.3g} GB, of which {total / 1e9:.3g} are in use, and "
-            f"{needed / 1e9:.3g} more are needed: raise NANODLM_CACHE_GB"
-        )
-
-
-def _last_used(entry: Path) -> float:
-    with contextlib.suppress(FileNotFoundError):
-        return (entry / "used").stat().st_mtime
-    return 0.0
+        room = f"{limit() / 1e9:.3g} GB, of which {total / 1e9:.3g} are in use, and {needed / 1e9:.3g} more are needed"
+        raise NanodlmError(f"the cache {cache_dir()} may hold {room}: raise NANODLM_CACHE_GB")
 
 
 def _is_unused(entry: Path) -> bool:
-    """Say if no process holds an entry. Nobody can take it meanwhile: that needs the cache's own lock."""
-    with contextlib.suppress(FileNotFoundError), (entry / "used").open("a") as file:  # else its user has thrown it out
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-    return True
+    """Say if no process holds an entry, this one among them; nobody can take it while the cache's own lock is held."""
+    with (entry / "used").open("a") as file, contextlib.suppress(BlockingIOError):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    return False

@@ -26,16 +26,13 @@ def canonical_json(value: Any) -> str:
     """
 
     def check(v: Any) -> None:
-        if isinstance(v, dict):
-            for key, item in v.items():
-                if not isinstance(key, str):
-                    raise TypeError(f"a fingerprint takes string keys, not {key!r}")
-                check(item)
-        elif isinstance(v, list | tuple):
-            for item in v:
+        if isinstance(v, dict | list | tuple):
+            for item in v.values() if isinstance(v, dict) else v:
                 check(item)
         elif v is not None and type(v) not in (str, int, float, bool):
             raise TypeError(f"a fingerprint takes no {type(v).__name__}: {v!r}")
+        if isinstance(v, dict) and not all(isinstance(key, str) for key in v):
+            raise TypeError(f"a fingerprint takes string keys, not those of {v!r}")
 
     check(value)
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
