@@ -10,9 +10,8 @@ from tiktoken import Encoding
 from nanodlm.config import Config
 from nanodlm.data import download
 from nanodlm.data import rows as data_rows
-from nanodlm.data.last import Place, halves
 from nanodlm.data.rows import dtype_for, write
-from nanodlm.data.split import document_key
+from nanodlm.data.split import Place, document_key, halves
 from nanodlm.data.tokenizer import load, tokenise
 from nanodlm.errors import Emit, NanodlmError
 from nanodlm.store import Artifact, Attempt
