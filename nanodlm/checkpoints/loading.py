@@ -31,10 +31,6 @@ def load(uri: str) -> tuple[Transformer, tiktoken.Encoding]:
         uri: A train artifact's URI, that of an artifact made from it, or a checkpoint's folder. When the run kept
             an average of the parameters, that is what is loaded.
 
-    Raises:
-        NanodlmError: When there is no model there.
-        Damaged: When its files are not what their manifest says.
-
     Example:
         model, tokenizer = nanodlm.load("data/store/train/3f2a…")
         logits = model(x_t, t)

@@ -58,18 +58,9 @@ def sample_blocks(
 ) -> Int[Array, "B L"]:
     """Draw sequences block by block, each by `sample` given the ones before; a block without masks costs no steps.
 
-    Args:
-        decoder: The network.
-        key: Randomness, or a seed.
-        shape: (B, L) of the result, L a multiple of the block size.
-        num_steps: Steps per block.
-        block_size: Tokens per block; like the next two, a loaded network carries it.
-        mask_id: The id of a masked token.
-        schedule: The noise schedule or its name.
-        prompt: As for `sample`; what its blocks have masked is filled in without sight of later blocks.
-        options: Those of `sample`, but for `guidance`: the cache has seen the prompt.
-
-    What raises is as for `sample`, and a length that is no multiple of the block size is a ValueError.
+    Each block, of `block_size` tokens, takes `num_steps`. What a prompt has masked there is filled in without sight of
+    later blocks. All else, what raises too, is as for `sample`, but there is no `guidance`, for the cache has seen the
+    prompt, and a length that is no multiple of the block size is a ValueError.
 
     Source: BD3-LM, arXiv:2503.09573, section 3.
 
@@ -136,8 +127,8 @@ def sample_autoregressive(
         return (cache, token if document_end is None else jnp.where(token == document_end, mask, token)), token
 
     begin = (decoder.init(shape[0]), jnp.full(shape[0], mask, jnp.int32))
-    tokens = jax.lax.scan(step, begin, (jnp.arange(shape[1]), _start(prompt, shape, mask).T))[1].T
-    return finite_tokens(tokens)
+    _, tokens = jax.lax.scan(step, begin, (jnp.arange(shape[1]), _start(prompt, shape, mask).T))
+    return finite_tokens(tokens.T)
 
 
 def _require_kind(decoder: Decoder, reads: str) -> None:

@@ -21,13 +21,13 @@ from typing import Any, NamedTuple, get_args
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key
 
-from nanodlm.diffusion.checks import check_logits, noise_schedule, require, require_whole
+from nanodlm.diffusion.checks import check_logits, require, require_whole
 from nanodlm.diffusion.corruption import Corruption, mask_blocks, mask_rows, mix_rows, shift_right
 from nanodlm.diffusion.cross_entropy import cross_entropy, linear_cross_entropy
 from nanodlm.diffusion.kinds import KINDS, Estimator, Kind, KindName, Times, Weighting
 from nanodlm.diffusion.mixed import mixed_divergence
 from nanodlm.diffusion.noise import Denoise, Logits, Tokens
-from nanodlm.diffusion.schedules import Schedule
+from nanodlm.diffusion.schedules import Schedule, make_schedule
 
 MOST_TIMESTEPS = 100_000  # beyond, alpha_s - alpha_t has few digits left in float32
 Features = Float[Array, "B L D"]
@@ -65,8 +65,7 @@ class Objective:
         named = ((self.estimator, Estimator), (self.kind, KindName), (self.weighting, Weighting), (self.times, Times))
         for value, choices in named:
             names = get_args(choices)
-            if value not in names:
-                raise ValueError(f"unknown name {value!r}: choose {', '.join(names[:-1])} or {names[-1]}")
+            require(value in names, f"unknown name {value!r}: choose {', '.join(names[:-1])} or {names[-1]}")
         for name in ("mask_id", "num_timesteps", "block_size"):
             require_whole(name, getattr(self, name))
         if self.estimator == "discrete" and self.num_timesteps > MOST_TIMESTEPS:
@@ -122,9 +121,8 @@ class Objective:
         """
         network = getattr(denoise, "__self__", denoise)  # which may be given as one of its methods
         reads, wanted = getattr(network, "block_size", None), self.traits.block_size(self.block_size)
-        if reads is not None and reads != wanted:
-            fits = f"does not fit the {self.kind} objective, which needs {wanted}"
-            raise ValueError(f"a network with block_size {reads} {fits}")
+        fits = f"does not fit the {self.kind} objective, which needs {wanted}"
+        require(reads in (None, wanted), f"a network with block_size {reads} {fits}")
         options = {"context": x_0} if self.traits.reads == "block" else {}
         if segment_ids is not None:
             options["segment_ids"] = segment_ids
@@ -217,7 +215,8 @@ def settle(network: Any, *, schedule: Schedule | str | None, **passed: Any) -> d
     >>> settle(lambda x_t, t: x_t, schedule="linear", mask_id=2)["schedule"].kind
     'linear'
     """
-    own, schedule = own_objective(network), noise_schedule(schedule)
+    own = own_objective(network)
+    schedule = make_schedule(schedule) if isinstance(schedule, str) else schedule
     if own is None:
         missing = [name for name, value in (("schedule", schedule), ("mask_id", passed["mask_id"])) if value is None]
         require(not missing, f"pass {' and '.join(missing)}: only a network of nanodlm.load carries its own")

@@ -94,22 +94,13 @@ def score(
     return {
         "val_nats_per_token": float(nats.sum()) / len(tokens),
         "val_nats_per_token_stderr": ratio_stderr(nats, row_tokens, shared),
-        "val_bits_per_byte": bits_per_byte(float(nats.sum()), n_bytes),
+        "val_bits_per_byte": float(nats.sum()) / math.log(2) / n_bytes,
         "val_bits_per_byte_stderr": ratio_stderr(nats, row_bytes, shared) / math.log(2),
         "val_stderr_over": "rows" if shared is None else "documents",
         "val_unigram_nats_per_token": unigram,
-        "val_unigram_bits_per_byte": bits_per_byte(unigram * len(tokens), n_bytes),
+        "val_unigram_bits_per_byte": unigram * len(tokens) / math.log(2) / n_bytes,
         "scored_tokens": len(tokens),
         "scored_bytes": n_bytes,
         "scored_rows": len(rows),
         "scored_documents": n_documents,
     }
-
-
-def bits_per_byte(nats: float, n_bytes: int) -> float:
-    """Convert the total nats of a text of so many bytes to bits per byte.
-
-    >>> bits_per_byte(math.log(2) * 8, 4)
-    2.0
-    """
-    return nats / math.log(2) / n_bytes

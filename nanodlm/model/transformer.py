@@ -25,6 +25,7 @@ from nanodlm.model.views import Cache, Past, View, view_behind, view_of_row
 
 Ids = Int[Array, "B L"]
 Logits = Float[Array, "B L V"]
+Features = Float[Array, "B L D"]
 Times = Float[Array, "B *K"]  # of each row, or of each of its K blocks
 Remat = Literal["none", "dots", "full"]
 
@@ -44,21 +45,18 @@ LOGICAL_AXES = {
 class Transformer(nnx.Module):
     """Predict every token of a row from a noised one.
 
-    No position reads a block behind its own; a `block_size` of 0 lets it read the whole row. That changes no parameter.
-    The backward pass computes again instead of keeping, by `remat`, `none` of a block's values, all but matrix products
-    (`dots`), or the whole block (`full`). That changes memory and time, not the result.
+    No position reads later blocks than its own, of `block_size` positions; with 0 it reads the whole row. That changes
+    no parameter. Instead of keeping what a layer makes for the backward pass, `remat` computes it again: `none` of it,
+    all but matrix products (`dots`), or the whole (`full`). That changes memory and time, not the result.
 
     >>> model = Transformer(vocab_size=32, n_layers=1, n_heads=2, d_model=8, d_ff=16, rngs=nnx.Rngs(0))
     >>> model(jnp.zeros((2, 5), int), jnp.ones(2)).shape
     (2, 5, 32)
     """
 
-    objective: Any = None
-    """What it is trained on, a `diffusion.objective.Objective`, where it was made from settings."""
-    seq_len: int = 0
-    """Tokens in the rows it is trained on, likewise."""
-    document_end: int | None = None
-    """The id that ends a document, where it is told."""
+    objective: Any = None  # what it is trained on, a `diffusion.objective.Objective`, where it was made from settings
+    seq_len: int = 0  # tokens in the rows it is trained on, likewise
+    document_end: int | None = None  # the id that ends a document, where it is told
 
     def __init__(
         self,
@@ -122,9 +120,7 @@ class Transformer(nnx.Module):
         """The output layer, whose product with features are the logits."""
         return (self.head or self.embedding).embedding[...]
 
-    def features(
-        self, x_t: Ids, t: Times, segment_ids: Ids | None = None, context: Ids | None = None
-    ) -> Float[Array, "B L D"]:
+    def features(self, x_t: Ids, t: Times, segment_ids: Ids | None = None, context: Ids | None = None) -> Features:
         """Return what the output layer scores, at every position.
 
         With a context, each block of x_t is seen beside the context's blocks before it, and nothing else: one call
