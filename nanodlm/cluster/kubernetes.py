@@ -127,8 +127,7 @@ def state(job: Job) -> tuple[Literal["waiting", "done", "failed", "unknown"], st
     if "Completed" in (status.get("terminalState"), *ended):
         return "done", "Completed"
     if "Failed" in (status.get("terminalState"), *ended):
-        label = f"jobset.sigs.k8s.io/jobset-name={job.name}"
-        _, log, _ = _kubectl(job, "logs", "--selector", label, "--tail=1")
+        _, log, _ = _kubectl(job, "logs", f"--selector=jobset.sigs.k8s.io/jobset-name={job.name}", "--tail=1")
         return "failed", last_line(log) or ended.get("Failed", "") or "it has failed"
     return "waiting", f"restarted {status.get('restarts', 0)} times"
 
