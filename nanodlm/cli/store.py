@@ -18,7 +18,7 @@ from nanodlm.store import Artifact, Store, changed_since, remark
 from nanodlm.upkeep import ages
 from nanodlm.upkeep.collect import collect
 from nanodlm.upkeep.copy import copy as copy_artifacts
-from nanodlm.upkeep.verify import chain, check, in_order, named
+from nanodlm.upkeep.verify import chain, check, in_order
 
 
 def _open_store(
@@ -65,13 +65,13 @@ def ls(*, store: OpenStore, out: Output) -> None:
 
 def show(uri: Uri, /, *, store: OpenStore, out: Output) -> None:
     """Show where an artifact came from, its settings, metrics, packages and files."""
-    artifact = _artifact(uri, store)
+    artifact = _store_of(uri, store).open(uri)
     m = artifact.manifest
     ago = _ago(time.time() - ages.made_at(artifact))
     out.text(artifact.uri, f"made    {m['created']} ({ago} ago) in {m['seconds']} s")
     out.text(f"size    {ages.size(_size(artifact))} in {_count(m['files'], 'file')}")
     out.text(f"digest  {m['digest']}", "", "lineage")
-    for stage, fingerprint in chain(artifact.store, artifact.stage, artifact.fingerprint)[:-1]:
+    for stage, fingerprint in chain(artifact.store, (artifact.stage, artifact.fingerprint))[:-1]:
         try:
             there = "" if artifact.store.find(stage, fingerprint) else "  (not there any more)"
         except Damaged:
@@ -90,7 +90,7 @@ def show(uri: Uri, /, *, store: OpenStore, out: Output) -> None:
 
 def explain(uri: Uri, /, config: Settings, *, store: OpenStore, out: Output) -> None:
     """Say why a configuration would not reuse an artifact, field by field."""
-    artifact = _artifact(uri, store)
+    artifact = _store_of(uri, store).open(uri)
     reasons = list(dict.fromkeys(differences(artifact, config)))
     out.text(*(reasons or ["it would be reused: nothing that it depends on differs"]))
     out.json(uri=artifact.uri, reused=not reasons, why=reasons)
@@ -106,12 +106,8 @@ def verify(
     out: Output,
 ) -> None:
     """Check artifacts against their manifests, and repair them when asked to."""
-    if uri:
-        address = parse_address(uri).store
-        store = Store(address) if address else store
-        targets = chain(store, *store.locate(uri))
-    else:
-        targets = named(store)
+    store = _store_of(uri, store) if uri else store
+    targets = chain(store, *([store.locate(uri)] if uri else store))
     rows = []
     with out.showing("verify") as emit:
         for found in check(store, targets, deep=deep, repair=repair, emit=emit):
@@ -163,7 +159,7 @@ def copy(
     """Copy an artifact with all it was made from, or a whole store, to another store."""
     _, address, stage, fingerprint, _ = parse_address(src)
     if address and (one := Store(address).find(stage, fingerprint)):
-        source, targets = one.store, chain(one.store, stage, fingerprint)
+        source, targets = one.store, chain(one.store, (stage, fingerprint))
     else:
         source = Store(src)
         targets = in_order(source)
@@ -200,10 +196,10 @@ def adopt(
     out.json(uri=artifact.uri, adopted=adopted)
 
 
-def _artifact(uri: str, store: Store) -> Artifact:
-    """Open the artifact at a URI, which may name another store than the given one."""
+def _store_of(uri: str, store: Store) -> Store:
+    """Return the store of the artifact at a URI, which may name another than the given one."""
     address = parse_address(uri).store
-    return (Store(address) if address else store).open(uri)
+    return Store(address) if address else store
 
 
 def _size(artifact: Artifact) -> int:

@@ -2,7 +2,8 @@
 
     {cache}/entries/{name}/files/...     copies; each appears whole, after its sha256 was checked
     {cache}/entries/{name}/used          locked by every process that uses the entry; its time is that of the last use
-    {cache}/entries/{name}/arriving/...  copies on their way, each with a lock, so that two processes do not fetch it
+    {cache}/entries/{name}/arriving/...  copies on their way
+    {cache}/entries/{name}/locks/...     one of each file, so that two processes do not fetch it
     {cache}/manifests/...                manifests of what was found, for when no store may be asked
     {cache}/lock                         held while entries are opened or thrown out
 
@@ -12,10 +13,8 @@ they end with their process. filelock's shared lock is in an SQLite file, which 
 
 import contextlib
 import fcntl
-import hashlib
 import os
 import shutil
-import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -30,7 +29,6 @@ from nanodlm.store.retry import one_line
 
 THREADS, GROUP = 2, 8  # that fetch and verify, and files of each at once
 _held: dict[Path, IO[str]] = {}  # entries in use by this process; the open files hold their locks
-_holding = threading.Lock()
 
 
 def cache_dir() -> Path:
@@ -51,8 +49,7 @@ def hold(name: str, needed: int = 0) -> Path:
     """Open an entry until this process ends, make room for the bytes `needed`, and return the folder for its files."""
     entry = cache_dir() / "entries" / name
     try:
-        cache_dir().mkdir(parents=True, exist_ok=True)
-        with _holding, FileLock(cache_dir() / "lock"):
+        with FileLock(cache_dir() / "lock"):
             (entry / "files").mkdir(parents=True, exist_ok=True)
             if entry not in _held:
                 _held[entry] = (entry / "used").open("a")
@@ -73,7 +70,7 @@ def cannot_write_cache(error: OSError) -> NanodlmError:
 def drop(name: str) -> None:
     """Throw an entry out that this process alone has used."""
     entry = cache_dir() / "entries" / name
-    with _holding, FileLock(cache_dir() / "lock"):
+    with FileLock(cache_dir() / "lock"):
         if held := _held.pop(entry, None):
             held.close()
         shutil.rmtree(entry, ignore_errors=True)
@@ -89,22 +86,19 @@ def fetch(
     """
 
     def fetch_some(some: list[Json]) -> int:
-        arriving = {}  # where files lie until they are verified, each beside the lock of who fetches it
         with contextlib.ExitStack() as locks:
-            for path in (file["path"] for file in some):  # in the order of paths for everyone, so nobody deadlocks
-                own = folder.parent / "arriving" / hashlib.sha256(path.encode()).hexdigest()[:16]
-                own.mkdir(parents=True, exist_ok=True)
-                locks.enter_context(FileLock(own / "lock"))
-                arriving[path] = own / "file"
+            for file in some:  # in the order of paths for everyone, so nobody deadlocks
+                locks.enter_context(FileLock(folder.parent / "locks" / file["path"]))
             missing = [file for file in some if not is_whole(folder / file["path"], file)]
+            arriving = [(file["path"], folder.parent / "arriving" / file["path"]) for file in missing]
             if missing:
-                get([(file["path"], arriving[file["path"]]) for file in missing])
-            for file in missing:
-                if not is_whole(arriving[file["path"]], file):
-                    arriving[file["path"]].unlink(missing_ok=True)
-                    raise Damaged(f"{file['path']} has been altered")
-                (folder / file["path"]).parent.mkdir(parents=True, exist_ok=True)
-                arriving[file["path"]].replace(folder / file["path"])
+                get(arriving)
+            for file, (path, there) in zip(missing, arriving, strict=True):
+                if not is_whole(there, file):
+                    there.unlink(missing_ok=True)
+                    raise Damaged(f"{path} has been altered")
+                (folder / path).parent.mkdir(parents=True, exist_ok=True)
+                there.replace(folder / path)
         return sum(file["size"] for file in some)
 
     files = sorted(files, key=lambda file: file["path"])

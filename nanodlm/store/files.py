@@ -103,8 +103,6 @@ class Storage:
 
     def get(self, pairs: list[tuple[str, Path]]) -> None:
         """Copy files to local paths, several at a time; what is cut off leaves half a file, so compare them."""
-        for _, target in pairs:
-            target.parent.mkdir(parents=True, exist_ok=True)
         for sources, targets in _batches(pairs):
             self.patiently(partial(self.fs.get, sources, targets))
 

@@ -54,8 +54,7 @@ def sealed(value: Json) -> Json:
     'f9d86028'
     """
     rest = {k: v for k, v in value.items() if k != "checksum"}
-    text = json.dumps(rest, sort_keys=True)
-    return {**rest, "checksum": hashlib.sha256(text.encode()).hexdigest()}
+    return {**rest, "checksum": hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()}
 
 
 def digest_of(files: list[Json], volatile: list[str]) -> str:
