@@ -33,6 +33,9 @@ def _open_store(
 
 OpenStore = Annotated[Store, arg(name="", constructor=_open_store)]
 Uri = Annotated[str, Doc("An artifact, as `nanodlm ls` prints it.")]
+From = Annotated[str, Doc("A store, or one artifact's URI.")]
+To = Annotated[str, Doc("The store to copy to.")]
+Files = Annotated[tuple[str, ...], Doc("The files, or a glob of them, in quotes.")]
 
 
 def ls(*, store: OpenStore, out: Output) -> None:
@@ -149,13 +152,7 @@ def gc(
     out.json(removed=removed, dry_run=dry_run)
 
 
-def copy(
-    src: Annotated[str, Doc("A store, or one artifact's URI.")],
-    dst: Annotated[str, Doc("The store to copy to.")],
-    /,
-    *,
-    out: Output,
-) -> None:
+def copy(src: From, dst: To, /, *, out: Output) -> None:
     """Copy an artifact with all it was made from, or a whole store, to another store."""
     _, address, stage, fingerprint, _ = parse_address(src)
     if address and (one := Store(address).find(stage, fingerprint)):
@@ -177,14 +174,7 @@ def copy(
     out.json(artifacts=rows)
 
 
-def adopt(
-    files: Annotated[tuple[str, ...], Doc("The files, or a glob of them, in quotes.")],
-    /,
-    config: Settings,
-    *,
-    store: OpenStore,
-    out: Output,
-) -> None:
+def adopt(files: Files, /, config: Settings, *, store: OpenStore, out: Output) -> None:
     """Take files at hand for a download, instead of fetching its source."""
     from nanodlm.upkeep.adopt import adopt as adopt_files
 
