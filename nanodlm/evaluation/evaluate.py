@@ -16,7 +16,7 @@ from nanodlm.data.rows import evenly_spaced, read
 from nanodlm.data.shard import token_counts
 from nanodlm.data.tokenizer import token_bytes
 from nanodlm.devices.mesh import make_mesh, replicated
-from nanodlm.errors import Emit, NanodlmError, silent
+from nanodlm.errors import Emit, silent
 from nanodlm.evaluation.scoring import make_scorer, score_rows
 from nanodlm.evaluation.uncertainty import count_documents, documents_in, ratio_stderr
 from nanodlm.model.transformer import Transformer
@@ -70,8 +70,6 @@ def score(
         as `val_stderr_over` whether the standard error is one over `documents` or over `rows`.
         Bits per byte divide by the bytes of the text; end-of-text marks add nats but no bytes.
     """
-    if len(rows) < 2:
-        raise NanodlmError("one validation row has no standard error: raise --data.val_tokens or lower --model.seq_len")
     scorer, mesh = make_scorer(model), make_mesh(options.batch_size)
     params = jax.device_put(nnx.state(model), replicated(mesh))
     nats = np.zeros(len(rows))
