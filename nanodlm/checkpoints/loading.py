@@ -3,6 +3,7 @@
 import hashlib
 import re
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,6 @@ def load(uri: str) -> tuple[Transformer, tiktoken.Encoding]:
     Args:
         uri: A train artifact's URI, that of an artifact made from it, or a checkpoint's folder. When the run kept
             an average of the parameters, that is what is loaded.
-
-    Raises:
-        NanodlmError: When there is no model there.
-        Damaged: When its files are not what their manifest says.
 
     Example:
         model, tokenizer = nanodlm.load("data/store/train/3f2a…")
@@ -78,10 +75,8 @@ def load_folder(folder: Path, step: int) -> tuple[Transformer, tiktoken.Encoding
     if not checkpoint.is_dir():
         raise NanodlmError(f"no checkpoint step_{step} in {folder}")
     graphdef, abstract = nnx.split(nnx.eval_shape(lambda: make_model(config, Vocabulary.of(encoding))))
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    target = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), nnx.to_pure_dict(abstract)
-    )
+    shape = partial(jax.ShapeDtypeStruct, sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+    target = jax.tree.map(lambda leaf: shape(leaf.shape, leaf.dtype), nnx.to_pure_dict(abstract))
     item = "ema_state" if (checkpoint / "ema_state").exists() else "model_state"
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
         _check_settings(config, checkpointer.metadata(checkpoint).custom_metadata or {}, folder / "config.json")

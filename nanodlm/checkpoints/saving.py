@@ -80,11 +80,9 @@ class Checkpoints:
         while self._pending and (len(self._pending) >= QUEUE or self._pending[0].done()):
             self._pending.popleft().result()
         args = {name: ocp.args.StandardSave(item) for name, item in _items(state).items()}  # type: ignore[call-arg]
-        # So that whoever loads the folder alone can tell what it was trained with.
-        trained = {"config": self._run["config"]}
-        self._checkpointer.save(
-            self._folder / step_name(step), args=ocp.args.Composite(**args), custom_metadata=trained
-        )
+        folder, items = self._folder / step_name(step), ocp.args.Composite(**args)
+        trained = {"config": self._run["config"]}  # so that whoever loads the folder alone can tell
+        self._checkpointer.save(folder, args=items, custom_metadata=trained)
         skipped = {"skipped": int(state["skipped"])} if "skipped" in state else {}
         self._written = self._writer.submit(self._checkpointer.wait_until_finished)
         self._pending.append(self._recorder.submit(self._record, step, {**self._run, **skipped, **info}, self._written))
@@ -152,10 +150,8 @@ class Checkpoints:
             try:
                 return _restore(self._checkpointer, folder, abstract, part.info), part.info
             except (ValueError, KeyError, TypeError) as error:
-                raise UsageError(
-                    f"the arrays of {part.uri} do not fit this configuration: one of these cannot change in "
-                    f"mid-training: {', '.join(allowed)}"
-                ) from error
+                fixed = f"one of these cannot change in mid-training: {', '.join(allowed)}"
+                raise UsageError(f"the arrays of {part.uri} do not fit this configuration: {fixed}") from error
 
 
 def _appears(folder: Path) -> bool:

@@ -56,11 +56,8 @@ def parse(command: str, function: Callable[..., None], words: list[str]) -> Call
         if isinstance(event, tyro_errors.UnrecognizedArgs):
             raise UsageError(f"{_unknown(event.tokens[0], function)} (`nanodlm {command} --help` lists the flags)")
         if isinstance(event, tyro_errors.MissingArgs):
-            missing = [item.arg for item in event.missing_arguments]
-            told = [str(arg.field.helptext).strip(" .") for arg in missing]
-            told = [text[:1].lower() + text[1:] for text in told]
-            both = (f"{arg.lowered.metavar} ({text})" for arg, text in zip(missing, told, strict=True))
-            texts = told[0] if len(told) == 1 else " and ".join(both)
+            told = [str(missing.arg.field.helptext).strip(" .") for missing in event.missing_arguments]
+            texts = ", and ".join(text[:1].lower() + text[1:] for text in told)
             raise UsageError(f"nanodlm {command} {' '.join(own)}{preset}: name {texts}")
         raise UsageError(_wrong_value(event))
 

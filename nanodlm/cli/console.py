@@ -49,18 +49,14 @@ class Console:
     def showing(self, stage: str) -> Iterator[Emit]:
         """Show a stage while it runs, with a bar on a terminal: what this gives is called with its events."""
         self._stage, self._printed, self._pace = stage, time.monotonic(), Pace()
-        if self._rich.is_terminal:
-            name, text = TextColumn("[bold]{task.description:<10}"), TextColumn("{task.fields[text]}")
-            columns = (SpinnerColumn(), name, BarColumn(bar_width=24), text, TimeElapsedColumn())
-            self._progress = Progress(*columns, console=self._rich, transient=True)
-            self._progress.add_task(stage, total=None, text="")
-            self._progress.start()
-        try:
+        name, text = TextColumn("[bold]{task.description:<10}"), TextColumn("{task.fields[text]}")
+        columns = (SpinnerColumn(), name, BarColumn(bar_width=24), text, TimeElapsedColumn())
+        terminal = self._rich.is_terminal
+        with Progress(*columns, console=self._rich, transient=True, disable=not terminal) as progress:
+            progress.add_task(stage, total=None, text="")
+            self._progress = progress if terminal else None
             yield self.emit
-        finally:
-            if self._progress is not None:
-                self._progress.stop()
-                self._progress = None
+        self._progress = None
 
     def emit(self, kind: str, **fields: Any) -> None:
         """Show an event of the running stage: `message` (text) or `progress` (done, total, unit, …)."""

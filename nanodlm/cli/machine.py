@@ -1,15 +1,14 @@
 """The command that checks whether this machine can do the job."""
 
-import os
 import sys
-import time
 from importlib import import_module
 from importlib.metadata import version
+from typing import Any
 
 from nanodlm.cli.arguments import Output
 from nanodlm.cli.store import OpenStore
-from nanodlm.config import DataConfig
-from nanodlm.errors import NanodlmError, redact
+from nanodlm.config import DataConfig, explain
+from nanodlm.errors import NanodlmError
 from nanodlm.store import Store
 
 PACKAGES = ("jax", "flax", "orbax-checkpoint", "grain", "prefect")
@@ -23,16 +22,13 @@ def doctor(*, store: OpenStore, out: Output) -> None:
         ("packages", lambda: ", ".join(f"{name} {version(name)}" for name in PACKAGES)),
         ("devices", lambda: ", ".join(f"{d.platform} {d.device_kind}" for d in import_module("jax").devices())),
         ("store", lambda: _writable(store)),
-        (
-            "corpus",
-            lambda: f"{len(import_module('nanodlm.data.sources').source_files(DataConfig()))} built-in documents",
-        ),
-        ("gpt2", lambda: f"{import_module('nanodlm.data.tokenizer').gpt2().n_vocab:,} entries"),
+        ("corpus", lambda: f"{len(_data('sources').source_files(DataConfig()))} built-in documents"),
+        ("gpt2", lambda: f"{_data('tokenizer').gpt2().n_vocab:,} entries"),
     ):
         try:
             ok, text = True, check()
         except Exception as error:
-            ok, text = False, redact(" ".join(str(error).split()))[:200] or type(error).__name__
+            ok, text = False, explain(error)[:200] or type(error).__name__
         rows.append({"name": name, "ok": ok, "text": text})
         out.text(f"{'ok' if ok else 'FAILED':<7} {name:<10} {text}")
     failed = [row["name"] for row in rows if not row["ok"]]
@@ -41,15 +37,11 @@ def doctor(*, store: OpenStore, out: Output) -> None:
         raise NanodlmError(f"{len(failed)} of {len(rows)} checks failed: {', '.join(failed)}")
 
 
+def _data(module: str) -> Any:
+    return import_module(f"nanodlm.data.{module}")
+
+
 def _writable(store: Store) -> str:
-    if not store.is_local:
-        store.require_create_only()
-        return f"{store.uri()} can be written, and creates a file only once"
-    probe = store.path(f".doctor-{os.getpid()}-{time.time_ns()}.json")
-    try:
-        store.write_json(probe, {}, create_only=True)
-    except OSError as error:
-        raise NanodlmError(f"cannot write to {store.uri()}: {error.strerror or error}") from error
-    finally:
-        store.remove(probe)
-    return f"{store.uri()} can be written"
+    store.now()  # which writes a file
+    store.require_create_only()
+    return f"{store.uri()} can be written" + ("" if store.is_local else ", and creates a file only once")

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from typing import Annotated
 
 from typing_extensions import Doc
@@ -17,7 +18,7 @@ from nanodlm.store import Artifact, Store, changed_since, remark
 from nanodlm.upkeep import ages
 from nanodlm.upkeep.collect import collect
 from nanodlm.upkeep.copy import copy as copy_artifacts
-from nanodlm.upkeep.verify import chain, check, in_order, named
+from nanodlm.upkeep.verify import chain, check, in_order
 
 
 def _open_store(
@@ -32,6 +33,9 @@ def _open_store(
 
 OpenStore = Annotated[Store, arg(name="", constructor=_open_store)]
 Uri = Annotated[str, Doc("An artifact, as `nanodlm ls` prints it.")]
+From = Annotated[str, Doc("A store, or one artifact's URI.")]
+To = Annotated[str, Doc("The store to copy to.")]
+Files = Annotated[tuple[str, ...], Doc("The files, or a glob of them, in quotes.")]
 
 
 def ls(*, store: OpenStore, out: Output) -> None:
@@ -45,7 +49,7 @@ def ls(*, store: OpenStore, out: Output) -> None:
             continue
         if artifact is None:  # it was removed just now
             continue
-        size, age = _size(artifact), ages.age(artifact)
+        size, age = _size(artifact), time.time() - ages.made_at(artifact)
         inputs = {name: made["fingerprint"] for name, made in artifact.manifest["inputs"].items()}
         name = (artifact.manifest.get("config") or {}).get("exp", {}).get("run_name", "")
         row = {"stage": stage, "uri": artifact.uri, "bytes": size, "created": artifact.manifest["created"]}
@@ -64,18 +68,18 @@ def ls(*, store: OpenStore, out: Output) -> None:
 
 def show(uri: Uri, /, *, store: OpenStore, out: Output) -> None:
     """Show where an artifact came from, its settings, metrics, packages and files."""
-    artifact = _artifact(uri, store)
+    artifact = _store_of(uri, store).open(uri)
     m = artifact.manifest
-    out.text(artifact.uri, f"made    {m['created']} ({_ago(ages.age(artifact))} ago) in {m['seconds']} s")
+    ago = _ago(time.time() - ages.made_at(artifact))
+    out.text(artifact.uri, f"made    {m['created']} ({ago} ago) in {m['seconds']} s")
     code, run = m.get("code") or {}, m.get("flow_run")
     if "commit" in code:
         out.text(f"commit  {code['commit']}{', modified since' if code['modified'] else ''}")
     if run:
         out.text(f"run     {run}")
-    out.text(
-        f"size    {ages.size(_size(artifact))} in {_count(m['files'], 'file')}", f"digest  {m['digest']}", "", "lineage"
-    )
-    for stage, fingerprint in chain(artifact.store, artifact.stage, artifact.fingerprint)[:-1]:
+    out.text(f"size    {ages.size(_size(artifact))} in {_count(m['files'], 'file')}")
+    out.text(f"digest  {m['digest']}", "", "lineage")
+    for stage, fingerprint in chain(artifact.store, (artifact.stage, artifact.fingerprint))[:-1]:
         try:
             there = "" if artifact.store.find(stage, fingerprint) else "  (not there any more)"
         except Damaged:
@@ -94,7 +98,7 @@ def show(uri: Uri, /, *, store: OpenStore, out: Output) -> None:
 
 def explain(uri: Uri, /, config: Settings, *, store: OpenStore, out: Output) -> None:
     """Say why a configuration would not reuse an artifact, field by field."""
-    artifact = _artifact(uri, store)
+    artifact = _store_of(uri, store).open(uri)
     reasons = list(dict.fromkeys(differences(artifact, config)))
     out.text(*(reasons or ["it would be reused: nothing that it depends on differs"]))
     out.json(uri=artifact.uri, reused=not reasons, why=reasons)
@@ -110,12 +114,8 @@ def verify(
     out: Output,
 ) -> None:
     """Check artifacts against their manifests, and repair them when asked to."""
-    if uri:
-        address = parse_address(uri).store
-        store = Store(address) if address else store
-        targets = chain(store, *store.locate(uri))
-    else:
-        targets = named(store)
+    store = _store_of(uri, store) if uri else store
+    targets = chain(store, *([store.locate(uri)] if uri else store))
     rows = []
     with out.showing("verify") as emit:
         for found in check(store, targets, deep=deep, repair=repair, emit=emit):
@@ -157,17 +157,11 @@ def gc(
     out.json(removed=removed, dry_run=dry_run)
 
 
-def copy(
-    src: Annotated[str, Doc("A store, or one artifact's URI.")],
-    dst: Annotated[str, Doc("The store to copy to.")],
-    /,
-    *,
-    out: Output,
-) -> None:
+def copy(src: From, dst: To, /, *, out: Output) -> None:
     """Copy an artifact with all it was made from, or a whole store, to another store."""
     _, address, stage, fingerprint, _ = parse_address(src)
     if address and (one := Store(address).find(stage, fingerprint)):
-        source, targets = one.store, chain(one.store, stage, fingerprint)
+        source, targets = one.store, chain(one.store, (stage, fingerprint))
     else:
         source = Store(src)
         targets = in_order(source)
@@ -185,14 +179,7 @@ def copy(
     out.json(artifacts=rows)
 
 
-def adopt(
-    files: Annotated[tuple[str, ...], Doc("The files, or a glob of them, in quotes.")],
-    /,
-    config: Settings,
-    *,
-    store: OpenStore,
-    out: Output,
-) -> None:
+def adopt(files: Files, /, config: Settings, *, store: OpenStore, out: Output) -> None:
     """Take files at hand for a download, instead of fetching its source."""
     from nanodlm.upkeep.adopt import adopt as adopt_files
 
@@ -204,10 +191,10 @@ def adopt(
     out.json(uri=artifact.uri, adopted=adopted)
 
 
-def _artifact(uri: str, store: Store) -> Artifact:
-    """Open the artifact at a URI, which may name another store than the given one."""
+def _store_of(uri: str, store: Store) -> Store:
+    """Return the store of the artifact at a URI, which may name another than the given one."""
     address = parse_address(uri).store
-    return (Store(address) if address else store).open(uri)
+    return Store(address) if address else store
 
 
 def _size(artifact: Artifact) -> int:

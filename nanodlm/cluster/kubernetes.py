@@ -38,12 +38,10 @@ def jobset(work: Work) -> dict[str, Any]:
     gpus = {"nvidia.com/gpu": str(launch.gpus_per_node)} if launch.gpus_per_node else {}
     cpu = {"cpu": str(launch.cpus_per_task)} if launch.cpus_per_task else {}
     memory = {"memory": f"{launch.memory_gb}G"} if launch.memory_gb else {}
-    volumes: list[dict[str, Any]] = [{"name": "cache", "emptyDir": {}}]
-    volumes.append({"name": "shm", "emptyDir": {"medium": "Memory"}})  # through which the GPUs of a host talk
-    mounts = [{"name": "cache", "mountPath": "/cache"}, {"name": "shm", "mountPath": "/dev/shm"}]
+    volumes: dict[str, Any] = {"/cache": {"name": "cache", "emptyDir": {}}}
+    volumes["/dev/shm"] = {"name": "shm", "emptyDir": {"medium": "Memory"}}  # through which the GPUs of a host talk
     if launch.store_volume:
-        volumes.append({"name": "store", "persistentVolumeClaim": {"claimName": launch.store_volume}})
-        mounts.append({"name": "store", "mountPath": MOUNT})
+        volumes[MOUNT] = {"name": "store", "persistentVolumeClaim": {"claimName": launch.store_volume}}
     settings = work.config.model_dump_json().replace("$", "$$")  # else $(NAME) would be looked up
     container = {
         "name": stage,
@@ -54,7 +52,7 @@ def jobset(work: Work) -> dict[str, Any]:
         **({"envFrom": [{"secretRef": {"name": launch.secret}}]} if launch.secret else {}),
         "ports": [{"name": "coordinator", "containerPort": PORT}],
         "resources": {"requests": {**cpu, **memory, **gpus}, "limits": {**memory, **gpus}},
-        "volumeMounts": mounts,
+        "volumeMounts": [{"name": volume["name"], "mountPath": path} for path, volume in volumes.items()],
         "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
     }
     pod = {
@@ -65,7 +63,7 @@ def jobset(work: Work) -> dict[str, Any]:
         "securityContext": {"runAsNonRoot": True, "runAsUser": 1000, "runAsGroup": 1000, "fsGroup": 1000},
         **({"tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists"}]} if gpus else {}),
         "containers": [container],
-        "volumes": volumes,
+        "volumes": list(volumes.values()),
     }
     saved = {"onExitCodes": {"containerName": stage, "operator": "In", "values": [Stopped.exit_code]}}
     evicted = {"onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}
@@ -131,8 +129,7 @@ def state(job: Job) -> tuple[Literal["waiting", "done", "failed", "unknown"], st
     if "Completed" in (status.get("terminalState"), *ended):
         return "done", "Completed"
     if "Failed" in (status.get("terminalState"), *ended):
-        label = f"jobset.sigs.k8s.io/jobset-name={job.name}"
-        _, log, _ = _kubectl(job, "logs", "--selector", label, "--tail=1")
+        _, log, _ = _kubectl(job, "logs", f"--selector=jobset.sigs.k8s.io/jobset-name={job.name}", "--tail=1")
         return "failed", last_line(log) or ended.get("Failed", "") or "it has failed"
     return "waiting", f"restarted {status.get('restarts', 0)} times"
 

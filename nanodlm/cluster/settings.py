@@ -105,10 +105,9 @@ class Work:
         if address.startswith("memory:"):
             raise UsageError("a store in memory is seen by no other process: give --store a shared folder or a bucket")
         if self.nodes > 1 and not store.is_local:
+            what = f"several hosts save one checkpoint together, so {address} cannot be their store"
             remedy = "give --store a folder on a disk that they share, and `nanodlm copy` the result to the bucket"
-            raise UsageError(
-                f"several hosts save one checkpoint together, so {address} cannot be their store: {remedy}"
-            )
+            raise UsageError(f"{what}: {remedy}")
         if pods and store.is_local and not (volume and Path(store.root).is_relative_to(MOUNT)):
             sees = f"only {MOUNT} is mounted in pods" if volume else "name a volume that pods share with --store_volume"
             remedy = f"give --store {MOUNT} or a folder in it, or a bucket"

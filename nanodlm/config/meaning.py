@@ -21,8 +21,6 @@ def unread(config: Config) -> dict[str, Any]:
     kind = KINDS[objective.kind]
     noisy = kind.masks or kind.random_tokens
     estimator = objective.estimator or kind.estimators[0]
-    rising = train.lr_schedule != "none"
-    decays = train.lr_schedule in ("warmup_cosine", "warmup_stable_decay")
     steps = noisy and sample.sampler != "first_hitting"
     read = {
         "schedule.kind": noisy,
@@ -36,8 +34,8 @@ def unread(config: Config) -> dict[str, Any]:
         "objective.weighting": noisy,
         "objective.max_weight": noisy and objective.weighting == "clipped",
         "train.muon_lr": train.optimizer == "muon",
-        "train.min_lr": decays,
-        "train.warmup_steps": rising,
+        "train.min_lr": train.lr_schedule in ("warmup_cosine", "warmup_stable_decay"),
+        "train.warmup_steps": train.lr_schedule != "none",
         "train.cooldown_steps": train.lr_schedule == "warmup_stable_decay",
         "eval.repeats": noisy,
         "eval.seed": noisy,
@@ -72,9 +70,8 @@ def schedule_trains(config: Config) -> bool:
 
     Counts draw no times, and only a network that is told the time learns from what the schedule makes of them.
     """
-    kind = KINDS[config.objective.kind]
-    counts = (config.objective.estimator or kind.estimators[0]) in ("count", "constant_count")
-    return config.model.time_conditioning or not counts
+    estimator = config.objective.estimator or KINDS[config.objective.kind].estimators[0]
+    return config.model.time_conditioning or estimator not in ("count", "constant_count")
 
 
 def training_settings(config: Config) -> dict[str, Any]:

@@ -330,8 +330,7 @@ class Config(Group):
     def replace(self, **groups: dict[str, Any]) -> "Config":
         """Return a copy with some fields of some groups changed, validated as a whole.
 
-        Raises:
-            pydantic.ValidationError: For an unknown field or a value out of range.
+        An unknown field, or a value out of range, is a pydantic `ValidationError`.
 
         >>> from nanodlm.config import PRESETS
         >>> PRESETS["demo"].replace(train={"lr": 0.5}).train.lr

@@ -1,6 +1,6 @@
 """Batches of training rows: step k's rows are a pure function of the seed and k, on any number of hosts."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,6 +10,7 @@ from jaxtyping import Int
 
 from nanodlm.config import Config
 from nanodlm.data.rows import Rows, name
+from nanodlm.store import Json
 
 WINDOW = 16  # shards whose rows are shuffled together; training begins when the first so many are there
 
@@ -28,12 +29,7 @@ def windows(rows_per_shard: Sequence[int], seed: int) -> list[list[int]]:
 
 
 def train_batches(
-    config: Config,
-    shards: Mapping[str, Any],
-    fetch: Callable[[str], Path],
-    *,
-    first_row: int = 0,
-    share: tuple[int, int] = (0, 1),
+    config: Config, shards: Json, fetch: Callable[[str], Path], *, first_row: int = 0, share: tuple[int, int] = (0, 1)
 ) -> Iterator[Int[np.ndarray, "A R L"]]:
     """Yield the rows of update after update without end, int32, reshuffled every epoch within windows of shards.
 

@@ -2,6 +2,7 @@
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import closing
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,9 @@ def dtype_for(ids: int) -> str:
 
 def write(path: Path, rows: Iterable[np.ndarray]) -> None:
     """Write rows to a file; equal rows give equal bytes."""
-    writer = ArrayRecordWriter(str(path), "group_size:1,zstd:3")
-    try:
+    with closing(ArrayRecordWriter(str(path), "group_size:1,zstd:3")) as writer:  # an unclosed file is empty
         for row in rows:
             writer.write(row.tobytes())
-    finally:
-        writer.close()  # an unclosed file is empty
 
 
 def evenly_spaced(n: int, count: int | None) -> np.ndarray:
@@ -76,7 +74,5 @@ def read(path: Path, dtype: str) -> list[np.ndarray]:
     reader = ArrayRecordReader(str(path))
     if not reader.ok():  # not to be closed: that raises what is wrong in the reader's own words
         raise Damaged(f"{path} is not a whole ArrayRecord file: rebuild it with --rebuild shard")
-    try:
+    with closing(reader):
         return [np.frombuffer(record, dtype).astype(np.int32) for record in reader.read_all()]
-    finally:
-        reader.close()

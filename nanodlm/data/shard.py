@@ -5,15 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tiktoken
 from jaxtyping import Int
+from tiktoken import Encoding
 
 from nanodlm.config import Config
 from nanodlm.data import download
 from nanodlm.data import rows as data_rows
-from nanodlm.data.last import Place, halves
 from nanodlm.data.rows import dtype_for, write
-from nanodlm.data.split import document_key
+from nanodlm.data.split import Place, document_key, halves
 from nanodlm.data.tokenizer import load, tokenise
 from nanodlm.errors import Emit, NanodlmError
 from nanodlm.store import Artifact, Attempt
@@ -106,13 +105,7 @@ def unigram_nats(tokens: Int[np.ndarray, "N"], counts: Int[np.ndarray, "V"]) -> 
 
 
 def _write_shard(
-    config: Config,
-    encoding: tiktoken.Encoding,
-    cut: str | Place,
-    part: Path,
-    attempt: Attempt,
-    index: int,
-    threads: int,
+    config: Config, encoding: Encoding, cut: str | Place, part: Path, attempt: Attempt, index: int, threads: int
 ) -> dict[str, Any]:
     """Write the rows of one part: of documents whose keys lie behind the cut, or of what lies before it in place."""
     data, name = config.data, data_rows.name(index)
@@ -143,7 +136,7 @@ def _write_shard(
 
 
 def _rows(
-    encoding: tiktoken.Encoding, documents: list[Any], length: int, pretokenized: bool, threads: int
+    encoding: Encoding, documents: list[Any], length: int, pretokenized: bool, threads: int
 ) -> tuple[np.ndarray, int]:
     """Cut documents into rows (N, length); return these and the number of tokens left over."""
     if pretokenized:

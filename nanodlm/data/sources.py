@@ -15,6 +15,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from nanodlm.config import DataConfig
 from nanodlm.errors import NanodlmError
+from nanodlm.store.disk import sha256_of
 
 READERS = {".txt": "text", ".md": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 HUB_SUFFIXES = (".txt", ".jsonl", ".parquet")  # on the hub, .md and .json files describe a data set
@@ -101,8 +102,7 @@ def _content(url: str) -> str:
 @lru_cache(maxsize=100_000)
 def _sha256(path: str, _size: int, _changed: int) -> str:
     """Return the sha256 of a local file, which is read again only when its size or time of change differ."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256_of(Path(path))
 
 
 def _snapshot(data: DataConfig) -> Path:

@@ -3,7 +3,7 @@
 What is held out is decided by content alone. Units (documents, or rows of pre-tokenised data) are sorted by a
 keyed hash; the front gives exactly `val_tokens` validation tokens, the rest of the unit where the budget ends is
 dropped, and every unit with a larger key is for training. Equal documents have equal keys, so duplicates stay on one
-side, and new data moves units only at the budget's edge. Of a small corpus the last tenth is held out (last.py).
+side, and new data moves units only at the budget's edge. Of a small corpus the last tenth is held out.
 """
 
 import hashlib
@@ -19,7 +19,6 @@ import tiktoken
 
 from nanodlm.config import Config, DataConfig
 from nanodlm.data import download
-from nanodlm.data.last import halves, last_tenth
 from nanodlm.data.rows import dtype_for
 from nanodlm.data.sources import READERS, source_files
 from nanodlm.data.tokenizer import gpt2, load, plain_bytes, save, token_bytes, tokenise, train_bpe
@@ -30,6 +29,7 @@ MAX_BPE_BYTES = 200_000_000
 VAL_TOKENS = 1_000_000
 PROBE_BYTES = 1_000_000
 SMALL = 8_000_000  # bytes: about two million tokens of text, and two million ids of four bytes
+Place = list[int]  # a part, a document of it, and how many characters (or ids) of that document come before
 
 
 def tokens_by_hash(data: DataConfig, corpus: Artifact) -> int | None:
@@ -71,6 +71,29 @@ def _keyed_documents(folder: Path, seed: int) -> Iterator[tuple[str, Any]]:
     for part in sorted(folder.glob("part-*.parquet")):
         for document in download.documents(part):
             yield document_key(document, seed), document
+
+
+def last_tenth(corpus: Artifact) -> Place:
+    """Return where the last tenth of a corpus begins, by bytes of text (at the edge of a character) or by ids."""
+    units = [[d.encode() if isinstance(d, str) else d for d in part] for part in download.by_part(corpus)]
+    part, row, left = 0, 0, sum(len(document) for documents in units for document in documents) * 9 // 10
+    while left >= len(units[part][row]):
+        left -= len(units[part][row])
+        part, row = (part, row + 1) if row + 1 < len(units[part]) else (part + 1, 0)
+    before = units[part][row][:left]
+    return [part, row, len(before.decode(errors="ignore") if isinstance(before, bytes) else before)]
+
+
+def halves(documents: Iterable[Any], part: int, place: Place) -> Iterator[tuple[Any, Any]]:
+    """Yield what of each document of a part lies before a place, and what from there on; one of them may be empty.
+
+    >>> list(halves(["one", "two", "three"], 4, [4, 1, 2]))
+    [('one', ''), ('tw', 'o'), ('', 'three')]
+    """
+    for row, document in enumerate(documents):
+        here = [part, row]
+        at = place[2] if here == place[:2] else len(document) if here < place[:2] else 0
+        yield document[:at], document[at:]
 
 
 def build_tokenizer(config: Config, inputs: dict[str, Artifact], attempt: Attempt, emit: Emit) -> dict[str, Any]:

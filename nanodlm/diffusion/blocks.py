@@ -19,11 +19,9 @@ from nanodlm.diffusion.tokens import _categorical, _start, limited
 class Decoder(NamedTuple):
     """Cached decoding with a network in which a block of tokens sees itself and what comes before it.
 
-    Attributes:
-        init: Number of rows -> an empty cache, a pytree.
-        extend: A cache and n clean tokens, a multiple of the block size -> logits at their positions, and the cache
-            with them in it.
-        denoise: A cache, the noisy block that follows, and its time -> logits of the block.
+    From a number of rows, `init` makes an empty cache, a pytree. From a cache and n clean tokens, a multiple of the
+    block size, `extend` makes logits at their positions, and the cache with them in it. From a cache, the noisy block
+    that follows and its time, `denoise` makes logits of the block.
     """
 
     init: Callable[[int], Any]
@@ -60,19 +58,9 @@ def sample_blocks(
 ) -> Int[Array, "B L"]:
     """Draw sequences block by block, each by `sample` given the ones before; a block without masks costs no steps.
 
-    Args:
-        decoder: The network.
-        key: Randomness, or a seed.
-        shape: (B, L) of the result, L a multiple of the block size.
-        num_steps: Steps per block.
-        block_size: Tokens per block; like the next two, a loaded network carries it.
-        mask_id: The id of a masked token.
-        schedule: The noise schedule or its name.
-        prompt: As for `sample`; what its blocks have masked is filled in without sight of later blocks.
-        options: Those of `sample`, but for `guidance`: the cache has seen the prompt.
-
-    Raises:
-        ValueError: As `sample`, and for a length that is no multiple of the block size.
+    Each block, of `block_size` tokens, takes `num_steps`. What a prompt has masked there is filled in without sight of
+    later blocks. All else, what raises too, is as for `sample`, but there is no `guidance`, for the cache has seen the
+    prompt, and a length that is no multiple of the block size is a ValueError.
 
     Source: BD3-LM, arXiv:2503.09573, section 3.
 
@@ -118,22 +106,9 @@ def sample_autoregressive(
     """Draw sequences from left to right, one token per call of the network.
 
     The network reads `mask_id` as the begin token, then the tokens so far; its logits there are those of the next.
-    Tokens of the prompt are kept, and what it has masked is drawn given what is left of it.
-
-    Args:
-        decoder: The network, with blocks of one token; `denoise` is not called.
-        key: Randomness, or a seed.
-        shape: (B, L) of the result.
-        mask_id: The begin token, which a loaded network carries; it and larger ids are never drawn.
-        temperature: As for `sample`.
-        top_k: As for `sample`.
-        top_p: As for `sample`.
-        prompt: As for `sample`.
-        document_end: A token behind which the network is given the begin token, as one that was trained on documents
-            apart expects.
-
-    Raises:
-        ValueError: As `sample`.
+    Tokens of the prompt are kept, and what it has masked is drawn given what is left of it. Behind `document_end` the
+    network is given the begin token again, as one that was trained on documents apart expects. The decoder has blocks
+    of one token; its `denoise` is not called. All else, what raises too, is as for `sample`.
 
     >>> after = Decoder(lambda rows: (), lambda c, x: (50 * jax.nn.one_hot((x + 1) % 9, 9), c), lambda c, x, t: x)
     >>> sample_autoregressive(after, jax.random.key(0), shape=(1, 5), mask_id=8, prompt=jnp.array([8, 8, 5])).tolist()
@@ -152,15 +127,12 @@ def sample_autoregressive(
         return (cache, token if document_end is None else jnp.where(token == document_end, mask, token)), token
 
     begin = (decoder.init(shape[0]), jnp.full(shape[0], mask, jnp.int32))
-    tokens = jax.lax.scan(step, begin, (jnp.arange(shape[1]), _start(prompt, shape, mask).T))[1].T
-    return finite_tokens(tokens)
+    _, tokens = jax.lax.scan(step, begin, (jnp.arange(shape[1]), _start(prompt, shape, mask).T))
+    return finite_tokens(tokens.T)
 
 
 def _require_kind(decoder: Decoder, reads: str) -> None:
     """Refuse a loaded network that reads other positions than a sampler lets it."""
     own = own_objective(decoder.extend)
-    kind = own.kind if own else ""
-    require(
-        own is None or own.traits.reads == reads,
-        f"the network was trained as {kind}: nanodlm.sample knows how to sample it",
-    )
+    if own and own.traits.reads != reads:
+        raise ValueError(f"the network was trained as {own.kind}: nanodlm.sample knows how to sample it")

@@ -14,8 +14,6 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Key, UInt32
 
-from nanodlm.diffusion.schedules import Schedule, make_schedule
-
 Rows = ArrayLike | Sequence[int] | Sequence[Sequence[int]]
 Seed = Key[Array, ""] | UInt32[Array, "2"] | int
 
@@ -85,15 +83,6 @@ def random_key(key: Seed) -> Key[Array, ""] | UInt32[Array, "2"]:
     typed = isinstance(key, jax.Array) and (jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.dtype == jnp.uint32)
     require(typed, f"the key must be jax.random.key(seed), or a seed, not {type(key).__name__}")
     return key
-
-
-def noise_schedule(schedule: Schedule | str | None) -> Schedule | None:
-    """Return a schedule, for which its name stands as well; None stays None.
-
-    >>> noise_schedule("cosine").kind
-    'cosine'
-    """
-    return make_schedule(schedule) if isinstance(schedule, str) else schedule
 
 
 def finite_tokens(tokens: Int[Array, "B L"]) -> Int[Array, "B L"]:

@@ -16,21 +16,13 @@ class Corruption(NamedTuple):
     """Noised rows, and what makes the bound of them unbiased.
 
     All but the rows have shape (B,), or (B, K) when each of a row's K blocks has its own noise.
-
-    Attributes:
-        x_t: Token ids.
-        t: The time that the network is told, in [0, 1].
-        mask_rate: m, how much is noise, in [0, 1].
-        weight: Of the bound, per unit of the times or counts drawn.
-        ratio: The part of `weight` that makes up for drawing noise in other proportions than it has: 1 but for counts
-            of mixed noise.
     """
 
     x_t: Tokens
-    t: Float[Array, "B *K"]
-    mask_rate: Float[Array, "B *K"]
-    weight: Float[Array, "B *K"]
-    ratio: Float[Array, "B *K"]
+    t: Float[Array, "B *K"]  # the time that the network is told, in [0, 1]
+    mask_rate: Float[Array, "B *K"]  # m, how much is noise, in [0, 1]
+    weight: Float[Array, "B *K"]  # of the bound, per unit of the times or counts drawn
+    ratio: Float[Array, "B *K"]  # the part of it that makes up for counts drawn in other proportions, otherwise 1
 
 
 def mask_rows(

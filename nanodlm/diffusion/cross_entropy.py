@@ -13,8 +13,7 @@ from nanodlm.diffusion.noise import Logits, Tokens
 def predictable(logits: Float[Array, "... V"], *, mask_id: int) -> Float[Array, "... V"]:
     """Set the logits of ids that are never predicted (mask and padding) to minus infinity, in float32 at least.
 
-    Raises:
-        ValueError: For fewer logits than real tokens.
+    Fewer logits than real tokens are a ValueError.
 
     >>> predictable(jnp.zeros((1, 4)), mask_id=2).tolist()
     [[0.0, 0.0, -inf, -inf]]
@@ -86,34 +85,13 @@ def linear_cross_entropy(
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _chunked_cross_entropy(
-    mask_id: int,
-    table: Float[Array, "V D"],
-    features: Float[Array, "K N D"],
-    target: Int[Array, "K N"],
-    weight: Float[Array, "K N"],
-) -> tuple[Float[Array, ""], Float[Array, "K N"]]:
-    """Return the sum and the nats of K chunks."""
-    compute = table.astype(features.dtype)
+    mask_id: int, table: Array, features: Array, target: Array, weight: Array
+) -> tuple[Array, Array]:
+    """Return the sum and the nats (K, N) of K chunks: features (K, N, D), targets and weights (K, N).
 
-    def chunk(loss: Array, inputs: tuple[Array, Array, Array]) -> tuple[Array, Array]:
-        *_, nats = _exponentials(mask_id, compute, *inputs)
-        return loss + (inputs[2] * nats).sum(), nats
-
-    return jax.lax.scan(chunk, jnp.zeros((), table.dtype), (features, target, weight))
-
-
-def _exponentials(
-    mask_id: int, table: Float[Array, "V D"], x: Float[Array, "N D"], target: Int[Array, "N"], weight: Array
-) -> tuple[Float[Array, "N V"], Float[Array, "N"], Float[Array, "N"]]:
-    """Return exponentials of logits less their maximum, their sums, and -log softmax at the targets."""
-    wide = jnp.promote_types(x.dtype, jnp.float32)
-    logits = jnp.einsum("nd,vd->nv", x, table, preferred_element_type=wide)
-    logits = predictable(logits, mask_id=mask_id)
-    highest = logits.max(axis=-1)
-    e = jnp.exp(logits - highest[..., None])
-    s = e.sum(axis=-1)
-    at_target = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
-    return e, s, jnp.where(weight > 0, highest + jnp.log(s) - at_target, 0.0)
+    Where no gradient is asked for, JAX leaves its parts out when it compiles.
+    """
+    return _chunked_forward(mask_id, table, features, target, weight)[0]
 
 
 def _chunked_forward(mask_id: int, table: Array, features: Array, target: Array, weight: Array) -> Any:
@@ -122,7 +100,13 @@ def _chunked_forward(mask_id: int, table: Array, features: Array, target: Array,
     def chunk(total: tuple[Array, Array], inputs: tuple[Array, Array, Array]) -> tuple[Any, Any]:
         loss, d_table = total
         x, target, weight = inputs
-        e, s, nats = _exponentials(mask_id, compute, *inputs)
+        wide = jnp.promote_types(x.dtype, jnp.float32)
+        logits = predictable(jnp.einsum("nd,vd->nv", x, compute, preferred_element_type=wide), mask_id=mask_id)
+        highest = logits.max(axis=-1)
+        e = jnp.exp(logits - highest[..., None])
+        s = e.sum(axis=-1)
+        true_logit = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
+        nats = jnp.where(weight > 0, highest + jnp.log(s) - true_logit, 0.0)
         e, scale = e.astype(x.dtype), (weight / s)[..., None]
         product = partial(jnp.einsum, preferred_element_type=table.dtype)
         at_target = compute[target].astype(table.dtype)  # rounded like the other rows, so that they can cancel

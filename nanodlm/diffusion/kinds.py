@@ -31,28 +31,19 @@ SAMPLERS: tuple[Sampler, ...] = get_args(Sampler)
 class Kind:
     """What one kind of objective is.
 
-    Attributes:
-        name: Its name.
-        reads: What a position of the network reads: the whole `row`, its `block` and the clean ones before it, or the
-            tokens `before` its target.
-        masks: Whether noise masks tokens.
-        random_tokens: Whether noise replaces tokens by random ones.
-        estimators: Those that its bound has, the one to train with first.
-        samplers: Those that write its texts.
-        guidance: Whether its samplers can be guided, which takes masks to hide the prompt with and no cache of it.
-        any_length: Whether its texts can be longer than the rows it was trained on.
-        edges_known: Whether what was read tells where documents end, so that scoring may tell the network as well.
+    A position of its network `reads` the whole row, its block and the clean ones before it, or the tokens before its
+    target.
     """
 
     name: KindName
     reads: Literal["row", "block", "before"]
-    masks: bool
-    random_tokens: bool
-    estimators: tuple[Estimator, ...]
-    samplers: tuple[Sampler, ...] = ("ancestral",)
-    guidance: bool = False
-    any_length: bool = False
-    edges_known: bool = False
+    masks: bool  # whether noise masks tokens
+    random_tokens: bool  # whether noise replaces tokens by random ones
+    estimators: tuple[Estimator, ...]  # those that its bound has, the one to train with first
+    samplers: tuple[Sampler, ...] = ("ancestral",)  # those that write its texts
+    guidance: bool = False  # whether they can be guided, which takes masks to hide the prompt with and no cache of it
+    any_length: bool = False  # whether its texts can be longer than the rows it was trained on
+    edges_known: bool = False  # whether what was read tells where documents end, so that scoring may tell it as well
 
     def block_size(self, chosen: int) -> int:
         """Return the block size of its network, 0 for one that reads whole rows, given the one that was chosen.

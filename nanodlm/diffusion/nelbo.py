@@ -70,12 +70,8 @@ def nelbo(
     known = settle(denoise, schedule=schedule, **named)
     x_0 = token_ids("x_0", x_0, known["mask_id"], padding=True)
     require(x_0.ndim == 2 and x_0.size > 0, f"x_0 must be rows of tokens, (B, L), at least one, not {x_0.shape}")
-    chosen = Objective(
-        estimator=estimator,
-        num_timesteps=num_timesteps,
-        times=times,
-        **{name: value for name, value in known.items() if value is not None},
-    )
+    given = {name: value for name, value in known.items() if value is not None}
+    chosen = Objective(estimator=estimator, num_timesteps=num_timesteps, times=times, **given)
     takes = signature(denoise).parameters.get("segment_ids")
     if segment_ids is None and takes is not None and takes.default is None:  # else they are bound already
         padding = x_0 >= chosen.mask_id

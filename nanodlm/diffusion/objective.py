@@ -21,13 +21,13 @@ from typing import Any, NamedTuple, get_args
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key
 
-from nanodlm.diffusion.checks import check_logits, noise_schedule, require, require_whole
+from nanodlm.diffusion.checks import check_logits, require, require_whole
 from nanodlm.diffusion.corruption import Corruption, mask_blocks, mask_rows, mix_rows, shift_right
 from nanodlm.diffusion.cross_entropy import cross_entropy, linear_cross_entropy
 from nanodlm.diffusion.kinds import KINDS, Estimator, Kind, KindName, Times, Weighting
 from nanodlm.diffusion.mixed import mixed_divergence
 from nanodlm.diffusion.noise import Denoise, Logits, Tokens
-from nanodlm.diffusion.schedules import Schedule
+from nanodlm.diffusion.schedules import Schedule, make_schedule
 
 MOST_TIMESTEPS = 100_000  # beyond, alpha_s - alpha_t has few digits left in float32
 Features = Float[Array, "B L D"]
@@ -43,33 +43,21 @@ class RowNats(NamedTuple):
 
 @dataclass(frozen=True)
 class Objective:
-    """What is minimised, and the bound that is reported whatever is minimised.
+    """What is minimised, and the bound that is reported whatever is minimised; a ValueError where there is no bound.
 
-    Attributes:
-        schedule: The noise schedule; counts use it only to tell the network the time.
-        mask_id: The id of a masked token; it and larger ids (padding) are never predicted, masked or scored.
-        kind: See `kinds.KINDS`.
-        estimator: See the module's table and that of kinds; autoregressive objectives have no noise and read none.
-        num_timesteps: T of the discrete estimator.
-        times: How times or counts are spread over the rows of a batch; see `noise.low_discrepancy`.
-        block_size: Tokens per block, for `block`; the last one may be shorter.
-        uniform_share: Share of uniform noise at m = 1/2, for `hybrid`; see `mixed.shares`.
-        weighting: Of the loss: the `bound`'s weights (of rows or blocks), those `clipped` at `max_weight`, or `uniform`
-            ones, 2 for all, which keeps the scale where half is noise on average. Masks then have plain cross-entropy.
-        max_weight: Where `clipped` clips.
-
-    Raises:
-        ValueError: For a combination that has no bound.
+    The weighting is of the loss: the `bound`'s weights (of rows or blocks), those `clipped` at `max_weight`, or
+    `uniform` ones, 2 for all, which keeps the scale where half is noise on average. Masks then have plain
+    cross-entropy.
     """
 
-    schedule: Schedule
-    mask_id: int
+    schedule: Schedule  # counts use it only to tell the network the time
+    mask_id: int  # it and larger ids (padding) are never predicted, masked or scored
     kind: KindName = "absorbing"
-    estimator: Estimator = "continuous"
-    num_timesteps: int = 1000
-    times: Times = "systematic"
-    block_size: int = 1
-    uniform_share: float = 0.1
+    estimator: Estimator = "continuous"  # autoregressive objectives have no noise and read none
+    num_timesteps: int = 1000  # T of the discrete estimator
+    times: Times = "systematic"  # how times or counts are spread over a batch's rows; see `noise.low_discrepancy`
+    block_size: int = 1  # tokens per block, for `block`; the last one may be shorter
+    uniform_share: float = 0.1  # share of uniform noise at m = 1/2, for `hybrid`; see `mixed.shares`
     weighting: Weighting = "bound"
     max_weight: float = 10.0
 
@@ -77,8 +65,7 @@ class Objective:
         named = ((self.estimator, Estimator), (self.kind, KindName), (self.weighting, Weighting), (self.times, Times))
         for value, choices in named:
             names = get_args(choices)
-            if value not in names:
-                raise ValueError(f"unknown name {value!r}: choose {', '.join(names[:-1])} or {names[-1]}")
+            require(value in names, f"unknown name {value!r}: choose {', '.join(names[:-1])} or {names[-1]}")
         for name in ("mask_id", "num_timesteps", "block_size"):
             require_whole(name, getattr(self, name))
         if self.estimator == "discrete" and self.num_timesteps > MOST_TIMESTEPS:
@@ -130,15 +117,12 @@ class Objective:
     def logits(self, denoise: Denoise, x_0: Tokens, noised: Corruption, segment_ids: Tokens | None = None) -> Logits:
         """Call the network on noised rows; only a block network is given x_0, of which it may read earlier blocks.
 
-        Raises:
-            ValueError: For a network that says by its `block_size` that it reads other positions than it should.
+        One that says by its `block_size` that it reads other positions than it should is a ValueError.
         """
         network = getattr(denoise, "__self__", denoise)  # which may be given as one of its methods
         reads, wanted = getattr(network, "block_size", None), self.traits.block_size(self.block_size)
-        if reads is not None and reads != wanted:
-            raise ValueError(
-                f"a network with block_size {reads} does not fit the {self.kind} objective, which needs {wanted}"
-            )
+        fits = f"does not fit the {self.kind} objective, which needs {wanted}"
+        require(reads in (None, wanted), f"a network with block_size {reads} {fits}")
         options = {"context": x_0} if self.traits.reads == "block" else {}
         if segment_ids is not None:
             options["segment_ids"] = segment_ids
@@ -231,7 +215,8 @@ def settle(network: Any, *, schedule: Schedule | str | None, **passed: Any) -> d
     >>> settle(lambda x_t, t: x_t, schedule="linear", mask_id=2)["schedule"].kind
     'linear'
     """
-    own, schedule = own_objective(network), noise_schedule(schedule)
+    own = own_objective(network)
+    schedule = make_schedule(schedule) if isinstance(schedule, str) else schedule
     if own is None:
         missing = [name for name, value in (("schedule", schedule), ("mask_id", passed["mask_id"])) if value is None]
         require(not missing, f"pass {' and '.join(missing)}: only a network of nanodlm.load carries its own")

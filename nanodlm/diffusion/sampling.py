@@ -108,16 +108,6 @@ def sample(
         options |= {"schedule": schedule, "num_steps": own.block_size if num_steps is None else num_steps}
         return sample_blocks(decoder_of(denoise), key, shape=(shape[0], length), **given, **options)[:, : shape[1]]
     known = settle(denoise, schedule=schedule, mask_id=mask_id, noise_share=uniform_share)
-    tokens = draw_rows(
-        denoise,
-        key,
-        shape=shape,
-        mask_id=known["mask_id"],
-        schedule=known["schedule"],
-        num_steps=shape[1] if num_steps is None else num_steps,
-        uniform_share=known["noise_share"] or 0.0,
-        guidance=guidance,
-        prompt=prompt,
-        **options,
-    )
-    return finite_tokens(tokens)
+    options |= {"num_steps": shape[1] if num_steps is None else num_steps, "guidance": guidance, "prompt": prompt}
+    options |= {"uniform_share": known.pop("noise_share") or 0.0, **known}
+    return finite_tokens(draw_rows(denoise, key, shape=shape, **options))

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from nanodlm.diffusion.checks import require
 from nanodlm.diffusion.kinds import ScheduleName
 
 Rate = Callable[[Float[Array, "..."]], Float[Array, "..."]]
@@ -26,22 +27,14 @@ class Schedule:
     m stays exact in float32 near t = 0, where 1 - alpha(t) would cancel. Schedules whose m does not run from 0 to 1
     jump the rest at their ends: a token masked at t = 0 is unmasked there, and what is unmasked just before t = 1 is
     masked there. `Objective.corrupt` and the samplers account for both jumps, so that the bound stays one.
-
-    Attributes:
-        kind: Its name.
-        mask_rate: m(t), not decreasing, from `start` to `end`.
-        dmask_rate: m'(t) >= 0; it may be infinite at t = 0.
-        time_of: The inverse of m: the time at which a given share of tokens is masked, in [0, 1].
-        start: m just after t = 0; 0 for all but the clipped forms.
-        end: m just before t = 1; 1 for all but the clipped forms and `loglinear`.
     """
 
     kind: str
-    mask_rate: Rate
-    dmask_rate: Rate
-    time_of: Rate
-    start: float = 0.0
-    end: float = 1.0
+    mask_rate: Rate  # m(t), not decreasing, from `start` to `end`
+    dmask_rate: Rate  # m'(t) >= 0; it may be infinite at t = 0
+    time_of: Rate  # the inverse of m: the time at which a given share of tokens is masked, in [0, 1]
+    start: float = 0.0  # m just after t = 0; 0 for all but the clipped forms
+    end: float = 1.0  # m just before t = 1; 1 for all but the clipped forms and `loglinear`
 
     def alpha(self, t: Float[Array, "..."] | float) -> Float[Array, "..."]:
         """Return the probability that a token is unmasked at time t, in [0, 1].
@@ -83,7 +76,7 @@ class Schedule:
 
 
 def make_schedule(kind: str, *, exponent: float = 2.0, eps: float | None = None) -> Schedule:
-    """Build a schedule by name.
+    """Build a schedule by name; an unknown one, and what is out of range, is a ValueError.
 
     | kind | alpha(t) | source |
     |---|---|---|
@@ -103,18 +96,14 @@ def make_schedule(kind: str, *, exponent: float = 2.0, eps: float | None = None)
         exponent: The power of `poly`, > 0; the others have none.
         eps: What `loglinear` and the clipped forms keep from their ends, in (0, 0.5); by default as in the table.
 
-    Raises:
-        ValueError: For an unknown kind, an exponent that is not positive, or an eps out of range.
-
     >>> float(make_schedule("poly", exponent=3.0).alpha(0.5))
     0.875
     """
-    if kind not in get_args(ScheduleName):
-        raise ValueError(f"unknown schedule {kind!r}: choose one of {', '.join(get_args(ScheduleName))}")
+    names = get_args(ScheduleName)
+    require(kind in names, f"unknown schedule {kind!r}: choose one of {', '.join(names)}")
     if eps is None:
         eps = 1e-3 if kind == "loglinear" else 1e-4
-    if not 0 < eps < 0.5:
-        raise ValueError(f"the eps of a schedule must lie between 0 and 0.5, not at {eps}")
+    require(0 < eps < 0.5, f"the eps of a schedule must lie between 0 and 0.5, not at {eps}")
     if kind == "cosine":
         return Schedule(
             kind,
@@ -151,8 +140,7 @@ def make_schedule(kind: str, *, exponent: float = 2.0, eps: float | None = None)
             time_of=lambda m: (jnp.arccos(jnp.sqrt(1 - m) * cos_first) - first) / scale,
         )
     power = {"linear": 1.0, "sqrt": 0.5, "poly": exponent}[kind]
-    if not 0 < power < math.inf:
-        raise ValueError(f"the exponent of a poly schedule must be positive, not {power}")
+    require(0 < power < math.inf, f"the exponent of a poly schedule must be positive, not {power}")
     return Schedule(
         kind,
         mask_rate=lambda t: _power(t, power),

@@ -81,15 +81,9 @@ def draw_rows(
         return jnp.where(logits > -jnp.inf, (1 + guidance) * logits - guidance * without, -jnp.inf)
 
     times = _times(num_steps, grid, loop_time if sampler == "remdm_loop" else None)
-    walk = _Walk(
-        start=start,
-        times=times,
-        rates=schedule.mask_rate(times).at[0].set(1.0).at[-1].set(0.0),  # whatever the schedule does at its ends
-        mask_id=mask_id,
-        predict=predict,
-        limit=partial(limited, temperature=temperature, top_k=top_k, top_p=top_p),
-        key=token_key,
-    )
+    rates = schedule.mask_rate(times).at[0].set(1.0).at[-1].set(0.0)  # whatever the schedule does at its ends
+    limit = partial(limited, temperature=temperature, top_k=top_k, top_p=top_p)
+    walk = _Walk(start, times, rates, mask_id, predict, limit, token_key)
     if uniform_share > 0:
         return _denoise_mixed(walk, start_key, uniform_share)
     if sampler in get_args(InOrder):

@@ -16,7 +16,7 @@ from nanodlm.data.rows import evenly_spaced, read
 from nanodlm.data.shard import token_counts, unigram_nats
 from nanodlm.data.tokenizer import token_bytes
 from nanodlm.devices.mesh import make_mesh, replicated
-from nanodlm.errors import Emit, NanodlmError, silent
+from nanodlm.errors import Emit, silent
 from nanodlm.evaluation.scoring import make_scorer, score_rows
 from nanodlm.evaluation.uncertainty import count_documents, documents_in, ratio_stderr
 from nanodlm.model.transformer import Transformer
@@ -30,15 +30,8 @@ def evaluate(config: Config, inputs: dict[str, Artifact], attempt: Attempt, emit
     rows = read(shard.file("validation.arrayrecord"), shard.metrics["dtype"])
     chosen = evenly_spaced(len(rows), config.eval.max_rows)
     documents = documents_in(rows, encoding.eot_token)[chosen]
-    metrics = score(
-        model,
-        encoding,
-        [rows[i] for i in chosen],
-        config.eval,
-        documents=documents,
-        counts=token_counts(shard),
-        emit=emit,
-    )
+    rows, counts = [rows[i] for i in chosen], token_counts(shard)
+    metrics = score(model, encoding, rows, config.eval, documents=documents, counts=counts, emit=emit)
     metrics["pretokenized"] = config.data.pretokenized  # only their end-of-text marks tell documents
     (attempt.path / "metrics.json").write_text(json.dumps(metrics, indent=1))
     return metrics
@@ -66,8 +59,6 @@ def score(
         as `val_stderr_over` whether the standard error is one over `documents` or over `rows`.
         Bits per byte divide by the bytes of the text; end-of-text marks add nats but no bytes.
     """
-    if len(rows) < 2:
-        raise NanodlmError("one validation row has no standard error: raise --data.val_tokens or lower --model.seq_len")
     scorer, mesh = make_scorer(model), make_mesh(options.batch_size)
     params = jax.device_put(nnx.state(model), replicated(mesh))
     nats = np.zeros(len(rows))
@@ -90,22 +81,13 @@ def score(
     return {
         "val_nats_per_token": float(nats.sum()) / len(tokens),
         "val_nats_per_token_stderr": ratio_stderr(nats, row_tokens, shared),
-        "val_bits_per_byte": bits_per_byte(float(nats.sum()), n_bytes),
+        "val_bits_per_byte": float(nats.sum()) / math.log(2) / n_bytes,
         "val_bits_per_byte_stderr": ratio_stderr(nats, row_bytes, shared) / math.log(2),
         "val_stderr_over": "rows" if shared is None else "documents",
         "val_unigram_nats_per_token": unigram,
-        "val_unigram_bits_per_byte": bits_per_byte(unigram * len(tokens), n_bytes),
+        "val_unigram_bits_per_byte": unigram * len(tokens) / math.log(2) / n_bytes,
         "scored_tokens": len(tokens),
         "scored_bytes": n_bytes,
         "scored_rows": len(rows),
         "scored_documents": n_documents,
     }
-
-
-def bits_per_byte(nats: float, n_bytes: int) -> float:
-    """Convert the total nats of a text of so many bytes to bits per byte.
-
-    >>> bits_per_byte(math.log(2) * 8, 4)
-    2.0
-    """
-    return nats / math.log(2) / n_bytes

@@ -15,16 +15,15 @@ from nanodlm.model.views import Past, View
 NORMAL = nnx.initializers.normal
 
 
-def rope(x: Float[Array, "B L H D"], positions: Int[Array, "L"] | None = None) -> Float[Array, "B L H D"]:
-    """Rotate pairs of channels by angles proportional to the position, 0 to L - 1 by default.
+def rope(x: Float[Array, "B L H D"], positions: Int[Array, "L"]) -> Float[Array, "B L H D"]:
+    """Rotate pairs of channels by angles proportional to the position.
 
     Source: RoFormer, arXiv:2104.09864, eq. 34.
 
-    >>> rope(jnp.ones((1, 2, 1, 4))).shape
+    >>> rope(jnp.ones((1, 2, 1, 4)), jnp.arange(2)).shape
     (1, 2, 1, 4)
     """
     half = x.shape[-1] // 2
-    positions = jnp.arange(x.shape[1]) if positions is None else positions
     angles = positions[:, None] / 10_000 ** (jnp.arange(half) / half)  # (L, D/2)
     cos, sin = jnp.cos(angles)[:, None], jnp.sin(angles)[:, None]
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)

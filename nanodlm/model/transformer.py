@@ -25,6 +25,7 @@ from nanodlm.model.views import Cache, Past, View, view_behind, view_of_row
 
 Ids = Int[Array, "B L"]
 Logits = Float[Array, "B L V"]
+Features = Float[Array, "B L D"]
 Times = Float[Array, "B *K"]  # of each row, or of each of its K blocks
 Remat = Literal["none", "dots", "full"]
 
@@ -44,56 +45,35 @@ LOGICAL_AXES = {
 class Transformer(nnx.Module):
     """Predict every token of a row from a noised one.
 
-    Args:
-        vocab_size: Ids it embeds and scores: the tokenizer's, the mask, padding.
-        n_layers: Blocks.
-        n_heads: Attention heads; d_model / n_heads must be even.
-        d_model: Width of the residual stream.
-        d_ff: Width of the feed-forward layers (squared ReLU).
-        conv_width: Width of each block's depthwise convolution, odd; 0 is none.
-        time_conditioning: Whether blocks see the time t.
-        tie_embeddings: Whether the output layer is the embedding's transpose.
-        qk_norm: Whether queries and keys are normalised (Source: arXiv:2302.05442, section 2.2, with RMSNorm).
-        zero_init: Whether the layers that write to the residual stream, and an untied output layer, start at zero;
-            otherwise with a standard deviation of 0.02.
-        block_size: Positions in a block, of which none reads a later one; 0 lets every position read the whole row.
-            It changes no parameter.
-        remat: What the backward pass computes again instead of keeping: `none` of a block's values, all but matrix
-            products (`dots`), or the whole block (`full`). It changes memory and time, not the result.
-        dtype: Precision of matrix products; parameters and logits are float32.
-        rngs: Initialisation.
+    No position reads later blocks than its own, of `block_size` positions; with 0 it reads the whole row. That changes
+    no parameter. Instead of keeping what a layer makes for the backward pass, `remat` computes it again: `none` of it,
+    all but matrix products (`dots`), or the whole (`full`). That changes memory and time, not the result.
 
     >>> model = Transformer(vocab_size=32, n_layers=1, n_heads=2, d_model=8, d_ff=16, rngs=nnx.Rngs(0))
     >>> model(jnp.zeros((2, 5), int), jnp.ones(2)).shape
     (2, 5, 32)
-
-    Raises:
-        ValueError: For a block size below 0.
     """
 
-    objective: Any = None
-    """What it is trained on, a `diffusion.objective.Objective`, where it was made from settings."""
-    seq_len: int = 0
-    """Tokens in the rows it is trained on, likewise."""
-    document_end: int | None = None
-    """The id that ends a document, where it is told."""
+    objective: Any = None  # what it is trained on, a `diffusion.objective.Objective`, where it was made from settings
+    seq_len: int = 0  # tokens in the rows it is trained on, likewise
+    document_end: int | None = None  # the id that ends a document, where it is told
 
     def __init__(
         self,
         *,
-        vocab_size: int,
+        vocab_size: int,  # ids it embeds and scores: the tokenizer's, the mask, padding
         n_layers: int,
-        n_heads: int,
-        d_model: int,
-        d_ff: int,
-        conv_width: int = 0,
-        time_conditioning: bool = False,
-        tie_embeddings: bool = False,
-        qk_norm: bool = True,
-        zero_init: bool = True,
+        n_heads: int,  # d_model / n_heads must be even
+        d_model: int,  # width of the residual stream
+        d_ff: int,  # width of the feed-forward layers (squared ReLU)
+        conv_width: int = 0,  # of each block's depthwise convolution, odd; 0 is none
+        time_conditioning: bool = False,  # whether blocks see the time t
+        tie_embeddings: bool = False,  # whether the output layer is the embedding's transpose
+        qk_norm: bool = True,  # of queries and keys (Source: arXiv:2302.05442, section 2.2, with RMSNorm)
+        zero_init: bool = True,  # whether layers that write to the stream, and an untied output layer, start at zero
         block_size: int = 0,
         remat: Remat = "none",
-        dtype: jnp.dtype | str = "float32",
+        dtype: jnp.dtype | str = "float32",  # of matrix products; parameters and logits are float32
         rngs: nnx.Rngs,
     ):
         if block_size < 0:
@@ -140,9 +120,7 @@ class Transformer(nnx.Module):
         """The output layer, whose product with features are the logits."""
         return (self.head or self.embedding).embedding[...]
 
-    def features(
-        self, x_t: Ids, t: Times, segment_ids: Ids | None = None, context: Ids | None = None
-    ) -> Float[Array, "B L D"]:
+    def features(self, x_t: Ids, t: Times, segment_ids: Ids | None = None, context: Ids | None = None) -> Features:
         """Return what the output layer scores, at every position.
 
         With a context, each block of x_t is seen beside the context's blocks before it, and nothing else: one call
@@ -150,15 +128,9 @@ class Transformer(nnx.Module):
         (Source: BD3-LM, arXiv:2503.09573, section 3.2 and the appendix on masks), in two passes: the context reads
         itself, block by block; then x_t reads the context. Both begin at position 0.
 
-        Args:
-            x_t: Token ids, masks included.
-            t: Times in [0, 1], of each row or of each of its K = ceil(L / block_size) blocks; read only with time
-                conditioning. The context's is 0.
-            segment_ids: Which document each position belongs to; attention and convolution stay within one.
-            context: Clean token ids; needs a block size.
-
-        Raises:
-            ValueError: For a context without a block size, or a number of times that is not that of the blocks.
+        Times are of each row, or of each of its K = ceil(L / block_size) blocks, and are read only with time
+        conditioning; the context's is 0. Attention and convolution stay within a document, of `segment_ids`. A context
+        without a block size, or another number of times, is a ValueError.
         """
         if context is not None and not self.block_size:
             raise ValueError("a context needs a network with a block_size above 0")
@@ -172,8 +144,7 @@ class Transformer(nnx.Module):
     def new_cache(self, rows: int, window: int) -> Cache:
         """Return an empty cache for so many rows, of which a block can read a window of positions before it.
 
-        Raises:
-            ValueError: For a network without a block size, or a window that is no multiple of it.
+        A network without a block size, or a window that is no multiple of it, is a ValueError.
 
         >>> shape = {"vocab_size": 32, "n_layers": 1, "n_heads": 2, "d_model": 8, "d_ff": 16}
         >>> model = Transformer(**shape, block_size=2, rngs=nnx.Rngs(0))
@@ -192,10 +163,7 @@ class Transformer(nnx.Module):
         """Append clean tokens, at the positions count to count + N - 1; return their logits, and the cache with them.
 
         The logits are as `__call__` gives them for one stream at time 0, but that a block reads the window before it
-        and no more. Any number of blocks at a time gives the same result.
-
-        Raises:
-            ValueError: For tokens that are not whole blocks.
+        and no more. Any number of blocks at a time gives the same result; tokens that are not whole ones raise.
         """
         self._check_blocks(tokens.shape[1], "the number of tokens")
         x, made = self._run(tokens, jnp.zeros(len(tokens)), self._view(cache, tokens.shape[1]), cache.layers, keep=True)
@@ -204,11 +172,7 @@ class Transformer(nnx.Module):
         return self._score(self.norm(x)), Cache(layers, cache.count + tokens.shape[1])
 
     def denoise_block(self, cache: Cache, x_t: Int[Array, "B N"], t: Float[Array, "B"]) -> Float[Array, "B N V"]:
-        """Return logits of x_0 for the one noisy block that follows the cached tokens, as `__call__` with a context.
-
-        Raises:
-            ValueError: For more or less than one block.
-        """
+        """Return logits of x_0 for the one noisy block that follows the cached tokens, as `__call__` with a context."""
         if not self.block_size or x_t.shape[1] != self.block_size:
             raise ValueError(f"one block has {self.block_size} positions, not {x_t.shape[1]}")
         return self._score(self.norm(self._run(x_t, t, self._view(cache, self.block_size), cache.layers)[0]))

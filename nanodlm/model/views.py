@@ -11,20 +11,16 @@ from jaxtyping import Array, Bool, Float, Int
 class Past(NamedTuple):
     """Hold what layers keep of P clean positions for others to read; all layers are stacked along a first axis."""
 
-    keys: Float[Array, "*N B P H E"]
-    """After RoPE."""
+    keys: Float[Array, "*N B P H E"]  # after RoPE
     values: Float[Array, "*N B P H E"]
-    inputs: Float[Array, "*N B P D"]
-    """The convolution's; D is 0 when there is none."""
+    inputs: Float[Array, "*N B P D"]  # the convolution's; D is 0 when there is none
 
 
 class Cache(NamedTuple):
     """Hold the last clean positions of each row: a pytree of constant shapes, which `jax.lax.scan` can carry."""
 
-    layers: Past
-    """Of the positions count - window to count - 1; those below 0 are not written yet and never read."""
-    count: Int[Array, ""]  # type: ignore[reportIncompatibleMethodOverride]
-    """Tokens seen so far, the same for all rows."""
+    layers: Past  # of the positions count - window to count - 1; those below 0 are not written yet and never read
+    count: Int[Array, ""]  # type: ignore[reportIncompatibleMethodOverride]  # tokens seen so far, the same for all rows
 
 
 Places = tuple[Int[Array, "_"], Int[Array, "_ _"]]  # positions, and the documents that they belong to in each row
@@ -34,20 +30,16 @@ class Reads(NamedTuple):
     """Say what Q positions read of K: masks, whose first axis is 1 when all rows are alike."""
 
     attention: Bool[Array, "#B Q K"]
-    convolution: Sequence[Bool[Array, "#B Q"]]
-    """For each offset of the convolution, whether a position reads that neighbour."""
+    convolution: Sequence[Bool[Array, "#B Q"]]  # for each of its offsets, whether a position reads that neighbour
 
 
 class View(NamedTuple):
     """Say what the Q positions of a stream read."""
 
     positions: Int[Array, "Q"]
-    own: Reads | None = None
-    """Of the stream itself; None is everything."""
-    past: Reads | None = None
-    """Of the `Past` it is given."""
-    start: int = 0
-    """The place, in that past, of the stream's first position."""
+    own: Reads | None = None  # of the stream itself; None is everything
+    past: Reads | None = None  # of the `Past` it is given
+    start: int = 0  # the place, in that past, of the stream's first position
 
 
 def view_of_row(
@@ -81,8 +73,8 @@ def _reads(
 ) -> Reads:
     """Return what queries read of keys: positions of the same document, from the least to the most blocks back.
 
-    Positions below 0 do not exist. `start` is the index of the first
-    query among the keys. Without a block size, only documents count.
+    Positions below 0 do not exist. `start` is the index of the first query among the keys. Without a block size, only
+    documents count.
     """
     (query, query_ids), (key, key_ids), (least, most) = queries, keys, blocks_back
 

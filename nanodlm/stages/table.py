@@ -116,4 +116,4 @@ def check(config: Config, stages: Iterable[str]) -> None:
     if "split" in stages:
         check_size(config.data)
     if "train" in stages:
-        check_packages(config.exp)
+        check_packages(config)

@@ -219,9 +219,8 @@ def cannot_write(store: Store, error: OSError) -> NanodlmError:
     """Return the error, in one line, of a store that cannot be written."""
     no_bucket = isinstance(error, FileNotFoundError) and not store.is_local
     reason = "there is no such bucket" if no_bucket else error.strerror or error
-    return NanodlmError(
-        f"cannot write to the store {store.uri()}: {reason}; choose another with --store, or mend its permissions"
-    )
+    remedy = "choose another with --store, or mend its permissions"
+    return NanodlmError(f"cannot write to the store {store.uri()}: {reason}; {remedy}")
 
 
 def _digests(manifest: Json) -> tuple[str, str | None]:

@@ -2,7 +2,8 @@
 
     {cache}/entries/{name}/files/...     copies; each appears whole, after its sha256 was checked
     {cache}/entries/{name}/used          locked by every process that uses the entry; its time is that of the last use
-    {cache}/entries/{name}/arriving/...  copies on their way, each with a lock, so that two processes do not fetch it
+    {cache}/entries/{name}/arriving/...  copies on their way
+    {cache}/entries/{name}/locks/...     one of each file, so that two processes do not fetch it
     {cache}/manifests/...                manifests of what was found, for when no store may be asked
     {cache}/lock                         held while entries are opened or thrown out
 
@@ -12,10 +13,8 @@ they end with their process. filelock's shared lock is in an SQLite file, which 
 
 import contextlib
 import fcntl
-import hashlib
 import os
 import shutil
-import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -30,7 +29,6 @@ from nanodlm.store.retry import one_line
 
 THREADS, GROUP = 2, 8  # that fetch and verify, and files of each at once
 _held: dict[Path, IO[str]] = {}  # entries in use by this process; the open files hold their locks
-_holding = threading.Lock()
 
 
 def cache_dir() -> Path:
@@ -51,8 +49,7 @@ def hold(name: str, needed: int = 0) -> Path:
     """Open an entry until this process ends, make room for the bytes `needed`, and return the folder for its files."""
     entry = cache_dir() / "entries" / name
     try:
-        cache_dir().mkdir(parents=True, exist_ok=True)
-        with _holding, FileLock(cache_dir() / "lock"):
+        with FileLock(cache_dir() / "lock"):
             (entry / "files").mkdir(parents=True, exist_ok=True)
             if entry not in _held:
                 _held[entry] = (entry / "used").open("a")
@@ -66,18 +63,17 @@ def hold(name: str, needed: int = 0) -> Path:
 
 def cannot_write_cache(error: OSError) -> NanodlmError:
     """Return the error, in one line, of a cache that cannot be written."""
-    return NanodlmError(
-        f"cannot write to the cache {cache_dir()}: {one_line(error)}; set NANODLM_CACHE to a folder with room"
-    )
+    remedy = "set NANODLM_CACHE to a folder with room"
+    return NanodlmError(f"cannot write to the cache {cache_dir()}: {one_line(error)}; {remedy}")
 
 
 def drop(name: str) -> None:
     """Throw an entry out that this process alone has used."""
     entry = cache_dir() / "entries" / name
-    with _holding:
+    with FileLock(cache_dir() / "lock"):
         if held := _held.pop(entry, None):
             held.close()
-    shutil.rmtree(entry, ignore_errors=True)
+        shutil.rmtree(entry, ignore_errors=True)
 
 
 def fetch(
@@ -90,22 +86,19 @@ def fetch(
     """
 
     def fetch_some(some: list[Json]) -> int:
-        arriving = {}  # where files lie until they are verified, each beside the lock of who fetches it
         with contextlib.ExitStack() as locks:
-            for path in (file["path"] for file in some):  # in the order of paths for everyone, so nobody deadlocks
-                own = folder.parent / "arriving" / hashlib.sha256(path.encode()).hexdigest()[:16]
-                own.mkdir(parents=True, exist_ok=True)
-                locks.enter_context(FileLock(own / "lock"))
-                arriving[path] = own / "file"
+            for file in some:  # in the order of paths for everyone, so nobody deadlocks
+                locks.enter_context(FileLock(folder.parent / "locks" / file["path"]))
             missing = [file for file in some if not is_whole(folder / file["path"], file)]
+            arriving = [(file["path"], folder.parent / "arriving" / file["path"]) for file in missing]
             if missing:
-                get([(file["path"], arriving[file["path"]]) for file in missing])
-            for file in missing:
-                if not is_whole(arriving[file["path"]], file):
-                    arriving[file["path"]].unlink(missing_ok=True)
-                    raise Damaged(f"{file['path']} has been altered")
-                (folder / file["path"]).parent.mkdir(parents=True, exist_ok=True)
-                arriving[file["path"]].replace(folder / file["path"])
+                get(arriving)
+            for file, (path, there) in zip(missing, arriving, strict=True):
+                if not is_whole(there, file):
+                    there.unlink(missing_ok=True)
+                    raise Damaged(f"{path} has been altered")
+                (folder / path).parent.mkdir(parents=True, exist_ok=True)
+                there.replace(folder / path)
         return sum(file["size"] for file in some)
 
     files = sorted(files, key=lambda file: file["path"])
@@ -117,32 +110,22 @@ def fetch(
 
 def _make_room(needed: int) -> None:
     """Throw out what nobody uses, the least recently used first, until `needed` more bytes fit."""
-    entries = sorted((entry for entry in (cache_dir() / "entries").iterdir() if entry.is_dir()), key=_last_used)
-    sizes = {entry: sum(found.size for found in list_files(str(entry)).values()) for entry in entries}
+    used = sorted((cache_dir() / "entries").glob("*/used"), key=lambda file: file.stat().st_mtime)
+    sizes = {file.parent: sum(found.size for found in list_files(str(file.parent)).values()) for file in used}
     total = sum(sizes.values())
-    for entry in entries:
+    for entry, size in sizes.items():
         wanted = total + needed > limit() or entry.name.startswith("attempt-")  # which a killed run has left
-        if wanted and entry not in _held and _is_unused(entry):
+        if wanted and _is_unused(entry):
             shutil.rmtree(entry, ignore_errors=True)
-            total -= sizes[entry]
+            total -= size
     if needed and total + needed > limit():
-        raise NanodlmError(
-            f"the cache {cache_dir()} may hold {limit() / 1e9:.3g} GB, of which {total / 1e9:.3g} are in use, and "
-            f"{needed / 1e9:.3g} more are needed: raise NANODLM_CACHE_GB"
-        )
-
-
-def _last_used(entry: Path) -> float:
-    with contextlib.suppress(FileNotFoundError):
-        return (entry / "used").stat().st_mtime
-    return 0.0
+        room = f"{limit() / 1e9:.3g} GB, of which {total / 1e9:.3g} are in use, and {needed / 1e9:.3g} more are needed"
+        raise NanodlmError(f"the cache {cache_dir()} may hold {room}: raise NANODLM_CACHE_GB")
 
 
 def _is_unused(entry: Path) -> bool:
-    """Say if no process holds an entry. Nobody can take it meanwhile: that needs the cache's own lock."""
-    with contextlib.suppress(FileNotFoundError), (entry / "used").open("a") as file:  # else its user has thrown it out
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-    return True
+    """Say if no process holds an entry, this one among them; nobody can take it while the cache's own lock is held."""
+    with (entry / "used").open("a") as file, contextlib.suppress(BlockingIOError):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    return False

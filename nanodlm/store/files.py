@@ -103,8 +103,6 @@ class Storage:
 
     def get(self, pairs: list[tuple[str, Path]]) -> None:
         """Copy files to local paths, several at a time; what is cut off leaves half a file, so compare them."""
-        for _, target in pairs:
-            target.parent.mkdir(parents=True, exist_ok=True)
         for sources, targets in _batches(pairs):
             self.patiently(partial(self.fs.get, sources, targets))
 
@@ -148,30 +146,30 @@ class Storage:
         """Try, once, whether a file that exists can be created again, and refuse a storage where it can."""
         if self._create_only:
             return
-        probe = self.path(f".create-only-{secrets.token_hex(8)}")
-        try:
-            self.write_json(probe, {"created": 1}, create_only=True)
+        with self._probe() as probe:
             if self.write_json(probe, {"created": 2}, create_only=True):
-                raise NanodlmError(
-                    f"{self.uri()} lets an existing file be created again, so commits of two runs could mix: its "
-                    "server ignores `If-None-Match`; use another store"
-                )
+                what = f"{self.uri()} lets an existing file be created again, so commits of two runs could mix"
+                raise NanodlmError(f"{what}: its server ignores `If-None-Match`; use another store")
             self._create_only = True
-        finally:
-            with contextlib.suppress(OSError, NanodlmError):
-                self.remove(probe)
 
     def now(self) -> float:
-        """Return the Unix time by the storage's own clock: that of a file written now."""
-        probe = self.path(f".now-{secrets.token_hex(8)}")
+        """Return the Unix time by the storage's own clock: that of a file created now."""
         try:
-            self.write_json(probe, {})
-            return _changed(self.patiently(lambda: self.fs.info(probe)))
+            with self._probe() as probe:
+                return _changed(self.patiently(lambda: self.fs.info(probe)))
         except OSError as error:
             raise NanodlmError(f"cannot write to {self.uri()}: {one_line(error)}") from error
+
+    @contextlib.contextmanager
+    def _probe(self) -> Iterator[str]:
+        """Create a file, yield its path, and remove it."""
+        path = self.path(f".probe-{secrets.token_hex(8)}")
+        try:
+            self.write_json(path, {"created": 1}, create_only=True)
+            yield path
         finally:
             with contextlib.suppress(OSError, NanodlmError):
-                self.remove(probe)
+                self.remove(path)
 
     def remove(self, *paths: str) -> None:
         """Remove files; those that are not there are no error."""

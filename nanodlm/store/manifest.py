@@ -27,16 +27,13 @@ def canonical_json(value: Any) -> str:
     """
 
     def check(v: Any) -> None:
-        if isinstance(v, dict):
-            for key, item in v.items():
-                if not isinstance(key, str):
-                    raise TypeError(f"a fingerprint takes string keys, not {key!r}")
-                check(item)
-        elif isinstance(v, list | tuple):
-            for item in v:
+        if isinstance(v, dict | list | tuple):
+            for item in v.values() if isinstance(v, dict) else v:
                 check(item)
         elif v is not None and type(v) not in (str, int, float, bool):
             raise TypeError(f"a fingerprint takes no {type(v).__name__}: {v!r}")
+        if isinstance(v, dict) and not all(isinstance(key, str) for key in v):
+            raise TypeError(f"a fingerprint takes string keys, not those of {v!r}")
 
     check(value)
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
@@ -58,8 +55,7 @@ def sealed(value: Json) -> Json:
     'f9d86028'
     """
     rest = {k: v for k, v in value.items() if k != "checksum"}
-    text = json.dumps(rest, sort_keys=True)
-    return {**rest, "checksum": hashlib.sha256(text.encode()).hexdigest()}
+    return {**rest, "checksum": hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()}
 
 
 def digest_of(files: list[Json], volatile: list[str]) -> str:

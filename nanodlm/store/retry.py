@@ -56,14 +56,11 @@ def ask(uri: str, call: Callable[[], T]) -> T:
         return tries(call)
     except Exception as error:
         if _refused(error) and not isinstance(error, SETTLED):
-            raise NanodlmError(
-                f"{uri} refuses access: {one_line(error)}; mend the credentials in the environment, or "
-                "the permissions, or choose another --store"
-            ) from error
+            remedy = "mend the credentials in the environment, or the permissions, or choose another --store"
+            raise NanodlmError(f"{uri} refuses access: {one_line(error)}; {remedy}") from error
         if may_pass(error):
-            raise Unreachable(
-                f"{uri} does not answer: {one_line(error)}; what is finished is kept, run again to continue"
-            ) from error
+            remedy = "what is finished is kept, run again to continue"
+            raise Unreachable(f"{uri} does not answer: {one_line(error)}; {remedy}") from error
         raise
 
 

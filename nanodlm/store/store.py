@@ -136,9 +136,8 @@ class Artifact:
     def _fetch(self, folder: Path, files: list[Json], arrived: Callable[[int], None]) -> Path:
         def get(pairs: list[tuple[str, Path]]) -> None:
             if not self.store.asked:
-                raise NanodlmError(
-                    f"{self.uri} is not wholly in the cache ({pairs[0][0]} is missing): unset NANODLM_OFFLINE"
-                )
+                lacking = f"is not wholly in the cache ({pairs[0][0]} is missing)"
+                raise NanodlmError(f"{self.uri} {lacking}: unset NANODLM_OFFLINE")
             self.store.get([(self.remote(path), target) for path, target in pairs])
 
         try:
@@ -175,10 +174,8 @@ class Store(Storage):
             return None
         if problem := problem_with(manifest, stage, fingerprint):
             uri = self.uri(stage, fingerprint)
-            raise Damaged(
-                f"{uri}/{MANIFEST} {problem}: `nanodlm verify {uri} --repair` builds it again, or "
-                "sets it aside for the next run"
-            )
+            remedy = f"`nanodlm verify {uri} --repair` builds it again, or sets it aside for the next run"
+            raise Damaged(f"{uri}/{MANIFEST} {problem}: {remedy}")
         if self.asked and not self.is_local:
             with contextlib.suppress(OSError):  # a cache that cannot be written is no error
                 write_whole(kept / stage / fingerprint / MANIFEST, json.dumps(manifest).encode())

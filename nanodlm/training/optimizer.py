@@ -56,9 +56,8 @@ def make_optimizer(train: TrainConfig) -> optax.GradientTransformation:
     else:
         adam: dict[str, Any] = {"adam_b1": train.beta1, "adam_b2": train.beta2, "adam_learning_rate": schedule}
         adam["muon_weight_dimension_numbers"] = _muon_dimensions
-        optimizer = optax.contrib.muon(
-            lambda count: schedule(count) * train.muon_lr / train.lr, ns_steps=3, **adam, **decay
-        )
+        rate = lambda count: schedule(count) * train.muon_lr / train.lr  # noqa: E731
+        optimizer = optax.contrib.muon(rate, ns_steps=3, **adam, **decay)
     clip = train.clip_grad_norm
     return optax.chain(optax.clip_by_global_norm(clip), optimizer) if clip else optimizer
 

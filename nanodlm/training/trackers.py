@@ -10,15 +10,15 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from nanodlm.config import Config, ExpConfig, explain
+from nanodlm.config import Config, explain
 from nanodlm.errors import Emit, NanodlmError, UsageError
 from nanodlm.store.cache import cache_dir
 
 
-def check_packages(exp: ExpConfig) -> None:
+def check_packages(config: Config) -> None:
     """Refuse settings that ask for a tracker whose package is not installed."""
     for name, package in (("wandb", "wandb"), ("tensorboard", "tensorboardX")):
-        if getattr(exp, f"use_{name}") and find_spec(package) is None:
+        if getattr(config.exp, f"use_{name}") and find_spec(package) is None:
             raise UsageError(f"--exp.use_{name} needs {package}: pip install 'nanodlm[{name}]'")
 
 
@@ -38,7 +38,7 @@ class Tracker:
         """
         self._emit = emit
         self._others: dict[str, _Wandb | _TensorBoard] = {}
-        check_packages(config.exp)
+        check_packages(config)
         self._file = path.open("w", buffering=1)
         try:
             self._file.writelines(map(_json_line, records))

@@ -1,7 +1,6 @@
 """Times, ages and sizes as people write them."""
 
 import re
-import time
 from datetime import UTC, datetime
 
 from nanodlm.errors import UsageError
@@ -14,11 +13,6 @@ AGE = r"^[0-9]+(\.[0-9]+)?[smhd]$"
 def made_at(artifact: Artifact) -> float:
     """Return when an artifact was made, as a Unix time."""
     return datetime.strptime(artifact.manifest["created"], TIME).replace(tzinfo=UTC).timestamp()
-
-
-def age(artifact: Artifact) -> float:
-    """Return the seconds since an artifact was made."""
-    return time.time() - made_at(artifact)
 
 
 def size(count: int) -> str:

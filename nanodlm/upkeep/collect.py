@@ -56,11 +56,8 @@ def collect(
         raise UsageError(f"--keep-last counts results to keep, from 0, not {keep_last}")
     listed, now = _contents(store), time.time()
     if listed:
-        try:
+        with contextlib.suppress(NanodlmError) if dry_run else contextlib.nullcontext():
             now = store.now()  # ages are by the storage's own clock, whatever this machine's says
-        except NanodlmError:
-            if not dry_run:
-                raise
     artifacts, unreadable, torn = _artifacts(store)
     building = {item for item, contents in listed.items() if contents.lease > now - max(grace, LEASE_GRACE)}
     leases = [read_lease(store, store.path(*item, "lease.json")) or {} for item in building]

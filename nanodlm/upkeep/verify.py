@@ -24,21 +24,16 @@ class Checked:
     repaired: bool = False
 
 
-def chain(store: Store, stage: str, fingerprint: str) -> list[Item]:
-    """Return an artifact and all that it was made from, as far as manifests can be read, in order."""
-    found, todo = set(), [(stage, fingerprint)]
+def chain(store: Store, *artifacts: Item) -> list[Item]:
+    """Return artifacts and all that they were made from, there or not, as far as manifests can be read, in order."""
+    found, todo = set(), list(artifacts)
     while todo:
         item = todo.pop()
         if item not in found:
             found.add(item)
-            todo += _made_from(store, item)
+            artifact = _find(store, item)
+            todo += artifact.inputs if artifact else []
     return in_order(found)
-
-
-def named(store: Store) -> list[Item]:
-    """Return all artifacts of a store, and those that they were made from, whether these are there or not, in order."""
-    found = set(store)
-    return in_order(found.union(*(_made_from(store, item) for item in found)))
 
 
 def in_order(artifacts: Iterable[Item]) -> list[Item]:
@@ -52,11 +47,6 @@ def _find(store: Store, item: Item) -> Artifact | None:
     with contextlib.suppress(Damaged):
         return store.find(*item)
     return None
-
-
-def _made_from(store: Store, item: Item) -> list[Item]:
-    artifact = _find(store, item)
-    return artifact.inputs if artifact else []
 
 
 def check(

@@ -26,7 +26,10 @@ from nanodlm.store import FLOW_RUN
 @pytest.fixture
 def client(prefect_server: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[SyncPrefectClient]:
     monkeypatch.setattr(own_run, "LOOK_SECONDS", 0.2)
-    with temporary_settings({PREFECT_API_URL: prefect_server["PREFECT_API_URL"]}), get_client(sync_client=True) as found:
+    with (
+        temporary_settings({PREFECT_API_URL: prefect_server["PREFECT_API_URL"]}),
+        get_client(sync_client=True) as found,
+    ):
         yield found
 
 
@@ -84,7 +87,9 @@ def test_a_run_goes_on_while_its_server_is_away_and_while_it_waits(
             client.set_flow_run_state(flow_run.id, Running(name="Waiting"))
             time.sleep(0.7)
             with monkeypatch.context() as patch:
-                patch.setattr(own_run, "get_client", lambda **_: get_client(sync_client=True, httpx_settings={"timeout": 0}))
+                patch.setattr(
+                    own_run, "get_client", lambda **_: get_client(sync_client=True, httpx_settings={"timeout": 0})
+                )
                 time.sleep(0.7)
         return "done"
 

@@ -139,8 +139,8 @@ def test_time_matters_with_trained_conditioning_and_never_without() -> None:
 
 def test_attention_scores_depend_on_relative_positions_only() -> None:
     (q, k), length = jax.random.normal(jax.random.key(1), (2, 1, 1, 2, 8)), 12
-    at = partial(jnp.broadcast_to, shape=(1, length, 2, 8))
-    scores = np.asarray(jnp.einsum("bqhd,bkhd->hqk", rope(at(q)), rope(at(k))))
+    rotated = [rope(jnp.broadcast_to(x, (1, length, 2, 8)), jnp.arange(length)) for x in (q, k)]
+    scores = np.asarray(jnp.einsum("bqhd,bkhd->hqk", *rotated))
     for offset in range(-length + 1, length):
         diagonal = np.diagonal(scores, offset, axis1=1, axis2=2)
         np.testing.assert_allclose(diagonal, diagonal[:, :1] + np.zeros_like(diagonal), atol=1e-5)

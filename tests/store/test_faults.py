@@ -237,7 +237,7 @@ def test_damaged_shards_are_refused_and_repaired_to_the_same_digest(
     DAMAGES[damage](one, other)
     with pytest.raises(Damaged, match=r"train-00001\.arrayrecord .*nanodlm verify .*--repair"):
         artifact.local()
-    everything = verify.chain(store, "shard", artifact.fingerprint)
+    everything = verify.chain(store, ("shard", artifact.fingerprint))
     found = {item.stage: item.problems for item in verify.check(store, everything, deep=True)}
     assert [line.split()[0] for line in found.pop("shard")] == [one.name, other.name][: 2 if damage == "swap" else 1]
     assert not any(found.values())

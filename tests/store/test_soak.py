@@ -35,10 +35,10 @@ from nanodlm.config import load_config
 from nanodlm.stages.run import run_stage
 from nanodlm.stages.table import until
 from nanodlm.store import Store
-from nanodlm.upkeep.verify import check, named
+from nanodlm.upkeep.verify import chain, check
 config, store, last = load_config(sys.argv[1]), Store(sys.argv[2]), sys.argv[3]
 if sys.argv[4] == "repair":
-    print([c for c in check(store, named(store), deep=True, repair=True) if c.problems and not c.repaired])
+    print([c for c in check(store, chain(store, *store), deep=True, repair=True) if c.problems and not c.repaired])
 else:
     for name in until(last):
         run_stage(name, config, store)

@@ -34,7 +34,7 @@ class Made:
 
     def check(self, *, deep: bool = False, repair: bool = False, of: str = "sample") -> dict[str, verify.Checked]:
         """What is said of each artifact in a chain, by stage."""
-        chain = verify.chain(self.store, of, self.artifacts[of].fingerprint)
+        chain = verify.chain(self.store, (of, self.artifacts[of].fingerprint))
         return {found.stage: found for found in verify.check(self.store, chain, deep=deep, repair=repair)}
 
     def first(self, stage: str, pattern: str) -> Path:

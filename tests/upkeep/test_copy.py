@@ -20,7 +20,7 @@ from tests.support.upkeep import CHAIN, EVERYTHING, Made, said, statuses, told
 
 
 def test_a_store_copied_there_and_back_is_the_same(master: Made, remote: Store, tmp_path: Path) -> None:
-    artifacts = verify.chain(master.store, "sample", master.artifacts["sample"].fingerprint)
+    artifacts = verify.chain(master.store, ("sample", master.artifacts["sample"].fingerprint))
     names = [stage for stage, _ in artifacts]
     assert copied(master.store, remote, artifacts) == dict.fromkeys(names, True)
     back = Store(str(tmp_path / "back"))

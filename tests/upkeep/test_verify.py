@@ -16,7 +16,7 @@ from tests.support.upkeep import CHAIN, Made, files, made_from, said, statuses, 
 
 def test_the_chain_of_a_sample_goes_down_to_the_data_in_the_order_of_the_stages(master: Made) -> None:
     sample = master.artifacts["sample"]
-    chain = verify.chain(master.store, "sample", sample.fingerprint)
+    chain = verify.chain(master.store, ("sample", sample.fingerprint))
     assert chain == [(name, master.artifacts[name].fingerprint) for name in CHAIN]
     assert [found.problems for found in master.check(deep=True).values()] == [[]] * len(CHAIN)
 
