@@ -71,7 +71,7 @@ def load_config(name: str) -> Config:
     try:
         given = _read_yaml(text) if name.endswith(FILES[1:]) else json.loads(text)
         if not isinstance(given, dict):
-            raise ValueError("it holds no settings by name")
+            raise ValueError("Input should be a valid dictionary of settings")
         return changed(given.pop("preset", "demo"), given)
     except (ValueError, UsageError) as error:
         raise UsageError(f"{name} is not a valid config: {explain(error)}") from error
