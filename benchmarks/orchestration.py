@@ -25,7 +25,7 @@ import psutil
 import tyro
 from prefect.settings import PREFECT_API_URL, PREFECT_LOGGING_LEVEL, temporary_settings
 
-from nanodlm.config import PRESETS, Config
+from nanodlm.config import PRESETS, Config, as_changes
 from nanodlm.flows.pipeline import WATCHER, pipeline
 from nanodlm.flows.reporting import Pages
 from nanodlm.flows.server import ephemeral_server
@@ -167,7 +167,7 @@ def _directly(config: Config, url: str, meter: Meter) -> None:
 def _as_flow(config: Config, url: str, meter: Meter) -> None:
     token = WATCHER.set(meter)
     try:
-        pipeline(config, url)
+        pipeline(*as_changes(config), url)  # type: ignore[arg-type]
     finally:
         WATCHER.reset(token)
 

@@ -4,7 +4,7 @@ import re
 from typing import Annotated, NamedTuple
 from urllib.parse import parse_qsl
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, Field
 
 from nanodlm.errors import SECRETS, UsageError
 
@@ -35,8 +35,7 @@ def refuse_secrets(url: str) -> str:
 
 Url = Annotated[str, AfterValidator(refuse_secrets)]
 # The pattern, which has to come first, lets a server refuse credentials in a form, before it keeps them.
-# Refused here before that, so that no error quotes them.
-StoreUrl = Annotated[str, Field(min_length=1, pattern=r"^[^@?*\[\]]*$"), BeforeValidator(refuse_secrets)]
+StoreUrl = Annotated[str, Field(min_length=1, pattern=r"^[^@?*\[\]]*$"), AfterValidator(refuse_secrets)]
 
 
 class Address(NamedTuple):

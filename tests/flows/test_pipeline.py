@@ -11,8 +11,6 @@ import psutil
 import pytest
 from prefect.client.orchestration import SyncPrefectClient
 
-from nanodlm.errors import UsageError
-from nanodlm.flows.pipeline import pipeline
 from nanodlm.stages.table import NAMES, STAGES
 from tests.support.commands import nanodlm, result_of, started, statuses, tiny_flags
 
@@ -182,15 +180,3 @@ def test_a_server_that_does_not_answer_is_one_line(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert done.stderr.startswith("nanodlm: no Prefect server answers at http://127.0.0.1:9/api: start it")
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
-
-
-@pytest.mark.parametrize(
-    ("parameters", "says"),
-    [
-        ({"store": "memory://x"}, "a store in memory is seen by no other process"),
-        ({"until": "shard", "rebuild": "train"}, "comes after --until shard: nothing would be rebuilt"),
-    ],
-)
-def test_a_flow_refuses_what_the_command_refuses(parameters: dict[str, str], says: str) -> None:
-    with pytest.raises(UsageError, match=says):
-        pipeline.fn(**parameters)

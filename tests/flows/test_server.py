@@ -4,9 +4,11 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
+from typing import Any
 
 import pytest
-from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
 
 from nanodlm.errors import NanodlmError, Stopped
 from nanodlm.flows import server
@@ -50,6 +52,27 @@ def test_a_server_that_stays_away_is_not_waited_for_for_ever(silent: str, monkey
         wait_for_server_at_end(lambda *_, **__: None),
     ):
         raise ValueError("the stage's own error")
+
+
+@pytest.mark.slow
+def test_servers_that_start_at_once_on_a_new_database_all_come_up(tmp_path: Path) -> None:
+    code = "from nanodlm.flows.server import ephemeral_server\nwith ephemeral_server() as url: print(url)"
+    env = environment(PREFECT_HOME=str(tmp_path / "home"), PREFECT_API_URL="")
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    starting = [subprocess.Popen([sys.executable, "-c", code], env=env, **pipes) for _ in range(4)]
+    said = [process.communicate(timeout=200) for process in starting]
+    assert [process.returncode for process in starting] == [0] * 4, said
+    assert len({out for out, _ in said}) == 4
+
+
+def test_a_home_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "home").write_text("a file")
+    with (
+        temporary_settings({PREFECT_HOME: tmp_path / "home"}),
+        pytest.raises(NanodlmError, match=r"did not start \(.*home.*\); set PREFECT_API_URL to use a running one, or"),
+        ephemeral_server(),
+    ):
+        pass
 
 
 @pytest.mark.slow

@@ -1,8 +1,10 @@
 """Operating the pipeline: a real Prefect server, a real worker, deployments of this folder, real kills."""
 
+import base64
 import itertools
 import json
 import os
+import re
 import subprocess
 import time
 from contextlib import ExitStack
@@ -37,14 +39,13 @@ def test_prefect_deploys_everything_from_a_clone_without_a_remote(deployed: Site
     assert {name for name, d in found.items() if d["work_pool_name"] == "default"} == {
         "pipeline/demo",
         "pipeline/nightly",
-        "prepare/default",
+        "prepare/data",
         "train/gpu",
-        "evaluate/default",
-        "sample/default",
+        "evaluate/bound",
+        "sample/texts",
         "gc/weekly",
     }
-    step = found["train/gpu"]["pull_steps"][0]["prefect.deployments.steps.set_working_directory"]
-    assert step["directory"] == str(deployed.clone)
+    assert {d["job_variables"]["env"]["NANODLM_FOLDER"] for d in found.values()} == {str(deployed.clone)}
     assert all("nanodlm" in deployment["tags"] for deployment in found.values())
     (nightly,) = found["pipeline/nightly"]["schedules"]
     assert (nightly["schedule"]["cron"], nightly["schedule"]["timezone"]) == ("0 2 * * *", "Europe/Berlin")
@@ -53,7 +54,8 @@ def test_prefect_deploys_everything_from_a_clone_without_a_remote(deployed: Site
 def test_the_form_of_a_run_shows_groups_descriptions_bounds_and_choices(deployed: Site) -> None:
     schema = deployed.ask("/deployments/name/train/gpu")["parameter_openapi_schema"]
     assert all(len(schema["properties"][name]["description"]) > 20 for name in schema["properties"])
-    groups = schema["definitions"]["Config"]["properties"]
+    assert schema["properties"]["preset"]["enum"] == ["demo", "owt", "owt-1b"]
+    groups = schema["properties"]["config"]["properties"]
     assert set(groups) == {"data", "model", "schedule", "objective", "train", "eval", "sample", "exp"}
     lr = schema["definitions"]["TrainConfig"]["properties"]["lr"]
     assert lr["exclusiveMinimum"] == 0
@@ -66,6 +68,8 @@ def test_the_form_of_a_run_shows_groups_descriptions_bounds_and_choices(deployed
     [
         ({"config": {"train": {"lr": -1}}}, "config.train.lr"),
         ({"config": {"trian": {"lr": 1}}}, "trian"),
+        ({"config": {"train.lr": -1}}, "train.lr"),
+        ({"preset": "dmeo"}, "preset"),
         ({"store": "s3://key:secret@bucket/store"}, "store"),
     ],
 )
@@ -85,35 +89,44 @@ def test_a_run_on_a_server_without_limits_shows_progress_counts_curve_samples_an
     assert site.ends(run) == "Completed"
     assert site.tasks(run) == CACHED | dict.fromkeys(("train", "evaluate", "sample", "report"), "Completed")
     assert wait_until(lambda: site.lines(run, "Concurrency limits ['nobody-made-this'] do not exist"))
-    name = site.ask(f"/flow_runs/{run}")["name"]
-    assert name.startswith("custom-")
-    assert len(name) == len("custom-12345678")
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d-demo", site.ask(f"/flow_runs/{run}")["name"])
     tasks = site.ask("/task_runs/filter", {"flow_runs": {"id": {"any_": [run]}}})
     assert {task["name"]: task["tags"] for task in tasks} == {name: [] for name in (*NAMES, "report")}
 
     artifacts = site.ask("/artifacts/filter", {"flow_runs": {"id": {"any_": [run]}}})
     shown = {artifact["key"]: artifact for artifact in artifacts}
-    assert {"train-progress", "evaluate-progress", "data-counts", "loss-curve", "samples", "report"} <= set(shown)
+    assert {"train-progress", "evaluate-progress", "data-counts", "loss-curve", "samples", "report"} == set(shown)
     assert shown["train-progress"]["data"] == 100
     table = json.loads(shown["data-counts"]["data"])
     assert [row["stage"] for row in table] == ["download", "tokenizer", "split", "shard", "train", "validation"]
-    assert next(site.store.glob("report/*/attempts/*/report.html")).as_uri() in shown["report-page"]["data"]
     texts = next(site.store.glob("sample/*/attempts/*/samples.jsonl")).read_text().splitlines()
     words = max(json.loads(texts[0])["text"].split(), key=len)
     assert words in shown["samples"]["data"]
-    for text in ("validation bound", "bits per byte", "unigram entropy"):
+    assert shown["report"]["task_run_id"] is None, "the one place to look is the run itself"
+    curve = shown["loss-curve"]["data"]
+    assert curve.startswith("data:image/svg+xml;base64,")
+    drawn = base64.b64decode(curve.partition(",")[2]).decode()
+    for text in ("training bound", "validation bound", "unigram entropy"):
+        assert text in drawn
+    for text in ("validation bound", "bits per byte", "unigram entropy", words, curve, f"Store: `{site.store}`"):
         assert text in shown["report"]["data"]
-    assert shown["loss-curve"]["data"].startswith("data:image/svg+xml;base64,")
+    for stage in (*NAMES, "report"):
+        assert re.search(rf"\| {stage} \| (built|cached) \| [\d.]+ \|", shown["report"]["data"])
+    assert wait_until(lambda: site.lines(run, "± "), 20), "the bound is in the log"
+    made = json.loads(next(site.store.glob("train/*/manifest.json")).read_text())
+    assert made["flow_run"] == run
 
     again = site.start("pipeline/demo", config=SHORT)
-    alone = site.start("sample/default", config=SHORT, rebuild=True)
-    missing = site.start("evaluate/default", config=LONG)
+    alone = site.start("sample/texts", config=SHORT, rebuild=True)
+    missing = site.start("evaluate/bound", config=LONG)
     assert site.ends(again) == "Completed"
     assert set(site.tasks(again).values()) == {"Cached"}
     assert site.ends(alone) == "Completed"
     assert site.tasks(alone) == CACHED | {"train": "Cached", "sample": "Completed"}
     assert site.ends(missing) == "Failed"
     assert "train is not built" in site.state(missing, "message")
+    wait_until(lambda: site.lines(missing, "train is not built"))
+    assert not site.lines(missing, "Traceback")
 
 
 def test_a_killed_trainer_fails_its_run_and_a_retry_goes_on(site: Site) -> None:
@@ -147,18 +160,19 @@ def test_runs_take_turns_at_a_limit_and_give_their_slot_back_when_they_are_stopp
     holder = site.start("train/gpu", config=LONG)
     trainer = site.trainer(least_step=20)
     impatient, patient = (site.start("train/gpu", config=config) for config in (SHORT, LONG))
+    name = site.ask(f"/flow_runs/{holder}")["name"]
     for run in (impatient, patient):
-        wait_until(
-            lambda run=run: site.lines(run, "waiting for a slot of the concurrency limit gpu"), otherwise=site.log
-        )
+        said = f"waiting for a slot of the concurrency limit gpu, held by {name}"
+        wait_until(lambda run=run, said=said: site.lines(run, said), otherwise=site.log)
+        assert site.state(run) == "Waiting"
     site.cancel(impatient)
     assert trainer.is_running()
-    assert (site.taken(), site.state(patient)) == (1, "Running")
+    assert (site.taken(), site.state(patient)) == (1, "Waiting")
     assert not site.lines(patient, "train: building")
     site.cancel(holder)
     assert gone(trainer)
     wait_until(lambda: site.lines(patient, "train: building"), otherwise=site.log)
-    assert site.taken() == 1
+    assert (site.taken(), site.state(patient)) == (1, "Running")
     saved = site.steps()
     flow = site.trainer(least_step=saved + 20).parent()
     assert flow is not None
@@ -168,7 +182,19 @@ def test_runs_take_turns_at_a_limit_and_give_their_slot_back_when_they_are_stopp
     site.succeeds("gcl", "delete", "gpu")
 
 
-@pytest.mark.timeout(3600)
+def test_a_retry_does_not_rebuild_what_the_run_has_rebuilt_and_a_suspended_run_goes_on(site: Site) -> None:
+    assert site.ends(site.start("train/gpu", config=SHORT)) == "Completed"
+    run = site.start("train/gpu", config=SHORT, rebuild=True)
+    assert site.ends(run) == "Completed"
+    assert site.tasks(run)["train"] == "Completed"
+    site.ask(f"/flow_runs/{run}/set_state", {"state": {"type": "FAILED"}, "force": True})
+    site.succeeds("flow-run", "retry", run)
+    wait_until(lambda: site.ask(f"/flow_runs/{run}")["run_count"] == 2, otherwise=site.log)
+    assert site.ends(run) == "Completed"
+    wait_until(lambda: site.lines(run, "train: cached"))
+
+
+@pytest.mark.timeout(900)
 def test_training_goes_on_while_the_server_is_away_and_runs_end_well_however_they_end(
     prepared: Path, tmp_path: Path
 ) -> None:

@@ -13,7 +13,7 @@ import pytest
 from nanodlm.cli.main import main
 from nanodlm.config import Config
 from nanodlm.errors import Damaged, NanodlmError
-from nanodlm.flows.pipeline import _run
+from nanodlm.flows.pipeline import _stages
 from nanodlm.stages import lookup as stages_lookup
 from nanodlm.stages import run
 from nanodlm.store import Artifact, Store, lease_events
@@ -259,7 +259,7 @@ def test_what_cannot_be_is_said_before_a_server_is_started_or_anything_is_built(
     captured = capsys.readouterr()
     assert re.search(says, captured.err)
     assert (captured.out, captured.err.count("\n")) == ("", 1)
-    for start in (lambda: run.train(config, store.root), lambda: _run(config, store.root, "sample", None)):
+    for start in (lambda: run.train(config, store.root), lambda: _stages(config, store.root, "sample", None)):
         with pytest.raises(NanodlmError, match=says):
             start()
     assert list(store) == []
