@@ -105,7 +105,7 @@ def stand_in(folder: Path, program: str) -> dict[str, str]:
     path.parent.mkdir()
     path.write_text(f"#!{sys.executable}\n{program}")
     path.chmod(0o755)
-    return environment(PATH=f"{path.parent}:/usr/bin:/bin")
+    return environment(PATH=f"{path.parent}:/usr/bin:/bin", PREFECT_HOME=str(folder))
 
 
 def command_of_runs() -> list[str]:
@@ -141,9 +141,10 @@ time.sleep(60)
     wait_until(lambda: not [process for process in started if process.is_running()], 20)
 
 
-def test_a_worker_learns_how_a_run_has_ended(tmp_path: Path) -> None:
-    env = stand_in(tmp_path, "raise SystemExit(3)")
-    assert subprocess.run(command_of_runs(), env=env, timeout=30, check=False).returncode == 3
+def test_a_worker_learns_how_a_run_has_ended_and_a_file_has_what_it_said(tmp_path: Path) -> None:
+    env = stand_in(tmp_path, "raise SystemExit('no server')")
+    assert subprocess.run(command_of_runs(), env=env, timeout=30, check=False).returncode == 1
+    assert (tmp_path / "runs.log").read_text() == "no server\n"
 
 
 def test_a_run_that_was_put_off_is_not_taken_for_a_lost_one() -> None:
