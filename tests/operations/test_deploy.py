@@ -1,10 +1,13 @@
-"""The files for containers: read as Docker, Prefect's workers, its server and Kubernetes would read them."""
+"""The files of `prefect.yaml` and deploy/: read as Docker, Prefect, systemd and Kubernetes do, and tried."""
 
 import json
 import re
 import shlex
+import shutil
+import signal
 import subprocess
 import sys
+import time
 import tomllib
 from importlib.resources import files
 from pathlib import Path
@@ -19,12 +22,18 @@ from prefect.client.orchestration import SyncPrefectClient
 from prefect.utilities.templating import apply_values, find_placeholders
 
 import nanodlm
+from nanodlm.config import PRESETS, changed
 from nanodlm.errors import SECRETS
+from nanodlm.stages.process import GRACE_SECONDS
+from tests.operations.conftest import LONG, Site, below, wait_until
 from tests.support.commands import environment
 
 ROOT = Path(nanodlm.__file__).parents[1]
 DEPLOY = ROOT / "deploy"
 POOLS = ("docker", "kubernetes")
+UNITS = ("server", "worker")
+PAGE = (ROOT / "docs" / "operations.md").read_text()
+WALK_THROUGH = PAGE.split("```bash\n")[1].split("```")[0]
 
 
 def template(pool: str) -> dict[str, Any]:
@@ -37,8 +46,14 @@ def prefects_own(pool: str) -> dict[str, Any]:
     return json.loads(known)[f"prefect-{pool}"][pool]["default_base_job_configuration"]
 
 
-def deployments(pool: str) -> list[dict[str, Any]]:
-    return yaml.safe_load((DEPLOY / f"{pool}.yaml").read_text())["deployments"]
+def deployments(pool: str = "") -> list[dict[str, Any]]:
+    """The deployments of a pool's file, or those of `prefect.yaml`."""
+    return yaml.safe_load((DEPLOY / f"{pool}.yaml" if pool else ROOT / "prefect.yaml").read_text())["deployments"]
+
+
+def nightly(pool: str = "") -> dict[str, Any]:
+    (found,) = (deployment for deployment in deployments(pool) if deployment["name"].startswith("nightly"))
+    return found
 
 
 def filled(pool: str, variables: dict[str, Any]) -> dict[str, Any]:
@@ -47,6 +62,165 @@ def filled(pool: str, variables: dict[str, Any]) -> dict[str, Any]:
     defaults = {name: prop["default"] for name, prop in properties.items() if "default" in prop}
     run = {"command": "prefect flow-run execute", "labels": {"prefect.io/flow-run-id": "1"}, "name": "run"}
     return apply_values(template(pool)["job_configuration"], {**run, **defaults, **variables})
+
+
+# Deployments
+
+
+def test_deployments_are_called_by_what_they_do() -> None:
+    called = [f"{d['entrypoint'].split('.')[-1]}/{d['name']}" for d in deployments()]
+    names = "pipeline/demo pipeline/nightly prepare/data train/gpu evaluate/bound sample/texts gc/weekly"
+    assert called == names.split()
+    assert [name for name in called if f"`{name}`" not in PAGE] == []
+
+
+def test_the_nightly_deployment_has_settings_of_its_own_that_the_demo_takes() -> None:
+    config = changed("demo", nightly()["parameters"]["config"])
+    assert config.exp.run_name == "nightly"
+    assert config.train.max_steps > PRESETS["demo"].train.max_steps
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_deployments_for_containers_promise_what_those_of_a_worker_do(pool: str) -> None:
+    ours = nightly()
+    promised = {k: v for k, v in ours["work_pool"]["job_variables"]["env"].items() if k != "NANODLM_FOLDER"}
+    for deployment in deployments(pool):
+        assert deployment["work_pool"]["job_variables"]["env"] == promised
+        assert "nanodlm" in deployment["tags"]  # by which automations find runs
+        assert deployment["parameters"]["gpu_limit"] == "gpu"
+    assert nightly(pool)["parameters"] == {"store": "/store", **ours["parameters"]}
+
+
+def test_the_version_of_prefect_is_said_in_one_place() -> None:
+    files = [ROOT / "prefect.yaml", *DEPLOY.glob("*.yaml")]
+    assert [file for file in files if "prefect-version" in file.read_text()] == []
+
+
+# Stopping a worker
+
+
+def stand_in(folder: Path, program: str) -> dict[str, str]:
+    """An environment in which `prefect` is a program of the test's."""
+    path = folder / "bin" / "prefect"
+    path.parent.mkdir()
+    path.write_text(f"#!{sys.executable}\n{program}")
+    path.chmod(0o755)
+    return environment(PATH=f"{path.parent}:/usr/bin:/bin", PREFECT_HOME=str(folder))
+
+
+def command_of_runs() -> list[str]:
+    (command,) = {deployment["work_pool"]["job_variables"]["command"] for deployment in deployments()}
+    return shlex.split(command)
+
+
+@pytest.mark.parametrize("shell", ["sh", "bash"])
+def test_a_worker_that_a_script_starts_as_the_page_says_hears_the_first_sigterm(shell: str, tmp_path: Path) -> None:
+    (line,) = (line for line in WALK_THROUGH.splitlines() if "worker start" in line)
+    (tmp_path / "script").write_text(f"{line}\nwait\n")  # a worker turns SIGTERM to SIGINT
+    told = "import signal; print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
+    subprocess.run([shell, "script"], cwd=tmp_path, env=stand_in(tmp_path, told), timeout=30, check=True)
+    assert (tmp_path / "worker.log").read_text() == "True\n"
+
+
+def test_a_run_is_told_by_sigterm_that_its_worker_has_stopped_and_not_before(tmp_path: Path) -> None:
+    run = """
+import pathlib, signal, time
+signal.signal(signal.SIGTERM, lambda *_: pathlib.Path("told").touch() or exit())
+pathlib.Path("started").touch()
+time.sleep(60)
+"""
+    with subprocess.Popen(command_of_runs(), cwd=tmp_path, env=stand_in(tmp_path, run)) as shell:
+        wait_until((tmp_path / "started").exists, 20)
+        started = below(shell.pid)
+        for process in started:
+            process.send_signal(signal.SIGINT)  # systemd sends it to all
+        time.sleep(1.5)
+        assert not (tmp_path / "told").exists()
+        shell.kill()  # so a worker ends what it has started
+    wait_until((tmp_path / "told").exists, 20)
+    wait_until(lambda: not [process for process in started if process.is_running()], 20)
+
+
+def test_a_worker_learns_how_a_run_has_ended_and_a_file_has_what_it_said(tmp_path: Path) -> None:
+    env = stand_in(tmp_path, "raise SystemExit('no server')")
+    assert subprocess.run(command_of_runs(), env=env, timeout=30, check=False).returncode == 1
+    assert (tmp_path / "runs.log").read_text() == "no server\n"
+
+
+def test_a_run_that_was_put_off_is_not_taken_for_a_lost_one() -> None:
+    (lost,) = yaml.safe_load((DEPLOY / "automations.yaml").read_text())["automations"]
+    assert "prefect.flow-run.AwaitingRetry" in lost["trigger"]["expect"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_worker_that_is_stopped_puts_its_run_off_and_frees_the_device_and_the_next_one_goes_on(site: Site) -> None:
+    def taken() -> int:
+        return site.ask("/v2/concurrency_limits/planned-stop")["active_slots"]
+
+    site.succeeds("gcl", "create", "planned-stop", "--limit", "1")
+    run = site.start("train/gpu", config=LONG, gpu_limit="planned-stop")
+    site.trainer(least_step=40)
+    worker = site.work()
+    assert taken() == 1
+    started = below(worker.pid)
+    worker.terminate()
+    wait_until(lambda: site.state(run) == "AwaitingRetry", 30, lambda: site.state(run))
+    assert worker.wait(60) == 0
+    wait_until(lambda: taken() == 0 and not [process for process in started if process.is_running()], 60)
+    saved = site.steps()
+
+    site.work()
+    wait_until(lambda: site.steps() > saved, 120, site.log)
+    assert site.lines(run, f"continuing after update {saved}")
+    site.cancel(run)
+
+
+# Services
+
+
+def unit(name: str) -> list[tuple[str, str]]:
+    """The settings of a unit of systemd, in order."""
+    lines = (DEPLOY / f"nanodlm-{name}.service").read_text().splitlines()
+    return [tuple(line.split("=", 1)) for line in lines if "=" in line and line[0] != "#"]  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("name", UNITS)
+def test_a_service_sends_no_telemetry_and_stays_on_this_machine(name: str) -> None:
+    settings = unit(name)
+    environ = dict(word.split("=", 1) for key, text in settings if key == "Environment" for word in text.split())
+    assert environ["DO_NOT_TRACK"] == "1"
+    assert not [variable for variable in environ if SECRETS.search(variable)]
+    start = dict(settings)["ExecStart"]
+    if name == "server":
+        assert environ["PREFECT_SERVER_ANALYTICS_ENABLED"] == "false"
+        assert start.endswith(" --host 127.0.0.1")
+    else:
+        assert environ["PREFECT_API_URL"] == "http://127.0.0.1:4200/api"
+        assert environ["PATH"].split(":")[0] == str(Path(start.split()[0]).parent)  # where its runs find `prefect`
+    assert (dict(settings)["Restart"], dict(settings)["EnvironmentFile"][:1]) == ("on-failure", "-")
+
+
+def test_a_service_that_is_stopped_lets_a_training_save() -> None:
+    settings = dict(unit("worker"))
+    assert (settings["KillMode"], settings["KillSignal"]) == ("control-group", "SIGINT")
+    assert float(settings["TimeoutStopSec"]) > GRACE_SECONDS + 30  # before it, Prefect waits for a flow
+
+
+@pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="needs systemd")
+def test_systemd_takes_the_services(tmp_path: Path) -> None:
+    for name in UNITS:
+        text = (DEPLOY / f"nanodlm-{name}.service").read_text().replace("/home/nanodlm/nanodlm/.venv/bin", "/bin")
+        text = text.replace("/bin/prefect", "/bin/true").replace("User=nanodlm", "User=root")
+        (tmp_path / f"nanodlm-{name}.service").write_text(text)
+    units = sorted(map(str, tmp_path.iterdir()))
+    done = subprocess.run(["systemd-analyze", "verify", *units], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_walk_through_sends_no_telemetry() -> None:
+    before, _ = WALK_THROUGH.split("prefect server start")
+    assert "\nexport DO_NOT_TRACK=1 PREFECT_SERVER_ANALYTICS_ENABLED=false " in before
 
 
 # Work pools
@@ -117,7 +291,7 @@ def test_a_server_takes_the_pool_and_its_deployments(prefect_server: dict[str, s
 
     for name in (f"pipeline/nightly-{pool}", f"train/gpu-{pool}"):
         found = asked(f"/deployments/name/{name}")
-        assert (found["work_pool_name"], found["parameters"]) == (pool, {"store": "/store"})
+        assert (found["work_pool_name"], found["parameters"]["store"]) == (pool, "/store")
         assert found["pull_steps"][0]["prefect.deployments.steps.set_working_directory"]["directory"] == "/app"
         assert [s["schedule"]["cron"] for s in found["schedules"]] == ["0 3 * * *"] * name.startswith("pipeline")
     made = asked(f"/work_pools/{pool}")

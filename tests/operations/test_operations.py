@@ -207,7 +207,8 @@ def test_training_goes_on_while_the_server_is_away_and_runs_end_well_however_the
     environ["PREFECT_HOME"] = str(tmp_path / "client")
 
     def waits() -> int:
-        return (tmp_path / "worker.log").read_text().count("the Prefect server is away: waiting to tell it")
+        said = tmp_path / "client" / "runs.log"
+        return said.read_text().count("the Prefect server is away: waiting to tell it")
 
     with ExitStack() as stack, ExitStack() as server:
         server.enter_context(servers.prefect(tmp_path, port))
