@@ -180,7 +180,8 @@ def test_lost_runs_are_marked_crashed_and_told_a_living_one_is_not_and_a_paused_
         wait_until(lambda: beating() >= {f"prefect.flow-run.{run}" for run in (*ids.values(), training)})
         processes["killed"].kill()
         processes["paused"].send_signal(signal.SIGSTOP)
-        worker.terminate()  # as a service manager does; it ends the flow's process, and the trainer saves
+        for process in (psutil.Process(worker.pid), *started):  # as when a machine is lost
+            process.kill()
         worker.wait(60)
         trainer.wait(60)
         psutil.wait_procs(started, 60)
