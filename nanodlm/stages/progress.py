@@ -73,10 +73,10 @@ def summary(artifact: "Artifact") -> str:
 
 def stage_table(records: list[dict[str, Any]], artifacts: dict[str, "Artifact"]) -> list[str]:
     """Return the lines of a table, in Markdown, of the stages that a run went through."""
-    lines = ["", "| stage | | seconds | holds | fingerprint |", "|---|---|---:|---|---|"]
+    lines = ["", "| stage | | seconds | holds |", "|---|---|---:|---|"]
     for told in records:
-        holds, fingerprint = summary(artifacts[told["stage"]]), told["fingerprint"][:16]
-        lines.append(f"| {told['stage']} | {told['status']} | {told['seconds']:,.1f} | {holds} | `{fingerprint}` |")
+        holds = summary(artifacts[told["stage"]])
+        lines.append(f"| {told['stage']} | {told['status']} | {told['seconds']:,.1f} | {holds} |")
     return lines
 
 
