@@ -89,7 +89,8 @@ import sys
 from nanodlm.flows.pipeline import train
 from nanodlm.cluster.settings import Launch
 from nanodlm.config import as_changes, load_config
-for record in train(*as_changes(load_config(sys.argv[1])), sys.argv[2], train_on=Launch(target="slurm", gpus_per_node=0)):
+settings = as_changes(load_config(sys.argv[1]))
+for record in train(*settings, sys.argv[2], train_on=Launch(target="slurm", gpus_per_node=0)):
     print(record["stage"], record["status"])
 """
     words = [sys.executable, "-c", program, CONFIG.model_dump_json(), str(two_nodes)]

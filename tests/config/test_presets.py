@@ -68,7 +68,7 @@ def test_a_file_of_some_settings_changes_the_preset_that_it_names_else_the_demo(
 
 def test_a_file_that_names_no_preset_of_ours_is_refused(tmp_path: Path) -> None:
     (tmp_path / "mine.json").write_text('{"preset": "dmeo"}')
-    with pytest.raises(UsageError, match="mine.json is not a valid config: unknown preset 'dmeo': choose demo"):
+    with pytest.raises(UsageError, match=r"mine\.json is not a valid config: unknown preset 'dmeo': choose demo"):
         load_config(str(tmp_path / "mine.json"))
 
 

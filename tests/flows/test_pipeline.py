@@ -3,15 +3,24 @@
 import json
 import os
 import signal
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import psutil
 import pytest
 from prefect.client.orchestration import SyncPrefectClient
 
+from nanodlm.cli.arguments import parse
+from nanodlm.cli.console import Console
+from nanodlm.cli.run import plan
+from nanodlm.flows import pipeline
 from nanodlm.stages.table import NAMES, STAGES
+from nanodlm.store import Store
 from tests.support.commands import nanodlm, result_of, started, statuses, tiny_flags
 
 ALL_CACHED = dict.fromkeys(NAMES, "cached")
@@ -151,6 +160,33 @@ def test_a_run_whose_server_is_killed_keeps_what_it_trains_and_says_so_at_once(t
     assert process.returncode == 1
     assert "nanodlm: the local Prefect server has ended; what is finished is kept: run again" in said
     assert list(store.glob("train/*/manifest.json"))
+
+
+@pytest.mark.slow
+def test_the_seconds_of_a_stage_leave_out_what_it_has_waited_for_a_device(
+    undisturbed: tuple[Path, dict], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @contextmanager
+    def waits(limit: str | None, _: Any) -> Iterator[None]:
+        assert limit == "gpu"
+        time.sleep(5)
+        yield
+
+    monkeypatch.setattr(pipeline, "hold_device", waits)
+    told = pipeline.WATCHER.set(Console(sys.stderr))
+    try:
+        store = Store(str(undisturbed[0]))
+        inputs = {artifact.stage: artifact for artifact in map(store.open, (f"{s}/{f}" for s, f in store))}
+        call: Any = parse("plan", plan, tiny_flags())
+        options: Any = {"build": True, "rebuild": "sample", "gpu_limit": "gpu"}
+        began = time.monotonic()
+        _, made = pipeline._build_or_find(
+            "sample", call.keywords["config"], store, {"train": inputs["train"]}, **options
+        )
+    finally:
+        pipeline.WATCHER.reset(told)
+    assert made["status"] == "built"
+    assert made["seconds"] < time.monotonic() - began - 5
 
 
 @pytest.mark.slow

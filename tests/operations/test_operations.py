@@ -47,6 +47,8 @@ def test_prefect_deploys_everything_from_a_clone_without_a_remote(deployed: Site
     }
     assert {d["job_variables"]["env"]["NANODLM_FOLDER"] for d in found.values()} == {str(deployed.clone)}
     assert all("nanodlm" in deployment["tags"] for deployment in found.values())
+    of_nightly = {"deployments": {"name": {"any_": ["nightly"]}}}
+    wait_until(lambda: deployed.ask("/flow_runs/count", of_nightly) > 0)  # the server's scheduler is at work
     (nightly,) = found["pipeline/nightly"]["schedules"]
     assert (nightly["schedule"]["cron"], nightly["schedule"]["timezone"]) == ("0 2 * * *", "Europe/Berlin")
 
@@ -192,6 +194,29 @@ def test_a_retry_does_not_rebuild_what_the_run_has_rebuilt_and_a_suspended_run_g
     wait_until(lambda: site.ask(f"/flow_runs/{run}")["run_count"] == 2, otherwise=site.log)
     assert site.ends(run) == "Completed"
     wait_until(lambda: site.lines(run, "train: cached"))
+
+
+def test_a_run_that_is_cancelled_after_an_outage_of_a_minute_saves_and_ends(prepared: Path, tmp_path: Path) -> None:
+    (port,) = servers.free_ports(1)
+    store = tmp_path / "store"
+    subprocess.run(["cp", "-al", str(prepared), str(store)], check=True)
+    environ = {"PREFECT_API_URL": f"http://127.0.0.1:{port}/api", "PYTHONPATH": str(ROOT)}
+    environ["PREFECT_HOME"] = str(tmp_path / "client")
+    with ExitStack() as stack, ExitStack() as server:
+        server.enter_context(servers.prefect(tmp_path, port))
+        site = Site(tmp_path, ROOT, environ, stack, store)
+        site.deploy()
+        run = site.start("train/gpu", config=LONG)
+        trainer = site.trainer(least_step=20)
+        server.close()
+        time.sleep(60)  # Prefect's own listening ends after half of that
+        assert trainer.is_running()
+        server.enter_context(servers.prefect(tmp_path, port))
+        before = site.steps()
+        site.succeeds("flow-run", "cancel", run)
+        assert site.ends(run, 60) == "Cancelled"
+        assert gone(trainer)
+        assert site.steps() >= before
 
 
 @pytest.mark.timeout(900)
