@@ -24,7 +24,7 @@ from nanodlm.errors import NanodlmError, Stopped, Unreachable, UsageError
 from nanodlm.flows import TAG
 from nanodlm.flows.internals import untagged
 from nanodlm.flows.own_run import built_before, enter_folder, fail, hold_device, run_name, working_for_run
-from nanodlm.flows.reporting import WATCHER, Pages, Watcher, show_run
+from nanodlm.flows.reporting import WATCHER, Pages, Watcher, show_run, watcher
 from nanodlm.flows.server import check_server, ephemeral_server, wait_for_server_at_end
 from nanodlm.flows.shards import may_pass, shard_in_parallel, task_runner
 from nanodlm.stages import table
@@ -78,12 +78,12 @@ def _build_or_find(
 
     Where `build` is false and the store lacks the stage, it fails.
     """
-    watcher, started = WATCHER.get() or Pages(), time.monotonic()
+    shown, started = watcher(), time.monotonic()
     lookup = ready(name, config, store, rebuild=rebuild == name, inputs=inputs)
     again = lookup.is_again(rebuild)
     if lookup.artifact and not again:
         found = record(lookup.artifact, "cached", time.monotonic() - started)
-        watcher.done(lookup.artifact, found)
+        shown.done(lookup.artifact, found)
         return Completed(name="Cached", data=(lookup.artifact, found))
     if not build:
         remedy = f"run the pipeline, or `nanodlm run --until {name}`, with the same settings first"
@@ -92,24 +92,24 @@ def _build_or_find(
     limit = gpu_limit if own_process else None
     try:
         # In this order: a slot goes back to a server that answers.
-        with hold_device(limit, watcher.emit), wait_for_server_at_end(watcher.emit), watcher.showing(name):
+        with hold_device(limit, shown.emit), wait_for_server_at_end(shown.emit), shown.showing(name):
             started = time.monotonic()
             if not own_process:
-                artifact, found = run_stage(name, config, store, rebuild=again, inputs=inputs, emit=watcher.emit)
+                artifact, found = run_stage(name, config, store, rebuild=again, inputs=inputs, emit=shown.emit)
             else:
                 if name == "train":
                     unigram = inputs["shard"].metrics.get("val_unigram_nats_per_token")  # not of earlier versions
-                    watcher.emit("unigram", nats_per_token=unigram)
+                    shown.emit("unigram", nats_per_token=unigram)
                 if name == "train" and train_on.target != "process":
-                    artifact = run_on_cluster(lookup, config, store, train_on, rebuild=again, emit=watcher.emit)
+                    artifact = run_on_cluster(lookup, config, store, train_on, rebuild=again, emit=shown.emit)
                 else:
-                    artifact = run_in_process(lookup, config, store, rebuild=again, emit=watcher.emit)
+                    artifact = run_in_process(lookup, config, store, rebuild=again, emit=shown.emit)
                 found = record(artifact, "built", time.monotonic() - started)
     except Stopped as stopped:
         if stopped.__cause__ and not isinstance(stopped.__cause__, Exception):  # Prefect's own signal, which it knows
             raise stopped.__cause__ from None
         raise
-    watcher.done(artifact, found)
+    shown.done(artifact, found)
     return artifact, found
 
 
@@ -226,7 +226,7 @@ def sample(
 
 
 def run_pipeline(
-    config: Config, store: str, until: str, rebuild: str | None, watcher: Watcher, verbose: bool
+    config: Config, store: str, until: str, rebuild: str | None, console: Watcher, verbose: bool
 ) -> Records:
     """Run the flow `pipeline` in this process, on the server that the settings name, else on one started for it.
 
@@ -244,7 +244,7 @@ def run_pipeline(
             stack.enter_context(temporary_settings({PREFECT_API_URL: stack.enter_context(ephemeral_server())}))
         stack.enter_context(temporary_settings({PREFECT_LOGGING_LEVEL: "INFO" if verbose else "CRITICAL"}))
         stack.enter_context(tags(TAG))
-        stack.callback(WATCHER.reset, WATCHER.set(watcher))
+        stack.callback(WATCHER.reset, WATCHER.set(console))
         stack.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, stop))
         preset, changes = as_changes(config)
         try:

@@ -100,6 +100,11 @@ class Pages:
 WATCHER: ContextVar[Watcher | None] = ContextVar("watcher", default=None)  # of this run; by default its pages
 
 
+def watcher() -> Watcher:
+    """Return who shows this run. Flows that are sent to other processes call it, for the variable cannot be sent."""
+    return WATCHER.get() or Pages()
+
+
 def show_counts(shard: Artifact) -> None:
     """Show a table of what the data stages counted, under the key `data-counts`."""
     pages.create_table_artifact(counts(shard), key="data-counts", description="What the model is trained and tested on")

@@ -15,7 +15,7 @@ from nanodlm.config import Config
 from nanodlm.errors import NanodlmError, Unreachable, UsageError
 from nanodlm.flows import TAG
 from nanodlm.flows.internals import untagged
-from nanodlm.flows.reporting import WATCHER, Pages
+from nanodlm.flows.reporting import watcher
 from nanodlm.stages import fanout
 from nanodlm.stages.lookup import ready
 from nanodlm.stages.process import end_with_parent
@@ -49,18 +49,17 @@ def build_shards(missing: list[int], config: Config, store_url: str, inputs: dic
 
     It is a flow of its own, in this module, because a task in another process gets the flow it belongs to with it.
     """
-    watcher = WATCHER.get() or Pages()
-    built = failed = 0
-    with watcher.showing("shard"), untagged():
+    shown, built, failed = watcher(), 0, 0
+    with shown.showing("shard"), untagged():
         for future in as_completed(build_shard.map(missing, unmapped(config), store_url, unmapped(inputs))):
             try:
                 built += future.result()
             except Exception as error:  # also what a process that was killed leaves behind
                 failed += 1
                 get_run_logger().warning("a shard is left to the shard stage: %s", error)
-            watcher.emit("progress", done=built, total=len(missing), unit="shards")
+            shown.emit("progress", done=built, total=len(missing), unit="shards")
         if failed:
-            watcher.emit("message", text=f"{failed} of {len(missing)} shards are left to the stage itself")
+            shown.emit("message", text=f"{failed} of {len(missing)} shards are left to the stage itself")
     return built
 
 
@@ -71,7 +70,7 @@ def shard_in_parallel(config: Config, store_url: str, inputs: dict[str, Artifact
     """
     store = Store(store_url)
     lookup = ready("shard", config, store, inputs=inputs)
-    with fanout.missing_shards(lookup, store, (WATCHER.get() or Pages()).emit) as missing:
+    with fanout.missing_shards(lookup, store, watcher().emit) as missing:
         if len(missing) < 2:
             return
         make = build_shards.with_options(task_runner=task_runner())

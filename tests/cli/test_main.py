@@ -236,6 +236,8 @@ def test_ls_and_show_list_what_there_is(command: Command, prepared: Path) -> Non
     text = command("show", rows[3]["uri"]).stdout
     assert "train-00000.arrayrecord" in text
     assert "seq_len" in text
+    assert f"commit  {shown['code']['commit']}" in text
+    assert shown["flow_run"] is None
 
 
 def test_verify_deep_finds_a_flipped_byte_and_repair_builds_that_part_again(command: Command, prepared: Path) -> None:
