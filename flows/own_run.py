@@ -77,7 +77,7 @@ def working_for_run() -> Iterator[None]:
                 signal.pthread_kill(main.ident, signal.SIGUSR1)
 
     def interrupt(*_: Any) -> None:
-        raise Stopped(f"the run was {ended.lower()}; what is finished and saved is kept")
+        raise Stopped(f"the run is {ended}; what is finished and saved is kept")
 
     os.environ[FLOW_RUN] = str(run)
     before = signal.signal(signal.SIGUSR1, interrupt) if threading.current_thread() is main else None

@@ -67,7 +67,7 @@ def test_a_run_stops_when_its_server_says_that_it_is_over_and_leaves_the_state(
 ) -> None:
     run, said, seconds = end(lambda run: client.set_flow_run_state(run, told, force=True))
     assert seconds < 30
-    assert said == f"the run was {told.name.lower()}; what is finished and saved is kept"
+    assert said == f"the run is {told.name}; what is finished and saved is kept"
     state = client.read_flow_run(run).state
     assert state is not None
     assert state.name == name
@@ -75,7 +75,7 @@ def test_a_run_stops_when_its_server_says_that_it_is_over_and_leaves_the_state(
 
 def test_a_run_that_was_deleted_stops(client: SyncPrefectClient) -> None:
     _, said, _ = end(lambda run: client.delete_flow_run(run))
-    assert said.startswith("the run was deleted")
+    assert said.startswith("the run is Deleted")
 
 
 def test_a_run_goes_on_while_its_server_is_away_and_while_it_waits(client: SyncPrefectClient) -> None:
