@@ -9,11 +9,12 @@ A flag such as `--train.lr 1e-3`, or `replace`, changes one field and validates 
 from typing import Annotated, Any, Literal, Self, get_args
 
 import tyro
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from nanodlm.config.addresses import Url
 from nanodlm.diffusion.kinds import KINDS, Estimator, JumpingSchedule, KindName, Sampler, ScheduleName, Times, Weighting
 
+Sources = Annotated[tuple[Url, ...], BeforeValidator(lambda given: (given,) if isinstance(given, str) else given)]
 Switch = Annotated[bool, tyro.conf.FlagConversionOff]  # `--exp.use_wandb True`, as in the original project
 
 
@@ -28,7 +29,7 @@ class Group(BaseModel):
 class DataConfig(Group):
     """Where text comes from, how it becomes tokens, and how it is split."""
 
-    source: tuple[Url, ...] = ("sotu",)
+    source: Sources = ("sotu",)
     """Corpus: `sotu` (built in), `hf://OWNER/NAME` (a Hugging Face data set), or files: paths, globs or fsspec URLs
     of .txt, .md, .jsonl or .parquet, or of folders, for all such files in them and below."""
     revision: str = Field(default="", pattern=r"^([0-9a-f]{7,40})?$")
@@ -55,11 +56,6 @@ class DataConfig(Group):
     isolate_documents: Switch = False
     """Whether attention and convolution stop at the document edges inside a row while training. Training then reports
     the bound of rows whose edges are known; evaluation and sampling do not know them, `autoregressive` apart."""
-
-    @field_validator("source", mode="before")
-    @classmethod
-    def _one_source(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _check_source(self) -> Self:
