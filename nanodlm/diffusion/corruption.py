@@ -143,8 +143,7 @@ def _continuous_noise(
     """Return times, mask rates and weights for u ~ U(0, 1].
 
     A schedule whose mask rate only runs from a to b jumps from 0 to a at t = 0 and from b to 1 at t = 1. Each jump is
-    drawn as often as it is high, and adds its step of the bound: the cross-entropy at rate a, and (1 - b) times that
-    of an all-masked row.
+    drawn as often as it is high, and adds its step of the bound: the cross-entropy at a, and (1 - b) times that at 1.
     """
     a, b = schedule.start, schedule.end
     if (a, b) == (0, 1):

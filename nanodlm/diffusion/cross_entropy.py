@@ -60,8 +60,7 @@ def linear_cross_entropy(
     of the logits; compare Liger kernels, arXiv:2410.10989, section 3.2, and Cut Cross-Entropy, arXiv:2411.09009.
 
     The G groups of C positions may lie on different devices. The table is the output layer, in float32 at least.
-    Targets are below `mask_id` wherever the weight is not 0; where it is 0 so are the nats. The last of the chunks is
-    filled up with weights of 0.
+    Targets are below `mask_id` wherever the weight is not 0; where it is 0 so are the nats.
 
     >>> features, table, target = jnp.ones((1, 2, 1)), jnp.zeros((3, 1)), jnp.array([[0, 1]])
     >>> loss, nats = linear_cross_entropy(features, table, target, jnp.array([[0.0, 2.0]]), mask_id=2)

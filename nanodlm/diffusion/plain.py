@@ -1,7 +1,6 @@
 """The whole idea in its plainest form: masked diffusion with the linear schedule, for reading and for comparison.
 
-`nelbo`, `Objective` and `sample` do the same with other noise, other estimators and less work; tests hold that they
-give these numbers.
+`nelbo`, `Objective` and `sample` do the same with other noise and less work; tests hold that they agree with this.
 """
 
 import jax
