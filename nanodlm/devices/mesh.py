@@ -36,10 +36,7 @@ def cut(*logical: str | None) -> PartitionSpec:
 
 
 def make_mesh(rows: int, *, fsdp: int = 1, tensor: int = 1) -> Mesh:
-    """Return a mesh over all devices of all processes; `data` is what `fsdp` and `tensor` leave.
-
-    The `rows` of a batch are shared evenly by `data` and `fsdp`.
-    """
+    """Return a mesh over all devices, for batches of so many rows; `data` is what `fsdp` and `tensor` leave."""
     devices = jax.device_count()
     if devices % (fsdp * tensor):
         what = f"{devices} devices cannot be shared by fsdp {fsdp} and tensor {tensor}, whose product must divide them"

@@ -123,10 +123,7 @@ def shift_right(x_0: Tokens, segment_ids: Tokens | None = None, *, begin_id: int
 def _paired_counts(
     length: Int[Array, "B"], order_key: Key[Array, ""], time_key: Key[Array, ""], times: Times
 ) -> Int[Array, "B"]:
-    """Draw counts n and L + 1 - n for each two neighbouring rows: each is uniform on 1..L, their sum is fixed.
-
-    The last of an odd number of rows has no neighbour.
-    """
+    """Draw n and L + 1 - n for each two rows, n alone for the last of an odd number: each is uniform on 1..L."""
     n_rows = len(length)
     half = low_discrepancy(time_key, -(-n_rows // 2), times) / 2  # in (0, 1/2]
     pair_key, swap_key = jax.random.split(order_key)

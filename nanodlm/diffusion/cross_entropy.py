@@ -76,8 +76,7 @@ def linear_cross_entropy(
         parts = jnp.moveaxis(padded.reshape(len(value), chunks, size, *value.shape[2:]), 1, 0)
         return parts.reshape(chunks, -1, *value.shape[2:])
 
-    both: Any = _chunked_cross_entropy(mask_id, table, cut(features), cut(target), cut(weight))
-    loss, nats = both
+    loss, nats = _chunked_cross_entropy(mask_id, table, cut(features), cut(target), cut(weight))  # type: ignore[misc]
     nats = jnp.moveaxis(nats.reshape(chunks, -1, size), 0, 1).reshape(len(target), -1)[:, : target.shape[1]]
     return loss, jax.lax.stop_gradient(nats)
 
@@ -86,11 +85,8 @@ def linear_cross_entropy(
 def _chunked_cross_entropy(
     mask_id: int, table: Array, features: Array, target: Array, weight: Array
 ) -> tuple[Array, Array]:
-    """Return the sum and the nats (K, N) of K chunks: features (K, N, D), targets and weights (K, N).
-
-    Where no gradient is asked for, JAX leaves its parts out when it compiles.
-    """
-    return _chunked_forward(mask_id, table, features, target, weight)[0]
+    """Return the sum and the nats (K, N) of K chunks: features (K, N, D), targets and weights (K, N)."""
+    return _chunked_forward(mask_id, table, features, target, weight)[0]  # compiled, it makes no gradient here
 
 
 def _chunked_forward(mask_id: int, table: Array, features: Array, target: Array, weight: Array) -> Any:

@@ -23,13 +23,10 @@ def check_packages(config: Config) -> None:
 
 
 class Tracker(contextlib.AbstractContextManager["Tracker"]):
-    """Writes log records to a JSONL file and, where the configuration asks for it, to W&B and TensorBoard.
-
-    Use it as a context manager. When W&B or TensorBoard fails after the start, a message says so, once.
-    """
+    """Writes log records to a JSONL file and, where the configuration asks for it, to W&B and TensorBoard."""
 
     def __init__(self, config: Config, path: Path, run_id: str, records: list[dict[str, Any]], emit: Emit):
-        """Open all that `config.exp` asks for; messages say where to look, and what failed.
+        """Open all that `config.exp` asks for; messages say where to look, and what failed and gets no more records.
 
         Records go to the JSONL file `path`, one a line, as they come. `run_id` names the run at W&B, where one that
         exists goes on, and in TensorBoard's folder. `records` are what a resumed run has logged before: W&B has them
