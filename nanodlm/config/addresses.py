@@ -34,8 +34,7 @@ def refuse_secrets(url: str) -> str:
 
 
 Url = Annotated[str, AfterValidator(refuse_secrets)]
-# The pattern, which has to come first, lets a server refuse credentials in a form, before it keeps them.
-# Refused here before that, so that no error quotes them.
+# The pattern, which has to come first, lets a server refuse credentials in a form; here no error may quote them.
 StoreUrl = Annotated[str, Field(min_length=1, pattern=r"^[^@?*\[\]]*$"), BeforeValidator(refuse_secrets)]
 
 

@@ -45,8 +45,7 @@ class DataConfig(Group):
     vocab_size: int = Field(default=4095, ge=257)
     """Entries of a trained `bpe`, the 256 bytes and the end-of-text mark included; with the mask one more."""
     val_tokens: int | None = Field(default=None, gt=0)
-    """Tokens of the validation split, exactly, from documents chosen by hash; none is one million, or of a small corpus
-    the last tenth in the order of its files."""
+    """Tokens held out, exactly, of documents chosen by hash; none is one million, or a small corpus's last tenth."""
     split_seed: int = Field(default=0, ge=0, lt=2**63)
     """Key of the hash that decides which documents are held out."""
     shuffle_seed: int = Field(default=123, ge=0, lt=2**31)

@@ -20,8 +20,7 @@ AXES = ("data", "fsdp", "tensor")
 # Numbers on one device at a time. On a CPU that is 256 MiB of float32; a GPU has more, and wants larger products.
 LOGITS_AT_ONCE = {"cpu": 2**26, "gpu": 2**28, "tpu": 2**28}
 
-# The mesh axis, or axes, along which each named axis of an array is cut. A group is the rows of all devices that share
-# one copy of the parameters.
+# Along which axes of the mesh each named axis of an array is cut; a group's devices share one copy of the parameters.
 RULES = {"batch": ("data", "fsdp"), "group": "data", "embed": "fsdp"}
 RULES |= dict.fromkeys(("heads", "mlp", "vocab"), "tensor")
 

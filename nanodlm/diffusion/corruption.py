@@ -38,9 +38,7 @@ class Corruption(NamedTuple):
 
 
 def mask_rows(x_0: Tokens, key: Key[Array, ""], noise: Noise) -> Corruption:
-    """Mask rows; one that is all padding gets weight 0.
-
-    Counts are of masked tokens, at least one, and what is masked is weighed by L / count.
+    """Mask rows by the estimators that `objective` lists; one that is all padding gets weight 0.
 
     Sources: MD4, arXiv:2406.04329, equations 4 (continuous) and 6 (discrete); LLaDA, arXiv:2502.09992, equation 6, and
     RADD, arXiv:2406.03736, appendix C (count).

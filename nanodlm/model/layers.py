@@ -16,9 +16,7 @@ NORMAL = nnx.initializers.normal
 
 
 def rope(x: Float[Array, "B L H D"], positions: Int[Array, "L"]) -> Float[Array, "B L H D"]:
-    """Rotate pairs of channels by angles proportional to the position.
-
-    Source: RoFormer, arXiv:2104.09864, eq. 34.
+    """Rotate pairs of channels by angles proportional to the position. Source: RoFormer, arXiv:2104.09864, eq. 34.
 
     >>> rope(jnp.ones((1, 2, 1, 4)), jnp.arange(2)).shape
     (1, 2, 1, 4)
