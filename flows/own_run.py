@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextvars import copy_context
 from datetime import date
@@ -26,6 +27,7 @@ from nanodlm.stages.table import STAGES
 from nanodlm.store import FLOW_RUN
 
 LOOK_SECONDS = 30.0  # between two looks whether the run is still wanted
+ASK_SECONDS = 3.0  # between two questions whether a device is free
 LEASE_SECONDS = 900.0  # for which a slot stays taken after kill -9; the server may be away for a quarter of it
 ON_DEVICE = [stage.name for stage in STAGES.values() if stage.own_process]
 
@@ -112,14 +114,25 @@ def _end_of(run: str | None) -> str:
 
 @contextlib.contextmanager
 def hold_device(limit: str | None, emit: Emit) -> Iterator[None]:
-    """Hold a slot of a concurrency limit, where the server has it. A run that has to wait says so, and for whom."""
-    holders = _holders(limit) if limit else ""
-    if holders:
-        emit("message", text=f"waiting for a slot of the concurrency limit {limit}, held by {holders}")
-        _set_state(Running(name="Waiting"))
-    limits = [limit] if limit else []
-    with concurrency(limits, lease_duration=LEASE_SECONDS, strict=False, raise_on_lease_renewal_failure=False):
-        if holders:
+    """Hold a slot of a concurrency limit, where the server has it. A run that has to wait says so, and for whom.
+
+    It waits by asking, not by requesting: Prefect's request outlives a run that is cancelled, and may still get a slot.
+    """
+    waiting = False
+    with contextlib.ExitStack() as slot:
+        while limit:
+            if holders := _holders(limit):
+                if not waiting:
+                    emit("message", text=f"waiting for a slot of the concurrency limit {limit}, held by {holders}")
+                    _set_state(Running(name="Waiting"))
+                waiting = True
+                time.sleep(ASK_SECONDS)
+                continue
+            with contextlib.suppress(TimeoutError):  # another was faster
+                lasting = {"lease_duration": LEASE_SECONDS, "raise_on_lease_renewal_failure": False}
+                slot.enter_context(concurrency(limit, timeout_seconds=ASK_SECONDS, strict=False, **lasting))
+                break
+        if waiting:
             _set_state(Running())
         yield
 

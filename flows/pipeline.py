@@ -1,8 +1,6 @@
 """The pipeline as Prefect flows, whole or in parts: one task per stage. What the store holds ends as `Cached`.
 
-nanodlm run                              # on a server of its own
-python -m nanodlm.flows.pipeline                 # on the server that PREFECT_API_URL names
-prefect deployment run pipeline/demo     # on a worker, once `prefect deploy --all` was run; see docs/operations.md
+`nanodlm run`, `python -m nanodlm.flows.pipeline` and deployments run them; see docs/operations.md.
 """
 
 import signal

@@ -1,7 +1,4 @@
-"""The upkeep of a store as a flow: what `nanodlm gc` does, on a schedule, with a record of what went.
-
-prefect deployment run gc/weekly         # once `prefect deploy --all` was run; see docs/operations.md
-"""
+"""The upkeep of a store as a flow: what `nanodlm gc` does, on a schedule, with a record of what went."""
 
 from typing import Annotated, Any
 

@@ -52,8 +52,7 @@ def forward_flops(model: ModelConfig, vocab_size: int, *, keys: float, output_sh
     """Count the FLOPs at one position in one pass forward: 2 for each element of a matrix, and attention.
 
     A block has 4 d_model^2 + 2 d_model d_ff elements. Attention takes 4 d_model for each of the `keys` positions that
-    a position reads on average. The output layer is computed at `output_share` of the positions. Time conditioning, a
-    few products per row, is left out.
+    a position reads on average. The output layer is computed at `output_share` of them. Time conditioning is left out.
 
     >>> shape = ModelConfig(n_layers=1, d_model=8, d_ff=16, n_heads=2)
     >>> forward_flops(shape, 128, keys=32)  # 2 * 512 + 4 * 8 * 32 + 2 * 8 * 128

@@ -2,8 +2,7 @@
 
     nanodlm plan owt-1b --devices 64 --train.fsdp 8
 
-Virtual CPU devices stand for the real ones, so JAX must not have been used in this process before. No parameter is
-ever made.
+Virtual CPU devices stand for the real ones, so JAX must not have been used in this process before.
 """
 
 import math

@@ -134,8 +134,7 @@ def sample(config: Config, *, repeats: int = 5, emit: Emit = silent) -> dict[str
     """Time the configured sampler with a freshly initialised network, on one device.
 
     The fields of `report` are those of the median draw of `sample.num_samples` texts. A step is one call of the network
-    on all texts, of each block when there are blocks. Some samplers take steps by the text, of which an untrained
-    network says nothing: theirs are None.
+    on all texts, of each block when there are blocks. Some samplers take steps by the text: theirs are None.
     """
     if repeats < 1:
         raise UsageError(f"nothing is measured in {repeats} repeats: raise --repeats")

@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ def retained(scores: dict[int, float | None], keep: int, keep_best: int) -> set[
     return {*sorted(scores)[-keep:], *(step for _, step in ranked[:keep_best])}
 
 
-class Checkpoints:
+class Checkpoints(AbstractContextManager["Checkpoints"]):
     """Saves in the background, and keeps the last few and the best; use as a context manager."""
 
     def __init__(self, attempt: Attempt | None, run: Json, *, keep: int, keep_best: int = 0):
@@ -56,9 +57,6 @@ class Checkpoints:
         self._written: Future[None] | None = None
         self._scores: dict[int, float | None] = {}
         self._origin: dict[int, str] = {}  # address of the checkpoint that the run started from
-
-    def __enter__(self) -> "Checkpoints":
-        return self
 
     def __exit__(self, *_: object) -> None:
         """Record the saves under way, even when the training failed after them."""

@@ -1,7 +1,6 @@
 """How the words after a command become the arguments of its function, with tyro.
 
-A command's signature declares its arguments. What stands before `/` is given without a flag; `config` is the PRESET
-with a flag for each setting.
+A command's signature declares its arguments: before `/` those without a flag; `config` is PRESET with all its flags.
 """
 
 import difflib

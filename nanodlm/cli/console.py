@@ -17,7 +17,6 @@ from nanodlm.stages.progress import Pace, summary
 if TYPE_CHECKING:
     from nanodlm.store import Artifact
 
-
 PLAIN_SECONDS = 10.0  # between progress lines when the output is not a terminal
 
 

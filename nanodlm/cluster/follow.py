@@ -23,10 +23,9 @@ def run_on_cluster(
 ) -> Artifact:
     """Build a stage that uses JAX as a job of a cluster, and return its artifact.
 
-    The job is followed through the store, which its hosts see as well: what `emit` is called with is a few seconds old.
-    When this is interrupted, the job is cancelled; it saves, and the next run goes on where it was. When this is killed
-    the job goes on, and the next call follows it. One that is refused, fails, is cancelled, or of which nobody tells
-    how it stands, is an error.
+    What `emit` is called with comes through the store, and is a few seconds old. When this is interrupted, the job is
+    cancelled; it saves, and the next run goes on where it was. When this is killed the job goes on, and the next call
+    follows it. A job that does not make the artifact, or of which nobody tells how it stands, is an error.
     """
     scheduler, address, shown = SCHEDULERS[launch.target], (lookup.stage.name, lookup.fingerprint), {}
     job = scheduler.submit(Work(config, store.uri(), launch, address[0], lookup.input_fingerprints, rebuild))

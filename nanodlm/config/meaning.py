@@ -6,6 +6,7 @@ made with its default, so that changing it builds nothing again.
 
 from typing import Any
 
+from nanodlm.config.differences import flat
 from nanodlm.config.settings import Config
 from nanodlm.diffusion.kinds import KINDS
 
@@ -48,12 +49,8 @@ def unread(config: Config) -> dict[str, Any]:
         "sample.remask": sample.sampler in ("remdm_cap", "remdm_rescale", "remdm_loop"),
         "sample.loop_time": sample.sampler == "remdm_loop",
     }
-    now, default, found = config.model_dump(), Config().model_dump(), {}
-    for name, is_read in read.items():
-        group, field = name.split(".")
-        if not is_read and now[group][field] != default[group][field]:
-            found[name] = now[group][field]
-    return found
+    now, default = flat(config.model_dump()), flat(Config().model_dump())
+    return {name: now[name] for name, is_read in read.items() if not is_read and now[name] != default[name]}
 
 
 def as_read(config: Config) -> Config:

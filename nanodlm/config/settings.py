@@ -9,11 +9,12 @@ A flag such as `--train.lr 1e-3`, or `replace`, changes one field and validates 
 from typing import Annotated, Any, Literal, Self, get_args
 
 import tyro
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from nanodlm.config.addresses import Url
 from nanodlm.diffusion.kinds import KINDS, Estimator, JumpingSchedule, KindName, Sampler, ScheduleName, Times, Weighting
 
+Sources = Annotated[tuple[Url, ...], BeforeValidator(lambda given: (given,) if isinstance(given, str) else given)]
 Switch = Annotated[bool, tyro.conf.FlagConversionOff]  # `--exp.use_wandb True`, as in the original project
 
 
@@ -28,7 +29,7 @@ class Group(BaseModel):
 class DataConfig(Group):
     """Where text comes from, how it becomes tokens, and how it is split."""
 
-    source: tuple[Url, ...] = ("sotu",)
+    source: Sources = ("sotu",)
     """Corpus: `sotu` (built in), `hf://OWNER/NAME` (a Hugging Face data set), or files: paths, globs or fsspec URLs
     of .txt, .md, .jsonl or .parquet, or of folders, for all such files in them and below."""
     revision: str = Field(default="", pattern=r"^([0-9a-f]{7,40})?$")
@@ -44,8 +45,7 @@ class DataConfig(Group):
     vocab_size: int = Field(default=4095, ge=257)
     """Entries of a trained `bpe`, the 256 bytes and the end-of-text mark included; with the mask one more."""
     val_tokens: int | None = Field(default=None, gt=0)
-    """Tokens of the validation split, exactly, from documents chosen by hash; none is one million, or of a small corpus
-    the last tenth in the order of its files."""
+    """Tokens held out, exactly, of documents chosen by hash; none is one million, or a small corpus's last tenth."""
     split_seed: int = Field(default=0, ge=0, lt=2**63)
     """Key of the hash that decides which documents are held out."""
     shuffle_seed: int = Field(default=123, ge=0, lt=2**31)
@@ -55,11 +55,6 @@ class DataConfig(Group):
     isolate_documents: Switch = False
     """Whether attention and convolution stop at the document edges inside a row while training. Training then reports
     the bound of rows whose edges are known; evaluation and sampling do not know them, `autoregressive` apart."""
-
-    @field_validator("source", mode="before")
-    @classmethod
-    def _one_source(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _check_source(self) -> Self:

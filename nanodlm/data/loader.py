@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Int
 
 from nanodlm.config import Config
-from nanodlm.data.rows import Rows, name
+from nanodlm.data.rows import Rows, name, opener
 from nanodlm.store import Json
 
 WINDOW = 16  # shards whose rows are shuffled together; training begins when the first so many are there
@@ -38,9 +38,9 @@ def train_batches(
     part of each micro-batch to read, from 0, and of how many equal ones: side by side they are what one process reads.
     """
     counts, seed, (part, parts) = shards["rows_per_shard"], config.data.shuffle_seed, share
-    shuffled, opened = [], {}
+    shuffled, opened = [], opener(fetch)
     for number, window in enumerate(windows(counts, seed)):
-        source = Rows({name(i): counts[i] for i in window}, fetch, opened)
+        source = Rows({name(i): counts[i] for i in window}, opened)
         shuffled.append(grain.MapDataset.source(cast(Any, source)).seed((seed + number) % 2**31).shuffle())
     rows = (grain.MapDataset.concatenate(shuffled) if len(shuffled) > 1 else shuffled[0]).repeat()
     batches = (

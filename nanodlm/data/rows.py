@@ -3,6 +3,7 @@
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
+from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -45,28 +46,26 @@ def name(part: int) -> str:
     return f"train-{part:05d}.arrayrecord"
 
 
+def opener(fetch: Callable[[str], Path]) -> Callable[[str], Any]:
+    """Return a function that opens a file by its name, given what gives its local path, and keeps the last `OPEN`."""
+    import grain.python as grain  # slow, and loads JAX
+
+    return lru_cache(OPEN)(lambda file: grain.ArrayRecordDataSource([str(fetch(file))]))
+
+
 class Rows:
     """The records of several files one after the other, by number; a file is fetched when it is first read."""
 
-    def __init__(self, counts: Mapping[str, int], fetch: Callable[[str], Path], opened: dict[str, Any]):
-        """Take the number of rows of each file, what gives a file's local path, and a place to keep open files in."""
-        self._names, self._ends = list(counts), list(accumulate(counts.values()))
-        self._fetch, self._opened = fetch, opened
+    def __init__(self, counts: Mapping[str, int], opened: Callable[[str], Any]):
+        """Take the number of rows of each file, and what `opener` gives."""
+        self._names, self._ends, self._opened = list(counts), list(accumulate(counts.values())), opened
 
     def __len__(self) -> int:
         return self._ends[-1]
 
     def __getitem__(self, index: int) -> bytes:
         file = bisect_right(self._ends, index)
-        reader = self._opened.get(self._names[file])
-        if reader is None:
-            import grain.python as grain  # slow, and loads JAX
-
-            reader = grain.ArrayRecordDataSource([str(self._fetch(self._names[file]))])
-            while len(self._opened) >= OPEN:
-                self._opened.pop(next(iter(self._opened)), None)
-            self._opened[self._names[file]] = reader
-        return reader[index - (self._ends[file - 1] if file else 0)]
+        return self._opened(self._names[file])[index - (self._ends[file - 1] if file else 0)]
 
 
 def read(path: Path, dtype: str) -> list[np.ndarray]:

@@ -33,10 +33,7 @@ Place = list[int]  # a part, a document of it, and how many characters (or ids) 
 
 
 def tokens_by_hash(data: DataConfig, corpus: Artifact) -> int | None:
-    """Return how many tokens are held out by hash; None where instead the source's last tenth is held out.
-
-    That is so where nobody has set a number, and the corpus is small or one document.
-    """
+    """Return how many tokens are held out by hash; None, for the last tenth, if a corpus is small and no number set."""
     if data.val_tokens is None and (corpus.metrics["bytes"] < SMALL or corpus.metrics["documents"] == 1):
         return None
     return data.val_tokens or VAL_TOKENS

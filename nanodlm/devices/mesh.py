@@ -20,8 +20,7 @@ AXES = ("data", "fsdp", "tensor")
 # Numbers on one device at a time. On a CPU that is 256 MiB of float32; a GPU has more, and wants larger products.
 LOGITS_AT_ONCE = {"cpu": 2**26, "gpu": 2**28, "tpu": 2**28}
 
-# The mesh axis, or axes, along which each named axis of an array is cut. A group is the rows of all devices that share
-# one copy of the parameters.
+# Along which axes of the mesh each named axis of an array is cut; a group's devices share one copy of the parameters.
 RULES = {"batch": ("data", "fsdp"), "group": "data", "embed": "fsdp"}
 RULES |= dict.fromkeys(("heads", "mlp", "vocab"), "tensor")
 
@@ -36,10 +35,7 @@ def cut(*logical: str | None) -> PartitionSpec:
 
 
 def make_mesh(rows: int, *, fsdp: int = 1, tensor: int = 1) -> Mesh:
-    """Return a mesh over all devices of all processes; `data` is what `fsdp` and `tensor` leave.
-
-    The `rows` of a batch are shared evenly by `data` and `fsdp`.
-    """
+    """Return a mesh over all devices, for batches of so many rows; `data` is what `fsdp` and `tensor` leave."""
     devices = jax.device_count()
     if devices % (fsdp * tensor):
         what = f"{devices} devices cannot be shared by fsdp {fsdp} and tensor {tensor}, whose product must divide them"

@@ -61,7 +61,6 @@ def sample_blocks(
     Each block, of `block_size` tokens, takes `num_steps`. What a prompt has masked there is filled in without sight of
     later blocks. All else, what raises too, is as for `sample`, but there is no `guidance`, for the cache has seen the
     prompt, and a length that is no multiple of the block size is a ValueError.
-
     Source: BD3-LM, arXiv:2503.09573, section 3.
 
     >>> from nanodlm.diffusion.schedules import make_schedule

@@ -60,8 +60,7 @@ def linear_cross_entropy(
     of the logits; compare Liger kernels, arXiv:2410.10989, section 3.2, and Cut Cross-Entropy, arXiv:2411.09009.
 
     The G groups of C positions may lie on different devices. The table is the output layer, in float32 at least.
-    Targets are below `mask_id` wherever the weight is not 0; where it is 0 so are the nats. The last of the chunks is
-    filled up with weights of 0.
+    Targets are below `mask_id` wherever the weight is not 0; where it is 0 so are the nats.
 
     >>> features, table, target = jnp.ones((1, 2, 1)), jnp.zeros((3, 1)), jnp.array([[0, 1]])
     >>> loss, nats = linear_cross_entropy(features, table, target, jnp.array([[0.0, 2.0]]), mask_id=2)
@@ -77,8 +76,7 @@ def linear_cross_entropy(
         parts = jnp.moveaxis(padded.reshape(len(value), chunks, size, *value.shape[2:]), 1, 0)
         return parts.reshape(chunks, -1, *value.shape[2:])
 
-    both: Any = _chunked_cross_entropy(mask_id, table, cut(features), cut(target), cut(weight))
-    loss, nats = both
+    loss, nats = _chunked_cross_entropy(mask_id, table, cut(features), cut(target), cut(weight))  # type: ignore[misc]
     nats = jnp.moveaxis(nats.reshape(chunks, -1, size), 0, 1).reshape(len(target), -1)[:, : target.shape[1]]
     return loss, jax.lax.stop_gradient(nats)
 
@@ -87,11 +85,8 @@ def linear_cross_entropy(
 def _chunked_cross_entropy(
     mask_id: int, table: Array, features: Array, target: Array, weight: Array
 ) -> tuple[Array, Array]:
-    """Return the sum and the nats (K, N) of K chunks: features (K, N, D), targets and weights (K, N).
-
-    Where no gradient is asked for, JAX leaves its parts out when it compiles.
-    """
-    return _chunked_forward(mask_id, table, features, target, weight)[0]
+    """Return the sum and the nats (K, N) of K chunks: features (K, N, D), targets and weights (K, N)."""
+    return _chunked_forward(mask_id, table, features, target, weight)[0]  # compiled, it makes no gradient here
 
 
 def _chunked_forward(mask_id: int, table: Array, features: Array, target: Array, weight: Array) -> Any:

@@ -26,8 +26,7 @@ def shares(mask_rate: Float[Array, "..."], uniform_share: float) -> Shares:
 
     Uniform share p = 1 is the uniform process: (1 - m, 0, m), ending in random tokens. Below it is the interpolation
     (1 - m, m, c) / (1 + c) with c = 2p/(1-p) sqrt(m (1 - m)), where uniform noise is p of all at m = 1/2 and both ends
-    are those of masking; p = 0 is masking alone. Sources: UDLM, arXiv:2412.10193, section 3; GIDD, arXiv:2503.04482,
-    section 4, for m = t.
+    are those of masking; p = 0 is masking alone. Sources: UDLM, section 3; GIDD, section 4, for m = t.
 
     >>> [round(float(v), 3) for v in shares(jnp.float32(0.5), 0.2)]
     [0.4, 0.4, 0.2]

@@ -3,8 +3,7 @@
 Absorbing: a token of x_0 is replaced by `mask_id` by time t with probability 1 - alpha(t), independently of the
 others, and never changes back. Source: D3PM, arXiv:2107.03006, section 3.1 (absorbing state).
 
-Mixed: noise also replaces tokens by uniformly random ones; `mixed.shares` says how much of which. Source: GIDD,
-arXiv:2503.04482, section 3.
+Mixed: noise also replaces tokens by uniformly random ones; see `mixed`.
 """
 
 from collections.abc import Callable

@@ -1,7 +1,6 @@
 """The whole idea in its plainest form: masked diffusion with the linear schedule, for reading and for comparison.
 
-`nelbo`, `Objective` and `sample` do the same with other noise, other estimators and less work; tests hold that they
-give these numbers.
+`nelbo`, `Objective` and `sample` do the same with other noise and less work; tests hold that they agree with this.
 """
 
 import jax
@@ -38,7 +37,6 @@ def plain_sample(
     """Draw sequences by walking back from t = 1 to t = 0 in equal steps, starting from masks alone.
 
     From t to s each mask becomes a token with probability (t - s) / t, drawn from p(x_0 | x_t); tokens stay.
-
     Source: MDLM, arXiv:2406.07524, equation 7.
 
     >>> always_1 = lambda x_t, t: 50 * jax.nn.one_hot(jnp.ones_like(x_t), 3)

@@ -77,8 +77,7 @@ def sample(
         Token ids below `mask_id`, int32; -1 under `jax.jit` where the network gave logits that are not finite.
 
     Raises:
-        ValueError: For an option that makes no sense, a prompt that does not fit, or logits of another shape or that
-            are not finite.
+        ValueError: For options that make no sense, a prompt that does not fit, logits of another shape or not finite.
 
     >>> from nanodlm.diffusion.schedules import make_schedule
     >>> import jax, jax.numpy as jnp

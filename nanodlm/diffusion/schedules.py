@@ -139,7 +139,7 @@ def make_schedule(kind: str, *, exponent: float = 2.0, eps: float | None = None)
             dmask_rate=lambda t: scale * jnp.sin(2 * (scale * t + first)) / cos_first**2,
             time_of=lambda m: (jnp.arccos(jnp.sqrt(1 - m) * cos_first) - first) / scale,
         )
-    power = {"linear": 1.0, "sqrt": 0.5, "poly": exponent}[kind]
+    power = {"linear": 1.0, "sqrt": 0.5, "poly": float(exponent)}[kind]
     require(0 < power < math.inf, f"the exponent of a poly schedule must be positive, not {power}")
     return Schedule(
         kind,
@@ -168,12 +168,5 @@ def _clipped(
 
 def _power(t: Float[Array, "..."], p: float) -> Float[Array, "..."]:
     """Return t^p, without the rounding of exp(p log t) where a plain operation does."""
-    if p == 0:
-        return jnp.ones_like(t)
-    if p == 1:
-        return t
-    if p == 0.5:
-        return jnp.sqrt(t)
-    if p == -0.5:
-        return jax.lax.rsqrt(t)
-    return t**p
+    plain: dict[float, Rate] = {0: jnp.ones_like, 1: lambda t: t, 0.5: jnp.sqrt, -0.5: jax.lax.rsqrt}
+    return plain[p](t) if p in plain else t**p

@@ -21,8 +21,7 @@ def make_scorer(network: Transformer) -> Scorer:
 
     Noise takes the count form, which has the least variance and no schedule in it; the autoregressive likelihood has no
     noise. A network that was told in training where documents end is told so from left to right only, where a mark that
-    was read ends a document. Edges would tell others where masked end-of-text marks are. Only the network's structure
-    is kept.
+    was read ends a document. Edges would tell others where masked end-of-text marks are.
     """
     graphdef, objective = nnx.graphdef(network), network.objective
     document_end = network.document_end if objective.traits.edges_known else None

@@ -42,9 +42,8 @@ def ratio_stderr(
     there are fewer. This is the linearised variance of a ratio (Cochran, Sampling Techniques, 1977, chapter 6) with the
     sandwich for clusters that overlap (Aronow, Samii and Assenova, arXiv:1312.3398).
 
-    Values are such as nats of each row, and sizes such as its bytes. Without `documents`, from `documents_in`, rows are
-    taken as independent; with them it is never less than then, for in few rows the pairs may cancel all. One row or
-    document is a ValueError: nothing then tells how others differ.
+    Without `documents`, from `documents_in`, rows are taken as independent; with them it is never less than then, for
+    in few rows the pairs may cancel all. One row or document is a ValueError: nothing then tells how others differ.
 
     >>> round(ratio_stderr(np.array([1.0, 3.0]), np.array([1.0, 1.0])), 4)
     1.0

@@ -16,9 +16,7 @@ NORMAL = nnx.initializers.normal
 
 
 def rope(x: Float[Array, "B L H D"], positions: Int[Array, "L"]) -> Float[Array, "B L H D"]:
-    """Rotate pairs of channels by angles proportional to the position.
-
-    Source: RoFormer, arXiv:2104.09864, eq. 34.
+    """Rotate pairs of channels by angles proportional to the position. Source: RoFormer, arXiv:2104.09864, eq. 34.
 
     >>> rope(jnp.ones((1, 2, 1, 4)), jnp.arange(2)).shape
     (1, 2, 1, 4)
@@ -145,11 +143,7 @@ class Block(nnx.Module):
 
 
 def _implementation(q: Float[Array, "B Q H E"], k: Float[Array, "B K H E"]) -> Literal["cudnn", "xla"]:
-    """Choose cuDNN's fused attention where it exists.
-
-    It takes half precision, heads of up to 128 in steps of 8, even lengths, and an NVIDIA GPU of compute capability 8.0
-    or more.
-    """
+    """Choose cuDNN's fused attention for what it takes: half precision, small heads, even lengths, a recent GPU."""
     fits = q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] <= 128 and q.shape[-1] % 8 == 0
     if not fits or q.shape[1] % 2 or k.shape[1] % 2 or jax.default_backend() != "gpu":
         return "xla"

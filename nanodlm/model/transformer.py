@@ -45,9 +45,8 @@ LOGICAL_AXES = {
 class Transformer(nnx.Module):
     """Predict every token of a row from a noised one.
 
-    No position reads later blocks than its own, of `block_size` positions; with 0 it reads the whole row. That changes
-    no parameter. Instead of keeping what a layer makes for the backward pass, `remat` computes it again: `none` of it,
-    all but matrix products (`dots`), or the whole (`full`). That changes memory and time, not the result.
+    A `block_size` changes what positions read, and no parameter. What a layer makes for the backward pass is kept, or
+    computed again: with `remat` as `none` nothing, as `dots` all but matrix products, as `full` the whole.
 
     >>> model = Transformer(vocab_size=32, n_layers=1, n_heads=2, d_model=8, d_ff=16, rngs=nnx.Rngs(0))
     >>> model(jnp.zeros((2, 5), int), jnp.ones(2)).shape

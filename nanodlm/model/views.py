@@ -73,8 +73,7 @@ def _reads(
 ) -> Reads:
     """Return what queries read of keys: positions of the same document, from the least to the most blocks back.
 
-    Positions below 0 do not exist. `start` is the index of the first query among the keys. Without a block size, only
-    documents count.
+    Positions below 0 do not exist. `start` is the first query's index among the keys. Block size 0 is none.
     """
     (query, query_ids), (key, key_ids), (least, most) = queries, keys, blocks_back
 

@@ -1,8 +1,7 @@
 """Starting and supervising a stage in a process of its own, without Prefect.
 
 The child is `nanodlm train|evaluate|sample CONFIG.json --store URL --inputs STAGE=FINGERPRINT … --events FILE`, in its
-own process group. It ends when its parent does, writes its progress to the events file, and on SIGTERM saves and exits
-with 75.
+own process group. It ends with its parent, writes its progress to the events file, and on SIGTERM saves: code 75.
 """
 
 import json
@@ -47,11 +46,9 @@ def run_in_process(lookup: Lookup, config: Config, store: Store, *, rebuild: boo
         events.touch()
         command = [sys.executable, "-P", "-m", "nanodlm", name, str(config_file), "--events", str(events)]
         command += stage_flags(store.uri(), lookup.input_fingerprints, rebuild=rebuild)
-        environ = {**os.environ, PARENT: str(os.getpid())}
+        env = {**os.environ, PARENT: str(os.getpid())}
         with errors.open("wb") as stderr, events.open() as feed, open(os.devnull, "r+b") as null:
-            child = subprocess.Popen(
-                command, stdin=null, stdout=null, stderr=stderr, env=environ, start_new_session=True
-            )
+            child = subprocess.Popen(command, stdin=null, stdout=null, stderr=stderr, env=env, start_new_session=True)
             try:
                 while child.poll() is None:
                     _emit_new_events(feed, emit)

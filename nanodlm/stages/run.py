@@ -28,12 +28,11 @@ def run_stage(
     inputs: dict[str, Artifact] | None = None,
     emit: Emit = silent,
 ) -> tuple[Artifact, dict[str, Any]]:
-    """Return a stage's artifact, which is built in this process unless the store holds it.
+    """Return a stage's artifact, which is built in this process unless the store holds it, and its `record`.
 
     While another process is building the same artifact, wait for that. A rebuild of equal bytes by equal code leaves
     the old manifest in place. Inputs are given where it is known that the stage is to be built; then the store is asked
     once its lease is held. Of several processes that train together, all are `helping` but process 0, which commits.
-    What returns is the artifact, and its `record`.
     """
     started = time.monotonic()
     store.emit = emit

@@ -10,8 +10,7 @@ An artifact exists when its manifest does. A killed attempt leaves finished part
 adopts after checking their sha256. Readers call `Artifact.local()`, which checks every file first.
 
 Throughout this room, `emit` is called as `emit(kind, **fields)`, here with `"progress"` and `done`, `total` and `unit`;
-what is not as its manifest says raises `Damaged`, a file that is not there `FileNotFoundError`, and what a user can
-mend `NanodlmError`.
+what is not as its manifest says raises `Damaged`, no such file `FileNotFoundError`, what users can mend `NanodlmError`.
 """
 
 from nanodlm.store.attempt import Attempt, new_attempt

@@ -7,8 +7,7 @@
     {cache}/manifests/...                manifests of what was found, for when no store may be asked
     {cache}/lock                         held while entries are opened or thrown out
 
-An entry is all copies of one artifact, or the files that one attempt is making. Locks are the kernel's (`flock`), so
-they end with their process. filelock's shared lock is in an SQLite file, which a forked process must not touch.
+An entry is all copies of one artifact, or the files of one attempt. Locks (`flock`) end with their process.
 """
 
 import contextlib

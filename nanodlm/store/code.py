@@ -1,12 +1,12 @@
 """Which source files a result was made by, and which of them have changed since."""
 
 import ast
-import hashlib
 import subprocess
 from functools import cache
 from pathlib import Path
 
 import nanodlm
+from nanodlm.store.disk import sha256_of
 from nanodlm.store.manifest import Json, fingerprint_of
 from nanodlm.store.store import Artifact
 
@@ -25,8 +25,7 @@ def sources(module: str) -> dict[str, str]:
         if ours and file not in files and file.relative_to(PACKAGE).parts[0].removesuffix(".py") not in LEFT_OUT:
             files.add(file)
             waiting += _imports(file)
-    digests = {file: hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in sorted(files)}
-    return {file.relative_to(PACKAGE).as_posix(): digest for file, digest in digests.items()}
+    return {file.relative_to(PACKAGE).as_posix(): sha256_of(file)[:16] for file in sorted(files)}
 
 
 def _path(module: str) -> Path:

@@ -27,8 +27,7 @@ from nanodlm.store.retry import ask, one_line, says_it_exists
 
 T = TypeVar("T")
 TRANSFERS = 32  # files on their way at once
-# Protocols whose fsspec drivers send a creation as one conditional request. A server may still ignore the condition:
-# `Storage.require_create_only` tries it.
+# Whose drivers send a creation as one conditional request; `Storage.require_create_only` tries if the server heeds it.
 CREATE_ONLY = {"file", "local", "s3", "s3a", "gs", "gcs", "memory"}
 
 

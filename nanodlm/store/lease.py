@@ -42,12 +42,11 @@ def hold_lease(
 
     try:  # before any work, so that a store that cannot be written says so at once
         while not store.write_json(path, {**holder, "beat": 0}, create_only=True):
-            if not _wait_for_lease(store, path, emit):
-                continue
-            store.write_json(path, {**holder, "beat": 0})
-            time.sleep(SETTLE_SECONDS)
-            if is_held():
-                break
+            if _wait_for_lease(store, path, emit):
+                store.write_json(path, {**holder, "beat": 0})
+                time.sleep(SETTLE_SECONDS)
+                if is_held():
+                    break
     except OSError as error:
         raise cannot_write(store, error) from error
     stop = threading.Event()

@@ -16,7 +16,6 @@ FLOW_RUN = "NANODLM_FLOW_RUN"  # the variable in which an orchestrator names the
 SCHEMA = 1
 PACKAGES = ("nanodlm", "jax", "flax", "optax", "orbax-checkpoint", "grain", "array-record", "tiktoken", "tokenizers")
 NAME = re.compile(r"[0-9A-Za-z_-]+")  # of an attempt, a stage or a fingerprint in a manifest
-TIME = "%Y-%m-%dT%H:%M:%SZ"
 
 
 def canonical_json(value: Any) -> str:
@@ -94,4 +93,4 @@ def problem_with(manifest: Any, stage: str, fingerprint: str) -> str:
 
 def utc_now() -> str:
     """Return the time as manifests give it, such as 2026-11-23T14:00:00Z."""
-    return time.strftime(TIME, time.gmtime())
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

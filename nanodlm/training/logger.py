@@ -103,9 +103,8 @@ class Logger:
         """Call two bounds in a row above the limit, of records or of saves, an explosion."""
         high = bound is not None and bound > self.limit
         if high and self._exceeded and step > self._exceeded:
-            raise self._diverged(
-                f"the loss has exploded at update {step}, to {bound:.0f} nats per token", self._exceeded
-            )
+            what = f"the loss has exploded at update {step}, to {bound:.0f} nats per token"
+            raise self._diverged(what, self._exceeded)
         self._exceeded = (self._exceeded or step) if high else 0
 
     def _diverged(self, what: str, before: int) -> NanodlmError:

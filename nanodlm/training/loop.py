@@ -5,8 +5,7 @@
 
 The device always has work: rows are read ahead in a thread, those of the next update are sent while one is computed,
 and numbers are fetched an update late. Step k's rows and noise depend on the seeds and k alone, so a resumed run
-repeats an uninterrupted one bit for bit. What is not finite is never saved: a run that diverges stops, and names the
-checkpoint from which it can go on.
+repeats an uninterrupted one bit for bit. What is not finite is never saved: a run that diverges stops.
 """
 
 import contextlib
@@ -42,8 +41,7 @@ from nanodlm.training.trackers import Tracker
 
 
 def train(config: Config, inputs: dict[str, Artifact], attempt: Attempt | None, emit: Emit) -> dict[str, Any]:
-    """Stage: train for `max_steps` updates, from the newest whole checkpoint if an earlier attempt left one, else from
-    that of `exp.resume_path`.
+    """Stage: train for `max_steps` updates, from an earlier attempt's newest checkpoint or that of `exp.resume_path`.
 
     Writes `checkpoints/`, `config.json`, `logs.json` and, as it goes, `logs.jsonl`, `tokenizer/` and `parameters.json`
     into the attempt. Of several processes the first has the attempt; the others are given None, and take part.

@@ -25,9 +25,7 @@ def learning_rate(train: TrainConfig) -> optax.Schedule:
     >>> [round(float(schedule(i)), 2) for i in (0, 1, 3, 4, 8)]
     [0.25, 0.5, 1.0, 1.0, 1.0]
     """
-    if train.lr_schedule == "none":
-        return optax.constant_schedule(train.lr)
-    warmup = min(train.warmup_steps, train.max_steps)
+    warmup = 0 if train.lr_schedule == "none" else min(train.warmup_steps, train.max_steps)
     left = max(1, train.max_steps - warmup)
     after = optax.constant_schedule(train.lr)
     if train.lr_schedule == "warmup_cosine":

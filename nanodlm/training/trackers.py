@@ -22,15 +22,11 @@ def check_packages(config: Config) -> None:
             raise UsageError(f"--exp.use_{name} needs {package}: pip install 'nanodlm[{name}]'")
 
 
-class Tracker:
-    """Writes log records to a JSONL file and, where the configuration asks for it, to W&B and TensorBoard.
-
-    Use it as a context manager. When W&B or TensorBoard fails after the start, one message says so, and it gets no more
-    records.
-    """
+class Tracker(contextlib.AbstractContextManager["Tracker"]):
+    """Writes log records to a JSONL file and, where the configuration asks for it, to W&B and TensorBoard."""
 
     def __init__(self, config: Config, path: Path, run_id: str, records: list[dict[str, Any]], emit: Emit):
-        """Open all that `config.exp` asks for; messages say where to look, and what failed.
+        """Open all that `config.exp` asks for; messages say where to look, and what failed and gets no more records.
 
         Records go to the JSONL file `path`, one a line, as they come. `run_id` names the run at W&B, where one that
         exists goes on, and in TensorBoard's folder. `records` are what a resumed run has logged before: W&B has them
@@ -41,7 +37,7 @@ class Tracker:
         check_packages(config)
         self._file = path.open("w", buffering=1)
         try:
-            self._file.writelines(map(_json_line, records))
+            self._file.writelines(json.dumps(record, allow_nan=False) + "\n" for record in records)
             if config.exp.use_tensorboard:
                 name = re.sub(r"[^\w.-]+", "_", f"{config.exp.run_name}-{run_id}".lstrip("-"))
                 folder = cache_dir() / "tensorboard" / name
@@ -54,9 +50,6 @@ class Tracker:
             self.__exit__(type(error))
             raise
 
-    def __enter__(self) -> "Tracker":
-        return self
-
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Write what is left and end what was started; W&B learns whether the run was cut short."""
         self._file.close()
@@ -64,7 +57,7 @@ class Tracker:
 
     def log(self, record: dict[str, Any]) -> None:
         """Write one record; its `step` is the number of updates done."""
-        self._file.write(_json_line(record))
+        self._file.write(json.dumps(record, allow_nan=False) + "\n")
         self._each(lambda other: other.log(record))
 
     def _each(self, tell: "Callable[[_Wandb | _TensorBoard], None]") -> None:
@@ -135,7 +128,3 @@ class _Wandb:
         finally:
             if wandb.run is None:
                 wandb.teardown()  # ends W&B's own process, which no other run of ours needs
-
-
-def _json_line(record: dict[str, Any]) -> str:
-    return json.dumps(record, allow_nan=False) + "\n"

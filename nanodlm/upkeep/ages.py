@@ -1,18 +1,17 @@
 """Times, ages and sizes as people write them."""
 
 import re
-from datetime import UTC, datetime
+from datetime import datetime
 
 from nanodlm.errors import UsageError
 from nanodlm.store import Artifact
-from nanodlm.store.manifest import TIME
 
 AGE = r"^[0-9]+(\.[0-9]+)?[smhd]$"
 
 
 def made_at(artifact: Artifact) -> float:
     """Return when an artifact was made, as a Unix time."""
-    return datetime.strptime(artifact.manifest["created"], TIME).replace(tzinfo=UTC).timestamp()
+    return datetime.fromisoformat(artifact.manifest["created"]).timestamp()
 
 
 def size(count: int) -> str:
