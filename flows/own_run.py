@@ -121,17 +121,16 @@ def hold_device(limit: str | None, emit: Emit) -> Iterator[None]:
     waiting = False
     with contextlib.ExitStack() as slot:
         while limit:
-            if holders := _holders(limit):
-                if not waiting:
-                    emit("message", text=f"waiting for a slot of the concurrency limit {limit}, held by {holders}")
-                    _set_state(Running(name="Waiting"))
+            if not (holders := _holders(limit)):
+                with contextlib.suppress(TimeoutError):  # another was faster
+                    lasting = {"lease_duration": LEASE_SECONDS, "raise_on_lease_renewal_failure": False}
+                    slot.enter_context(concurrency(limit, timeout_seconds=ASK_SECONDS, **lasting))
+                    break
+            elif not waiting:
+                emit("message", text=f"waiting for a slot of the concurrency limit {limit}, held by {holders}")
+                _set_state(Running(name="Waiting"))
                 waiting = True
-                time.sleep(ASK_SECONDS)
-                continue
-            with contextlib.suppress(TimeoutError):  # another was faster
-                lasting = {"lease_duration": LEASE_SECONDS, "raise_on_lease_renewal_failure": False}
-                slot.enter_context(concurrency(limit, timeout_seconds=ASK_SECONDS, strict=False, **lasting))
-                break
+            time.sleep(ASK_SECONDS)
         if waiting:
             _set_state(Running())
         yield

@@ -49,10 +49,7 @@ Limit = str | None
     retry_condition_fn=may_pass,
 )
 def stage_task(name: str, config: Config, store_url: str, inputs: dict[str, Artifact], **options: Any) -> Any:
-    """Build one stage, or find it and end as `Cached`; what returns is the artifact and its record.
-
-    What the user has to mend ends as `Failed` with one line, without the tracebacks of an error that is raised.
-    """
+    """Return what `_build_or_find` does. What a user has to mend ends as `Failed`, without an error's tracebacks."""
     try:
         return _build_or_find(name, config, Store(store_url), inputs, **options)
     except Unreachable:  # which may pass
@@ -72,9 +69,9 @@ def _build_or_find(
     gpu_limit: Limit = None,
     train_on: Launch = HERE,
 ) -> Any:
-    """Build one stage, in a process of its own if it uses JAX, which holds a slot of `gpu_limit` meanwhile; or find it.
+    """Build one stage, or find it and end as `Cached`; return the artifact and its record. Not to `build` it may fail.
 
-    Where `build` is false and the store lacks the stage, it fails.
+    If it uses JAX, it is built in a process of its own, which holds a slot of `gpu_limit` meanwhile.
     """
     shown, started = watcher(), time.monotonic()
     lookup = ready(name, config, store, rebuild=rebuild == name, inputs=inputs)

@@ -71,8 +71,11 @@ class Pages:
         if artifact.stage == "train":
             self._logs = logs_of(artifact)
             self._show_curve(told)
-        if show := SHOWN.get(artifact.stage):
-            self.write(show, artifact)
+        if artifact.stage == "shard":
+            what = "What the model is trained and tested on"
+            self.write(pages.create_table_artifact, counts(artifact), key="data-counts", description=what)
+        if artifact.stage == "sample":
+            self.write(show_samples, artifact)
 
     def _show_progress(self, percent: float, text: str) -> None:
         if self._progress is None:
@@ -105,19 +108,11 @@ def watcher() -> Watcher:
     return WATCHER.get() or Pages()
 
 
-def show_counts(shard: Artifact) -> None:
-    """Show a table of what the data stages counted, under the key `data-counts`."""
-    pages.create_table_artifact(counts(shard), key="data-counts", description="What the model is trained and tested on")
-
-
 def show_samples(sample: Artifact) -> None:
     """Show the texts that the model wrote, under the key `samples`."""
     texts = texts_of(sample)
     quoted = ["\n".join(f"    {line}" for line in text.splitlines()) for text in texts]  # as code: no markup of theirs
     pages.create_markdown_artifact("\n\n---\n\n".join(quoted), key="samples", description=f"{len(texts)} samples")
-
-
-SHOWN = {"shard": show_counts, "sample": show_samples}
 
 
 def show_run(records: list[dict[str, Any]], artifacts: dict[str, Artifact]) -> None:

@@ -21,8 +21,6 @@ from nanodlm.stages.lookup import ready
 from nanodlm.stages.process import end_with_parent
 from nanodlm.store import Artifact, Store
 
-RUNNERS = ("threads", "processes", "dask")
-
 
 def may_pass(_task: Any, _run: Any, state: State) -> bool:
     """Retry only what may pass by itself, such as a network that was away; never what the user has to mend."""
@@ -87,9 +85,11 @@ def task_runner() -> TaskRunner[Any]:
 
     `dask` uses the cluster at `$NANODLM_DASK_ADDRESS`, with its own number of workers, else starts one on this machine.
     """
-    name = os.environ.get("NANODLM_RUNNER") or RUNNERS[0]
-    if name not in RUNNERS:
-        raise UsageError(f"unknown runner {name!r}: choose one of {', '.join(RUNNERS)} (--runner or NANODLM_RUNNER)")
+    name = os.environ.get("NANODLM_RUNNER") or "threads"
+    if name not in ("threads", "processes", "dask"):
+        raise UsageError(
+            f"unknown runner {name!r}: choose one of threads, processes, dask (--runner or NANODLM_RUNNER)"
+        )
     count = os.environ.get("NANODLM_WORKERS") or str(os.cpu_count() or 1)
     if not count.isdecimal() or int(count) < 1:
         raise UsageError(f"--workers (or NANODLM_WORKERS) counts tasks at a time, from 1, not {count}")

@@ -1,6 +1,7 @@
 """The negative evidence lower bound (NELBO) on the log-likelihood, for every kind of objective, in nats.
 
-The kinds are listed in `kinds`. Masking, of rows or blocks of L tokens, has these estimators of one number:
+The kinds are listed in `kinds`. Masking, of rows or blocks of L tokens, has three estimators of one number, and a
+variant of the third:
 
     estimator       noise                                         weight of the summed cross-entropy
     continuous      t ~ U(0, 1], each token masked at 1-alpha_t   -alpha'_t / (1 - alpha_t)
@@ -21,7 +22,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key
 
 from nanodlm.diffusion.checks import check_logits, require, require_whole
-from nanodlm.diffusion.corruption import Corruption, Noise, mask_blocks, mask_rows, mix_rows, shift_right
+from nanodlm.diffusion.corruption import Corruption, mask_blocks, mask_rows, mix_rows, shift_right
 from nanodlm.diffusion.cross_entropy import cross_entropy, linear_cross_entropy
 from nanodlm.diffusion.kinds import KINDS, Estimator, Kind, KindName, Times, Weighting
 from nanodlm.diffusion.mixed import mixed_divergence
@@ -41,14 +42,20 @@ class RowNats(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Objective(Noise):
+class Objective:
     """What is minimised, and the bound that is reported whatever is minimised; a ValueError where there is no bound.
 
     The weighting is of the loss: the `bound`'s weights (of rows or blocks), those `clipped` at `max_weight`, or
-    `uniform` ones, 2 for all, which keeps the scale where half is noise: masks then have plain cross-entropy.
+    `uniform` ones, 2 for all, which keeps the scale where half is noise on average. Masks then have plain
+    cross-entropy.
     """
 
+    schedule: Schedule  # counts use it only to tell the network the time
+    mask_id: int  # it and larger ids (padding) are never predicted, masked or scored
     kind: KindName = "absorbing"
+    estimator: Estimator = "continuous"  # autoregressive objectives have no noise and read none
+    num_timesteps: int = 1000  # T of the discrete estimator
+    times: Times = "systematic"  # how times or counts are spread over a batch's rows; see `noise.low_discrepancy`
     block_size: int = 1  # tokens per block, for `block`; the last one may be shorter
     uniform_share: float = 0.1  # share of uniform noise at m = 1/2, for `hybrid`; see `mixed.shares`
     weighting: Weighting = "bound"
@@ -100,11 +107,12 @@ class Objective(Noise):
         if self.traits.reads == "before":
             ones = jnp.ones(len(x_0))
             return Corruption(shift_right(x_0, segment_ids, begin_id=self.mask_id), 0 * ones, ones, ones, ones)
+        noise = {name: getattr(self, name) for name in ("schedule", "mask_id", "estimator", "times")}
         if self.mixed:
-            return mix_rows(x_0, key, self, self.noise_share)
+            return mix_rows(x_0, key, uniform_share=self.noise_share, **noise)
         if self.traits.reads == "block":
-            return mask_blocks(x_0, key, self, self.block_size)
-        return mask_rows(x_0, key, self)
+            return mask_blocks(x_0, key, block_size=self.block_size, num_timesteps=self.num_timesteps, **noise)
+        return mask_rows(x_0, key, num_timesteps=self.num_timesteps, **noise)
 
     def logits(self, denoise: Denoise, x_0: Tokens, noised: Corruption, segment_ids: Tokens | None = None) -> Logits:
         """Call the network on noised rows; only a block network is given x_0, of which it may read earlier blocks.
