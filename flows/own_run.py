@@ -23,13 +23,11 @@ from prefect.states import Cancelled, Failed, Running
 from nanodlm.config import changed
 from nanodlm.errors import Emit, NanodlmError, Stopped, UsageError
 from nanodlm.flows.internals import end_of_run, is_generated
-from nanodlm.stages.table import STAGES
 from nanodlm.store import FLOW_RUN
 
 LOOK_SECONDS = 30.0  # between two looks whether the run is still wanted
 ASK_SECONDS = 3.0  # between two questions whether a device is free
 LEASE_SECONDS = 900.0  # for which a slot stays taken after kill -9; the server may be away for a quarter of it
-ON_DEVICE = [stage.name for stage in STAGES.values() if stage.own_process]
 
 
 def run_name() -> str:
@@ -142,7 +140,7 @@ def _holders(limit: str) -> str:
     The server does not tell who has them: these are the others that use it and are at a stage that needs it.
     """
     running = {"state": {"name": {"any_": ["Running"]}}}  # a run that waits is in a state of another name
-    at_device = TaskRunFilter.model_validate({**running, "name": {"any_": ON_DEVICE}})
+    at_device = TaskRunFilter.model_validate({**running, "name": {"any_": ["train", "evaluate", "sample"]}})
     with get_client(sync_client=True) as client:
         try:
             found = client.read_global_concurrency_limit_by_name(limit)

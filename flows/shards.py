@@ -87,9 +87,7 @@ def task_runner() -> TaskRunner[Any]:
     """
     name = os.environ.get("NANODLM_RUNNER") or "threads"
     if name not in ("threads", "processes", "dask"):
-        raise UsageError(
-            f"unknown runner {name!r}: choose one of threads, processes, dask (--runner or NANODLM_RUNNER)"
-        )
+        raise UsageError(f"unknown runner {name!r}: choose one of threads, processes, dask (--runner, NANODLM_RUNNER)")
     count = os.environ.get("NANODLM_WORKERS") or str(os.cpu_count() or 1)
     if not count.isdecimal() or int(count) < 1:
         raise UsageError(f"--workers (or NANODLM_WORKERS) counts tasks at a time, from 1, not {count}")
