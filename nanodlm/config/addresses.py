@@ -4,7 +4,7 @@ import re
 from typing import Annotated, NamedTuple
 from urllib.parse import parse_qsl
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from nanodlm.errors import SECRETS, UsageError
 
@@ -34,8 +34,9 @@ def refuse_secrets(url: str) -> str:
 
 
 Url = Annotated[str, AfterValidator(refuse_secrets)]
-# The pattern, which has to come first, lets a server refuse credentials in a form, before it keeps them.
-StoreUrl = Annotated[str, Field(min_length=1, pattern=r"^[^@?*\[\]]*$"), AfterValidator(refuse_secrets)]
+# The pattern lets a server refuse credentials in a form, before it keeps them. Here they are refused before that, by an
+# error which pydantic passes on as it is: of its own, a flow's log would quote them.
+StoreUrl = Annotated[str, Field(min_length=1, pattern=r"^[^@?*\[\]]*$"), BeforeValidator(refuse_secrets)]
 
 
 class Address(NamedTuple):

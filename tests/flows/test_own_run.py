@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 from prefect import flow, get_client, task
 from prefect.client.orchestration import SyncPrefectClient
-from prefect.exceptions import ParameterTypeError
 from prefect.runtime import flow_run
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Cancelled, Cancelling, Crashed, Running, Suspended
@@ -147,13 +146,13 @@ def test_a_deployment_whose_clone_was_moved_says_so(monkeypatch: pytest.MonkeyPa
         ({"store": "memory://x"}, "a store in memory is seen by no other process"),
         ({"until": "shard", "rebuild": "train"}, "comes after --until shard: nothing would be rebuilt"),
         ({"config": {"train": {"max_steps": 0}}}, "train.max_steps: Input should be greater than or equal to 1"),
-        ({"store": "s3://key:planted-secret@bucket/store"}, "store: String should match pattern"),
+        ({"store": "s3://key:planted-secret@bucket/store"}, "holds a user name or password"),
     ],
 )
 def test_what_a_flow_refuses_is_one_line_without_a_traceback_and_without_secrets(
     client: SyncPrefectClient, parameters: dict[str, Any], says: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with pytest.raises((NanodlmError, ParameterTypeError), match=says):
+    with pytest.raises(NanodlmError, match=says):
         pipeline(**parameters)
     run = client.read_flow_runs(sort="EXPECTED_START_TIME_DESC", limit=1)[0]  # type: ignore[arg-type]
     assert run.state is not None
