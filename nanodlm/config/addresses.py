@@ -18,7 +18,7 @@ def refuse_secrets(url: str) -> str:
     >>> refuse_secrets("s3://bucket/prefix")
     's3://bucket/prefix'
     """
-    for piece in url.split("::"):  # as in `zip://*.txt::s3://bucket/texts.zip`
+    for piece in str(url).split("::"):  # as in `zip://*.txt::s3://bucket/texts.zip`
         scheme, has_host, rest = piece.partition("://")
         if not has_host:
             continue
