@@ -29,4 +29,4 @@ def is_generated(name: str) -> bool:
     >>> is_generated("gentle-otter"), is_generated("nightly-owt")
     (True, False)
     """
-    return NAMES.issuperset(name.split("-"))
+    return "-" in name and NAMES.issuperset(name.split("-"))

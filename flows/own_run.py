@@ -10,10 +10,10 @@ from contextvars import copy_context
 from datetime import date
 from typing import Any
 
-import httpx
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, TaskRunFilter
 from prefect.client.schemas.objects import State, StateType
+from prefect.concurrency.asyncio import ConcurrencySlotAcquisitionError
 from prefect.concurrency.sync import concurrency
 from prefect.exceptions import ObjectNotFound
 from prefect.runtime import deployment, flow_run
@@ -26,6 +26,7 @@ from nanodlm.flows.internals import end_of_run, is_generated
 from nanodlm.store import FLOW_RUN
 
 LOOK_SECONDS = 30.0  # between two looks whether the run is still wanted
+PATIENCE_SECONDS = 150.0  # before it is stopped once more, for a library may have caught that; longer than a save takes
 ASK_SECONDS = 3.0  # between two questions whether a device is free
 LEASE_SECONDS = 900.0  # for which a slot stays taken after kill -9; the server may be away for a quarter of it
 
@@ -39,15 +40,6 @@ def run_name() -> str:
     with contextlib.suppress(UsageError):  # which the flow tells
         run = changed(preset, parameters["config"]).exp.run_name
     return "-".join(filter(None, [date.today().isoformat(), preset, run]))
-
-
-def enter_folder() -> None:
-    """Go to the clone that the run was deployed from, where prefect.yaml names one."""
-    try:
-        os.chdir(os.environ.get("NANODLM_FOLDER", "."))
-    except OSError as error:
-        moved = f"{error.filename}, from where this was deployed, cannot be entered ({error.strerror})"
-        raise UsageError(f"{moved}: `prefect --no-prompt deploy --all` in the clone tells where it is now") from error
 
 
 def built_before() -> set[str]:
@@ -66,18 +58,19 @@ def working_for_run() -> Iterator[None]:
     Prefect tells a run that it was cancelled while it listens, which it gives up after half a minute without a server,
     and of a suspended, crashed or deleted run it tells nothing. So the run asks for its own state.
     """
-    run, ended, done = flow_run.id, "", threading.Event()
+    run, ended, done, lock = flow_run.id, "", threading.Event(), threading.Lock()
     main = threading.main_thread()
 
     def look() -> None:
         nonlocal ended
-        while not done.wait(LOOK_SECONDS):
-            ended = _end_of(run)
-            if ended and main.ident:  # again and again, for a library may have caught what this raises
-                signal.pthread_kill(main.ident, signal.SIGUSR1)
+        while not done.wait(PATIENCE_SECONDS if ended else LOOK_SECONDS):
+            ended = _end_of(run) or ended
+            with lock:
+                if ended and main.ident and not done.is_set():
+                    signal.pthread_kill(main.ident, signal.SIGUSR1)
 
     def interrupt(*_: Any) -> None:
-        raise Stopped(f"the run is {ended}; what is finished and saved is kept")
+        raise _over(ended)
 
     os.environ[FLOW_RUN] = str(run)
     before = signal.signal(signal.SIGUSR1, interrupt) if threading.current_thread() is main else None
@@ -86,27 +79,34 @@ def working_for_run() -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        with lock:
+            done.set()
+        ended = ended or _end_of(run)
         if not ended:
             raise
-        done.set()
         state = _set_state(Cancelled(message=str(error))) if ended == "Cancelling" else None
         raise end_of_run(str(error), state) from error
     finally:
-        done.set()
-        del os.environ[FLOW_RUN]
+        with lock:
+            done.set()
+        os.environ.pop(FLOW_RUN, None)
         if before is not None:
             signal.signal(signal.SIGUSR1, before)
 
 
+def _over(ended: str) -> Stopped:
+    return Stopped(f"the run is {ended or 'stopped by a signal'}; what is finished and saved is kept")
+
+
 def _end_of(run: str | None) -> str:
     """Return how a run has ended for its server, such as `Cancelling` or `Deleted`; nothing while it goes on."""
-    try:
-        with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}), get_client(sync_client=True) as client:
+    with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}), get_client(sync_client=True) as client:
+        try:
             state = client.read_flow_run(run).state  # type: ignore[arg-type]
-    except ObjectNotFound:
-        return "Deleted"
-    except (httpx.HTTPError, RuntimeError):  # the server is away
-        return ""
+        except ObjectNotFound:  # which a proxy without its server says of all
+            return "" if client.api_healthcheck() else "Deleted"
+        except Exception:  # whatever a server that is away, or a proxy before it, makes of the question
+            return ""
     return "" if state is None or state.type in (StateType.RUNNING, StateType.PENDING) else state.name or "ended"
 
 
@@ -120,18 +120,25 @@ def hold_device(limit: str | None, emit: Emit) -> Iterator[None]:
     with contextlib.ExitStack() as slot:
         while limit:
             if not (holders := _holders(limit)):
-                with contextlib.suppress(TimeoutError):  # another was faster
+                with contextlib.suppress(ConcurrencySlotAcquisitionError):  # another was faster
                     lasting = {"lease_duration": LEASE_SECONDS, "raise_on_lease_renewal_failure": False}
-                    slot.enter_context(concurrency(limit, timeout_seconds=ASK_SECONDS, **lasting))
+                    slot.enter_context(concurrency(limit, max_retries=0, **lasting))
                     break
             elif not waiting:
                 emit("message", text=f"waiting for a slot of the concurrency limit {limit}, held by {holders}")
-                _set_state(Running(name="Waiting"))
+                _go_on("Waiting")
                 waiting = True
             time.sleep(ASK_SECONDS)
         if waiting:
-            _set_state(Running())
+            _go_on("Running")
         yield
+
+
+def _go_on(name: str) -> None:
+    """Give this run, which is running, a state of another name, unless somebody has ended it meanwhile."""
+    if ended := _end_of(flow_run.id):
+        raise _over(ended)
+    _set_state(Running(name=name))
 
 
 def _holders(limit: str) -> str:
@@ -146,7 +153,7 @@ def _holders(limit: str) -> str:
             found = client.read_global_concurrency_limit_by_name(limit)
         except ObjectNotFound:
             return ""
-        if found.active_slots < found.limit:
+        if not found.active or found.active_slots < found.limit:
             return ""
         of_run = FlowRunFilter.model_validate(running)
         tasks = client.read_task_runs(flow_run_filter=of_run, task_run_filter=at_device)

@@ -21,14 +21,15 @@ from nanodlm.config import Changes, Config, Preset, StoreUrl, as_changes, change
 from nanodlm.errors import NanodlmError, Stopped, Unreachable, UsageError
 from nanodlm.flows import TAG
 from nanodlm.flows.internals import untagged
-from nanodlm.flows.own_run import built_before, enter_folder, fail, hold_device, run_name, working_for_run
-from nanodlm.flows.reporting import WATCHER, Pages, Watcher, show_run, watcher
+from nanodlm.flows.own_run import built_before, fail, hold_device, run_name, working_for_run
+from nanodlm.flows.reporting import WATCHER, Pages, show_run, watcher
 from nanodlm.flows.server import check_server, ephemeral_server, wait_for_server_at_end
 from nanodlm.flows.shards import may_pass, shard_in_parallel, task_runner
 from nanodlm.stages import table
 from nanodlm.stages.lookup import ready
 from nanodlm.stages.process import run_in_process
-from nanodlm.stages.run import default_store, record, run_stage
+from nanodlm.stages.progress import Watcher
+from nanodlm.stages.run import default_store, enter_folder, record, run_stage
 from nanodlm.stages.table import STAGES, StageName, check_rebuild
 from nanodlm.store import Artifact, Store
 

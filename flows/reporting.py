@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
-from typing import Any, Protocol
+from typing import Any
 from uuid import UUID
 
 from prefect import artifacts as pages
@@ -16,19 +16,12 @@ from prefect.client.schemas.actions import ArtifactUpdate
 from prefect.logging import get_run_logger
 from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
+from nanodlm.errors import Stopped
 from nanodlm.evaluation.report import logs_of, loss_curve_url, texts_of
-from nanodlm.stages.progress import Pace, counts, stage_table, summary
+from nanodlm.stages.progress import Pace, Watcher, counts, stage_table, summary
 from nanodlm.store import Artifact
 
 SECONDS = 30.0  # between two lines of a stage's progress in Prefect's log, and on its page
-
-
-class Watcher(Protocol):
-    """Whoever shows the stages to a person; `nanodlm.cli.console.Console` is one, `Pages` another."""
-
-    def showing(self, stage: str) -> AbstractContextManager[Any]: ...
-    def emit(self, kind: str, **fields: Any) -> None: ...
-    def done(self, artifact: Artifact, record: dict[str, Any]) -> None: ...
 
 
 class Pages:
@@ -96,6 +89,8 @@ class Pages:
         try:
             with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}):
                 return call(*arguments, **options)
+        except Stopped:
+            raise
         except Exception as error:  # whatever the server, the network or the client make of it
             self._logger.warning("not shown on Prefect's pages: %s", type(error).__name__)
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import re
 import runpy
 import socket
 import subprocess
@@ -15,10 +14,10 @@ from contextvars import ContextVar
 import httpx
 from filelock import FileLock
 from prefect.client.orchestration import get_client
-from prefect.settings import get_current_settings
+from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, get_current_settings, temporary_settings
 
 from nanodlm.errors import NanodlmError, Stopped
-from nanodlm.stages.process import PARENT, end_with_parent, stop
+from nanodlm.stages.process import PARENT, end_with_parent, last_error, stop
 
 START_SECONDS = 120.0
 AWAY_SECONDS = 900.0  # for which a stage that ended waits for a server that is away
@@ -53,7 +52,7 @@ def ephemeral_server() -> Iterator[str]:
             while not _healthy(url):
                 if child.poll() is not None or time.monotonic() > deadline:
                     log.seek(0)
-                    raise _not_started(_reason(log.read().decode(errors="replace")))
+                    raise _not_started(last_error(log.read().decode(errors="replace")))
                 time.sleep(0.1)
             starting.close()
             yield url
@@ -71,21 +70,20 @@ def _not_started(reason: str) -> NanodlmError:
     return NanodlmError(f"the local Prefect server did not start ({reason}); {remedy}")
 
 
-def _reason(log: str) -> str:
-    r"""Return the line of a server's log that says why it ended: the last one that names an error, else the last.
-
-    >>> _reason("sqlite3.OperationalError: database is locked\n[SQL: ...]\n\nApplication startup failed. Exiting.")
-    'sqlite3.OperationalError: database is locked'
-    """
-    lines = [line.strip() for line in log.splitlines() if line.strip()] or ["no output"]
-    errors = [line for line in lines if re.match(r"[\w.]+(Error|Exception)\b", line)]
-    return (errors or lines)[-1]
-
-
 def _healthy(url: str) -> bool:
     with contextlib.suppress(httpx.HTTPError):
         return httpx.get(f"{url}/health", timeout=5).is_success
     return False
+
+
+def _answers() -> bool:
+    """Say if the server of the settings, or what stands before it, answers with anything but an error of its own."""
+    with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}), get_client(sync_client=True) as client:
+        try:
+            client.request("GET", "/health")
+        except httpx.HTTPError as error:
+            return isinstance(error, httpx.HTTPStatusError) and not error.response.is_server_error
+    return True
 
 
 def check_server() -> None:
@@ -116,7 +114,7 @@ def wait_for_server_at_end(emit: Callable[..., None]) -> Iterator[None]:
     except Exception as error:
         failure = error
     url, own, deadline = get_current_settings().api.url, OWN.get(), time.monotonic() + AWAY_SECONDS
-    while url and not _healthy(url) and time.monotonic() < deadline and (own is None or own.poll() is None):
+    while url and not _answers() and time.monotonic() < deadline and (own is None or own.poll() is None):
         if not said:
             emit("message", text="the Prefect server is away: waiting to tell it how the stage ended")
         said = True

@@ -2,28 +2,36 @@
 
 from typing import Annotated, Any
 
-from prefect import flow
+from prefect import State, flow
 from prefect.artifacts import create_table_artifact
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 from pydantic import Field
 
 from nanodlm.config import StoreUrl
-from nanodlm.flows.own_run import enter_folder
-from nanodlm.stages.run import default_store
+from nanodlm.errors import NanodlmError, redact
+from nanodlm.flows.internals import is_generated
+from nanodlm.flows.own_run import fail
+from nanodlm.flows.reporting import Pages
+from nanodlm.stages.run import default_store, enter_folder
 from nanodlm.store import Store
 from nanodlm.upkeep.ages import AGE, seconds, size
 from nanodlm.upkeep.collect import collect
 
 
-@flow(name="gc", flow_run_name=lambda: "gc-dry-run" if flow_run.parameters["dry_run"] else "gc", persist_result=False)
+def _name() -> str:
+    given = flow_run.name or ""
+    return ("gc-dry-run" if flow_run.parameters["dry_run"] else "gc") if is_generated(given) else given
+
+
+@flow(name="gc", flow_run_name=_name, persist_result=False)
 def gc(
     store: StoreUrl | None = None,
     dry_run: bool = False,
     keep_last: Annotated[int | None, Field(ge=0)] = None,
     older_than: Annotated[str | None, Field(pattern=AGE)] = None,
     grace: Annotated[str, Field(pattern=AGE)] = "1h",
-) -> list[dict[str, Any]]:
+) -> list[dict[str, Any]] | State[Any]:
     """Remove what nobody needs: abandoned attempts and uploads, and old results when asked to.
 
     The artifact `gc` lists `kind`, `uri` and `bytes` of each thing removed, also after an error.
@@ -39,14 +47,17 @@ def gc(
     log, removed = get_run_logger(), []
     older = None if older_than is None else seconds(older_than)
     done = "would remove" if dry_run else "removed"
-    enter_folder()
-    opened = Store(store or default_store())
     try:
+        enter_folder()
+        opened = Store(store or default_store())
         for row in collect(opened, keep_last=keep_last, older_than=older, grace=seconds(grace), dry_run=dry_run):
             removed.append(row)
             log.info("%s %s %s, %s", done, row["kind"], row["uri"], size(row["bytes"]))
+    except NanodlmError as error:
+        return fail(error)
     finally:
-        total = f"{done} {len(removed):,} of {opened.uri()}, {size(sum(row['bytes'] for row in removed))}"
+        bytes_ = size(sum(row["bytes"] for row in removed))
+        total = redact(f"{done} {len(removed):,} of {store or default_store()}, {bytes_}")
         log.info(total)
-        create_table_artifact(removed, key="gc", description=total)
+        Pages().write(create_table_artifact, removed, key="gc", description=total)
     return removed

@@ -16,10 +16,10 @@ from jax.experimental.multihost_utils import process_allgather
 
 from nanodlm.build import make_model
 from nanodlm.checkpoints.finding import step_name, step_of
-from nanodlm.config import Config, differences, load_config, parse_address, training_settings
+from nanodlm.config import Config, differences, explain, parse_address, training_settings
 from nanodlm.data import tokenizer
 from nanodlm.data.vocabulary import Vocabulary
-from nanodlm.errors import NanodlmError
+from nanodlm.errors import NanodlmError, UsageError
 from nanodlm.model.transformer import Transformer
 from nanodlm.store import Artifact, Store, changed_since, remark
 
@@ -69,7 +69,10 @@ def load_artifact(artifact: Artifact, step: int | None = None) -> tuple[Transfor
 
 def load_folder(folder: Path, step: int) -> tuple[Transformer, tiktoken.Encoding]:
     """Load one checkpoint in a run's folder, beside its config and tokenizer."""
-    config = load_config(str(folder / "config.json"))
+    try:  # what an earlier version has not written is as it was then
+        config = Config.model_validate_json((folder / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{folder / 'config.json'} is not a valid config: {explain(error)}") from error
     encoding = tokenizer.load(folder / "tokenizer")
     checkpoint = (folder / step_name(step)).absolute()
     if not checkpoint.is_dir():

@@ -86,11 +86,13 @@ def changed(preset: str, changes: dict[str, Any]) -> Config:
     >>> changed("demo", {"train": {"lr": 0.1}, "data.tokenizer": "bytes"}).train.max_steps
     1200
     """
-    if preset not in PRESETS:
+    if not isinstance(preset, str) or preset not in PRESETS:
         raise UsageError(f"unknown preset {preset!r}: choose {_known()}")
     settings = PRESETS[preset].model_dump()
     for name, value in flat(changes).items():
         group, _, field = name.partition(".")
+        if value is None and not field:  # a group whose settings are commented out
+            continue
         settings.setdefault(group, {})[field] = value
     try:
         return Config.model_validate(settings)

@@ -6,6 +6,7 @@ own process group. It ends with its parent, writes its progress to the events fi
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -83,6 +84,17 @@ def _emit_new_events(feed: IO[str], emit: Emit) -> None:
 def last_line(text: str) -> str:
     """Return the last line of what a program has said, without the name of ours before it."""
     return (text.strip().splitlines() or [""])[-1].removeprefix("nanodlm: ")
+
+
+def last_error(log: str) -> str:
+    r"""Return the line of a server's log that says why it ended: the last one that names an error, else the last.
+
+    >>> last_error("sqlite3.OperationalError: database is locked\n[SQL: ...]\n\nApplication startup failed. Exiting.")
+    'sqlite3.OperationalError: database is locked'
+    """
+    lines = [line.strip() for line in log.splitlines() if line.strip()] or ["no output"]
+    errors = [line for line in lines if re.match(r"[\w.]+(Error|Exception)\b", line)]
+    return (errors or lines)[-1]
 
 
 def stop(child: subprocess.Popen[bytes], grace: float) -> int:

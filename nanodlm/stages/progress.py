@@ -2,8 +2,9 @@
 
 import json
 import time
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from nanodlm.errors import Emit
 
@@ -20,6 +21,14 @@ def event_log(path: Path) -> Emit:
         file.write(json.dumps({"time": round(time.time(), 3), "event": kind, **fields}) + "\n")
 
     return emit
+
+
+class Watcher(Protocol):
+    """Whoever shows the stages to a person; `nanodlm.cli.console.Console` is one, the pages of a flow another."""
+
+    def showing(self, stage: str) -> AbstractContextManager[Any]: ...
+    def emit(self, kind: str, **fields: Any) -> None: ...
+    def done(self, artifact: "Artifact", record: dict[str, Any]) -> None: ...
 
 
 class Pace:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from nanodlm.config import Config
-from nanodlm.errors import Emit, NanodlmError, silent
+from nanodlm.errors import Emit, NanodlmError, UsageError, silent
 from nanodlm.stages.lookup import Lookup, identify, ready
 from nanodlm.stages.table import STAGES, check, until
 from nanodlm.store import Artifact, Json, Store, changed_since, code_record, hold_lease, new_attempt, remark
@@ -145,3 +145,12 @@ def train(config: Config, store: str | None = None, emit: Emit = silent) -> Arti
 def default_store() -> str:
     """Return `$NANODLM_STORE`, else `data/store`."""
     return os.environ.get("NANODLM_STORE") or "data/store"
+
+
+def enter_folder() -> None:
+    """Go to the clone that the run was deployed from, where prefect.yaml names one."""
+    try:
+        os.chdir(os.environ.get("NANODLM_FOLDER", "."))
+    except OSError as error:
+        moved = f"{error.filename}, from where this was deployed, cannot be entered ({error.strerror})"
+        raise UsageError(f"{moved}: `prefect --no-prompt deploy --all` in the clone tells where it is now") from error
