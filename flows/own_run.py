@@ -28,18 +28,22 @@ from nanodlm.store import FLOW_RUN
 LOOK_SECONDS = 30.0  # between two looks whether the run is still wanted
 PATIENCE_SECONDS = 150.0  # before it is stopped once more, for a library may have caught that; longer than a save takes
 ASK_SECONDS = 3.0  # between two questions whether a device is free
+OVER = "the run is {}; what is finished and saved is kept"
 LEASE_SECONDS = 900.0  # for which a slot stays taken after kill -9; the server may be away for a quarter of it
 
 
 def run_name() -> str:
     """Return the name that a run was given, else its date, its preset and `exp.run_name`: `2026-11-29-demo-wide`."""
-    given, parameters = flow_run.name or "", flow_run.parameters
-    if not is_generated(given):
-        return given
-    preset, run = parameters["preset"], ""
+    preset, run = flow_run.parameters["preset"], ""
     with contextlib.suppress(UsageError):  # which the flow tells
-        run = changed(preset, parameters["config"]).exp.run_name
-    return "-".join(filter(None, [date.today().isoformat(), preset, run]))
+        run = changed(preset, flow_run.parameters["config"]).exp.run_name
+    return named("-".join(filter(None, [date.today().isoformat(), preset, run])))
+
+
+def named(name: str) -> str:
+    """Return the name that this run was given, else one that is made for it."""
+    given = flow_run.name or ""
+    return name if is_generated(given) else given
 
 
 def built_before() -> set[str]:
@@ -55,8 +59,7 @@ def built_before() -> set[str]:
 def working_for_run() -> Iterator[None]:
     """Name this run in all manifests that the block writes, and stop the block, saving, when the run is over.
 
-    Prefect tells a run that it was cancelled while it listens, which it gives up after half a minute without a server,
-    and of a suspended, crashed or deleted run it tells nothing. So the run asks for its own state.
+    It asks: Prefect tells of a cancellation only while it listens, and of another end nothing.
     """
     run, ended, done, lock = flow_run.id, "", threading.Event(), threading.Lock()
     main = threading.main_thread()
@@ -70,7 +73,7 @@ def working_for_run() -> Iterator[None]:
                     signal.pthread_kill(main.ident, signal.SIGUSR1)
 
     def interrupt(*_: Any) -> None:
-        raise _over(ended)
+        raise Stopped(OVER.format(ended or "stopped by a signal"))
 
     os.environ[FLOW_RUN] = str(run)
     before = signal.signal(signal.SIGUSR1, interrupt) if threading.current_thread() is main else None
@@ -94,10 +97,6 @@ def working_for_run() -> Iterator[None]:
             signal.signal(signal.SIGUSR1, before)
 
 
-def _over(ended: str) -> Stopped:
-    return Stopped(f"the run is {ended or 'stopped by a signal'}; what is finished and saved is kept")
-
-
 def _end_of(run: str | None) -> str:
     """Return how a run has ended for its server, such as `Cancelling` or `Deleted`; nothing while it goes on."""
     with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}), get_client(sync_client=True) as client:
@@ -112,11 +111,8 @@ def _end_of(run: str | None) -> str:
 
 @contextlib.contextmanager
 def hold_device(limit: str | None, emit: Emit) -> Iterator[None]:
-    """Hold a slot of a concurrency limit, where the server has it. A run that has to wait says so, and for whom.
-
-    It waits by asking, not by requesting: Prefect's request outlives a run that is cancelled, and may still get a slot.
-    """
-    waiting = False
+    """Hold a slot of a concurrency limit, where the server has it. A run that has to wait says so, and for whom."""
+    waiting = False  # by asking: a request of Prefect's outlives the run that is cancelled, and may still get a slot
     with contextlib.ExitStack() as slot:
         while limit:
             if not (holders := _holders(limit)):
@@ -137,14 +133,14 @@ def hold_device(limit: str | None, emit: Emit) -> Iterator[None]:
 def _go_on(name: str) -> None:
     """Give this run, which is running, a state of another name, unless somebody has ended it meanwhile."""
     if ended := _end_of(flow_run.id):
-        raise _over(ended)
+        raise Stopped(OVER.format(ended))
     _set_state(Running(name=name))
 
 
 def _holders(limit: str) -> str:
-    """Return the names of the runs that have all slots of a limit; nothing while one is free, or without such a limit.
+    """Return the names of the runs that have all slots of a limit; nothing while one is free, or without a limit.
 
-    The server does not tell who has them: these are the others that use it and are at a stage that needs it.
+    The server does not tell: these are the others that use it and are at a stage that needs it.
     """
     running = {"state": {"name": {"any_": ["Running"]}}}  # a run that waits is in a state of another name
     at_device = TaskRunFilter.model_validate({**running, "name": {"any_": ["train", "evaluate", "sample"]}})

@@ -103,8 +103,8 @@ def check_server() -> None:
 def wait_for_server_at_end(emit: Callable[..., None]) -> Iterator[None]:
     """When the block has ended or failed, wait until the server of the settings answers, a quarter of an hour at most.
 
-    A task's last state is an event, which Prefect tries to send for some seconds only: lost, the task would look as if
-    it ran for ever. A flow that is stopped by a signal does not wait, and one whose own server has ended neither.
+    Prefect tries for some seconds only to tell it a task's last state. Whoever is stopped by a signal, or whose own
+    server has ended, does not wait.
     """
     failure, said = None, False
     try:

@@ -12,7 +12,7 @@ from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner, ThreadPoolTa
 from prefect.tasks import exponential_backoff
 
 from nanodlm.config import Config
-from nanodlm.errors import NanodlmError, Unreachable, UsageError
+from nanodlm.errors import NanodlmError, Stopped, Unreachable, UsageError
 from nanodlm.flows import TAG
 from nanodlm.flows.internals import untagged
 from nanodlm.flows.reporting import watcher
@@ -43,15 +43,14 @@ def build_shard(index: int, config: Config, store_url: str, inputs: dict[str, st
 
 @flow(name="shards", flow_run_name="{store_url}", persist_result=False)
 def build_shards(missing: list[int], config: Config, store_url: str, inputs: dict[str, str]) -> int:
-    """Make shards as tasks, as many at a time as the task runner takes, and return how many were made.
-
-    It is a flow of its own, in this module, because a task in another process gets the flow it belongs to with it.
-    """
+    """Make shards as tasks, and return how many were made. A task in another process gets this flow along."""
     shown, built, failed = watcher(), 0, 0
     with shown.showing("shard"), untagged():
         for future in as_completed(build_shard.map(missing, unmapped(config), store_url, unmapped(inputs))):
             try:
                 built += future.result()
+            except Stopped:
+                raise
             except Exception as error:  # also what a process that was killed leaves behind
                 failed += 1
                 get_run_logger().warning("a shard is left to the shard stage: %s", error)
@@ -62,10 +61,7 @@ def build_shards(missing: list[int], config: Config, store_url: str, inputs: dic
 
 
 def shard_in_parallel(config: Config, store_url: str, inputs: dict[str, Artifact]) -> None:
-    """Inside a flow, make the missing shards as tasks on the runner that the environment names, when there are several.
-
-    The shard stage has to run afterwards: it adopts them, makes those whose tasks failed, and says why if it cannot.
-    """
+    """Make the missing shards as tasks, when there are several; the stage then adopts them, and makes what failed."""
     store = Store(store_url)
     lookup = ready("shard", config, store, inputs=inputs)
     with fanout.missing_shards(lookup, store, watcher().emit) as missing:

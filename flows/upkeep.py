@@ -10,8 +10,7 @@ from pydantic import Field
 
 from nanodlm.config import StoreUrl
 from nanodlm.errors import NanodlmError, redact
-from nanodlm.flows.internals import is_generated
-from nanodlm.flows.own_run import fail
+from nanodlm.flows.own_run import fail, named
 from nanodlm.flows.reporting import Pages
 from nanodlm.stages.run import default_store, enter_folder
 from nanodlm.store import Store
@@ -19,12 +18,7 @@ from nanodlm.upkeep.ages import AGE, seconds, size
 from nanodlm.upkeep.collect import collect
 
 
-def _name() -> str:
-    given = flow_run.name or ""
-    return ("gc-dry-run" if flow_run.parameters["dry_run"] else "gc") if is_generated(given) else given
-
-
-@flow(name="gc", flow_run_name=_name, persist_result=False)
+@flow(name="gc", flow_run_name=lambda: named("gc" + "-dry-run" * flow_run.parameters["dry_run"]), persist_result=False)
 def gc(
     store: StoreUrl | None = None,
     dry_run: bool = False,

@@ -29,13 +29,9 @@ SAMPLERS: tuple[Sampler, ...] = get_args(Sampler)
 
 @dataclass(frozen=True)
 class Kind:
-    """What one kind of objective is.
+    """What one kind of objective is."""
 
-    A position of its network `reads` the whole row, its block and the clean ones before it, or the tokens before its
-    target.
-    """
-
-    name: KindName
+    # What a position of its network reads: the row, its block and the clean ones before, or what is before its target.
     reads: Literal["row", "block", "before"]
     masks: bool  # whether noise masks tokens
     random_tokens: bool  # whether noise replaces tokens by random ones
@@ -58,12 +54,9 @@ _OF_MASKS: tuple[Estimator, ...] = ("constant_count", "count", "continuous", "di
 _OF_RANDOM_TOKENS: tuple[Estimator, ...] = ("count", "continuous")
 
 KINDS: dict[KindName, Kind] = {
-    kind.name: kind
-    for kind in (
-        Kind("absorbing", "row", True, False, _OF_MASKS, SAMPLERS, guidance=True),
-        Kind("uniform", "row", False, True, _OF_RANDOM_TOKENS),
-        Kind("hybrid", "row", True, True, _OF_RANDOM_TOKENS, guidance=True),
-        Kind("block", "block", True, False, _OF_MASKS, SAMPLERS, any_length=True),
-        Kind("autoregressive", "before", False, False, ("count",), any_length=True, edges_known=True),
-    )
+    "absorbing": Kind("row", True, False, _OF_MASKS, SAMPLERS, guidance=True),
+    "uniform": Kind("row", False, True, _OF_RANDOM_TOKENS),
+    "hybrid": Kind("row", True, True, _OF_RANDOM_TOKENS, guidance=True),
+    "block": Kind("block", True, False, _OF_MASKS, SAMPLERS, any_length=True),
+    "autoregressive": Kind("before", False, False, ("count",), any_length=True, edges_known=True),
 }

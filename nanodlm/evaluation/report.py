@@ -123,10 +123,8 @@ def loss_curve(logs: list[dict[str, Any]], unigram: float | None = None) -> str:
         at = f"{y(unigram):.1f}"
         dashed = f'<line x1="{left}" x2="{right}" y1="{at}" y2="{at}" stroke="#c2571a" stroke-dasharray="5 4"/>'
     names = '<tspan fill="#3b73c4">training bound</tspan>'
-    if scored:
-        names += '<tspan fill="#1f7a4d" dx="14">validation bound</tspan>'
-    if unigram is not None:
-        names += '<tspan fill="#c2571a" dx="14">unigram entropy</tspan>'
+    names += '<tspan fill="#1f7a4d" dx="14">validation bound</tspan>' if scored else ""
+    names += '<tspan fill="#c2571a" dx="14">unigram entropy</tspan>' if dashed else ""
     return (
         '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 290" width="720" height="290" font-size="12" '
         'font-family="system-ui, sans-serif" fill="#5b6776" role="img" aria-label="training bound">'

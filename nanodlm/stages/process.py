@@ -87,11 +87,7 @@ def last_line(text: str) -> str:
 
 
 def last_error(log: str) -> str:
-    r"""Return the line of a server's log that says why it ended: the last one that names an error, else the last.
-
-    >>> last_error("sqlite3.OperationalError: database is locked\n[SQL: ...]\n\nApplication startup failed. Exiting.")
-    'sqlite3.OperationalError: database is locked'
-    """
+    """Return the line of a program's log that says why it ended: the last one that names an error, else the last."""
     lines = [line.strip() for line in log.splitlines() if line.strip()] or ["no output"]
     errors = [line for line in lines if re.match(r"[\w.]+(Error|Exception)\b", line)]
     return (errors or lines)[-1]
