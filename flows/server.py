@@ -106,7 +106,7 @@ def wait_for_server_at_end(emit: Callable[..., None]) -> Iterator[None]:
     Prefect tries for some seconds only to tell it a task's last state. Whoever is stopped by a signal, or whose own
     server has ended, does not wait.
     """
-    failure, said = None, False
+    failure = None
     try:
         yield
     except Stopped:
@@ -114,10 +114,10 @@ def wait_for_server_at_end(emit: Callable[..., None]) -> Iterator[None]:
     except Exception as error:
         failure = error
     url, own, deadline = get_current_settings().api.url, OWN.get(), time.monotonic() + AWAY_SECONDS
-    while url and not _answers() and time.monotonic() < deadline and (own is None or own.poll() is None):
-        if not said:
-            emit("message", text="the Prefect server is away: waiting to tell it how the stage ended")
-        said = True
+    away = bool(url) and not _healthy(url)
+    if away:
+        emit("message", text="the Prefect server is away: waiting to tell it how the stage ended")
+    while away and not _answers() and time.monotonic() < deadline and (own is None or own.poll() is None):
         time.sleep(1)
     if failure is not None:
         raise failure

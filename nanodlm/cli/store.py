@@ -74,7 +74,7 @@ def show(uri: Uri, /, *, store: OpenStore, out: Output) -> None:
     out.text(artifact.uri, f"made    {m['created']} ({ago} ago) in {m['seconds']} s")
     code, run = m.get("code") or {}, m.get("flow_run")
     if "commit" in code:
-        out.text(f"commit  {code['commit']}{' and changes' if code['modified'] else ''}")
+        out.text(f"commit  {code['commit']}{', and changes' if code['modified'] else ''}")
     if run:
         out.text(f"run     {run}")
     out.text(f"size    {ages.size(_size(artifact))} in {_count(m['files'], 'file')}")

@@ -25,7 +25,7 @@ def test_each_preset_has_a_name_that_forms_offer() -> None:
     assert set(get_args(Preset)) == set(PRESETS)
 
 
-@pytest.mark.parametrize("changes", [{"train": {"max_steps": 20}}, {"train.max_steps": 20}])
+@pytest.mark.parametrize("changes", [{"train": {"max_steps": 20}, "data": None}, {"train.max_steps": 20}])
 @pytest.mark.parametrize("preset", PRESETS)
 def test_what_is_not_changed_is_as_in_the_preset(preset: str, changes: dict[str, Any]) -> None:
     assert changed(preset, changes) == PRESETS[preset].replace(train={"max_steps": 20})
@@ -66,9 +66,10 @@ def test_a_file_of_some_settings_changes_the_preset_that_it_names_else_the_demo(
     assert load_config(str(tmp_path / "mine.yaml")) == PRESETS[preset].replace(train={"max_steps": 20})
 
 
-def test_a_file_that_names_no_preset_of_ours_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "mine.json").write_text('{"preset": "dmeo"}')
-    with pytest.raises(UsageError, match=r"mine\.json is not a valid config: unknown preset 'dmeo': choose demo"):
+@pytest.mark.parametrize("preset", ['"dmeo"', '["owt"]'])
+def test_a_file_that_names_no_preset_of_ours_is_refused(preset: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.json").write_text(f'{{"preset": {preset}}}')
+    with pytest.raises(UsageError, match=r"mine\.json is not a valid config: unknown preset .* choose demo"):
         load_config(str(tmp_path / "mine.json"))
 
 

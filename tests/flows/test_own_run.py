@@ -1,10 +1,12 @@
 """The run that a flow works for: on a real server, which somebody else tells that the run is over."""
 
+import http.server
 import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -12,14 +14,16 @@ from typing import Any
 import pytest
 from prefect import flow, get_client, task
 from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
 from prefect.runtime import flow_run
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Cancelled, Cancelling, Crashed, Running, Suspended
 
 from nanodlm.errors import NanodlmError, UsageError
 from nanodlm.flows import own_run
-from nanodlm.flows.own_run import built_before, enter_folder, run_name, working_for_run
+from nanodlm.flows.own_run import built_before, run_name, working_for_run
 from nanodlm.flows.pipeline import pipeline
+from nanodlm.stages.run import enter_folder
 from nanodlm.store import FLOW_RUN
 from tests.support.servers import free_ports
 
@@ -91,6 +95,65 @@ def test_a_run_goes_on_while_its_server_is_away_and_while_it_waits(client: SyncP
     before = signal.getsignal(signal.SIGUSR1)
     assert working() == "done"
     assert signal.getsignal(signal.SIGUSR1) == before
+
+
+@contextmanager
+def proxy(status: int, body: bytes) -> Iterator[str]:
+    """The API's address of something that stands before a server and has lost it."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}/api"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+@pytest.mark.parametrize(("status", "body"), [(404, b"no such page"), (200, b"<html>back soon"), (503, b"")])
+def test_a_proxy_that_has_lost_the_server_ends_no_run(status: int, body: bytes) -> None:
+    with proxy(status, body) as url, temporary_settings({PREFECT_API_URL: url}):
+        assert own_run._end_of("6ccd8cf3-d434-42ee-a3c1-1fa4c13dfed0") == ""
+
+
+def test_a_stop_that_was_seen_is_not_forgotten_and_one_that_comes_late_hurts_nobody(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    answers = iter(["Suspended"])
+    monkeypatch.setattr(own_run, "LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(own_run, "PATIENCE_SECONDS", 0.05)
+    monkeypatch.setattr(own_run, "_end_of", lambda _: next(answers, ""))
+    with pytest.raises(BaseException, match="the run is Suspended") as raised, working_for_run():
+        time.sleep(20)
+    assert not isinstance(raised.value, Exception)
+    monkeypatch.setattr(own_run, "_end_of", lambda _: time.sleep(0.3) or "Cancelled")
+    with working_for_run():
+        time.sleep(0.1)  # the look is under way
+    time.sleep(0.5)  # a signal that came now would end this process
+
+
+def test_a_limit_that_is_switched_off_is_not_waited_for(client: SyncPrefectClient) -> None:
+    held: list[str] = []
+
+    @flow
+    def working() -> None:
+        with own_run.hold_device("switched-off", lambda *_, **__: held.append("waits")):
+            held.append("works")
+
+    body = GlobalConcurrencyLimitCreate(name="switched-off", limit=1, active_slots=1, active=False)
+    client.create_global_concurrency_limit(body)
+    working()
+    assert held == ["works"]
 
 
 def test_only_a_run_that_is_tried_again_knows_stages_that_it_has_built(client: SyncPrefectClient) -> None:

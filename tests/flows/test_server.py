@@ -13,6 +13,7 @@ from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
 from nanodlm.errors import NanodlmError, Stopped
 from nanodlm.flows import server
 from nanodlm.flows.server import ephemeral_server, wait_for_server_at_end
+from tests.flows.test_own_run import proxy
 from tests.support.commands import environment
 from tests.support.servers import free_ports
 
@@ -52,6 +53,15 @@ def test_a_server_that_stays_away_is_not_waited_for_for_ever(silent: str, monkey
         wait_for_server_at_end(lambda *_, **__: None),
     ):
         raise ValueError("the stage's own error")
+
+
+def test_whatever_answers_with_no_error_of_its_own_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "AWAY_SECONDS", 30.0)
+    with proxy(401, b"who are you?") as url, temporary_settings({PREFECT_API_URL: url}):
+        began = time.monotonic()
+        with wait_for_server_at_end(lambda *_, **__: None):
+            pass
+        assert time.monotonic() - began < 15
 
 
 @pytest.mark.slow
