@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 import pytest
 from prefect.exceptions import PrefectHTTPStatusError
+from prefect.states import Suspended
 
 from nanodlm.stages.table import NAMES
 from tests.operations.conftest import LONG, ROOT, SHORT, Site, config_of, wait_until
@@ -184,7 +185,21 @@ def test_runs_take_turns_at_a_limit_and_give_their_slot_back_when_they_are_stopp
     site.succeeds("gcl", "delete", "gpu")
 
 
-def test_a_retry_does_not_rebuild_what_the_run_has_rebuilt_and_a_suspended_run_goes_on(site: Site) -> None:
+def test_a_suspended_run_saves_ends_and_goes_on_when_it_is_resumed(site: Site) -> None:
+    run = site.start("train/gpu", config=LONG)
+    trainer = site.trainer(least_step=20)
+    with site.client() as client:
+        client.set_flow_run_state(run, Suspended(timeout_seconds=3600))  # type: ignore[arg-type]
+    assert gone(trainer, 60)
+    saved = site.steps()
+    assert site.state(run) == "Suspended"
+    site.ask(f"/flow_runs/{run}/resume", {})
+    again = site.trainer(least_step=saved + 20)
+    site.cancel(run)
+    assert gone(again)
+
+
+def test_a_retry_does_not_rebuild_what_its_run_has_rebuilt(site: Site) -> None:
     assert site.ends(site.start("train/gpu", config=SHORT)) == "Completed"
     run = site.start("train/gpu", config=SHORT, rebuild=True)
     assert site.ends(run) == "Completed"
