@@ -1,9 +1,10 @@
 """The names of checkpoints, and how one is found by its address without being read."""
 
+import contextlib
 import re
 
 from nanodlm.config import parse_address
-from nanodlm.errors import UsageError
+from nanodlm.errors import Damaged, UsageError
 from nanodlm.store import Part, Store, read_part
 from nanodlm.store.manifest import MANIFEST, NAME
 
@@ -35,14 +36,15 @@ def find_checkpoint(address: str) -> Part:
     parsed = parse_address(address)
     if parsed.checkpoint is None:
         raise UsageError(f"{address!r} names no checkpoint: it must end in step_ and a number")
-    store = Store(parsed.folder)
-    manifest = store.read_json(store.path(MANIFEST))
+    store, name, manifest = Store(parsed.folder), step_name(parsed.checkpoint), None
+    with contextlib.suppress(Damaged):
+        manifest = store.read_json(store.path(MANIFEST))
+    folder = store.root
     if isinstance(manifest, dict) and NAME.fullmatch(str(manifest.get("attempt", ""))):
-        store = Store(store.uri("attempts", str(manifest["attempt"])))
-    name = step_name(parsed.checkpoint)
-    part = read_part(store, store.path("parts", f"{name}.json"), stage="train", part=name)
+        folder = store.path("attempts", str(manifest["attempt"]))
+    part = read_part(store, folder, name, stage="train")
     if part is None:
-        finished = sorted(path.removesuffix(".json") for path in store.sizes(store.path("parts", "checkpoints")))
+        finished = sorted(path.removesuffix(".json") for path in store.sizes(f"{folder}/parts/checkpoints"))
         have = f"there are {', '.join(finished)}" if finished else "there are none"
-        raise UsageError(f"no finished checkpoint step_{parsed.checkpoint} in {store.uri()}: {have}")
-    return Part(store, name, part["files"], part["info"])
+        raise UsageError(f"no finished checkpoint step_{parsed.checkpoint} in {store.address(folder)}: {have}")
+    return part

@@ -101,6 +101,6 @@ class Console:
         for name, file in (("report", "report.html"), ("sample", "samples.txt"), ("train", "checkpoints")):
             if name in artifacts:
                 link, path = links.get(name), artifacts[name].remote(file)
-                where = str(link / file) if link else path if store.is_local else store.fs.unstrip_protocol(path)
+                where = str(link / file) if link else store.address(path)
                 self.line(f"{file:<12} {escape(min(where, os.path.relpath(where), key=len) if link else where)}")
         self.line(f"{'store':<12} {escape(store.uri())}")

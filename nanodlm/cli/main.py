@@ -31,6 +31,7 @@ COMMANDS = {  # the file that holds it, and what it does
     "verify": ("store", "check artifacts against their manifests, and repair them"),
     "gc": ("store", "remove what abandoned attempts left, and old results"),
     "copy": ("store", "copy artifacts to another store"),
+    "rm": ("store", "remove an artifact, and with --recursive what was made from it"),
     "adopt": ("store", "take files at hand for a configuration's download"),
     "doctor": ("machine", "check this machine and the store"),
 }

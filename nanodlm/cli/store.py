@@ -14,9 +14,9 @@ from nanodlm.errors import Damaged, NanodlmError, UsageError
 from nanodlm.stages.lookup import explain as differences
 from nanodlm.stages.progress import summary
 from nanodlm.stages.run import default_store
-from nanodlm.store import Artifact, Store, changed_since, remark
+from nanodlm.store import Artifact, Item, Store, changed_since, remark
 from nanodlm.upkeep import ages
-from nanodlm.upkeep.collect import collect
+from nanodlm.upkeep.collect import collect, remove
 from nanodlm.upkeep.copy import copy as copy_artifacts
 from nanodlm.upkeep.verify import chain, check, in_order
 
@@ -41,14 +41,12 @@ Files = Annotated[tuple[str, ...], Doc("The files, or a glob of them, in quotes.
 def ls(*, store: OpenStore, out: Output) -> None:
     """List the artifacts of a store: age, size, address, what each was made from."""
     rows = []
-    for stage, fingerprint in in_order(store):
-        try:
-            artifact = store.find(stage, fingerprint)
-        except Damaged as error:
-            print(f"nanodlm: {error}", file=sys.stderr)
+    for artifact in in_order(dict(store.artifacts(store))).values():
+        if isinstance(artifact, Damaged):
+            print(f"nanodlm: {artifact}", file=sys.stderr)
+        if not isinstance(artifact, Artifact):  # it was removed just now
             continue
-        if artifact is None:  # it was removed just now
-            continue
+        stage = artifact.stage
         size, age = _size(artifact), time.time() - ages.made_at(artifact)
         inputs = {name: made["fingerprint"] for name, made in artifact.manifest["inputs"].items()}
         name = (artifact.manifest.get("config") or {}).get("exp", {}).get("run_name", "")
@@ -79,12 +77,9 @@ def show(uri: Uri, /, *, store: OpenStore, out: Output) -> None:
         out.text(f"run     {run}")
     out.text(f"size    {ages.size(_size(artifact))} in {_count(m['files'], 'file')}")
     out.text(f"digest  {m['digest']}", "", "lineage")
-    for stage, fingerprint in chain(artifact.store, (artifact.stage, artifact.fingerprint))[:-1]:
-        try:
-            there = "" if artifact.store.find(stage, fingerprint) else "  (not there any more)"
-        except Damaged:
-            there = "  (damaged)"
-        out.text(f"  {stage:<12} {artifact.store.uri(stage, fingerprint)}{there}")
+    for item, found in list(chain(artifact.store, (artifact.stage, artifact.fingerprint)).items())[:-1]:
+        there = "  (damaged)" if isinstance(found, Damaged) else "" if found else "  (not there any more)"
+        out.text(f"  {item[0]:<12} {artifact.store.uri(*item)}{there}")
     inputs = {name: made["digest"] for name, made in m["inputs"].items()}
     for title in ("inputs", "parameters", "metrics", "packages"):
         out.text("", title)
@@ -120,10 +115,12 @@ def verify(
     with out.showing("verify") as emit:
         for found in check(store, targets, deep=deep, repair=repair, emit=emit):
             address = store.uri(found.stage, found.fingerprint)
-            rows.append({"uri": address, "problems": found.problems, "repaired": found.repaired})
+            row = {"problems": found.problems, "repaired": found.repaired, "strays": found.strays}
+            rows.append({"uri": address, **row})
             status = "REPAIRED" if found.repaired else "DAMAGED" if found.problems else "ok"
             name = f"{found.stage}/{found.fingerprint[:12]}"
-            out.text(f"{status:<8} {name}", *(f"{'':<8} {line}" for line in found.problems))
+            strays = (f"{path} is nobody's file, which harms nothing" for path in found.strays)
+            out.text(f"{status:<8} {name}", *(f"{'':<8} {line}" for line in (*found.problems, *strays)))
     bad, repaired = sum(bool(row["problems"]) for row in rows), sum(row["repaired"] for row in rows)
     out.json(artifacts=rows, damaged=bad, repaired=repaired)
     if bad > repaired:
@@ -157,6 +154,34 @@ def gc(
     out.json(removed=removed, dry_run=dry_run)
 
 
+def rm(
+    uri: Uri,
+    /,
+    *,
+    store: OpenStore,
+    recursive: Annotated[bool, Doc("Remove all that was made from it as well.")] = False,
+    dry_run: Annotated[bool, Doc("Only say what would be removed.")] = False,
+    out: Output,
+) -> None:
+    """Remove an artifact at once, or what a build of it has left."""
+    store = _store_of(uri, store)
+    rows = []
+    for row in remove(store, _removable(store, uri), recursive, dry_run):
+        rows.append(row)
+        out.text(f"{'would remove' if dry_run else 'removed'} {ages.size(row['bytes']):>10}  {row['uri']}")
+    out.json(removed=rows, dry_run=dry_run)
+
+
+def _removable(store: Store, uri: str) -> Item:
+    try:
+        return store.locate(uri)
+    except NanodlmError:
+        address = parse_address(uri)
+        if address.stage and store.sizes(store.path(address.stage, address.fingerprint)):
+            return address.stage, address.fingerprint  # without a manifest, such as what was removed in part
+        raise
+
+
 def copy(src: From, dst: To, /, *, out: Output) -> None:
     """Copy an artifact with all it was made from, or a whole store, to another store."""
     _, address, stage, fingerprint, _ = parse_address(src)
@@ -164,7 +189,7 @@ def copy(src: From, dst: To, /, *, out: Output) -> None:
         source, targets = one.store, chain(one.store, (stage, fingerprint))
     else:
         source = Store(src)
-        targets = in_order(source)
+        targets = in_order(dict(source.artifacts(source)))
     if not targets:
         raise NanodlmError(f"nothing to copy: {src} holds no artifacts")
     rows, sent = [], 0

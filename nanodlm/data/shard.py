@@ -30,7 +30,8 @@ def build_shards(config: Config, inputs: dict[str, Artifact], attempt: Attempt, 
     encoding = load(inputs["tokenizer"].local())
     cut = inputs["split"].metrics["cut"]
     parts = download.parts(inputs["download"])
-    infos = {i: info for i in range(len(parts)) if "counts" in (info := attempt.adopt(data_rows.name(i)) or {})}
+    finished = attempt.adopt_finished(map(data_rows.name, range(len(parts))))
+    infos = {i: finished[name] for i in range(len(parts)) if "counts" in finished.get(name := data_rows.name(i), {})}
     missing = [i for i in range(len(parts)) if i not in infos]
     if missing:
         folder = inputs["download"].local(*(parts[i] for i in missing))

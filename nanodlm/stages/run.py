@@ -24,6 +24,7 @@ def run_stage(
     store: Store,
     *,
     rebuild: bool = False,
+    restore: str | None = None,
     helping: bool = False,
     inputs: dict[str, Artifact] | None = None,
     emit: Emit = silent,
@@ -31,21 +32,30 @@ def run_stage(
     """Return a stage's artifact, which is built in this process unless the store holds it, and its `record`.
 
     While another process is building the same artifact, wait for that. A rebuild of equal bytes by equal code leaves
-    the old manifest in place. Inputs are given where it is known that the stage is to be built; then the store is asked
-    once its lease is held. Of several processes that train together, all are `helping` but process 0, which commits.
+    the old manifest in place; with a digest to `restore`, one of other bytes is refused. Inputs are given where it is
+    known that the stage is to be built; then the store is asked once its lease is held. Of several processes that train
+    together, all are `helping` but process 0, which commits.
     """
     started = time.monotonic()
     store.emit = emit
     lookup = ready(name, config, store, rebuild=rebuild) if inputs is None else identify(STAGES[name], config, inputs)
     if lookup.artifact and not rebuild:
         artifact, built = lookup.artifact, False
+    elif helping:
+        artifact, built = _help(lookup, config, store, rebuild, emit)
     else:
-        artifact, built = (_help if helping else build)(lookup, config, store, rebuild, emit)
+        artifact, built = build(lookup, config, store, rebuild, emit, restore=restore)
     return artifact, record(artifact, "built" if built else "cached", time.monotonic() - started)
 
 
 def build(
-    lookup: Lookup, config: Config, store: Store, rebuild: bool, emit: Emit, how: Callable[..., Json] | None = None
+    lookup: Lookup,
+    config: Config,
+    store: Store,
+    rebuild: bool,
+    emit: Emit,
+    how: Callable[..., Json] | None = None,
+    restore: str | None = None,
 ) -> tuple[Artifact, bool]:
     """Build a stage under its lease, by its own function or `how`; return the artifact, and if this run built it."""
     stage, fingerprint = lookup.stage, lookup.fingerprint
@@ -61,9 +71,9 @@ def build(
 
         store.emit = publish
         existing = lookup.find_in(store, may_be_damaged=rebuild).artifact
-        if existing and not rebuild:
+        if existing and (not rebuild or (restore and not existing.damage())):  # another may have been quicker
             return existing, False
-        afresh = existing is not None
+        afresh = existing is not None and restore is None
         with full_disk_in_one_line(store), new_attempt(store, stage.name, fingerprint, afresh=afresh) as attempt:
             code = code_record(stage.module)  # as it is now, before anybody edits it
             metrics = (how or stage.run)(config, lookup.inputs, attempt, publish)
@@ -76,6 +86,7 @@ def build(
                 metrics=metrics,
                 volatile=stage.volatile,
                 replace=rebuild,
+                restore=restore,
             )
             return artifact, True
 

@@ -7,7 +7,7 @@
       lease.json           tells a second run to wait, and others how far the first is; nothing else rests on it
 
 An artifact exists when its manifest does. A killed attempt leaves finished parts, which the next attempt
-adopts after checking their sha256. Readers call `Artifact.local()`, which checks every file first.
+adopts after checking that they are whole. Readers call `Artifact.local()`, which checks every file first.
 
 Throughout this room, `emit` is called as `emit(kind, **fields)`, here with `"progress"` and `done`, `total` and `unit`;
 what is not as its manifest says raises `Damaged`, no such file `FileNotFoundError`, what users can mend `NanodlmError`.

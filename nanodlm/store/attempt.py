@@ -2,8 +2,8 @@
 
 import contextlib
 import os
+import re
 import secrets
-import shutil
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,21 +15,31 @@ from typing import Any
 
 from nanodlm.errors import Damaged, Emit, NanodlmError, silent
 from nanodlm.store.cache import drop, hold
-from nanodlm.store.disk import describe, is_whole, is_within, list_files
+from nanodlm.store.disk import Found, describe, flush_folders, link, list_files
 from nanodlm.store.files import show_transfer
 from nanodlm.store.manifest import FLOW_RUN, MANIFEST, PACKAGES, Json, digest_of, safe, sealed, utc_now
-from nanodlm.store.part import finished_parts, read_part
+from nanodlm.store.part import Part, finished_parts, read_part, record_part
 from nanodlm.store.store import Artifact, Store
+
+# Files that systems leave in folders; they are nobody's.
+STRAY = re.compile(r"(.*/)?(\.DS_Store|\._.*|Thumbs\.db|desktop\.ini|\.nfs[0-9a-f]+)")
 
 
 class Attempt:
     """One try at building an artifact: a local folder whose files become the artifact at `commit`."""
 
     def __init__(self, store: Store, stage: str, fingerprint: str, afresh: bool = False):
-        self.store, self.stage, self.fingerprint, self.afresh = store, stage, fingerprint, afresh
-        self.id = f"{datetime.now(UTC):%Y%m%dT%H%M%S%f}-{secrets.token_hex(4)}"  # sorts by time
+        self.store, self.stage, self.fingerprint = store, stage, fingerprint
+        self._of = {"stage": stage, "fingerprint": fingerprint}
+        self.id = f"{datetime.now(UTC):%Y%m%dT%H%M%S%f}-{secrets.token_hex(4)}"  # people see them in order of time
+        # A rebuild says what it is to take the place of, and goes on from no attempt but one that was to do the same.
+        self._over = ""
+        if afresh:
+            artifact = store.find(stage, fingerprint)
+            self._over = f"-over-{artifact.manifest['attempt'].split('-')[1]}" if artifact else f"-over-{self.id[-8:]}"
+            self.id += self._over
         self.started = time.monotonic()
-        self._parts: dict[str, Json] = {}
+        self._parts: dict[str, Part] = {}  # those in the folder of another attempt were taken over where they lie
         self.path = Path(self._remote()) if store.is_local else hold(f"attempt-{self.id}")
         self.path.mkdir(parents=True, exist_ok=not store.is_local)
 
@@ -38,38 +48,40 @@ class Attempt:
 
     def finish(self, name: str, files: Iterable[str], **info: Any) -> None:
         """Record files (relative paths), which will not change any more, as a finished part, with JSON as `info`."""
-        described = [describe(self.path, file) for file in sorted(files)]
-        self._publish(described, silent)
-        self._record(name, described, info)
+        described, e_tags = self._publish(sorted(files), silent)
+        self._flush([name], described)
+        part = Part(self.store, self._remote(), name, self._of, described, info)
+        self._parts[name] = record_part(self.store, self._remote(), part, e_tags)
 
-    def _record(self, name: str, files: list[Json], info: Json) -> None:
-        # It says whose it is, so that one in another's place is not taken for that.
-        part = {"stage": self.stage, "fingerprint": self.fingerprint, "part": name, "files": files, "info": info}
-        self.store.write_json(self._remote("parts", f"{name}.json"), sealed(part))
-        self._parts[name] = part
+    def _flush(self, parts: Iterable[str], files: list[Json]) -> None:
+        if self.store.is_local:
+            names = [*(f"parts/{name}.json" for name in parts), *(file["path"] for file in files)]
+            flush_folders((self.path / name for name in names), Path(self.store.root).parent)
 
-    def _publish(self, files: list[Json], emit: Emit) -> None:
-        """Copy files to the store, unless they are in it already because it is on this disk."""
-        if not self.store.is_local:
-            pairs = [(self.path / file["path"], self._remote(file["path"])) for file in files]
-            self.store.put(pairs, show_transfer(emit, "MB published", files))
+    def _publish(self, names: list[str], emit: Emit) -> tuple[list[Json], dict[str, str]]:
+        """Hash files, and copy them to the store unless they are in it; return what they are, and their e-tags."""
+        if self.store.is_local:
+            with ThreadPoolExecutor(4, thread_name_prefix="hash") as pool:
+                return list(pool.map(lambda name: describe(self.path, name), names)), {}
+        arrived = show_transfer(emit, "MB published", [{"size": (self.path / name).stat().st_size} for name in names])
+        sent = self.store.put([(self.path / name, self._remote(name)) for name in names], arrived)
+        described = [{"path": name, **file} for name, (file, _) in zip(names, sent, strict=True)]
+        return described, {name: e_tag for name, (_, e_tag) in zip(names, sent, strict=True)}
 
     def forget(self, name: str) -> None:
         """Drop a finished part and its files, here and in the store."""
-        part = self._parts.pop(name)
+        files = self._parts.pop(name).files
         self.store.remove(self._remote("parts", f"{name}.json"))
-        self._unlink(part["files"])
+        self._unlink(files)
         if not self.store.is_local:
-            self.store.remove(*(self._remote(file["path"]) for file in part["files"]))
+            self.store.remove(*(self._remote(file["path"]) for file in files))
 
     @cached_property
     def earlier(self) -> dict[str, list[str]]:
-        """Names of the parts that earlier attempts finished, each with the attempts that did, newest first."""
-        since = ""
-        if self.afresh:
-            artifact = self.store.find(self.stage, self.fingerprint)
-            since = artifact.manifest["attempt"] if artifact else self.id
-        return finished_parts(self.store, self.stage, self.fingerprint, since, but=self.id)
+        """Names of the parts that earlier attempts finished, each with the attempts that did."""
+        found = finished_parts(self.store, self.stage, self.fingerprint)
+        mine = {n: [a for a in attempts if a != self.id and a.endswith(self._over)] for n, attempts in found.items()}
+        return {name: attempts for name, attempts in mine.items() if attempts}
 
     def uri(self, name: str) -> str:
         """Return the address, in the store, of a file or folder of this attempt."""
@@ -77,25 +89,54 @@ class Attempt:
 
     def info(self, name: str) -> Json | None:
         """Return what a part that an earlier attempt finished was finished with; its files are not looked at."""
-        return next((part["info"] for _, part in self._earlier_parts(name)), None)
+        return next((part.info for part in self._earlier_parts(name)), None)
 
     def adopt(self, name: str) -> Json | None:
-        """Take over a part that an earlier attempt finished and that is whole; return its `info`, or None: build it."""
-        take = self._link if self.store.is_local else self._copy
-        for base, part in self._earlier_parts(name):
-            if take(base, part["files"]):
-                self._record(name, part["files"], part["info"])
-                return part["info"]
-            self._unlink(part["files"])  # half a part must not be committed
+        """Take over a part that an earlier attempt finished and that is whole; return its `info`, or None: build it.
+
+        Its files are here then, and `forget` may drop them.
+        """
+        for part in self._earlier_parts(name):
+            with contextlib.suppress(Damaged):
+                part.local(self.path)
+                for file in part.files if self.store.is_local else ():
+                    link(Path(part.folder, file["path"]), self.path / file["path"])  # it will not change
+                e_tags = {} if self.store.is_local else self._publish([file["path"] for file in part.files], silent)[1]
+                self._parts[name] = record_part(self.store, self._remote(), part, e_tags)
+                return part.info
+            self._unlink(part.files)  # half a part must not be committed
         return None
 
-    def _earlier_parts(self, name: str) -> Iterator[tuple[str, Json]]:
-        """Yield the folders of earlier attempts that finished a part, and its records, newest first."""
+    def adopt_finished(self, names: Iterable[str]) -> dict[str, Json]:
+        """Take over those of these parts that are whole, and return the `info` of each; none may be forgotten.
+
+        From a bucket nothing is fetched: where its e-tags tell that files are what was recorded, the artifact's
+        manifest will name the attempt in which they lie.
+        """
+        wanted = [name for name in names if name in self.earlier]
+        attempts = self.store.path(self.stage, self.fingerprint, "attempts")
+        listed = self.store.files(attempts) if wanted and not self.store.is_local else {}
+
+        def as_recorded(part: Part, file: Json) -> bool:
+            there = listed.get(f"{part.folder.removeprefix(attempts)[1:]}/{file['path']}", Found(0, 0.0))
+            return there.e_tag != "" and there.e_tag == part.e_tags.get(file["path"])
+
+        def take(name: str) -> Json | None:
+            for part in self._earlier_parts(name) if listed else ():
+                if all(as_recorded(part, file) for file in part.files):
+                    self._parts[name] = part
+                    return part.info
+            return self.adopt(name)
+
+        taken = zip(wanted, self.store.together(take, wanted), strict=True)
+        return {name: info for name, info in taken if info is not None}
+
+    def _earlier_parts(self, name: str) -> Iterator[Part]:
+        """Yield the records of a part that earlier attempts finished."""
         for attempt in self.earlier.get(name, ()):
-            base = self.store.path(self.stage, self.fingerprint, "attempts", attempt)
-            of = {"stage": self.stage, "fingerprint": self.fingerprint, "part": name}
-            if part := read_part(self.store, f"{base}/parts/{name}.json", **of):
-                yield base, part
+            folder = self.store.path(self.stage, self.fingerprint, "attempts", attempt)
+            if part := read_part(self.store, folder, name, **self._of):
+                yield part
 
     def _unlink(self, files: list[Json]) -> None:
         """Remove local files and the folders that this leaves empty."""
@@ -107,34 +148,6 @@ class Attempt:
                     break
                 folder.rmdir()
 
-    def _link(self, base: str, files: list[Json]) -> bool:
-        """Take files of an earlier attempt on this disk over, and say if all of them are whole."""
-        root = Path(self.store.path(self.stage, self.fingerprint))
-        for file in files:
-            source, target = Path(base, safe(file["path"])), self.path / file["path"]
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.unlink(missing_ok=True)
-            if not is_within(root, source) or not source.is_file():
-                return False
-            try:
-                os.link(source, target)  # finished files never change, so sharing them is safe
-            except OSError:
-                shutil.copyfile(source, target)
-            if not is_whole(target, file):
-                return False
-        return True
-
-    def _copy(self, base: str, files: list[Json]) -> bool:
-        """Let the server copy files of an earlier attempt, and say if all copies, which are read, are whole."""
-        copies = [(f"{base}/{safe(file['path'])}", self._remote(file["path"])) for file in files]
-        with contextlib.suppress(FileNotFoundError):
-            self.store.copy(copies)
-            self.store.get([(copy, self.path / file["path"]) for (_, copy), file in zip(copies, files, strict=True)])
-            if all(is_whole(self.path / file["path"], file) for file in files):
-                return True
-        self.store.remove(*(copy for _, copy in copies))
-        return False
-
     def commit(
         self,
         *,
@@ -144,27 +157,41 @@ class Attempt:
         code: Json | None = None,
         volatile: Iterable[str] = (),
         replace: bool = False,
+        restore: str | None = None,
     ) -> Artifact:
         """Publish every file of the folder, write the manifest, and return the artifact, or that of who was first.
 
         The fingerprint was made of the `identity`; `config` is the whole configuration, from which `verify --repair`
         builds it again, and `code` what `code_record` says. Files whose paths begin as one of `volatile` hold times or
         logs: verified like all others, but left out of the digest, because equal results may differ there. `replace`
-        (an explicit rebuild) puts this in the place of an existing manifest whose digest differs.
+        (an explicit rebuild) puts this in the place of an existing manifest whose digest differs. `restore` (a repair)
+        does so when the digest is this one, and else raises, leaving what is there.
         """
-        known = {file["path"]: file for part in self._parts.values() for file in part["files"]}
-        names = sorted(name for name in list_files(str(self.path)) if not name.startswith("parts/"))
-        with ThreadPoolExecutor(4, thread_name_prefix="hash") as pool:
-            files = list(pool.map(lambda name: known.get(name) or describe(self.path, name), names))
-        self._publish([file for file in files if file["path"] not in known], self.store.emit)
+        known = {file["path"]: file for part in self._parts.values() for file in part.files}
+        elsewhere = [part for part in self._parts.values() if part.folder != self._remote()]
+        adopted = [{**file, "attempt": Path(part.folder).name} for part in elsewhere for file in part.files]
+        there = [
+            name for name in list_files(str(self.path)) if not name.startswith("parts/") and not STRAY.fullmatch(name)
+        ]
+        made, _ = self._publish(sorted(set(there) - known.keys()), self.store.emit)
+        files = [*made, *adopted, *(known[name] for name in there if name in known)]
+        files.sort(key=lambda file: file["path"])
+        self._flush(self._parts, files)
         volatile = sorted(volatile)
+        digest = digest_of(files, volatile)
+        if restore not in (None, digest):
+            self._give_up()
+            other = "built again here it has other bytes, so nothing was changed"
+            uri = self.store.uri(self.stage, self.fingerprint)
+            raise NanodlmError(f"{other}: `nanodlm run --rebuild {self.stage}` puts them in the place of {uri}")
         manifest = sealed({
             **identity,
             "fingerprint": self.fingerprint,
             "attempt": self.id,
             "files": files,
+            "parts": {name: Path(part.folder).name for name, part in self._parts.items()},
             "volatile": volatile,
-            "digest": digest_of(files, volatile),
+            "digest": digest,
             "metrics": metrics,
             "config": config,
             "code": code,
@@ -173,7 +200,11 @@ class Attempt:
             "created": utc_now(),
             "seconds": round(time.monotonic() - self.started, 3),
         })  # fmt: skip
-        return self._write_manifest(manifest, replace)
+        return self._write_manifest(manifest, replace or restore is not None)
+
+    def _give_up(self) -> None:
+        with contextlib.suppress(OSError, NanodlmError):
+            self.store.remove_folder(self._remote())
 
     def _write_manifest(self, manifest: Json, replace: bool) -> Artifact:
         """Create the manifest, or return the artifact that another attempt has committed before."""
@@ -188,9 +219,8 @@ class Attempt:
             if existing and existing.manifest["attempt"] == self.id:  # by a creation that was said to have failed
                 return existing
             same = existing and _digests(existing.manifest) == _digests(manifest)
-            if existing and not (replace and (not same or existing.problems(deep=True))):
-                with contextlib.suppress(OSError, NanodlmError):
-                    self.store.remove_folder(self._remote())  # nobody needs the same twice
+            if existing and not (replace and (not same or existing.damage())):
+                self._give_up()  # nobody needs the same twice
                 return existing
             self.store.write_json(target, manifest)
             break
@@ -212,7 +242,7 @@ def new_attempt(store: Store, stage: str, fingerprint: str, *, afresh: bool = Fa
         yield attempt
     finally:
         if not store.is_local:
-            drop(f"attempt-{attempt.id}")
+            drop(attempt.path)
 
 
 def cannot_write(store: Store, error: OSError) -> NanodlmError:

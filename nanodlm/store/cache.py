@@ -1,63 +1,52 @@
 """Local copies of what lies in remote stores: verified, bounded, shared by the processes of one machine.
 
-    {cache}/entries/{name}/files/...     copies; each appears whole, after its sha256 was checked
-    {cache}/entries/{name}/used          locked by every process that uses the entry; its time is that of the last use
-    {cache}/entries/{name}/arriving/...  copies on their way
-    {cache}/entries/{name}/locks/...     one of each file, so that two processes do not fetch it
-    {cache}/manifests/...                manifests of what was found, for when no store may be asked
-    {cache}/lock                         held while entries are opened or thrown out
+    {cache}/files/{sha256}       a copy, which appears whole, after its sha256 was checked
+    {cache}/processes/{name}/    what one process uses: links to copies, and what it makes for a remote store
+    {cache}/manifests/...        manifests of what was found, for when no store may be asked
+    {cache}/locks/...            which only spare processes from fetching the same at once
 
-An entry is all copies of one artifact, or the files of one attempt. Locks (`flock`) end with their process.
+Nothing rests on locks, which some networks' disks lack: a copy that is thrown out stays with those that have linked it.
 """
 
+import atexit
 import contextlib
-import fcntl
 import os
+import secrets
 import shutil
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+import tempfile
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO
 
 from filelock import FileLock
 
 from nanodlm.errors import Damaged, NanodlmError
-from nanodlm.store.disk import is_whole, list_files
+from nanodlm.store.disk import is_whole, link, list_files
 from nanodlm.store.manifest import Json
+from nanodlm.store.owner import has_ended, this_process
 from nanodlm.store.retry import one_line
 
-THREADS, GROUP = 2, 8  # that fetch and verify, and files of each at once
-_held: dict[Path, IO[str]] = {}  # entries in use by this process; the open files hold their locks
+LOCK_SECONDS = 60.0  # that another may take to fetch the same, before this process fetches it too
+OLD_SECONDS = 30 * 86400.0  # what a process of another machine has left is in use no more
 
 
 def cache_dir() -> Path:
-    """Return the folder of copies: `$NANODLM_CACHE`, else `~/.cache/nanodlm`."""
-    return Path(os.environ.get("NANODLM_CACHE") or Path.home() / ".cache" / "nanodlm")
+    """Return the folder of copies: `$NANODLM_CACHE`, else `~/.cache/nanodlm`, or where there is no home, in `/tmp`."""
+    if named := os.environ.get("NANODLM_CACHE"):
+        return Path(named)
+    try:
+        return Path.home() / ".cache" / "nanodlm"
+    except RuntimeError:  # neither HOME nor an entry of this user
+        return Path(tempfile.gettempdir()) / f"nanodlm-{os.getuid()}"
 
 
 def limit() -> int:
-    """Return the bytes that entries may take together: `$NANODLM_CACHE_GB`, else 100 GB."""
+    """Return the bytes that copies may take together: `$NANODLM_CACHE_GB`, else 100 GB."""
     text = os.environ.get("NANODLM_CACHE_GB") or "100"
     with contextlib.suppress(ValueError):
         if 0 < float(text) < 1e9:  # neither nan nor inf
             return int(float(text) * 1e9)
     raise NanodlmError(f"NANODLM_CACHE_GB must be a number of gigabytes above 0, not {text!r}")
-
-
-def hold(name: str, needed: int = 0) -> Path:
-    """Open an entry until this process ends, make room for the bytes `needed`, and return the folder for its files."""
-    entry = cache_dir() / "entries" / name
-    try:
-        with FileLock(cache_dir() / "lock"):
-            (entry / "files").mkdir(parents=True, exist_ok=True)
-            if entry not in _held:
-                _held[entry] = (entry / "used").open("a")
-                fcntl.flock(_held[entry], fcntl.LOCK_SH)
-            os.utime(entry / "used")
-            _make_room(needed)
-    except OSError as error:
-        raise cannot_write_cache(error) from error
-    return entry / "files"
 
 
 def cannot_write_cache(error: OSError) -> NanodlmError:
@@ -66,65 +55,100 @@ def cannot_write_cache(error: OSError) -> NanodlmError:
     return NanodlmError(f"cannot write to the cache {cache_dir()}: {one_line(error)}; {remedy}")
 
 
-def drop(name: str) -> None:
-    """Throw an entry out that this process alone has used."""
-    entry = cache_dir() / "entries" / name
-    with FileLock(cache_dir() / "lock"):
-        if held := _held.pop(entry, None):
-            held.close()
-        shutil.rmtree(entry, ignore_errors=True)
+def hold(name: str, needed: int = 0) -> Path:
+    """Return a folder of this process, which goes with it, and make room for the bytes `needed`."""
+    own = cache_dir() / "processes" / this_process()
+    try:
+        if not own.is_dir():
+            own.mkdir(parents=True)
+            atexit.register(_end, own, os.getpid())
+        (own / name).mkdir(exist_ok=True)
+        os.utime(own)
+        _make_room(needed)
+    except OSError as error:
+        raise cannot_write_cache(error) from error
+    return own / name
 
 
-def fetch(
-    folder: Path, files: list[Json], get: Callable[[list[tuple[str, Path]]], None], arrived: Callable[[int], None]
-) -> None:
-    """Make local copies of files in what `hold` returned, several at a time, of those that are not there whole.
+def drop(folder: Path) -> None:
+    """Remove a folder that `hold` returned."""
+    shutil.rmtree(folder, ignore_errors=True)
 
-    Two processes do not fetch the same file: one waits, and then finds it. `get` copies files, given by their `path`,
-    to local paths; what arrives altered is not kept. `arrived` is called with numbers of bytes that are there.
+
+def _end(own: Path, pid: int) -> None:
+    if os.getpid() == pid:  # a process that was forked has a folder of its own
+        drop(own)
+
+
+def lacking(files: list[Json]) -> list[Json]:
+    """Return those of these files that there is no copy of."""
+    return [file for file in files if not (cache_dir() / "files" / file["sha256"]).is_file()]
+
+
+def take(file: Json, target: Path, get: Callable[[Path], str]) -> None:
+    """Make a local path a copy of a file, which `get` fetches to a path, returning its sha256, unless it is here.
+
+    What arrives altered raises `Damaged`, and what is not there any more the `FileNotFoundError` of `get`.
     """
+    copies = cache_dir() / "files"
+    copy = copies / file["sha256"]
+    while not is_whole(target, file):
+        with _hint(file["sha256"]):
+            if not is_whole(copy, file):
+                copies.mkdir(parents=True, exist_ok=True)
+                arriving = copies / f".{secrets.token_hex(8)}"
+                try:
+                    if get(arriving) != file["sha256"]:
+                        raise Damaged(f"{file['path']} has been altered")
+                    arriving.replace(copy)
+                except FileNotFoundError:
+                    if copies.is_dir():
+                        raise
+                finally:
+                    arriving.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # it was thrown out, or the whole cache was removed
+            link(copy, target)
+            os.utime(copy)
 
-    def fetch_some(some: list[Json]) -> int:
-        with contextlib.ExitStack() as locks:
-            for file in some:  # in the order of paths for everyone, so nobody deadlocks
-                locks.enter_context(FileLock(folder.parent / "locks" / file["path"]))
-            missing = [file for file in some if not is_whole(folder / file["path"], file)]
-            arriving = [(file["path"], folder.parent / "arriving" / file["path"]) for file in missing]
-            if missing:
-                get(arriving)
-            for file, (path, there) in zip(missing, arriving, strict=True):
-                if not is_whole(there, file):
-                    there.unlink(missing_ok=True)
-                    raise Damaged(f"{path} has been altered")
-                (folder / path).parent.mkdir(parents=True, exist_ok=True)
-                there.replace(folder / path)
-        return sum(file["size"] for file in some)
 
-    files = sorted(files, key=lambda file: file["path"])
-    groups = [files[i : i + GROUP] for i in range(0, len(files), GROUP)]
-    with ThreadPoolExecutor(THREADS, thread_name_prefix="fetch") as pool:  # some verify while others transfer
-        for size in pool.map(fetch_some, groups):  # which begins no more after one that fails
-            arrived(size)
+@contextlib.contextmanager
+def _hint(sha256: str) -> Iterator[None]:
+    """Wait while another process fetches a file, where locks work and for a while."""
+    lock = FileLock(cache_dir() / "locks" / sha256[:2], timeout=LOCK_SECONDS)
+    with contextlib.suppress(OSError, NotImplementedError):
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _make_room(needed: int) -> None:
-    """Throw out what nobody uses, the least recently used first, until `needed` more bytes fit."""
-    used = sorted((cache_dir() / "entries").glob("*/used"), key=lambda file: file.stat().st_mtime)
-    sizes = {file.parent: sum(found.size for found in list_files(str(file.parent)).values()) for file in used}
-    total = sum(sizes.values())
-    for entry, size in sizes.items():
-        wanted = total + needed > limit() or entry.name.startswith("attempt-")  # which a killed run has left
-        if wanted and _is_unused(entry):
-            shutil.rmtree(entry, ignore_errors=True)
-            total -= size
+    """Throw out what processes have left, then copies that nobody has linked, until `needed` more bytes fit.
+
+    Those that were used longest ago go first.
+    """
+    shutil.rmtree(cache_dir() / "entries", ignore_errors=True)  # of earlier versions
+    old = time.time() - OLD_SECONDS
+    for own in (cache_dir() / "processes").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            if has_ended(own.name) or own.stat().st_mtime < old:
+                drop(own)
+    own_bytes, copies = 0, []
+    for path in list_files(str(cache_dir() / "processes")):
+        with contextlib.suppress(FileNotFoundError):
+            status = (cache_dir() / "processes" / path).stat()
+            own_bytes += status.st_size if status.st_nlink == 1 else 0
+    for path in list_files(str(cache_dir() / "files")):
+        with contextlib.suppress(FileNotFoundError):
+            status = (cache_dir() / "files" / path).stat()
+            copies.append((status.st_mtime, status, cache_dir() / "files" / path))
+    total = own_bytes + sum(status.st_size for _, status, _ in copies)
+    for changed, status, path in sorted(copies, key=lambda copy: copy[0]):
+        left = path.name.startswith(".") and changed < old
+        if left or (total + needed > limit() and status.st_nlink == 1 and not path.name.startswith(".")):
+            path.unlink(missing_ok=True)
+            total -= status.st_size
     if needed and total + needed > limit():
         room = f"{limit() / 1e9:.3g} GB, of which {total / 1e9:.3g} are in use, and {needed / 1e9:.3g} more are needed"
         raise NanodlmError(f"the cache {cache_dir()} may hold {room}: raise NANODLM_CACHE_GB")
-
-
-def _is_unused(entry: Path) -> bool:
-    """Say if no process holds an entry, this one among them; nobody can take it while the cache's own lock is held."""
-    with (entry / "used").open("a") as file, contextlib.suppress(BlockingIOError):
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
-    return False

@@ -1,10 +1,12 @@
-"""Files on local disk: hashing and comparing, listing, and writing them whole or not at all."""
+"""Files on local disk: hashed, flushed, listed, and written whole or not at all."""
 
 import contextlib
 import hashlib
 import os
+import secrets
+import shutil
 import stat
-import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +18,64 @@ class Found(NamedTuple):
 
     size: int
     changed: float  # Unix time, by the storage's clock
+    e_tag: str = ""  # differs when the content does, where a bucket tells it
+
+
+class Disk:
+    """The local disk as a storage; `Bucket` and `Driver` have the same methods."""
+
+    def read(self, path: str, limit: int) -> bytes:
+        """Return the content of a file; a `ValueError` says that it has more bytes than this, or is no file."""
+        with open(path, "rb", opener=_at_once) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode) or status.st_size > limit:
+                raise ValueError("is no regular file" if status.st_size <= limit else f"has {status.st_size} bytes")
+            return file.read()
+
+    def write(self, path: str, data: bytes, create_only: bool = False) -> bool:
+        """Write a file whole; with `create_only` change nothing where there is one, and return False."""
+        return write_whole(Path(path), data, create_only)
+
+    def files(self, folder: str) -> dict[str, Found]:
+        """Return all files below a folder, by relative path; none where there is no folder or no bucket."""
+        return list_files(folder)
+
+    def sha256(self, path: str, size: int) -> str:
+        """Return the sha256 of a file of this size, in hex."""
+        return sha256_of(Path(path))
+
+    def get(self, path: str, target: Path, size: int) -> str:
+        """Copy a file of this size to a local path, and return the sha256 of what arrived."""
+        link(Path(path), target)
+        return sha256_of(target)
+
+    def put(self, source: Path, path: str) -> tuple[str, str]:
+        """Copy a local file to a path here; return the sha256 of what was sent, and the e-tag that it has here."""
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        new = target.with_name(f".{secrets.token_hex(8)}.tmp")
+        try:
+            shutil.copyfile(source, new)
+            sha256 = describe(new.parent, new.name)["sha256"]
+            new.replace(target)
+        finally:
+            new.unlink(missing_ok=True)
+        return sha256, ""
+
+    def remove(self, *paths: str) -> None:
+        """Remove files; those that are not there are no error."""
+        for path in paths:
+            Path(path).unlink(missing_ok=True)
+
+    def remove_folder(self, folder: str) -> None:
+        """Remove all below a folder, and it."""
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            shutil.rmtree(folder)
+
+
+def _at_once(path: str, flags: int) -> int:
+    """Open a file without waiting for whoever writes to it, should it be a pipe."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def sha256_of(path: Path) -> str:
@@ -25,13 +85,31 @@ def sha256_of(path: Path) -> str:
 
 
 def describe(folder: Path, name: str) -> Json:
-    """Return what a manifest says of a file: its path below the folder, its size and its sha256."""
-    return {"path": name, "size": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)}
+    """Return what a manifest says of a file: its path below the folder, its size and its sha256; it is flushed."""
+    with (folder / name).open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        os.fsync(file.fileno())
+        return {"path": name, "size": os.fstat(file.fileno()).st_size, "sha256": sha256}
+
+
+def flush_folders(files: Iterable[Path], root: Path) -> None:
+    """Let the names of files, whose content was flushed, outlive a power cut: in their folders up to `root`."""
+    below = {folder for path in {file.parent for file in files} for folder in (path, *path.parents)}
+    for folder in sorted((folder for folder in below if folder.is_relative_to(root)), reverse=True):
+        with contextlib.suppress(OSError):  # not every network's disk knows this of folders
+            opened = os.open(folder, os.O_RDONLY)
+            try:
+                os.fsync(opened)
+            finally:
+                os.close(opened)
 
 
 def is_whole(path: Path, file: Json) -> bool:
     """Say if a local file has the size and the sha256 that a manifest gives it."""
-    return path.is_file() and path.stat().st_size == file["size"] and sha256_of(path) == file["sha256"]
+    with contextlib.suppress(OSError), path.open("rb") as opened:
+        if os.fstat(opened.fileno()).st_size == file["size"]:
+            return hashlib.file_digest(opened, "sha256").hexdigest() == file["sha256"]
+    return False
 
 
 def is_within(folder: Path, path: Path) -> bool:
@@ -39,40 +117,53 @@ def is_within(folder: Path, path: Path) -> bool:
     return path.resolve().is_relative_to(folder.resolve())
 
 
+def link(source: Path, target: Path) -> None:
+    """Make another name of a file, which will not change, or a copy where the disk has no such names."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except FileNotFoundError:
+        raise
+    except OSError:
+        shutil.copyfile(source, target)
+
+
 def list_files(folder: str) -> dict[str, Found]:
     """Return all files and links below a local folder, by relative path; a folder that cannot be listed raises."""
+    found: dict[str, Found] = {}
 
-    def refuse(error: OSError) -> None:
-        if not isinstance(error, FileNotFoundError | NotADirectoryError):
-            raise error
+    def walk(path: str, below: str) -> None:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(path) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    walk(entry.path, f"{below}{entry.name}/")
+                    continue
+                with contextlib.suppress(FileNotFoundError):  # it has been removed since
+                    there = os.path.exists(entry.path) if entry.is_symlink() else True
+                    status = entry.stat(follow_symlinks=there)
+                    found[below + entry.name] = Found(status.st_size if there else 0, status.st_mtime)
 
-    found = {}
-    for base, folders, names in os.walk(folder, onerror=refuse):
-        for path in (os.path.join(base, name) for name in (*names, *folders)):
-            with contextlib.suppress(FileNotFoundError):  # it has been removed since
-                info = os.lstat(path)
-                if not stat.S_ISDIR(info.st_mode):
-                    size = os.stat(path).st_size if os.path.exists(path) else 0  # of what a link leads to
-                    found[Path(path).relative_to(folder).as_posix()] = Found(size, info.st_mtime)
+    walk(folder, "")
     return found
 
 
 def write_whole(target: Path, data: bytes, create_only: bool = False) -> bool:
     """Make a local file appear whole in the place of an old one; or only where there is none, else return False."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=target.parent, prefix=".", delete=False) as file:
-        path = Path(file.name)
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    new = target.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
-        path.chmod(0o644)  # a store is shared
+        with new.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
         if create_only:
-            os.link(path, target)
+            os.link(new, target)
         else:
-            path.replace(target)
+            new.replace(target)
     except FileExistsError:  # which a network's disk may say of a link that it has made
-        return target.exists() and path.samefile(target)
+        return target.exists() and new.samefile(target)
     finally:
-        path.unlink(missing_ok=True)
+        new.unlink(missing_ok=True)
+    flush_folders([target], target.parent.parent)
     return True

@@ -8,11 +8,10 @@ import threading
 import time
 from collections.abc import Iterator
 
-import psutil
-
-from nanodlm.errors import Emit, NanodlmError, silent
+from nanodlm.errors import Damaged, Emit, NanodlmError, silent
 from nanodlm.store.attempt import cannot_write
 from nanodlm.store.manifest import Json
+from nanodlm.store.owner import has_ended, this_process
 from nanodlm.store.retry import retrying_for
 from nanodlm.store.store import Store
 
@@ -34,7 +33,7 @@ def hold_lease(
     collections. What is yielded is what the lease says: others read its `events` from the next beat on.
     """
     holder: Json = {"holder": secrets.token_hex(8), "host": socket.gethostname(), "pid": os.getpid()}
-    holder |= {"inputs": inputs or {}, "events": {}}
+    holder |= {"process": this_process(), "inputs": inputs or {}, "events": {}}
     path = store.path(stage, fingerprint, "lease.json")
 
     def is_held() -> bool:
@@ -74,7 +73,10 @@ def hold_lease(
 
 def read_lease(store: Store, path: str) -> Json | None:
     """Return what the lease at a path says: nothing when it is torn, None when there is none."""
-    held = store.read_json(path)
+    try:
+        held = store.read_json(path)
+    except Damaged:
+        return {}
     return held if isinstance(held, dict) or held is None else {}
 
 
@@ -89,8 +91,7 @@ def _wait_for_lease(store: Store, path: str, emit: Emit) -> bool:
     if seen:
         emit("message", text=f"process {seen.get('pid')} on {seen.get('host')} is building it; waiting")
     while seen:
-        pid = seen.get("pid")
-        if seen.get("host") == socket.gethostname() and not (isinstance(pid, int) and psutil.pid_exists(pid)):
+        if has_ended(str(seen.get("process"))):
             return True
         time.sleep(0.2 if store.is_local else 0.5)
         now = read_lease(store, path)

@@ -57,6 +57,11 @@ def sealed(value: Json) -> Json:
     return {**rest, "checksum": hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()}
 
 
+def is_sealed(value: Json) -> bool:
+    """Say if a record's checksum is that of its content."""
+    return value.get("checksum") == sealed(value)["checksum"]
+
+
 def digest_of(files: list[Json], volatile: list[str]) -> str:
     """Return the sha256 over path, size and sha256 of the files whose bytes the inputs determine."""
     stable = [file for file in files if not file["path"].startswith(tuple(volatile))]
@@ -76,14 +81,15 @@ def problem_with(manifest: Any, stage: str, fingerprint: str) -> str:
     needed = {"schema", "digest", "files", "volatile", "attempt", "metrics", "inputs", "parameters"}
     if not isinstance(manifest, dict) or not needed <= manifest.keys():
         return "is not a manifest"
-    if manifest != sealed(manifest):
+    if not is_sealed(manifest):
         return "has been altered: its checksum is not that of its content"
     try:
         if manifest["digest"] != digest_of(manifest["files"], manifest["volatile"]):
             return "has been altered: its digest is not its files'"
         if (manifest.get("stage"), manifest.get("fingerprint")) != (stage, fingerprint):
             return f"belongs to {manifest.get('stage')}/{manifest.get('fingerprint')}"
-        if not NAME.fullmatch(manifest["attempt"]):
+        adopted = [file["attempt"] for file in manifest["files"] if "attempt" in file]
+        if not all(map(NAME.fullmatch, {manifest["attempt"], *adopted, *manifest.get("parts", {}).values()})):
             return "names an attempt that leaves its artifact"
         inputs = [name for pair in manifest["inputs"].items() for name in (pair[0], pair[1]["fingerprint"])]
         return "" if all(map(NAME.fullmatch, inputs)) else "names an input that leaves the store"

@@ -1,28 +1,31 @@
-"""Finished parts of attempts (shards, checkpoints): a later attempt adopts them after checking their sha256."""
+"""Finished parts of attempts (shards, checkpoints): a later attempt adopts them, for what they hold is recorded."""
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from nanodlm.errors import Damaged
 from nanodlm.store.disk import is_whole, is_within
 from nanodlm.store.files import Storage
-from nanodlm.store.manifest import Json, digest_of, safe, sealed
+from nanodlm.store.manifest import Json, digest_of, is_sealed, safe, sealed
 
 
 @dataclass(frozen=True)
 class Part:
     """A finished part of an attempt: its files, each with size and sha256, and the `info` it was finished with."""
 
-    storage: Storage  # its root is the attempt's folder
+    storage: Storage
+    folder: str  # path of the attempt's folder
     name: str
+    of: Json  # its `stage` and `fingerprint`, so that one in another's place is not taken for that
     files: list[Json]
     info: Json
+    e_tags: dict[str, str] = field(default_factory=dict)  # of its files, where a bucket tells them
 
     @property
     def uri(self) -> str:
         """Its address: a plain path on local disk, else a URL."""
-        return self.storage.uri(self.name)
+        return self.storage.address(f"{self.folder}/{self.name}")
 
     @property
     def digest(self) -> str:
@@ -31,35 +34,55 @@ class Part:
 
     def local(self, scratch: Path) -> Path:
         """Return a local folder with its files, each compared with its sha256; remote ones are copied to `scratch`."""
-        folder = Path(self.storage.root) if self.storage.is_local else scratch
+        here = Path(self.folder) if self.storage.is_local else scratch
         for file in self.files:
-            path = folder / safe(file["path"])
-            if not self.storage.is_local:
-                with contextlib.suppress(FileNotFoundError):
-                    self.storage.get([(self.storage.path(file["path"]), path)])
-            problem = "is missing" if not path.is_file() else "" if is_whole(path, file) else "has been altered"
-            if not problem and not is_within(folder, path):
-                problem = "is a link that leaves it"
-            if problem:
+            if problem := self._problem(file, here / safe(file["path"])):
                 raise Damaged(f"{self.uri} is damaged: {file['path']} {problem}; start from another checkpoint")
-        return folder / self.name
+        return here / self.name
+
+    def _problem(self, file: Json, path: Path) -> str:
+        if not self.storage.is_local:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                arrived = self.storage.get(f"{self.folder}/{file['path']}", path, file["size"])
+                return "" if arrived == file["sha256"] else "has been altered"
+        elif path.is_symlink() and not is_within(Path(self.folder), path):
+            return "is a link that leaves it"
+        elif path.is_file():
+            return "" if is_whole(path, file) else "has been altered"
+        return "is missing"
 
 
-def read_part(storage: Storage, path: str, **of: str) -> Json | None:
-    """Return the record of a finished part; None when it is not whole, or not `of` that stage, fingerprint, name."""
-    part = storage.read_json(path)
-    if not isinstance(part, dict) or not part.keys() >= {"files", "info"} or part != sealed(part):
+def read_part(storage: Storage, folder: str, name: str, **of: str) -> Part | None:
+    """Return a part of the attempt in a folder; None when its record is not whole, or not `of` that stage, say."""
+    part = None
+    with contextlib.suppress(Damaged):
+        part = storage.read_json(f"{folder}/parts/{name}.json")
+    if (
+        not isinstance(part, dict)
+        or not part.keys() >= {"stage", "fingerprint", "files", "info"}
+        or not is_sealed(part)
+    ):
         return None
-    return part if of.items() <= part.items() else None
+    if not {"part": name, **of}.items() <= part.items():
+        return None
+    whose = {"stage": part["stage"], "fingerprint": part["fingerprint"]}
+    return Part(storage, folder, name, whose, part["files"], part["info"], part.get("e_tags", {}))
 
 
-def finished_parts(
-    store: Storage, stage: str, fingerprint: str, since: str = "", but: str = ""
-) -> dict[str, list[str]]:
-    """Return the names of finished parts, each with the attempts after `since`, newest first, that finished it."""
+def record_part(storage: Storage, folder: str, part: Part, e_tags: dict[str, str] | None = None) -> Part:
+    """Record that the attempt in a folder has the files of a part, and return it there."""
+    there = replace(part, storage=storage, folder=folder, e_tags=e_tags or {})
+    record = {**part.of, "part": part.name, "files": part.files, "info": part.info, "e_tags": there.e_tags}
+    storage.write_json(f"{folder}/parts/{part.name}.json", sealed(record))
+    return there
+
+
+def finished_parts(store: Storage, stage: str, fingerprint: str) -> dict[str, list[str]]:
+    """Return the names of finished parts, each with the attempts that finished it."""
     found: dict[str, list[str]] = {}
     for relative in sorted(store.sizes(store.path(stage, fingerprint, "attempts")), reverse=True):
         attempt, _, rest = relative.partition("/")
-        if since < attempt != but and rest.startswith("parts/") and rest.endswith(".json"):
+        if rest.startswith("parts/") and rest.endswith(".json"):
             found.setdefault(rest.removeprefix("parts/").removesuffix(".json"), []).append(attempt)
     return found

@@ -4,9 +4,12 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from nanodlm.config import parse_address
 from nanodlm.errors import Damaged, Emit, NanodlmError, silent
@@ -14,6 +17,7 @@ from nanodlm.store import cache
 from nanodlm.store.disk import Found, is_within, write_whole
 from nanodlm.store.files import Storage, T, show_transfer
 from nanodlm.store.manifest import MANIFEST, Item, Json, problem_with, safe
+from nanodlm.store.part import Part, read_part
 
 LATEST = "latest"  # the folder of links to what was made last
 
@@ -54,45 +58,99 @@ class Artifact:
 
     @property
     def folder(self) -> str:
-        """Path of its files' folder on the store's file system."""
+        """Path of its files' folder in its store."""
         return self.store.path(self.stage, self.fingerprint, "attempts", self.manifest["attempt"])
 
+    @property
+    def attempts(self) -> set[str]:
+        """The attempts that its files lie in: its own, and in a bucket those whose parts it took over in place."""
+        return {self.manifest["attempt"], *(self._adopted if not self.store.is_local else {}).values()}
+
+    @cached_property
+    def _adopted(self) -> dict[str, str]:
+        return {file["path"]: file["attempt"] for file in self.manifest["files"] if "attempt" in file}
+
+    def _lies(self, path: str) -> str:
+        own = self.manifest["attempt"]  # where on a local disk all of its files are
+        return f"{own if self.store.is_local else self._adopted.get(path, own)}/{safe(path)}"
+
     def remote(self, relative: str) -> str:
-        """Return the path of one file on the store's file system."""
-        return f"{self.folder}/{safe(relative)}"
+        """Return the path of one file in its store."""
+        return self.store.path(self.stage, self.fingerprint, "attempts", self._lies(relative))
 
     def files(self, *only: str) -> list[Json]:
         """Return `path`, `size` and `sha256` of its files: of those whose paths begin so, or of all."""
         return [file for file in self.manifest["files"] if not only or file["path"].startswith(only)]
 
-    def problems(self, *only: str, deep: bool = False, emit: Emit = silent) -> list[str]:
-        """Say what is wrong with its files, one line each: by names and sizes, with `deep` also by sha256."""
-        found = {path: size for path, size in self.store.sizes(self.folder).items() if not path.startswith("parts/")}
-        listed = {safe(file["path"]) for file in self.manifest["files"]}
-        lines = [f"{path} is not in its manifest" for path in sorted(found.keys() - listed)]
+    def listed(self) -> dict[str, Found]:
+        """Return what a listing shows of its attempts, by path below their folder."""
+        if self.attempts != {self.manifest["attempt"]}:
+            return self.store.files(self.store.path(self.stage, self.fingerprint, "attempts"))
+        return {f"{self.manifest['attempt']}/{path}": found for path, found in self.store.files(self.folder).items()}
+
+    def problems(self, *only: str, **how: Any) -> list[str]:
+        """Say what is wrong with its files, one line each; see `bad`."""
+        return [f"{path} {problem}" for path, problem in self.bad(*only, **how).items()]
+
+    def bad(
+        self, *only: str, deep: bool = False, emit: Emit = silent, listed: dict[str, Found] | None = None
+    ) -> dict[str, str]:
+        """Return what is wrong with each bad file, by path: by names and sizes, with `deep` also by sha256.
+
+        What a listing shows is asked for, unless it is given.
+        """
+        found, listed = {}, self.listed() if listed is None else listed
         was_read = show_transfer(emit, f"MB of {self.stage} read", self.files(*only))
         for file in self.files(*only):
-            if problem := self._problem(file, found.get(file["path"]), deep):
-                lines.append(f"{file['path']} {problem}")
+            if problem := self._problem(file, listed.get(self._lies(file["path"])), deep):
+                found[file["path"]] = problem
             if deep:
                 was_read(file["size"])
-        return lines
+        return found
 
-    def _problem(self, file: Json, size: int | None, deep: bool) -> str:
-        root, path = Path(self.store.path(self.stage, self.fingerprint)), self.remote(file["path"])
-        if size is None:
+    def _problem(self, file: Json, found: Found | None, deep: bool) -> str:
+        path = self.remote(file["path"])
+        if found is None:
             return "is missing"
-        if self.store.is_local and not is_within(root, Path(path)):
+        if self.store.is_local and os.path.islink(path) and not is_within(Path(self.folder), Path(path)):
             return "is a link that leaves its artifact"
-        if size != file["size"]:
-            return f"has {size} bytes, not {file['size']}"
+        if found.size != file["size"]:
+            return f"has {found.size} bytes, not {file['size']}"
         try:
-            same = not deep or self.store.sha256(path) == file["sha256"]
+            same = not deep or self.store.sha256(path, file["size"]) == file["sha256"]
         except FileNotFoundError:
             return "is missing"
         except OSError as error:  # a disk that fails, for one
             return f"cannot be read: {error.strerror or error}"
         return "" if same else "has been altered: its sha256 differs from the manifest's"
+
+    def damage(self) -> list[str]:
+        """Say all that is wrong with its files and its parts' records, one line each; every file is read."""
+        return [*self.problems(deep=True), *self.lost_parts()]
+
+    def strays(self, listed: dict[str, Found]) -> list[str]:
+        """Return the files among its own, of those that a listing shows, that its manifest does not name."""
+        own, named = f"{self.manifest['attempt']}/", {file["path"] for file in self.manifest["files"]}
+        found = {path.removeprefix(own) for path in listed if path.startswith(own)}
+        return sorted(path for path in found - named if not path.startswith("parts/"))
+
+    def parts(self) -> dict[str, str]:
+        """Return the folder in its store of the attempt that finished each of its parts, by the part's name."""
+        own, attempts = self.manifest["attempt"], self.store.path(self.stage, self.fingerprint, "attempts")
+        if (finished := self.manifest.get("parts")) is None:  # which earlier versions did not list
+            paths = "\n".join(self.store.sizes(self.folder))
+            finished = dict.fromkeys(re.findall(r"^parts/(.*)\.json$", paths, re.MULTILINE), own)
+        return {name: f"{attempts}/{own if self.store.is_local else there}" for name, there in finished.items()}
+
+    def part(self, name: str) -> Part | None:
+        """Return one of its parts; None when its record is damaged."""
+        return read_part(self.store, self.parts()[name], name, stage=self.stage, fingerprint=self.fingerprint)
+
+    def lost_parts(self) -> list[str]:
+        """Say which of its parts' records, from which a repair or a training goes on, are damaged, one line each."""
+        of = {"stage": self.stage, "fingerprint": self.fingerprint}
+        found = self.store.together(lambda at: (at[0], read_part(self.store, at[1], at[0], **of)), self.parts().items())
+        return [f"parts/{name}.json is not what was recorded" for name, part in found if part is None]
 
     def check(self, *only: str, deep: bool = False) -> "Artifact":
         """Return self, or raise `Damaged`, which names the first bad file and the remedy."""
@@ -113,7 +171,7 @@ class Artifact:
             return Path(self.folder)
         files = self.files(*only)
         arrived = show_transfer(self.store.emit, f"MB of {self.stage} fetched", files)
-        return self._fetch(self._entry(files), files, arrived)
+        return self._fetch(files, arrived)
 
     def file(self, path: str) -> Path:
         """Return the local path of one of its files; see `local`."""
@@ -123,32 +181,34 @@ class Artifact:
         """Return a function that does as `file`, and fetches a file of a remote store when it is first asked for."""
         if self.store.is_local:
             return self.local().joinpath
-        folder = self._entry(self.check().files())
-        return lambda path: self._fetch(folder, self.files(path), lambda _: None) / path
+        self.check()
+        return lambda path: self._fetch(self.files(path), lambda _: None) / path
 
-    def _entry(self, files: list[Json]) -> Path:
-        """Return the cache's folder for it, with room for those of these files that are not there yet."""
+    def _fetch(self, files: list[Json], arrived: Callable[[int], None]) -> Path:
+        """Let this process's folder in the cache hold files, and return it."""
         name = f"{self.stage}-{self.fingerprint[:16]}-{self.manifest['attempt']}"
-        there = cache.cache_dir() / "entries" / name / "files"
-        missing = sum(file["size"] for file in files if not (there / safe(file["path"])).is_file())
-        return cache.hold(name, missing)
+        folder = cache.hold(name, sum(file["size"] for file in cache.lacking(files)))
 
-    def _fetch(self, folder: Path, files: list[Json], arrived: Callable[[int], None]) -> Path:
-        def get(pairs: list[tuple[str, Path]]) -> None:
-            if not self.store.asked:
-                lacking = f"is not wholly in the cache ({pairs[0][0]} is missing)"
-                raise NanodlmError(f"{self.uri} {lacking}: unset NANODLM_OFFLINE")
-            self.store.get([(self.remote(path), target) for path, target in pairs])
+        def take(file: Json) -> int:
+            cache.take(file, folder / safe(file["path"]), lambda target: self._get(file, target))
+            return file["size"]
 
         try:
-            cache.fetch(folder, files, get, arrived)
+            for size in self.store.together(take, files):
+                arrived(size)
         except FileNotFoundError as error:
-            raise Damaged(self.remedy(f"a file is missing ({error.filename or error})")) from error
+            raise Damaged(self.remedy(f"a file is missing ({error})")) from error
         except Damaged as error:
             raise Damaged(self.remedy(str(error), deep=True)) from error
         except OSError as error:
             raise cache.cannot_write_cache(error) from error
         return folder
+
+    def _get(self, file: Json, target: Path) -> str:
+        if not self.store.asked:
+            lacking = f"is not wholly in the cache ({file['path']} is missing)"
+            raise NanodlmError(f"{self.uri} {lacking}: unset NANODLM_OFFLINE")
+        return self.store.get(self.remote(file["path"]), target, file["size"])
 
 
 class Store(Storage):
@@ -159,27 +219,43 @@ class Store(Storage):
         self.emit: Emit = silent
         self.asked = self.is_local or os.environ.get("NANODLM_OFFLINE", "").lower() not in ("1", "true", "yes")
 
-    def patiently(self, call: Callable[[], T]) -> T:
-        """Do as `Storage.patiently`, but ask no remote store while `$NANODLM_OFFLINE` is set."""
+    def ask(self, call: Callable[[], T]) -> T:
+        """Do as `Storage.ask`, but ask no remote store while `$NANODLM_OFFLINE` is set."""
         if not self.asked:
             raise NanodlmError(f"{self.uri()} is not asked while NANODLM_OFFLINE is set: unset it")
-        return super().patiently(call)
+        return super().ask(call)
 
     def find(self, stage: str, fingerprint: str) -> Artifact | None:
-        """Return the committed artifact, or None."""
+        """Return the committed artifact, or None; one whose manifest cannot be read raises `Damaged`."""
+        uri = self.uri(stage, fingerprint)
+        remedy = f"`nanodlm verify {uri} --repair` builds it again, `nanodlm rm {uri}` removes it"
         kept = cache.cache_dir() / "manifests" / hashlib.sha256(self.uri().encode()).hexdigest()[:16]
         known = self if self.asked else Storage(str(kept))
-        manifest = known.read_json(known.path(stage, fingerprint, MANIFEST))
+        try:
+            manifest = known.read_json(known.path(stage, fingerprint, MANIFEST))
+        except Damaged as error:
+            raise Damaged(f"{error}: {remedy}") from error
         if manifest is None:
             return None
         if problem := problem_with(manifest, stage, fingerprint):
-            uri = self.uri(stage, fingerprint)
-            remedy = f"`nanodlm verify {uri} --repair` builds it again, or sets it aside for the next run"
             raise Damaged(f"{uri}/{MANIFEST} {problem}: {remedy}")
+        copy, data = kept / stage / fingerprint / MANIFEST, json.dumps(manifest).encode()
         if self.asked and not self.is_local:
             with contextlib.suppress(OSError):  # a cache that cannot be written is no error
-                write_whole(kept / stage / fingerprint / MANIFEST, json.dumps(manifest).encode())
+                if not copy.exists() or copy.read_bytes() != data:
+                    write_whole(copy, data)
         return Artifact(self, stage, fingerprint, manifest)
+
+    def artifacts(self, items: Iterable[Item]) -> Iterator[tuple[Item, Artifact | Damaged | None]]:
+        """Yield what `find` finds of each, or the `Damaged` that it raises; a bucket is asked for several at once."""
+
+        def find(item: Item) -> tuple[Item, Artifact | Damaged | None]:
+            try:
+                return item, self.find(*item)
+            except Damaged as error:
+                return item, error
+
+        yield from map(find, items) if self.is_local else self.together(find, items)
 
     def open(self, uri: str) -> Artifact:
         """Return the artifact at an address, or at the end of one; see `locate`."""
@@ -196,9 +272,12 @@ class Store(Storage):
         Of a fingerprint the first four letters or more will do, with its stage or without, when they are its alone.
         """
         _, _, stage, fingerprint, _ = parse_address(uri)
-        if stage and self.read_json(self.path(stage, fingerprint, MANIFEST)) is not None:
-            return stage, fingerprint
-        begins = fingerprint or uri
+        with contextlib.suppress(Damaged):
+            if not stage or self.read_json(self.path(stage, fingerprint, MANIFEST)) is None:
+                return self._beginning_with(uri, stage, fingerprint or uri)
+        return stage, fingerprint
+
+    def _beginning_with(self, uri: str, stage: str, begins: str) -> Item:
         named = [item for item in self if stage in ("", item[0]) and item[1].startswith(begins)]
         if len(begins) < 4 or not named:
             raise NanodlmError(f"no artifact at {uri}: `nanodlm ls` shows what is there")
@@ -210,7 +289,7 @@ class Store(Storage):
         """Yield (stage, fingerprint) of everything that has a manifest, sorted."""
         # Not fsspec's glob: it takes signs in the root for patterns, and leaves out folders that it could not list.
         if self.is_local:
-            found = [item for item in self._folders() if Path(self.path(*item, MANIFEST)).exists()]
+            found = [item for item in self._folders() if os.path.exists(self.path(*item, MANIFEST))]
         else:
             paths = [path.split("/") for path in self.files(self.root)]
             found = [(path[0], path[1]) for path in paths if len(path) == 3 and path[2] == MANIFEST]
@@ -231,7 +310,7 @@ class Store(Storage):
 
         def names(folder: str) -> list[str]:
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # not there, or not any more
-                return self.patiently(lambda: [entry.name for entry in os.scandir(folder) if entry.is_dir()])
+                return self.ask(lambda: [entry.name for entry in os.scandir(folder) if entry.is_dir()])
             return []
 
         stages = [name for name in names(self.root) if name != LATEST]

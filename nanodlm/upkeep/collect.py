@@ -1,25 +1,30 @@
-"""Collecting what nobody needs: abandoned attempts and uploads, and, when asked, old results."""
+"""Collecting what nobody needs: abandoned attempts and uploads, leftovers, and, when asked, old results."""
 
 import contextlib
 import logging
+import os
+import re
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from math import inf
-from typing import Any
 
 from nanodlm.errors import Damaged, NanodlmError, UsageError
 from nanodlm.stages.table import STAGES
 from nanodlm.store import Artifact, Item, Json, Store
+from nanodlm.store.bucket import Bucket
 from nanodlm.store.disk import Found
+from nanodlm.store.files import PROBES
 from nanodlm.store.lease import LEASE_SECONDS, read_lease
 from nanodlm.store.manifest import utc_now
 from nanodlm.upkeep.ages import made_at
+from nanodlm.upkeep.verify import chain
 
 log = logging.getLogger(__name__)
 GRACE_SECONDS = 3600.0  # nothing that changed so lately is collected
 LEASE_GRACE = 4 * LEASE_SECONDS  # a lease that was not renewed for so long is a dead run's, whatever the grace
+TEMPORARY = re.compile(r"\.[0-9a-f]{16}\.tmp|\.[0-9a-z_]{8}")  # what a write that was cut off has left; also of old
 
 
 @dataclass
@@ -31,6 +36,7 @@ class Contents:
     lease: float = 0.0
     attempts: dict[str, list[Found]] = field(default_factory=lambda: defaultdict(list))
     parts: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))  # finished, of each attempt
+    temporary: dict[str, Found] = field(default_factory=dict)
 
     def changed(self, attempt: str) -> float:
         """Return when a file of an attempt last changed."""
@@ -58,68 +64,125 @@ def collect(
     if listed:
         with contextlib.suppress(NanodlmError) if dry_run else contextlib.nullcontext():
             now = store.now()  # ages are by the storage's own clock, whatever this machine's says
-    artifacts, unreadable, torn = _artifacts(store)
-    building = {item for item, contents in listed.items() if contents.lease > now - max(grace, LEASE_GRACE)}
-    leases = [read_lease(store, store.path(*item, "lease.json")) or {} for item in building]
-    read = {item for lease in leases for item in lease.get("inputs", {}).items()}
-    young = {i for i, a in artifacts.items() if now - max(made_at(a), listed[i].manifest) < grace}  # or copied here
+    there = dict(store.artifacts(item for item in sorted(listed) if listed[item].manifest))
+    artifacts = {item: artifact for item, artifact in there.items() if isinstance(artifact, Artifact)}
+    torn = {item: artifact for item, artifact in there.items() if isinstance(artifact, Damaged)}
+    building, read = _in_use(store, listed, now - max(grace, LEASE_GRACE))
+    # No clock is believed alone: the one of who made it may be behind, and a copy was written later than it was made.
+    made = {item: max(made_at(artifact), listed[item].manifest) for item, artifact in artifacts.items()}
     kept, wished = set(artifacts), keep_last is not None or older_than is not None
     if wished and torn:  # what it was made from is not known
-        log.warning("no result is given up while one cannot be read: %s", torn)
+        log.warning("no result is given up while one cannot be read: %s", next(iter(torn.values())))
     elif wished:
-        kept = _needed(artifacts, young | read, keep_last or 0, inf if older_than is None else now - older_than)
-    for item in sorted(set(artifacts) - kept):
+        newest = sorted(_results(artifacts), key=lambda item: (listed[item].manifest, made[item]), reverse=True)
+        young = {item for item in artifacts if now - made[item] < grace}
+        later = {item for item in newest if older_than is not None and now - made[item] <= older_than}
+        wanted = young | read | later | set(newest[: keep_last or 0])
+        kept = _with_sources(artifacts, wanted)
+    for item in sorted(artifacts.keys() - kept):
         if not dry_run:
             store.write_json(store.path(*item, "retired.json"), {"retired": utc_now()})
             store.retire(item)
-        listed[item].retired = now
+        listed[item].manifest, listed[item].retired = 0.0, now
         yield {"kind": "artifact", "uri": store.uri(*item), "bytes": sum(f["size"] for f in artifacts[item].files())}
     oldest = -inf if older_than is None else now - older_than
-    for item in sorted(listed.keys() - unreadable - building - read):
-        named = artifacts[item].manifest["attempt"] if item in kept else ""
-        for attempt in _abandoned(item[0], listed[item], named, now - grace, oldest):
+    for item in sorted(listed.keys() - torn.keys() - building - read):
+        contents = listed[item]
+        named = artifacts[item].attempts if item in kept else set()
+        gone = list(_abandoned(item[0], contents, named, now - grace, oldest))
+        for attempt in gone:
             if not dry_run:
                 store.remove_folder(store.path(*item, "attempts", attempt))
-            size = sum(found.size for found in listed[item].attempts[attempt])
+            size = sum(found.size for found in contents.attempts[attempt])
             yield {"kind": "attempt", "uri": store.uri(*item, "attempts", attempt), "bytes": size}
-    for path, abort in _uploads(store, building, now - grace):
-        if not dry_run:
-            abort()
-        yield {"kind": "upload", "uri": store.fs.unstrip_protocol(path), "bytes": 0}
+        over = {path: found for path, found in contents.temporary.items() if found.changed < now - grace}
+        if gone == list(contents.attempts) or named:  # nothing remembers any more that it was given up, or built
+            for name in ("retired", "lease"):
+                if 0 < (changed := getattr(contents, name)) < now - grace:
+                    over[f"{name}.json"] = Found(0, changed)
+        for path, found in over.items():
+            if not dry_run:
+                store.remove(store.path(*item, path))
+            yield {"kind": "leftover", "uri": store.uri(*item, path), "bytes": found.size}
+    for path, started, end in store.driver.uploads(store.root) if isinstance(store.driver, Bucket) else ():
+        stage, fingerprint, attempts, *_ = [*path.split("/"), "", ""]
+        # Of others that use this bucket, or under way: large files may take longer than the grace.
+        if attempts == "attempts" and (stage, fingerprint) not in building and started < now - grace:
+            if not dry_run:
+                end()
+            yield {"kind": "upload", "uri": store.uri(path), "bytes": 0}
+    if store.is_local and not dry_run:
+        _remove_empty_folders(store.root, now - grace)
 
 
-def _artifacts(store: Store) -> tuple[dict[Item, Artifact], set[Item], str]:
-    """Return the artifacts of a store, those whose manifest cannot be read, and what is wrong with one of these."""
-    found, torn = {}, ""
-    for item in store:
-        found[item] = None  # its manifest may name any attempt, or is about to be made again
-        try:
-            found[item] = store.find(*item)
-        except Damaged as error:
-            torn = str(error)
-    artifacts = {item: artifact for item, artifact in found.items() if artifact}
-    return artifacts, found.keys() - artifacts.keys(), torn
+def remove(store: Store, item: Item, recursive: bool = False, dry_run: bool = False) -> Iterator[Json]:
+    """Remove an artifact at once, and with `recursive` all that was made from it; yield rows as `collect` does.
+
+    What others were made from, what is being built, and what a run under way reads is refused.
+    """
+    listed = _contents(store)
+    if item not in listed:
+        raise NanodlmError(f"there is nothing at {store.uri(*item)}: `nanodlm ls` shows what is there")
+    there = dict(store.artifacts(sorted(listed)))
+    artifacts = {found: artifact for found, artifact in there.items() if isinstance(artifact, Artifact)}
+    doomed, waiting = {item}, [item]
+    while waiting:
+        source = waiting.pop()
+        made = {other for other, artifact in artifacts.items() if source in artifact.inputs} - doomed
+        doomed, waiting = doomed | made, [*waiting, *made]
+    names = ", ".join(f"{stage}/{fingerprint[:12]}" for stage, fingerprint in sorted(doomed - {item})[:4])
+    if names and not recursive:
+        raise NanodlmError(
+            f"{names}{' and others' * (len(doomed) > 5)} would lack it: --recursive removes them as well"
+        )
+    building, read = _in_use(store, listed, store.now() - LEASE_GRACE)
+    if busy := sorted(doomed & (building | read)):
+        raise NanodlmError(f"{store.uri(*busy[0])} is being built or read by a run: wait for it, or stop it first")
+    for found in reversed(list(chain(store, *doomed))):
+        if found in doomed:
+            if not dry_run:
+                store.retire(found)  # first, so that nobody finds half of it
+                store.remove_folder(store.path(*found))
+            contents = listed[found]
+            size = sum(file.size for files in contents.attempts.values() for file in files)
+            yield {"kind": "artifact", "uri": store.uri(*found), "bytes": size}
+
+
+def _in_use(store: Store, listed: dict[Item, Contents], since: float) -> tuple[set[Item], set[Item]]:
+    """Return what is being built, by leases that were renewed since a time, and what is read for that."""
+    building = {item for item, contents in listed.items() if contents.lease > since}
+    leases = [read_lease(store, store.path(*item, "lease.json")) or {} for item in building]
+    return building, {item for lease in leases for item in lease.get("inputs", {}).items()}
 
 
 def _contents(store: Store) -> dict[Item, Contents]:
     listed: dict[Item, Contents] = defaultdict(Contents)
     for path, found in store.listed().items():
-        match path.split("/"):
-            case [stage, fingerprint, "manifest.json" | "retired.json" | "lease.json" as name]:
-                setattr(listed[stage, fingerprint], name.removesuffix(".json"), found.changed)
-            case [stage, fingerprint, "attempts", attempt, first, *rest]:
-                listed[stage, fingerprint].attempts[attempt].append(found)
-                if first == "parts":
-                    listed[stage, fingerprint].parts[attempt].add("/".join(rest))
+        stage, fingerprint, *rest = [*path.split("/", 2), ""][:3]
+        if not rest or not rest[0]:
+            continue
+        contents, below = listed[stage, fingerprint], rest[0]
+        if stage == PROBES or TEMPORARY.fullmatch(below.rpartition("/")[2]):
+            contents.temporary[below] = found
+        elif below in ("manifest.json", "retired.json", "lease.json"):
+            setattr(contents, below.removesuffix(".json"), found.changed)
+        elif below.startswith("attempts/") and below.count("/") > 1:
+            _, attempt, name = below.split("/", 2)
+            contents.attempts[attempt].append(found)
+            if name.startswith("parts/"):
+                contents.parts[attempt].add(name.removeprefix("parts/"))
     return listed
 
 
-def _needed(artifacts: dict[Item, Artifact], needed: set[Item], keep_last: int, oldest: float) -> set[Item]:
-    """Return the artifacts that stay: the last results, those that are younger, and all that these were made from."""
-    used = {source for artifact in artifacts.values() for source in artifact.inputs}
-    results = sorted(artifacts.keys() - used, key=lambda item: made_at(artifacts[item]), reverse=True)
-    todo = [*needed, *results[:keep_last], *(item for item in results if made_at(artifacts[item]) >= oldest)]
+def _results(artifacts: dict[Item, Artifact]) -> set[Item]:
+    """Return the artifacts that no other was made from."""
+    return artifacts.keys() - {source for artifact in artifacts.values() for source in artifact.inputs}
+
+
+def _with_sources(artifacts: dict[Item, Artifact], wanted: set[Item]) -> set[Item]:
+    """Return artifacts with all that they were made from."""
     kept: set[Item] = set()
+    todo = list(wanted & artifacts.keys())
     while todo:
         item = todo.pop()
         if item in artifacts and item not in kept:
@@ -128,10 +191,10 @@ def _needed(artifacts: dict[Item, Artifact], needed: set[Item], keep_last: int, 
     return kept
 
 
-def _abandoned(stage: str, contents: Contents, named: str, since: float, oldest: float) -> Iterator[str]:
+def _abandoned(stage: str, contents: Contents, named: set[str], since: float, oldest: float) -> Iterator[str]:
     """Yield the attempts that nobody needs.
 
-    Kept are the one that is `named`, or where none is those from which a run would continue, unless the artifact was
+    Kept are those that are `named`, or where none is those from which a run would continue, unless the artifact was
     retired since, or they are older than is asked for. An attempt that another took the place of may have readers
     still: its age is that of the manifest that is there now.
     """
@@ -140,22 +203,26 @@ def _abandoned(stage: str, contents: Contents, named: str, since: float, oldest:
     for attempt in contents.attempts:
         changed = max(contents.changed(attempt), contents.manifest, contents.retired)
         continued = attempt in resumed and changed >= oldest
-        if attempt != named and changed < since and not continued:
+        if attempt not in named and changed < since and not continued:
             yield attempt
 
 
 def _resumed(stage: str, finished: dict[str, set[str]]) -> set[str]:
     """Return the attempts from which a run would continue, of those that have finished parts.
 
-    The newest, and the one that has most parts, where the newest was ended before it had adopted them all. Parts that
-    go into the result, unlike checkpoints, are all needed: each is kept once, for every worker has its own attempt.
+    The one with the last checkpoint, and the one that has most, should that be damaged; clocks are not asked. Parts
+    that go into the result, unlike checkpoints, are all needed: each is kept once, for each worker has its own attempt.
     """
     if not finished:
         return set()
-    newest, fullest = max(finished), max(finished, key=lambda name: (len(finished[name]), name))
-    needed, there = {newest, fullest}, finished[newest] | finished[fullest]
+
+    def progress(name: str) -> tuple[tuple[int, str], int, str]:
+        return max((len(part), part) for part in finished[name]), len(finished[name]), name
+
+    furthest, fullest = max(finished, key=progress), max(finished, key=lambda name: (len(finished[name]), name))
+    needed, there = {furthest, fullest}, finished[furthest] | finished[fullest]
     volatile = STAGES[stage].volatile if stage in STAGES else ()
-    for attempt in sorted(finished, reverse=True):
+    for attempt in sorted(finished, key=progress, reverse=True):
         lacking = {part for part in finished[attempt] - there if not part.startswith(volatile)}
         if lacking:
             needed.add(attempt)
@@ -163,22 +230,8 @@ def _resumed(stage: str, finished: dict[str, set[str]]) -> set[str]:
     return needed
 
 
-def _uploads(store: Store, building: set[Item], since: float) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Yield uploads in several parts that nobody finished: their path, and what ends them. Only S3 keeps such.
-
-    Those of what is being built may be under way for longer than the grace: files can be large.
-    """
-    if not store.uri().startswith("s3"):
-        return
-    bucket, _, prefix = store.root.partition("/")
-    prefix += "/" if prefix else ""
-    listed: Json = {}
-    with contextlib.suppress(FileNotFoundError):  # there is no such bucket yet
-        listed = store.patiently(lambda: store.fs.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=prefix))
-    for upload in listed.get("Uploads", []):
-        parts = upload["Key"].removeprefix(prefix).split("/")
-        if not upload["Key"].startswith(prefix) or parts[2:3] != ["attempts"] or (parts[0], parts[1]) in building:
-            continue  # of others that use this bucket, or under way
-        if upload["Initiated"].timestamp() < since:
-            named = {"Bucket": bucket, "Key": upload["Key"], "UploadId": upload["UploadId"]}
-            yield f"{bucket}/{upload['Key']}", lambda named=named: store.fs.call_s3("abort_multipart_upload", **named)
+def _remove_empty_folders(root: str, since: float) -> None:
+    for base, _, files in os.walk(root, topdown=False):
+        if not files and base != root and os.stat(base).st_mtime < since:
+            with contextlib.suppress(OSError):  # it is not empty
+                os.rmdir(base)

@@ -1,60 +1,62 @@
 """Copying artifacts to another store, each file compared with its sha256."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 from nanodlm.errors import Emit, NanodlmError
 from nanodlm.stages.run import full_disk_in_one_line
-from nanodlm.store import Artifact, Item, Json, Store, hold_lease, read_part
+from nanodlm.store import Artifact, Item, Store, hold_lease
+from nanodlm.store.disk import flush_folders
 from nanodlm.store.files import show_transfer
 from nanodlm.store.manifest import MANIFEST
+from nanodlm.store.part import record_part
 
 
-def copy(source: Store, target: Store, artifacts: list[Item], emit: Emit) -> Iterator[tuple[Artifact, bool]]:
+def copy(source: Store, target: Store, artifacts: Iterable[Item], emit: Emit) -> Iterator[tuple[Artifact, bool]]:
     """Copy artifacts to another store, and yield each there, and whether anything had to be copied.
 
     Files are compared with their sha256 when they are read, and again when they are there. The manifest comes last.
+    Where the target holds other bytes in an artifact's place they stay, and what was made from it is not copied; when
+    all else is done, that is an error, but of a report, which may tell the same differently.
     """
     source.emit = target.emit = emit
     target.require_create_only()
+    others: dict[Item, str] = {}  # what the target holds in place of these, and what would be made from it
     for stage, fingerprint in artifacts:
         artifact = source.open(f"{stage}/{fingerprint}")
-        there, sent = _find_same(artifact, target), False
+        there, sent = target.find(stage, fingerprint), False
+        if others.keys() & set(artifact.inputs):
+            others[stage, fingerprint] = artifact.name
+            continue
         if there is None:
             lease = hold_lease(target, stage, fingerprint, emit, dict(artifact.inputs))
             with lease, full_disk_in_one_line(target):
-                there = _find_same(artifact, target)  # another process may have been quicker
-                if there is None:
+                if (there := target.find(stage, fingerprint)) is None:  # else another process was quicker
                     there, sent = _send(artifact, target, emit), True
-        yield (there if sent else there.check()), sent
-
-
-def _find_same(artifact: Artifact, target: Store) -> Artifact | None:
-    """Return what the target holds in an artifact's place, which must be the same."""
-    there = target.find(artifact.stage, artifact.fingerprint)
-    if there is not None and there.digest != artifact.digest:
-        raise NanodlmError(f"{there.uri} holds another artifact than {artifact.uri}: remove one of them")
-    return there
+        if there.digest != artifact.digest and stage != "report":
+            others[stage, fingerprint] = artifact.name
+        else:
+            yield (there if sent else there.check()), sent
+    if others:
+        remedy = f"`nanodlm rm` what is there, or choose another target than {target.uri()}"
+        raise NanodlmError(f"other bytes are there for {', '.join(others.values())}, which were not copied: {remedy}")
 
 
 def _send(artifact: Artifact, target: Store, emit: Emit) -> Artifact:
     """Copy an artifact that the target does not hold; its lease there keeps a collection away meanwhile."""
     stage, fingerprint = artifact.stage, artifact.fingerprint
     copied = Artifact(target, stage, fingerprint, artifact.manifest)
-    sizes = target.sizes(copied.folder)
-
-    def is_there(file: Json) -> bool:
-        same_size = sizes.get(file["path"]) == file["size"]
-        return same_size and target.sha256(copied.remote(file["path"])) == file["sha256"]
-
-    wanted = [file for file in artifact.files() if not is_there(file)]
+    lacking = copied.bad(deep=True)
+    wanted = [file for file in artifact.files() if file["path"] in lacking]
     if wanted:
         folder = artifact.local(*(file["path"] for file in wanted))
         pairs = [(folder / file["path"], copied.remote(file["path"])) for file in wanted]
         target.put(pairs, show_transfer(emit, "MB copied", wanted))
     copied.check(deep=True)
-    for path in artifact.store.sizes(f"{artifact.folder}/parts"):  # a repair keeps them, a training starts from them
-        of = {"stage": stage, "fingerprint": fingerprint, "part": path.removesuffix(".json")}
-        if part := read_part(artifact.store, f"{artifact.folder}/parts/{path}", **of):
-            target.write_json(f"{copied.folder}/parts/{path}", part)
+    for name, folder in copied.parts().items():  # a repair keeps them, a training starts from them
+        if part := artifact.part(name):
+            record_part(target, folder, part)
+    if target.is_local:
+        flush_folders(Path(copied.folder).rglob("*"), Path(target.root).parent)
     target.write_json(target.path(stage, fingerprint, MANIFEST), artifact.manifest, create_only=True)
-    return _find_same(artifact, target) or copied
+    return target.open(f"{stage}/{fingerprint}")

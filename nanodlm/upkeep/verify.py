@@ -1,17 +1,19 @@
 """Checking artifacts against their manifests, and building again what is bad."""
 
-import contextlib
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 
 from nanodlm.config import Config
 from nanodlm.errors import Damaged, Emit, NanodlmError, silent
 from nanodlm.stages.lookup import ready
 from nanodlm.stages.run import run_stage
 from nanodlm.stages.table import STAGES
-from nanodlm.store import Artifact, Item, Json, Store, hold_lease, sealed
-from nanodlm.store.manifest import MANIFEST
+from nanodlm.store import Artifact, Item, Json, Store
+from nanodlm.store.disk import Found
 from nanodlm.store.retry import one_line
+
+Chain = Mapping[Item, Artifact | Damaged | None]  # what is found of each, in order
 
 
 @dataclass(frozen=True)
@@ -22,103 +24,101 @@ class Checked:
     fingerprint: str
     problems: list[str]
     repaired: bool = False
+    strays: list[str] = field(default_factory=list)  # files of nobody's among its own, which are no damage
 
 
-def chain(store: Store, *artifacts: Item) -> list[Item]:
+def chain(store: Store, *artifacts: Item) -> dict[Item, Artifact | Damaged | None]:
     """Return artifacts and all that they were made from, there or not, as far as manifests can be read, in order."""
-    found, todo = set(), list(artifacts)
+    found: dict[Item, Artifact | Damaged | None] = {}
+    todo = set(artifacts)
     while todo:
-        item = todo.pop()
-        if item not in found:
-            found.add(item)
-            artifact = _find(store, item)
-            todo += artifact.inputs if artifact else []
+        found |= store.artifacts(sorted(todo))
+        todo = {made for item in todo if isinstance(of := found[item], Artifact) for made in of.inputs} - found.keys()
     return in_order(found)
 
 
-def in_order(artifacts: Iterable[Item]) -> list[Item]:
-    """Return stages and fingerprints in the order of the pipeline; those of unknown stages last."""
-    order = list(STAGES)
-    return sorted(artifacts, key=lambda item: (order.index(item[0]) if item[0] in order else len(order), item))
+def in_order(found: Chain) -> dict[Item, Artifact | Damaged | None]:
+    """Sort by the order of the pipeline, and within a stage by time; unknown stages come last."""
+    order = {stage: place for place, stage in enumerate(STAGES)}
 
+    def place(item: Item) -> tuple[int, str, Item]:
+        artifact = found[item]
+        made = artifact.manifest["created"] if isinstance(artifact, Artifact) else ""
+        return order.get(item[0], len(order)), made, item
 
-def _find(store: Store, item: Item) -> Artifact | None:
-    """Return an artifact, or None where there is none whose manifest can be read."""
-    with contextlib.suppress(Damaged):
-        return store.find(*item)
-    return None
+    return {item: found[item] for item in sorted(found, key=place)}
 
 
 def check(
-    store: Store, artifacts: list[Item], deep: bool = False, repair: bool = False, emit: Emit = silent
+    store: Store, artifacts: Chain | Iterable[Item], deep: bool = False, repair: bool = False, emit: Emit = silent
 ) -> Iterator[Checked]:
     """Compare artifacts with their manifests, and each with what it was made from.
 
-    With `deep` every file's sha256 is compared, not only its size. With `repair` what is bad is built again, from what
-    is good: finished parts that are whole are kept.
+    With `deep` every file's sha256 is compared, not only its size, and the records of finished parts are read. With
+    `repair` what is bad is built again beside it, from what is good, and takes its place when its bytes are equal.
     """
-    for item in artifacts:
-        artifact, repaired = None, False
-        try:
-            artifact = store.find(*item)
-            problems = _problems(artifact, deep, emit) if artifact else ["its manifest is missing"]
-        except Damaged as error:
-            problems = [str(error)]
-        if problems and repair:
-            obstacle = _repair(store, item, artifact, _settings(store, item, artifacts), emit)
-            repaired, problems = not obstacle, [*problems, *filter(None, [obstacle])]
-        yield Checked(*item, problems, repaired)
+    found = artifacts if isinstance(artifacts, Mapping) else dict(store.artifacts(artifacts))
+    listings = {} if store.is_local else _listings(store)
+    for item, artifact in found.items():
+        strays: list[str] = []
+        if isinstance(artifact, Artifact):
+            listed = artifact.listed() if store.is_local else listings.get(item, {})
+            problems = [*artifact.problems(deep=deep, emit=emit, listed=listed), *_other_inputs(artifact, found)]
+            problems += artifact.lost_parts() if deep else []
+            strays = artifact.strays(listed)
+        else:
+            problems = [str(artifact) if artifact else "its manifest is missing"]
+        obstacle = _repair(store, item, found, emit) if problems and repair else ""
+        repaired = bool(problems) and repair and not obstacle
+        yield Checked(*item, [*problems, *filter(None, [obstacle])], repaired, strays)
 
 
-def _problems(artifact: Artifact, deep: bool, emit: Emit) -> list[str]:
-    lines = artifact.problems(deep=deep, emit=emit)
+def _listings(store: Store) -> dict[Item, dict[str, Found]]:
+    """Return what one listing shows of the attempts of each artifact, by path below their folder."""
+    listings: dict[Item, dict[str, Found]] = {}
+    for path, file in store.files(store.root).items():
+        stage, fingerprint, attempts, *rest = [*path.split("/", 3), "", ""]
+        if attempts == "attempts":
+            listings.setdefault((stage, fingerprint), {})[rest[0]] = file
+    return listings
+
+
+def _other_inputs(artifact: Artifact, found: Chain) -> Iterator[str]:
     for name, made in artifact.manifest["inputs"].items():
-        source = _find(artifact.store, (name, made["fingerprint"]))
-        if source and source.digest != made["digest"]:
-            lines.append(f"it was made from another {name} than the one that is there now")
-    return lines
+        source = found.get((name, made["fingerprint"]))
+        if isinstance(source, Artifact) and source.digest != made["digest"]:
+            yield f"it was made from another {name} than the one that is there now"
 
 
-def _settings(store: Store, item: Item, artifacts: list[Item]) -> Json | None:
-    """Return the settings an artifact was made with: its own manifest's, else those of one that was made from it."""
-    for other in [item, *artifacts]:
-        found = _find(store, other)
-        if found and (other == item or item in found.inputs) and found.manifest.get("config"):
-            return found.manifest["config"]
-    return None
-
-
-def _repair(store: Store, item: Item, artifact: Artifact | None, settings: Json | None, emit: Emit) -> str:
-    """Build an artifact again, and return what stands in the way, or nothing."""
+def _known(item: Item, found: Chain) -> tuple[str, Json | None]:
+    """Return an artifact's digest and settings: of its own manifest, else of one that was made from it."""
     stage, fingerprint = item
-    manifest = None if artifact else store.read_json(store.path(*item, MANIFEST))
-    if isinstance(manifest, dict) and manifest == sealed(manifest):  # such as that of a renamed folder, or of a backup
-        home = f"{manifest.get('stage', stage)}/{manifest.get('fingerprint', fingerprint)}"
-        if home != f"{stage}/{fingerprint}":
-            return f"not repaired, for it is not damaged but out of place: move its folder to {home}, or remove it"
-    if settings is None:
-        store.retire(item)
-        return "its settings are not known, so it was set aside: `nanodlm run` with those it was made with rebuilds it"
+    for artifact in (found[item], *found.values()):
+        if isinstance(artifact, Artifact):
+            own = {"fingerprint": artifact.fingerprint, "digest": artifact.digest}
+            made = own if artifact.stage == stage else artifact.manifest["inputs"].get(stage, {})
+            if made.get("fingerprint") == fingerprint and artifact.manifest["config"]:
+                return made["digest"], artifact.manifest["config"]
+    return "", None
+
+
+def _repair(store: Store, item: Item, found: Chain, emit: Emit) -> str:
+    """Build an artifact again, and return what stands in the way, or nothing. What is there stays until then."""
+    stage, fingerprint = item
+    artifact = found[item]
+    if home := re.search(r" belongs to (\S+): ", str(artifact)):  # such as a renamed folder, or a backup
+        return f"not repaired, for it is not damaged but out of place: move its folder to {home[1]}, or remove it"
+    digest, settings = _known(item, found)
     try:
+        if settings is None:
+            again = f"`nanodlm run --rebuild {stage}` with those builds it, `nanodlm rm {store.uri(*item)}` removes it"
+            raise NanodlmError(f"the settings that it was made with are not known: {again}")
         config, inputs = Config(**settings), None
-        if artifact:  # then the source need not be there, unless it is the download that is bad
+        if isinstance(artifact, Artifact):  # then the source need not be there, unless it is the download that is bad
             inputs = {name: store.open(f"{name}/{made}").check() for name, made in artifact.inputs}
-        lookup = ready(stage, config, store, rebuild=True, inputs=inputs)
-        if lookup.fingerprint != fingerprint:
+        if ready(stage, config, store, rebuild=True, inputs=inputs).fingerprint != fingerprint:
             raise NanodlmError("this version of nanodlm, or the source's files now, would make another one")
+        run_stage(stage, config, store, rebuild=True, restore=digest, inputs=inputs, emit=emit)
     except (NanodlmError, ValueError) as error:
-        return f"not repaired: {one_line(error)}"
-    with hold_lease(store, stage, fingerprint):  # of two repairs at once the second finds what the first has made
-        there = _find(store, item)
-        if there is None or (artifact and there.manifest == artifact.manifest):
-            store.retire(item)
-    try:
-        run_stage(stage, config, store, inputs=inputs, emit=emit)
-    except BaseException as error:
-        if artifact is not None:  # what was there is there again
-            with contextlib.suppress(OSError, NanodlmError):
-                store.write_json(store.path(*item, MANIFEST), artifact.manifest, create_only=True)
-        if not isinstance(error, NanodlmError):
-            raise
         return f"not repaired: {one_line(error)}"
     return ""

@@ -1,0 +1,160 @@
+"""A bucket of S3, or of a server that speaks it, through obstore."""
+
+import contextlib
+import errno
+import hashlib
+import os
+import re
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from nanodlm.store.disk import Found
+
+PIECE = 1 << 25  # bytes of a file that one request asks for
+REQUEST = {"timeout": timedelta(seconds=60), "connect_timeout": timedelta(seconds=5)}
+# By obstore itself; `retry.ask` goes on where this ends, for nothing can interrupt it.
+RETRIES = {"max_retries": 3, "retry_timeout": timedelta(seconds=10)}
+# Answers that will not change: all of 4xx but these, and that the server does not know such a request.
+FINAL = re.compile(r"status code: (?:4(?!08|09|25|29)\d\d|501)")
+
+
+class Bucket:
+    """Files of one bucket; paths begin with its name, as fsspec has it. See `Disk` for the methods."""
+
+    def __init__(self, name: str):
+        self.name = name
+        self.store = _connect(name, *sorted(item for item in os.environ.items() if item[0].startswith("AWS_")))
+
+    def _key(self, path: str) -> str:
+        return path.removeprefix(self.name).strip("/")
+
+    def read(self, path: str, limit: int) -> bytes:
+        with _as_of_a_disk():
+            found = self.store.get(self._key(path))
+            if found.meta["size"] > limit:
+                raise ValueError(f"has {found.meta['size']} bytes")
+            return bytes(found.bytes())
+
+    def write(self, path: str, data: bytes, create_only: bool = False) -> bool:
+        try:
+            with _as_of_a_disk():
+                self.store.put(self._key(path), data, mode="create" if create_only else "overwrite")
+        except FileExistsError:
+            return False
+        return True
+
+    def files(self, folder: str) -> dict[str, Found]:
+        below = f"{self._key(folder)}/".lstrip("/")
+        with contextlib.suppress(FileNotFoundError), _as_of_a_disk():
+            return {
+                file["path"].removeprefix(below): Found(
+                    file["size"], file["last_modified"].timestamp(), file["e_tag"] or ""
+                )
+                for some in self.store.list(below or None, chunk_size=1000)
+                for file in some
+                if file["path"].startswith(below)
+            }
+        return {}
+
+    def _pieces(self, path: str, size: int) -> Iterator[Any]:
+        """Read a file of this size, a piece a request."""
+        for start in range(0, size, PIECE) if size else ():
+            with _as_of_a_disk():
+                yield self.store.get_range(self._key(path), start=start, length=min(PIECE, size - start))
+
+    def sha256(self, path: str, size: int) -> str:
+        digest = hashlib.sha256()
+        for piece in self._pieces(path, size):
+            digest.update(piece)
+        return digest.hexdigest()
+
+    def get(self, path: str, target: Path, size: int) -> str:
+        digest = hashlib.sha256()
+        with target.open("wb") as file:
+            for piece in self._pieces(path, size):
+                digest.update(piece)
+                file.write(piece)
+        return digest.hexdigest()
+
+    def put(self, source: Path, path: str) -> tuple[str, str]:
+        digest = hashlib.sha256()
+
+        def pieces() -> Iterator[bytes]:
+            with source.open("rb") as file:
+                while piece := file.read(1 << 20):
+                    digest.update(piece)
+                    yield piece
+
+        with _as_of_a_disk():
+            sent = self.store.put(self._key(path), pieces())
+        return digest.hexdigest(), sent["e_tag"] or ""
+
+    def remove(self, *paths: str) -> None:
+        with contextlib.suppress(FileNotFoundError), _as_of_a_disk():
+            self.store.delete([self._key(path) for path in paths])
+
+    def remove_folder(self, folder: str) -> None:
+        if paths := [f"{folder}/{path}" for path in self.files(folder)]:
+            self.remove(*paths)
+
+    def uploads(self, folder: str) -> Iterator[tuple[str, float, Callable[[], Any]]]:
+        """Yield uploads in several parts below a folder that nobody finished: path, Unix time, and what ends them."""
+        import boto3  # obstore does not list them
+
+        client = boto3.client("s3")
+        below = f"{self._key(folder)}/".lstrip("/")
+        with contextlib.suppress(client.exceptions.NoSuchBucket):
+            for page in client.get_paginator("list_multipart_uploads").paginate(Bucket=self.name, Prefix=below):
+                for upload in page.get("Uploads", ()):
+                    named = {"Bucket": self.name, "Key": upload["Key"], "UploadId": upload["UploadId"]}
+                    end = lambda named=named: client.abort_multipart_upload(**named)  # noqa: E731
+                    yield upload["Key"].removeprefix(below), upload["Initiated"].timestamp(), end
+
+
+@lru_cache(maxsize=8)
+def _connect(name: str, *environ: tuple[str, str]) -> Any:
+    """Connect to a bucket as these variables say; nothing is asked yet."""
+    from obstore.store import S3Store
+
+    said = dict(environ)
+    endpoint = said.get("AWS_ENDPOINT_URL_S3") or said.get("AWS_ENDPOINT_URL") or ""
+    options: dict[str, Any] = {
+        "retry_config": RETRIES,
+        "client_options": {**REQUEST, "allow_http": endpoint.startswith("http://")},
+    }
+    if "AWS_PROFILE" in said:  # which obstore does not know
+        from boto3 import Session
+        from obstore.auth.boto3 import Boto3CredentialProvider
+
+        options["credential_provider"] = Boto3CredentialProvider(Session())
+    return S3Store(name, **options)
+
+
+@contextlib.contextmanager
+def _as_of_a_disk() -> Iterator[None]:
+    """Turn obstore's errors into those that a disk would raise; what may pass becomes a `ConnectionError`."""
+    from obstore import exceptions
+
+    try:
+        yield
+    except exceptions.AlreadyExistsError as error:
+        raise FileExistsError(errno.EEXIST, _said(error)) from error
+    except (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError) as error:
+        raise PermissionError(errno.EACCES, _said(error)) from error
+    except exceptions.BaseError as error:
+        if "NoSuchBucket" in str(error):
+            raise FileNotFoundError(errno.ENOENT, "there is no such bucket") from error
+        if "169.254.169.254" in str(error):  # where a machine of Amazon's would say what its role is
+            raise PermissionError(errno.EACCES, "there are no credentials") from error
+        kind = OSError if FINAL.search(str(error)) else ConnectionError
+        raise kind(errno.EIO, _said(error)) from error
+
+
+def _said(error: Exception) -> str:
+    """Return what a server said, else what obstore did, without the particulars for its developers."""
+    text = str(error).partition("\n\nDebug source")[0]
+    answer = re.search(r"<Code>(.*?)</Code>.*?<Message>(.*?)</Message>", text, re.DOTALL)
+    return f"{answer[1]}: {answer[2]}" if answer else " ".join(text.split())

@@ -1,0 +1,36 @@
+"""Which process made something, and whether it has ended, as far as that can be told from here."""
+
+import contextlib
+import os
+import re
+import socket
+from pathlib import Path
+
+import psutil
+
+
+def this_process() -> str:
+    """Return a name that no other process has, of whatever machine, boot or container."""
+    return f"{_namespace()}.{os.getpid()}.{_started(os.getpid())}"
+
+
+def has_ended(name: str) -> bool:
+    """Say if the process of a name has ended for certain; of other machines, boots and containers nothing is known."""
+    namespace, _, rest = name.partition(".")
+    pid, _, started = rest.partition(".")
+    return namespace == _namespace() and pid.isdecimal() and _started(int(pid)) != started
+
+
+def _namespace() -> str:
+    """Return what tells the numbers of the processes seen here from those of others; host names are not enough."""
+    seen = f"{socket.gethostname()}-{psutil.boot_time():.0f}"
+    with contextlib.suppress(OSError):  # of Linux alone
+        seen = f"{Path('/proc/sys/kernel/random/boot_id').read_text()}-{os.readlink('/proc/self/ns/pid')}"
+    return re.sub(r"\W+", "-", seen).strip("-")
+
+
+def _started(pid: int) -> str:
+    """Return when a process was started, for its number may be given again; empty when there is none."""
+    with contextlib.suppress(psutil.Error):
+        return f"{psutil.Process(pid).create_time() * 100:.0f}"
+    return ""
