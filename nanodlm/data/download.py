@@ -26,16 +26,16 @@ def download(
     column = "tokens" if data.pretokenized else "text"
     done = {"documents": 0, "bytes": 0}
     part = 0
-    while info := attempt.adopt(name := f"part-{part:05d}.parquet"):
-        if info.get("source") != source:
-            attempt.forget(name)
-            break
+    finished = attempt.adopt_finished(name for name in attempt.earlier if name.startswith("part-"))
+    while (info := finished.get(_part(part), {})).get("source") == source:
         done, part = {count: info[count] for count in done}, part + 1
+    for name in finished.keys() - {_part(i) for i in range(part)}:
+        attempt.forget(name)
     skip, pending, size = done["documents"], [], 0
 
     def flush() -> None:
         nonlocal part, pending, size
-        name = f"part-{part:05d}.parquet"
+        name = _part(part)
         table = pa.table({column: pa.chunked_array(pending)})
         pq.write_table(table, attempt.path / name, compression="zstd")
         done["documents"] += len(table)
@@ -57,11 +57,15 @@ def download(
         flush()
     if identity(data, adopted) != before:
         for index in range(part):
-            attempt.forget(f"part-{index:05d}.parquet")
+            attempt.forget(_part(index))
         raise NanodlmError("the source's files changed while they were read: run again")
     if part == 0:
         raise NanodlmError(f"{data.source[0]} holds no documents: every one is empty")
     return {"parts": part, **done}
+
+
+def _part(index: int) -> str:
+    return f"part-{index:05d}.parquet"
 
 
 def parts(download: Artifact) -> list[str]:

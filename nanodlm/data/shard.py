@@ -31,7 +31,10 @@ def build_shards(config: Config, inputs: dict[str, Artifact], attempt: Attempt, 
     cut = inputs["split"].metrics["cut"]
     parts = download.parts(inputs["download"])
     finished = attempt.adopt_finished(map(data_rows.name, range(len(parts))))
-    infos = {i: finished[name] for i in range(len(parts)) if "counts" in finished.get(name := data_rows.name(i), {})}
+    for name in [name for name, info in finished.items() if "counts" not in info]:  # of an earlier version
+        del finished[name]
+        attempt.forget(name)
+    infos = {i: finished[name] for i in range(len(parts)) if (name := data_rows.name(i)) in finished}
     missing = [i for i in range(len(parts)) if i not in infos]
     if missing:
         folder = inputs["download"].local(*(parts[i] for i in missing))

@@ -69,12 +69,12 @@ class Attempt:
         return described, {name: e_tag for name, (_, e_tag) in zip(names, sent, strict=True)}
 
     def forget(self, name: str) -> None:
-        """Drop a finished part and its files, here and in the store."""
-        files = self._parts.pop(name).files
-        self.store.remove(self._remote("parts", f"{name}.json"))
-        self._unlink(files)
-        if not self.store.is_local:
-            self.store.remove(*(self._remote(file["path"]) for file in files))
+        """Drop a finished part and its files, here and in the store; what lies in another attempt's folder stays."""
+        part = self._parts.pop(name)
+        if part.folder == self._remote():
+            self._unlink(part.files)
+            files = () if self.store.is_local else (self._remote(file["path"]) for file in part.files)
+            self.store.remove(self._remote("parts", f"{name}.json"), *files)
 
     @cached_property
     def earlier(self) -> dict[str, list[str]]:
@@ -108,10 +108,10 @@ class Attempt:
         return None
 
     def adopt_finished(self, names: Iterable[str]) -> dict[str, Json]:
-        """Take over those of these parts that are whole, and return the `info` of each; none may be forgotten.
+        """Take over those of these parts that are whole, and return the `info` of each.
 
         From a bucket nothing is fetched: where its e-tags tell that files are what was recorded, the artifact's
-        manifest will name the attempt in which they lie.
+        manifest will name the attempt in which they lie. So nobody may drop these parts once they are finished.
         """
         wanted = [name for name in names if name in self.earlier]
         attempts = self.store.path(self.stage, self.fingerprint, "attempts")

@@ -149,6 +149,8 @@ def _as_of_a_disk() -> Iterator[None]:
             raise FileNotFoundError(errno.ENOENT, "there is no such bucket") from error
         if "169.254.169.254" in str(error):  # where a machine of Amazon's would say what its role is
             raise PermissionError(errno.EACCES, "there are no credentials") from error
+        if re.search("status code: 40[13]", str(error)):  # of a listing
+            raise PermissionError(errno.EACCES, _said(error)) from error
         kind = OSError if FINAL.search(str(error)) else ConnectionError
         raise kind(errno.EIO, _said(error)) from error
 

@@ -1,5 +1,6 @@
 """Any other storage that fsspec has a driver for, if it can create a file only once."""
 
+import base64
 import contextlib
 import hashlib
 import time
@@ -37,7 +38,7 @@ class Driver:
             found = cast(Any, self.fs.find(folder, detail=True))
         below = f"{folder.strip('/')}/".lstrip("/")
         return {
-            path.lstrip("/").removeprefix(below): Found(int(info["size"]), _changed(info))
+            path.lstrip("/").removeprefix(below): Found(int(info["size"]), _changed(info), info.get("md5Hash", ""))
             for path, info in found.items()
             if path.lstrip("/").startswith(below) and not path.endswith("/")  # a console's mark of a folder
         }
@@ -52,7 +53,9 @@ class Driver:
 
     def put(self, source: Path, path: str) -> tuple[str, str]:
         self.fs.put_file(str(source), path)
-        return sha256_of(source), ""
+        with source.open("rb") as file:  # which Google's listings show
+            md5 = base64.b64encode(hashlib.file_digest(file, "md5").digest()).decode()
+        return sha256_of(source), md5
 
     def remove(self, *paths: str) -> None:
         for path in paths:

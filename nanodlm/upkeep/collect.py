@@ -232,6 +232,6 @@ def _resumed(stage: str, finished: dict[str, set[str]]) -> set[str]:
 
 def _remove_empty_folders(root: str, since: float) -> None:
     for base, _, files in os.walk(root, topdown=False):
-        if not files and base != root and os.stat(base).st_mtime < since:
-            with contextlib.suppress(OSError):  # it is not empty
+        with contextlib.suppress(OSError):  # it is not empty, or not there any more
+            if not files and base != root and os.stat(base).st_mtime < since:
                 os.rmdir(base)

@@ -1,9 +1,10 @@
 """Shards made one at a time, by whoever shares the store, give what the stage alone would have made."""
 
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import fsspec
+import boto3
 import pytest
 
 from nanodlm.config import Config
@@ -93,15 +94,15 @@ def test_a_damaged_shard_of_a_worker_is_made_again_by_the_stage(config: Config, 
 def test_a_worker_needs_no_source_and_fetches_its_part_of_the_corpus_alone(
     config: Config, tmp_path: Path, s3_environment: None
 ) -> None:
-    fsspec.filesystem("s3").mkdir("worker")
+    boto3.client("s3").create_bucket(Bucket="worker")
     prepared(config, "s3://worker/store")
     store = Store("s3://worker/store")
     inputs = lookup.ready("shard", config, store).input_fingerprints
     for path in tmp_path.glob("text-*.txt"):
         path.unlink()
-    cache.drop(next((cache.cache_dir() / "entries").glob("download-*")).name)
+    shutil.rmtree(cache.cache_dir())
     assert fanout.build_shard(config, store, 1, inputs)
-    fetched = (cache.cache_dir() / "entries").glob("download-*/files/*")
+    fetched = (cache.cache_dir() / "processes").glob("*/download-*/*")
     assert [path.name for path in fetched] == ["part-00001.parquet"]
 
 

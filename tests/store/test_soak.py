@@ -85,22 +85,22 @@ def damage(store: Store, moments: random.Random) -> str:
     artifact = store.open(f"{stage}/{fingerprint}")
     paths = [artifact.remote(file["path"]) for file in artifact.files() if file["size"]]
     path = moments.choice(paths)
-    content = store.read(path)
+    content = store.driver.read(path, 1 << 30)
     kind = moments.choice(["flip", "cut", "delete", "swap", "tear"])
     at = moments.randrange(len(content))
     if kind == "swap" and len(paths) > 1:
         other = moments.choice([p for p in paths if p != path])
-        store.fs.pipe_file(path, store.read(other))
-        store.fs.pipe_file(other, content)
+        store.driver.write(path, store.driver.read(other, 1 << 30))
+        store.driver.write(other, content)
     elif kind == "delete":
         store.remove(path)
     elif kind == "tear":
         manifest = store.path(stage, fingerprint, "manifest.json")
-        whole = store.read(manifest)
-        store.fs.pipe_file(manifest, whole[: moments.randrange(len(whole))])
+        whole = store.driver.read(manifest, 1 << 30)
+        store.driver.write(manifest, whole[: moments.randrange(len(whole))])
     else:
         flipped = content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
-        store.fs.pipe_file(path, flipped if kind != "cut" else content[:at])
+        store.driver.write(path, flipped if kind != "cut" else content[:at])
     return kind
 
 

@@ -1,6 +1,8 @@
 """A storage that fails by a script: in memory, at `faulty://`, only in tests."""
 
+import base64
 import errno
+import hashlib
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -72,7 +74,11 @@ class Faulty(MemoryFileSystem):
         return self._do("get_file", rpath, lambda: MemoryFileSystem.get_file(self, rpath, lpath, *args, **kwargs))
 
     def find(self, path: str, *args: Any, **kwargs: Any) -> Any:
-        return self._do("find", path, lambda: MemoryFileSystem.find(self, path, *args, **kwargs))
+        found = self._do("find", path, lambda: MemoryFileSystem.find(self, path, *args, **kwargs))
+        for name, info in found.items() if kwargs.get("detail") else ():  # as Google's storage does
+            content = hashlib.md5(self.store[name].getvalue()).digest()
+            info["md5Hash"] = base64.b64encode(content).decode()
+        return found
 
     def rm_file(self, path: str, **kwargs: Any) -> Any:
         return self._do("rm_file", path, lambda: MemoryFileSystem.rm_file(self, path))
@@ -100,14 +106,13 @@ def no_space() -> OSError:
     return OSError(errno.ENOSPC, "No space left on device", "/cache/shard-15036af502c504/x")
 
 
-def answer(status: int, code: str) -> Exception:
-    """What botocore makes of an answer that is no success."""
-    from botocore.exceptions import ClientError
+def answer(status: int) -> Exception:
+    """What gcsfs makes of an answer that is no success."""
+    from gcsfs.retry import HttpError
 
-    told: Any = {"Error": {"Code": code, "Message": f"told {code}"}, "ResponseMetadata": {"HTTPStatusCode": status}}
-    return ClientError(told, "PutObject")
+    return HttpError({"code": status, "message": f"told {status}"})
 
 
 def busy() -> Exception:
     """A server that asks to be left alone for a while."""
-    return answer(503, "SlowDown")
+    return answer(503)

@@ -23,12 +23,14 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import boto3
 import fsspec
 import pytest
 from filelock import FileLock
 from fsspec.config import conf
 
 from nanodlm.store import cache
+from nanodlm.store.owner import this_process
 
 Process = subprocess.Popen[bytes]
 BUCKET = "bucket"
@@ -72,15 +74,12 @@ class Server:
 
 def forget_connections() -> None:
     """Let the next store connect anew."""
-    for protocol in ("s3", "gs"):
-        fsspec.get_filesystem_class(protocol).clear_instance_cache()
+    fsspec.get_filesystem_class("gs").clear_instance_cache()
 
 
 def let_go_of_the_cache() -> None:
-    """Give up the entries of the cache that this process would hold until it ends, as its end would."""
-    for held in cache._held.values():
-        held.close()
-    cache._held.clear()
+    """Give up the copies that this process would hold until it ends, as its end would."""
+    shutil.rmtree(cache.cache_dir() / "processes" / this_process(), ignore_errors=True)
 
 
 @contextmanager
@@ -161,12 +160,12 @@ def seaweedfs() -> Iterator[Server]:
         found = Server(endpoint, f"s3://{BUCKET}", s3_environ(endpoint))
         with pytest.MonkeyPatch.context() as monkeypatch:  # it takes signed requests only
             found.enter(monkeypatch)
-            s3 = fsspec.filesystem("s3", skip_instance_cache=True)
+            s3 = boto3.client("s3")
 
             def first_write() -> None:
-                if not s3.exists(BUCKET):
-                    s3.mkdir(BUCKET)
-                s3.pipe_file(f"{BUCKET}/ready", b"")
+                if not s3.list_buckets()["Buckets"]:
+                    s3.create_bucket(Bucket=BUCKET)
+                s3.put_object(Bucket=BUCKET, Key="ready", Body=b"")
 
             answers(server, first_write)
         forget_connections()

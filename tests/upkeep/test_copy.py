@@ -114,7 +114,7 @@ def test_a_damaged_source_is_not_copied(made: Made, remote: Store) -> None:
 def test_another_artifact_in_the_target_is_not_replaced(store: Store, remote: Store) -> None:
     committed(store, {"x": b"one"})
     theirs = committed(remote, {"x": b"other"})
-    with pytest.raises(NanodlmError, match=r"holds another artifact than .*: remove one of them"):
+    with pytest.raises(NanodlmError, match=r"other bytes are there for shard/f0.*: `nanodlm rm` what is there"):
         copied(store, remote)
     assert remote.open("shard/f0").manifest == theirs.manifest
 

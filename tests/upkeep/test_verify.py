@@ -4,9 +4,12 @@ import json
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
+from nanodlm.generation import generate
+from nanodlm.stages import run
 from nanodlm.stages.lookup import explain
 from nanodlm.store import Store, new_attempt
 from nanodlm.upkeep import verify
@@ -17,7 +20,7 @@ from tests.support.upkeep import CHAIN, Made, files, made_from, said, statuses, 
 def test_the_chain_of_a_sample_goes_down_to_the_data_in_the_order_of_the_stages(master: Made) -> None:
     sample = master.artifacts["sample"]
     chain = verify.chain(master.store, ("sample", sample.fingerprint))
-    assert chain == [(name, master.artifacts[name].fingerprint) for name in CHAIN]
+    assert list(chain) == [(name, master.artifacts[name].fingerprint) for name in CHAIN]
     assert [found.problems for found in master.check(deep=True).values()] == [[]] * len(CHAIN)
 
 
@@ -68,18 +71,21 @@ def test_a_damaged_checkpoint_is_trained_again_from_the_one_before(made: Made) -
     assert statuses(made.config, made.store)["sample"] == "cached"
 
 
-def test_a_torn_manifest_whose_settings_nobody_knows_is_set_aside_and_says_so(made: Made) -> None:
+def test_a_torn_manifest_whose_settings_nobody_knows_stays_and_what_to_do_is_said(made: Made) -> None:
     path = made.manifest("sample")
     path.write_bytes(path.read_bytes()[:100])
+    before = files(made.store)
     found = made.check()
     assert list(found) == ["sample"], "what it was made from cannot be known"
-    assert "is not a manifest" in found["sample"].problems[0]
-    assert path.exists()
+    assert "holds no record" in found["sample"].problems[0]
     found = made.check(repair=True)
     assert not found["sample"].repaired
-    assert "it was set aside: `nanodlm run` with those it was made with rebuilds it" in found["sample"].problems[1]
-    assert not path.exists()
-    assert statuses(made.config, made.store) == {**dict.fromkeys(CHAIN, "cached"), "sample": "built"}
+    assert "not repaired: the settings that it was made with are not known: `nanodlm run --rebuild sample`" in str(
+        found
+    )
+    assert files(made.store) == before
+    run.run_stage("sample", made.config, made.store, rebuild=True)
+    assert statuses(made.config, made.store) == dict.fromkeys(CHAIN, "cached")
 
 
 @pytest.mark.parametrize("torn", [b'{"schema": 1', None], ids=["torn", "gone"])
@@ -125,7 +131,7 @@ def test_an_artifact_out_of_its_place_is_not_set_aside(store: Store) -> None:
     """As a backup within the store, or a renamed folder, would be."""
     committed(store, {"x.bin": b"x"})
     shutil.copytree(store.path("shard"), store.path("shard.bak"))
-    (_, found) = verify.check(store, verify.in_order(store), repair=True)
+    (_, found) = verify.check(store, sorted(store), repair=True)
     assert (found.stage, found.repaired) == ("shard.bak", False)
     assert "it is not damaged but out of place: move its folder to shard/f0, or remove it" in found.problems[1]
     assert Path(store.path("shard.bak", "f0", "manifest.json")).exists()
@@ -135,17 +141,32 @@ def test_of_two_repairs_the_second_keeps_what_the_first_has_made(made: Made, mon
     path = made.manifest("split")
     good = path.read_bytes()
     path.write_bytes(b"{")
-    lease, retired = verify.hold_lease, []
+    lease = run.hold_lease
 
     def waited(store: Store, *args: Any, **kwargs: Any) -> Any:
         path.write_bytes(good)  # the first commits while the second waits for its lease
         return lease(store, *args, **kwargs)
 
-    monkeypatch.setattr(verify, "hold_lease", waited)
-    monkeypatch.setattr(Store, "retire", lambda _, item: retired.append(item))
+    monkeypatch.setattr(run, "hold_lease", waited)
     assert made.check(repair=True)["split"].repaired
-    assert retired == []
     assert path.read_bytes() == good
+
+
+def test_a_repair_that_would_give_other_bytes_changes_nothing_and_names_the_rebuild(made: Made) -> None:
+    """As on another number of devices, or with other versions of libraries."""
+    sample = made.artifacts["sample"]
+    flip(made.first("sample", "samples.txt"))
+    with mock.patch.object(
+        generate, "generate", lambda *_: {"other": Path(_[2].path, "samples.txt").write_text("other")}
+    ):
+        before = files(made.store)
+        found = made.check(deep=True, repair=True)
+    assert not found["sample"].repaired
+    assert "not repaired: built again here it has other bytes, so nothing was changed: `nanodlm run --rebuild" in str(
+        found
+    )
+    assert {path: content for path, content in files(made.store).items() if "lease" not in path} == before
+    assert made.store.open(sample.uri).manifest == sample.manifest
 
 
 def test_verify_of_a_store_names_what_its_artifacts_were_made_from_and_is_gone(
@@ -172,7 +193,8 @@ def test_verify_says_what_is_wrong_and_what_was_mended(made: Made, capsys: pytes
     assert f"REPAIRED {made.artifacts['shard'].name}" in out
     assert out.endswith("6 artifacts, 1 repaired: every file has its sha256\n")
     assert said(capsys, "verify", sample, "--deep")[0].endswith("6 artifacts: every file has its sha256\n")
-    rows = [{"uri": made.artifacts[name].uri, "problems": [], "repaired": False} for name in CHAIN]
+    good = {"problems": [], "repaired": False, "strays": []}
+    rows = [{"uri": made.artifacts[name].uri, **good} for name in CHAIN]
     assert told(capsys, "verify", sample) == {"artifacts": rows, "damaged": 0, "repaired": 0}
 
 
