@@ -4,7 +4,6 @@ import hashlib
 import json
 import re
 import time
-from pathlib import PurePosixPath
 from typing import Any
 
 from nanodlm.errors import Damaged
@@ -70,8 +69,8 @@ def digest_of(files: list[Json], volatile: list[str]) -> str:
 
 def safe(relative: str) -> str:
     """Return a manifest's path, and refuse one that would leave its artifact."""
-    path = PurePosixPath(relative)
-    if path.is_absolute() or ".." in path.parts or not path.parts or "\\" in relative or "\0" in relative:
+    parts = relative.split("/")
+    if relative[:1] == "/" or ".." in parts or relative.strip("./") == "" or set("\\\0") & set(relative):
         raise Damaged(f"a manifest names the path {relative!r}, which leaves its artifact: do not use this store")
     return relative
 

@@ -227,24 +227,28 @@ class Store(Storage):
 
     def find(self, stage: str, fingerprint: str) -> Artifact | None:
         """Return the committed artifact, or None; one whose manifest cannot be read raises `Damaged`."""
-        uri = self.uri(stage, fingerprint)
-        remedy = f"`nanodlm verify {uri} --repair` builds it again, `nanodlm rm {uri}` removes it"
-        kept = cache.cache_dir() / "manifests" / hashlib.sha256(self.uri().encode()).hexdigest()[:16]
-        known = self if self.asked else Storage(str(kept))
+        path = self.path(stage, fingerprint, MANIFEST)
+        kept = None if self.is_local else self._kept() / stage / fingerprint / MANIFEST
         try:
-            manifest = known.read_json(known.path(stage, fingerprint, MANIFEST))
+            manifest = self.read_json(path) if self.asked else Storage(str(kept)).read_json(str(kept))
+            problem = "" if manifest is None else problem_with(manifest, stage, fingerprint)
+            if problem:
+                raise Damaged(f"{self.address(path)} {problem}")
         except Damaged as error:
+            uri = self.uri(stage, fingerprint)
+            remedy = f"`nanodlm verify {uri} --repair` builds it again, `nanodlm rm {uri}` removes it"
             raise Damaged(f"{error}: {remedy}") from error
         if manifest is None:
             return None
-        if problem := problem_with(manifest, stage, fingerprint):
-            raise Damaged(f"{uri}/{MANIFEST} {problem}: {remedy}")
-        copy, data = kept / stage / fingerprint / MANIFEST, json.dumps(manifest).encode()
-        if self.asked and not self.is_local:
+        if kept and self.asked:
             with contextlib.suppress(OSError):  # a cache that cannot be written is no error
-                if not copy.exists() or copy.read_bytes() != data:
-                    write_whole(copy, data)
+                if not kept.exists() or json.loads(kept.read_bytes()) != manifest:
+                    write_whole(kept, json.dumps(manifest).encode())
         return Artifact(self, stage, fingerprint, manifest)
+
+    def _kept(self) -> Path:
+        """Return the folder of the cache with the manifests of what was found here, for when nobody may be asked."""
+        return cache.cache_dir() / "manifests" / hashlib.sha256(self.uri().encode()).hexdigest()[:16]
 
     def artifacts(self, items: Iterable[Item]) -> Iterator[tuple[Item, Artifact | Damaged | None]]:
         """Yield what `find` finds of each, or the `Damaged` that it raises; a bucket is asked for several at once."""
