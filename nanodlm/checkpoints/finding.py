@@ -1,10 +1,11 @@
 """The names of checkpoints, and how one is found by its address without being read."""
 
+import contextlib
 import re
 
 from nanodlm.config import parse_address
 from nanodlm.errors import UsageError
-from nanodlm.store import Part, Store, read_part
+from nanodlm.store import Artifact, Part, Store, finished_parts, read_part
 from nanodlm.store.manifest import MANIFEST, NAME
 
 
@@ -46,3 +47,21 @@ def find_checkpoint(address: str) -> Part:
         have = f"there are {', '.join(finished)}" if finished else "there are none"
         raise UsageError(f"no finished checkpoint step_{parsed.checkpoint} in {store.uri()}: {have}")
     return Part(store, name, part["files"], part["info"])
+
+
+def goes_on_after(artifact: Artifact) -> int:
+    """Return the update after which a train artifact would go on if it were built again: its newest whole checkpoint's.
+
+    Nothing is trained when that is the last one, of `updates` in its metrics; without a whole checkpoint it is 0.
+    """
+    store, stage, fingerprint = artifact.store, artifact.stage, artifact.fingerprint
+    found = finished_parts(store, stage, fingerprint)
+    for name in sorted(found, key=step_of, reverse=True):
+        for attempt in found[name]:
+            folder = store.path(stage, fingerprint, "attempts", attempt)
+            of = {"stage": stage, "fingerprint": fingerprint, "part": name}
+            if part := read_part(store, f"{folder}/parts/{name}.json", **of):
+                with contextlib.suppress(OSError):  # a file is missing, or cannot be read
+                    if all(store.sha256(f"{folder}/{file['path']}") == file["sha256"] for file in part["files"]):
+                        return step_of(name)
+    return 0

@@ -1,20 +1,18 @@
 """The one way to run a stage: look it up, else build it and commit what it made."""
 
-import errno
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 from nanodlm.config import Config
-from nanodlm.errors import Emit, NanodlmError, UsageError, silent
+from nanodlm.errors import Emit, NanodlmError, UsageError, full_disk_named, silent
 from nanodlm.stages.lookup import Lookup, identify, ready
 from nanodlm.stages.table import STAGES, check, until
 from nanodlm.store import Artifact, Json, Store, changed_since, code_record, hold_lease, new_attempt, remark
 from nanodlm.store.cache import cache_dir
 
-FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 COMMIT_SECONDS = 600.0  # for process 0 to hash and publish what several processes made
 
 
@@ -94,18 +92,9 @@ def _help(lookup: Lookup, config: Config, store: Store, rebuild: bool, emit: Emi
     return artifact, True
 
 
-@contextmanager
-def full_disk_in_one_line(store: Store) -> Iterator[None]:
-    """Turn whatever a library raises when a disk is full into one line that names the disk."""
-    try:
-        yield
-    except Exception as error:  # libraries that write by themselves say it in words of their own
-        codes = {getattr(error, "errno", None), *(code for code in FULL if os.strerror(code) in str(error))}
-        if isinstance(error, NanodlmError) or not (full := codes & FULL):
-            raise
-        where = store.uri() if store.is_local else f"{store.uri()}, or into the cache {cache_dir()}"
-        said = f"nothing more fits into {where}: {os.strerror(full.pop())}"
-        raise NanodlmError(f"{said}; make room and run again, what is finished is kept") from error
+def full_disk_in_one_line(store: Store) -> AbstractContextManager[None]:
+    """Turn whatever is raised when the disk of a store, or of the cache before it, is full into one line."""
+    return full_disk_named(store.uri() if store.is_local else f"{store.uri()}, or into the cache {cache_dir()}")
 
 
 def record(artifact: Artifact, status: str, seconds: float) -> dict[str, Any]:
