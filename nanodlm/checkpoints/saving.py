@@ -135,8 +135,8 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
         step, info = newest
         infos = {earlier: attempt.info(step_name(earlier)) for earlier in steps if earlier < step}
         scores = {earlier: _score_of(found) for earlier, found in infos.items() if found} | {step: _score_of(info)}
-        others = retained(scores, self._keep, self._keep_best) - {step}
-        return step, info, [(kept, scores[kept]) for kept in (step, *others) if kept == step or attempt.adopt(step_name(kept))]
+        kept = retained(scores, self._keep, self._keep_best) | {step}
+        return step, info, [(k, scores[k]) for k in kept if k == step or attempt.adopt(step_name(k))]
 
     def start(self, address: str, abstract: State, allowed: tuple[str, ...] = ()) -> tuple[State, Json]:
         """Return the checkpoint at an address, of any run, and its info; the other arguments are those of `restore`."""

@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> NoReturn:
                 _have_home()
                 _run([word for word in argv if word != "--debug"])
             except SystemExit as ended:  # after --help
-                code = ended.code
+                code = int(ended.code or 0)
             sys.stdout.flush()
     except KeyboardInterrupt:
         print("nanodlm: interrupted; finished stages and parts are kept: run again to continue", file=sys.stderr)

@@ -3,13 +3,11 @@
 import os
 import pwd
 import re
-import resource
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,7 @@ from nanodlm.errors import NanodlmError
 from nanodlm.stages import table
 from nanodlm.stages.run import run_stage
 from nanodlm.store import Artifact, Store
-from tests.support.commands import environment, nanodlm, result_of, speeches
+from tests.support.commands import environment, full, nanodlm, result_of, speeches
 from tests.support.training import tiny
 
 CONFIG = PRESETS["demo"].replace(
@@ -292,17 +290,6 @@ def test_output_that_leads_to_a_full_disk_is_one_line(
         _fails(command, 1, *words, says=("standard output: No space left on device; make room",))
 
 
-@contextmanager
-def full(size: int = 3000) -> Iterator[None]:
-    """Let the kernel refuse what makes a file larger, whoever writes it."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 FILLED = ["adopt", "copy", "evaluate", "sample", "verify", "bench loader", "events"]
 
 
@@ -336,23 +323,13 @@ def test_a_full_disk_is_one_line_that_names_the_place_and_running_again_continue
     assert command("verify", "--deep", "--store", str(store)).returncode == 0
 
 
-LIMITED = """
-import resource, sys
-from nanodlm.cli.main import main
-resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
-main(sys.argv[2:])
-"""
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [2100, 4000])
-def test_a_training_that_fills_the_disk_says_one_line(trained: Artifact, tmp_path: Path, size: int) -> None:
+def test_a_training_that_fills_the_disk_says_one_line(trained: Artifact, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(tiny().model_dump_json())
     shutil.copytree(trained.store.root, tmp_path / "store", ignore=shutil.ignore_patterns("train"))
     given = ["train", str(tmp_path / "config.json"), "--store", str(tmp_path / "store")]
-    environ = environment(JAX_COMPILATION_CACHE_DIR=str(tmp_path / "compiled"))  # which is full as well
-    command = [sys.executable, "-c", LIMITED, str(size), *given]
-    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=100)
+    with full(4000):
+        done = nanodlm(*given, JAX_COMPILATION_CACHE_DIR=str(tmp_path / "compiled"))  # which is full as well
     assert done.returncode == 1
     assert re.fullmatch(rf"nanodlm: nothing more fits into {tmp_path}/store: .*; make room .*\n", done.stderr)
     assert nanodlm(*given).returncode == 0
