@@ -65,7 +65,8 @@ def run_in_process(lookup: Lookup, config: Config, store: Store, *, rebuild: boo
             kind = {Stopped.exit_code: Stopped, UsageError.exit_code: UsageError}.get(child.returncode, NanodlmError)
             ending = f"signal {-child.returncode}" if child.returncode < 0 else f"exit code {child.returncode}"
             said = last_line(errors.read_text(errors="replace"))
-            errors.write_text(said or "nothing")  # which a full disk may be the reason of
+            if not said:
+                errors.write_text("a full disk may be the reason")
             raise kind(said or f"the {name} process ended with {ending}; run again to continue")
     return store.open(f"{name}/{lookup.fingerprint}")
 
