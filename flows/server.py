@@ -57,16 +57,21 @@ def ephemeral_server() -> Iterator[str]:
             starting.close()
             yield url
         except Exception as error:
-            if child.poll() is None or isinstance(error, NanodlmError):
+            ended, failed = child.poll() is not None, isinstance(error, httpx.HTTPStatusError)
+            if isinstance(error, NanodlmError) or not (ended or failed):
                 raise
-            raise NanodlmError("the local Prefect server has ended; what is finished is kept: run again") from error
+            log.seek(0)
+            said = last_error(log.read().decode(errors="replace"))
+            why = "has ended" if ended else f"has failed in PREFECT_HOME, {home} ({said})"
+            raise NanodlmError(f"the local Prefect server {why}; what is finished is kept: run again") from error
         finally:
             OWN.reset(token)
             stop(child, 10)
 
 
 def _not_started(reason: str) -> NanodlmError:
-    remedy = "set PREFECT_API_URL to use a running one, or PREFECT_HOME to a folder that can be written"
+    home = f"PREFECT_HOME, now {get_current_settings().home}, to a folder that can be written and has room"
+    remedy = f"set PREFECT_API_URL to use a running one, or {home}"
     return NanodlmError(f"the local Prefect server did not start ({reason}); {remedy}")
 
 

@@ -4,9 +4,11 @@ Each error is one line that says what is wrong and what to do. Whatever reads se
 `UsageError` or another `NanodlmError` for what it cannot take; docstrings inside the package do not repeat that.
 """
 
+import contextlib
+import errno
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 Emit = Callable[..., None]  # called as emit(kind, **fields), such as `message` with `text`
@@ -61,3 +63,19 @@ class Stopped(NanodlmError):
     """A signal ended the work after it was saved; running again continues. The command line exits with 75."""
 
     exit_code = 75
+
+
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+@contextlib.contextmanager
+def full_disk_named(where: str) -> Iterator[None]:
+    """Turn whatever the block raises when a disk is full into one line that names the place."""
+    try:
+        yield
+    except Exception as error:  # libraries that write by themselves say it in words of their own
+        codes = {getattr(error, "errno", None), *(code for code in FULL if os.strerror(code) in str(error))}
+        if isinstance(error, NanodlmError) or not (full := codes & FULL):
+            raise
+        said = f"nothing more fits into {where}: {os.strerror(full.pop())}"
+        raise NanodlmError(f"{said}; make room and run again, what is finished is kept") from error

@@ -5,7 +5,7 @@ import re
 
 from nanodlm.config import parse_address
 from nanodlm.errors import Damaged, UsageError
-from nanodlm.store import Part, Store, read_part
+from nanodlm.store import Artifact, Part, Store, finished_parts, read_part
 from nanodlm.store.manifest import MANIFEST, NAME
 
 
@@ -48,3 +48,21 @@ def find_checkpoint(address: str) -> Part:
         have = f"there are {', '.join(finished)}" if finished else "there are none"
         raise UsageError(f"no finished checkpoint step_{parsed.checkpoint} in {store.address(folder)}: {have}")
     return part
+
+
+def goes_on_after(artifact: Artifact) -> int:
+    """Return the update after which a training would go on if it were built again: its newest whole checkpoint's.
+
+    Nothing is trained when that is the last one, of `updates` in its metrics; without a whole checkpoint it is 0.
+    """
+    store, stage, fingerprint = artifact.store, artifact.stage, artifact.fingerprint
+    found = finished_parts(store, stage, fingerprint)
+    for name in sorted(found, key=step_of, reverse=True):
+        for attempt in found[name]:
+            folder = store.path(stage, fingerprint, "attempts", attempt)
+            part = read_part(store, folder, name, stage=stage, fingerprint=fingerprint)
+            with contextlib.suppress(OSError):  # a file is missing, or cannot be read
+                sha256 = [store.sha256(f"{folder}/{f['path']}", f["size"]) for f in part.files] if part else [""]
+                if part and sha256 == [file["sha256"] for file in part.files]:
+                    return step_of(name)
+    return 0

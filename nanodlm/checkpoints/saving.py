@@ -24,7 +24,7 @@ from nanodlm.checkpoints import State
 from nanodlm.checkpoints.finding import find_checkpoint, step_name, step_of
 from nanodlm.checkpoints.identity import check_run
 from nanodlm.devices.hosts import from_leader
-from nanodlm.errors import NanodlmError, UsageError
+from nanodlm.errors import NanodlmError, UsageError, full_disk_named
 from nanodlm.store import Attempt, Json
 
 QUEUE = 4  # saves that may wait to be published
@@ -114,7 +114,7 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
         return min(((score, step) for step, score in self._scores.items() if score is not None), default=(0, None))[1]
 
     def restore(self, abstract: State, allowed: tuple[str, ...] = ()) -> tuple[State, Json] | None:
-        """Read the newest whole checkpoint of an earlier attempt, and its info, or return None; take over the best too.
+        """Read the newest whole checkpoint of earlier attempts, and its info, or return None; take over all kept ones.
 
         `abstract` is the state's shapes and shardings; the checkpoint's run may differ in what is `allowed`.
         """
@@ -127,7 +127,7 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
         return _restore(self._checkpointer, self._folder / step_name(step), abstract, info), info
 
     def _adopt(self, attempt: Attempt) -> tuple[int, Json, list[tuple[int, float | None]]] | None:
-        """Take over the newest whole checkpoint, and the best: the former's step and info, the scores of all."""
+        """Take over the newest whole checkpoint and those kept beside it: its step and info, the scores of all."""
         steps = sorted((step_of(name) for name in attempt.earlier if name.startswith("checkpoints/")), reverse=True)
         whole = ((step, info) for step in steps if (info := attempt.adopt(step_name(step))) is not None)
         if (newest := next(whole, None)) is None:
@@ -135,15 +135,15 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
         step, info = newest
         infos = {earlier: attempt.info(step_name(earlier)) for earlier in steps if earlier < step}
         scores = {earlier: _score_of(found) for earlier, found in infos.items() if found} | {step: _score_of(info)}
-        best = [b for b in retained(scores, 1, self._keep_best) - {step} if attempt.adopt(step_name(b))]
-        return step, info, [(kept, scores[kept]) for kept in (step, *best)]
+        kept = retained(scores, self._keep, self._keep_best) | {step}
+        return step, info, [(k, scores[k]) for k in kept if k == step or attempt.adopt(step_name(k))]
 
     def start(self, address: str, abstract: State, allowed: tuple[str, ...] = ()) -> tuple[State, Json]:
         """Return the checkpoint at an address, of any run, and its info; the other arguments are those of `restore`."""
         part = find_checkpoint(address)
         check_run(part.info, self._run, allowed, f"the checkpoint {part.uri}")
         self._origin = {step_of(part.name): part.uri}
-        with tempfile.TemporaryDirectory() as scratch:
+        with tempfile.TemporaryDirectory() as scratch, full_disk_named(f"the temporary folder {scratch}"):
             folder = part.local(Path(scratch))
             try:
                 return _restore(self._checkpointer, folder, abstract, part.info), part.info

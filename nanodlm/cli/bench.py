@@ -1,5 +1,6 @@
 """Commands that measure this machine: how fast it trains, samples and reads."""
 
+from tempfile import gettempdir
 from typing import Annotated, Any
 
 from typing_extensions import Doc
@@ -7,6 +8,7 @@ from typing_extensions import Doc
 from nanodlm.cli.arguments import Output, Settings
 from nanodlm.cli.console import Console
 from nanodlm.config import Config
+from nanodlm.errors import full_disk_named
 
 Baseline = Annotated[bool, Doc("Also time updates of the plain recipe, of the same sizes, in turn with ours.")]
 Against = Annotated[float | None, Doc("Tokens per second that a trainer takes, to compare with.")]
@@ -36,7 +38,7 @@ def loader(
 def _measure(what: str, out: Console, config: Config, **options: Any) -> None:
     from nanodlm.bench import speed
 
-    with out.showing("bench") as emit:
+    with out.showing("bench") as emit, full_disk_named(f"the temporary folder {gettempdir()}"):
         result = getattr(speed, what)(config, **options, emit=emit)
     for name, value in result.items():
         number = f"{value:,.6g}" if isinstance(value, float) else value

@@ -5,14 +5,17 @@
 Each command is a function of that name in a file beside this one, imported when it runs, so that `--help` is quick.
 """
 
+import contextlib
 import difflib
+import logging
 import os
 import sys
 import traceback
+import warnings
 from importlib import import_module
 from typing import NoReturn
 
-from nanodlm.errors import NanodlmError, Stopped, UsageError, redact
+from nanodlm.errors import NanodlmError, Stopped, UsageError, full_disk_named, redact
 
 COMMANDS = {  # the file that holds it, and what it does
     "run": ("run", "text to samples: build what the store lacks, stage by stage"),
@@ -53,29 +56,61 @@ def main(argv: list[str] | None = None) -> NoReturn:
     """Run one command and exit: 0 done, 1 failed, 2 bad usage, 75 stopped by a signal after saving."""
     argv = sys.argv[1:] if argv is None else argv
     debug = "--debug" in argv
+    code = 0
+    if not debug:
+        _quiet_libraries()
     try:
-        _run([word for word in argv if word != "--debug"])
-        sys.exit(0)
+        with full_disk_named("the file of standard output"):
+            try:
+                _have_home()
+                _run([word for word in argv if word != "--debug"])
+            except SystemExit as ended:  # after --help
+                code = int(ended.code or 0)
+            sys.stdout.flush()
     except KeyboardInterrupt:
         print("nanodlm: interrupted; finished stages and parts are kept: run again to continue", file=sys.stderr)
-        sys.exit(Stopped.exit_code)
+        code = Stopped.exit_code
     except BrokenPipeError:  # the reader of our output has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+        pass
     except Exception as error:
-        if debug:
-            print(redact(traceback.format_exc()), end="", file=sys.stderr)
         message, code = str(error), error.exit_code if isinstance(error, NanodlmError) else 1
         if not isinstance(error, NanodlmError):
             hint = "" if debug else " (add --debug for the traceback)"
             message = f"{type(error).__name__}: {redact(' '.join(message.split()))[:500]}{hint}"
-        print(f"nanodlm: {message}", file=sys.stderr)
-        jax = sys.modules.get("jax")  # which processes that train together have imported
-        if jax and jax.distributed.is_initialized() and code != Stopped.exit_code:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)  # not waiting for the others, which then end as well
-        sys.exit(code)
+        with contextlib.suppress(OSError):  # the exit code counts, also where nothing can be said
+            print(redact(traceback.format_exc()) if debug else "", end="", file=sys.stderr)
+            print(f"nanodlm: {message}", file=sys.stderr)
+    try:
+        sys.stdout.flush()
+    except OSError:  # what cannot be written is dropped, before Python says so in words of its own
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    jax = sys.modules.get("jax")  # which processes that train together have imported
+    if code not in (0, Stopped.exit_code) and jax and jax.distributed.is_initialized():
+        sys.stderr.flush()
+        os._exit(code)  # not waiting for the others, which then end as well
+    sys.exit(code)
+
+
+def _have_home() -> None:
+    """Name a home folder where there is none: without, libraries stop, or make a folder named `~`."""
+    if os.path.expanduser("~") == "~":
+        from tempfile import gettempdir
+
+        home = f"{gettempdir()}/nanodlm-{os.getuid()}"
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(home, 0o700)
+        if os.lstat(home).st_uid != os.getuid():
+            raise UsageError(f"there is no home folder, and {home} is somebody else's: set HOME")
+        os.environ["HOME"] = home
+
+
+def _quiet_libraries() -> None:
+    """Let threads of libraries say nothing of what the error that ends the command says in one line."""
+    if sys.unraisablehook is sys.__unraisablehook__:
+        sys.unraisablehook = lambda _: None  # Orbax closes loops that its writes still report to
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    for said in ("coroutine .* was never awaited", "Error (reading|writing) persistent compilation cache"):
+        warnings.filterwarnings("ignore", said)
 
 
 def _run(words: list[str]) -> None:

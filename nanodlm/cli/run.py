@@ -173,8 +173,7 @@ def _run_alone(name: str, config: Config, how: Alone, store: Store, out: Console
         from nanodlm.devices.hosts import join
 
         helping = join(how.coordinator, how.processes, how.process) > 0
-    with out.showing(name) as emit:
-        emit = event_log(Path(how.events)) if how.events else emit
+    with event_log(Path(how.events)) if how.events else out.showing(name) as emit:
         artifact, done = run_stage(name, config, store, rebuild=how.rebuild, helping=helping, inputs=inputs, emit=emit)
     out.done(artifact, done)
     out.text(artifact.uri)

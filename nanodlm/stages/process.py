@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO
 
 from nanodlm.config import Config
-from nanodlm.errors import Emit, NanodlmError, Stopped, UsageError
+from nanodlm.errors import Emit, NanodlmError, Stopped, UsageError, full_disk_named
 from nanodlm.stages.lookup import Lookup
 from nanodlm.store import Artifact, Store
 
@@ -41,7 +41,7 @@ def run_in_process(lookup: Lookup, config: Config, store: Store, *, rebuild: boo
     When the child fails or is stopped, the error is of the kind that its exit code says, with its last line.
     """
     name = lookup.stage.name
-    with tempfile.TemporaryDirectory(prefix="nanodlm-") as folder:
+    with tempfile.TemporaryDirectory(prefix="nanodlm-") as folder, full_disk_named(f"the temporary folder {folder}"):
         config_file, events, errors = (Path(folder) / n for n in ("config.json", "events.jsonl", "stderr.txt"))
         config_file.write_text(config.model_dump_json())
         events.touch()
@@ -65,6 +65,8 @@ def run_in_process(lookup: Lookup, config: Config, store: Store, *, rebuild: boo
             kind = {Stopped.exit_code: Stopped, UsageError.exit_code: UsageError}.get(child.returncode, NanodlmError)
             ending = f"signal {-child.returncode}" if child.returncode < 0 else f"exit code {child.returncode}"
             said = last_line(errors.read_text(errors="replace"))
+            if not said:
+                errors.write_text("a full disk may be the reason")
             raise kind(said or f"the {name} process ended with {ending}; run again to continue")
     return store.open(f"{name}/{lookup.fingerprint}")
 

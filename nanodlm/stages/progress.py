@@ -2,25 +2,33 @@
 
 import json
 import time
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from nanodlm.errors import Emit
+from nanodlm.errors import Emit, full_disk_named
 
 if TYPE_CHECKING:  # what reads files is not there where only speed is measured
     from nanodlm.store import Artifact
 
 
-def event_log(path: Path) -> Emit:
-    """Return an `emit` that appends one JSON object per event to a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = path.open("a", buffering=1)
+@contextmanager
+def event_log(path: Path) -> Iterator[Emit]:
+    """Yield an `emit` that appends one JSON object per event to a file."""
+    with full_disk_named(str(path)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a", buffering=1)
 
     def emit(kind: str, **fields: Any) -> None:
-        file.write(json.dumps({"time": round(time.time(), 3), "event": kind, **fields}) + "\n")
+        with full_disk_named(str(path)):
+            file.write(json.dumps({"time": round(time.time(), 3), "event": kind, **fields}) + "\n")
 
-    return emit
+    try:
+        yield emit
+    finally:
+        with suppress(OSError):  # what a full disk has not taken, which is said already
+            file.close()
 
 
 class Watcher(Protocol):

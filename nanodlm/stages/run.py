@@ -1,20 +1,18 @@
 """The one way to run a stage: look it up, else build it and commit what it made."""
 
-import errno
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 from nanodlm.config import Config
-from nanodlm.errors import Emit, NanodlmError, UsageError, silent
+from nanodlm.errors import Emit, NanodlmError, UsageError, full_disk_named, silent
 from nanodlm.stages.lookup import Lookup, identify, ready
 from nanodlm.stages.table import STAGES, check, until
 from nanodlm.store import Artifact, Json, Store, changed_since, code_record, hold_lease, new_attempt, remark
 from nanodlm.store.cache import cache_dir
 
-FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 COMMIT_SECONDS = 600.0  # for process 0 to hash and publish what several processes made
 
 
@@ -24,7 +22,7 @@ def run_stage(
     store: Store,
     *,
     rebuild: bool = False,
-    restore: str | None = None,
+    restore: Json | None = None,
     helping: bool = False,
     inputs: dict[str, Artifact] | None = None,
     emit: Emit = silent,
@@ -32,7 +30,7 @@ def run_stage(
     """Return a stage's artifact, which is built in this process unless the store holds it, and its `record`.
 
     While another process is building the same artifact, wait for that. A rebuild of equal bytes by equal code leaves
-    the old manifest in place; with a digest to `restore`, one of other bytes is refused. Inputs are given where it is
+    the old manifest in place; with a manifest to `restore`, one of other bytes is refused. Inputs are given where it is
     known that the stage is to be built; then the store is asked once its lease is held. Of several processes that train
     together, all are `helping` but process 0, which commits.
     """
@@ -55,7 +53,7 @@ def build(
     rebuild: bool,
     emit: Emit,
     how: Callable[..., Json] | None = None,
-    restore: str | None = None,
+    restore: Json | None = None,
 ) -> tuple[Artifact, bool]:
     """Build a stage under its lease, by its own function or `how`; return the artifact, and if this run built it."""
     stage, fingerprint = lookup.stage, lookup.fingerprint
@@ -74,6 +72,11 @@ def build(
         if existing and (not rebuild or (restore and not existing.damage())):  # another may have been quicker
             return existing, False
         afresh = existing is not None and restore is None
+        if afresh:
+            others = (other for _, other in store.artifacts(store) if isinstance(other, Artifact))
+            if made := [other.name for other in others if (stage.name, fingerprint) in other.inputs]:
+                again = "where its bytes differ, a run makes them again, and what was made from them"
+                emit("message", text=f"from the {stage.name} artifact there are {', '.join(made)}: {again}")
         with full_disk_in_one_line(store), new_attempt(store, stage.name, fingerprint, afresh=afresh) as attempt:
             code = code_record(stage.module)  # as it is now, before anybody edits it
             metrics = (how or stage.run)(config, lookup.inputs, attempt, publish)
@@ -105,18 +108,9 @@ def _help(lookup: Lookup, config: Config, store: Store, rebuild: bool, emit: Emi
     return artifact, True
 
 
-@contextmanager
-def full_disk_in_one_line(store: Store) -> Iterator[None]:
-    """Turn whatever a library raises when a disk is full into one line that names the disk."""
-    try:
-        yield
-    except Exception as error:  # libraries that write by themselves say it in words of their own
-        codes = {getattr(error, "errno", None), *(code for code in FULL if os.strerror(code) in str(error))}
-        if isinstance(error, NanodlmError) or not (full := codes & FULL):
-            raise
-        where = store.uri() if store.is_local else f"{store.uri()}, or into the cache {cache_dir()}"
-        said = f"nothing more fits into {where}: {os.strerror(full.pop())}"
-        raise NanodlmError(f"{said}; make room and run again, what is finished is kept") from error
+def full_disk_in_one_line(store: Store) -> AbstractContextManager[None]:
+    """Turn whatever is raised when the disk of a store, or of the cache before it, is full into one line."""
+    return full_disk_named(store.uri() if store.is_local else f"{store.uri()}, or into the cache {cache_dir()}")
 
 
 def record(artifact: Artifact, status: str, seconds: float) -> dict[str, Any]:

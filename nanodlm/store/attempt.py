@@ -157,7 +157,7 @@ class Attempt:
         code: Json | None = None,
         volatile: Iterable[str] = (),
         replace: bool = False,
-        restore: str | None = None,
+        restore: Json | None = None,
     ) -> Artifact:
         """Publish every file of the folder, write the manifest, and return the artifact, or that of who was first.
 
@@ -165,7 +165,8 @@ class Attempt:
         builds it again, and `code` what `code_record` says. Files whose paths begin as one of `volatile` hold times or
         logs: verified like all others, but left out of the digest, because equal results may differ there. `replace`
         (an explicit rebuild) puts this in the place of an existing manifest whose digest differs. `restore` (a repair)
-        does so when the digest is this one, and else raises, leaving what is there.
+        is the manifest of what is damaged, or as much of it as is known: where its digest is not that of the files this
+        raises and leaves what is there; what else it says is kept.
         """
         known = {file["path"]: file for part in self._parts.values() for file in part.files}
         elsewhere = [part for part in self._parts.values() if part.folder != self._remote()]
@@ -179,7 +180,7 @@ class Attempt:
         self._flush(self._parts, files)
         volatile = sorted(volatile)
         digest = digest_of(files, volatile)
-        if restore not in (None, digest):
+        if restore and restore["digest"] != digest:
             self._give_up()
             other = "built again here it has other bytes, so nothing was changed"
             uri = self.store.uri(self.stage, self.fingerprint)
@@ -199,8 +200,9 @@ class Attempt:
             "packages": {package: version(package) for package in PACKAGES},
             "created": utc_now(),
             "seconds": round(time.monotonic() - self.started, 3),
+            **{key: value for key, value in (restore or {}).items() if key not in ("attempt", "files", "parts")},
         })  # fmt: skip
-        return self._write_manifest(manifest, replace or restore is not None)
+        return self._write_manifest(manifest, replace or bool(restore))
 
     def _give_up(self) -> None:
         with contextlib.suppress(OSError, NanodlmError):

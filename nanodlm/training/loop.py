@@ -144,7 +144,7 @@ def _finish(config: Config, attempt: Attempt | None, state: State, logger: Logge
     parameters = state.get("ema_state", state["model_state"])
     result = {"parameters_sha256": parameters_sha256(parameters), "updates": config.train.max_steps}
     if attempt:
-        (attempt.path / "logs.json").write_text(json.dumps(logger.records, indent=1))
+        (attempt.path / "logs.json").write_text(json.dumps(logger.records, indent=1, sort_keys=True))
         identity = {**result, **config.model_dump(include={"model", "schedule", "objective"})}
         (attempt.path / "parameters.json").write_text(json.dumps(identity, indent=1))
     return {

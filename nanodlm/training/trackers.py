@@ -37,7 +37,7 @@ class Tracker(contextlib.AbstractContextManager["Tracker"]):
         check_packages(config)
         self._file = path.open("w", buffering=1)
         try:
-            self._file.writelines(json.dumps(record, allow_nan=False) + "\n" for record in records)
+            self._file.writelines(json.dumps(record, allow_nan=False, sort_keys=True) + "\n" for record in records)
             if config.exp.use_tensorboard:
                 name = re.sub(r"[^\w.-]+", "_", f"{config.exp.run_name}-{run_id}".lstrip("-"))
                 folder = cache_dir() / "tensorboard" / name
@@ -57,7 +57,7 @@ class Tracker(contextlib.AbstractContextManager["Tracker"]):
 
     def log(self, record: dict[str, Any]) -> None:
         """Write one record; its `step` is the number of updates done."""
-        self._file.write(json.dumps(record, allow_nan=False) + "\n")
+        self._file.write(json.dumps(record, allow_nan=False, sort_keys=True) + "\n")
         self._each(lambda other: other.log(record))
 
     def _each(self, tell: "Callable[[_Wandb | _TensorBoard], None]") -> None:

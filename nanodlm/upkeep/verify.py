@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
+from nanodlm.checkpoints.finding import goes_on_after
 from nanodlm.config import Config
 from nanodlm.errors import Damaged, Emit, NanodlmError, silent
 from nanodlm.stages.lookup import ready
@@ -90,16 +91,16 @@ def _other_inputs(artifact: Artifact, found: Chain) -> Iterator[str]:
             yield f"it was made from another {name} than the one that is there now"
 
 
-def _known(item: Item, found: Chain) -> tuple[str, Json | None]:
-    """Return an artifact's digest and settings: of its own manifest, else of one that was made from it."""
-    stage, fingerprint = item
+def _known(item: Item, found: Chain) -> Json:
+    """Return an artifact's manifest, else what one that was made from it says of its `digest` and `config`."""
     for artifact in (found[item], *found.values()):
         if isinstance(artifact, Artifact):
-            own = {"fingerprint": artifact.fingerprint, "digest": artifact.digest}
-            made = own if artifact.stage == stage else artifact.manifest["inputs"].get(stage, {})
-            if made.get("fingerprint") == fingerprint and artifact.manifest["config"]:
-                return made["digest"], artifact.manifest["config"]
-    return "", None
+            if (artifact.stage, artifact.fingerprint) == item:
+                return artifact.manifest
+            if item in artifact.inputs:
+                digest = artifact.manifest["inputs"][item[0]]["digest"]
+                return {"digest": digest, "config": artifact.manifest["config"]}
+    return {}
 
 
 def _repair(store: Store, item: Item, found: Chain, emit: Emit) -> str:
@@ -108,17 +109,22 @@ def _repair(store: Store, item: Item, found: Chain, emit: Emit) -> str:
     artifact = found[item]
     if home := re.search(r" belongs to (\S+): ", str(artifact)):  # such as a renamed folder, or a backup
         return f"not repaired, for it is not damaged but out of place: move its folder to {home[1]}, or remove it"
-    digest, settings = _known(item, found)
+    known, again = _known(item, found), f"`nanodlm run --rebuild {stage}`"
     try:
-        if settings is None:
-            again = f"`nanodlm run --rebuild {stage}` with those builds it, `nanodlm rm {store.uri(*item)}` removes it"
-            raise NanodlmError(f"the settings that it was made with are not known: {again}")
-        config, inputs = Config(**settings), None
+        if not known.get("config"):
+            remedy = f"{again} with those builds it, `nanodlm rm {store.uri(*item)}` removes it"
+            raise NanodlmError(f"the settings that it was made with are not known: {remedy}")
+        config, inputs = Config(**known["config"]), None
         if isinstance(artifact, Artifact):  # then the source need not be there, unless it is the download that is bad
             inputs = {name: store.open(f"{name}/{made}").check() for name, made in artifact.inputs}
+            if stage == "train" and not goes_on_after(artifact):
+                raise NanodlmError(
+                    f"no checkpoint of it is whole, so {again} would have to train it from the beginning"
+                )
         if ready(stage, config, store, rebuild=True, inputs=inputs).fingerprint != fingerprint:
             raise NanodlmError("this version of nanodlm, or the source's files now, would make another one")
-        run_stage(stage, config, store, rebuild=True, restore=digest, inputs=inputs, emit=emit)
+        config = config.replace(exp={"resume": True})
+        run_stage(stage, config, store, rebuild=True, restore=known, inputs=inputs, emit=emit)
     except (NanodlmError, ValueError) as error:
         return f"not repaired: {one_line(error)}"
     return ""

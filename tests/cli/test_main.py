@@ -1,7 +1,12 @@
 """The command line: its exit codes, and the one line it says when something is wrong."""
 
+import os
+import pwd
 import re
+import shutil
 import subprocess
+import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +20,8 @@ from nanodlm.errors import NanodlmError
 from nanodlm.stages import table
 from nanodlm.stages.run import run_stage
 from nanodlm.store import Artifact, Store
-from tests.support.commands import environment, result_of, speeches
+from tests.support.commands import environment, full, nanodlm, result_of, speeches
+from tests.support.training import tiny
 
 CONFIG = PRESETS["demo"].replace(
     data={"source": speeches(6), "val_tokens": 20000, "tokenizer": "bytes", "part_mb": 0.05}, model={"seq_len": 32}
@@ -269,3 +275,117 @@ def test_doctor_checks_this_machine_and_the_store(command: Command, tmp_path: Pa
     blocked = tmp_path / "file"
     blocked.write_text("")
     _fails(command, 1, "doctor", "--store", str(blocked / "s"), says=("1 of 6 checks failed: store",))
+
+
+WRITTEN = [["ls"], ["plan", *PREPARED], ["config", "--json"], ["gc"], ["verify"], ["--help"], ["ls", "--help"]]
+
+
+@pytest.mark.parametrize("words", WRITTEN, ids=lambda words: " ".join(words[:2]))
+def test_output_that_leads_to_a_full_disk_is_one_line(
+    command: Command, prepared: Path, monkeypatch: pytest.MonkeyPatch, words: list[str]
+) -> None:
+    monkeypatch.setenv("NANODLM_STORE", str(prepared))
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        _fails(command, 1, *words, says=("standard output: No space left on device; make room",))
+
+
+FILLED = ["adopt", "copy", "evaluate", "sample", "verify", "bench loader", "events"]
+
+
+@pytest.mark.parametrize("what", FILLED)
+def test_a_full_disk_is_one_line_that_names_the_place_and_running_again_continues(
+    command: Command, trained: Artifact, tmp_path: Path, what: str
+) -> None:
+    store, config, events = tmp_path / "store", str(tmp_path / "config.json"), tmp_path / "events"
+    Path(config).write_text(tiny().model_dump_json())
+    events.write_bytes(bytes(3000))
+    if what not in ("adopt", "copy"):
+        shutil.copytree(trained.store.root, store, ignore=shutil.ignore_patterns("evaluate", "sample", "report"))
+    if what == "verify":
+        next(store.glob("shard/*/attempts/*/validation*")).write_bytes(b"")
+    words, place = {
+        "adopt": (["adopt", *speeches(6), config], store),
+        "copy": (["copy", trained.store.uri(), str(store)], store),
+        "verify": (["verify", "--repair"], store),
+        "bench loader": (["bench", "loader", config, "--batches", "2"], "the temporary folder"),
+        "events": (["evaluate", config, "--events", str(events)], events),
+    }.get(what, ([what, config], store))
+    words += ["--store", str(store)] if what not in ("copy", "bench loader") else []
+    with full(300 if what == "sample" else 3000):
+        said = command(*words)
+    assert (said.returncode, said.stderr.count("\n")) == (1, 1), said.stderr
+    line = said.stdout if what == "verify" else said.stderr
+    assert f"nothing more fits into {place}" in line, said.stderr
+    assert "File too large; make room" in line
+    events.unlink()
+    assert command(*words).returncode == 0
+    assert command("verify", "--deep", "--store", str(store)).returncode == 0
+
+
+@pytest.mark.slow
+def test_a_training_that_fills_the_disk_says_one_line(trained: Artifact, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(tiny().model_dump_json())
+    shutil.copytree(trained.store.root, tmp_path / "store", ignore=shutil.ignore_patterns("train"))
+    given = ["train", str(tmp_path / "config.json"), "--store", str(tmp_path / "store")]
+    with full(4000):
+        done = nanodlm(*given, JAX_COMPILATION_CACHE_DIR=str(tmp_path / "compiled"))  # which is full as well
+    assert done.returncode == 1
+    assert re.fullmatch(rf"nanodlm: nothing more fits into {tmp_path}/store: .*; make room .*\n", done.stderr)
+    assert nanodlm(*given).returncode == 0
+
+
+@pytest.fixture
+def homeless(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A folder for temporary files, in a process of a user who has no home and is in no table of users."""
+    monkeypatch.delenv("HOME")
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "temporary").mkdir()
+    return tmp_path / "temporary"
+
+
+def test_without_a_home_there_is_one_below_the_temporary_folder_unless_it_is_somebody_elses(
+    command: Command, homeless: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert command("plan", *PREPARED).returncode == 0
+    assert Path.home() == homeless / f"nanodlm-{os.getuid()}"
+    assert Path.home().stat().st_mode & 0o777 == 0o700
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(os, "getuid", lambda: 12345)
+    _fails(command, 2, "plan", says=(f"there is no home folder, and {homeless}/nanodlm-12345 is somebody else's",))
+
+
+@pytest.mark.slow
+def test_a_whole_run_needs_no_home(homeless: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sitecustomize.py").write_text("import pwd\npwd.getpwuid = {}.__getitem__\n")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(Path(__file__).parents[2])]))
+    for name in ("NANODLM_CACHE", "PREFECT_HOME", "PREFECT_API_URL", "HF_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "config.json").write_text(tiny().model_dump_json())
+    done = nanodlm("run", "config.json", "--json", cwd=tmp_path)
+    assert len(result_of(done)["stages"]) == 7
+    assert (homeless / f"nanodlm-{os.getuid()}" / ".prefect" / "prefect.db").is_file()
+    assert not list(tmp_path.rglob("~"))
+
+
+@pytest.mark.parametrize("mask", [0o077, 0o002])
+def test_what_a_training_writes_has_the_modes_that_the_umask_leaves(
+    command: Command, trained: Artifact, tmp_path: Path, mask: int
+) -> None:
+    store, config = tmp_path / "store", tmp_path / "config.json"
+    shutil.copytree(trained.store.root, store, ignore=shutil.ignore_patterns("train"))
+    config.write_text(tiny(exp={"use_tensorboard": True}).model_dump_json())
+    before = os.umask(mask)
+    try:
+        told = ["--events", str(tmp_path / "told" / "events.jsonl")]
+        assert command("train", str(config), "--store", str(store), *told).returncode == 0
+    finally:
+        os.umask(before)
+    (checkpoints,) = store.glob("train/*/attempts/*/checkpoints")
+    for folder in (checkpoints, tmp_path / "told", tmp_path / "cache" / "tensorboard"):
+        for path in (folder, *folder.rglob("*")):
+            whole = 0o777 if path.is_dir() else 0o666
+            assert path.stat().st_mode & 0o777 == whole & ~mask, path

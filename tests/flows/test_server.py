@@ -7,7 +7,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
+from prefect.client.orchestration import get_client
 from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
 
 from nanodlm.errors import NanodlmError, Stopped
@@ -102,6 +104,23 @@ def test_nobody_waits_for_a_server_of_their_own_that_has_ended(monkeypatch: pyte
         child.wait()
         raise OSError("the request that this would have made fails")
     assert time.monotonic() - began < server.AWAY_SECONDS / 2
+
+
+@pytest.mark.slow
+def test_a_server_whose_disk_is_full_is_named_with_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PREFECT_HOME", str(tmp_path))
+    with (
+        temporary_settings({PREFECT_HOME: tmp_path}),
+        pytest.raises(NanodlmError, match=rf"server has failed in PREFECT_HOME, {tmp_path} \(.*\); .* run again"),
+        ephemeral_server() as url,
+        temporary_settings({PREFECT_API_URL: url}),
+        get_client(sync_client=True) as client,
+    ):
+        child = server.OWN.get()
+        assert child is not None
+        for process in (psutil.Process(child.pid), *psutil.Process(child.pid).children(recursive=True)):
+            process.rlimit(psutil.RLIMIT_FSIZE, (1000, psutil.RLIM_INFINITY))
+        client.create_flow_from_name("full")
 
 
 def test_prefect_is_quiet_unless_the_environment_says_otherwise() -> None:

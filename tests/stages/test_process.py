@@ -9,7 +9,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.support.commands import nanodlm, result_of, speeches, tiny_flags
+from nanodlm.errors import NanodlmError, silent
+from nanodlm.stages.lookup import ready
+from nanodlm.stages.process import run_in_process
+from nanodlm.store import Artifact
+from tests.support.commands import full, nanodlm, result_of, speeches, tiny_flags
+from tests.support.training import tiny
 
 CHILD = """
 import signal, time
@@ -52,6 +57,15 @@ def test_a_child_ends_with_a_killed_parent_even_when_it_takes_too_long_to_save(s
         parent.kill()
         parent.wait()
         assert psutil.wait_procs([child], 20)[1] == []
+
+
+def test_a_temporary_folder_that_is_full_is_named(trained: Artifact) -> None:
+    lookup, line = (
+        ready("train", tiny(), trained.store),
+        r"into the temporary folder .*: File too large; make room",
+    )
+    with full(100), pytest.raises(NanodlmError, match=line):
+        run_in_process(lookup, tiny(), trained.store, emit=silent)
 
 
 @pytest.mark.slow

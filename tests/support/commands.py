@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -61,3 +62,14 @@ def started(*args: str, **extra: str) -> Iterator[subprocess.Popen[str]]:
 
 def statuses(result: dict[str, Any]) -> dict[str, str]:
     return {stage["stage"]: stage["status"] for stage in result["stages"]}
+
+
+@contextmanager
+def full(size: int = 3000) -> Iterator[None]:
+    """Let the kernel refuse what makes a file larger, whoever writes it."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
