@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from nanodlm.errors import Damaged, Emit, NanodlmError, silent
+from nanodlm.store.artifact import Artifact
 from nanodlm.store.cache import drop, hold
 from nanodlm.store.disk import Found, describe, flush_folders, link, list_files
 from nanodlm.store.files import show_transfer
 from nanodlm.store.manifest import FLOW_RUN, MANIFEST, PACKAGES, Json, digest_of, safe, sealed, utc_now
 from nanodlm.store.part import Part, finished_parts, read_part, record_part
-from nanodlm.store.store import Artifact, Store
+from nanodlm.store.store import Store
 
 # Files that systems leave in folders; they are nobody's.
 STRAY = re.compile(r"(.*/)?(\.DS_Store|\._.*|Thumbs\.db|desktop\.ini|\.nfs[0-9a-f]+)")

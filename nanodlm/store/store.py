@@ -1,214 +1,21 @@
-"""A store and its committed artifacts, whose files are verified before anybody reads them."""
+"""A store: artifacts under one URL, found by their fingerprints."""
 
 import contextlib
 import hashlib
 import json
 import os
-import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from nanodlm.config import parse_address
 from nanodlm.errors import Damaged, Emit, NanodlmError, silent
 from nanodlm.store import cache
-from nanodlm.store.disk import Found, is_within, write_whole
-from nanodlm.store.files import Storage, T, show_transfer
-from nanodlm.store.manifest import MANIFEST, Item, Json, problem_with, safe
-from nanodlm.store.part import Part, read_part
+from nanodlm.store.artifact import Artifact
+from nanodlm.store.disk import Found, write_whole
+from nanodlm.store.files import Storage, T
+from nanodlm.store.manifest import MANIFEST, Item, problem_with
 
 LATEST = "latest"  # the folder of links to what was made last
-
-
-@dataclass(frozen=True)
-class Artifact:
-    """A committed artifact: where it is and what its manifest says."""
-
-    store: "Store"
-    stage: str
-    fingerprint: str
-    manifest: Json
-
-    @property
-    def uri(self) -> str:
-        """Its address; `nanodlm show URI` and `nanodlm.load(uri)` take it."""
-        return self.store.uri(self.stage, self.fingerprint)
-
-    @property
-    def name(self) -> str:
-        """Its stage and the beginning of its fingerprint, which commands take in place of its address."""
-        return f"{self.stage}/{self.fingerprint[:12]}"
-
-    @property
-    def digest(self) -> str:
-        """The sha256 over the paths, sizes and sha256 of its files: equal bytes, equal digest."""
-        return self.manifest["digest"]
-
-    @property
-    def metrics(self) -> Json:
-        """Counts and measurements that its stage recorded."""
-        return self.manifest["metrics"]
-
-    @property
-    def inputs(self) -> list[Item]:
-        """Stage and fingerprint of each artifact that it was made from."""
-        return [(stage, made["fingerprint"]) for stage, made in self.manifest["inputs"].items()]
-
-    @property
-    def folder(self) -> str:
-        """Path of its files' folder in its store."""
-        return self.store.path(self.stage, self.fingerprint, "attempts", self.manifest["attempt"])
-
-    @property
-    def attempts(self) -> set[str]:
-        """The attempts that its files lie in: its own, and in a bucket those whose parts it took over in place."""
-        return {self.manifest["attempt"], *(self._adopted if not self.store.is_local else {}).values()}
-
-    @cached_property
-    def _adopted(self) -> dict[str, str]:
-        return {file["path"]: file["attempt"] for file in self.manifest["files"] if "attempt" in file}
-
-    def _lies(self, path: str) -> str:
-        own = self.manifest["attempt"]  # where on a local disk all of its files are
-        return f"{own if self.store.is_local else self._adopted.get(path, own)}/{safe(path)}"
-
-    def remote(self, relative: str) -> str:
-        """Return the path of one file in its store."""
-        return self.store.path(self.stage, self.fingerprint, "attempts", self._lies(relative))
-
-    def files(self, *only: str) -> list[Json]:
-        """Return `path`, `size` and `sha256` of its files: of those whose paths begin so, or of all."""
-        return [file for file in self.manifest["files"] if not only or file["path"].startswith(only)]
-
-    def listed(self) -> dict[str, Found]:
-        """Return what a listing shows of its attempts, by path below their folder."""
-        if self.attempts != {self.manifest["attempt"]}:
-            return self.store.files(self.store.path(self.stage, self.fingerprint, "attempts"))
-        return {f"{self.manifest['attempt']}/{path}": found for path, found in self.store.files(self.folder).items()}
-
-    def problems(self, *only: str, **how: Any) -> list[str]:
-        """Say what is wrong with its files, one line each; see `bad`."""
-        return [f"{path} {problem}" for path, problem in self.bad(*only, **how).items()]
-
-    def bad(
-        self, *only: str, deep: bool = False, emit: Emit = silent, listed: dict[str, Found] | None = None
-    ) -> dict[str, str]:
-        """Return what is wrong with each bad file, by path: by names and sizes, with `deep` also by sha256.
-
-        What a listing shows is asked for, unless it is given.
-        """
-        found, listed = {}, self.listed() if listed is None else listed
-        was_read = show_transfer(emit, f"MB of {self.stage} read", self.files(*only))
-        for file in self.files(*only):
-            if problem := self._problem(file, listed.get(self._lies(file["path"])), deep):
-                found[file["path"]] = problem
-            if deep:
-                was_read(file["size"])
-        return found
-
-    def _problem(self, file: Json, found: Found | None, deep: bool) -> str:
-        path = self.remote(file["path"])
-        if found is None:
-            return "is missing"
-        if self.store.is_local and os.path.islink(path) and not is_within(Path(self.folder), Path(path)):
-            return "is a link that leaves its artifact"
-        if found.size != file["size"]:
-            return f"has {found.size} bytes, not {file['size']}"
-        try:
-            same = not deep or self.store.sha256(path, file["size"]) == file["sha256"]
-        except FileNotFoundError:
-            return "is missing"
-        except OSError as error:  # a disk that fails, for one
-            return f"cannot be read: {error.strerror or error}"
-        return "" if same else "has been altered: its sha256 differs from the manifest's"
-
-    def damage(self) -> list[str]:
-        """Say all that is wrong with its files and its parts' records, one line each; every file is read."""
-        return [*self.problems(deep=True), *self.lost_parts()]
-
-    def strays(self, listed: dict[str, Found]) -> list[str]:
-        """Return the files among its own, of those that a listing shows, that its manifest does not name."""
-        own, named = f"{self.manifest['attempt']}/", {file["path"] for file in self.manifest["files"]}
-        found = {path.removeprefix(own) for path in listed if path.startswith(own)}
-        return sorted(path for path in found - named if not path.startswith("parts/"))
-
-    def parts(self) -> dict[str, str]:
-        """Return the folder in its store of the attempt that finished each of its parts, by the part's name."""
-        own, attempts = self.manifest["attempt"], self.store.path(self.stage, self.fingerprint, "attempts")
-        if (finished := self.manifest.get("parts")) is None:  # which earlier versions did not list
-            paths = "\n".join(self.store.sizes(self.folder))
-            finished = dict.fromkeys(re.findall(r"^parts/(.*)\.json$", paths, re.MULTILINE), own)
-        return {name: f"{attempts}/{own if self.store.is_local else there}" for name, there in finished.items()}
-
-    def part(self, name: str) -> Part | None:
-        """Return one of its parts; None when its record is damaged."""
-        return read_part(self.store, self.parts()[name], name, stage=self.stage, fingerprint=self.fingerprint)
-
-    def lost_parts(self) -> list[str]:
-        """Say which of its parts' records, from which a repair or a training goes on, are damaged, one line each."""
-        of = {"stage": self.stage, "fingerprint": self.fingerprint}
-        found = self.store.together(lambda at: (at[0], read_part(self.store, at[1], at[0], **of)), self.parts().items())
-        return [f"parts/{name}.json is not what was recorded" for name, part in found if part is None]
-
-    def check(self, *only: str, deep: bool = False) -> "Artifact":
-        """Return self, or raise `Damaged`, which names the first bad file and the remedy."""
-        if self.store.asked and (lines := self.problems(*only, deep=deep)):
-            more = f" (and {len(lines) - 1} more)" if len(lines) > 1 else ""
-            raise Damaged(self.remedy(f"{lines[0]}{more}", deep=deep))
-        return self
-
-    def remedy(self, problem: str, *, deep: bool = False) -> str:
-        """Return the line that says what is wrong with it and what to do."""
-        command = f"nanodlm verify {self.uri} {'--deep ' if deep else ''}--repair"
-        return f"the {self.stage} artifact is damaged: {problem}; `{command}` builds what is bad again"
-
-    def local(self, *only: str) -> Path:
-        """Return a local folder with its files, fetched if they are remote, each compared with its sha256."""
-        self.check(*only, deep=self.store.is_local)
-        if self.store.is_local:
-            return Path(self.folder)
-        files = self.files(*only)
-        arrived = show_transfer(self.store.emit, f"MB of {self.stage} fetched", files)
-        return self._fetch(files, arrived)
-
-    def file(self, path: str) -> Path:
-        """Return the local path of one of its files; see `local`."""
-        return self.local(path) / path
-
-    def on_demand(self) -> Callable[[str], Path]:
-        """Return a function that does as `file`, and fetches a file of a remote store when it is first asked for."""
-        if self.store.is_local:
-            return self.local().joinpath
-        self.check()
-        return lambda path: self._fetch(self.files(path), lambda _: None) / path
-
-    def _fetch(self, files: list[Json], arrived: Callable[[int], None]) -> Path:
-        """Let this process's folder in the cache hold files, and return it."""
-        name = f"{self.stage}-{self.fingerprint[:16]}-{self.manifest['attempt']}"
-        folder = cache.hold(name, sum(file["size"] for file in cache.lacking(files)))
-
-        def take(file: Json) -> int:
-            cache.take(file, folder / safe(file["path"]), lambda target: self._get(file, target))
-            return file["size"]
-
-        try:
-            for size in self.store.together(take, files):
-                arrived(size)
-        except FileNotFoundError as error:
-            raise Damaged(self.remedy(f"a file is missing ({error})")) from error
-        except Damaged as error:
-            raise Damaged(self.remedy(str(error), deep=True)) from error
-        except OSError as error:
-            raise cache.cannot_write_cache(error) from error
-        return folder
-
-    def _get(self, file: Json, target: Path) -> str:
-        if not self.store.asked:
-            lacking = f"is not wholly in the cache ({file['path']} is missing)"
-            raise NanodlmError(f"{self.uri} {lacking}: unset NANODLM_OFFLINE")
-        return self.store.get(self.remote(file["path"]), target, file["size"])
 
 
 class Store(Storage):
@@ -276,12 +83,9 @@ class Store(Storage):
         Of a fingerprint the first four letters or more will do, with its stage or without, when they are its alone.
         """
         _, _, stage, fingerprint, _ = parse_address(uri)
-        with contextlib.suppress(Damaged):
-            if not stage or self.read_json(self.path(stage, fingerprint, MANIFEST)) is None:
-                return self._beginning_with(uri, stage, fingerprint or uri)
-        return stage, fingerprint
-
-    def _beginning_with(self, uri: str, stage: str, begins: str) -> Item:
+        if stage and MANIFEST in self.files(self.path(stage, fingerprint)):
+            return stage, fingerprint
+        begins = fingerprint or uri
         named = [item for item in self if stage in ("", item[0]) and item[1].startswith(begins)]
         if len(begins) < 4 or not named:
             raise NanodlmError(f"no artifact at {uri}: `nanodlm ls` shows what is there")
@@ -293,21 +97,20 @@ class Store(Storage):
         """Yield (stage, fingerprint) of everything that has a manifest, sorted."""
         # Not fsspec's glob: it takes signs in the root for patterns, and leaves out folders that it could not list.
         if self.is_local:
-            found = [item for item in self._folders() if os.path.exists(self.path(*item, MANIFEST))]
+            yield from sorted(item for item in self._folders() if os.path.exists(self.path(*item, MANIFEST)))
         else:
-            paths = [path.split("/") for path in self.files(self.root)]
-            found = [(path[0], path[1]) for path in paths if len(path) == 3 and path[2] == MANIFEST]
-        yield from sorted(found)
+            yield from sorted(item for item, files in self.listed().items() if MANIFEST in files)
 
-    def listed(self) -> dict[str, Found]:
-        """Return all files of all artifacts, finished or not, by path below the root."""
-        if not self.is_local:
-            return self.files(self.root)
-        return {
-            "/".join((*item, path)): found
-            for item in self._folders()
-            for path, found in self.files(self.path(*item)).items()
-        }
+    def listed(self) -> dict[Item, dict[str, Found]]:
+        """Return all files of each artifact, finished or not, by path below its fingerprint."""
+        if self.is_local:
+            return {item: self.files(self.path(*item)) for item in self._folders()}
+        listed: dict[Item, dict[str, Found]] = {}
+        for path, found in self.files(self.root).items():
+            stage, fingerprint, below = [*path.split("/", 2), "", ""][:3]
+            if below:
+                listed.setdefault((stage, fingerprint), {})[below] = found
+        return listed
 
     def _folders(self) -> list[Item]:
         """Return the folders of a local store's artifacts; a stage's folder may be a link to another disk."""
@@ -317,8 +120,7 @@ class Store(Storage):
                 return self.ask(lambda: [entry.name for entry in os.scandir(folder) if entry.is_dir()])
             return []
 
-        stages = [name for name in names(self.root) if name != LATEST]
-        return [(stage, name) for stage in stages for name in names(self.path(stage))]
+        return [(stage, name) for stage in names(self.root) if stage != LATEST for name in names(self.path(stage))]
 
     def show_latest(self, artifact: Artifact) -> Path | None:
         """Make `latest/STAGE` of a local store a link to an artifact's files, and return it; None where it cannot."""

@@ -62,8 +62,7 @@ def collect(
         raise UsageError(f"--keep-last counts results to keep, from 0, not {keep_last}")
     listed, now = _contents(store), time.time()
     if listed:
-        with contextlib.suppress(NanodlmError) if dry_run else contextlib.nullcontext():
-            now = store.now()  # ages are by the storage's own clock, whatever this machine's says
+        now = _now(store, listed, dry_run)
     there = dict(store.artifacts(item for item in sorted(listed) if listed[item].manifest))
     artifacts = {item: artifact for item, artifact in there.items() if isinstance(artifact, Artifact)}
     torn = {item: artifact for item, artifact in there.items() if isinstance(artifact, Damaged)}
@@ -88,7 +87,7 @@ def collect(
     oldest = -inf if older_than is None else now - older_than
     for item in sorted(listed.keys() - torn.keys() - building - read):
         contents = listed[item]
-        named = artifacts[item].attempts if item in kept else set()
+        named = {artifacts[item].manifest["attempt"], *artifacts[item].adopted.values()} if item in kept else set()
         gone = list(_abandoned(item[0], contents, named, now - grace, oldest))
         for attempt in gone:
             if not dry_run:
@@ -135,7 +134,7 @@ def remove(store: Store, item: Item, recursive: bool = False, dry_run: bool = Fa
         raise NanodlmError(
             f"{names}{' and others' * (len(doomed) > 5)} would lack it: --recursive removes them as well"
         )
-    building, read = _in_use(store, listed, store.now() - LEASE_GRACE)
+    building, read = _in_use(store, listed, _now(store, listed, dry_run) - LEASE_GRACE)
     if busy := sorted(doomed & (building | read)):
         raise NanodlmError(f"{store.uri(*busy[0])} is being built or read by a run: wait for it, or stop it first")
     for found in reversed(list(chain(store, *doomed))):
@@ -148,6 +147,15 @@ def remove(store: Store, item: Item, recursive: bool = False, dry_run: bool = Fa
             yield {"kind": "artifact", "uri": store.uri(*found), "bytes": size}
 
 
+def _now(store: Store, listed: dict[Item, Contents], dry_run: bool) -> float:
+    """Return the time by the storage's own clock, whatever this machine's says; at least, where no file fits in."""
+    try:
+        return store.now()
+    except NanodlmError:
+        times = (max(c.manifest, c.retired, c.lease, *map(c.changed, c.attempts)) for c in listed.values())
+        return time.time() if dry_run else max(times)
+
+
 def _in_use(store: Store, listed: dict[Item, Contents], since: float) -> tuple[set[Item], set[Item]]:
     """Return what is being built, by leases that were renewed since a time, and what is read for that."""
     building = {item for item, contents in listed.items() if contents.lease > since}
@@ -156,22 +164,21 @@ def _in_use(store: Store, listed: dict[Item, Contents], since: float) -> tuple[s
 
 
 def _contents(store: Store) -> dict[Item, Contents]:
-    listed: dict[Item, Contents] = defaultdict(Contents)
-    for path, found in store.listed().items():
-        stage, fingerprint, *rest = [*path.split("/", 2), ""][:3]
-        if not rest or not rest[0]:
-            continue
-        contents, below = listed[stage, fingerprint], rest[0]
-        if stage == PROBES or TEMPORARY.fullmatch(below.rpartition("/")[2]):
-            contents.temporary[below] = found
-        elif below in ("manifest.json", "retired.json", "lease.json"):
-            setattr(contents, below.removesuffix(".json"), found.changed)
-        elif below.startswith("attempts/") and below.count("/") > 1:
-            _, attempt, name = below.split("/", 2)
-            contents.attempts[attempt].append(found)
-            if name.startswith("parts/"):
-                contents.parts[attempt].add(name.removeprefix("parts/"))
-    return listed
+    contents: dict[Item, Contents] = {}
+    for item, files in store.listed().items():
+        shown = contents[item] = Contents()
+        for path, found in files.items():
+            name = path.rpartition("/")[2]
+            if item[0] == PROBES or TEMPORARY.fullmatch(name):
+                shown.temporary[path] = found
+            elif path in ("manifest.json", "retired.json", "lease.json"):
+                setattr(shown, path.removesuffix(".json"), found.changed)
+            elif path.startswith("attempts/") and path.count("/") > 1:
+                _, attempt, below = path.split("/", 2)
+                shown.attempts[attempt].append(found)
+                if below.startswith("parts/"):
+                    shown.parts[attempt].add(below.removeprefix("parts/"))
+    return contents
 
 
 def _results(artifacts: dict[Item, Artifact]) -> set[Item]:

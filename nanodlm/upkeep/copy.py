@@ -46,7 +46,7 @@ def _send(artifact: Artifact, target: Store, emit: Emit) -> Artifact:
     """Copy an artifact that the target does not hold; its lease there keeps a collection away meanwhile."""
     stage, fingerprint = artifact.stage, artifact.fingerprint
     copied = Artifact(target, stage, fingerprint, artifact.manifest)
-    lacking = copied.bad(deep=True)
+    lacking = copied.problems(deep=True)
     wanted = [file for file in artifact.files() if file["path"] in lacking]
     if wanted:
         folder = artifact.local(*(file["path"] for file in wanted))

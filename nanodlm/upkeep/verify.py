@@ -11,9 +11,9 @@ from nanodlm.stages.lookup import ready
 from nanodlm.stages.run import run_stage
 from nanodlm.stages.table import STAGES
 from nanodlm.store import Artifact, Item, Json, Store
-from nanodlm.store.disk import Found
 from nanodlm.store.retry import one_line
 
+MANY = 8  # artifacts, from which on a listing of the whole store is cheaper
 Chain = Mapping[Item, Artifact | Damaged | None]  # what is found of each, in order
 
 
@@ -59,29 +59,19 @@ def check(
     `repair` what is bad is built again beside it, from what is good, and takes its place when its bytes are equal.
     """
     found = artifacts if isinstance(artifacts, Mapping) else dict(store.artifacts(artifacts))
-    listings = {} if store.is_local else _listings(store)
+    listings = store.listed() if len(found) > MANY else {}
     for item, artifact in found.items():
         strays: list[str] = []
         if isinstance(artifact, Artifact):
-            listed = artifact.listed() if store.is_local else listings.get(item, {})
-            problems = [*artifact.problems(deep=deep, emit=emit, listed=listed), *_other_inputs(artifact, found)]
-            problems += artifact.lost_parts() if deep else []
+            listed = listings.get(item) or artifact.listed()
+            bad = artifact.damage(listed, emit) if deep else artifact.problems(listed=listed)
+            problems = [*(f"{path} {problem}" for path, problem in bad.items()), *_other_inputs(artifact, found)]
             strays = artifact.strays(listed)
         else:
             problems = [str(artifact) if artifact else "its manifest is missing"]
         obstacle = _repair(store, item, found, emit) if problems and repair else ""
         repaired = bool(problems) and repair and not obstacle
         yield Checked(*item, [*problems, *filter(None, [obstacle])], repaired, strays)
-
-
-def _listings(store: Store) -> dict[Item, dict[str, Found]]:
-    """Return what one listing shows of the attempts of each artifact, by path below their folder."""
-    listings: dict[Item, dict[str, Found]] = {}
-    for path, file in store.files(store.root).items():
-        stage, fingerprint, attempts, *rest = [*path.split("/", 3), "", ""]
-        if attempts == "attempts":
-            listings.setdefault((stage, fingerprint), {})[rest[0]] = file
-    return listings
 
 
 def _other_inputs(artifact: Artifact, found: Chain) -> Iterator[str]:

@@ -171,7 +171,7 @@ def test_a_rebuild_replaces_a_damaged_artifact(store: Store, source: Path) -> No
     Path(shard.remote("validation.arrayrecord")).write_bytes(b"short")
     rebuilt, _ = run.run_stage("shard", config, store, rebuild=True)
     assert rebuilt.digest == shard.digest
-    assert rebuilt.problems(deep=True) == []
+    assert rebuilt.problems(deep=True) == {}
     assert run.run_stage("shard", config, store)[1]["status"] == "cached"
 
 
@@ -199,7 +199,7 @@ def test_a_truncated_shard_is_refused_and_after_repair_only_it_is_made_again(sto
     assert repaired.digest == shard.digest
     after = {name: os.stat(repaired.remote(name)).st_ino for name in names}
     assert [name for name in names if after[name] != inodes[name]] == [names[2]]
-    assert repaired.problems(deep=True) == []
+    assert repaired.problems(deep=True) == {}
     assert run.run_stage("shard", config, store)[1]["status"] == "cached"
 
 

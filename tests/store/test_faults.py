@@ -158,7 +158,7 @@ def test_a_build_killed_at_any_moment_is_continued_to_the_same_digest(
     artifact, record = stages_run.run_stage("shard", config, store)
     assert record["status"] == "built"
     assert artifact.digest == the(Store(str(undisturbed))).digest
-    assert artifact.problems(deep=True) == []
+    assert artifact.problems(deep=True) == {}
     name = finished[0].split("/parts/")[1].removesuffix(".json")
     with new_attempt(store, "shard", artifact.fingerprint) as attempt:  # in a bucket it stays where it was made
         assert len(attempt.earlier[name]) == (2 if store.is_local else 1)
@@ -274,7 +274,7 @@ def test_a_wire_that_fails_loses_nothing_and_commits_once(
         artifact = committed(store, {f"{i:02d}": bytes([i]) * 100 for i in range(20)})
         found = store.open("shard/f0")
         assert found.manifest == artifact.manifest
-        assert found.problems(deep=True) == []
+        assert found.problems(deep=True) == {}
         assert len(list(found.local().iterdir())) == 20
     assert commits[0] == "unheard"
     assert len(commits) > 1  # the driver has asked again
@@ -300,7 +300,7 @@ def test_training_goes_on_while_its_checkpoint_cannot_be_published(monkeypatch: 
     fault = Fault("put_file", fail, "step_000004", times=99, until=lambda: len(failed_at) > 2 and failed_at[-1] > 5)
     with scripted(fault):
         run = nanodlm.train(config, "faulty://place", emit)
-        assert run.problems(deep=True) == []
+        assert run.problems(deep=True) == {}
         assert run.files("checkpoints/step_000004/")
     assert len(failed_at) >= 3
 
@@ -363,7 +363,7 @@ def test_a_full_remote_storage_ends_the_run_in_one_line(source: Path) -> None:
         assert "\n" not in str(caught.value)
         assert list(store) == []
         storage.script.clear()
-        assert stages_run.run_stage("download", tiny_config(source), store)[0].problems(deep=True) == []
+        assert stages_run.run_stage("download", tiny_config(source), store)[0].problems(deep=True) == {}
 
 
 def test_a_cache_that_cannot_be_written_is_one_line(
@@ -507,7 +507,7 @@ def test_of_ten_runs_at_once_one_builds_and_nine_find(source: Path, tmp_path: Pa
     said = together("build", str(tmp_path), 10, tiny_config(source).model_dump_json())
     assert said == ["built", *["cached"] * 9]
     assert len(list(tmp_path.glob("download/*/attempts/*"))) == 1
-    assert the(Store(str(tmp_path)), "download").problems(deep=True) == []
+    assert the(Store(str(tmp_path)), "download").problems(deep=True) == {}
     assert not list(tmp_path.glob("download/*/lease.json"))
 
 
@@ -519,7 +519,7 @@ def test_without_leases_there_is_one_manifest_and_files_never_mix(place: str) ->
     folder = artifact.local()
     assert (folder / "same.bin").read_bytes() == bytes([said[0]]) * 1000
     assert sorted(file["path"] for file in artifact.files()) == [f"only-{said[0]}.bin", "same.bin"]
-    assert artifact.problems(deep=True) == []
+    assert artifact.problems(deep=True) == {}
 
 
 @pytest.mark.parametrize("days", [-1, 1])

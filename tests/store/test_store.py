@@ -246,7 +246,7 @@ def test_a_file_that_the_disk_cannot_read_is_named_and_the_others_are_read(
         return sha256(self, path, size)
 
     monkeypatch.setattr(Store, "sha256", failing)
-    assert artifact.problems(deep=True) == ["a.bin cannot be read: Input/output error"]
+    assert artifact.problems(deep=True) == {"a.bin": "cannot be read: Input/output error"}
     assert len(seen) == len(FILES)
 
 
