@@ -36,7 +36,7 @@ MODELS = 4  # trained on each corpus
 COMMANDS = {
     "ls": ["ls"],
     "plan": ["plan", "demo", "--train.lr", "0.5"],  # the data are there; training is compared with all there are
-    "gc": ["gc", "--dry-run"],
+    "gc": ["gc", "--dry_run"],
     "verify": ["verify"],
 }
 CHECKPOINT = (
@@ -45,14 +45,12 @@ CHECKPOINT = (
     + [f"{state}/array_metadatas/process_0" for state in ("model_state", "optimizer_state")]
     + [f"{state}/ocdbt.process_0/d/{i:032x}" for state in ("model_state", "optimizer_state") for i in range(8)]
 )
+CHECKPOINTS = ("checkpoints/step_001000", "checkpoints/step_001200")
 # What each stage of the demo leaves: finished parts with their files, other files, and measurements that `ls` shows.
 PARTS = {
     "download": {name: [name] for name in (f"part-{i:05d}.parquet" for i in range(6))},
     "shard": {rows.name(i): [rows.name(i)] for i in range(6)},
-    "train": {
-        name: [f"{name}/{file}" for file in CHECKPOINT]
-        for name in ("checkpoints/step_001000", "checkpoints/step_001200")
-    },
+    "train": {name: [f"{name}/{file}" for file in CHECKPOINT] for name in CHECKPOINTS},
 }
 OTHERS = {
     "tokenizer": ["ranks.tiktoken", "tokenizer.json"],

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from math import inf
 
-from nanodlm.errors import Damaged, NanodlmError, UsageError
+from nanodlm.errors import FULL, Damaged, NanodlmError, UsageError
 from nanodlm.stages.table import STAGES
 from nanodlm.store import Artifact, Item, Json, Store
 from nanodlm.store.bucket import Bucket
@@ -151,7 +151,9 @@ def _now(store: Store, listed: dict[Item, Contents], dry_run: bool) -> float:
     """Return the time by the storage's own clock, whatever this machine's says; at least, where no file fits in."""
     try:
         return store.now()
-    except NanodlmError:
+    except NanodlmError as error:
+        if not dry_run and getattr(error.__cause__, "errno", None) not in FULL:
+            raise
         times = (max(c.manifest, c.retired, c.lease, *map(c.changed, c.attempts)) for c in listed.values())
         return time.time() if dry_run else max(times)
 

@@ -1,4 +1,7 @@
-"""The pipeline under random kills and faults ends with undisturbed bits: `pytest -m soak -n 0 -s tests/store`."""
+"""The pipeline under random kills and faults ends with undisturbed bits, on disk and on S3.
+
+SOAK_EVENTS=200 pytest -m soak -n 0 -s tests/store/test_soak.py -k s3       # or disk; half an hour
+"""
 
 import json
 import os
@@ -165,8 +168,8 @@ def target(
 
 
 @pytest.mark.slow
-def test_a_few_kills_and_damages_of_the_data_stages_change_no_bit(target: tuple[str, Wire], tmp_path: Path) -> None:
-    soak(target[0], tmp_path, 3, "shard", 3.0, target[1])
+def test_a_dozen_kills_and_damages_of_the_data_stages_change_no_bit(target: tuple[str, Wire], tmp_path: Path) -> None:
+    soak(target[0], tmp_path, 12, "shard", 3.0, target[1])
 
 
 @pytest.mark.soak
