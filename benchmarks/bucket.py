@@ -1,8 +1,9 @@
-"""Measure what a bucket costs: requests of a lookup and of a publication, and transfers beside plain fsspec's.
+"""Measure what a bucket costs: requests of a lookup and of a publication, and transfers beside a plain driver's.
 
     python -m benchmarks.bucket s3://bucket/prefix        # a minute or so; needs what reaches the bucket
 
-Everything lies below a folder of its own, `bench-…`, which is removed at the end.
+Everything lies below a folder of its own, `bench-…`, which is removed at the end. Requests are counted by a proxy, and
+only where the bucket's server is one that `$AWS_ENDPOINT_URL` or `$STORAGE_EMULATOR_HOST` names, as plain http.
 """
 
 import os
@@ -10,43 +11,34 @@ import secrets
 import shutil
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
+from unittest import mock
 
+import fsspec
 import tyro
 
+from benchmarks.wire import counted
 from nanodlm.errors import UsageError
-from nanodlm.store import SCHEMA, Store, new_attempt
-from nanodlm.store.cache import drop
+from nanodlm.store import SCHEMA, Store, cache, new_attempt
+from nanodlm.store.bucket import Bucket
+from nanodlm.store.files import REQUESTS
 
 IDENTITY = {"schema": SCHEMA, "stage": "bench", "version": 1, "parameters": {}, "inputs": {}}
-
-
-@contextmanager
-def counted(store: Store) -> Iterator[dict[str, int]]:
-    """Count the requests of a store's driver while this lasts, by the name of the operation; S3 and GCS only."""
-    counts: dict[str, int] = {}
-    name = {"s3": "_call_s3", "gs": "_call"}[store.uri().partition(":")[0]]
-    original = getattr(store.fs, name)
-
-    def call(operation: str, *args: Any, **kwargs: Any) -> Any:
-        counts[operation] = counts.get(operation, 0) + 1
-        return original(operation, *args, **kwargs)
-
-    setattr(store.fs, name, call)
-    try:
-        yield counts
-    finally:
-        delattr(store.fs, name)
 
 
 def bucket(
     url: Annotated[str, tyro.conf.Positional], files: int = 32, megabytes: float = 4.0, repeats: int = 6
 ) -> dict[str, Any]:
-    """Publish and stage artifacts of random bytes, in turn with plain recursive transfers of the same files.
+    """Publish and stage artifacts of random bytes, in turn with plain transfers of the same files.
+
+    Plain is obstore alone on S3, each file sent from disk and written to disk by a thread of its own, and no sha256;
+    elsewhere it is fsspec's recursive `put` and `get`.
 
     Args:
         url: A store on S3 or GCS.
@@ -56,7 +48,7 @@ def bucket(
 
     Returns:
         `requests_hit`, `requests_miss` (of looking one stage up) and `requests_publish` (of an artifact with so many
-        files, without its lease), by operation; `publish_mb_per_second`, `stage_mb_per_second`, the same for
+        files, without its lease), by method; `publish_mb_per_second`, `stage_mb_per_second`, the same for
         `plain_put` and `plain_get`; and `publish_ratio`, `stage_ratio`, ours over plain.
 
     Raises:
@@ -66,42 +58,40 @@ def bucket(
         raise UsageError("a store on local disk is used in place, nothing is transferred: name a bucket")
     store = Store(Store(url).uri(f"bench-{secrets.token_hex(4)}"))
     seconds: dict[str, list[float]] = {"publish": [], "plain_put": [], "stage": [], "plain_get": []}
-    requests: dict[str, dict[str, int]] = {}
     with tempfile.TemporaryDirectory() as scratch:
         source, target = Path(scratch) / "source", Path(scratch) / "plain"
         source.mkdir()
         for i in range(files):
             (source / f"file-{i:04d}").write_bytes(os.urandom(int(megabytes * 1e6)))
+        put, get = _plain(store, source, target)
 
         def publish(fingerprint: str) -> float:
             with new_attempt(store, "bench", fingerprint) as attempt:
-                for path in source.iterdir():
-                    shutil.copy(path, attempt.path)
-                with counted(store) as requests["requests_publish"]:
-                    return _seconds(lambda: attempt.commit(identity=IDENTITY, metrics={}))
-
-        def plain_put(fingerprint: str) -> float:
-            return _seconds(lambda: store.fs.put(f"{source}/", store.path(f"plain-{fingerprint}/"), recursive=True))
+                shutil.copytree(source, attempt.path, dirs_exist_ok=True)
+                return _seconds(lambda: attempt.commit(identity=IDENTITY, metrics={}))
 
         def stage(fingerprint: str) -> float:
-            with counted(store) as requests["requests_hit"]:
-                (found := store.open(store.uri("bench", fingerprint))).check()
+            (found := store.open(store.uri("bench", fingerprint))).check()
             taken = _seconds(found.local)
-            drop(f"bench-{fingerprint}-{found.manifest['attempt']}")
+            shutil.rmtree(cache.cache_dir())
             return taken
 
+        def plain_put(fingerprint: str) -> float:
+            return _seconds(lambda: put(fingerprint))
+
         def plain_get(fingerprint: str) -> float:
-            taken = _seconds(lambda: store.fs.get(store.path(f"plain-{fingerprint}/"), f"{target}/", recursive=True))
+            target.mkdir()
+            taken = _seconds(lambda: get(fingerprint))
             shutil.rmtree(target)
             return taken
 
         try:
-            with counted(store) as requests["requests_miss"]:
-                store.find("bench", "none")
-            for repeat in range(repeats + 1):  # the first opens connections, and is not counted
-                for pair in ((publish, plain_put), (stage, plain_get)):
-                    for call in pair[:: 1 if repeat % 2 else -1]:  # the second finds the server busy with the first
-                        seconds[call.__name__].append(call(f"{repeat:016x}"))
+            with mock.patch.dict(os.environ, NANODLM_CACHE=str(Path(scratch) / "cache")):
+                for repeat in range(repeats + 1):  # the first opens connections, and is not counted
+                    for pair in ((publish, plain_put), (stage, plain_get)):
+                        for call in pair[:: 1 if repeat % 2 else -1]:  # the second finds the server busy with the first
+                            seconds[call.__name__].append(call(f"{repeat:016x}"))
+                requests = _requests(store, source)
         finally:
             store.remove_folder(store.root)
     speeds = {name: files * megabytes / median(taken[1:]) for name, taken in seconds.items()}
@@ -114,6 +104,55 @@ def bucket(
     for name, value in result.items():
         print(f"{name:<25} {value}")
     return result
+
+
+def _plain(store: Store, source: Path, target: Path) -> tuple[Callable[[str], Any], Callable[[str], Any]]:
+    """Return what sends the files of a folder, and what fetches them to another, by a driver alone."""
+    if not isinstance(store.driver, Bucket):
+        fs = store.driver.fs  # type: ignore[union-attr]
+        return (
+            lambda name: fs.put(f"{source}/", store.path(f"plain-{name}/"), recursive=True),
+            lambda name: fs.get(store.path(f"plain-{name}/"), f"{target}/", recursive=True),
+        )
+    plain, below = store.driver.store, store.root.partition("/")[2]
+
+    def get(key: str, path: Path) -> None:
+        with path.open("wb") as file:
+            for piece in plain.get(key).stream():
+                file.write(piece)
+
+    def each(call: Callable[[str, Path], Any], name: str, folder: Path) -> None:
+        with ThreadPoolExecutor(REQUESTS) as pool:
+            list(pool.map(lambda path: call(f"{below}/plain-{name}/{path.name}", folder / path.name), source.iterdir()))
+
+    return lambda name: each(plain.put, name, source), lambda name: each(get, name, target)
+
+
+def _requests(store: Store, source: Path) -> dict[str, dict[str, int]]:
+    """Count the requests of a publication, and of lookups of what is there and of what is not."""
+    found = {}
+    with _through_a_proxy(store.uri()) as (there, counts):
+        for name in ("requests_publish", "requests_hit", "requests_miss"):
+            if name == "requests_publish":
+                with new_attempt(there, "bench", "counted") as attempt:
+                    shutil.copytree(source, attempt.path, dirs_exist_ok=True)
+                    counts.clear()
+                    attempt.commit(identity=IDENTITY, metrics={})
+            elif name == "requests_hit":
+                there.open(there.uri("bench", "counted")).check()
+            else:
+                there.find("bench", "none")
+            found[name] = dict(counts)
+            counts.clear()
+    return found
+
+
+@contextmanager
+def _through_a_proxy(url: str) -> Iterator[tuple[Store, Counter[str]]]:
+    with counted() as (variables, counts), mock.patch.dict(os.environ, variables):
+        if url.startswith("gs://"):  # whose driver keeps its connections
+            fsspec.get_filesystem_class("gs").clear_instance_cache()
+        yield Store(url), counts
 
 
 def _seconds(call: Callable[[], Any]) -> float:

@@ -102,9 +102,9 @@ class Bucket:
 
     def uploads(self, folder: str) -> Iterator[tuple[str, float, Callable[[], Any]]]:
         """Yield uploads in several parts below a folder that nobody finished: path, Unix time, and what ends them."""
-        import boto3  # obstore does not list them
+        from botocore.session import get_session  # obstore does not list them
 
-        client = boto3.client("s3")
+        client = get_session().create_client("s3")
         below = f"{self._key(folder)}/".lstrip("/")
         with contextlib.suppress(client.exceptions.NoSuchBucket):
             for page in client.get_paginator("list_multipart_uploads").paginate(Bucket=self.name, Prefix=below):
@@ -125,11 +125,13 @@ def _connect(name: str, *environ: tuple[str, str]) -> Any:
         "retry_config": RETRIES,
         "client_options": {**REQUEST, "allow_http": endpoint.startswith("http://")},
     }
-    if "AWS_PROFILE" in said:  # which obstore does not know
-        from boto3 import Session
+    file = Path(said.get("AWS_SHARED_CREDENTIALS_FILE", "~/.aws/credentials"))
+    if "AWS_PROFILE" in said or ("AWS_ACCESS_KEY_ID" not in said and os.path.exists(os.path.expanduser(file))):
+        # Neither of which obstore knows.
+        from botocore.session import get_session
         from obstore.auth.boto3 import Boto3CredentialProvider
 
-        options["credential_provider"] = Boto3CredentialProvider(Session())
+        options["credential_provider"] = Boto3CredentialProvider(get_session())
     return S3Store(name, **options)
 
 
