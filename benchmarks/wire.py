@@ -34,15 +34,20 @@ def counted() -> Iterator[tuple[dict[str, str], Counter[str]]]:
                 passed_on.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 answers = threading.Thread(target=_pass_answers, args=(passed_on, self.connection), daemon=True)
                 answers.start()
-                while head := list(iter(self.rfile.readline, b"\r\n")):
-                    if not head[-1].endswith(b"\n"):  # the client has gone
-                        break
+                while head := self._read_head():
                     with lock:
                         counts[_kind(head[0].decode())] += 1
                     passed_on.sendall(b"".join(head) + b"\r\n")
                     self._pass_body(head, passed_on)
                 passed_on.shutdown(socket.SHUT_WR)
                 answers.join()
+
+        def _read_head(self) -> list[bytes]:
+            """Return the lines of a request up to its empty one; none when the client has gone."""
+            head = []
+            while (line := self.rfile.readline()) not in (b"\r\n", b""):
+                head.append(line)
+            return head if line else []
 
         def _pass_body(self, head: list[bytes], passed_on: socket.socket) -> None:
             fields = dict(line.lower().split(b":", 1) for line in head[1:])
