@@ -77,6 +77,8 @@ def _build_or_find(
     shown, started = watcher(), time.monotonic()
     lookup = ready(name, config, store, rebuild=rebuild == name, inputs=inputs)
     again = lookup.is_again(rebuild)
+    if lookup.note:
+        shown.emit("message", text=lookup.note)
     if lookup.artifact and not again:
         found = record(lookup.artifact, "cached", time.monotonic() - started)
         shown.done(lookup.artifact, found)

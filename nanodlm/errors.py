@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
+from urllib.parse import unquote
 
 Emit = Callable[..., None]  # called as emit(kind, **fields), such as `message` with `text`
 
@@ -18,21 +19,41 @@ def silent(kind: str, **fields: Any) -> None:
     """Tell nobody of an event."""
 
 
-# In names of what holds a secret: environment variables, and what follows `?` in an address.
-SECRETS = re.compile("token|secret|key|passw|webhook|auth(?!or)|credential|signature|^sig$", re.IGNORECASE)
+# In names of what holds a secret: environment variables, and what follows `?`, `;` or `#` in an address.
+SECRETS = re.compile(
+    r"secret|pass(w|phrase|code)|credential|signature|webhook|bearer|jwt|hmac|saml|sess(ion)?_?id"
+    r"|token(?!i[sz])|auth(?!or(?!i[sz]))|pwd(?![a-z])|(access|security)_?code"
+    r"|(?<!mon)(?<!don)(?<!tur)(?<!hoc)(?<!joc)key(?!word|board|note|stone|frame|point|map)"
+    r"|(?<![a-z])(db|user)?pass(?![a-z])|(?<![a-z])(sas|sig|otp)(?![a-z])|^(code|session|sid|cookie|ticket)$",
+    re.IGNORECASE,
+)
+NAMED = re.compile(r"([?&;#])([^=?&;#\s]+)=([^&\s'\"]+)")  # such as `?part=1` in an address
+
+
+def is_secret(name: str) -> bool:
+    """Say if something of this name, which may be written together or quoted, is a secret.
+
+    >>> [name for name in ("api_key", "dbPass", "%6Awt", "author", "keyword", "passage", "encode") if is_secret(name)]
+    ['api_key', 'dbPass', '%6Awt']
+    """
+    return bool(SECRETS.search(re.sub("(?<=[a-z0-9])(?=[A-Z])", "_", unquote(name))))
 
 
 def redact(text: str) -> str:
     """Return a text without the secrets of the environment, and without those in addresses that it names.
 
-    >>> redact("cannot reach http://me:mine@proxy:80/x?token=abc&part=1")
-    'cannot reach http://***@proxy:80/x?token=***&part=1'
+    >>> redact("cannot reach http://me:mine@proxy:80/x?token=abc&part=1#jwt=abc")
+    'cannot reach http://***@proxy:80/x?token=***&part=1#jwt=***'
     """
     for name, value in os.environ.items():
-        if len(value) >= 8 and SECRETS.search(name) and not value.startswith(("/", "~")):  # a path is no secret
+        if len(value) >= 8 and is_secret(name) and not value.startswith(("/", "~")):  # a path is no secret
             text = text.replace(value, "***")
-    text = re.sub(r"(?<=://)[^/\s]*@", "***@", text)
-    return re.sub(r"([?&])([^=&\s]+)=[^&\s'\"]+", lambda m: f"{m[1]}{m[2]}=***" if SECRETS.search(m[2]) else m[0], text)
+
+    def hide(found: re.Match[str]) -> str:
+        mark, name, value = found.groups()  # a value that is none may hold further names, behind a `#`
+        return f"{mark}{name}={'***' if is_secret(name) else NAMED.sub(hide, value)}"
+
+    return NAMED.sub(hide, re.sub(r"(?<=://)[^/\s]*@", "***@", text))
 
 
 class NanodlmError(Exception):
@@ -49,6 +70,10 @@ class UsageError(NanodlmError):
     """A bad flag, preset or setting; the command line exits with 2."""
 
     exit_code = 2
+
+
+class SourceGone(NanodlmError):
+    """None of a source's files is there; the store may hold what was downloaded from them."""
 
 
 class Damaged(NanodlmError):

@@ -51,6 +51,9 @@ def run(
     table.check(config, [found.stage.name for found in lookups if not found.artifact or found.is_again(rebuild)])
     if not again and len(artifacts) == len(lookups):
         records = [record(artifact, "cached", 0.0) for artifact in artifacts]
+        for lookup in lookups:
+            if lookup.note:
+                out.emit("message", text=lookup.note)
         for artifact, done in zip(artifacts, records, strict=True):
             out.done(artifact, done)
     elif store.uri().startswith("memory:"):  # which no other process could see, an orchestrator's neither
@@ -108,7 +111,7 @@ def plan(
     for lookup in look_up(config, store, until, rebuild):
         stage, fingerprint, changed = lookup.stage.name, lookup.fingerprint or None, lookup.changed
         action = "reuse" if lookup.artifact and not lookup.is_again(rebuild) else "build"
-        reason = remark(changed) if lookup.artifact else why(lookup, store)
+        reason = "; ".join(filter(None, [lookup.note, remark(changed)])) if lookup.artifact else why(lookup, store)
         reason = "asked for" if stage == rebuild else reason
         rows.append({"stage": stage, "action": action, "fingerprint": fingerprint, "why": reason, "changed": changed})
         out.text(f"{stage:<10} {action:<6} {(fingerprint or '')[:12]:<12}  {reason}".rstrip())

@@ -2,11 +2,10 @@
 
 import re
 from typing import Annotated, NamedTuple
-from urllib.parse import parse_qsl
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from nanodlm.errors import SECRETS, UsageError
+from nanodlm.errors import UsageError, is_secret
 
 
 def refuse_secrets(url: str) -> str:
@@ -23,7 +22,7 @@ def refuse_secrets(url: str) -> str:
         if not has_host:
             continue
         host = re.split("[/?#]", rest)[0]
-        named = [name for name, _ in parse_qsl(rest.partition("?")[2]) if SECRETS.search(name)]
+        named = [name for name in re.findall("[?&;#]([^=?&;#]+)=[^&;#]", rest) if is_secret(name)]
         port = host.rpartition(":")[2]
         user = "@" in host or (":" in host and not port.isdecimal() and "@" in rest)  # a password may hold a slash
         if user or named:
@@ -37,6 +36,16 @@ Url = Annotated[str, AfterValidator(refuse_secrets)]
 # The pattern lets a server refuse credentials in a form, before it keeps them. Here they are refused before that, by an
 # error which pydantic passes on as it is: of its own, a flow's log would quote them.
 StoreUrl = Annotated[str, Field(min_length=1, pattern=r"^[^@?*\[\]]*$"), BeforeValidator(refuse_secrets)]
+
+
+def single_slashes(address: str) -> str:
+    """Return the one spelling of an address: repeated slashes mean what one does, but for those of its `://`.
+
+    >>> single_slashes("s3://bucket//runs///x"), single_slashes("file:///data//x")
+    ('s3://bucket/runs/x', 'file:///data/x')
+    """
+    scheme, mark, path = address.rpartition("://")
+    return scheme + mark + re.sub("/+", "/", path)
 
 
 class Address(NamedTuple):
@@ -62,7 +71,7 @@ def parse_address(address: str) -> Address:
     >>> parse_address("train/3f2a/checkpoints/step_100")[1:]
     ('', 'train', '3f2a', 100)
     """
-    folder = refuse_secrets(address).rstrip("/").removesuffix("/manifest.json")
+    folder = single_slashes(refuse_secrets(address)).rstrip("/").removesuffix("/manifest.json")
     named = re.fullmatch(r"(?:(.*)/)?step_([0-9]+)", folder)
     if named:
         folder = re.sub("(^|/)checkpoints$", "", named[1] or ".") or "."

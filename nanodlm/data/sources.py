@@ -1,10 +1,11 @@
 """Where documents come from: the built-in corpus, files of any kind on any fsspec URL, or the hub."""
 
+import contextlib
 import hashlib
 import os
 import re
+import time
 from collections.abc import Iterator
-from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
@@ -12,14 +13,19 @@ from typing import Any, cast
 import fsspec
 import pyarrow as pa
 from fsspec.implementations.local import LocalFileSystem
+from pydantic import TypeAdapter
 
 from nanodlm.config import DataConfig
-from nanodlm.errors import NanodlmError
-from nanodlm.store.disk import sha256_of
+from nanodlm.errors import NanodlmError, SourceGone
+from nanodlm.store.cache import cache_dir
+from nanodlm.store.disk import sha256_of, write_whole
 
 READERS = {".txt": "text", ".md": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 HUB_SUFFIXES = (".txt", ".jsonl", ".parquet")  # on the hub, .md and .json files describe a data set
 BATCH = 100  # documents read at a time; parts end between batches
+SETTLED_SECONDS = 2.0  # after which a further change of a file is sure to give it another time
+Hashed = tuple[int, int, int, int, str]  # a file's size, times of change of content and of anything, inode; its sha256
+MEMORY = TypeAdapter(dict[str, Hashed])  # by path: what `sources.json` in the cache holds
 
 
 def source_files(data: DataConfig, adopted: list[str] | None = None) -> list[str]:
@@ -53,6 +59,7 @@ def is_text(path: str) -> bool:
 def _matching(patterns: list[str], *, may_be_empty: bool = False, named: str = "--data.source") -> list[str]:
     """List the URLs of the files that paths, globs and folders name, sorted; `named` is where they were given."""
     files: set[str] = set()
+    empty: list[str] = []
     for pattern in patterns:
         try:
             found = [f.full_name for f in fsspec.open_files(pattern, "rb")]
@@ -62,9 +69,11 @@ def _matching(patterns: list[str], *, may_be_empty: bool = False, named: str = "
                 urls = [fs.unstrip_protocol(file) for file in fs.find(path) if is_text(file.removeprefix(path))]
         except (OSError, ValueError, ImportError) as error:
             raise NanodlmError(f"cannot list {pattern}: {error}") from error
-        if not urls and not may_be_empty:
-            raise NanodlmError(f"no file matches {pattern!r}: check {named} (folders give .txt, .md, .jsonl, .parquet)")
+        empty += [] if urls else [pattern]
         files.update(urls)
+    if empty and not may_be_empty:
+        kind = NanodlmError if files else SourceGone  # a source that is partly gone is another
+        raise kind(f"no file matches {empty[0]!r}: check {named} (folders give .txt, .md, .jsonl, .parquet)")
     for file in files:
         if Path(file).suffix not in READERS:
             raise NanodlmError(f"cannot read {file}: files must end in {', '.join(READERS)}")
@@ -79,16 +88,29 @@ def identity(data: DataConfig, adopted: list[str] | None = None) -> dict[str, An
     files = source_files(data, adopted)
     if any(READERS[Path(f).suffix] == "text" for f in files):
         fields["sample_by"] = data.sample_by
-    return {**fields, "files": [[Path(f).suffix, _content(f)] for f in files]}
+    known = _remembered()
+    new: dict[str, Hashed] = {}
+    contents = [[Path(f).suffix, _content(f, known, new)] for f in files]
+    if new:
+        _remember(new)
+    return {**fields, "files": contents}
 
 
-def _content(url: str) -> str:
-    """Return what tells a file's content from another's: sha256, or of a remote file its server's checksum."""
+def _content(url: str, known: dict[str, Hashed], new: dict[str, Hashed]) -> str:
+    """Return what tells a file's content from another's: sha256, or of a remote file its server's checksum.
+
+    A local file that is as it was when it was `known` is not read; one that is read is added to what is `new`.
+    """
     fs, path = fsspec.url_to_fs(url, use_listings_cache=False)
     try:
         if isinstance(fs, LocalFileSystem):
-            status = os.stat(path)
-            return _sha256(path, status.st_size, status.st_mtime_ns)
+            before = _state(path)
+            if path in known and known[path][:-1] == before:
+                return known[path][-1]
+            sha256, now = sha256_of(Path(path)), time.time()
+            if _state(path) == before and now - max(before[1:3]) / 1e9 >= SETTLED_SECONDS:
+                new[path] = (*before, sha256)
+            return sha256
         info = fs.info(path)
         for name in ("ETag", "md5Hash", "content_md5", "crc32c"):
             if info.get(name):
@@ -99,10 +121,24 @@ def _content(url: str) -> str:
         raise NanodlmError(f"cannot read {url}: {error.strerror or error}") from error
 
 
-@lru_cache(maxsize=100_000)
-def _sha256(path: str, _size: int, _changed: int) -> str:
-    """Return the sha256 of a local file, which is read again only when its size or time of change differ."""
-    return sha256_of(Path(path))
+def _state(path: str) -> tuple[int, int, int, int]:
+    """Return what changes whenever a local file does; its second time cannot be set back."""
+    status = os.stat(path)
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
+
+
+def _remembered() -> dict[str, Hashed]:
+    """Return what is known of files that were hashed before; nothing where the cache cannot be read."""
+    with contextlib.suppress(OSError, ValueError):
+        return MEMORY.validate_json((cache_dir() / "sources.json").read_bytes())
+    return {}
+
+
+def _remember(new: dict[str, Hashed]) -> None:
+    """Add to what is known of files, and forget those that are gone; a cache that cannot be written is no error."""
+    known = {path: hashed for path, hashed in _remembered().items() if os.path.exists(path)}
+    with contextlib.suppress(OSError, ValueError):
+        write_whole(cache_dir() / "sources.json", MEMORY.dump_json(known | new))
 
 
 def _snapshot(data: DataConfig) -> Path:

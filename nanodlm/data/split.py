@@ -22,7 +22,7 @@ from nanodlm.data import download
 from nanodlm.data.rows import dtype_for
 from nanodlm.data.sources import READERS, source_files
 from nanodlm.data.tokenizer import gpt2, load, plain_bytes, save, token_bytes, tokenise, train_bpe
-from nanodlm.errors import Emit, NanodlmError
+from nanodlm.errors import Emit, NanodlmError, SourceGone
 from nanodlm.store import Artifact, Attempt
 
 MAX_BPE_BYTES = 200_000_000
@@ -40,11 +40,15 @@ def tokens_by_hash(data: DataConfig, corpus: Artifact) -> int | None:
 
 
 def check_size(data: DataConfig) -> None:
-    """Refuse files that are not there, and more validation tokens than local ones can give: each has at least one byte.
+    """Refuse more validation tokens than local files can give: each has at least one byte.
 
-    Of parquet files, which are compressed, and of those elsewhere no more is known before they are read.
+    Of parquet files, which are compressed, and of those elsewhere no more is known before they are read. Files that
+    are gone may have been downloaded before, as looking that up tells.
     """
-    files = [] if data.revision else source_files(data)
+    try:
+        files = [] if data.revision else source_files(data)
+    except SourceGone:
+        return
     known = all(url.startswith("file://") and not url.endswith(".parquet") for url in files)
     if data.val_tokens is None or not files or not known:
         return

@@ -1,8 +1,13 @@
-"""The report: one HTML page and one Markdown file with a run's numbers, its loss curve and its samples."""
+"""The report: one HTML page and one Markdown file with a run's numbers, its loss curve and its samples.
+
+What equal runs have in common lies in `results.json`, which alone makes the report's digest. The pages show speeds,
+devices and the curve of the logs besides, which are no part of what a run is.
+"""
 
 import base64
 import html
 import json
+import re
 from typing import Any
 
 from nanodlm.config import Config
@@ -10,6 +15,9 @@ from nanodlm.data.tokenizer import END_OF_TEXT
 from nanodlm.errors import Emit
 from nanodlm.store import Artifact, Attempt
 
+RESULTS = ("updates", "trained_tokens", "parameters", "parameters_sha256")  # of training, that depend on no machine
+# What Markdown takes for markup: marks anywhere, addresses, which become links, and how lists and lines begin.
+MARKUP = re.compile(r"[\\`*_{}\[\]<>&|~$#@]|:(?=//)|(?<=www)\.|^[-+=]|^\d(?=\d*[.)](\s|$))", re.IGNORECASE)
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 52rem; margin: 2rem auto; padding: 0 1rem; color: #1c2430 }
 table { border-collapse: collapse; margin: 1rem 0 } th { white-space: nowrap; vertical-align: top }
@@ -20,7 +28,7 @@ border-left: 3px solid #3b73c4; white-space: pre-wrap } svg { width: 100%; heigh
 
 
 def build(config: Config, inputs: dict[str, Artifact], attempt: Attempt, emit: Emit) -> dict[str, Any]:
-    """Gather the results of train, evaluate and sample into `report.html` and `report.md`."""
+    """Gather the results of train, evaluate and sample into `results.json`, `report.html` and `report.md`."""
     train, evaluate, sample = (inputs[name] for name in ("train", "evaluate", "sample"))
     m, t = evaluate.metrics, train.metrics
     by_document, unigram = m["val_stderr_over"] == "documents", m["val_unigram_bits_per_byte"]
@@ -36,10 +44,13 @@ def build(config: Config, inputs: dict[str, Artifact], attempt: Attempt, emit: E
         ("trained on", f"{t['trained_tokens']:,} tokens in {t['updates']:,} updates"),
         ("speed", f"{t['train_tokens_per_second']:,.0f} tokens/s on {t['devices']} {t['device']}"),
         ("parameters", f"{t['parameters']:,}, sha256 {t['parameters_sha256'][:16]}…"),
-        *((name, artifact.fingerprint) for name, artifact in inputs.items()),
+        *((artifact.stage, artifact.fingerprint) for artifact in (train, evaluate, sample)),
     ]
     texts = texts_of(sample)
     title = config.exp.run_name or "nanodlm"
+    results = {"run_name": config.exp.run_name, "train": {name: t[name] for name in RESULTS}, "evaluate": m}
+    results |= {"samples": texts, "made_from": {name: artifact.digest for name, artifact in inputs.items()}}
+    (attempt.path / "results.json").write_text(json.dumps(results, indent=1, sort_keys=True))
     curve = loss_curve(logs_of(train), m["val_unigram_nats_per_token"])
     page = [
         f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title><style>{STYLE}</style>",
@@ -52,10 +63,20 @@ def build(config: Config, inputs: dict[str, Artifact], attempt: Attempt, emit: E
         "</html>\n",
     ]
     (attempt.path / "report.html").write_text("\n".join(page))
-    lines = [f"# {title}", "", "| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows), ""]
-    quoted = ("\n".join("> " + line for line in text.splitlines()) + "\n" for text in texts)
+    lines = [f"# {as_text(title)}", "", "| | |", "|---|---|"]
+    lines += [*(f"| {name} | {as_text(value)} |" for name, value in rows), ""]
+    quoted = ("\n".join("> " + as_text(line) for line in text.splitlines()) + "\n" for text in texts)
     (attempt.path / "report.md").write_text("\n".join([*lines, "## Samples", "", *quoted]))
     return {"below_unigram_percent": round(100 * (1 - m["val_bits_per_byte"] / m["val_unigram_bits_per_byte"]), 2)}
+
+
+def as_text(line: str) -> str:
+    """Return a line of Markdown that shows these words, whatever is in them: no markup, no HTML and no links.
+
+    >>> as_text("# <b> of 0.5")
+    '&#35; &#60;b&#62; of 0.5'
+    """
+    return MARKUP.sub(lambda found: f"&#{ord(found[0])};", " ".join(line.split()))
 
 
 def against_unigram(metrics: dict[str, Any]) -> str:

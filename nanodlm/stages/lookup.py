@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from nanodlm.config import Config, differences
-from nanodlm.errors import Damaged, NanodlmError
+from nanodlm.errors import Damaged, NanodlmError, SourceGone
 from nanodlm.stages.table import NAMES, STAGES, Stage
-from nanodlm.store import SCHEMA, Artifact, Store, changed_since, fingerprint_of
+from nanodlm.store import SCHEMA, Artifact, Json, Store, changed_since, fingerprint_of
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,7 @@ class Lookup:
     fingerprint: str
     artifact: Artifact | None = None
     lacking: tuple[str, ...] = ()  # stages that are not built: there is no fingerprint without them
+    note: str = ""  # what people should know of how it was found
 
     @property
     def input_fingerprints(self) -> dict[str, str]:
@@ -63,6 +64,47 @@ def identify(stage: Stage, config: Config, inputs: dict[str, Artifact]) -> Looku
     return Lookup(stage, inputs, identity, fingerprint_of(identity))
 
 
+def _find(stage: Stage, config: Config, inputs: dict[str, Artifact], store: Store, rebuild: bool) -> Lookup:
+    """Look up one stage; a download whose source is gone is the one that was made of it, unless it is to be rebuilt."""
+    try:
+        lookup = identify(stage, config, inputs)
+    except SourceGone as gone:
+        if rebuild or not store.asked:
+            raise
+        lookup = _downloaded_before(stage, config, store, gone)
+    return lookup.find_in(store, may_be_damaged=rebuild)
+
+
+def _downloaded_before(stage: Stage, config: Config, store: Store, gone: SourceGone) -> Lookup:
+    """Return the lookup of the one download that a store holds of a source whose files are gone."""
+    found: dict[str, Artifact] = {}  # by digest: the same documents may have come from files of several kinds
+    for name, fingerprint in store:
+        with contextlib.suppress(Damaged):
+            if name == stage.name and (artifact := store.find(name, fingerprint)):
+                has, wanted = _without_files(artifact.manifest, config)
+                if has == wanted:
+                    found[artifact.digest] = artifact
+    if not found:
+        raise gone
+    files = f"the files of {', '.join(config.data.source)} are gone"
+    names = " and ".join(artifact.name for artifact in found.values())
+    if len(found) > 1:
+        remedy = "remove with `nanodlm rm` those that are not meant, or bring the files back"
+        raise SourceGone(f"{files}, and of different ones {names} were made: {remedy}") from gone
+    (artifact,) = found.values()
+    identity = {k: artifact.manifest[k] for k in ("schema", "stage", "version", "parameters", "inputs")}
+    note = f"{files}: {names} is used, which was made of them on {artifact.manifest['created'][:10]}"
+    return Lookup(stage, {}, identity, artifact.fingerprint, note=note)
+
+
+def _without_files(made: Json, config: Config) -> tuple[Json, Json]:
+    """Return what tells a download from others but for the files' content, as it was made and as is wanted now."""
+    source = ((made.get("config") or {}).get("data") or {}).get("source")
+    has = {**made["parameters"], "source": source, "version": made["version"], "schema": made["schema"]}
+    now = {"version": STAGES["download"].version, "schema": SCHEMA}
+    return has, {**has, **config.data.model_dump(mode="json", include=set(has)), **now}
+
+
 def look_up(config: Config, store: Store, until: str = "report", rebuild: str | None = None) -> Iterator[Lookup]:
     """Look up every stage up to `until`, in order; that of `rebuild` may be damaged."""
     found: dict[str, Artifact] = {}
@@ -71,8 +113,7 @@ def look_up(config: Config, store: Store, until: str = "report", rebuild: str | 
         if lacking := tuple(name for name in NAMES if name in needed and name not in found):
             yield Lookup(stage, {}, {}, "", lacking=lacking)
         else:
-            lookup = identify(stage, config, {name: found[name] for name in needed})
-            lookup = lookup.find_in(store, may_be_damaged=stage.name == rebuild)
+            lookup = _find(stage, config, {name: found[name] for name in needed}, store, stage.name == rebuild)
             if lookup.artifact:
                 found[stage.name] = lookup.artifact
             yield lookup
@@ -85,12 +126,12 @@ def ready(
 ) -> Lookup:
     """Look up one stage, whose inputs have to be there; where they are not given, from the source on."""
     if inputs is not None:
-        return identify(STAGES[name], config, inputs).find_in(store, may_be_damaged=rebuild)
-    *_, last = look_up(config, store, STAGES[name].name, name if rebuild else None)
+        return _find(STAGES[name], config, inputs, store, rebuild)
+    *before, last = look_up(config, store, STAGES[name].name, name if rebuild else None)
     if last.lacking:
         needs = f"{name} needs {' and '.join(last.lacking)}, which {store.uri()} does not hold for this configuration"
         raise NanodlmError(f"{needs}: run `nanodlm run --until {last.lacking[-1]}` with the same flags first")
-    return last
+    return replace(last, note=" ".join(lookup.note for lookup in (*before, last) if lookup.note))
 
 
 def comparable(identity: dict[str, Any]) -> dict[str, Any]:
@@ -123,7 +164,10 @@ def explain(artifact: Artifact, config: Config) -> Iterator[str]:
     """Yield, as `train: train.lr: 0.001 -> 0.002`, why an artifact or one it was made from would not be reused."""
     stage, made = STAGES[artifact.stage], artifact.manifest
     has = {**made["parameters"], "version": made["version"], "schema": made["schema"]}
-    wanted = {**stage.parameters(config), "version": stage.version, "schema": SCHEMA}
+    try:
+        wanted = {**stage.parameters(config), "version": stage.version, "schema": SCHEMA}
+    except SourceGone:
+        has, wanted = _without_files(made, config)
     for field, values in differences(has, wanted).items():
         yield f"{stage.name}: {field}: {values}"
     names = stage.inputs(config)

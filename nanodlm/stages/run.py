@@ -37,6 +37,8 @@ def run_stage(
     started = time.monotonic()
     store.emit = emit
     lookup = ready(name, config, store, rebuild=rebuild) if inputs is None else identify(STAGES[name], config, inputs)
+    if lookup.note:
+        emit("message", text=lookup.note)
     if lookup.artifact and not rebuild:
         artifact, built = lookup.artifact, False
     elif helping:
@@ -140,10 +142,12 @@ def train(config: Config, store: str | None = None, emit: Emit = silent) -> Arti
     found: dict[str, Artifact] = {}
     for name in until("train"):
         inputs = {needed: found[needed] for needed in STAGES[name].inputs(config)}
-        existing = ready(name, config, opened, inputs=inputs).artifact
-        if existing is None:
+        lookup = ready(name, config, opened, inputs=inputs)
+        if lookup.note:
+            emit("message", text=lookup.note)
+        if lookup.artifact is None:
             check(config, until("train"))
-        found[name] = existing or run_stage(name, config, opened, inputs=inputs, emit=emit)[0]
+        found[name] = lookup.artifact or run_stage(name, config, opened, inputs=inputs, emit=emit)[0]
     return found["train"]
 
 

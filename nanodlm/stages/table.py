@@ -68,6 +68,8 @@ StageName = Literal["download", "tokenizer", "split", "shard", "train", "evaluat
 DOCUMENTS = ("download", "tokenizer")
 LOGS = ("checkpoints/", "config.json", "logs.json")
 COUNTS = ("counts.npy",)
+RESULTS = ("train", "evaluate", "sample")
+PAGES = ("report.html", "report.md")
 ALL = (
     Stage("download", "data.download:download", (), _source),
     Stage("tokenizer", "data.split:build_tokenizer", ("download",), _tokenizer),
@@ -78,7 +80,8 @@ ALL = (
     # Since version 2, its standard errors are by document, and the unigram entropy is of the training tokens.
     Stage("evaluate", "evaluation.evaluate:evaluate", ("shard", "train"), evaluation_settings, 2, own_process=True),
     Stage("sample", "generation.generate:generate", ("train",), sampling_settings, own_process=True),
-    Stage("report", "evaluation.report:build", ("train", "evaluate", "sample"), _settings("exp", "run_name")),
+    # Since version 2, its digest is that of its results alone.
+    Stage("report", "evaluation.report:build", RESULTS, _settings("exp", "run_name"), 2, volatile=PAGES),
 )
 STAGES = {stage.name: stage for stage in ALL}
 NAMES: tuple[str, ...] = get_args(StageName)

@@ -6,7 +6,6 @@ again for `$NANODLM_RETRY_SECONDS`, what will not (no access, no such bucket, di
 
 import contextlib
 import json
-import re
 import secrets
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +15,7 @@ from typing import Any, TypeVar
 import fsspec
 
 from nanodlm.config import refuse_secrets
+from nanodlm.config.addresses import single_slashes
 from nanodlm.errors import Damaged, Emit, NanodlmError, UsageError
 from nanodlm.store.bucket import Bucket
 from nanodlm.store.disk import Disk, Found
@@ -40,9 +40,9 @@ class Storage:
         """Connect; nothing is created or asked yet. A `UsageError` says why no store can be at a URL."""
         if problem := _problem_with(refuse_secrets(url)):
             raise UsageError(f"cannot open the store {url}: {problem}")
-        protocol, _, rest = url.partition("://") if "://" in url else ("file", "", url)
+        protocol = url.partition("://")[0] if "://" in url else "file"
         if protocol not in LOCAL:  # one place has one address
-            url = f"{protocol}://{re.sub('/+', '/', rest).rstrip('/')}"
+            url = single_slashes(url).rstrip("/")
         self.is_local, self._before = protocol in LOCAL, ""
         self.driver: Disk | Bucket | Driver = Disk()
         try:

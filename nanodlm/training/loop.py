@@ -24,7 +24,7 @@ from nanodlm.checkpoints import State
 from nanodlm.checkpoints.identity import describe_run
 from nanodlm.checkpoints.loading import parameters_sha256
 from nanodlm.checkpoints.saving import Checkpoints
-from nanodlm.config import Config, differences
+from nanodlm.config import Config, differences, training_settings
 from nanodlm.data.loader import train_batches, windows
 from nanodlm.data.rows import evenly_spaced, name, read
 from nanodlm.data.tokenizer import load, save
@@ -145,7 +145,8 @@ def _finish(config: Config, attempt: Attempt | None, state: State, logger: Logge
     result = {"parameters_sha256": parameters_sha256(parameters), "updates": config.train.max_steps}
     if attempt:
         (attempt.path / "logs.json").write_text(json.dumps(logger.records, indent=1, sort_keys=True))
-        identity = {**result, **config.model_dump(include={"model", "schedule", "objective"})}
+        settings = training_settings(config)  # without those that nothing reads, for equal runs are equal files
+        identity = {**result, **{group: settings[group] for group in ("model", "schedule", "objective")}}
         (attempt.path / "parameters.json").write_text(json.dumps(identity, indent=1))
     return {
         **result,

@@ -26,6 +26,19 @@ def test_an_address_says_its_store_stage_fingerprint_and_checkpoint(address: str
     assert parse_address(address)[1:] == parts
 
 
+@pytest.mark.parametrize(
+    ("address", "same"),
+    [
+        ("s3://bucket//x/train/3f2a", "s3://bucket/x/train/3f2a"),
+        ("s3://bucket//train//3f2a/", "s3://bucket/train/3f2a"),
+        ("file:////data//store/train/3f2a", "file:///data/store/train/3f2a"),
+        ("data//store/train/3f2a//checkpoints//step_7", "data/store/train/3f2a/checkpoints/step_7"),
+    ],
+)
+def test_repeated_slashes_are_another_spelling_of_one_place(address: str, same: str) -> None:
+    assert parse_address(address) == parse_address(same)
+
+
 @pytest.mark.parametrize("address", ["s3://bucket", "gs://bucket/store/", "memory://store", "store"])
 def test_the_address_of_a_store_is_not_taken_for_an_artifacts(address: str) -> None:
     assert parse_address(address)[1:] == ("", "", "", None)

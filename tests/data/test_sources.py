@@ -17,6 +17,8 @@ from nanodlm.data import download as data_download
 from nanodlm.data import sources as data_sources
 from nanodlm.errors import NanodlmError
 from nanodlm.store import Artifact, Store, new_attempt
+from nanodlm.store.cache import cache_dir
+from nanodlm.store.disk import sha256_of
 from tests.support.helpers import identity, prose, tiny_config
 
 ROOT = Path(__file__).parents[2]
@@ -204,6 +206,78 @@ def test_the_identity_is_that_of_the_content_not_of_the_path_or_the_time(tmp_pat
     assert data_sources.identity(one) == before
     (tmp_path / "one" / "one.txt").write_text("Content")
     assert data_sources.identity(one) != before
+
+
+@pytest.fixture
+def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the files that are read for their sha256; what was just written counts as long settled."""
+    names: list[str] = []
+    monkeypatch.setattr(data_sources, "SETTLED_SECONDS", -1.0)
+    monkeypatch.setattr(data_sources, "sha256_of", lambda path: names.append(path.name) or sha256_of(path))
+    return names
+
+
+def test_sources_are_read_once_and_remembered_across_processes(tmp_path: Path, hashed: list[str]) -> None:
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text(name)
+    data = tiny_config(tmp_path / "*.txt").data
+    first = data_sources.identity(data)
+    assert hashed == ["a.txt", "b.txt"]
+    code = f"""if True:
+        from nanodlm.data import sources
+        from tests.support.helpers import tiny_config
+        sources.sha256_of = None
+        assert sources.identity(tiny_config({str(tmp_path / "*.txt")!r}).data) == {first}"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+    (tmp_path / "c.txt").write_text("c")
+    data_sources.identity(data)
+    assert hashed == ["a.txt", "b.txt", "c.txt"]
+
+
+def test_a_change_that_leaves_size_and_time_as_they_were_is_noticed(tmp_path: Path, hashed: list[str]) -> None:
+    path, data = tmp_path / "a.txt", tiny_config(tmp_path / "a.txt").data
+    path.write_text("one")
+    before, status = data_sources.identity(data), path.stat()
+    path.write_text("two")
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (status.st_size, status.st_mtime_ns)
+    assert data_sources.identity(data) != before
+    assert hashed == ["a.txt"] * 2
+
+
+def test_a_file_that_has_just_changed_is_not_remembered(
+    tmp_path: Path, hashed: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data_sources, "SETTLED_SECONDS", 60.0)
+    (tmp_path / "a.txt").write_text("a")
+    for _ in range(2):
+        data_sources.identity(tiny_config(tmp_path / "a.txt").data)
+    assert hashed == ["a.txt"] * 2
+    assert not (cache_dir() / "sources.json").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b'{"a": 1}', b"\xff\xfe", b"[" * 100_000, None])
+def test_a_memory_of_sources_that_cannot_be_used_is_no_error(
+    tmp_path: Path, hashed: list[str], content: bytes | None
+) -> None:
+    (tmp_path / "a.txt").write_text("a")
+    memory = cache_dir() / "sources.json"
+    memory.parent.mkdir()
+    if content is None:
+        memory.mkdir()  # which can be neither read nor replaced
+    else:
+        memory.write_bytes(content)
+    found = [data_sources.identity(tiny_config(tmp_path / "a.txt").data) for _ in range(2)]
+    assert found[0] == found[1]
+    assert hashed == ["a.txt"] * (2 if content is None else 1)
+
+
+def test_files_that_are_gone_are_forgotten(tmp_path: Path, hashed: list[str]) -> None:
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text(name)
+        data_sources.identity(tiny_config(tmp_path / f"{name}.txt").data)
+        (tmp_path / "a.txt").unlink(missing_ok=True)
+    assert list(json.loads((cache_dir() / "sources.json").read_text())) == [str(tmp_path / "b.txt")]
 
 
 @pytest.mark.parametrize("where", ["", "memory:/"])

@@ -1,5 +1,6 @@
 """The bound of held-out text, its units and its standard error, and the report."""
 
+import html
 import json
 import math
 
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from markdown_it import MarkdownIt
 
 import nanodlm
 from nanodlm.build import make_model
@@ -96,4 +98,56 @@ def test_the_report_shows_numbers_curve_and_escaped_samples(trained: Artifact, m
     page = (artifact.local() / "report.html").read_text()  # type: ignore[possibly-unbound]
     assert all(text in page for text in ("<svg", "&lt;b&gt;&amp;", "bits per byte"))
     assert "<b>&" not in page
-    assert "> <b>&" in (artifact.local() / "report.md").read_text()  # type: ignore[possibly-unbound]
+
+
+def test_equal_runs_have_equal_digests_whatever_is_logged_or_read_by_nothing(
+    trained: Artifact, models: Store, store: Store
+) -> None:
+    digests: list[dict[str, str]] = []
+    other = tiny(exp={"log_every": 4, "save_every": 6}, schedule={"exponent": 3.0})
+    for config, where in ((tiny(), models), (other, store)):
+        made = {"train": nanodlm.train(config, where.uri())}
+        for name in ("evaluate", "sample"):
+            made[name], _ = stages_run.run_stage(name, config, where)
+        inputs = made if where is models else dict(reversed(made.items()))
+        made["report"], _ = stages_run.run_stage("report", config, where, inputs=dict(inputs))
+        digests.append({name: artifact.digest for name, artifact in made.items()})
+        digests[-1] |= {f"of {stage}": where.open(f"{stage}/{fingerprint}").digest for stage, fingerprint in where}
+        page = made["report"].file("report.md").read_text()
+        assert page.index("| train |") < page.index("| evaluate |") < page.index("| sample |")
+    assert {name: digest for name, digest in digests[0].items() if not name.startswith("of ")}.items() <= digests[
+        1
+    ].items()
+
+
+HOSTILE = """# heading
+<img src=x onerror=alert(1)> ![image](https://example.org/x.png) [link](https://example.org)
+| a | b |
+---
+===
+- item
+7. item
+    code
+```
+~~~
+*bold* _it_ `code` &amp; $x$ \\ https://example.org www.example.org <https://example.org> ## Samples
+[a]: https://example.org"""
+
+
+def test_names_and_samples_break_nothing_in_the_markdown_report(trained: Artifact, models: Store, store: Store) -> None:
+    config = tiny(exp={"run_name": HOSTILE}, sample={"prompt": "<b>&"})
+    inputs = {"train": trained} | {n: stages_run.run_stage(n, config, models)[0] for n in ("evaluate", "sample")}
+    inputs["sample"] = committed(store, {"samples.jsonl": json.dumps({"text": HOSTILE}).encode()}, "sample")
+    report, _ = stages_run.run_stage("report", config, store, inputs=inputs)
+    text = report.file("report.md").read_text()
+    tokens = list(MarkdownIt("gfm-like", {"linkify": False}).parse(text))
+    inline = [child.type for token in tokens for child in token.children or ()]
+    assert set(inline) == {"text", "text_special", "softbreak"} & set(inline) | {"text"}
+    opened = [token.tag for token in tokens if token.nesting == 1]
+    assert {*opened} == {"h1", "h2", "table", "thead", "tbody", "tr", "th", "td", "blockquote", "p"}
+    assert [opened.count(tag) for tag in ("h1", "h2", "table", "blockquote")] == [1, 1, 1, 1]
+    shown = ["".join(c.content if c.content else "\n" for c in token.children or ()) for token in tokens]
+    assert " ".join(HOSTILE.split()) in shown
+    assert "\n".join(" ".join(line.split()) for line in HOSTILE.splitlines()) in shown
+    assert "://" not in text and text.count("## Samples") == 1
+    assert html.escape(HOSTILE) in report.file("report.html").read_text()

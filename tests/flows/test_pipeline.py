@@ -22,6 +22,7 @@ from nanodlm.flows import pipeline
 from nanodlm.stages.table import NAMES, STAGES
 from nanodlm.store import Store
 from tests.support.commands import nanodlm, result_of, started, statuses, tiny_flags
+from tests.support.helpers import prose
 
 ALL_CACHED = dict.fromkeys(NAMES, "cached")
 
@@ -62,6 +63,18 @@ def test_a_second_run_is_cached_and_starts_no_orchestrator(undisturbed: tuple[Pa
     )
     assert statuses(again) == ALL_CACHED
     assert again["metrics"] == first["metrics"]
+
+
+def test_a_run_goes_on_when_the_source_is_gone_after_its_download(server: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "corpus.txt").write_text("\n".join(prose(300)))
+    words = ("--data.source", "corpus.txt", "--data.sample_by", "line", "--data.tokenizer", "bytes")
+    words += ("--data.val_tokens", "1000", "--store", "store", "--json", "--until")
+    first = result_of(nanodlm("run", *words, "download", cwd=tmp_path, **server))
+    (tmp_path / "corpus.txt").unlink()
+    done = nanodlm("run", *words, "shard", cwd=tmp_path, **server)
+    assert statuses(result_of(done)) == {"download": "cached", "tokenizer": "built", "split": "built", "shard": "built"}
+    assert result_of(done)["stages"][0]["uri"] == first["stages"][0]["uri"]
+    assert done.stderr.count("the files of corpus.txt are gone: download/") == 1
 
 
 def test_prefect_shows_hits_as_cached_and_a_new_learning_rate_rebuilds_only_what_depends_on_it(

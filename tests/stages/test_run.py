@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+import nanodlm
 from nanodlm.cli.main import main
 from nanodlm.config import Config
 from nanodlm.errors import Damaged, NanodlmError
@@ -18,6 +19,7 @@ from nanodlm.stages import lookup as stages_lookup
 from nanodlm.stages import run
 from nanodlm.store import Artifact, Store, lease_events
 from tests.support.helpers import flip, prose, tiny_config
+from tests.support.training import tiny
 
 DATA_STAGES = ("download", "tokenizer", "split", "shard")
 
@@ -236,10 +238,9 @@ def test_a_stage_whose_inputs_are_missing_names_them_and_the_command(store: Stor
             "lower --data.val_tokens or leave it out",
         ),
         ({"data": {"source": "a.txt"}, "exp": {"use_wandb": True}}, r"pip install 'nanodlm\[wandb\]'"),
-        ({"data": {"source": "b.txt"}}, "no file matches 'b.txt'"),
         ({"data": {"source": "a.pdf"}}, "files must end in .txt"),
     ],
-    ids=["one document", "too small", "no package", "absent", "suffix"],
+    ids=["one document", "too small", "no package", "suffix"],
 )
 def test_what_cannot_be_is_said_before_a_server_is_started_or_anything_is_built(
     store: Store,
@@ -263,6 +264,93 @@ def test_what_cannot_be_is_said_before_a_server_is_started_or_anything_is_built(
         with pytest.raises(NanodlmError, match=says):
             start()
     assert list(store) == []
+
+
+# A source whose files are gone
+
+
+def test_what_was_downloaded_is_used_when_the_files_are_gone(
+    store: Store, source: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny_config(source)
+    before = run_all(config, store)
+    source.unlink()
+    told: list[str] = []
+    for name in DATA_STAGES:
+        artifact, record = run.run_stage(name, config, store, emit=lambda _, **fields: told.append(fields["text"]))
+        assert (artifact.uri, record["status"]) == (before[name][0].uri, "cached")
+    name = before["download"][0].name
+    says = f"the files of {source} are gone: {name} is used, which was made of them on"
+    assert [text.startswith(says) for text in told] == [True] * 4
+    assert statuses(run_all(config.replace(data={"val_tokens": 900}), store)) == ["cached", "cached", "built", "built"]
+    words = [config.model_dump_json(), "--store", store.root]
+    with pytest.raises(SystemExit, match="0"):
+        main(["plan", *words])
+    assert f"reuse  {before['download'][0].fingerprint[:12]}  the files of {source} are gone" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="0"):
+        main(["run", *words, "--until", "shard"])  # all is there, so no server is started
+    assert f"the files of {source} are gone" in capsys.readouterr().out
+    assert list(stages_lookup.explain(before["shard"][0], config)) == []
+    explained = stages_lookup.explain(before["shard"][0], config.replace(data={"column": "body"}))
+    assert {*explained} == {"download: column: text -> body"}
+
+
+def test_without_a_download_of_just_these_settings_files_that_are_gone_are_missed_as_ever(
+    store: Store, source: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny_config(source)
+    run.run_stage("download", config, store)
+    source.unlink()
+    for other in ({"part_mb": 3.0}, {"column": "body"}, {"source": "b.txt"}, {"source": [str(source), "b.txt"]}):
+        with pytest.raises(NanodlmError, match="no file matches"):
+            run.train(config.replace(data=other), store.root)
+    for words in (["--data.source", "b.txt"], ["--rebuild", "download"]):
+        with pytest.raises(SystemExit):
+            main(["run", config.model_dump_json(), "--store", store.root, *words])
+        captured = capsys.readouterr()
+        assert "no file matches" in captured.err
+        assert (captured.out, captured.err.count("\n")) == ("", 1)
+    with pytest.raises(NanodlmError, match="no file matches"):
+        run.run_stage("download", config, store, rebuild=True)
+
+
+def test_a_source_that_is_partly_gone_is_another(store: Store, source: Path) -> None:
+    more = source.with_name("more.jsonl")
+    more.write_text(json.dumps({"text": "One more."}) + "\n")
+    run.run_stage("download", tiny_config(str(source.parent / "*.jsonl")), store)
+    run.run_stage("download", tiny_config([str(source), str(more)]), store)
+    more.unlink()
+    assert run.run_stage("download", tiny_config(str(source.parent / "*.jsonl")), store)[1]["status"] == "built"
+    with pytest.raises(NanodlmError, match=r"no file matches .*more\.jsonl"):
+        run.run_stage("download", tiny_config([str(source), str(more)]), store)
+
+
+def test_of_several_downloads_of_files_that_are_gone_none_is_guessed(store: Store, source: Path) -> None:
+    config = tiny_config(source)
+    names = {run.run_stage("download", config, store)[0].name}
+    source.write_text(json.dumps({"text": "Quite another text."}) + "\n")
+    names.add(run.run_stage("download", config, store)[0].name)
+    source.unlink()
+    with pytest.raises(NanodlmError) as caught:
+        run.run_stage("split", config, store)
+    said = str(caught.value)
+    assert said.startswith(f"the files of {source} are gone, and of different ones {' and '.join(sorted(names))} were")
+    assert said.endswith("remove with `nanodlm rm` those that are not meant, or bring the files back")
+
+
+def test_a_training_alone_needs_no_source(tmp_path: Path, store: Store) -> None:
+    path = tmp_path / "corpus.txt"
+    path.write_text("\n".join(prose(400)))
+    config = tiny(data={"source": str(path), "sample_by": "line", "val_tokens": 1000})
+    run_all(config, store)
+    path.unlink()
+    trained, record = run.run_stage("train", config, store)
+    assert record["status"] == "built"
+    assert nanodlm.train(config, store.root).uri == trained.uri
+    lengthened = config.replace(train={"max_steps": 13})
+    told: list[str] = []
+    assert nanodlm.train(lengthened, store.root, lambda _, **fields: told.append(fields.get("text", ""))).metrics
+    assert any("are gone" in text for text in told)
 
 
 # Two runs at once

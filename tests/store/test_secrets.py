@@ -183,7 +183,33 @@ ADDRESSES = [
     f"https://example.org/x.txt?AUTH={SECRET}",
     f"simplecache::https://me:{SECRET}@example.org/x.txt",
     f"zip://*.txt::https://example.org/x.zip?api_key={SECRET}",
+    f"https://example.org/x?part=1#access_token={SECRET}",
+    f"https://example.org/x;jsessionid={SECRET}",
+    f"https://example.org/x?%70wd={SECRET}",
 ]
+SECRET_NAMES = """code jwt pwd hmac pass sas sig bearer session sid otp cookie userPass user_pass passcode passphrase
+ key apiKey AWSAccessKeyId X-Amz-Credential authorization oauth sessionId PHPSESSID access_code id_token""".split()
+INNOCENT_NAMES = """author authors authority keyword keyboard monkey passage bypass compass encode encoding code_size
+ country_code tokenizer design signal session_type sass part""".split()
+
+
+@pytest.mark.parametrize("name", SECRET_NAMES)
+def test_a_secret_is_known_by_many_names_behind_any_mark(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    for given in (f"?{name}", f"#{name}", f"?n=1&{name}", f"?n=1#{name}", f";{name}", f"?{name.upper()}"):
+        with pytest.raises(UsageError, match="credentials come from the environment only"):
+            refuse_secrets(f"https://example.org/x{given}={SECRET}")
+        assert redact(f"no {given}={SECRET} there") == f"no {given}=*** there"
+    monkeypatch.setenv(name.upper(), "planted-in-a-variable")
+    assert str(NanodlmError("told planted-in-a-variable")) == "told ***"
+
+
+@pytest.mark.parametrize("name", INNOCENT_NAMES)
+def test_a_name_that_only_sounds_like_a_secret_is_left_alone(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    address = f"https://example.org/x?n=1&{name}=something#{name}=other"
+    assert refuse_secrets(address) == address
+    monkeypatch.setenv(name.upper(), "not-so-secret")
+    said = f"cannot read {address} not-so-secret with --model.code=12345678"
+    assert redact(said) == said
 
 
 @pytest.mark.parametrize("address", ADDRESSES)
