@@ -13,7 +13,7 @@ from typing import Any
 
 from nanodlm.store.disk import Found
 
-PIECE = 1 << 25  # bytes of a file that one request asks for
+PIECE, PART = 1 << 25, 1 << 24  # bytes of a file that one request asks for, and that one sends
 REQUEST = {"timeout": timedelta(seconds=60), "connect_timeout": timedelta(seconds=5)}
 # By obstore itself; `retry.ask` goes on where this ends, for nothing can interrupt it.
 RETRIES = {"max_retries": 3, "retry_timeout": timedelta(seconds=10)}
@@ -84,12 +84,13 @@ class Bucket:
 
         def pieces() -> Iterator[bytes]:
             with source.open("rb") as file:
-                while piece := file.read(1 << 20):
+                while piece := file.read(PART):
                     digest.update(piece)
                     yield piece
 
-        with _as_of_a_disk():
-            sent = self.store.put(self._key(path), pieces())
+        small = source.stat().st_size <= PART
+        with _as_of_a_disk():  # an iterator is sent in several parts, whatever it yields
+            sent = self.store.put(self._key(path), b"".join(pieces()) if small else pieces(), chunk_size=PART)
         return digest.hexdigest(), sent["e_tag"] or ""
 
     def remove(self, *paths: str) -> None:

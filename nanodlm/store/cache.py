@@ -106,9 +106,10 @@ def take(file: Json, target: Path, get: Callable[[Path], str]) -> None:
                         raise
                 finally:
                     arriving.unlink(missing_ok=True)
-        with contextlib.suppress(FileNotFoundError):  # it was thrown out, or the whole cache was removed
+        with contextlib.suppress(FileNotFoundError):  # it was thrown out, or the whole cache was removed: again
             link(copy, target)
             os.utime(copy)
+            return
 
 
 @contextlib.contextmanager
