@@ -1,6 +1,7 @@
 """One try at building an artifact: its folder, its finished parts, and the commit."""
 
 import contextlib
+import dataclasses
 import os
 import re
 import secrets
@@ -50,14 +51,13 @@ class Attempt:
     def finish(self, name: str, files: Iterable[str], **info: Any) -> None:
         """Record files (relative paths), which will not change any more, as a finished part, with JSON as `info`."""
         described, e_tags = self._publish(sorted(files), silent)
-        self._flush([name], described)
+        self._flush(described, self.path)
         part = Part(self.store, self._remote(), name, self._of, described, info)
         self._parts[name] = record_part(self.store, self._remote(), part, e_tags)
 
-    def _flush(self, parts: Iterable[str], files: list[Json]) -> None:
+    def _flush(self, files: list[Json], root: Path) -> None:
         if self.store.is_local:
-            names = [*(f"parts/{name}.json" for name in parts), *(file["path"] for file in files)]
-            flush_folders((self.path / name for name in names), Path(self.store.root).parent)
+            flush_folders((self.path / file["path"] for file in files), root)
 
     def _publish(self, names: list[str], emit: Emit) -> tuple[list[Json], dict[str, str]]:
         """Hash files, and copy them to the store unless they are in it; return what they are, and their e-tags."""
@@ -100,10 +100,13 @@ class Attempt:
         for part in self._earlier_parts(name):
             with contextlib.suppress(Damaged):
                 part.local(self.path)
-                for file in part.files if self.store.is_local else ():
-                    link(Path(part.folder, file["path"]), self.path / file["path"])  # it will not change
-                e_tags = {} if self.store.is_local else self._publish([file["path"] for file in part.files], silent)[1]
-                self._parts[name] = record_part(self.store, self._remote(), part, e_tags)
+                if self.store.is_local:
+                    for path in (f"parts/{name}.json", *(file["path"] for file in part.files)):
+                        link(Path(part.folder, path), self.path / path)  # none of them will change
+                    self._parts[name] = dataclasses.replace(part, folder=self._remote())
+                else:
+                    e_tags = self._publish([file["path"] for file in part.files], silent)[1]
+                    self._parts[name] = record_part(self.store, self._remote(), part, e_tags)
                 return part.info
             self._unlink(part.files)  # half a part must not be committed
         return None
@@ -178,7 +181,8 @@ class Attempt:
         made, _ = self._publish(sorted(set(there) - known.keys()), self.store.emit)
         files = [*made, *adopted, *(known[name] for name in there if name in known)]
         files.sort(key=lambda file: file["path"])
-        self._flush(self._parts, files)
+        records = [{"path": f"parts/{name}.json"} for name in self._parts]
+        self._flush([*records, *files], Path(self.store.root).parent)
         volatile = sorted(volatile)
         digest = digest_of(files, volatile)
         if restore and restore["digest"] != digest:

@@ -105,26 +105,29 @@ def flush_folders(files: Iterable[Path], root: Path) -> None:
 
 
 def is_whole(path: Path, file: Json) -> bool:
-    """Say if a local file has the size and the sha256 that a manifest gives it."""
-    with contextlib.suppress(OSError), path.open("rb") as opened:
+    """Say if a local file, which is no link, has the size and the sha256 that a manifest gives it."""
+    with contextlib.suppress(OSError), open(path, "rb", opener=_no_link) as opened:
         if os.fstat(opened.fileno()).st_size == file["size"]:
             return hashlib.file_digest(opened, "sha256").hexdigest() == file["sha256"]
     return False
 
 
-def is_within(folder: Path, path: Path) -> bool:
-    """Say if a local path lies in a folder when links are followed."""
-    return path.resolve().is_relative_to(folder.resolve())
+def _no_link(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW)
 
 
 def link(source: Path, target: Path) -> None:
     """Make another name of a file, which will not change, or a copy where the disk has no such names."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.unlink(missing_ok=True)
     try:
         os.link(source, target)
+    except FileExistsError:
+        target.unlink(missing_ok=True)
+        link(source, target)
     except FileNotFoundError:
-        raise
+        if target.parent.is_dir():
+            raise
+        target.parent.mkdir(parents=True, exist_ok=True)
+        link(source, target)
     except OSError:
         shutil.copyfile(source, target)
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from nanodlm.errors import Damaged
-from nanodlm.store.disk import is_whole, is_within
+from nanodlm.store.disk import is_whole
 from nanodlm.store.files import Storage
 from nanodlm.store.manifest import Json, digest_of, is_sealed, safe, sealed
 
@@ -46,10 +46,10 @@ class Part:
             with contextlib.suppress(FileNotFoundError):
                 arrived = self.storage.get(f"{self.folder}/{file['path']}", path, file["size"])
                 return "" if arrived == file["sha256"] else "has been altered"
-        elif path.is_symlink() and not is_within(Path(self.folder), path):
-            return "is a link that leaves it"
-        elif path.is_file():
-            return "" if is_whole(path, file) else "has been altered"
+        elif is_whole(path, file):
+            return ""
+        elif path.exists():
+            return "is a link, which may leave it" if path.is_symlink() else "has been altered"
         return "is missing"
 
 
