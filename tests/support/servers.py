@@ -26,6 +26,7 @@ from unittest import mock
 import boto3
 import fsspec
 import pytest
+from botocore.exceptions import BotoCoreError, ClientError
 from filelock import FileLock
 from fsspec.config import conf
 
@@ -163,9 +164,12 @@ def seaweedfs() -> Iterator[Server]:
             s3 = boto3.client("s3")
 
             def first_write() -> None:
-                if not s3.list_buckets()["Buckets"]:
-                    s3.create_bucket(Bucket=BUCKET)
-                s3.put_object(Bucket=BUCKET, Key="ready", Body=b"")
+                try:
+                    if not s3.list_buckets()["Buckets"]:
+                        s3.create_bucket(Bucket=BUCKET)
+                    s3.put_object(Bucket=BUCKET, Key="ready", Body=b"")
+                except (BotoCoreError, ClientError) as error:
+                    raise OSError(str(error)) from error
 
             answers(server, first_write)
         forget_connections()
