@@ -101,8 +101,8 @@ def take(file: Json, target: Path, get: Callable[[Path], str]) -> None:
                     if get(arriving) != file["sha256"]:
                         raise Damaged(f"{file['path']} has been altered")
                     arriving.replace(copy)
-                except FileNotFoundError:
-                    if copies.is_dir():
+                except FileNotFoundError as error:
+                    if error.filename is None:  # else it is the cache that has gone meanwhile, not the store's file
                         raise
                 finally:
                     arriving.unlink(missing_ok=True)
