@@ -114,13 +114,14 @@ def take(file: Json, target: Path, get: Callable[[Path], str]) -> None:
 @contextlib.contextmanager
 def _hint(sha256: str) -> Iterator[None]:
     """Wait while another process fetches a file, where locks work and for a while."""
-    lock = FileLock(cache_dir() / "locks" / sha256[:2], timeout=LOCK_SECONDS)
+    lock = FileLock(cache_dir() / "locks" / sha256[:2], timeout=LOCK_SECONDS, fallback_to_soft=False)
     with contextlib.suppress(OSError, NotImplementedError):
         lock.acquire()
     try:
         yield
     finally:
-        lock.release()
+        with contextlib.suppress(OSError):
+            lock.release()
 
 
 def _make_room(needed: int) -> None:
