@@ -313,7 +313,7 @@ class Store(Storage):
                 return self.ask(lambda: [entry.name for entry in os.scandir(folder) if entry.is_dir()])
             return []
 
-        stages = [name for name in names(self.root) if name != LATEST]
+        stages = [name for name in names(self.root) if name not in (LATEST, "lost+found")]  # which a disk has
         return [(stage, name) for stage in stages for name in names(self.path(stage))]
 
     def show_latest(self, artifact: Artifact) -> Path | None:
