@@ -24,7 +24,8 @@ from nanodlm.upkeep.verify import chain
 log = logging.getLogger(__name__)
 GRACE_SECONDS = 3600.0  # nothing that changed so lately is collected
 LEASE_GRACE = 4 * LEASE_SECONDS  # a lease that was not renewed for so long is a dead run's, whatever the grace
-TEMPORARY = re.compile(r"\.[0-9a-f]{16}\.tmp|\.[0-9a-z_]{8}")  # what a write that was cut off has left; also of old
+# What a write that was cut off has left; earlier versions left the latter, beside records alone.
+TEMPORARY = re.compile(r"(.*/)?\.[0-9a-f]{16}\.tmp|(attempts/[^/]+/parts/(.*/)?)?\.[0-9a-z_]{8}")
 
 
 @dataclass
@@ -162,7 +163,7 @@ def _contents(store: Store) -> dict[Item, Contents]:
         if not rest or not rest[0]:
             continue
         contents, below = listed[stage, fingerprint], rest[0]
-        if stage == PROBES or TEMPORARY.fullmatch(below.rpartition("/")[2]):
+        if stage == PROBES or TEMPORARY.fullmatch(below):
             contents.temporary[below] = found
         elif below in ("manifest.json", "retired.json", "lease.json"):
             setattr(contents, below.removesuffix(".json"), found.changed)
