@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from math import inf
+from pathlib import Path
 
 from nanodlm.errors import Damaged, NanodlmError, UsageError
 from nanodlm.stages.table import STAGES
@@ -113,7 +114,7 @@ def collect(
                 end()
             yield {"kind": "upload", "uri": store.uri(path), "bytes": 0}
     if store.is_local and not dry_run:
-        _remove_empty_folders(store.root, now - grace)
+        _remove_empty_folders(Path(store.root), building, now - grace)
 
 
 def remove(store: Store, item: Item, recursive: bool = False, dry_run: bool = False) -> Iterator[Json]:
@@ -231,8 +232,10 @@ def _resumed(stage: str, finished: dict[str, set[str]]) -> set[str]:
     return needed
 
 
-def _remove_empty_folders(root: str, since: float) -> None:
-    for base, _, files in os.walk(root, topdown=False):
+def _remove_empty_folders(root: Path, building: set[Item], since: float) -> None:
+    """Remove empty folders of stages, but of what is being built, which may be about to write there."""
+    for base, _, files in (found for stage in (*STAGES, PROBES) for found in os.walk(root / stage, topdown=False)):
         with contextlib.suppress(OSError):  # it is not empty, or not there any more
-            if not files and base != root and os.stat(base).st_mtime < since:
+            busy = Path(base).relative_to(root).parts[:2] in building
+            if not files and not busy and os.stat(base).st_mtime < since:
                 os.rmdir(base)
