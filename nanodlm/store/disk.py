@@ -63,9 +63,10 @@ class Disk:
         return sha256, ""
 
     def remove(self, *paths: str) -> None:
-        """Remove files; those that are not there are no error."""
+        """Remove files; those that are not there, or are folders, are no error."""
         for path in paths:
-            Path(path).unlink(missing_ok=True)
+            with contextlib.suppress(IsADirectoryError):
+                Path(path).unlink(missing_ok=True)
 
     def remove_folder(self, folder: str) -> None:
         """Remove all below a folder, and it."""

@@ -18,7 +18,7 @@ from nanodlm.store.bucket import Bucket
 from nanodlm.store.disk import Found
 from nanodlm.store.files import PROBES
 from nanodlm.store.lease import LEASE_SECONDS, read_lease
-from nanodlm.store.manifest import utc_now
+from nanodlm.store.manifest import MANIFEST, utc_now
 from nanodlm.upkeep.ages import made_at
 from nanodlm.upkeep.verify import chain
 
@@ -173,6 +173,9 @@ def _contents(store: Store) -> dict[Item, Contents]:
             contents.attempts[attempt].append(found)
             if name.startswith("parts/"):
                 contents.parts[attempt].add(name.removeprefix("parts/"))
+    for item, contents in listed.items():
+        if store.is_local and os.path.isdir(store.path(*item, MANIFEST)):  # which a listing of files does not show
+            contents.manifest = inf
     return listed
 
 
