@@ -14,6 +14,7 @@ from pathlib import Path
 from nanodlm.errors import Damaged, NanodlmError, UsageError
 from nanodlm.stages.table import STAGES
 from nanodlm.store import Artifact, Item, Json, Store
+from nanodlm.store.attempt import STRAY
 from nanodlm.store.bucket import Bucket
 from nanodlm.store.disk import Found
 from nanodlm.store.files import PROBES
@@ -27,6 +28,8 @@ GRACE_SECONDS = 3600.0  # nothing that changed so lately is collected
 LEASE_GRACE = 4 * LEASE_SECONDS  # a lease that was not renewed for so long is a dead run's, whatever the grace
 # What a write that was cut off has left; earlier versions left the latter, beside records alone.
 TEMPORARY = re.compile(r"(.*/)?\.[0-9a-f]{16}\.tmp|(attempts/[^/]+/parts/(.*/)?)?\.[0-9a-z_]{8}")
+# What there may be in the folder of an artifact, sound or not; a folder of anything else is never removed.
+OURS = re.compile(rf"attempts/.*|(manifest|retired|lease)\.json(/.*)?|{TEMPORARY.pattern}|{STRAY.pattern}")
 
 
 @dataclass
@@ -122,6 +125,11 @@ def remove(store: Store, item: Item, recursive: bool = False, dry_run: bool = Fa
 
     What others were made from, what is being built, and what a run under way reads is refused.
     """
+    sound = None
+    with contextlib.suppress(Damaged):
+        sound = store.find(*item)
+    if not sound and (others := [path for path in store.sizes(store.path(*item)) if not OURS.fullmatch(path)]):
+        raise NanodlmError(f"no artifact at {store.uri(*item)}, which holds {others[0]}: remove that by other means")
     listed = _contents(store)
     if item not in listed:
         raise NanodlmError(f"there is nothing at {store.uri(*item)}: `nanodlm ls` shows what is there")
