@@ -17,9 +17,7 @@ from typing import Any
 import fsspec
 import pytest
 
-from nanodlm.config import Config
 from nanodlm.data import shard
-from nanodlm.errors import NanodlmError
 from nanodlm.stages import run
 from nanodlm.store import Artifact, Store, cache, hold_lease, new_attempt, owner
 from nanodlm.store import lease as store_lease
