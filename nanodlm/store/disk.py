@@ -1,6 +1,7 @@
 """Files on local disk: hashed, flushed, listed, and written whole or not at all."""
 
 import contextlib
+import errno
 import hashlib
 import os
 import secrets
@@ -69,9 +70,12 @@ class Disk:
                 Path(path).unlink(missing_ok=True)
 
     def remove_folder(self, folder: str) -> None:
-        """Remove all below a folder, and it."""
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        """Remove all below a folder, and it, but what is open on a network's disk, which has another name until then."""
+        try:
             shutil.rmtree(folder)
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ENOTEMPTY, errno.EBUSY):
+                raise
 
 
 def _at_once(path: str, flags: int) -> int:
