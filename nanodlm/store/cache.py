@@ -60,7 +60,7 @@ def hold(name: str, needed: int = 0) -> Path:
     own = cache_dir() / "processes" / this_process()
     try:
         if not own.is_dir():
-            own.mkdir(parents=True)
+            own.mkdir(parents=True, exist_ok=True)
             atexit.register(_end, own, os.getpid())
         (own / name).mkdir(exist_ok=True)
         os.utime(own)
