@@ -211,6 +211,11 @@ def test_processes_that_fetch_the_same_at_once_all_have_it(remote: Store, monkey
         assert [one.result() for one in found] == [{"a.bin": b"a" * 9999}] * 3
 
 
+def test_threads_that_begin_to_use_a_cache_at_once_all_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "is_dir", lambda _: False)  # each looks before any other has made the folder
+    assert len({cache.hold(name) for name in ("one", "other")}) == 2
+
+
 def test_folders_of_processes_that_have_ended_go_and_those_of_others_stay(remote: Store) -> None:
     artifact = committed(remote, FILES)
     ended = owner.this_process().rpartition(".")[0] + ".7"  # its number was given again

@@ -236,6 +236,31 @@ def test_folders_of_what_is_being_built_stay_while_nothing_is_in_them(store: Sto
         assert attempt.commit(identity=identity("train"), metrics={}).check(deep=True)
 
 
+def test_a_file_that_somebody_has_open_on_a_networks_disk_stops_no_collection(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It gets another name there until they close it, and the folder cannot be removed before."""
+    for name in ("f0", "f1"):
+        with new_attempt(store, "shard", name) as attempt:
+            fill(attempt, {"a.bin": b"a", "open.bin": b"b"})
+    age_all(store)
+    unlink = os.unlink
+
+    def renamed(path: Any, *, dir_fd: int | None = None) -> None:
+        if path == "open.bin":
+            os.rename(path, ".nfs0000001", src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
+        else:
+            unlink(path, dir_fd=dir_fd)
+
+    with monkeypatch.context() as somebody:
+        somebody.setattr(os, "unlink", renamed)
+        assert len(removed(store)) == 2
+        assert {Path(name).name for name in files(store)} == {".nfs0000001"}
+    age_all(store)
+    assert len(removed(store)) == 2
+    assert files(store) == {}
+
+
 @pytest.mark.parametrize("days", [-1, 0, 1])
 def test_a_rebuild_goes_on_only_from_the_same_rebuild_whatever_the_clocks_say(
     days: int, store: Store, monkeypatch: pytest.MonkeyPatch
