@@ -70,7 +70,7 @@ class Disk:
                 Path(path).unlink(missing_ok=True)
 
     def remove_folder(self, folder: str) -> None:
-        """Remove all below a folder, and it, but what is open on a network's disk, which has another name until then."""
+        """Remove all below a folder, and it; what is open on a network's disk stays under another name until then."""
         try:
             shutil.rmtree(folder)
         except OSError as error:

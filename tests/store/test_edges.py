@@ -212,8 +212,14 @@ def test_processes_that_fetch_the_same_at_once_all_have_it(remote: Store, monkey
 
 
 def test_threads_that_begin_to_use_a_cache_at_once_all_may(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Path, "is_dir", lambda _: False)  # each looks before any other has made the folder
-    assert len({cache.hold(name) for name in ("one", "other")}) == 2
+    mkdir = Path.mkdir
+
+    def after_another(self: Path, **how: Any) -> None:
+        os.makedirs(self, exist_ok=True)
+        mkdir(self, **how)
+
+    monkeypatch.setattr(Path, "mkdir", after_another)
+    assert cache.hold("one").is_dir()
 
 
 def test_folders_of_processes_that_have_ended_go_and_those_of_others_stay(remote: Store) -> None:
