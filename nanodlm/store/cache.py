@@ -130,10 +130,10 @@ def _make_room(needed: int) -> None:
     Those that were used longest ago go first.
     """
     shutil.rmtree(cache_dir() / "entries", ignore_errors=True)  # of earlier versions
-    old = time.time() - OLD_SECONDS
+    old, here = time.time() - OLD_SECONDS, this_process().partition(".")[0]
     for own in (cache_dir() / "processes").iterdir():
         with contextlib.suppress(FileNotFoundError):
-            if has_ended(own.name) or own.stat().st_mtime < old:
+            if has_ended(own.name) or (not own.name.startswith(f"{here}.") and own.stat().st_mtime < old):
                 drop(own)
     own_bytes, copies = 0, []
     for path in list_files(str(cache_dir() / "processes")):
