@@ -227,9 +227,12 @@ def test_folders_of_processes_that_have_ended_go_and_those_of_others_stay(remote
     artifact = committed(remote, FILES)
     ended = owner.this_process().rpartition(".")[0] + ".7"  # its number was given again
     names = {ended: False, owner.this_process(): True, "another-machine.1.2": True, "gone-for-long.1.2": False}
+    idle = f"{owner._namespace()}.1.{owner._started(1)}"
+    names[idle] = True
     for name in names:
         (cache.cache_dir() / "processes" / name / "x").mkdir(parents=True, exist_ok=True)
-    os.utime(cache.cache_dir() / "processes" / "gone-for-long.1.2", (9, 9))
+    for name in ("gone-for-long.1.2", idle):
+        os.utime(cache.cache_dir() / "processes" / name, (9, 9))
     assert read(artifact) == FILES
     assert {name: (cache.cache_dir() / "processes" / name).exists() for name in names} == names
 
