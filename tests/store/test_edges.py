@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import boto3
 import fsspec
 import psutil
 import pytest
@@ -368,6 +369,14 @@ def test_slashes_too_many_name_the_same_bucket_and_prefix(url: str) -> None:
     assert list(one) == list(other) == [("shard", "f0")]
     assert artifact.uri == one.open(f"{odd}/x//shard/f0").uri == f"{url}/x/shard/f0"
     assert read(one.open("shard/f0")) == FILES
+
+
+def test_an_object_of_others_that_cannot_be_listed_is_named_at_once(url: str) -> None:
+    committed(Store(url), FILES)
+    boto3.client("s3").put_object(Bucket="bucket", Key=f"{url.removeprefix('s3://bucket/')}/mine//notes.txt", Body=b"")
+    with pytest.raises(OSError, match="mine//notes.txt"):
+        list(Store(url))
+    assert read(Store(url).open("shard/f0")) == FILES
 
 
 def test_what_a_bucket_holds_is_told_by_listings_and_one_request_for_each_manifest(
