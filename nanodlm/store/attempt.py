@@ -102,7 +102,6 @@ class Attempt:
                 for file in part.files if self.store.is_local else ():
                     link(Path(part.folder, file["path"]), self.path / file["path"])  # it will not change
                 e_tags = {} if self.store.is_local else self._publish([file["path"] for file in part.files], silent)[1]
-                self._flush([name], part.files)
                 self._parts[name] = record_part(self.store, self._remote(), part, e_tags)
                 return part.info
             self._unlink(part.files)  # half a part must not be committed
