@@ -173,6 +173,8 @@ def rm(
 
 
 def _removable(store: Store, uri: str) -> Item:
+    if parse_address(uri).checkpoint is not None or "/attempts/" in uri:
+        raise UsageError(f"{uri} names a part of an artifact: name the artifact, which is removed as a whole")
     try:
         return store.locate(uri)
     except NanodlmError:

@@ -119,8 +119,9 @@ class Artifact:
         """Return the folder in its store of the attempt that finished each of its parts, by the part's name."""
         own, attempts = self.manifest["attempt"], self.store.path(self.stage, self.fingerprint, "attempts")
         if (finished := self.manifest.get("parts")) is None:  # which earlier versions did not list
-            paths = "\n".join(self.store.sizes(self.folder))
-            finished = dict.fromkeys(re.findall(r"^parts/(.*)\.json$", paths, re.MULTILINE), own)
+            paths = "\n".join([*self.store.sizes(self.folder), *(file["path"] for file in self.files())])
+            names = re.findall(r"^parts/(.*)\.json$|^(checkpoints/step_[0-9]+)/", paths, re.MULTILINE)
+            finished = dict.fromkeys((record or checkpoint for record, checkpoint in names), own)
         return {name: f"{attempts}/{own if self.store.is_local else there}" for name, there in finished.items()}
 
     def part(self, name: str) -> Part | None:

@@ -50,7 +50,7 @@ class Attempt:
 
     def finish(self, name: str, files: Iterable[str], **info: Any) -> None:
         """Record files (relative paths), which will not change any more, as a finished part, with JSON as `info`."""
-        described, e_tags = self._publish(sorted(files), silent)
+        described, e_tags = self._publish(sorted(name for name in files if not STRAY.fullmatch(name)), silent)
         self._flush(described, self.path)
         part = Part(self.store, self._remote(), name, self._of, described, info)
         self._parts[name] = record_part(self.store, self._remote(), part, e_tags)

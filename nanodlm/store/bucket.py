@@ -17,8 +17,9 @@ PIECE, PART = 1 << 25, 1 << 24  # bytes of a file that one request asks for, and
 REQUEST = {"timeout": timedelta(seconds=60), "connect_timeout": timedelta(seconds=5)}
 # By obstore itself; `retry.ask` goes on where this ends, for nothing can interrupt it.
 RETRIES = {"max_retries": 3, "retry_timeout": timedelta(seconds=10)}
-# Answers that will not change: all of 4xx but these, and that the server does not know such a request.
-FINAL = re.compile(r"status code: (?:4(?!08|09|25|29)\d\d|501)")
+# Answers that will not change: all of 4xx but these, that the server does not know such a request, and keys of others
+# in the bucket that obstore does not list, such as a//b.
+FINAL = re.compile(r"status code: (?:4(?!08|09|25|29)\d\d|501)|object with invalid path")
 
 
 class Bucket:

@@ -60,7 +60,7 @@ def hold(name: str, needed: int = 0) -> Path:
     own = cache_dir() / "processes" / this_process()
     try:
         if not own.is_dir():
-            own.mkdir(parents=True)
+            own.mkdir(parents=True, exist_ok=True)
             atexit.register(_end, own, os.getpid())
         (own / name).mkdir(exist_ok=True)
         os.utime(own)
@@ -101,8 +101,8 @@ def take(file: Json, target: Path, get: Callable[[Path], str]) -> None:
                     if get(arriving) != file["sha256"]:
                         raise Damaged(f"{file['path']} has been altered")
                     arriving.replace(copy)
-                except FileNotFoundError:
-                    if copies.is_dir():
+                except FileNotFoundError as error:
+                    if error.filename is None:  # else it is the cache that has gone meanwhile, not the store's file
                         raise
                 finally:
                     arriving.unlink(missing_ok=True)
@@ -115,13 +115,14 @@ def take(file: Json, target: Path, get: Callable[[Path], str]) -> None:
 @contextlib.contextmanager
 def _hint(sha256: str) -> Iterator[None]:
     """Wait while another process fetches a file, where locks work and for a while."""
-    lock = FileLock(cache_dir() / "locks" / sha256[:2], timeout=LOCK_SECONDS)
+    lock = FileLock(cache_dir() / "locks" / sha256[:2], timeout=LOCK_SECONDS, fallback_to_soft=False)
     with contextlib.suppress(OSError, NotImplementedError):
         lock.acquire()
     try:
         yield
     finally:
-        lock.release()
+        with contextlib.suppress(OSError):
+            lock.release()
 
 
 def _make_room(needed: int) -> None:
@@ -130,10 +131,10 @@ def _make_room(needed: int) -> None:
     Those that were used longest ago go first.
     """
     shutil.rmtree(cache_dir() / "entries", ignore_errors=True)  # of earlier versions
-    old = time.time() - OLD_SECONDS
+    old, here = time.time() - OLD_SECONDS, this_process().partition(".")[0]
     for own in (cache_dir() / "processes").iterdir():
         with contextlib.suppress(FileNotFoundError):
-            if has_ended(own.name) or own.stat().st_mtime < old:
+            if has_ended(own.name) or (not own.name.startswith(f"{here}.") and own.stat().st_mtime < old):
                 drop(own)
     own_bytes, copies = 0, []
     for path in list_files(str(cache_dir() / "processes")):

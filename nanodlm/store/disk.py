@@ -1,6 +1,7 @@
 """Files on local disk: hashed, flushed, listed, and written whole or not at all."""
 
 import contextlib
+import errno
 import hashlib
 import os
 import secrets
@@ -63,14 +64,18 @@ class Disk:
         return sha256, ""
 
     def remove(self, *paths: str) -> None:
-        """Remove files; those that are not there are no error."""
+        """Remove files; those that are not there, or are folders, are no error."""
         for path in paths:
-            Path(path).unlink(missing_ok=True)
+            with contextlib.suppress(IsADirectoryError):
+                Path(path).unlink(missing_ok=True)
 
     def remove_folder(self, folder: str) -> None:
-        """Remove all below a folder, and it."""
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        """Remove all below a folder, and it; what is open on a network's disk stays under another name until then."""
+        try:
             shutil.rmtree(folder)
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ENOTEMPTY, errno.EBUSY):
+                raise
 
 
 def _at_once(path: str, flags: int) -> int:
@@ -129,7 +134,10 @@ def link(source: Path, target: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         link(source, target)
     except OSError:
+        target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, target)
+        with target.open("rb") as file:
+            os.fsync(file.fileno())
 
 
 def list_files(folder: str) -> dict[str, Found]:

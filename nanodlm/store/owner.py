@@ -18,7 +18,10 @@ def has_ended(name: str) -> bool:
     """Say if the process of a name has ended for certain; of other machines, boots and containers nothing is known."""
     namespace, _, rest = name.partition(".")
     pid, _, started = rest.partition(".")
-    return namespace == _namespace() and pid.isdecimal() and _started(int(pid)) != started
+    if namespace != _namespace() or not pid.isdecimal():
+        return False
+    now = _started(int(pid))
+    return now != started and (now != "" or not _is_there(int(pid)))
 
 
 def _namespace() -> str:
@@ -31,6 +34,17 @@ def _namespace() -> str:
 
 def _started(pid: int) -> str:
     """Return when a process was started, for its number may be given again; empty when there is none."""
+    with contextlib.suppress(OSError):  # on Linux since the boot, so that a clock that is set changes nothing
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     with contextlib.suppress(psutil.Error):
         return f"{psutil.Process(pid).create_time() * 100:.0f}"
     return ""
+
+
+def _is_there(pid: int) -> bool:
+    """Say if a number is a process's; a machine may hide more than that of other users'."""
+    try:
+        os.kill(pid, 0)
+    except OSError as error:
+        return isinstance(error, PermissionError)
+    return True

@@ -120,7 +120,8 @@ class Store(Storage):
                 return self.ask(lambda: [entry.name for entry in os.scandir(folder) if entry.is_dir()])
             return []
 
-        return [(stage, name) for stage in names(self.root) if stage != LATEST for name in names(self.path(stage))]
+        stages = [name for name in names(self.root) if name not in (LATEST, "lost+found")]  # which a disk has
+        return [(stage, name) for stage in stages for name in names(self.path(stage))]
 
     def show_latest(self, artifact: Artifact) -> Path | None:
         """Make `latest/STAGE` of a local store a link to an artifact's files, and return it; None where it cannot."""

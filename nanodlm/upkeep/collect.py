@@ -9,22 +9,27 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from math import inf
+from pathlib import Path
 
 from nanodlm.errors import FULL, Damaged, NanodlmError, UsageError
 from nanodlm.stages.table import STAGES
 from nanodlm.store import Artifact, Item, Json, Store
+from nanodlm.store.attempt import STRAY
 from nanodlm.store.bucket import Bucket
 from nanodlm.store.disk import Found
 from nanodlm.store.files import PROBES
 from nanodlm.store.lease import LEASE_SECONDS, read_lease
-from nanodlm.store.manifest import utc_now
+from nanodlm.store.manifest import MANIFEST, utc_now
 from nanodlm.upkeep.ages import made_at
 from nanodlm.upkeep.verify import chain
 
 log = logging.getLogger(__name__)
 GRACE_SECONDS = 3600.0  # nothing that changed so lately is collected
 LEASE_GRACE = 4 * LEASE_SECONDS  # a lease that was not renewed for so long is a dead run's, whatever the grace
-TEMPORARY = re.compile(r"\.[0-9a-f]{16}\.tmp|\.[0-9a-z_]{8}")  # what a write that was cut off has left; also of old
+# What a write that was cut off has left; earlier versions left the latter, beside records alone.
+TEMPORARY = re.compile(r"(.*/)?\.[0-9a-f]{16}\.tmp|(attempts/[^/]+/parts/(.*/)?)?\.[0-9a-z_]{8}")
+# What there may be in the folder of an artifact, sound or not; a folder of anything else is never removed.
+OURS = re.compile(rf"attempts/.*|(manifest|retired|lease)\.json(/.*)?|{TEMPORARY.pattern}|{STRAY.pattern}")
 
 
 @dataclass
@@ -111,7 +116,7 @@ def collect(
                 end()
             yield {"kind": "upload", "uri": store.uri(path), "bytes": 0}
     if store.is_local and not dry_run:
-        _remove_empty_folders(store.root, now - grace)
+        _remove_empty_folders(Path(store.root), building, now - grace)
 
 
 def remove(store: Store, item: Item, recursive: bool = False, dry_run: bool = False) -> Iterator[Json]:
@@ -119,6 +124,11 @@ def remove(store: Store, item: Item, recursive: bool = False, dry_run: bool = Fa
 
     What others were made from, what is being built, and what a run under way reads is refused.
     """
+    sound = None
+    with contextlib.suppress(Damaged):
+        sound = store.find(*item)
+    if not sound and (others := [path for path in store.sizes(store.path(*item)) if not OURS.fullmatch(path)]):
+        raise NanodlmError(f"no artifact at {store.uri(*item)}, which holds {others[0]}: remove that by other means")
     listed = _contents(store)
     if item not in listed:
         raise NanodlmError(f"there is nothing at {store.uri(*item)}: `nanodlm ls` shows what is there")
@@ -170,8 +180,7 @@ def _contents(store: Store) -> dict[Item, Contents]:
     for item, files in store.listed().items():
         shown = contents[item] = Contents()
         for path, found in files.items():
-            name = path.rpartition("/")[2]
-            if item[0] == PROBES or TEMPORARY.fullmatch(name):
+            if item[0] == PROBES or TEMPORARY.fullmatch(path):
                 shown.temporary[path] = found
             elif path in ("manifest.json", "retired.json", "lease.json"):
                 setattr(shown, path.removesuffix(".json"), found.changed)
@@ -180,6 +189,8 @@ def _contents(store: Store) -> dict[Item, Contents]:
                 shown.attempts[attempt].append(found)
                 if below.startswith("parts/"):
                     shown.parts[attempt].add(below.removeprefix("parts/"))
+        if store.is_local and os.path.isdir(store.path(*item, MANIFEST)):  # which a listing of files does not show
+            shown.manifest = inf
     return contents
 
 
@@ -239,8 +250,10 @@ def _resumed(stage: str, finished: dict[str, set[str]]) -> set[str]:
     return needed
 
 
-def _remove_empty_folders(root: str, since: float) -> None:
-    for base, _, files in os.walk(root, topdown=False):
+def _remove_empty_folders(root: Path, building: set[Item], since: float) -> None:
+    """Remove empty folders of stages, but of what is being built, which may be about to write there."""
+    for base, _, files in (found for stage in (*STAGES, PROBES) for found in os.walk(root / stage, topdown=False)):
         with contextlib.suppress(OSError):  # it is not empty, or not there any more
-            if not files and base != root and os.stat(base).st_mtime < since:
+            busy = Path(base).relative_to(root).parts[:2] in building
+            if not files and not busy and os.stat(base).st_mtime < since:
                 os.rmdir(base)

@@ -12,7 +12,7 @@ from nanodlm.checkpoints.finding import goes_on_after
 from nanodlm.generation import generate
 from nanodlm.stages import run
 from nanodlm.stages.lookup import explain
-from nanodlm.store import Store, new_attempt
+from nanodlm.store import Store, new_attempt, sealed
 from nanodlm.upkeep import verify
 from tests.support.helpers import committed, fill, flip, identity
 from tests.support.upkeep import CHAIN, Made, files, made_from, said, statuses, told
@@ -71,6 +71,34 @@ def test_a_damaged_checkpoint_is_trained_again_from_the_one_before(made: Made) -
     assert train.metrics == made.artifacts["train"].metrics, "what was measured then is what is told"
     assert train.digest == digest
     assert statuses(made.config, made.store)["sample"] == "cached"
+
+
+CHECKPOINT, SHARD = ("train", "checkpoints/step_000012"), ("shard", "train-00000.arrayrecord")
+RECORDS = [(*part, "altered", listed) for part in (CHECKPOINT, SHARD) for listed in (True, False)]
+# Earlier versions did not list parts: that the record of a shard has gone cannot be told there.
+RECORDS += [(*CHECKPOINT, "gone", True), (*CHECKPOINT, "gone", False), (*SHARD, "gone", True)]
+
+
+@pytest.mark.parametrize(("stage", "name", "damage", "listed"), RECORDS)
+def test_a_damaged_record_of_a_part_or_a_checkpoint_is_named_and_made_again(
+    stage: str, name: str, damage: str, listed: bool, made: Made
+) -> None:
+    """A repair and a training go on from what it names."""
+    artifact = made.artifacts[stage]
+    manifest = {key: value for key, value in artifact.manifest.items() if listed or key != "parts"}
+    made.manifest(stage).write_text(json.dumps(sealed(manifest)))
+    record = Path(artifact.folder, "parts", f"{name}.json")
+    flip(record) if damage == "altered" else record.unlink()
+    assert not any(checked.problems for checked in made.check().values())
+    found = made.check(deep=True, repair=True)
+    assert {stage: checked.problems for stage, checked in found.items() if checked.problems} == {
+        stage: [f"parts/{name}.json is not what was recorded"]
+    }
+    assert found[stage].repaired
+    again = made.store.open(artifact.uri)
+    assert (again.digest, again.part(name) is not None) == (artifact.digest, True)
+    assert not any(checked.problems for checked in made.check(deep=True).values())
+    assert made.store.open(made.artifacts["sample"].uri).manifest == made.artifacts["sample"].manifest
 
 
 def test_a_torn_manifest_whose_settings_nobody_knows_stays_and_what_to_do_is_said(made: Made) -> None:
