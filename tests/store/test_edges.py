@@ -87,7 +87,7 @@ def test_a_power_cut_takes_nothing_that_a_record_or_a_manifest_names(
     links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refused(source: Any, target: Any, link: Any = os.link) -> None:
-        if not str(source).endswith(".tmp"):
+        if not str(source).endswith(".tmp") and Path(target).parent.is_dir():
             raise OSError(errno.EPERM, "Operation not permitted")
         link(source, target)
 
@@ -142,7 +142,9 @@ def test_a_cache_on_a_disk_without_locks_is_a_cache(
 
 
 def test_a_cache_on_a_disk_without_hard_links_is_a_cache(remote: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refused(*_: Any, **__: Any) -> None:
+    def refused(source: Any, target: Any) -> None:
+        assert os.stat(source), "which a kernel looks at first"
+        assert os.stat(Path(target).parent)
         raise OSError(errno.EPERM, "Operation not permitted")
 
     artifact = committed(remote, FILES)
