@@ -115,8 +115,9 @@ class Artifact:
         found = {path.removeprefix(own) for path in listed if path.startswith(own)}
         return sorted(path for path in found - named if not path.startswith("parts/"))
 
+    @cached_property
     def parts(self) -> dict[str, str]:
-        """Return the folder in its store of the attempt that finished each of its parts, by the part's name."""
+        """The folder in its store of the attempt that finished each of its parts, by the part's name."""
         own, attempts = self.manifest["attempt"], self.store.path(self.stage, self.fingerprint, "attempts")
         if (finished := self.manifest.get("parts")) is None:  # which earlier versions did not list
             paths = "\n".join([*self.store.sizes(self.folder), *(file["path"] for file in self.files())])
@@ -126,11 +127,11 @@ class Artifact:
 
     def part(self, name: str) -> Part | None:
         """Return one of its parts; None when its record, from which a repair or a training goes on, is damaged."""
-        return read_part(self.store, self.parts()[name], name, stage=self.stage, fingerprint=self.fingerprint)
+        return read_part(self.store, self.parts[name], name, stage=self.stage, fingerprint=self.fingerprint)
 
     def damage(self, listed: dict[str, Found] | None = None, emit: Emit = silent) -> dict[str, str]:
         """Return all that is wrong with its files and its parts' records, by path; every file is read."""
-        parts = self.parts()
+        parts = self.parts
         lost = [name for name, part in zip(parts, self.store.together(self.part, parts), strict=True) if part is None]
         records = {f"parts/{name}.json": "is not what was recorded" for name in lost}
         return {**self.problems(deep=True, listed=listed, emit=emit), **records}

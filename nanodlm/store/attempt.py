@@ -101,7 +101,7 @@ class Attempt:
             with contextlib.suppress(Damaged):
                 part.local(self.path)
                 if self.store.is_local:
-                    for path in (f"parts/{name}.json", *(file["path"] for file in part.files)):
+                    for path in (*(file["path"] for file in part.files), f"parts/{name}.json"):
                         link(Path(part.folder, path), self.path / path)  # none of them will change
                     self._parts[name] = dataclasses.replace(part, folder=self._remote())
                 else:

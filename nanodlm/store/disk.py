@@ -129,7 +129,7 @@ def link(source: Path, target: Path) -> None:
         target.unlink(missing_ok=True)
         link(source, target)
     except FileNotFoundError:
-        if target.parent.is_dir():
+        if not source.exists():
             raise
         target.parent.mkdir(parents=True, exist_ok=True)
         link(source, target)

@@ -53,7 +53,7 @@ def _send(artifact: Artifact, target: Store, emit: Emit) -> Artifact:
         pairs = [(folder / file["path"], copied.remote(file["path"])) for file in wanted]
         target.put(pairs, show_transfer(emit, "MB copied", wanted))
     copied.check(deep=True)
-    for name, folder in copied.parts().items():  # a repair keeps them, a training starts from them
+    for name, folder in copied.parts.items():  # a repair keeps them, a training starts from them
         if part := artifact.part(name):
             record_part(target, folder, part)
     if target.is_local:
