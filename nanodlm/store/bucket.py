@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import hashlib
+import itertools
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from nanodlm.store.disk import Found
 PIECE = 1 << 25  # bytes of a file that one request asks for
 REQUEST = {"timeout": timedelta(seconds=60), "connect_timeout": timedelta(seconds=5)}
 # By obstore itself; `retry.ask` goes on where this ends, for nothing can interrupt it.
-RETRIES = {"max_retries": 3, "retry_timeout": timedelta(seconds=10)}
+RETRIES: Any = {"max_retries": 3, "retry_timeout": timedelta(seconds=10)}
 # Answers that will not change: all of 4xx but these, and that the server does not know such a request.
 FINAL = re.compile(r"status code: (?:4(?!08|09|25|29)\d\d|501)")
 
@@ -39,42 +40,28 @@ class Bucket:
             return bytes(found.bytes())
 
     def write(self, path: str, data: bytes, create_only: bool = False) -> bool:
-        try:
-            with _as_of_a_disk():
-                self.store.put(self._key(path), data, mode="create" if create_only else "overwrite")
-        except FileExistsError:
-            return False
+        with _as_of_a_disk():
+            self.store.put(self._key(path), data, mode="create" if create_only else "overwrite")
         return True
 
     def files(self, folder: str) -> dict[str, Found]:
-        below = f"{self._key(folder)}/".lstrip("/")
+        below, found = f"{self._key(folder)}/".lstrip("/"), {}
         with contextlib.suppress(FileNotFoundError), _as_of_a_disk():
-            return {
-                file["path"].removeprefix(below): Found(
-                    file["size"], file["last_modified"].timestamp(), file["e_tag"] or ""
-                )
-                for some in self.store.list(below or None, chunk_size=1000)
-                for file in some
-                if file["path"].startswith(below)
-            }
-        return {}
-
-    def _pieces(self, path: str, size: int) -> Iterator[Any]:
-        """Read a file of this size, a piece a request."""
-        for start in range(0, size, PIECE) if size else ():
-            with _as_of_a_disk():
-                yield self.store.get_range(self._key(path), start=start, length=min(PIECE, size - start))
+            for file in itertools.chain.from_iterable(self.store.list(below or None, chunk_size=1000)):
+                if file["path"].startswith(below):
+                    changed = file["last_modified"].timestamp()
+                    found[file["path"].removeprefix(below)] = Found(file["size"], changed, file["e_tag"] or "")
+        return found
 
     def sha256(self, path: str, size: int) -> str:
-        digest = hashlib.sha256()
-        for piece in self._pieces(path, size):
-            digest.update(piece)
-        return digest.hexdigest()
+        return self.get(path, Path(os.devnull), size)
 
     def get(self, path: str, target: Path, size: int) -> str:
         digest = hashlib.sha256()
         with target.open("wb") as file:
-            for piece in self._pieces(path, size):
+            for start in range(0, size, PIECE):
+                with _as_of_a_disk():
+                    piece = self.store.get_range(self._key(path), start=start, length=min(PIECE, size - start))
                 digest.update(piece)
                 file.write(piece)
         return digest.hexdigest()
@@ -121,16 +108,14 @@ def _connect(name: str, *environ: tuple[str, str]) -> Any:
 
     said = dict(environ)
     endpoint = said.get("AWS_ENDPOINT_URL_S3") or said.get("AWS_ENDPOINT_URL") or ""
-    options: dict[str, Any] = {
-        "retry_config": RETRIES,
-        "client_options": {**REQUEST, "allow_http": endpoint.startswith("http://")},
-    }
+    provider: Any = {}
+    options: Any = {**REQUEST, "allow_http": endpoint.startswith("http://")}
     if "AWS_PROFILE" in said:  # which obstore does not know
         from boto3 import Session
         from obstore.auth.boto3 import Boto3CredentialProvider
 
-        options["credential_provider"] = Boto3CredentialProvider(Session())
-    return S3Store(name, **options)
+        provider = {"credential_provider": Boto3CredentialProvider(Session())}
+    return S3Store(name, retry_config=RETRIES, client_options=options, **provider)
 
 
 @contextlib.contextmanager
@@ -142,14 +127,13 @@ def _as_of_a_disk() -> Iterator[None]:
         yield
     except exceptions.AlreadyExistsError as error:
         raise FileExistsError(errno.EEXIST, _said(error)) from error
-    except (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError) as error:
-        raise PermissionError(errno.EACCES, _said(error)) from error
     except exceptions.BaseError as error:
+        refused = isinstance(error, exceptions.PermissionDeniedError | exceptions.UnauthenticatedError)
         if "NoSuchBucket" in str(error):
             raise FileNotFoundError(errno.ENOENT, "there is no such bucket") from error
         if "169.254.169.254" in str(error):  # where a machine of Amazon's would say what its role is
             raise PermissionError(errno.EACCES, "there are no credentials") from error
-        if re.search("status code: 40[13]", str(error)):  # of a listing
+        if refused or re.search("status code: 40[13]", str(error)):  # of a listing
             raise PermissionError(errno.EACCES, _said(error)) from error
         kind = OSError if FINAL.search(str(error)) else ConnectionError
         raise kind(errno.EIO, _said(error)) from error

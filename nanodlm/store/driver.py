@@ -26,22 +26,17 @@ class Driver:
         return cast(bytes, data)
 
     def write(self, path: str, data: bytes, create_only: bool = False) -> bool:
-        try:
-            self.fs.pipe_file(path, data, mode="create" if create_only else "overwrite")
-        except FileExistsError:
-            return False
+        self.fs.pipe_file(path, data, mode="create" if create_only else "overwrite")
         return True
 
     def files(self, folder: str) -> dict[str, Found]:
-        found: dict[str, Json] = {}
+        below, found = f"{folder.strip('/')}/".lstrip("/"), {}
         with contextlib.suppress(FileNotFoundError):
-            found = cast(Any, self.fs.find(folder, detail=True))
-        below = f"{folder.strip('/')}/".lstrip("/")
-        return {
-            path.lstrip("/").removeprefix(below): Found(int(info["size"]), _changed(info), info.get("md5Hash", ""))
-            for path, info in found.items()
-            if path.lstrip("/").startswith(below) and not path.endswith("/")  # a console's mark of a folder
-        }
+            for path, info in cast(Any, self.fs.find(folder, detail=True)).items():
+                if path.lstrip("/").startswith(below) and not path.endswith("/"):  # a console's mark of a folder
+                    there = Found(int(info["size"]), _changed(info), info.get("md5Hash", ""))
+                    found[path.lstrip("/").removeprefix(below)] = there
+        return found
 
     def sha256(self, path: str, size: int) -> str:
         with self.fs.open(path, "rb", cache_type="readahead") as file:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from nanodlm.errors import Damaged
-from nanodlm.store.disk import is_whole, is_within
+from nanodlm.store.disk import is_whole
 from nanodlm.store.files import Storage
 from nanodlm.store.manifest import Json, digest_of, is_sealed, safe, sealed
 
@@ -36,38 +36,27 @@ class Part:
         """Return a local folder with its files, each compared with its sha256; remote ones are copied to `scratch`."""
         here = Path(self.folder) if self.storage.is_local else scratch
         for file in self.files:
-            if problem := self._problem(file, here / safe(file["path"])):
+            path, problem = here / safe(file["path"]), "is missing"
+            with contextlib.suppress(FileNotFoundError):
+                if self.storage.is_local:
+                    same = path.resolve(strict=True).is_relative_to(here.resolve()) and is_whole(path, file)
+                else:
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    same = self.storage.get(f"{self.folder}/{file['path']}", path, file["size"]) == file["sha256"]
+                problem = "" if same else "has been altered"
+            if problem:
                 raise Damaged(f"{self.uri} is damaged: {file['path']} {problem}; start from another checkpoint")
         return here / self.name
-
-    def _problem(self, file: Json, path: Path) -> str:
-        if not self.storage.is_local:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with contextlib.suppress(FileNotFoundError):
-                arrived = self.storage.get(f"{self.folder}/{file['path']}", path, file["size"])
-                return "" if arrived == file["sha256"] else "has been altered"
-        elif path.is_symlink() and not is_within(Path(self.folder), path):
-            return "is a link that leaves it"
-        elif path.is_file():
-            return "" if is_whole(path, file) else "has been altered"
-        return "is missing"
 
 
 def read_part(storage: Storage, folder: str, name: str, **of: str) -> Part | None:
     """Return a part of the attempt in a folder; None when its record is not whole, or not `of` that stage, say."""
-    part = None
-    with contextlib.suppress(Damaged):
+    with contextlib.suppress(Damaged, KeyError):
         part = storage.read_json(f"{folder}/parts/{name}.json")
-    if (
-        not isinstance(part, dict)
-        or not part.keys() >= {"stage", "fingerprint", "files", "info"}
-        or not is_sealed(part)
-    ):
-        return None
-    if not {"part": name, **of}.items() <= part.items():
-        return None
-    whose = {"stage": part["stage"], "fingerprint": part["fingerprint"]}
-    return Part(storage, folder, name, whose, part["files"], part["info"], part.get("e_tags", {}))
+        if isinstance(part, dict) and is_sealed(part) and {"part": name, **of}.items() <= part.items():
+            whose = {"stage": part["stage"], "fingerprint": part["fingerprint"]}
+            return Part(storage, folder, name, whose, part["files"], part["info"], part.get("e_tags", {}))
+    return None
 
 
 def record_part(storage: Storage, folder: str, part: Part, e_tags: dict[str, str] | None = None) -> Part:
