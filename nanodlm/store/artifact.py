@@ -1,22 +1,85 @@
-"""A committed artifact, whose files are verified before anybody reads them."""
+"""A committed artifact, whose files are verified before anybody reads them, and the finished parts of attempts."""
 
+import contextlib
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nanodlm.errors import Damaged, Emit, NanodlmError, silent
 from nanodlm.store import cache
-from nanodlm.store.disk import Found
-from nanodlm.store.files import show_transfer
-from nanodlm.store.manifest import Item, Json, safe
-from nanodlm.store.part import Part, read_part
+from nanodlm.store.disk import Found, is_whole
+from nanodlm.store.files import Storage, show_transfer
+from nanodlm.store.manifest import Item, Json, digest_of, is_sealed, safe, sealed
 
 if TYPE_CHECKING:
     from nanodlm.store.store import Store
+
+
+@dataclass(frozen=True)
+class Part:
+    """A finished part of an attempt: its files, each with size and sha256, and the `info` it was finished with."""
+
+    storage: Storage
+    folder: str  # path of the attempt's folder
+    name: str
+    of: Json  # its `stage` and `fingerprint`, so that one in another's place is not taken for that
+    files: list[Json]
+    info: Json
+    e_tags: dict[str, str] = field(default_factory=dict)  # of its files, where a bucket tells them
+
+    @property
+    def uri(self) -> str:
+        """Its address: a plain path on local disk, else a URL."""
+        return self.storage.address(f"{self.folder}/{self.name}")
+
+    @property
+    def digest(self) -> str:
+        """The sha256 over the paths, sizes and sha256 of its files."""
+        return digest_of(self.files, [])
+
+    def record(self) -> None:
+        """Record that its attempt has its files."""
+        record = {**self.of, "part": self.name, "files": self.files, "info": self.info, "e_tags": self.e_tags}
+        self.storage.write_json(f"{self.folder}/parts/{self.name}.json", sealed(record))
+
+    def local(self, scratch: Path) -> Path:
+        """Return a local folder with its files, each compared with its sha256; remote ones are copied to `scratch`."""
+        here = Path(self.folder) if self.storage.is_local else scratch
+        for file in self.files:
+            path, problem = here / safe(file["path"]), "is missing"
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                if self.storage.is_local:
+                    same = path.resolve(strict=True).is_relative_to(here.resolve()) and is_whole(path, file)
+                else:
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    same = self.storage.get(f"{self.folder}/{file['path']}", path, file["size"]) == file["sha256"]
+                problem = "" if same else "has been altered"
+            if problem:
+                raise Damaged(f"{self.uri} is damaged: {file['path']} {problem}; start from another checkpoint")
+        return here / self.name
+
+
+def read_part(storage: Storage, folder: str, name: str, **of: str) -> Part | None:
+    """Return a part of the attempt in a folder; None when its record is not whole, or not `of` that stage, say."""
+    with contextlib.suppress(Damaged, KeyError):
+        part = storage.read_json(f"{folder}/parts/{name}.json")
+        if isinstance(part, dict) and is_sealed(part) and {"part": name, **of}.items() <= part.items():
+            whose = {"stage": part["stage"], "fingerprint": part["fingerprint"]}
+            return Part(storage, folder, name, whose, part["files"], part["info"], part.get("e_tags", {}))
+    return None
+
+
+def finished_parts(store: Storage, stage: str, fingerprint: str) -> dict[str, list[str]]:
+    """Return the names of finished parts, each with the attempts that finished it."""
+    found: dict[str, list[str]] = {}
+    for path in sorted(store.files(store.path(stage, fingerprint, "attempts")), reverse=True):
+        if record := re.fullmatch("([^/]+)/parts/(.+)[.]json", path, re.DOTALL):
+            found.setdefault(record[2], []).append(record[1])
+    return found
 
 
 @dataclass(frozen=True)
@@ -75,18 +138,14 @@ class Artifact:
         """Return `path`, `size` and `sha256` of its files: of those whose paths begin so, or of all."""
         return [file for file in self.manifest["files"] if not only or file["path"].startswith(only)]
 
-    def listed(self) -> dict[str, Found]:
-        """Return what a listing shows of it, by path below its fingerprint."""
-        return self.store.files(self.store.path(self.stage, self.fingerprint))
-
     def problems(
         self, *only: str, deep: bool = False, emit: Emit = silent, listed: dict[str, Found] | None = None
     ) -> dict[str, str]:
         """Return what is wrong with bad files, by path: by names and sizes, with `deep` also by sha256.
 
-        What a listing shows is asked for, unless it is given.
+        What a listing shows below its fingerprint is asked for, unless it is given.
         """
-        bad, listed = {}, self.listed() if listed is None else listed
+        bad, listed = {}, self.store.files(self.store.path(self.stage, self.fingerprint)) if listed is None else listed
         was_read = show_transfer(emit, f"MB of {self.stage} read", self.files(*only))
         for file in self.files(*only):
             if problem := self._problem(file, listed.get(self._lies(file["path"])), deep):
@@ -119,8 +178,8 @@ class Artifact:
         """Return the folder in its store of the attempt that finished each of its parts, by the part's name."""
         own, attempts = self.manifest["attempt"], self.store.path(self.stage, self.fingerprint, "attempts")
         if (finished := self.manifest.get("parts")) is None:  # which earlier versions did not list
-            paths = "\n".join(self.store.sizes(self.folder))
-            finished = dict.fromkeys(re.findall(r"^parts/(.*)\.json$", paths, re.MULTILINE), own)
+            there = finished_parts(self.store, self.stage, self.fingerprint).items()
+            finished = {name: own for name, attempts_of in there if own in attempts_of}
         return {name: f"{attempts}/{own if self.store.is_local else there}" for name, there in finished.items()}
 
     def part(self, name: str) -> Part | None:
@@ -164,13 +223,18 @@ class Artifact:
 
     def _fetch(self, files: list[Json], emit: Emit = silent) -> Path:
         """Let a folder of this process in the cache hold files, and return it."""
+        lacking = cache.lacking(files)
+        if lacking and not self.store.asked:
+            lacks = f"is not wholly in the cache ({lacking[0]['path']} is missing)"
+            raise NanodlmError(f"{self.uri} {lacks}: unset NANODLM_OFFLINE")
         name = f"{self.stage}-{self.fingerprint[:16]}-{self.manifest['attempt']}"
-        folder = cache.hold(name, sum(file["size"] for file in cache.lacking(files)))
+        folder = cache.hold(name, sum(file["size"] for file in lacking))
         arrived = show_transfer(emit, f"MB of {self.stage} fetched", files)
 
         def take(file: Json) -> int:
-            cache.take(file, folder / safe(file["path"]), lambda target: self._get(file, target))
-            return file["size"]
+            path, size = file["path"], file["size"]
+            cache.take(file, folder / safe(path), lambda target: self.store.get(self.remote(path), target, size))
+            return size
 
         try:
             for size in self.store.together(take, files):
@@ -182,9 +246,3 @@ class Artifact:
         except OSError as error:
             raise cache.cannot_write_cache(error) from error
         return folder
-
-    def _get(self, file: Json, target: Path) -> str:
-        if not self.store.asked:
-            lacking = f"is not wholly in the cache ({file['path']} is missing)"
-            raise NanodlmError(f"{self.uri} {lacking}: unset NANODLM_OFFLINE")
-        return self.store.get(self.remote(file["path"]), target, file["size"])

@@ -1,18 +1,23 @@
-"""A bucket of S3, or of a server that speaks it, through obstore."""
+"""Storages that are no disk: a bucket of S3, through obstore, and any other that fsspec has a driver for."""
 
+import base64
 import contextlib
 import errno
 import hashlib
 import itertools
 import os
 import re
+import time
 from collections.abc import Callable, Iterator
-from datetime import timedelta
+from datetime import datetime, timedelta
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from nanodlm.store.disk import Found
+from fsspec import AbstractFileSystem
+
+from nanodlm.store.disk import Found, sha256_of
+from nanodlm.store.manifest import Json
 
 PIECE = 1 << 25  # bytes of a file that one request asks for
 REQUEST = {"timeout": timedelta(seconds=60), "connect_timeout": timedelta(seconds=5)}
@@ -101,6 +106,54 @@ class Bucket:
                     yield upload["Key"].removeprefix(below), upload["Initiated"].timestamp(), end
 
 
+class Driver:
+    """Files on a file system of fsspec's. See `Disk` for the methods."""
+
+    def __init__(self, fs: AbstractFileSystem):
+        self.fs = fs
+
+    def read(self, path: str, limit: int) -> bytes:
+        if len(data := self.fs.cat_file(path, end=limit + 1)) > limit:
+            raise ValueError(f"has more than {limit} bytes")
+        return cast(bytes, data)
+
+    def write(self, path: str, data: bytes, create_only: bool = False) -> bool:
+        self.fs.pipe_file(path, data, mode="create" if create_only else "overwrite")
+        return True
+
+    def files(self, folder: str) -> dict[str, Found]:
+        below, found = f"{folder.strip('/')}/".lstrip("/"), {}
+        with contextlib.suppress(FileNotFoundError):
+            for path, info in cast(Any, self.fs.find(folder, detail=True)).items():
+                if path.lstrip("/").startswith(below) and not path.endswith("/"):  # a console's mark of a folder
+                    there = Found(int(info["size"]), _changed(info), info.get("md5Hash", ""))
+                    found[path.lstrip("/").removeprefix(below)] = there
+        return found
+
+    def sha256(self, path: str, size: int) -> str:
+        with self.fs.open(path, "rb", cache_type="readahead") as file:
+            return hashlib.file_digest(cast(Any, file), "sha256").hexdigest()
+
+    def get(self, path: str, target: Path, size: int) -> str:
+        self.fs.get_file(path, str(target))
+        return sha256_of(target)
+
+    def put(self, source: Path, path: str) -> tuple[str, str]:
+        self.fs.put_file(str(source), path)
+        with source.open("rb") as file:  # which Google's listings show
+            md5 = base64.b64encode(hashlib.file_digest(file, "md5").digest()).decode()
+        return sha256_of(source), md5
+
+    def remove(self, *paths: str) -> None:
+        for path in paths:
+            with contextlib.suppress(FileNotFoundError):
+                self.fs.rm_file(path)
+
+    def remove_folder(self, folder: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            self.fs.rm(folder, recursive=True)
+
+
 @lru_cache(maxsize=8)
 def _connect(name: str, *environ: tuple[str, str]) -> Any:
     """Connect to a bucket as these variables say; nothing is asked yet."""
@@ -144,3 +197,11 @@ def _said(error: Exception) -> str:
     text = str(error).partition("\n\nDebug source")[0]
     answer = re.search(r"<Code>(.*?)</Code>.*?<Message>(.*?)</Message>", text, re.DOTALL)
     return f"{answer[1]}: {answer[2]}" if answer else " ".join(text.split())
+
+
+def _changed(info: Json) -> float:
+    """Return when a file last changed, as a Unix time; drivers name it differently."""
+    value = next((info[name] for name in ("mtime", "updated", "created") if info.get(name)), time.time())
+    if isinstance(value, str):
+        value = datetime.fromisoformat(value)
+    return value.timestamp() if isinstance(value, datetime) else float(value)

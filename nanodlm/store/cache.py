@@ -14,7 +14,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from filelock import FileLock
@@ -60,7 +60,7 @@ def hold(name: str, needed: int = 0) -> Path:
     try:
         if not own.is_dir():
             own.mkdir(parents=True)
-            atexit.register(_end, own, os.getpid())
+            atexit.register(lambda: own.name == this_process() and drop(own))  # not when it ends that forked from it
         (own / name).mkdir(exist_ok=True)
         os.utime(own)
         _make_room(needed)
@@ -72,11 +72,6 @@ def hold(name: str, needed: int = 0) -> Path:
 def drop(folder: Path) -> None:
     """Remove a folder that `hold` returned."""
     shutil.rmtree(folder, ignore_errors=True)
-
-
-def _end(own: Path, pid: int) -> None:
-    if os.getpid() == pid:  # a process that was forked has a folder of its own
-        drop(own)
 
 
 def lacking(files: list[Json]) -> list[Json]:
@@ -91,7 +86,9 @@ def take(file: Json, target: Path, get: Callable[[Path], str]) -> None:
     """
     copy = cache_dir() / "files" / file["sha256"]
     while not is_whole(target, file):
-        with _hint(file["sha256"]):
+        with contextlib.ExitStack() as held:
+            with contextlib.suppress(OSError, NotImplementedError):  # another fetches it, or no lock works here
+                held.enter_context(FileLock(cache_dir() / "locks" / file["sha256"][:2], timeout=LOCK_SECONDS))
             if not is_whole(copy, file):
                 try:
                     with beside(copy) as arriving:
@@ -104,18 +101,6 @@ def take(file: Json, target: Path, get: Callable[[Path], str]) -> None:
         with contextlib.suppress(FileNotFoundError):  # it was thrown out, or the whole cache was removed
             link(copy, target)
             os.utime(copy)
-
-
-@contextlib.contextmanager
-def _hint(sha256: str) -> Iterator[None]:
-    """Wait while another process fetches a file, where locks work and for a while."""
-    lock = FileLock(cache_dir() / "locks" / sha256[:2], timeout=LOCK_SECONDS)
-    with contextlib.suppress(OSError, NotImplementedError):
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _make_room(needed: int) -> None:

@@ -17,9 +17,8 @@ import fsspec
 
 from nanodlm.config import refuse_secrets
 from nanodlm.errors import Damaged, Emit, NanodlmError, UsageError
-from nanodlm.store.bucket import Bucket
+from nanodlm.store.bucket import Bucket, Driver
 from nanodlm.store.disk import Disk, Found
-from nanodlm.store.driver import Driver
 from nanodlm.store.manifest import Json
 from nanodlm.store.retry import ask, one_line
 
@@ -138,9 +137,12 @@ class Storage:
         data = json.dumps(value, indent=1, sort_keys=True).encode()
 
         def call() -> bool:
-            with contextlib.suppress(FileExistsError):
+            try:
                 if self.driver.write(path, data, create_only):
                     return True
+            except FileExistsError:
+                if self.is_local:  # a file is where a folder should be
+                    raise
             with contextlib.suppress(FileNotFoundError, ValueError):  # it has been removed since, or is longer
                 return not self.is_local and self.driver.read(path, len(data)) == data
             return False

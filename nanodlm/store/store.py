@@ -34,12 +34,13 @@ class Store(Storage):
 
     def find(self, stage: str, fingerprint: str) -> Artifact | None:
         """Return the committed artifact, or None; one whose manifest cannot be read raises `Damaged`."""
-        path = self.path(stage, fingerprint, MANIFEST)
-        kept = None if self.is_local else self._kept() / stage / fingerprint / MANIFEST
+        path, kept = self.path(stage, fingerprint, MANIFEST), None
+        if not self.is_local:  # for when nobody may be asked
+            place = hashlib.sha256(self.uri().encode()).hexdigest()[:16]
+            kept = cache.cache_dir() / "manifests" / place / stage / fingerprint / MANIFEST
         try:
             manifest = self.read_json(path) if self.asked else Storage(str(kept)).read_json(str(kept))
-            problem = "" if manifest is None else problem_with(manifest, stage, fingerprint)
-            if problem:
+            if manifest is not None and (problem := problem_with(manifest, stage, fingerprint)):
                 raise Damaged(f"{self.address(path)} {problem}")
         except Damaged as error:
             uri = self.uri(stage, fingerprint)
@@ -49,13 +50,10 @@ class Store(Storage):
             return None
         if kept and self.asked:
             with contextlib.suppress(OSError):  # a cache that cannot be written is no error
-                if not kept.exists() or json.loads(kept.read_bytes()) != manifest:
-                    write_whole(kept, json.dumps(manifest).encode())
+                data = json.dumps(manifest).encode()
+                if not kept.exists() or kept.read_bytes() != data:
+                    write_whole(kept, data)
         return Artifact(self, stage, fingerprint, manifest)
-
-    def _kept(self) -> Path:
-        """Return the folder of the cache with the manifests of what was found here, for when nobody may be asked."""
-        return cache.cache_dir() / "manifests" / hashlib.sha256(self.uri().encode()).hexdigest()[:16]
 
     def artifacts(self, items: Iterable[Item]) -> Iterator[tuple[Item, Artifact | Damaged | None]]:
         """Yield what `find` finds of each, or the `Damaged` that it raises; a bucket is asked for several at once."""
