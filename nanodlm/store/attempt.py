@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from nanodlm.errors import Damaged, Emit, NanodlmError, silent
-from nanodlm.store.artifact import Artifact, Part, finished_parts, read_part
 from nanodlm.store.cache import drop, hold
 from nanodlm.store.disk import Found, describe, flush_folders, link, list_files
 from nanodlm.store.files import show_transfer
 from nanodlm.store.manifest import FLOW_RUN, MANIFEST, PACKAGES, Json, digest_of, safe, sealed, utc_now
-from nanodlm.store.store import Store
+from nanodlm.store.part import Part, finished_parts, read_part
+from nanodlm.store.store import Artifact, Store
 
 # The store's records, and files that systems leave in folders.
 NOBODYS = re.compile(r"parts/.*|(.*/)?(\.DS_Store|\._.*|Thumbs\.db|desktop\.ini|\.nfs[0-9a-f]+)", re.DOTALL)

@@ -6,6 +6,7 @@ again for `$NANODLM_RETRY_SECONDS`, what will not (no access, no such bucket, di
 
 import contextlib
 import json
+import os
 import re
 import secrets
 from collections.abc import Callable, Iterable, Iterator
@@ -43,6 +44,7 @@ class Storage:
         if protocol not in LOCAL:  # one place has one address
             url = f"{protocol}://{re.sub('/+', '/', rest).rstrip('/')}"
         self._create_only = self.is_local = protocol in LOCAL
+        self.asked = self.is_local or os.environ.get("NANODLM_OFFLINE", "").lower() not in ("1", "true", "yes")
         self.driver: Disk | Bucket | Driver
         try:
             if protocol in S3:
@@ -71,7 +73,12 @@ class Storage:
         return self._before + path
 
     def ask(self, call: Callable[[], T]) -> T:
-        """Return the result of a request, made again while it fails for a reason that may pass; see `retry.ask`."""
+        """Return the result of a request, made again while it fails for a reason that may pass; see `retry.ask`.
+
+        While `$NANODLM_OFFLINE` is set nothing remote is asked.
+        """
+        if not self.asked:
+            raise NanodlmError(f"{self.uri()} is not asked while NANODLM_OFFLINE is set: unset it")
         return ask(self.uri(), call)
 
     def together(self, call: Callable[[S], T], things: Iterable[S]) -> Iterator[T]:
