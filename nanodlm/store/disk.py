@@ -130,7 +130,7 @@ class Disk:
     files = staticmethod(list_files)
 
     def write(self, path: str, data: bytes, create_only: bool = False) -> bool:
-        """Write a file whole; where `create_only` and there is one, change nothing and return False, or raise so."""
+        """Write a file whole; with `create_only` change nothing where there is one, and say so: False, or raised."""
         return write_whole(Path(path), data, create_only)
 
     def sha256(self, path: str, size: int) -> str:
