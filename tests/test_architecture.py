@@ -31,7 +31,7 @@ ROOMS = {
     },
     "generation": {"build", "checkpoints", "config", "data", "diffusion", "errors", "model", "store"},
     "stages": {"checkpoints", "config", "data", "errors", "store", "training"},
-    "upkeep": {"config", "data", "errors", "stages", "store"},
+    "upkeep": {"checkpoints", "config", "data", "errors", "stages", "store"},
     "cluster": {"config", "errors", "stages", "store"},
     "bench": {
         "build", "checkpoints", "config", "data", "devices", "diffusion", "errors", "evaluation", "generation", "model",

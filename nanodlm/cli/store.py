@@ -14,7 +14,7 @@ from nanodlm.errors import Damaged, NanodlmError, UsageError
 from nanodlm.stages.lookup import explain as differences
 from nanodlm.stages.progress import summary
 from nanodlm.stages.run import default_store
-from nanodlm.store import Artifact, Item, Store, changed_since, remark
+from nanodlm.store import Artifact, Store, changed_since, remark
 from nanodlm.upkeep import ages
 from nanodlm.upkeep.collect import collect, remove
 from nanodlm.upkeep.copy import copy as copy_artifacts
@@ -46,15 +46,14 @@ def ls(*, store: OpenStore, out: Output) -> None:
             print(f"nanodlm: {artifact}", file=sys.stderr)
         if not isinstance(artifact, Artifact):  # it was removed just now
             continue
-        stage = artifact.stage
         size, age = _size(artifact), time.time() - ages.made_at(artifact)
         inputs = {name: made["fingerprint"] for name, made in artifact.manifest["inputs"].items()}
         name = (artifact.manifest.get("config") or {}).get("exp", {}).get("run_name", "")
-        row = {"stage": stage, "uri": artifact.uri, "bytes": size, "created": artifact.manifest["created"]}
+        row = {"stage": artifact.stage, "uri": artifact.uri, "bytes": size, "created": artifact.manifest["created"]}
         row |= {"name": name, "val_bits_per_byte": artifact.metrics.get("val_bits_per_byte")}
         rows.append({**row, "age_seconds": round(age), "inputs": inputs})
         said = "  ".join(filter(None, [name, summary(artifact)]))
-        out.text(f"{artifact.name:<23} {_ago(age):>4} {ages.size(size):>10}  {said}".rstrip())
+        out.text(f"{artifact.name:<23} {_ago(artifact):>4} {ages.size(size):>10}  {said}".rstrip())
         if changed := changed_since(artifact):
             out.text(f"{'':<25}{remark(changed)}")
         if inputs:
@@ -68,8 +67,7 @@ def show(uri: Uri, /, *, store: OpenStore, out: Output) -> None:
     """Show where an artifact came from, its settings, metrics, packages and files."""
     artifact = _store_of(uri, store).open(uri)
     m = artifact.manifest
-    ago = _ago(time.time() - ages.made_at(artifact))
-    out.text(artifact.uri, f"made    {m['created']} ({ago} ago) in {m['seconds']} s")
+    out.text(artifact.uri, f"made    {m['created']} ({_ago(artifact)} ago) in {m['seconds']} s")
     code, run = m.get("code") or {}, m.get("flow_run")
     if "commit" in code:
         out.text(f"commit  {code['commit']}{', and changes' if code['modified'] else ''}")
@@ -114,9 +112,8 @@ def verify(
     rows = []
     with out.showing("verify") as emit:
         for found in check(store, targets, deep=deep, repair=repair, emit=emit):
-            address = store.uri(found.stage, found.fingerprint)
             row = {"problems": found.problems, "repaired": found.repaired, "strays": found.strays}
-            rows.append({"uri": address, **row})
+            rows.append({"uri": store.uri(found.stage, found.fingerprint), **row})
             status = "REPAIRED" if found.repaired else "DAMAGED" if found.problems else "ok"
             name = f"{found.stage}/{found.fingerprint[:12]}"
             strays = (f"{path} is nobody's file, which harms nothing" for path in found.strays)
@@ -165,23 +162,16 @@ def rm(
 ) -> None:
     """Remove an artifact at once, or what a build of it has left."""
     store = _store_of(uri, store)
-    rows = []
-    for row in remove(store, _removable(store, uri), recursive, dry_run):
+    rows, address = [], parse_address(uri)
+    if address.checkpoint is not None or "/attempts/" in uri:
+        raise UsageError(f"{uri} names a part of an artifact: name the artifact, which is removed as a whole")
+    item = address.stage, address.fingerprint
+    if not (address.stage and store.files(store.path(*item))):  # it may be without a manifest, removed in part
+        item = store.locate(uri)
+    for row in remove(store, item, recursive, dry_run):
         rows.append(row)
         out.text(f"{'would remove' if dry_run else 'removed'} {ages.size(row['bytes']):>10}  {row['uri']}")
     out.json(removed=rows, dry_run=dry_run)
-
-
-def _removable(store: Store, uri: str) -> Item:
-    if parse_address(uri).checkpoint is not None or "/attempts/" in uri:
-        raise UsageError(f"{uri} names a part of an artifact: name the artifact, which is removed as a whole")
-    try:
-        return store.locate(uri)
-    except NanodlmError:
-        address = parse_address(uri)
-        if address.stage and store.sizes(store.path(address.stage, address.fingerprint)):
-            return address.stage, address.fingerprint  # without a manifest, such as what was removed in part
-        raise
 
 
 def copy(src: From, dst: To, /, *, out: Output) -> None:
@@ -232,7 +222,8 @@ def _count(things: list, noun: str = "artifact") -> str:
     return f"{len(things):,} {noun}{'' if len(things) == 1 else 's'}"
 
 
-def _ago(seconds: float) -> str:
+def _ago(artifact: Artifact) -> str:
+    seconds = time.time() - ages.made_at(artifact)
     for unit, length in (("d", 86400), ("h", 3600), ("m", 60)):
         if seconds >= length:
             return f"{seconds / length:.0f}{unit}"

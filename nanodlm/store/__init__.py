@@ -13,10 +13,9 @@ Throughout this room, `emit` is called as `emit(kind, **fields)`, here with `"pr
 what is not as its manifest says raises `Damaged`, no such file `FileNotFoundError`, what users can mend `NanodlmError`.
 """
 
-from nanodlm.store.artifact import Artifact
 from nanodlm.store.attempt import Attempt, new_attempt
 from nanodlm.store.code import changed_since, code_record, remark
 from nanodlm.store.lease import hold_lease, lease_events
 from nanodlm.store.manifest import FLOW_RUN, SCHEMA, Item, Json, fingerprint_of, sealed
 from nanodlm.store.part import Part, finished_parts, read_part
-from nanodlm.store.store import Store
+from nanodlm.store.store import Artifact, Store

@@ -11,20 +11,20 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from functools import cached_property
 from importlib.metadata import version
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 from nanodlm.errors import Damaged, Emit, NanodlmError, silent
-from nanodlm.store.artifact import Artifact
 from nanodlm.store.cache import drop, hold
 from nanodlm.store.disk import Found, describe, flush_folders, link, list_files
 from nanodlm.store.files import show_transfer
 from nanodlm.store.manifest import FLOW_RUN, MANIFEST, PACKAGES, Json, digest_of, safe, sealed, utc_now
-from nanodlm.store.part import Part, finished_parts, read_part, record_part
-from nanodlm.store.store import Store
+from nanodlm.store.part import Part, finished_parts, read_part
+from nanodlm.store.store import Artifact, Store
 
-# Files that systems leave in folders; they are nobody's.
-STRAY = re.compile(r"(.*/)?(\.DS_Store|\._.*|Thumbs\.db|desktop\.ini|\.nfs[0-9a-f]+)")
+# The store's records, and files that systems leave in folders.
+NOBODYS = re.compile(r"parts/.*|(.*/)?(\.DS_Store|\._.*|Thumbs\.db|desktop\.ini|\.nfs[0-9a-f]+)", re.DOTALL)
 
 
 class Attempt:
@@ -38,8 +38,8 @@ class Attempt:
         self._over = ""
         if afresh:
             artifact = store.find(stage, fingerprint)
-            self._over = f"-over-{artifact.manifest['attempt'].split('-')[1]}" if artifact else f"-over-{self.id[-8:]}"
-            self.id += self._over
+            self._over = f"-over-{artifact.manifest['attempt'].split('-')[1] if artifact else self.id[-8:]}"
+        self.id += self._over
         self.started = time.monotonic()
         self._parts: dict[str, Part] = {}  # those in the folder of another attempt were taken over where they lie
         self.path = Path(self._remote()) if store.is_local else hold(f"attempt-{self.id}")
@@ -50,10 +50,10 @@ class Attempt:
 
     def finish(self, name: str, files: Iterable[str], **info: Any) -> None:
         """Record files (relative paths), which will not change any more, as a finished part, with JSON as `info`."""
-        described, e_tags = self._publish(sorted(name for name in files if not STRAY.fullmatch(name)), silent)
+        described, e_tags = self._publish(sorted(name for name in files if not NOBODYS.fullmatch(name)), silent)
         self._flush(described, self.path)
-        part = Part(self.store, self._remote(), name, self._of, described, info)
-        self._parts[name] = record_part(self.store, self._remote(), part, e_tags)
+        self._parts[name] = Part(self.store, self._remote(), name, self._of, described, info, e_tags)
+        self._parts[name].record()
 
     def _flush(self, files: list[Json], root: Path) -> None:
         if self.store.is_local:
@@ -100,13 +100,15 @@ class Attempt:
         for part in self._earlier_parts(name):
             with contextlib.suppress(Damaged):
                 part.local(self.path)
+                adopted = dataclasses.replace(part, folder=self._remote())
                 if self.store.is_local:
                     for path in (*(file["path"] for file in part.files), f"parts/{name}.json"):
                         link(Path(part.folder, path), self.path / path)  # none of them will change
-                    self._parts[name] = dataclasses.replace(part, folder=self._remote())
                 else:
                     e_tags = self._publish([file["path"] for file in part.files], silent)[1]
-                    self._parts[name] = record_part(self.store, self._remote(), part, e_tags)
+                    adopted = dataclasses.replace(adopted, e_tags=e_tags)
+                    adopted.record()
+                self._parts[name] = adopted
                 return part.info
             self._unlink(part.files)  # half a part must not be committed
         return None
@@ -121,13 +123,11 @@ class Attempt:
         attempts = self.store.path(self.stage, self.fingerprint, "attempts")
         listed = self.store.files(attempts) if wanted and not self.store.is_local else {}
 
-        def as_recorded(part: Part, file: Json) -> bool:
-            there = listed.get(f"{part.folder.removeprefix(attempts)[1:]}/{file['path']}", Found(0, 0.0))
-            return there.e_tag != "" and there.e_tag == part.e_tags.get(file["path"])
-
         def take(name: str) -> Json | None:
             for part in self._earlier_parts(name) if listed else ():
-                if all(as_recorded(part, file) for file in part.files):
+                paths = {file["path"]: f"{Path(part.folder).name}/{file['path']}" for file in part.files}
+                there = {path: listed.get(below, Found(0, 0.0)).e_tag for path, below in paths.items()}
+                if all(there.values()) and there == part.e_tags:
                     self._parts[name] = part
                     return part.info
             return self.adopt(name)
@@ -147,10 +147,9 @@ class Attempt:
         for file in files:
             path = self.path / safe(file["path"])
             path.unlink(missing_ok=True)
-            for folder in path.parents:
-                if folder == self.path or not folder.is_dir() or any(folder.iterdir()):
-                    break
-                folder.rmdir()
+            with contextlib.suppress(OSError):  # a folder is not empty
+                for folder in path.relative_to(self.path).parents[:-1]:
+                    (self.path / folder).rmdir()
 
     def commit(
         self,
@@ -175,21 +174,18 @@ class Attempt:
         known = {file["path"]: file for part in self._parts.values() for file in part.files}
         elsewhere = [part for part in self._parts.values() if part.folder != self._remote()]
         adopted = [{**file, "attempt": Path(part.folder).name} for part in elsewhere for file in part.files]
-        there = [
-            name for name in list_files(str(self.path)) if not name.startswith("parts/") and not STRAY.fullmatch(name)
-        ]
+        there = [name for name in list_files(str(self.path)) if not NOBODYS.fullmatch(name)]
         made, _ = self._publish(sorted(set(there) - known.keys()), self.store.emit)
-        files = [*made, *adopted, *(known[name] for name in there if name in known)]
-        files.sort(key=lambda file: file["path"])
+        files = sorted([*made, *adopted, *(known[name] for name in there if name in known)], key=itemgetter("path"))
         records = [{"path": f"parts/{name}.json"} for name in self._parts]
         self._flush([*records, *files], Path(self.store.root).parent)
         volatile = sorted(volatile)
         digest = digest_of(files, volatile)
         if restore and restore["digest"] != digest:
             self._give_up()
-            other = "built again here it has other bytes, so nothing was changed"
-            uri = self.store.uri(self.stage, self.fingerprint)
-            raise NanodlmError(f"{other}: `nanodlm run --rebuild {self.stage}` puts them in the place of {uri}")
+            remedy = f"`nanodlm run --rebuild {self.stage}` puts them in the place of"
+            other = f"built again here it has other bytes, so nothing was changed: {remedy}"
+            raise NanodlmError(f"{other} {self.store.uri(self.stage, self.fingerprint)}")
         manifest = sealed({
             **identity,
             "fingerprint": self.fingerprint,
@@ -217,12 +213,11 @@ class Attempt:
         """Create the manifest, or return the artifact that another attempt has committed before."""
         target = self.store.path(self.stage, self.fingerprint, MANIFEST)
         while not self.store.write_json(target, manifest, create_only=True):
-            try:
+            existing = None
+            with contextlib.suppress(Damaged):
                 existing = self.store.find(self.stage, self.fingerprint)
                 if existing is None and not os.path.islink(target):  # it has been removed since
                     continue
-            except Damaged:
-                existing = None
             if existing and existing.manifest["attempt"] == self.id:  # by a creation that was said to have failed
                 return existing
             same = existing and _digests(existing.manifest) == _digests(manifest)

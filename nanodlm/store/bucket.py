@@ -1,22 +1,28 @@
-"""A bucket of S3, or of a server that speaks it, through obstore."""
+"""Storages that are no disk: a bucket of S3, through obstore, and any other that fsspec has a driver for."""
 
+import base64
 import contextlib
 import errno
 import hashlib
+import itertools
 import os
 import re
+import time
 from collections.abc import Callable, Iterator
-from datetime import timedelta
+from datetime import datetime, timedelta
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from nanodlm.store.disk import Found
+from fsspec import AbstractFileSystem
+
+from nanodlm.store.disk import Found, sha256_of
+from nanodlm.store.manifest import Json
 
 PIECE, PART = 1 << 25, 1 << 24  # bytes of a file that one request asks for, and that one sends
 REQUEST = {"timeout": timedelta(seconds=60), "connect_timeout": timedelta(seconds=5)}
 # By obstore itself; `retry.ask` goes on where this ends, for nothing can interrupt it.
-RETRIES = {"max_retries": 3, "retry_timeout": timedelta(seconds=10)}
+RETRIES: Any = {"max_retries": 3, "retry_timeout": timedelta(seconds=10)}
 # Answers that will not change: all of 4xx but these, that the server does not know such a request, and keys of others
 # in the bucket that obstore does not list, such as a//b.
 FINAL = re.compile(r"status code: (?:4(?!08|09|25|29)\d\d|501)|object with invalid path")
@@ -40,42 +46,28 @@ class Bucket:
             return bytes(found.bytes())
 
     def write(self, path: str, data: bytes, create_only: bool = False) -> bool:
-        try:
-            with _as_of_a_disk():
-                self.store.put(self._key(path), data, mode="create" if create_only else "overwrite")
-        except FileExistsError:
-            return False
+        with _as_of_a_disk():
+            self.store.put(self._key(path), data, mode="create" if create_only else "overwrite")
         return True
 
     def files(self, folder: str) -> dict[str, Found]:
-        below = f"{self._key(folder)}/".lstrip("/")
+        below, found = f"{self._key(folder)}/".lstrip("/"), {}
         with contextlib.suppress(FileNotFoundError), _as_of_a_disk():
-            return {
-                file["path"].removeprefix(below): Found(
-                    file["size"], file["last_modified"].timestamp(), file["e_tag"] or ""
-                )
-                for some in self.store.list(below or None, chunk_size=1000)
-                for file in some
-                if file["path"].startswith(below)
-            }
-        return {}
-
-    def _pieces(self, path: str, size: int) -> Iterator[Any]:
-        """Read a file of this size, a piece a request."""
-        for start in range(0, size, PIECE) if size else ():
-            with _as_of_a_disk():
-                yield self.store.get_range(self._key(path), start=start, length=min(PIECE, size - start))
+            for file in itertools.chain.from_iterable(self.store.list(below or None, chunk_size=1000)):
+                if file["path"].startswith(below):
+                    changed = file["last_modified"].timestamp()
+                    found[file["path"].removeprefix(below)] = Found(file["size"], changed, file["e_tag"] or "")
+        return found
 
     def sha256(self, path: str, size: int) -> str:
-        digest = hashlib.sha256()
-        for piece in self._pieces(path, size):
-            digest.update(piece)
-        return digest.hexdigest()
+        return self.get(path, Path(os.devnull), size)
 
     def get(self, path: str, target: Path, size: int) -> str:
         digest = hashlib.sha256()
         with target.open("wb") as file:
-            for piece in self._pieces(path, size):
+            for start in range(0, size, PIECE):
+                with _as_of_a_disk():
+                    piece = self.store.get_range(self._key(path), start=start, length=min(PIECE, size - start))
                 digest.update(piece)
                 file.write(piece)
         return digest.hexdigest()
@@ -116,6 +108,54 @@ class Bucket:
                     yield upload["Key"].removeprefix(below), upload["Initiated"].timestamp(), end
 
 
+class Driver:
+    """Files on a file system of fsspec's. See `Disk` for the methods."""
+
+    def __init__(self, fs: AbstractFileSystem):
+        self.fs = fs
+
+    def read(self, path: str, limit: int) -> bytes:
+        if len(data := self.fs.cat_file(path, end=limit + 1)) > limit:
+            raise ValueError(f"has more than {limit} bytes")
+        return cast(bytes, data)
+
+    def write(self, path: str, data: bytes, create_only: bool = False) -> bool:
+        self.fs.pipe_file(path, data, mode="create" if create_only else "overwrite")
+        return True
+
+    def files(self, folder: str) -> dict[str, Found]:
+        below, found = f"{folder.strip('/')}/".lstrip("/"), {}
+        with contextlib.suppress(FileNotFoundError):
+            for path, info in cast(Any, self.fs.find(folder, detail=True)).items():
+                if path.lstrip("/").startswith(below) and not path.endswith("/"):  # a console's mark of a folder
+                    there = Found(int(info["size"]), _changed(info), info.get("md5Hash", ""))
+                    found[path.lstrip("/").removeprefix(below)] = there
+        return found
+
+    def sha256(self, path: str, size: int) -> str:
+        with self.fs.open(path, "rb", cache_type="readahead") as file:
+            return hashlib.file_digest(cast(Any, file), "sha256").hexdigest()
+
+    def get(self, path: str, target: Path, size: int) -> str:
+        self.fs.get_file(path, str(target))
+        return sha256_of(target)
+
+    def put(self, source: Path, path: str) -> tuple[str, str]:
+        self.fs.put_file(str(source), path)
+        with source.open("rb") as file:  # which Google's listings show
+            md5 = base64.b64encode(hashlib.file_digest(file, "md5").digest()).decode()
+        return sha256_of(source), md5
+
+    def remove(self, *paths: str) -> None:
+        for path in paths:
+            with contextlib.suppress(FileNotFoundError):
+                self.fs.rm_file(path)
+
+    def remove_folder(self, folder: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            self.fs.rm(folder, recursive=True)
+
+
 @lru_cache(maxsize=8)
 def _connect(name: str, *environ: tuple[str, str]) -> Any:
     """Connect to a bucket as these variables say; nothing is asked yet."""
@@ -123,18 +163,17 @@ def _connect(name: str, *environ: tuple[str, str]) -> Any:
 
     said = dict(environ)
     endpoint = said.get("AWS_ENDPOINT_URL_S3") or said.get("AWS_ENDPOINT_URL") or ""
-    options: dict[str, Any] = {
-        "retry_config": RETRIES,
-        "client_options": {**REQUEST, "allow_http": endpoint.startswith("http://")},
-    }
-    file = Path(said.get("AWS_SHARED_CREDENTIALS_FILE", "~/.aws/credentials"))
-    if "AWS_PROFILE" in said or ("AWS_ACCESS_KEY_ID" not in said and os.path.exists(os.path.expanduser(file))):
-        # Neither of which obstore knows.
+    provider: Any = {}
+    options: Any = {**REQUEST, "allow_http": endpoint.startswith("http://")}
+    file = os.path.expanduser(said.get("AWS_SHARED_CREDENTIALS_FILE", "~/.aws/credentials"))
+    if "AWS_PROFILE" in said or (
+        "AWS_ACCESS_KEY_ID" not in said and os.path.exists(file)
+    ):  # which obstore does not read
         from botocore.session import get_session
         from obstore.auth.boto3 import Boto3CredentialProvider
 
-        options["credential_provider"] = Boto3CredentialProvider(get_session())
-    return S3Store(name, **options)
+        provider = {"credential_provider": Boto3CredentialProvider(get_session())}
+    return S3Store(name, retry_config=RETRIES, client_options=options, **provider)
 
 
 @contextlib.contextmanager
@@ -146,14 +185,13 @@ def _as_of_a_disk() -> Iterator[None]:
         yield
     except exceptions.AlreadyExistsError as error:
         raise FileExistsError(errno.EEXIST, _said(error)) from error
-    except (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError) as error:
-        raise PermissionError(errno.EACCES, _said(error)) from error
     except exceptions.BaseError as error:
+        refused = isinstance(error, exceptions.PermissionDeniedError | exceptions.UnauthenticatedError)
         if "NoSuchBucket" in str(error):
             raise FileNotFoundError(errno.ENOENT, "there is no such bucket") from error
         if "169.254.169.254" in str(error):  # where a machine of Amazon's would say what its role is
             raise PermissionError(errno.EACCES, "there are no credentials") from error
-        if re.search("status code: 40[13]", str(error)):  # of a listing
+        if refused or re.search("status code: 40[13]", str(error)):  # of a listing
             raise PermissionError(errno.EACCES, _said(error)) from error
         kind = OSError if FINAL.search(str(error)) else ConnectionError
         raise kind(errno.EIO, _said(error)) from error
@@ -164,3 +202,11 @@ def _said(error: Exception) -> str:
     text = str(error).partition("\n\nDebug source")[0]
     answer = re.search(r"<Code>(.*?)</Code>.*?<Message>(.*?)</Message>", text, re.DOTALL)
     return f"{answer[1]}: {answer[2]}" if answer else " ".join(text.split())
+
+
+def _changed(info: Json) -> float:
+    """Return when a file last changed, as a Unix time; drivers name it differently."""
+    value = next((info[name] for name in ("mtime", "updated", "created") if info.get(name)), time.time())
+    if isinstance(value, str):
+        value = datetime.fromisoformat(value)
+    return value.timestamp() if isinstance(value, datetime) else float(value)

@@ -11,17 +11,16 @@ Nothing rests on locks, which some networks' disks lack: a copy that is thrown o
 import atexit
 import contextlib
 import os
-import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from filelock import FileLock
 
 from nanodlm.errors import Damaged, NanodlmError
-from nanodlm.store.disk import is_whole, link, list_files
+from nanodlm.store.disk import beside, is_whole, link, list_files
 from nanodlm.store.manifest import Json
 from nanodlm.store.owner import has_ended, this_process
 from nanodlm.store.retry import one_line
@@ -61,7 +60,7 @@ def hold(name: str, needed: int = 0) -> Path:
     try:
         if not own.is_dir():
             own.mkdir(parents=True, exist_ok=True)
-            atexit.register(_end, own, os.getpid())
+            atexit.register(lambda: own.name == this_process() and drop(own))  # not when it ends that forked from it
         (own / name).mkdir(exist_ok=True)
         os.utime(own)
         _make_room(needed)
@@ -75,11 +74,6 @@ def drop(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _end(own: Path, pid: int) -> None:
-    if os.getpid() == pid:  # a process that was forked has a folder of its own
-        drop(own)
-
-
 def lacking(files: list[Json]) -> list[Json]:
     """Return those of these files that there is no copy of."""
     return [file for file in files if not (cache_dir() / "files" / file["sha256"]).is_file()]
@@ -90,39 +84,26 @@ def take(file: Json, target: Path, get: Callable[[Path], str]) -> None:
 
     What arrives altered raises `Damaged`, and what is not there any more the `FileNotFoundError` of `get`.
     """
-    copies = cache_dir() / "files"
-    copy = copies / file["sha256"]
+    copy = cache_dir() / "files" / file["sha256"]
     while not is_whole(target, file):
-        with _hint(file["sha256"]):
+        with contextlib.ExitStack() as held:
+            with contextlib.suppress(OSError, NotImplementedError):  # another fetches it, or no lock works here
+                held.enter_context(
+                    FileLock(cache_dir() / "locks" / file["sha256"][:2], timeout=LOCK_SECONDS, fallback_to_soft=False)
+                )
             if not is_whole(copy, file):
-                copies.mkdir(parents=True, exist_ok=True)
-                arriving = copies / f".{secrets.token_hex(8)}"
                 try:
-                    if get(arriving) != file["sha256"]:
-                        raise Damaged(f"{file['path']} has been altered")
-                    arriving.replace(copy)
+                    with beside(copy) as arriving:
+                        if get(arriving) != file["sha256"]:
+                            raise Damaged(f"{file['path']} has been altered")
+                        arriving.replace(copy)
                 except FileNotFoundError as error:
                     if error.filename is None:  # else it is the cache that has gone meanwhile, not the store's file
                         raise
-                finally:
-                    arriving.unlink(missing_ok=True)
         with contextlib.suppress(FileNotFoundError):  # it was thrown out, or the whole cache was removed: again
             link(copy, target)
             os.utime(copy)
             return
-
-
-@contextlib.contextmanager
-def _hint(sha256: str) -> Iterator[None]:
-    """Wait while another process fetches a file, where locks work and for a while."""
-    lock = FileLock(cache_dir() / "locks" / sha256[:2], timeout=LOCK_SECONDS, fallback_to_soft=False)
-    with contextlib.suppress(OSError, NotImplementedError):
-        lock.acquire()
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            lock.release()
 
 
 def _make_room(needed: int) -> None:
@@ -136,21 +117,13 @@ def _make_room(needed: int) -> None:
         with contextlib.suppress(FileNotFoundError):
             if has_ended(own.name) or (not own.name.startswith(f"{here}.") and own.stat().st_mtime < old):
                 drop(own)
-    own_bytes, copies = 0, []
-    for path in list_files(str(cache_dir() / "processes")):
-        with contextlib.suppress(FileNotFoundError):
-            status = (cache_dir() / "processes" / path).stat()
-            own_bytes += status.st_size if status.st_nlink == 1 else 0
-    for path in list_files(str(cache_dir() / "files")):
-        with contextlib.suppress(FileNotFoundError):
-            status = (cache_dir() / "files" / path).stat()
-            copies.append((status.st_mtime, status, cache_dir() / "files" / path))
-    total = own_bytes + sum(status.st_size for _, status, _ in copies)
-    for changed, status, path in sorted(copies, key=lambda copy: copy[0]):
-        left = path.name.startswith(".") and changed < old
-        if left or (total + needed > limit() and status.st_nlink == 1 and not path.name.startswith(".")):
-            path.unlink(missing_ok=True)
-            total -= status.st_size
+    copies, own_files = (list_files(str(cache_dir() / folder)) for folder in ("files", "processes"))
+    total = sum(copy.size for copy in copies.values()) + sum(f.size for f in own_files.values() if f.links == 1)
+    for name, copy in sorted(copies.items(), key=lambda copy: copy[1].changed):
+        arriving = name.startswith(".")
+        if (arriving and copy.changed < old) or (not arriving and copy.links == 1 and total + needed > limit()):
+            (cache_dir() / "files" / name).unlink(missing_ok=True)
+            total -= copy.size
     if needed and total + needed > limit():
         room = f"{limit() / 1e9:.3g} GB, of which {total / 1e9:.3g} are in use, and {needed / 1e9:.3g} more are needed"
         raise NanodlmError(f"the cache {cache_dir()} may hold {room}: raise NANODLM_CACHE_GB")

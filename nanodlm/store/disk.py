@@ -7,7 +7,7 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,67 +20,27 @@ class Found(NamedTuple):
     size: int
     changed: float  # Unix time, by the storage's clock
     e_tag: str = ""  # differs when the content does, where a bucket tells it
+    links: int = 1  # names that it has on a local disk
 
 
-class Disk:
-    """The local disk as a storage; `Bucket` and `Driver` have the same methods."""
-
-    def read(self, path: str, limit: int) -> bytes:
-        """Return the content of a file; a `ValueError` says that it has more bytes than this, or is no file."""
-        with open(path, "rb", opener=_at_once) as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode) or status.st_size > limit:
-                raise ValueError("is no regular file" if status.st_size <= limit else f"has {status.st_size} bytes")
-            return file.read()
-
-    def write(self, path: str, data: bytes, create_only: bool = False) -> bool:
-        """Write a file whole; with `create_only` change nothing where there is one, and return False."""
-        return write_whole(Path(path), data, create_only)
-
-    def files(self, folder: str) -> dict[str, Found]:
-        """Return all files below a folder, by relative path; none where there is no folder or no bucket."""
-        return list_files(folder)
-
-    def sha256(self, path: str, size: int) -> str:
-        """Return the sha256 of a file of this size, in hex."""
-        return sha256_of(Path(path))
-
-    def get(self, path: str, target: Path, size: int) -> str:
-        """Copy a file of this size to a local path, and return the sha256 of what arrived."""
-        link(Path(path), target)
-        return sha256_of(target)
-
-    def put(self, source: Path, path: str) -> tuple[str, str]:
-        """Copy a local file to a path here; return the sha256 of what was sent, and the e-tag that it has here."""
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        new = target.with_name(f".{secrets.token_hex(8)}.tmp")
-        try:
-            shutil.copyfile(source, new)
-            sha256 = describe(new.parent, new.name)["sha256"]
-            new.replace(target)
-        finally:
-            new.unlink(missing_ok=True)
-        return sha256, ""
-
-    def remove(self, *paths: str) -> None:
-        """Remove files; those that are not there, or are folders, are no error."""
-        for path in paths:
-            with contextlib.suppress(IsADirectoryError):
-                Path(path).unlink(missing_ok=True)
-
-    def remove_folder(self, folder: str) -> None:
-        """Remove all below a folder, and it; what is open on a network's disk stays under another name until then."""
-        try:
-            shutil.rmtree(folder)
-        except OSError as error:
-            if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ENOTEMPTY, errno.EBUSY):
-                raise
+def read(path: str, limit: int) -> bytes:
+    """Return the content of a file; a `ValueError` says that it has more bytes than this, or is no file."""
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:  # it may be a pipe
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode) or status.st_size > limit:
+            raise ValueError("is no regular file" if status.st_size <= limit else f"has {status.st_size} bytes")
+        return file.read()
 
 
-def _at_once(path: str, flags: int) -> int:
-    """Open a file without waiting for whoever writes to it, should it be a pipe."""
-    return os.open(path, flags | os.O_NONBLOCK)
+@contextlib.contextmanager
+def beside(target: Path) -> Iterator[Path]:
+    """Yield a name for what is to be renamed to a target once it is whole; what is left there goes."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    new = target.with_name(f".{secrets.token_hex(8)}.tmp")
+    try:
+        yield new
+    finally:
+        new.unlink(missing_ok=True)
 
 
 def sha256_of(path: Path) -> str:
@@ -117,10 +77,6 @@ def is_whole(path: Path, file: Json) -> bool:
     return False
 
 
-def _no_link(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NOFOLLOW)
-
-
 def link(source: Path, target: Path) -> None:
     """Make another name of a file, which will not change, or a copy where the disk has no such names."""
     try:
@@ -140,41 +96,82 @@ def link(source: Path, target: Path) -> None:
             os.fsync(file.fileno())
 
 
+def _no_link(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW)
+
+
 def list_files(folder: str) -> dict[str, Found]:
     """Return all files and links below a local folder, by relative path; a folder that cannot be listed raises."""
     found: dict[str, Found] = {}
-
-    def walk(path: str, below: str) -> None:
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(path) as entries:
+    folders = [""]
+    while folders:
+        below = folders.pop()
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(f"{folder}/{below}") as entries:
             for entry in entries:
                 if entry.is_dir(follow_symlinks=False):
-                    walk(entry.path, f"{below}{entry.name}/")
+                    folders.append(f"{below}{entry.name}/")
                     continue
                 with contextlib.suppress(FileNotFoundError):  # it has been removed since
-                    there = os.path.exists(entry.path) if entry.is_symlink() else True
-                    status = entry.stat(follow_symlinks=there)
-                    found[below + entry.name] = Found(status.st_size if there else 0, status.st_mtime)
-
-    walk(folder, "")
+                    status = entry.stat(follow_symlinks=not entry.is_symlink() or os.path.exists(entry.path))
+                    found[below + entry.name] = Found(status.st_size, status.st_mtime, "", status.st_nlink)
     return found
 
 
 def write_whole(target: Path, data: bytes, create_only: bool = False) -> bool:
     """Make a local file appear whole in the place of an old one; or only where there is none, else return False."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    new = target.with_name(f".{secrets.token_hex(8)}.tmp")
-    try:
+    with beside(target) as new:
         with new.open("xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        if create_only:
-            os.link(new, target)
-        else:
-            new.replace(target)
-    except FileExistsError:  # which a network's disk may say of a link that it has made
-        return target.exists() and new.samefile(target)
-    finally:
-        new.unlink(missing_ok=True)
+        try:
+            if create_only:
+                os.link(new, target)
+            else:
+                new.replace(target)
+        except FileExistsError:  # which a network's disk may say of a link that it has made
+            return target.exists() and new.samefile(target)
     flush_folders([target], target.parent.parent)
     return True
+
+
+class Disk:
+    """The local disk as a storage; `Bucket` and `Driver` have the same methods."""
+
+    read = staticmethod(read)
+    files = staticmethod(list_files)
+
+    def write(self, path: str, data: bytes, create_only: bool = False) -> bool:
+        """Write a file whole; with `create_only` change nothing where there is one, and say so: False, or raised."""
+        return write_whole(Path(path), data, create_only)
+
+    def sha256(self, path: str, size: int) -> str:
+        """Return the sha256 of a file of this size, in hex."""
+        return sha256_of(Path(path))
+
+    def get(self, path: str, target: Path, size: int) -> str:
+        """Copy a file of this size to a local path, and return the sha256 of what arrived."""
+        link(Path(path), target)
+        return sha256_of(target)
+
+    def put(self, source: Path, path: str) -> tuple[str, str]:
+        """Copy a local file to a path here; return the sha256 of what was sent, and the e-tag that it has here."""
+        with beside(Path(path)) as new:
+            shutil.copyfile(source, new)
+            sha256 = describe(new.parent, new.name)["sha256"]
+            new.replace(path)
+        return sha256, ""
+
+    def remove(self, *paths: str) -> None:
+        """Remove files; those that are not there, or are folders, are no error."""
+        for path in paths:
+            with contextlib.suppress(IsADirectoryError):
+                Path(path).unlink(missing_ok=True)
+
+    def remove_folder(self, folder: str) -> None:
+        """Remove all below a folder, and it; what is open on a network's disk stays under another name until then."""
+        try:
+            shutil.rmtree(folder)
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ENOTEMPTY, errno.EBUSY):
+                raise

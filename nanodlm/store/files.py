@@ -6,6 +6,7 @@ again for `$NANODLM_RETRY_SECONDS`, what will not (no access, no such bucket, di
 
 import contextlib
 import json
+import os
 import secrets
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,9 +18,8 @@ import fsspec
 from nanodlm.config import refuse_secrets
 from nanodlm.config.addresses import single_slashes
 from nanodlm.errors import Damaged, Emit, NanodlmError, UsageError
-from nanodlm.store.bucket import Bucket
+from nanodlm.store.bucket import Bucket, Driver
 from nanodlm.store.disk import Disk, Found
-from nanodlm.store.driver import Driver
 from nanodlm.store.manifest import Json
 from nanodlm.store.retry import ask, one_line
 
@@ -43,8 +43,9 @@ class Storage:
         protocol = url.partition("://")[0] if "://" in url else "file"
         if protocol not in LOCAL:  # one place has one address
             url = single_slashes(url).rstrip("/")
-        self.is_local, self._before = protocol in LOCAL, ""
-        self.driver: Disk | Bucket | Driver = Disk()
+        self._create_only = self.is_local = protocol in LOCAL
+        self.asked = self.is_local or os.environ.get("NANODLM_OFFLINE", "").lower() not in ("1", "true", "yes")
+        self.driver: Disk | Bucket | Driver
         try:
             if protocol in S3:
                 self.root, self._before = url.partition("://")[2].lstrip("/"), "s3://"
@@ -52,15 +53,12 @@ class Storage:
             else:
                 fs, root = fsspec.url_to_fs(url, use_listings_cache=False)
                 self.root = str(Path(root).absolute()) if self.is_local else root.rstrip("/")
-                if not self.is_local:
-                    self._before = fs.unstrip_protocol(self.root).removesuffix(self.root)
-                    self.driver = Driver(fs)
-        except ImportError as error:
-            missing = f"pip install 'nanodlm[{'s3' if protocol in S3 else 'gcs'}]'"
-            raise UsageError(f"cannot open the store {url}: {error}; {missing}") from error
-        except ValueError as error:
-            raise UsageError(f"cannot open the store {url}: {error}") from error
-        self._create_only = self.is_local
+                self._before = "" if self.is_local else fs.unstrip_protocol(self.root).removesuffix(self.root)
+                self.driver = Disk() if self.is_local else Driver(fs)
+        except (ImportError, ValueError) as error:
+            missing = f"; pip install 'nanodlm[{'s3' if protocol in S3 else 'gcs'}]'"
+            missing = missing if isinstance(error, ImportError) else ""
+            raise UsageError(f"cannot open the store {url}: {error}{missing}") from error
 
     def path(self, *parts: str) -> str:
         """Return a path below the root, for the other methods."""
@@ -75,7 +73,12 @@ class Storage:
         return self._before + path
 
     def ask(self, call: Callable[[], T]) -> T:
-        """Return the result of a request, made again while it fails for a reason that may pass; see `retry.ask`."""
+        """Return the result of a request, made again while it fails for a reason that may pass; see `retry.ask`.
+
+        While `$NANODLM_OFFLINE` is set nothing remote is asked.
+        """
+        if not self.asked:
+            raise NanodlmError(f"{self.uri()} is not asked while NANODLM_OFFLINE is set: unset it")
         return ask(self.uri(), call)
 
     def together(self, call: Callable[[S], T], things: Iterable[S]) -> Iterator[T]:
@@ -86,8 +89,7 @@ class Storage:
     def read_json(self, path: str) -> Any:
         """Return a record, or None where there is no file. What cannot be read or is no JSON raises `Damaged`."""
         try:
-            call = lambda: self.driver.read(path, RECORD)  # noqa: E731
-            data = call() if self.is_local else self.ask(call)
+            data = self.driver.read(path, RECORD) if self.is_local else self.ask(lambda: self.driver.read(path, RECORD))
         except (FileNotFoundError, NotADirectoryError):
             return None
         except ValueError as error:
@@ -128,9 +130,9 @@ class Storage:
             return {"size": pair[0].stat().st_size, "sha256": sha256}, e_tag
 
         sent = []
-        for file, e_tag in self.together(send, pairs):
-            done(file["size"])
-            sent.append((file, e_tag))
+        for one in self.together(send, pairs):
+            done(one[0]["size"])
+            sent.append(one)
         return sent
 
     def write_json(self, path: str, value: Any, *, create_only: bool = False) -> bool:
@@ -142,8 +144,12 @@ class Storage:
         data = json.dumps(value, indent=1, sort_keys=True).encode()
 
         def call() -> bool:
-            if self.driver.write(path, data, create_only):
-                return True
+            try:
+                if self.driver.write(path, data, create_only):
+                    return True
+            except FileExistsError:
+                if self.is_local:  # a file is where a folder should be
+                    raise
             with contextlib.suppress(FileNotFoundError, ValueError):  # it has been removed since, or is longer
                 return not self.is_local and self.driver.read(path, len(data)) == data
             return False

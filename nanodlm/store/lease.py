@@ -76,8 +76,8 @@ def read_lease(store: Store, path: str) -> Json | None:
     try:
         held = store.read_json(path)
     except Damaged:
-        return {}
-    return held if isinstance(held, dict) or held is None else {}
+        held = {}
+    return held if isinstance(held, dict | None) else {}
 
 
 def lease_events(store: Store, stage: str, fingerprint: str) -> dict[str, Json]:

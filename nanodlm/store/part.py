@@ -1,7 +1,8 @@
 """Finished parts of attempts (shards, checkpoints): a later attempt adopts them, for what they hold is recorded."""
 
 import contextlib
-from dataclasses import dataclass, field, replace
+import re
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from nanodlm.errors import Damaged
@@ -32,57 +33,42 @@ class Part:
         """The sha256 over the paths, sizes and sha256 of its files."""
         return digest_of(self.files, [])
 
+    def record(self) -> None:
+        """Record that its attempt has its files."""
+        record = {**self.of, "part": self.name, "files": self.files, "info": self.info, "e_tags": self.e_tags}
+        self.storage.write_json(f"{self.folder}/parts/{self.name}.json", sealed(record))
+
     def local(self, scratch: Path) -> Path:
         """Return a local folder with its files, each compared with its sha256; remote ones are copied to `scratch`."""
         here = Path(self.folder) if self.storage.is_local else scratch
         for file in self.files:
-            if problem := self._problem(file, here / safe(file["path"])):
+            path, problem = here / safe(file["path"]), "is missing"
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                if self.storage.is_local:
+                    same = path.resolve(strict=True).is_relative_to(here.resolve()) and is_whole(path, file)
+                else:
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    same = self.storage.get(f"{self.folder}/{file['path']}", path, file["size"]) == file["sha256"]
+                problem = "" if same else "has been altered"
+            if problem:
                 raise Damaged(f"{self.uri} is damaged: {file['path']} {problem}; start from another checkpoint")
         return here / self.name
-
-    def _problem(self, file: Json, path: Path) -> str:
-        if not self.storage.is_local:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with contextlib.suppress(FileNotFoundError):
-                arrived = self.storage.get(f"{self.folder}/{file['path']}", path, file["size"])
-                return "" if arrived == file["sha256"] else "has been altered"
-        elif is_whole(path, file):
-            return ""
-        elif path.exists():
-            return "is a link, which may leave it" if path.is_symlink() else "has been altered"
-        return "is missing"
 
 
 def read_part(storage: Storage, folder: str, name: str, **of: str) -> Part | None:
     """Return a part of the attempt in a folder; None when its record is not whole, or not `of` that stage, say."""
-    part = None
-    with contextlib.suppress(Damaged):
+    with contextlib.suppress(Damaged, KeyError):
         part = storage.read_json(f"{folder}/parts/{name}.json")
-    if (
-        not isinstance(part, dict)
-        or not part.keys() >= {"stage", "fingerprint", "files", "info"}
-        or not is_sealed(part)
-    ):
-        return None
-    if not {"part": name, **of}.items() <= part.items():
-        return None
-    whose = {"stage": part["stage"], "fingerprint": part["fingerprint"]}
-    return Part(storage, folder, name, whose, part["files"], part["info"], part.get("e_tags", {}))
-
-
-def record_part(storage: Storage, folder: str, part: Part, e_tags: dict[str, str] | None = None) -> Part:
-    """Record that the attempt in a folder has the files of a part, and return it there."""
-    there = replace(part, storage=storage, folder=folder, e_tags=e_tags or {})
-    record = {**part.of, "part": part.name, "files": part.files, "info": part.info, "e_tags": there.e_tags}
-    storage.write_json(f"{folder}/parts/{part.name}.json", sealed(record))
-    return there
+        if isinstance(part, dict) and is_sealed(part) and {"part": name, **of}.items() <= part.items():
+            whose = {"stage": part["stage"], "fingerprint": part["fingerprint"]}
+            return Part(storage, folder, name, whose, part["files"], part["info"], part.get("e_tags", {}))
+    return None
 
 
 def finished_parts(store: Storage, stage: str, fingerprint: str) -> dict[str, list[str]]:
     """Return the names of finished parts, each with the attempts that finished it."""
     found: dict[str, list[str]] = {}
-    for relative in sorted(store.sizes(store.path(stage, fingerprint, "attempts")), reverse=True):
-        attempt, _, rest = relative.partition("/")
-        if rest.startswith("parts/") and rest.endswith(".json"):
-            found.setdefault(rest.removeprefix("parts/").removesuffix(".json"), []).append(attempt)
+    for path in sorted(store.files(store.path(stage, fingerprint, "attempts")), reverse=True):
+        if record := re.fullmatch("([^/]+)/parts/(.+)[.]json", path, re.DOTALL):
+            found.setdefault(record[2], []).append(record[1])
     return found

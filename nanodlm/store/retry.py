@@ -25,16 +25,16 @@ def ask(uri: str, call: Callable[[], T]) -> T:
 
     What does not pass in that time is raised as `Unreachable`, and what is refused is one line at once.
     """
-
-    def warn(state: RetryCallState) -> None:
-        if state.attempt_number == 4 and state.outcome:
-            log.warning("%s does not answer (%s): trying again", uri, one_line(state.outcome.exception()))
-
     text = os.environ.get("NANODLM_RETRY_SECONDS") or "300"
     try:
         patience = float(text)
     except ValueError:
         raise UsageError(f"NANODLM_RETRY_SECONDS must be a number of seconds, not {text!r}") from None
+
+    def warn(state: RetryCallState) -> None:
+        if state.attempt_number == 4 and state.outcome:
+            log.warning("%s does not answer (%s): trying again", uri, one_line(state.outcome.exception()))
+
     tries = Retrying(
         retry=retry_if_exception(may_pass),
         wait=wait_random_exponential(multiplier=FIRST_PAUSE, max=LONGEST_PAUSE),

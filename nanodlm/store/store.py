@@ -1,45 +1,208 @@
-"""A store: artifacts under one URL, found by their fingerprints."""
+"""A store: artifacts under one URL, found by their fingerprints; their files are verified before anybody reads them."""
 
 import contextlib
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from nanodlm.config import parse_address
 from nanodlm.errors import Damaged, Emit, NanodlmError, silent
 from nanodlm.store import cache
-from nanodlm.store.artifact import Artifact
 from nanodlm.store.disk import Found, write_whole
-from nanodlm.store.files import Storage, T
-from nanodlm.store.manifest import MANIFEST, Item, problem_with
+from nanodlm.store.files import Storage, show_transfer
+from nanodlm.store.manifest import MANIFEST, Item, Json, problem_with, safe
+from nanodlm.store.part import Part, read_part
 
 LATEST = "latest"  # the folder of links to what was made last
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A committed artifact: where it is and what its manifest says."""
+
+    store: "Store"
+    stage: str
+    fingerprint: str
+    manifest: Json
+
+    @property
+    def uri(self) -> str:
+        """Its address; `nanodlm show URI` and `nanodlm.load(uri)` take it."""
+        return self.store.uri(self.stage, self.fingerprint)
+
+    @property
+    def name(self) -> str:
+        """Its stage and the beginning of its fingerprint, which commands take in place of its address."""
+        return f"{self.stage}/{self.fingerprint[:12]}"
+
+    @property
+    def digest(self) -> str:
+        """The sha256 over the paths, sizes and sha256 of its files: equal bytes, equal digest."""
+        return self.manifest["digest"]
+
+    @property
+    def metrics(self) -> Json:
+        """Counts and measurements that its stage recorded."""
+        return self.manifest["metrics"]
+
+    @property
+    def inputs(self) -> list[Item]:
+        """Stage and fingerprint of each artifact that it was made from."""
+        return [(stage, made["fingerprint"]) for stage, made in self.manifest["inputs"].items()]
+
+    @property
+    def folder(self) -> str:
+        """Path of its own attempt's folder in its store."""
+        return self.store.path(self.stage, self.fingerprint, "attempts", self.manifest["attempt"])
+
+    @cached_property
+    def adopted(self) -> dict[str, str]:
+        """The attempts of others in which files lie, by path; on a local disk there are links in its own."""
+        return {file["path"]: file["attempt"] for file in self.manifest["files"] if "attempt" in file}
+
+    def _lies(self, path: str) -> str:
+        own = self.manifest["attempt"]
+        return f"attempts/{own if self.store.is_local else self.adopted.get(path, own)}/{safe(path)}"
+
+    def remote(self, relative: str) -> str:
+        """Return the path of one file in its store."""
+        return self.store.path(self.stage, self.fingerprint, self._lies(relative))
+
+    def files(self, *only: str) -> list[Json]:
+        """Return `path`, `size` and `sha256` of its files: of those whose paths begin so, or of all."""
+        return [file for file in self.manifest["files"] if not only or file["path"].startswith(only)]
+
+    def problems(
+        self, *only: str, deep: bool = False, emit: Emit = silent, listed: dict[str, Found] | None = None
+    ) -> dict[str, str]:
+        """Return what is wrong with bad files, by path: by names and sizes, with `deep` also by sha256.
+
+        What a listing shows below its fingerprint is asked for, unless it is given.
+        """
+        bad, listed = {}, self.store.files(self.store.path(self.stage, self.fingerprint)) if listed is None else listed
+        was_read = show_transfer(emit, f"MB of {self.stage} read", self.files(*only))
+        for file in self.files(*only):
+            if problem := self._problem(file, listed.get(self._lies(file["path"])), deep):
+                bad[file["path"]] = problem
+            if deep:
+                was_read(file["size"])
+        return bad
+
+    def _problem(self, file: Json, found: Found | None, deep: bool) -> str:
+        path = self.remote(file["path"])
+        if found is None:
+            return "is missing"
+        if self.store.is_local and os.path.islink(path):
+            return "is a link, which may leave its artifact"
+        if found.size != file["size"]:
+            return f"has {found.size} bytes, not {file['size']}"
+        try:
+            same = not deep or self.store.sha256(path, file["size"]) == file["sha256"]
+        except OSError as error:  # a disk that fails, for one
+            return f"cannot be read: {error.strerror or error}"
+        return "" if same else "has been altered: its sha256 differs from the manifest's"
+
+    def strays(self, listed: dict[str, Found]) -> list[str]:
+        """Return the files among its own, of those that a listing shows, that its manifest does not name."""
+        own, named = f"attempts/{self.manifest['attempt']}/", {file["path"] for file in self.manifest["files"]}
+        found = {path.removeprefix(own) for path in listed if path.startswith(own)}
+        return sorted(path for path in found - named if not path.startswith("parts/"))
+
+    @cached_property
+    def parts(self) -> dict[str, str]:
+        """The folder in its store of the attempt that finished each of its parts, by the part's name."""
+        own, attempts = self.manifest["attempt"], self.store.path(self.stage, self.fingerprint, "attempts")
+        if (finished := self.manifest.get("parts")) is None:  # which earlier versions did not list
+            paths = "\n".join([*self.store.sizes(self.folder), *(file["path"] for file in self.files())])
+            names = re.findall(r"^parts/(.*)\.json$|^(checkpoints/step_[0-9]+)/", paths, re.MULTILINE)
+            finished = dict.fromkeys((record or checkpoint for record, checkpoint in names), own)
+        return {name: f"{attempts}/{own if self.store.is_local else there}" for name, there in finished.items()}
+
+    def part(self, name: str) -> Part | None:
+        """Return one of its parts; None when its record, from which a repair or a training goes on, is damaged."""
+        return read_part(self.store, self.parts[name], name, stage=self.stage, fingerprint=self.fingerprint)
+
+    def damage(self, listed: dict[str, Found] | None = None, emit: Emit = silent) -> dict[str, str]:
+        """Return all that is wrong with its files and its parts' records, by path; every file is read."""
+        parts = self.parts
+        lost = [name for name, part in zip(parts, self.store.together(self.part, parts), strict=True) if part is None]
+        records = {f"parts/{name}.json": "is not what was recorded" for name in lost}
+        return {**self.problems(deep=True, listed=listed, emit=emit), **records}
+
+    def check(self, *only: str, deep: bool = False) -> "Artifact":
+        """Return self, or raise `Damaged`, which names the first bad file and the remedy."""
+        if self.store.asked and (bad := self.problems(*only, deep=deep)):
+            more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
+            raise Damaged(self.remedy(f"{' '.join(next(iter(bad.items())))}{more}", deep=deep))
+        return self
+
+    def remedy(self, problem: str, *, deep: bool = False) -> str:
+        """Return the line that says what is wrong with it and what to do."""
+        command = f"nanodlm verify {self.uri} {'--deep ' if deep else ''}--repair"
+        return f"the {self.stage} artifact is damaged: {problem}; `{command}` builds what is bad again"
+
+    def local(self, *only: str) -> Path:
+        """Return a local folder with its files, fetched if they are remote, each compared with its sha256."""
+        self.check(*only, deep=self.store.is_local)
+        return Path(self.folder) if self.store.is_local else self._fetch(self.files(*only), self.store.emit)
+
+    def file(self, path: str) -> Path:
+        """Return the local path of one of its files; see `local`."""
+        return self.local(path) / path
+
+    def on_demand(self) -> Callable[[str], Path]:
+        """Return a function that does as `file`, and fetches a file of a remote store when it is first asked for."""
+        if self.store.is_local:
+            return self.local().joinpath
+        self.check()
+        return lambda path: self._fetch(self.files(path)) / path
+
+    def _fetch(self, files: list[Json], emit: Emit = silent) -> Path:
+        """Let a folder of this process in the cache hold files, and return it."""
+        lacking = cache.lacking(files)
+        if lacking and not self.store.asked:
+            lacks = f"is not wholly in the cache ({lacking[0]['path']} is missing)"
+            raise NanodlmError(f"{self.uri} {lacks}: unset NANODLM_OFFLINE")
+        name = f"{self.stage}-{self.fingerprint[:16]}-{self.manifest['attempt']}"
+        folder = cache.hold(name, sum(file["size"] for file in lacking))
+        arrived = show_transfer(emit, f"MB of {self.stage} fetched", files)
+
+        def take(file: Json) -> int:
+            path, size = file["path"], file["size"]
+            cache.take(file, folder / safe(path), lambda target: self.store.get(self.remote(path), target, size))
+            return size
+
+        try:
+            for size in self.store.together(take, files):
+                arrived(size)
+        except FileNotFoundError as error:
+            raise Damaged(self.remedy(f"a file is missing ({error})")) from error
+        except Damaged as error:
+            raise Damaged(self.remedy(str(error), deep=True)) from error
+        except OSError as error:
+            raise cache.cannot_write_cache(error) from error
+        return folder
 
 
 class Store(Storage):
     """Artifacts under one URL; nothing is created until one is built. `emit` is told how far transfers are."""
 
-    def __init__(self, url: str):
-        super().__init__(url)
-        self.emit: Emit = silent
-        self.asked = self.is_local or os.environ.get("NANODLM_OFFLINE", "").lower() not in ("1", "true", "yes")
-
-    def ask(self, call: Callable[[], T]) -> T:
-        """Do as `Storage.ask`, but ask no remote store while `$NANODLM_OFFLINE` is set."""
-        if not self.asked:
-            raise NanodlmError(f"{self.uri()} is not asked while NANODLM_OFFLINE is set: unset it")
-        return super().ask(call)
+    emit: Emit = staticmethod(silent)
 
     def find(self, stage: str, fingerprint: str) -> Artifact | None:
         """Return the committed artifact, or None; one whose manifest cannot be read raises `Damaged`."""
-        path = self.path(stage, fingerprint, MANIFEST)
-        kept = None if self.is_local else self._kept() / stage / fingerprint / MANIFEST
+        path, kept = self.path(stage, fingerprint, MANIFEST), None
+        if not self.is_local:  # for when nobody may be asked
+            place = hashlib.sha256(self.uri().encode()).hexdigest()[:16]
+            kept = cache.cache_dir() / "manifests" / place / stage / fingerprint / MANIFEST
         try:
             manifest = self.read_json(path) if self.asked else Storage(str(kept)).read_json(str(kept))
-            problem = "" if manifest is None else problem_with(manifest, stage, fingerprint)
-            if problem:
+            if manifest is not None and (problem := problem_with(manifest, stage, fingerprint)):
                 raise Damaged(f"{self.address(path)} {problem}")
         except Damaged as error:
             uri = self.uri(stage, fingerprint)
@@ -49,13 +212,10 @@ class Store(Storage):
             return None
         if kept and self.asked:
             with contextlib.suppress(OSError):  # a cache that cannot be written is no error
-                if not kept.exists() or json.loads(kept.read_bytes()) != manifest:
-                    write_whole(kept, json.dumps(manifest).encode())
+                data = json.dumps(manifest).encode()
+                if not kept.exists() or kept.read_bytes() != data:
+                    write_whole(kept, data)
         return Artifact(self, stage, fingerprint, manifest)
-
-    def _kept(self) -> Path:
-        """Return the folder of the cache with the manifests of what was found here, for when nobody may be asked."""
-        return cache.cache_dir() / "manifests" / hashlib.sha256(self.uri().encode()).hexdigest()[:16]
 
     def artifacts(self, items: Iterable[Item]) -> Iterator[tuple[Item, Artifact | Damaged | None]]:
         """Yield what `find` finds of each, or the `Damaged` that it raises; a bucket is asked for several at once."""

@@ -5,23 +5,22 @@ import logging
 import os
 import re
 import time
-from collections import defaultdict
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
 from math import inf
 from pathlib import Path
+from typing import Any
 
 from nanodlm.errors import FULL, Damaged, NanodlmError, UsageError
 from nanodlm.stages.table import STAGES
 from nanodlm.store import Artifact, Item, Json, Store
-from nanodlm.store.attempt import STRAY
+from nanodlm.store.attempt import NOBODYS
 from nanodlm.store.bucket import Bucket
 from nanodlm.store.disk import Found
 from nanodlm.store.files import PROBES
 from nanodlm.store.lease import LEASE_SECONDS, read_lease
 from nanodlm.store.manifest import MANIFEST, utc_now
 from nanodlm.upkeep.ages import made_at
-from nanodlm.upkeep.verify import chain
+from nanodlm.upkeep.verify import in_order
 
 log = logging.getLogger(__name__)
 GRACE_SECONDS = 3600.0  # nothing that changed so lately is collected
@@ -29,23 +28,11 @@ LEASE_GRACE = 4 * LEASE_SECONDS  # a lease that was not renewed for so long is a
 # What a write that was cut off has left; earlier versions left the latter, beside records alone.
 TEMPORARY = re.compile(r"(.*/)?\.[0-9a-f]{16}\.tmp|(attempts/[^/]+/parts/(.*/)?)?\.[0-9a-z_]{8}")
 # What there may be in the folder of an artifact, sound or not; a folder of anything else is never removed.
-OURS = re.compile(rf"attempts/.*|(manifest|retired|lease)\.json(/.*)?|{TEMPORARY.pattern}|{STRAY.pattern}")
-
-
-@dataclass
-class Contents:
-    """What a listing shows below one stage's fingerprint; Unix times are 0 for what is not there."""
-
-    manifest: float = 0.0
-    retired: float = 0.0
-    lease: float = 0.0
-    attempts: dict[str, list[Found]] = field(default_factory=lambda: defaultdict(list))
-    parts: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))  # finished, of each attempt
-    temporary: dict[str, Found] = field(default_factory=dict)
-
-    def changed(self, attempt: str) -> float:
-        """Return when a file of an attempt last changed."""
-        return max(found.changed for found in self.attempts[attempt])
+OURS = re.compile(rf"attempts/.*|(manifest|retired|lease)\.json(/.*)?|{TEMPORARY.pattern}|{NOBODYS.pattern}", re.DOTALL)
+RETIRED, LEASE = "retired.json", "lease.json"
+Files = dict[str, Found]  # what a listing shows below one stage's fingerprint, or of one attempt
+Listed = dict[Item, Files]
+Removal = tuple[str, str, int, Callable[[], Any]]  # kind, address and bytes of what goes, and what removes it
 
 
 def collect(
@@ -65,58 +52,64 @@ def collect(
     """
     if keep_last is not None and keep_last < 0:
         raise UsageError(f"--keep-last counts results to keep, from 0, not {keep_last}")
-    listed, now = _contents(store), time.time()
-    if listed:
-        now = _now(store, listed, dry_run)
-    there = dict(store.artifacts(item for item in sorted(listed) if listed[item].manifest))
+    listed = store.listed()
+    now = _now(store, listed, dry_run)
+    for kind, uri, size, end in _removals(store, listed, keep_last, older_than, now, grace):
+        if not dry_run:
+            end()
+        yield {"kind": kind, "uri": uri, "bytes": size}
+    if store.is_local and not dry_run:
+        building, _ = _in_use(store, listed, now - max(grace, LEASE_GRACE))
+        _remove_empty_folders(Path(store.root), building, now - grace)
+
+
+def _removals(
+    store: Store, listed: Listed, keep_last: int | None, older_than: float | None, now: float, grace: float
+) -> Iterator[Removal]:
+    # A listing of files does not show a manifest that is a folder.
+    there = dict(store.artifacts(item for item in sorted(listed) if MANIFEST in listed[item] or store.is_local))
     artifacts = {item: artifact for item, artifact in there.items() if isinstance(artifact, Artifact)}
     torn = {item: artifact for item, artifact in there.items() if isinstance(artifact, Damaged)}
     building, read = _in_use(store, listed, now - max(grace, LEASE_GRACE))
-    # No clock is believed alone: the one of who made it may be behind, and a copy was written later than it was made.
-    made = {item: max(made_at(artifact), listed[item].manifest) for item, artifact in artifacts.items()}
     kept, wished = set(artifacts), keep_last is not None or older_than is not None
     if wished and torn:  # what it was made from is not known
         log.warning("no result is given up while one cannot be read: %s", next(iter(torn.values())))
     elif wished:
-        newest = sorted(_results(artifacts), key=lambda item: (listed[item].manifest, made[item]), reverse=True)
+        # No clock is believed alone: that of who made it may be behind, and a copy was written later than it was made.
+        written = {item: listed[item][MANIFEST].changed for item in artifacts}
+        made = {item: max(made_at(artifact), written[item]) for item, artifact in artifacts.items()}
+        results = artifacts.keys() - {source for artifact in artifacts.values() for source in artifact.inputs}
+        newest = sorted(results, key=lambda item: (written[item], made[item]), reverse=True)
         young = {item for item in artifacts if now - made[item] < grace}
         later = {item for item in newest if older_than is not None and now - made[item] <= older_than}
         wanted = young | read | later | set(newest[: keep_last or 0])
-        kept = _with_sources(artifacts, wanted)
+        kept = _reached(wanted & artifacts.keys(), lambda item: artifacts.keys() & set(artifacts[item].inputs))
     for item in sorted(artifacts.keys() - kept):
-        if not dry_run:
-            store.write_json(store.path(*item, "retired.json"), {"retired": utc_now()})
-            store.retire(item)
-        listed[item].manifest, listed[item].retired = 0.0, now
-        yield {"kind": "artifact", "uri": store.uri(*item), "bytes": sum(f["size"] for f in artifacts[item].files())}
+        size = sum(file["size"] for file in artifacts[item].files())
+        yield "artifact", store.uri(*item), size, lambda item=item: _give_up(store, item)
+        listed[item] = {**listed[item], RETIRED: Found(0, now)}
+        del listed[item][MANIFEST]
     oldest = -inf if older_than is None else now - older_than
     for item in sorted(listed.keys() - torn.keys() - building - read):
-        contents = listed[item]
+        attempts = _attempts(listed[item])
         named = {artifacts[item].manifest["attempt"], *artifacts[item].adopted.values()} if item in kept else set()
-        gone = list(_abandoned(item[0], contents, named, now - grace, oldest))
+        gone = list(_abandoned(item[0], listed[item], attempts, named, now - grace, oldest))
         for attempt in gone:
-            if not dry_run:
-                store.remove_folder(store.path(*item, "attempts", attempt))
-            size = sum(found.size for found in contents.attempts[attempt])
-            yield {"kind": "attempt", "uri": store.uri(*item, "attempts", attempt), "bytes": size}
-        over = {path: found for path, found in contents.temporary.items() if found.changed < now - grace}
-        if gone == list(contents.attempts) or named:  # nothing remembers any more that it was given up, or built
-            for name in ("retired", "lease"):
-                if 0 < (changed := getattr(contents, name)) < now - grace:
-                    over[f"{name}.json"] = Found(0, changed)
-        for path, found in over.items():
-            if not dry_run:
-                store.remove(store.path(*item, path))
-            yield {"kind": "leftover", "uri": store.uri(*item, path), "bytes": found.size}
+            size = sum(found.size for found in attempts[attempt].values())
+            folder = store.path(*item, "attempts", attempt)
+            yield "attempt", store.address(folder), size, lambda folder=folder: store.remove_folder(folder)
+        over = [path for path in listed[item] if item[0] == PROBES or TEMPORARY.fullmatch(path)]
+        if gone == list(attempts) or named:  # nothing remembers any more that it was given up, or built
+            over += [RETIRED, LEASE]
+        for path in over:
+            if path in listed[item] and listed[item][path].changed < now - grace:
+                file = store.path(*item, path)
+                yield "leftover", store.address(file), listed[item][path].size, lambda file=file: store.remove(file)
     for path, started, end in store.driver.uploads(store.root) if isinstance(store.driver, Bucket) else ():
         stage, fingerprint, attempts, *_ = [*path.split("/"), "", ""]
         # Of others that use this bucket, or under way: large files may take longer than the grace.
         if attempts == "attempts" and (stage, fingerprint) not in building and started < now - grace:
-            if not dry_run:
-                end()
-            yield {"kind": "upload", "uri": store.uri(path), "bytes": 0}
-    if store.is_local and not dry_run:
-        _remove_empty_folders(Path(store.root), building, now - grace)
+            yield "upload", store.uri(path), 0, end
 
 
 def remove(store: Store, item: Item, recursive: bool = False, dry_run: bool = False) -> Iterator[Json]:
@@ -127,122 +120,111 @@ def remove(store: Store, item: Item, recursive: bool = False, dry_run: bool = Fa
     sound = None
     with contextlib.suppress(Damaged):
         sound = store.find(*item)
-    if not sound and (others := [path for path in store.sizes(store.path(*item)) if not OURS.fullmatch(path)]):
+    listed = store.listed()
+    if not sound and (others := [path for path in listed.get(item, ()) if not OURS.fullmatch(path)]):
         raise NanodlmError(f"no artifact at {store.uri(*item)}, which holds {others[0]}: remove that by other means")
-    listed = _contents(store)
     if item not in listed:
         raise NanodlmError(f"there is nothing at {store.uri(*item)}: `nanodlm ls` shows what is there")
     there = dict(store.artifacts(sorted(listed)))
-    artifacts = {found: artifact for found, artifact in there.items() if isinstance(artifact, Artifact)}
-    doomed, waiting = {item}, [item]
-    while waiting:
-        source = waiting.pop()
-        made = {other for other, artifact in artifacts.items() if source in artifact.inputs} - doomed
-        doomed, waiting = doomed | made, [*waiting, *made]
+    artifacts = [(other, artifact) for other, artifact in there.items() if isinstance(artifact, Artifact)]
+    doomed = _reached({item}, lambda source: (other for other, made in artifacts if source in made.inputs))
     names = ", ".join(f"{stage}/{fingerprint[:12]}" for stage, fingerprint in sorted(doomed - {item})[:4])
     if names and not recursive:
-        raise NanodlmError(
-            f"{names}{' and others' * (len(doomed) > 5)} would lack it: --recursive removes them as well"
-        )
+        others = " and others" if len(doomed) > 5 else ""
+        raise NanodlmError(f"{names}{others} would lack it: --recursive removes them as well")
     building, read = _in_use(store, listed, _now(store, listed, dry_run) - LEASE_GRACE)
     if busy := sorted(doomed & (building | read)):
         raise NanodlmError(f"{store.uri(*busy[0])} is being built or read by a run: wait for it, or stop it first")
-    for found in reversed(list(chain(store, *doomed))):
-        if found in doomed:
-            if not dry_run:
-                store.retire(found)  # first, so that nobody finds half of it
-                store.remove_folder(store.path(*found))
-            contents = listed[found]
-            size = sum(file.size for files in contents.attempts.values() for file in files)
-            yield {"kind": "artifact", "uri": store.uri(*found), "bytes": size}
+    for found in reversed(in_order({found: there[found] for found in doomed})):
+        if not dry_run:
+            store.retire(found)  # first, so that nobody finds half of it
+            store.remove_folder(store.path(*found))
+        size = sum(file.size for files in _attempts(listed[found]).values() for file in files.values())
+        yield {"kind": "artifact", "uri": store.uri(*found), "bytes": size}
 
 
-def _now(store: Store, listed: dict[Item, Contents], dry_run: bool) -> float:
+def _give_up(store: Store, item: Item) -> None:
+    store.write_json(store.path(*item, RETIRED), {"retired": utc_now()})
+    store.retire(item)
+
+
+def _reached(items: set[Item], links: Callable[[Item], Iterable[Item]]) -> set[Item]:
+    """Return items with all that links lead to from them."""
+    reached: set[Item] = set()
+    while items := items - reached:
+        reached |= items
+        items = {other for item in items for other in links(item)}
+    return reached
+
+
+def _now(store: Store, listed: Listed, dry_run: bool) -> float:
     """Return the time by the storage's own clock, whatever this machine's says; at least, where no file fits in."""
+    if not listed:
+        return time.time()
     try:
         return store.now()
     except NanodlmError as error:
-        if not dry_run and getattr(error.__cause__, "errno", None) not in FULL:
+        if dry_run:
+            return time.time()
+        if getattr(error.__cause__, "errno", None) not in FULL:
             raise
-        times = (max(c.manifest, c.retired, c.lease, *map(c.changed, c.attempts)) for c in listed.values())
-        return time.time() if dry_run else max(times)
+        return max((found.changed for files in listed.values() for found in files.values()), default=0.0)
 
 
-def _in_use(store: Store, listed: dict[Item, Contents], since: float) -> tuple[set[Item], set[Item]]:
+def _in_use(store: Store, listed: Listed, since: float) -> tuple[set[Item], set[Item]]:
     """Return what is being built, by leases that were renewed since a time, and what is read for that."""
-    building = {item for item, contents in listed.items() if contents.lease > since}
-    leases = [read_lease(store, store.path(*item, "lease.json")) or {} for item in building]
+    building = {item for item, files in listed.items() if LEASE in files and files[LEASE].changed > since}
+    leases = [read_lease(store, store.path(*item, LEASE)) or {} for item in building]
     return building, {item for lease in leases for item in lease.get("inputs", {}).items()}
 
 
-def _contents(store: Store) -> dict[Item, Contents]:
-    contents: dict[Item, Contents] = {}
-    for item, files in store.listed().items():
-        shown = contents[item] = Contents()
-        for path, found in files.items():
-            if item[0] == PROBES or TEMPORARY.fullmatch(path):
-                shown.temporary[path] = found
-            elif path in ("manifest.json", "retired.json", "lease.json"):
-                setattr(shown, path.removesuffix(".json"), found.changed)
-            elif path.startswith("attempts/") and path.count("/") > 1:
-                _, attempt, below = path.split("/", 2)
-                shown.attempts[attempt].append(found)
-                if below.startswith("parts/"):
-                    shown.parts[attempt].add(below.removeprefix("parts/"))
-        if store.is_local and os.path.isdir(store.path(*item, MANIFEST)):  # which a listing of files does not show
-            shown.manifest = inf
-    return contents
+def _attempts(files: Files) -> dict[str, Files]:
+    """Return the files of each attempt, by path below it."""
+    attempts: dict[str, Files] = {}
+    for path, found in files.items():
+        top, attempt, below = [*path.split("/", 2), "", ""][:3]
+        if top == "attempts" and below and not TEMPORARY.fullmatch(below):
+            attempts.setdefault(attempt, {})[below] = found
+    return attempts
 
 
-def _results(artifacts: dict[Item, Artifact]) -> set[Item]:
-    """Return the artifacts that no other was made from."""
-    return artifacts.keys() - {source for artifact in artifacts.values() for source in artifact.inputs}
-
-
-def _with_sources(artifacts: dict[Item, Artifact], wanted: set[Item]) -> set[Item]:
-    """Return artifacts with all that they were made from."""
-    kept: set[Item] = set()
-    todo = list(wanted & artifacts.keys())
-    while todo:
-        item = todo.pop()
-        if item in artifacts and item not in kept:
-            kept.add(item)
-            todo += artifacts[item].inputs
-    return kept
-
-
-def _abandoned(stage: str, contents: Contents, named: set[str], since: float, oldest: float) -> Iterator[str]:
+def _abandoned(
+    stage: str, files: Files, attempts: dict[str, Files], named: set[str], since: float, oldest: float
+) -> Iterator[str]:
     """Yield the attempts that nobody needs.
 
     Kept are those that are `named`, or where none is those from which a run would continue, unless the artifact was
     retired since, or they are older than is asked for. An attempt that another took the place of may have readers
     still: its age is that of the manifest that is there now.
     """
-    later = {n: parts for n, parts in contents.parts.items() if contents.changed(n) > contents.retired}
+    retired = files[RETIRED].changed if RETIRED in files else 0.0
+    placed = max(retired, files[MANIFEST].changed if MANIFEST in files else 0.0)
+    changed = {attempt: max(found.changed for found in attempts[attempt].values()) for attempt in attempts}
+    later = {attempt: files for attempt, files in attempts.items() if changed[attempt] > retired}
     resumed = set() if named else _resumed(stage, later)
-    for attempt in contents.attempts:
-        changed = max(contents.changed(attempt), contents.manifest, contents.retired)
-        continued = attempt in resumed and changed >= oldest
-        if attempt not in named and changed < since and not continued:
+    for attempt in attempts:
+        age = max(changed[attempt], placed)
+        if attempt not in named and age < since and not (attempt in resumed and age >= oldest):
             yield attempt
 
 
-def _resumed(stage: str, finished: dict[str, set[str]]) -> set[str]:
-    """Return the attempts from which a run would continue, of those that have finished parts.
+def _resumed(stage: str, attempts: dict[str, Files]) -> set[str]:
+    """Return the attempts from which a run would continue: those that have finished parts.
 
     The one with the last checkpoint, and the one that has most, should that be damaged; clocks are not asked. Parts
     that go into the result, unlike checkpoints, are all needed: each is kept once, for each worker has its own attempt.
     """
-    if not finished:
-        return set()
+    parts = {n: {p.removeprefix("parts/") for p in files if p.startswith("parts/")} for n, files in attempts.items()}
+    finished = {name: there for name, there in parts.items() if there}
 
     def progress(name: str) -> tuple[tuple[int, str], int, str]:
         return max((len(part), part) for part in finished[name]), len(finished[name]), name
 
-    furthest, fullest = max(finished, key=progress), max(finished, key=lambda name: (len(finished[name]), name))
-    needed, there = {furthest, fullest}, finished[furthest] | finished[fullest]
+    furthest = sorted(finished, key=progress, reverse=True)
+    needed = {*furthest[:1], *sorted(finished, key=lambda name: (len(finished[name]), name))[-1:]}
+    there = {part for name in needed for part in finished[name]}
     volatile = STAGES[stage].volatile if stage in STAGES else ()
-    for attempt in sorted(finished, key=progress, reverse=True):
+    for attempt in furthest:
         lacking = {part for part in finished[attempt] - there if not part.startswith(volatile)}
         if lacking:
             needed.add(attempt)

@@ -1,6 +1,7 @@
 """Copying artifacts to another store, each file compared with its sha256."""
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from nanodlm.errors import Emit, NanodlmError
@@ -9,7 +10,6 @@ from nanodlm.store import Artifact, Item, Store, hold_lease
 from nanodlm.store.disk import flush_folders
 from nanodlm.store.files import show_transfer
 from nanodlm.store.manifest import MANIFEST
-from nanodlm.store.part import record_part
 
 
 def copy(source: Store, target: Store, artifacts: Iterable[Item], emit: Emit) -> Iterator[tuple[Artifact, bool]]:
@@ -55,7 +55,7 @@ def _send(artifact: Artifact, target: Store, emit: Emit) -> Artifact:
     copied.check(deep=True)
     for name, folder in copied.parts.items():  # a repair keeps them, a training starts from them
         if part := artifact.part(name):
-            record_part(target, folder, part)
+            replace(part, storage=target, folder=folder, e_tags={}).record()
     if target.is_local:
         flush_folders(Path(copied.folder).rglob("*"), Path(target.root).parent)
     target.write_json(target.path(stage, fingerprint, MANIFEST), artifact.manifest, create_only=True)

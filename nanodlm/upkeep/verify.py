@@ -61,17 +61,14 @@ def check(
     found = artifacts if isinstance(artifacts, Mapping) else dict(store.artifacts(artifacts))
     listings = store.listed() if len(found) > MANY else {}
     for item, artifact in found.items():
-        strays: list[str] = []
+        problems, strays = [str(artifact) if artifact else "its manifest is missing"], []
         if isinstance(artifact, Artifact):
-            listed = listings.get(item) or artifact.listed()
+            listed = listings.get(item) or store.files(store.path(*item))
             bad = artifact.damage(listed, emit) if deep else artifact.problems(listed=listed)
             problems = [*(f"{path} {problem}" for path, problem in bad.items()), *_other_inputs(artifact, found)]
             strays = artifact.strays(listed)
-        else:
-            problems = [str(artifact) if artifact else "its manifest is missing"]
-        obstacle = _repair(store, item, found, emit) if problems and repair else ""
-        repaired = bool(problems) and repair and not obstacle
-        yield Checked(*item, [*problems, *filter(None, [obstacle])], repaired, strays)
+        obstacle = _repair(store, item, found, emit) if problems and repair else None
+        yield Checked(*item, [*problems, obstacle] if obstacle else problems, obstacle == "", strays)
 
 
 def _other_inputs(artifact: Artifact, found: Chain) -> Iterator[str]:
@@ -83,20 +80,17 @@ def _other_inputs(artifact: Artifact, found: Chain) -> Iterator[str]:
 
 def _known(item: Item, found: Chain) -> Json:
     """Return an artifact's manifest, else what one that was made from it says of its `digest` and `config`."""
-    for artifact in (found[item], *found.values()):
-        if isinstance(artifact, Artifact):
-            if (artifact.stage, artifact.fingerprint) == item:
-                return artifact.manifest
-            if item in artifact.inputs:
-                digest = artifact.manifest["inputs"][item[0]]["digest"]
-                return {"digest": digest, "config": artifact.manifest["config"]}
+    if isinstance(artifact := found[item], Artifact):
+        return artifact.manifest
+    for made in found.values():
+        if isinstance(made, Artifact) and item in made.inputs:
+            return {"digest": made.manifest["inputs"][item[0]]["digest"], "config": made.manifest["config"]}
     return {}
 
 
 def _repair(store: Store, item: Item, found: Chain, emit: Emit) -> str:
     """Build an artifact again, and return what stands in the way, or nothing. What is there stays until then."""
-    stage, fingerprint = item
-    artifact = found[item]
+    (stage, fingerprint), artifact = item, found[item]
     if home := re.search(r" belongs to (\S+): ", str(artifact)):  # such as a renamed folder, or a backup
         return f"not repaired, for it is not damaged but out of place: move its folder to {home[1]}, or remove it"
     known, again = _known(item, found), f"`nanodlm run --rebuild {stage}`"
@@ -108,9 +102,8 @@ def _repair(store: Store, item: Item, found: Chain, emit: Emit) -> str:
         if isinstance(artifact, Artifact):  # then the source need not be there, unless it is the download that is bad
             inputs = {name: store.open(f"{name}/{made}").check() for name, made in artifact.inputs}
             if stage == "train" and not goes_on_after(artifact):
-                raise NanodlmError(
-                    f"no checkpoint of it is whole, so {again} would have to train it from the beginning"
-                )
+                train = f"{again} would have to train it from the beginning"
+                raise NanodlmError(f"no checkpoint of it is whole, so {train}")
         if ready(stage, config, store, rebuild=True, inputs=inputs).fingerprint != fingerprint:
             raise NanodlmError("this version of nanodlm, or the source's files now, would make another one")
         config = config.replace(exp={"resume": True})
