@@ -10,11 +10,7 @@ from nanodlm.store.manifest import MANIFEST, NAME
 
 
 def step_name(step: int) -> str:
-    """Return the name of the part that holds the checkpoint after an update.
-
-    >>> step_name(100)
-    'checkpoints/step_000100'
-    """
+    """Return the name of the part that holds the checkpoint after an update, such as `checkpoints/step_000100`."""
     return f"checkpoints/step_{step:06d}"
 
 

@@ -29,10 +29,7 @@ MEMORY = TypeAdapter(dict[str, Hashed])  # by path: what `sources.json` in the c
 
 
 def source_files(data: DataConfig, adopted: list[str] | None = None) -> list[str]:
-    """List the URLs of the source's files, sorted; those of a `hf://` data set are fetched into the hub's cache first.
-
-    With `adopted`, paths, globs or folders of files to read instead, those are listed.
-    """
+    """List the URLs of the source's files, or of those `adopted` instead, sorted; a `hf://` set is fetched first."""
     if adopted is not None:
         return _matching(adopted, named="what is to be adopted")
     if data.source == ("sotu",):
@@ -91,8 +88,10 @@ def identity(data: DataConfig, adopted: list[str] | None = None) -> dict[str, An
     known = _remembered()
     new: dict[str, Hashed] = {}
     contents = [[Path(f).suffix, _content(f, known, new)] for f in files]
-    if new:
-        _remember(new)
+    if new:  # those that are gone are forgotten, and a cache that cannot be written is no error
+        kept = {path: hashed for path, hashed in _remembered().items() if os.path.exists(path)}
+        with contextlib.suppress(OSError, ValueError):
+            write_whole(cache_dir() / "sources.json", MEMORY.dump_json(kept | new))
     return {**fields, "files": contents}
 
 
@@ -134,13 +133,6 @@ def _remembered() -> dict[str, Hashed]:
     return {}
 
 
-def _remember(new: dict[str, Hashed]) -> None:
-    """Add to what is known of files, and forget those that are gone; a cache that cannot be written is no error."""
-    known = {path: hashed for path, hashed in _remembered().items() if os.path.exists(path)}
-    with contextlib.suppress(OSError, ValueError):
-        write_whole(cache_dir() / "sources.json", MEMORY.dump_json(known | new))
-
-
 def _snapshot(data: DataConfig) -> Path:
     """Fetch a hub data set at its pinned commit, from where an earlier fetch was cut off, and return its folder."""
     import huggingface_hub
@@ -153,8 +145,9 @@ def _snapshot(data: DataConfig) -> Path:
             commits = huggingface_hub.HfApi().list_repo_commits(name, repo_type="dataset")
             matches = [c.commit_id for c in commits if c.commit_id.startswith(revision)]
             if len(matches) != 1:
-                found = f"{len(matches)} commits of {name} begin with {revision}"
-                raise NanodlmError(f"{found}: give --data.revision in full")
+                raise NanodlmError(
+                    f"{len(matches)} commits of {name} begin with {revision}: give --data.revision in full"
+                )
             revision = matches[0]
         wanted: dict[str, Any] = {"revision": revision, "allow_patterns": [f"*{suffix}" for suffix in HUB_SUFFIXES]}
         return Path(huggingface_hub.snapshot_download(name, repo_type="dataset", **wanted))
