@@ -92,10 +92,7 @@ def changed(preset: str, changes: dict[str, Any]) -> Config:
 
 
 def as_changes(config: Config) -> tuple[str, dict[str, Any]]:
-    """Return the preset that is most like a configuration, and what `changed` makes that configuration of it with.
-
-    Such as `("owt", {"train.lr": 0.001})`.
-    """
+    """Return the preset most like a configuration, and what it changes of that, as `("owt", {"train.lr": 0.001})`."""
     wanted = flat(config.model_dump(mode="json"))
     found = {}
     for preset, known in PRESETS.items():

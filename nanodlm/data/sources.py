@@ -145,9 +145,8 @@ def _snapshot(data: DataConfig) -> Path:
             commits = huggingface_hub.HfApi().list_repo_commits(name, repo_type="dataset")
             matches = [c.commit_id for c in commits if c.commit_id.startswith(revision)]
             if len(matches) != 1:
-                raise NanodlmError(
-                    f"{len(matches)} commits of {name} begin with {revision}: give --data.revision in full"
-                )
+                found = f"{len(matches)} commits of {name} begin with {revision}"
+                raise NanodlmError(f"{found}: give --data.revision in full")
             revision = matches[0]
         wanted: dict[str, Any] = {"revision": revision, "allow_patterns": [f"*{suffix}" for suffix in HUB_SUFFIXES]}
         return Path(huggingface_hub.snapshot_download(name, repo_type="dataset", **wanted))

@@ -179,15 +179,11 @@ def build_split(config: Config, inputs: dict[str, Artifact], attempt: Attempt, e
     np.save(attempt.path / "validation.npy", validation.astype(dtype_for(encoding.n_vocab + 1)))
     described = {"cut": cut} if wanted is None else {"cut": cut, "seed": data.split_seed}
     (attempt.path / "split.json").write_text(json.dumps(described, indent=1))
-    return {
-        "split": "last" if wanted is None else "hash",
-        "val_tokens": len(validation),
-        "val_bytes": int(np.array(token_bytes(encoding))[validation].sum()),
-        "val_documents": len(chosen),
-        "documents": corpus.metrics["documents"],
-        "val_dropped_tokens": sum(len(tokens) for tokens in chosen) - len(validation),
-        "cut": cut,
-    }
+    held_out = {"val_tokens": len(validation), "val_documents": len(chosen)}
+    held_out["val_bytes"] = int(np.array(token_bytes(encoding))[validation].sum())
+    held_out["val_dropped_tokens"] = sum(len(tokens) for tokens in chosen) - len(validation)
+    split = "last" if wanted is None else "hash"
+    return {"split": split, **held_out, "documents": corpus.metrics["documents"], "cut": cut}
 
 
 def _chosen_by_hash(data: DataConfig, corpus: Artifact, encoding: tiktoken.Encoding, wanted: int) -> tuple[str, list]:
