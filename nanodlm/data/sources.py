@@ -85,13 +85,16 @@ def identity(data: DataConfig, adopted: list[str] | None = None) -> dict[str, An
     files = source_files(data, adopted)
     if any(READERS[Path(f).suffix] == "text" for f in files):
         fields["sample_by"] = data.sample_by
-    known = _remembered()
+    memory = cache_dir() / "sources.json"
+    known: dict[str, Hashed] = {}
     new: dict[str, Hashed] = {}
+    with contextlib.suppress(OSError, ValueError):
+        known = MEMORY.validate_json(memory.read_bytes())
     contents = [[Path(f).suffix, _content(f, known, new)] for f in files]
     if new:  # those that are gone are forgotten, and a cache that cannot be written is no error
-        kept = {path: hashed for path, hashed in _remembered().items() if os.path.exists(path)}
+        kept = {path: hashed for path, hashed in known.items() if os.path.exists(path)}
         with contextlib.suppress(OSError, ValueError):
-            write_whole(cache_dir() / "sources.json", MEMORY.dump_json(kept | new))
+            write_whole(memory, MEMORY.dump_json(kept | new))
     return {**fields, "files": contents}
 
 
@@ -124,13 +127,6 @@ def _state(path: str) -> tuple[int, int, int, int]:
     """Return what changes whenever a local file does; its second time cannot be set back."""
     status = os.stat(path)
     return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
-
-
-def _remembered() -> dict[str, Hashed]:
-    """Return what is known of files that were hashed before; nothing where the cache cannot be read."""
-    with contextlib.suppress(OSError, ValueError):
-        return MEMORY.validate_json((cache_dir() / "sources.json").read_bytes())
-    return {}
 
 
 def _snapshot(data: DataConfig) -> Path:

@@ -99,44 +99,41 @@ def build_tokenizer(config: Config, inputs: dict[str, Artifact], attempt: Attemp
     How many those are depends on the encoding. So a zone at the front of their order is set aside, the encoding is
     trained on the rest, and the zone counted with it; when it has too few tokens, it grows and all starts over.
     """
-    data = config.data
+    data, corpus, counts = config.data, inputs["download"], {}
     if data.tokenizer != "bpe":
-        fixed = gpt2() if data.tokenizer == "gpt2" else plain_bytes()
-        save(fixed, attempt.path)
-        return {"n_vocab": fixed.n_vocab}
-    corpus = inputs["download"]
-    folder, wanted = corpus.local(), tokens_by_hash(data, corpus)
-    if wanted is None:
+        encoding = gpt2() if data.tokenizer == "gpt2" else plain_bytes()
+    elif (wanted := tokens_by_hash(data, corpus)) is None:
         emit("message", text="training BPE on all but the last tenth")
         place, every = last_tenth(corpus), enumerate(download.by_part(corpus))
         fronts = (front for part, documents in every for front, _ in halves(documents, part, place))
         encoding = train_bpe(_up_to(MAX_BPE_BYTES, fronts), data.vocab_size)
-        save(encoding, attempt.path)
-        return {"n_vocab": encoding.n_vocab}
-    order = sorted((key, len(text.encode())) for key, text in _keyed_documents(folder, data.split_seed))
-    total, target = sum(size for _, size in order), float(wanted)  # a token has at least one byte; then by counting
-    limit = MAX_BPE_BYTES if 2 * wanted <= total else PROBE_BYTES  # that there is not enough is seen before long
-    while True:
-        zone_end, zone_bytes = "", 0
-        for key, size in order:
-            if zone_bytes >= target:
+    else:
+        folder = corpus.local()
+        order = sorted((key, len(text.encode())) for key, text in _keyed_documents(folder, data.split_seed))
+        total, target = sum(size for _, size in order), float(wanted)  # a token has at least one byte; then by counting
+        limit = MAX_BPE_BYTES if 2 * wanted <= total else PROBE_BYTES  # that there is not enough is seen before long
+        while True:
+            zone_end, zone_bytes = "", 0
+            for key, size in order:
+                if zone_bytes >= target:
+                    break
+                zone_end, zone_bytes = key, zone_bytes + size
+            if zone_end == order[-1][0]:
+                raise _too_small(data, f"{total:,} bytes in {len(order):,} documents", one=len(order) == 1)
+            emit("message", text=f"training BPE on all but {zone_bytes / 1e6:.3g} MB that may be held out")
+            after_zone = (text for key, text in _keyed_documents(folder, data.split_seed) if key > zone_end)
+            encoding = train_bpe(_up_to(limit, after_zone), data.vocab_size)
+            zone = (text for key, text in _keyed_documents(folder, data.split_seed) if key <= zone_end)
+            tokens = sum(len(encoding.encode_ordinary(text)) + 1 for text in zone)
+            if tokens < wanted:
+                target = zone_bytes * 1.02 * wanted / tokens
+            elif limit == MAX_BPE_BYTES:
                 break
-            zone_end, zone_bytes = key, zone_bytes + size
-        if zone_end == order[-1][0]:
-            raise _too_small(data, f"{total:,} bytes in {len(order):,} documents", one=len(order) == 1)
-        emit("message", text=f"training BPE on all but {zone_bytes / 1e6:.3g} MB that may be held out")
-        after_zone = (text for key, text in _keyed_documents(folder, data.split_seed) if key > zone_end)
-        encoding = train_bpe(_up_to(limit, after_zone), data.vocab_size)
-        zone = (text for key, text in _keyed_documents(folder, data.split_seed) if key <= zone_end)
-        tokens = sum(len(encoding.encode_ordinary(text)) + 1 for text in zone)
-        if tokens < wanted:
-            target = zone_bytes * 1.02 * wanted / tokens
-        elif limit == MAX_BPE_BYTES:
-            break
-        else:
-            target, limit = float(wanted), MAX_BPE_BYTES
+            else:
+                target, limit = float(wanted), MAX_BPE_BYTES
+        counts = {"zone_end": zone_end, "zone_bytes": zone_bytes, "zone_tokens": tokens}
     save(encoding, attempt.path)
-    return {"n_vocab": encoding.n_vocab, "zone_end": zone_end, "zone_bytes": zone_bytes, "zone_tokens": tokens}
+    return {"n_vocab": encoding.n_vocab, **counts}
 
 
 def _too_small(data: DataConfig, found: str, *, one: bool, most: int | None = None) -> NanodlmError:
