@@ -99,16 +99,17 @@ def build_tokenizer(config: Config, inputs: dict[str, Artifact], attempt: Attemp
     How many those are depends on the encoding. So a zone at the front of their order is set aside, the encoding is
     trained on the rest, and the zone counted with it; when it has too few tokens, it grows and all starts over.
     """
-    data, corpus, counts = config.data, inputs["download"], {}
+    data, counts = config.data, {}
     if data.tokenizer != "bpe":
         encoding = gpt2() if data.tokenizer == "gpt2" else plain_bytes()
-    elif (wanted := tokens_by_hash(data, corpus)) is None:
+    elif (wanted := tokens_by_hash(data, inputs["download"])) is None:
+        corpus = inputs["download"]
         emit("message", text="training BPE on all but the last tenth")
         place, every = last_tenth(corpus), enumerate(download.by_part(corpus))
         fronts = (front for part, documents in every for front, _ in halves(documents, part, place))
         encoding = train_bpe(_up_to(MAX_BPE_BYTES, fronts), data.vocab_size)
     else:
-        folder = corpus.local()
+        folder = inputs["download"].local()
         order = sorted((key, len(text.encode())) for key, text in _keyed_documents(folder, data.split_seed))
         total, target = sum(size for _, size in order), float(wanted)  # a token has at least one byte; then by counting
         limit = MAX_BPE_BYTES if 2 * wanted <= total else PROBE_BYTES  # that there is not enough is seen before long
