@@ -10,11 +10,7 @@ from nanodlm.store.manifest import MANIFEST, NAME
 
 
 def step_name(step: int) -> str:
-    """Return the name of the part that holds the checkpoint after an update.
-
-    >>> step_name(100)
-    'checkpoints/step_000100'
-    """
+    """Return the name of the part that holds the checkpoint after an update, such as `checkpoints/step_000100`."""
     return f"checkpoints/step_{step:06d}"
 
 
@@ -62,7 +58,6 @@ def goes_on_after(artifact: Artifact) -> int:
             folder = store.path(stage, fingerprint, "attempts", attempt)
             part = read_part(store, folder, name, stage=stage, fingerprint=fingerprint)
             with contextlib.suppress(OSError):  # a file is missing, or cannot be read
-                sha256 = [store.sha256(f"{folder}/{f['path']}", f["size"]) for f in part.files] if part else [""]
-                if part and sha256 == [file["sha256"] for file in part.files]:
+                if part and all(store.sha256(f"{folder}/{f['path']}", f["size"]) == f["sha256"] for f in part.files):
                     return step_of(name)
     return 0

@@ -82,19 +82,15 @@ def load_folder(folder: Path, step: int) -> tuple[Transformer, tiktoken.Encoding
     target = jax.tree.map(lambda leaf: shape(leaf.shape, leaf.dtype), nnx.to_pure_dict(abstract))
     item = "ema_state" if (checkpoint / "ema_state").exists() else "model_state"
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-        _check_settings(config, checkpointer.metadata(checkpoint).custom_metadata or {}, folder / "config.json")
+        remembered = (checkpointer.metadata(checkpoint).custom_metadata or {}).get("config")  # not by earlier versions
+        now, names = training_settings(config), ("model", "objective", "schedule")
+        if remembered and (changed := differences({n: remembered[n] for n in names}, {n: now[n] for n in names})):
+            fields = "; ".join(f"{field}: {values}" for field, values in changed.items())
+            what = f"{folder / 'config.json'} is not what the checkpoint was trained with"
+            raise NanodlmError(f"{what} ({fields}): put it right")
         args = ocp.args.Composite(**{item: ocp.args.StandardRestore(target)})  # type: ignore[call-arg]
         params = checkpointer.restore(checkpoint, args=args)[item]
     return nnx.merge(graphdef, params), encoding
-
-
-def _check_settings(config: Config, remembered: dict[str, Any], file: Path) -> None:
-    """Refuse settings of a network that are not those its checkpoint remembers; an earlier version's does not."""
-    trained, now = remembered.get("config"), training_settings(config)
-    names = ("model", "objective", "schedule")
-    if trained and (changed := differences({n: trained[n] for n in names}, {n: now[n] for n in names})):
-        fields = "; ".join(f"{field}: {values}" for field, values in changed.items())
-        raise NanodlmError(f"{file} is not what the checkpoint was trained with ({fields}): put it right")
 
 
 def parameters_sha256(params: Any) -> str:

@@ -19,11 +19,7 @@ def differences(saved: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
 
 
 def flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Return the values of a nested dict by dotted names.
-
-    >>> flat({"train": {"lr": 0.1}, "exp.resume": True})
-    {'train.lr': 0.1, 'exp.resume': True}
-    """
+    """Return the values of a nested dict, some of whose names may be dotted already, by dotted names."""
     if not isinstance(value, dict):
         return {prefix: value}
     return {k: v for key, item in value.items() for k, v in flat(item, f"{prefix}.{key}".lstrip(".")).items()}

@@ -12,34 +12,27 @@ from nanodlm.diffusion.kinds import KINDS
 
 
 def unread(config: Config) -> dict[str, Any]:
-    """Return the settings that nothing reads beside the others, but that differ from their defaults.
-
-    >>> from nanodlm.config import PRESETS
-    >>> unread(PRESETS["demo"].replace(schedule={"exponent": 3.0}, train={"warmup_steps": 9}))
-    {'schedule.exponent': 3.0}
-    """
+    """Return the settings that nothing reads beside the others, but that differ from their defaults."""
     objective, schedule, train, sample = config.objective, config.schedule, config.train, config.sample
     kind = KINDS[objective.kind]
     noisy = kind.masks or kind.random_tokens
     estimator = objective.estimator or kind.estimators[0]
     steps = noisy and sample.sampler != "first_hitting"
     read = {
-        "schedule.kind": noisy,
+        **dict.fromkeys(
+            ("schedule.kind", "objective.times", "objective.weighting", "eval.repeats", "eval.seed"), noisy
+        ),
         "schedule.exponent": noisy and schedule.kind == "poly",
         "schedule.eps": noisy and (schedule.kind == "loglinear" or schedule.kind.endswith("_clipped")),
         "objective.estimator": estimator != kind.estimators[0],
         "objective.num_timesteps": estimator == "discrete",
-        "objective.times": noisy,
         "objective.block_size": kind.reads == "block",
         "objective.uniform_share": kind.masks and kind.random_tokens,
-        "objective.weighting": noisy,
         "objective.max_weight": noisy and objective.weighting == "clipped",
         "train.muon_lr": train.optimizer == "muon",
         "train.min_lr": train.lr_schedule in ("warmup_cosine", "warmup_stable_decay"),
         "train.warmup_steps": train.lr_schedule != "none",
         "train.cooldown_steps": train.lr_schedule == "warmup_stable_decay",
-        "eval.repeats": noisy,
-        "eval.seed": noisy,
         "sample.num_steps": steps,
         "sample.grid": steps and sample.sampler != "entropy",
         "sample.top_k": sample.temperature > 0,

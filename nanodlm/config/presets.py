@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import yaml
 from pydantic import GetJsonSchemaHandler
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
@@ -53,9 +54,6 @@ def load_config(name: str) -> Config:
     """Look up a preset, or read a file of settings, JSON or YAML, or JSON that is given instead of its path.
 
     What a file does not set is as in the preset that it names under `preset`, else as in `demo`.
-
-    Raises:
-        UsageError: When there is neither.
     """
     if name in PRESETS:
         return PRESETS[name]
@@ -69,23 +67,16 @@ def load_config(name: str) -> Config:
         except OSError as error:
             raise UsageError(f"cannot read config {name}: {error.strerror or error}") from error
     try:
-        given = _read_yaml(text) if name.endswith(FILES[1:]) else json.loads(text)
+        given = yaml.safe_load(text) if name.endswith(FILES[1:]) else json.loads(text)
         if not isinstance(given, dict):
             raise ValueError("Input should be a valid dictionary of settings")
         return changed(given.pop("preset", "demo"), given)
-    except (ValueError, UsageError) as error:
+    except (ValueError, UsageError, yaml.YAMLError) as error:
         raise UsageError(f"{name} is not a valid config: {explain(error)}") from error
 
 
 def changed(preset: str, changes: dict[str, Any]) -> Config:
-    """Return a preset with settings changed, which are named in groups, or with a dot.
-
-    Raises:
-        UsageError: When there is no such preset or setting, or a value is out of its bounds.
-
-    >>> changed("demo", {"train": {"lr": 0.1}, "data.tokenizer": "bytes"}).train.max_steps
-    1200
-    """
+    """Return a preset with settings changed, which are named in groups, `{"train": {"lr": 0.1}}`, or `train.lr`."""
     if not isinstance(preset, str) or preset not in PRESETS:
         raise UsageError(f"unknown preset {preset!r}: choose {_known()}")
     settings = PRESETS[preset].model_dump()
@@ -101,11 +92,7 @@ def changed(preset: str, changes: dict[str, Any]) -> Config:
 
 
 def as_changes(config: Config) -> tuple[str, dict[str, Any]]:
-    """Return the preset that is most like a configuration, and what `changed` makes that configuration of it with.
-
-    >>> as_changes(PRESETS["owt"].replace(train={"lr": 1e-3}))
-    ('owt', {'train.lr': 0.001})
-    """
+    """Return the preset most like a configuration, and what it changes of that, as `("owt", {"train.lr": 0.001})`."""
     wanted = flat(config.model_dump(mode="json"))
     found = {}
     for preset, known in PRESETS.items():
@@ -118,15 +105,6 @@ def as_changes(config: Config) -> tuple[str, dict[str, Any]]:
 def _known() -> str:
     *names, last = PRESETS
     return f"{', '.join(names)} or {last}"
-
-
-def _read_yaml(text: str) -> Any:
-    import yaml
-
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(str(error)) from error
 
 
 class _Form:

@@ -16,11 +16,7 @@ WINDOW = 16  # shards whose rows are shuffled together; training begins when the
 
 
 def windows(rows_per_shard: Sequence[int], seed: int) -> list[list[int]]:
-    """Return which shards are shuffled together, in the order in which an epoch reads them.
-
-    >>> windows([10, 10, 10], seed=0)
-    [[0, 1, 2]]
-    """
+    """Return which shards are shuffled together, in the order in which an epoch reads them."""
     numbers = list(range(len(rows_per_shard)))
     if len(numbers) > WINDOW:
         numbers = np.random.default_rng(seed).permutation(len(numbers)).tolist()

@@ -38,11 +38,7 @@ def evenly_spaced(n: int, count: int | None) -> np.ndarray:
 
 
 def name(part: int) -> str:
-    """Return the file name of the training shard that is made of a part of the corpus.
-
-    >>> name(3)
-    'train-00003.arrayrecord'
-    """
+    """Return the file name of the training shard that is made of a part, such as `train-00003.arrayrecord`."""
     return f"train-{part:05d}.arrayrecord"
 
 

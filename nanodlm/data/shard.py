@@ -112,7 +112,7 @@ def _write_shard(
     config: Config, encoding: Encoding, cut: str | Place, part: Path, attempt: Attempt, index: int, threads: int
 ) -> dict[str, Any]:
     """Write the rows of one part: of documents whose keys lie behind the cut, or of what lies before it in place."""
-    data, name = config.data, data_rows.name(index)
+    data, length, name = config.data, config.model.seq_len, data_rows.name(index)
     kept, dropped, smallest = [], 0, "f" * 32
     if isinstance(cut, list):
         kept = [front for front, _ in halves(download.documents(part), index, cut) if front]
@@ -124,30 +124,17 @@ def _write_shard(
                 smallest = min(smallest, key)
             else:
                 dropped += key == cut
-    rows, left = _rows(encoding, kept, config.model.seq_len, data.pretokenized, threads)
-    write(attempt.path / name, rows.astype(dtype_for(encoding.n_vocab + 1)))
-    info = {
-        "train_rows": len(rows),
-        "train_tokens": rows.size,
-        "train_documents": len(kept),
-        "dropped_tokens": left,
-        "dropped_documents": dropped,
-        "first_key": smallest,
-        "counts": np.bincount(rows.ravel(), minlength=encoding.n_vocab).tolist(),
-    }
-    attempt.finish(name, [name], **info)
-    return info
-
-
-def _rows(
-    encoding: Encoding, documents: list[Any], length: int, pretokenized: bool, threads: int
-) -> tuple[np.ndarray, int]:
-    """Cut documents into rows (N, length); return these and the number of tokens left over."""
-    if pretokenized:
-        streams = [tokenise(encoding, ids) for ids in documents]
+    if data.pretokenized:
+        streams = [tokenise(encoding, ids) for ids in kept]
     else:
-        texts = encoding.encode_ordinary_batch(documents, num_threads=threads)
+        texts = encoding.encode_ordinary_batch(kept, num_threads=threads)
         streams = [np.concatenate([np.array([*ids, encoding.eot_token]) for ids in texts])] if texts else []
     whole = [stream[: len(stream) // length * length].reshape(-1, length) for stream in streams]
-    rows = np.concatenate(whole) if whole else np.empty((0, length), np.int64)
-    return rows, sum(len(stream) for stream in streams) - rows.size
+    rows = np.concatenate([np.empty((0, length), np.int64), *whole])
+    write(attempt.path / name, rows.astype(dtype_for(encoding.n_vocab + 1)))
+    left = sum(len(stream) for stream in streams) - rows.size
+    counts = np.bincount(rows.ravel(), minlength=encoding.n_vocab).tolist()
+    info = {"train_rows": len(rows), "train_tokens": rows.size, "train_documents": len(kept)}
+    info |= {"dropped_tokens": left, "dropped_documents": dropped, "first_key": smallest, "counts": counts}
+    attempt.finish(name, [name], **info)
+    return info

