@@ -40,11 +40,13 @@ from nanodlm.stages.table import until
 from nanodlm.store import Store
 from nanodlm.upkeep.verify import chain, check
 config, store, last = load_config(sys.argv[1]), Store(sys.argv[2]), sys.argv[3]
+rebuilt = set()
 if sys.argv[4] == "repair":
-    print([c for c in check(store, chain(store, *store), deep=True, repair=True) if c.problems and not c.repaired])
-else:
+    found = check(store, chain(store, *store), deep=True, repair=True)
+    rebuilt = {c.stage for c in found if c.problems and not c.repaired}  # as it says when a manifest cannot be read
+if rebuilt or sys.argv[4] == "run":
     for name in until(last):
-        run_stage(name, config, store)
+        run_stage(name, config, store, rebuild=name in rebuilt)
 """
 
 
