@@ -10,6 +10,10 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from unittest import mock
+
+import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 # Every stage really runs; only sizes are small.
 TINY = """--data.val_tokens 20000 --data.tokenizer bytes --data.part_mb 0.05
@@ -67,9 +71,15 @@ def statuses(result: dict[str, Any]) -> dict[str, str]:
 @contextmanager
 def full(size: int = 3000) -> Iterator[None]:
     """Let the kernel refuse what makes a file larger, whoever writes it."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before, compiled = resource.getrlimit(resource.RLIMIT_FSIZE), jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", None)  # or what it tears there would be read by other tests
+    compilation_cache.reset_cache()
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
-        yield
+        with mock.patch.dict(os.environ):
+            os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
+            yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        jax.config.update("jax_compilation_cache_dir", compiled)
+        compilation_cache.reset_cache()

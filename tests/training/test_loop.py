@@ -60,11 +60,11 @@ def test_training_begins_when_the_first_window_of_remote_shards_is_there(monkeyp
     of_later = {data_rows.name(i) for window in later for i in window}
     begun, fetched = threading.Event(), []
 
-    def get(self: Store, pairs: list[tuple[str, Path]]) -> None:
-        names = {source.rpartition("/")[2] for source, _ in pairs}
-        assert not names & of_later or begun.wait(120)
-        fetched.extend(names)
-        Storage.get(self, pairs)
+    def get(self: Store, path: str, target: Path, size: int) -> str:
+        name = path.rpartition("/")[2]
+        assert name not in of_later or begun.wait(120)
+        fetched.append(name)
+        return Storage.get(self, path, target, size)
 
     def emit(kind: str, **fields: Any) -> None:
         if kind == "progress" and fields["unit"] == "updates":
