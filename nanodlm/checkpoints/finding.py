@@ -5,7 +5,8 @@ import re
 
 from nanodlm.config import parse_address
 from nanodlm.errors import Damaged, UsageError
-from nanodlm.store import Artifact, Part, Store, finished_parts, read_part
+from nanodlm.store import Json, Part, Store, finished_parts, read_part
+from nanodlm.store.attempt import made_it
 from nanodlm.store.manifest import MANIFEST, NAME
 
 
@@ -46,17 +47,16 @@ def find_checkpoint(address: str) -> Part:
     return part
 
 
-def goes_on_after(artifact: Artifact) -> int:
-    """Return the update after which a training would go on if it were built again: its newest whole checkpoint's.
+def goes_on_after(store: Store, fingerprint: str, manifest: Json) -> int:
+    """Return the update after which a repair of a training would go on: that of its newest whole checkpoint.
 
-    Nothing is trained when that is the last one, of `updates` in its metrics; without a whole checkpoint it is 0.
+    Of the manifest there may be as much as is known. Without a whole checkpoint it is 0.
     """
-    store, stage, fingerprint = artifact.store, artifact.stage, artifact.fingerprint
-    found = finished_parts(store, stage, fingerprint)
+    found, is_its = finished_parts(store, "train", fingerprint), made_it(manifest)
     for name in sorted(found, key=step_of, reverse=True):
-        for attempt in found[name]:
-            folder = store.path(stage, fingerprint, "attempts", attempt)
-            part = read_part(store, folder, name, stage=stage, fingerprint=fingerprint)
+        for attempt in filter(is_its, found[name]):
+            folder = store.path("train", fingerprint, "attempts", attempt)
+            part = read_part(store, folder, name, stage="train", fingerprint=fingerprint)
             with contextlib.suppress(OSError):  # a file is missing, or cannot be read
                 if part and all(store.sha256(f"{folder}/{f['path']}", f["size"]) == f["sha256"] for f in part.files):
                     return step_of(name)

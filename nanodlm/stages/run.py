@@ -79,7 +79,10 @@ def build(
             if made := [other.name for other in others if (stage.name, fingerprint) in other.inputs]:
                 again = "where its bytes differ, a run makes them again, and what was made from them"
                 emit("message", text=f"from the {stage.name} artifact there are {', '.join(made)}: {again}")
-        with full_disk_in_one_line(store), new_attempt(store, stage.name, fingerprint, afresh=afresh) as attempt:
+        with (
+            full_disk_in_one_line(store),
+            new_attempt(store, stage.name, fingerprint, afresh=afresh, restore=restore) as attempt,
+        ):
             code = code_record(stage.module)  # as it is now, before anybody edits it
             metrics = (how or stage.run)(config, lookup.inputs, attempt, publish)
             # Beside the digests that are part of the identity, the fingerprints tell where the inputs lie.

@@ -6,7 +6,7 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from functools import cached_property
@@ -30,7 +30,7 @@ NOBODYS = re.compile(r"parts/.*|(.*/)?(\.DS_Store|\._.*|Thumbs\.db|desktop\.ini|
 class Attempt:
     """One try at building an artifact: a local folder whose files become the artifact at `commit`."""
 
-    def __init__(self, store: Store, stage: str, fingerprint: str, afresh: bool = False):
+    def __init__(self, store: Store, stage: str, fingerprint: str, afresh: bool = False, restore: Json | None = None):
         self.store, self.stage, self.fingerprint = store, stage, fingerprint
         self._of = {"stage": stage, "fingerprint": fingerprint}
         self.id = f"{datetime.now(UTC):%Y%m%dT%H%M%S%f}-{secrets.token_hex(4)}"  # people see them in order of time
@@ -40,6 +40,7 @@ class Attempt:
             artifact = store.find(stage, fingerprint)
             self._over = f"-over-{artifact.manifest['attempt'].split('-')[1] if artifact else self.id[-8:]}"
         self.id += self._over
+        self._goes_on_from = made_it(restore) if restore else lambda attempt: attempt.endswith(self._over)
         self.started = time.monotonic()
         self._parts: dict[str, Part] = {}  # those in the folder of another attempt were taken over where they lie
         self.path = Path(self._remote()) if store.is_local else hold(f"attempt-{self.id}")
@@ -81,7 +82,7 @@ class Attempt:
     def earlier(self) -> dict[str, list[str]]:
         """Names of the parts that earlier attempts finished, each with the attempts that did."""
         found = finished_parts(self.store, self.stage, self.fingerprint)
-        mine = {n: [a for a in attempts if a != self.id and a.endswith(self._over)] for n, attempts in found.items()}
+        mine = {n: [a for a in attempts if a != self.id and self._goes_on_from(a)] for n, attempts in found.items()}
         return {name: attempts for name, attempts in mine.items() if attempts}
 
     def uri(self, name: str) -> str:
@@ -229,15 +230,24 @@ class Attempt:
         return Artifact(self.store, self.stage, self.fingerprint, manifest)
 
 
+def made_it(manifest: Json) -> Callable[[str], bool]:
+    """Return which attempts made what a manifest tells of, as far as it is known; others may hold other bytes."""
+    named = {manifest["attempt"], *manifest.get("parts", {}).values()} if "attempt" in manifest else set()
+    return lambda attempt: attempt in named if named else "-over-" not in attempt
+
+
 @contextlib.contextmanager
-def new_attempt(store: Store, stage: str, fingerprint: str, *, afresh: bool = False) -> Iterator[Attempt]:
+def new_attempt(
+    store: Store, stage: str, fingerprint: str, *, afresh: bool = False, restore: Json | None = None
+) -> Iterator[Attempt]:
     """Make a new attempt at an artifact. Any number may go on at once: the first to commit wins.
 
-    With `afresh` it adopts only what an interrupted rebuild left. A store that cannot be written is refused at once.
+    With `afresh` it adopts only what an interrupted rebuild left, and to `restore` a manifest's artifact what that was
+    made of. A store that cannot be written is refused at once.
     """
     try:
         store.require_create_only()
-        attempt = Attempt(store, stage, fingerprint, afresh)
+        attempt = Attempt(store, stage, fingerprint, afresh, restore)
     except OSError as error:
         raise cannot_write(store, error) from error
     try:

@@ -52,12 +52,29 @@ class Bucket:
 
     def files(self, folder: str) -> dict[str, Found]:
         below, found = f"{self._key(folder)}/".lstrip("/"), {}
-        with contextlib.suppress(FileNotFoundError), _as_of_a_disk():
-            for file in itertools.chain.from_iterable(self.store.list(below or None, chunk_size=1000)):
-                if file["path"].startswith(below):
-                    changed = file["last_modified"].timestamp()
-                    found[file["path"].removeprefix(below)] = Found(file["size"], changed, file["e_tag"] or "")
+        try:
+            with contextlib.suppress(FileNotFoundError), _as_of_a_disk():
+                for file in itertools.chain.from_iterable(self.store.list(below or None, chunk_size=1000)):
+                    if file["path"].startswith(below):
+                        changed = file["last_modified"].timestamp()
+                        found[file["path"].removeprefix(below)] = Found(file["size"], changed, file["e_tag"] or "")
+        except OSError as error:
+            if "invalid path" not in str(error):
+                raise
+            return self._files_beside_odd_keys(below)
         return found
+
+    def _files_beside_odd_keys(self, below: str) -> dict[str, Found]:
+        """List what obstore lists, where somebody else's keys, such as a//b, are none to it and end its listing."""
+        from botocore.session import get_session
+
+        pages = get_session().create_client("s3").get_paginator("list_objects_v2")
+        files = (file for page in pages.paginate(Bucket=self.name, Prefix=below) for file in page.get("Contents", ()))
+        return {
+            file["Key"].removeprefix(below): Found(file["Size"], file["LastModified"].timestamp(), file["ETag"])
+            for file in files
+            if not re.search(r"(^|/)\.{0,2}(/|$)", file["Key"])
+        }
 
     def sha256(self, path: str, size: int) -> str:
         return self.get(path, Path(os.devnull), size)
@@ -185,6 +202,8 @@ def _as_of_a_disk() -> Iterator[None]:
         yield
     except exceptions.AlreadyExistsError as error:
         raise FileExistsError(errno.EEXIST, _said(error)) from error
+    except FileNotFoundError as error:
+        raise FileNotFoundError(errno.ENOENT, _said(error)) from error
     except exceptions.BaseError as error:
         refused = isinstance(error, exceptions.PermissionDeniedError | exceptions.UnauthenticatedError)
         if "NoSuchBucket" in str(error):

@@ -77,12 +77,16 @@ def _removals(
     elif wished:
         # No clock is believed alone: that of who made it may be behind, and a copy was written later than it was made.
         written = {item: listed[item][MANIFEST].changed for item in artifacts}
-        made = {item: max(made_at(artifact), written[item]) for item, artifact in artifacts.items()}
+        made_then = {item: made_at(artifact) for item, artifact in artifacts.items()}
+        made = {item: max(made_then[item], written[item]) for item in artifacts}
         results = artifacts.keys() - {source for artifact in artifacts.values() for source in artifact.inputs}
-        newest = sorted(results, key=lambda item: (written[item], made[item]), reverse=True)
+        # The last by either are kept: a repair or a copy writes a manifest anew, and a maker's clock may be wrong.
+        newest: set[Item] = set()
+        for times in (written, made_then):
+            newest |= set(sorted(results, key=lambda item: (times[item], item), reverse=True)[: keep_last or 0])
         young = {item for item in artifacts if now - made[item] < grace}
-        later = {item for item in newest if older_than is not None and now - made[item] <= older_than}
-        wanted = young | read | later | set(newest[: keep_last or 0])
+        later = {item for item in results if older_than is not None and now - made[item] <= older_than}
+        wanted = young | read | later | newest
         kept = _reached(wanted & artifacts.keys(), lambda item: artifacts.keys() & set(artifacts[item].inputs))
     for item in sorted(artifacts.keys() - kept):
         size = sum(file["size"] for file in artifacts[item].files())

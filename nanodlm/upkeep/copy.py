@@ -4,9 +4,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from nanodlm.errors import Emit, NanodlmError
+from nanodlm.errors import Damaged, Emit, NanodlmError
 from nanodlm.stages.run import full_disk_in_one_line
 from nanodlm.store import Artifact, Item, Store, hold_lease
+from nanodlm.store.attempt import cannot_write
 from nanodlm.store.disk import flush_folders
 from nanodlm.store.files import show_transfer
 from nanodlm.store.manifest import MANIFEST
@@ -20,7 +21,10 @@ def copy(source: Store, target: Store, artifacts: Iterable[Item], emit: Emit) ->
     all else is done, that is an error, but of a report, which may tell the same differently.
     """
     source.emit = target.emit = emit
-    target.require_create_only()
+    try:
+        target.require_create_only()
+    except OSError as error:
+        raise cannot_write(target, error) from error
     others: dict[Item, str] = {}  # what the target holds in place of these, and what would be made from it
     for stage, fingerprint in artifacts:
         artifact = source.open(f"{stage}/{fingerprint}")
@@ -54,8 +58,9 @@ def _send(artifact: Artifact, target: Store, emit: Emit) -> Artifact:
         target.put(pairs, show_transfer(emit, "MB copied", wanted))
     copied.check(deep=True)
     for name, folder in copied.parts.items():  # a repair keeps them, a training starts from them
-        if part := artifact.part(name):
-            replace(part, storage=target, folder=folder, e_tags={}).record()
+        if (part := artifact.part(name)) is None:
+            raise Damaged(artifact.remedy(f"parts/{name}.json is not what was recorded", deep=True))
+        replace(part, storage=target, folder=folder, e_tags={}).record()
     if target.is_local:
         flush_folders(Path(copied.folder).rglob("*"), Path(target.root).parent)
     target.write_json(target.path(stage, fingerprint, MANIFEST), artifact.manifest, create_only=True)

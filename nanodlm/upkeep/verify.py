@@ -93,21 +93,24 @@ def _repair(store: Store, item: Item, found: Chain, emit: Emit) -> str:
     (stage, fingerprint), artifact = item, found[item]
     if home := re.search(r" belongs to (\S+): ", str(artifact)):  # such as a renamed folder, or a backup
         return f"not repaired, for it is not damaged but out of place: move its folder to {home[1]}, or remove it"
+    if isinstance(artifact, Artifact) and list(_other_inputs(artifact, found)):
+        remedy = f"`nanodlm run` makes one anew, `nanodlm rm {artifact.uri}` removes this"
+        return f"not repaired, for it is of an input that was rebuilt since: {remedy}"
     known, again = _known(item, found), f"`nanodlm run --rebuild {stage}`"
     try:
         if not known.get("config"):
             remedy = f"{again} with those builds it, `nanodlm rm {store.uri(*item)}` removes it"
             raise NanodlmError(f"the settings that it was made with are not known: {remedy}")
+        if stage == "train" and not goes_on_after(store, fingerprint, known):
+            train = f"{again} would have to train it from the beginning"
+            raise NanodlmError(f"no checkpoint of it is whole, so {train}")
         config, inputs = Config(**known["config"]), None
         if isinstance(artifact, Artifact):  # then the source need not be there, unless it is the download that is bad
             inputs = {name: store.open(f"{name}/{made}").check() for name, made in artifact.inputs}
-            if stage == "train" and not goes_on_after(artifact):
-                train = f"{again} would have to train it from the beginning"
-                raise NanodlmError(f"no checkpoint of it is whole, so {train}")
         if ready(stage, config, store, rebuild=True, inputs=inputs).fingerprint != fingerprint:
             raise NanodlmError("this version of nanodlm, or the source's files now, would make another one")
         config = config.replace(exp={"resume": True})
         run_stage(stage, config, store, rebuild=True, restore=known, inputs=inputs, emit=emit)
-    except (NanodlmError, ValueError) as error:
+    except (NanodlmError, ValueError, OSError) as error:
         return f"not repaired: {one_line(error)}"
     return ""

@@ -20,6 +20,7 @@ import psutil
 import pytest
 
 from nanodlm.data import shard
+from nanodlm.errors import NanodlmError
 from nanodlm.stages import run
 from nanodlm.store import Artifact, Store, cache, hold_lease, new_attempt, owner
 from nanodlm.store import lease as store_lease
@@ -377,12 +378,21 @@ def test_slashes_too_many_name_the_same_bucket_and_prefix(url: str) -> None:
     assert read(one.open("shard/f0")) == FILES
 
 
-def test_an_object_of_others_that_cannot_be_listed_is_named_at_once(url: str) -> None:
+@pytest.mark.parametrize("odd", ["mine//notes.txt", "mine/../notes.txt"])
+def test_objects_of_others_with_odd_keys_are_passed_over(url: str, odd: str) -> None:
     committed(Store(url), FILES)
-    boto3.client("s3").put_object(Bucket="bucket", Key=f"{url.removeprefix('s3://bucket/')}/mine//notes.txt", Body=b"")
-    with pytest.raises(OSError, match=r"mine//notes\.txt"):
-        list(Store(url))
+    before = Store(url).files(Store(url).root)
+    boto3.client("s3").put_object(Bucket="bucket", Key=f"{url.removeprefix('s3://bucket/')}/{odd}", Body=b"")
+    there = Store(url).files(Store(url).root)
+    assert {path: found.size for path, found in there.items()} == {path: found.size for path, found in before.items()}
+    assert {found.e_tag for found in there.values()} == {found.e_tag for found in before.values()}
     assert read(Store(url).open("shard/f0")) == FILES
+
+
+def test_a_copy_to_a_bucket_that_is_not_there_is_one_clear_line(url: str, tmp_path: Path) -> None:
+    committed(Store(str(tmp_path / "here")), FILES)
+    with pytest.raises(NanodlmError, match=r"cannot write to the store s3://.*: there is no such bucket"):
+        copied(Store(str(tmp_path / "here")), Store("s3://nobody-made-this/x"))
 
 
 def test_what_a_bucket_holds_is_told_by_listings_and_one_request_for_each_manifest(

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from nanodlm.cli import main
-from nanodlm.store import Store, hold_lease, new_attempt, sealed
+from nanodlm.errors import Damaged
+from nanodlm.store import Attempt, Store, hold_lease, new_attempt, sealed
 from nanodlm.store import attempt as store_attempt
 from nanodlm.store import files as store_files
 from nanodlm.upkeep import collect
@@ -400,3 +401,39 @@ def test_a_copy_goes_on_with_the_others_where_other_bytes_are_there_and_says_so_
     out, _ = said(capsys, "copy", source.uri(), target.uri())
     assert out.count("copied   ") == 3
     assert set(source) == set(target)
+
+
+def test_a_repair_goes_on_from_what_made_the_artifact_and_not_from_a_rebuild_beside_it(store: Store) -> None:
+    """Which, as on another number of devices, may hold other bytes."""
+
+    def finished(content: bytes, **how: Any) -> Attempt:
+        with new_attempt(store, "shard", "f0", **how) as attempt:
+            fill(attempt, {"a.bin": content})
+            attempt.finish("a", ["a.bin"])
+        return attempt
+
+    finished(b"left of an earlier build")
+    with new_attempt(store, "shard", "f0", afresh=True) as made:
+        fill(made, {"a.bin": b"sound"})
+        made.finish("a", ["a.bin"])
+        manifest = made.commit(identity=identity(), metrics={}).manifest
+    finished(b"left of a rebuild", afresh=True)
+    with new_attempt(store, "shard", "f0", restore=manifest) as repair:
+        assert repair.earlier == {"a": [made.id]}
+    with new_attempt(store, "shard", "f0", restore={"digest": manifest["digest"]}) as of_a_torn_one:
+        assert made.id not in str(of_a_torn_one.earlier), "nobody can tell whose it was"
+
+
+def test_a_repair_makes_no_result_the_newest(store: Store) -> None:
+    made_from(store, "train", "older", ago=9000)
+    made_from(store, "train", "newest", ago=8000)
+    age(Path(store.path("train", "older", "manifest.json")), 7000.0)  # as a repair writes it again
+    assert not [row for row in collect.collect(store, keep_last=1) if row["uri"].endswith("newest")]
+    assert store.find("train", "newest") is not None
+
+
+def test_a_copy_does_not_leave_the_lost_record_of_a_part_out_without_a_word(store: Store, tmp_path: Path) -> None:
+    artifact = made_from(store, "train", "t")
+    Path(artifact.folder, "parts", "x.json").unlink()
+    with pytest.raises(Damaged, match=r"parts/x\.json is not what was recorded.*--deep --repair"):
+        copied(store, Store(str(tmp_path / "target")))

@@ -64,7 +64,8 @@ def test_a_damaged_checkpoint_is_trained_again_from_the_one_before(made: Made) -
     for path in made.first("train", "checkpoints/step_000012").rglob("*"):
         if path.is_file() and path.stat().st_size:
             flip(path)
-    assert goes_on_after(made.artifacts["train"]) == 6
+    train = made.artifacts["train"]
+    assert goes_on_after(made.store, train.fingerprint, train.manifest) == 6
     found = made.check(deep=True, repair=True, of="train")
     assert found["train"].repaired
     train = made.store.open(made.artifacts["train"].uri)
@@ -180,6 +181,22 @@ def test_of_two_repairs_the_second_keeps_what_the_first_has_made(made: Made, mon
     monkeypatch.setattr(run, "hold_lease", waited)
     assert made.check(repair=True)["split"].repaired
     assert path.read_bytes() == good
+
+
+def test_no_repair_trains_from_the_beginning_and_what_cannot_be_mended_stops_no_other(made: Made) -> None:
+    for path in made.first("train", "checkpoints").rglob("*"):
+        if path.is_file() and path.stat().st_size:
+            flip(path)
+    manifest = made.manifest("train")
+    manifest.write_bytes(manifest.read_bytes()[:100])
+    made.manifest("split").unlink()
+    made.manifest("split").mkdir()  # which nothing can be renamed to
+    flip(made.first("shard", "train-*"))
+    everything = verify.check(made.store, verify.chain(made.store, *made.store), deep=True, repair=True)
+    found = {checked.stage: checked for checked in everything}
+    assert "not repaired: no checkpoint of it is whole" in str(found["train"].problems)
+    assert "not repaired" in str(found["split"].problems)
+    assert found["sample"].problems == []
 
 
 def test_a_repair_that_would_give_other_bytes_changes_nothing_and_names_the_rebuild(made: Made) -> None:
