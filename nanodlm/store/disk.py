@@ -25,7 +25,7 @@ class Found(NamedTuple):
 
 def read(path: str, limit: int) -> bytes:
     """Return the content of a file; a `ValueError` says that it has more bytes than this, or is no file."""
-    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:  # it may be a pipe
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:  # it may be a pipe
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode) or status.st_size > limit:
             raise ValueError("is no regular file" if status.st_size <= limit else f"has {status.st_size} bytes")
