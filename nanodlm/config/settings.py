@@ -40,12 +40,19 @@ class DataConfig(Group):
     """Whether `column` holds lists of token ids of `tokenizer` instead of text."""
     sample_by: Literal["document", "paragraph", "line"] = "document"
     """What one document is in .txt files: the whole file, a paragraph or a line."""
-    tokenizer: Literal["bpe", "gpt2", "bytes"] = "bpe"
-    """`bpe` is trained on the training documents; `gpt2` and `bytes` are fixed."""
+    tokenizer: Literal["bpe", "gpt2", "bytes", "chars"] = "bpe"
+    """`bpe` is trained on training documents; `gpt2` and `bytes` are fixed; `chars` has the corpus's own characters."""
     vocab_size: int = Field(default=4095, ge=257)
     """Entries of a trained `bpe`, the 256 bytes and the end-of-text mark included; with the mask one more."""
+    split: Literal["hash", "last"] | None = None
+    """What is held out: documents chosen by hash, or the last of the source; none is by hash, or a small corpus's last
+    tenth when val_tokens is not set either."""
     val_tokens: int | None = Field(default=None, gt=0)
-    """Tokens held out, exactly, of documents chosen by hash; none is one million, or a small corpus's last tenth."""
+    """Tokens held out, exactly; none is one million by hash, or val_share of the last."""
+    val_share: float | None = Field(default=None, gt=0, lt=1)
+    """Share of the source's text (or ids) that is held out at its end; none is a tenth."""
+    validation: Sources = ()
+    """Files of a validation set of its own, which is held out as it is; the whole source is trained on then."""
     split_seed: int = Field(default=0, ge=0, lt=2**63)
     """Key of the hash that decides which documents are held out."""
     shuffle_seed: int = Field(default=123, ge=0, lt=2**31)
@@ -65,8 +72,12 @@ class DataConfig(Group):
             raise ValueError("sotu or a hf:// data set must be the only source")
         if on_hub != bool(self.revision):
             raise ValueError("a hf:// source, and only that, needs a pinned commit: set --data.revision")
-        if self.pretokenized and self.tokenizer == "bpe":
+        if self.pretokenized and self.tokenizer in ("bpe", "chars"):
             raise ValueError("pretokenized rows need the tokenizer that made them: set --data.tokenizer gpt2 or bytes")
+        if self.val_share and (self.split != "last" or self.val_tokens):
+            raise ValueError("val_share is one of the source's end: set --data.split last, and leave val_tokens out")
+        if self.validation and (self.split or self.val_tokens):
+            raise ValueError("data.validation names all that is held out: leave --data.split and val_tokens out")
         return self
 
 

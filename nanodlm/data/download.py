@@ -1,86 +1,67 @@
-"""The download stage: whatever the source is becomes parquet parts of documents."""
+"""The download stage: whatever the source is becomes Arrow files of documents, its parts."""
 
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
+import numpy as np
 
 from nanodlm.config import Config
-from nanodlm.data.sources import BATCH, identity, read_documents, source_files
+from nanodlm.data.documents import Documents, Writer
+from nanodlm.data.sources import identity, read_documents, source_files
 from nanodlm.errors import Emit, NanodlmError
 from nanodlm.store import Artifact, Attempt, fingerprint_of
+
+PIECE = 1_000_000  # bytes of documents that are read at a time later
 
 
 def download(
     config: Config, inputs: dict[str, Artifact], attempt: Attempt, emit: Emit, adopted: list[str] | None = None
 ) -> dict[str, Any]:
-    """Copy the source's documents into parquet parts of about `data.part_mb` megabytes each.
+    """Copy the source's documents into parts, each of which ends with the document that fills `data.part_mb` megabytes.
 
     With `adopted`, paths or globs of copies of the source's files, those are read instead.
     """
     data = config.data
     before = identity(data, adopted)
     source = fingerprint_of(before)  # parts of what was read from other files are not gone on from
-    column = "tokens" if data.pretokenized else "text"
-    done = {"documents": 0, "bytes": 0}
-    part = 0
+    column, bytes_each = ("tokens", 2) if data.pretokenized else ("text", 1)
+    sizes: list[int] = []  # values of each part
     finished = attempt.adopt_finished(name for name in attempt.earlier if name.startswith("part-"))
-    while (info := finished.get(_part(part), {})).get("source") == source:
-        done, part = {count: info[count] for count in done}, part + 1
-    for name in finished.keys() - {_part(i) for i in range(part)}:
+    documents = 0
+    while (info := finished.get(_part(len(sizes)), {})).get("source") == source:
+        documents += info["documents"]
+        sizes.append(info["size"])
+    for name in finished.keys() - {_part(i) for i in range(len(sizes))}:
         attempt.forget(name)
-    skip, pending, size = done["documents"], [], 0
+    writer = None
 
-    def flush() -> None:
-        nonlocal part, pending, size
-        name = _part(part)
-        table = pa.table({column: pa.chunked_array(pending)})
-        pq.write_table(table, attempt.path / name, compression="zstd")
-        done["documents"] += len(table)
-        done["bytes"] += size
-        attempt.finish(name, [name], **done, source=source)
-        part, pending, size = part + 1, [], 0
-        emit("progress", done=done["bytes"] / 1e6, unit="MB")
+    def finish(writer: Writer) -> None:
+        writer.close()
+        name = _part(len(sizes))
+        attempt.finish(name, [name], documents=writer.rows, size=writer.size, source=source)
+        sizes.append(writer.size)
+        emit("progress", done=sum(sizes) * bytes_each / 1e6, unit="MB")
 
-    for batch in read_documents(data, source_files(data, adopted)):
-        if skip >= len(batch):
-            skip -= len(batch)
-            continue
-        pending.append(batch[skip:])
-        size += pending[-1].nbytes
-        skip = 0
-        if size >= data.part_mb * 1e6:
-            flush()
-    if pending:
-        flush()
+    skip, full = documents, data.part_mb * 1e6 / bytes_each
+    for array in read_documents(data, source_files(data, adopted)):
+        array, skip = array[skip:], max(0, skip - len(array))
+        while len(array):
+            writer = writer or Writer(attempt.path / _part(len(sizes)), column)
+            room = min(full - writer.size, PIECE / bytes_each)
+            fits = int(np.searchsorted(np.cumsum(Documents.of(array).sizes), room)) + 1
+            writer.write(array[:fits])
+            documents, array = documents + min(fits, len(array)), array[fits:]
+            if writer.size >= full:
+                writer = finish(writer)
+    if writer:
+        finish(writer)
     if identity(data, adopted) != before:
-        for index in range(part):
-            attempt.forget(_part(index))
+        for part in range(len(sizes)):
+            attempt.forget(_part(part))
         raise NanodlmError("the source's files changed while they were read: run again")
-    if part == 0:
+    if not sizes:
         raise NanodlmError(f"{data.source[0]} holds no documents: every one is empty")
-    return {"parts": part, **done}
+    return {"documents": documents, "bytes": sum(sizes) * bytes_each, "part_sizes": sizes}
 
 
 def _part(index: int) -> str:
-    return f"part-{index:05d}.parquet"
-
-
-def parts(download: Artifact) -> list[str]:
-    """Return the names of a download's parts, in order; nothing is fetched."""
-    return sorted(file["path"] for file in download.files("part-"))
-
-
-def by_part(download: Artifact) -> list[Iterator[str] | Iterator[list[int]]]:
-    """Return the documents of each part of a download."""
-    folder = download.local()
-    return [documents(folder / name) for name in parts(download)]
-
-
-def documents(part: Path) -> Iterator[str] | Iterator[list[int]]:
-    """Read the documents of one part: texts, or lists of token ids."""
-    with pq.ParquetFile(part) as file:
-        for batch in file.iter_batches(batch_size=BATCH):
-            yield from batch.column(0).to_pylist()
+    return f"part-{index:05d}.arrow"

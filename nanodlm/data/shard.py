@@ -1,6 +1,7 @@
 """The shard stage: documents become rows of token ids in ArrayRecord files."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,10 @@ from jaxtyping import Int
 from tiktoken import Encoding
 
 from nanodlm.config import Config
-from nanodlm.data import download
 from nanodlm.data import rows as data_rows
-from nanodlm.data.rows import dtype_for, write
-from nanodlm.data.split import Place, document_key, halves
-from nanodlm.data.tokenizer import load, tokenise
+from nanodlm.data.documents import Documents, parts, read
+from nanodlm.data.split import Place, halves
+from nanodlm.data.tokenizer import load, tokenise_all
 from nanodlm.errors import Emit, NanodlmError
 from nanodlm.store import Artifact, Attempt
 
@@ -23,32 +23,28 @@ COUNTS = "counts.npy"  # how often each token is trained on; left out of the dig
 def build_shards(config: Config, inputs: dict[str, Artifact], attempt: Attempt, emit: Emit) -> dict[str, Any]:
     """Write rows of `seq_len` tokens as ArrayRecord, one training shard for each corpus part, and the validation.
 
-    Texts follow each other with an end-of-text mark after each, and are cut into rows; what is left of a part after
-    its last whole row is dropped. Pre-tokenised rows are cut one by one. The validation's last row may be shorter.
+    Documents follow each other, texts with an end-of-text mark after each, and are cut into rows; what is left of a
+    part after its last whole row is dropped. The validation's last row may be shorter.
     """
     length = config.model.seq_len
     encoding = load(inputs["tokenizer"].local())
     cut = inputs["split"].metrics["cut"]
-    parts = download.parts(inputs["download"])
-    finished = attempt.adopt_finished(map(data_rows.name, range(len(parts))))
-    for name in [name for name, info in finished.items() if "counts" not in info]:  # of an earlier version
-        del finished[name]
-        attempt.forget(name)
-    infos = {i: finished[name] for i in range(len(parts)) if (name := data_rows.name(i)) in finished}
-    missing = [i for i in range(len(parts)) if i not in infos]
+    names = parts(inputs["download"])
+    finished = attempt.adopt_finished(map(data_rows.name, range(len(names))))
+    infos = {i: finished[name] for i in range(len(names)) if (name := data_rows.name(i)) in finished}
+    missing = [i for i in range(len(names)) if i not in infos]
     if missing:
-        folder = inputs["download"].local(*(parts[i] for i in missing))
+        folder = inputs["download"].local(*(names[i] for i in missing))
         for i in missing:
-            infos[i] = _write_shard(config, encoding, cut, folder / parts[i], attempt, i, os.cpu_count() or 1)
-            emit("progress", done=len(infos), total=len(parts), unit="shards")
-    shards = [infos[i] for i in range(len(parts))]
-    counts = ("train_rows", "train_tokens", "train_documents", "dropped_tokens", "dropped_documents")
-    totals = {field: sum(info[field] for info in shards) for field in counts}
+            infos[i] = _write_shard(config, encoding, cut, folder / names[i], attempt, i, os.cpu_count() or 1)
+            emit("progress", done=len(infos), total=len(names), unit="shards")
+    shards = [infos[i] for i in range(len(names))]
+    fields = ("train_rows", "train_tokens", "train_documents", "dropped_tokens")
+    totals = {field: sum(info[field] for info in shards) for field in fields}
+    held_out = inputs["split"].metrics
     if totals["train_rows"] == 0:
         few = f"what is left for training has fewer than seq_len ({length}) tokens"
         remedy = "add text, or lower --model.seq_len" + (" or --data.val_tokens" if isinstance(cut, str) else "")
-        if config.data.pretokenized:
-            few, remedy = f"rows of ids have fewer than seq_len ({length}), each", "lower --model.seq_len"
         raise NanodlmError(f"no training row: {few}; {remedy}")
     first_key = min(info["first_key"] for info in shards)
     assert isinstance(cut, list) or first_key > cut, "a held-out document is among the training documents"
@@ -57,8 +53,12 @@ def build_shards(config: Config, inputs: dict[str, Artifact], attempt: Attempt, 
         few = f"{len(validation):,} validation tokens are one row of seq_len ({length}), which has no standard error"
         remedy = "raise --data.val_tokens" if isinstance(cut, str) else "add text"
         raise NanodlmError(f"{few}; {remedy}, or lower --model.seq_len")
+    if totals["dropped_tokens"]:
+        share = totals["dropped_tokens"] / (totals["dropped_tokens"] + totals["train_tokens"])
+        what = f"{totals['dropped_tokens']:,} tokens ({share:.2%}) after the last whole row of each part are dropped"
+        emit("message", text=what)
     val_rows = [validation[i : i + length] for i in range(0, len(validation), length)]
-    write(attempt.path / "validation.arrayrecord", val_rows)
+    data_rows.write(attempt.path / "validation.arrayrecord", val_rows)
     frequencies = np.sum([info["counts"] for info in shards], axis=0)
     np.save(attempt.path / COUNTS, frequencies)
     return {
@@ -66,11 +66,11 @@ def build_shards(config: Config, inputs: dict[str, Artifact], attempt: Attempt, 
         "rows_per_shard": [info["train_rows"] for info in shards],
         "val_tokens": len(validation),
         "val_rows": len(val_rows),
-        "val_bytes": inputs["split"].metrics["val_bytes"],
+        "val_bytes": held_out["val_bytes"],
         "val_unigram_nats_per_token": unigram_nats(validation, frequencies),
         "seq_len": length,
         "n_vocab": encoding.n_vocab,
-        "dtype": np.dtype(dtype_for(encoding.n_vocab + 1)).name,
+        "dtype": np.dtype(data_rows.dtype_for(encoding.n_vocab + 1)).name,
         # Validation keys are at most the first of these, training keys at least the second: the sides are disjoint.
         **({"largest_validation_key": cut, "smallest_training_key": first_key} if isinstance(cut, str) else {}),
     }
@@ -82,7 +82,7 @@ def build_shard(config: Config, inputs: dict[str, Artifact], attempt: Attempt, i
     One thread is used: whoever makes one shard at a time makes several beside each other.
     """
     encoding = load(inputs["tokenizer"].local())
-    part = inputs["download"].file(download.parts(inputs["download"])[index])
+    part = inputs["download"].file(parts(inputs["download"])[index])
     return _write_shard(config, encoding, inputs["split"].metrics["cut"], part, attempt, index, threads=1)
 
 
@@ -111,30 +111,37 @@ def unigram_nats(tokens: Int[np.ndarray, "N"], counts: Int[np.ndarray, "V"]) -> 
 def _write_shard(
     config: Config, encoding: Encoding, cut: str | Place, part: Path, attempt: Attempt, index: int, threads: int
 ) -> dict[str, Any]:
-    """Write the rows of one part: of documents whose keys lie behind the cut, or of what lies before it in place."""
-    data, length, name = config.data, config.model.seq_len, data_rows.name(index)
-    kept, dropped, smallest = [], 0, "f" * 32
-    if isinstance(cut, list):
-        kept = [front for front, _ in halves(download.documents(part), index, cut) if front]
-    else:
-        for document in download.documents(part):
-            key = document_key(document, data.split_seed)
-            if key > cut:
-                kept.append(document)
-                smallest = min(smallest, key)
-            else:
-                dropped += key == cut
-    if data.pretokenized:
-        streams = [tokenise(encoding, ids) for ids in kept]
-    else:
-        texts = encoding.encode_ordinary_batch(kept, num_threads=threads)
-        streams = [np.concatenate([np.array([*ids, encoding.eot_token]) for ids in texts])] if texts else []
-    whole = [stream[: len(stream) // length * length].reshape(-1, length) for stream in streams]
-    rows = np.concatenate([np.empty((0, length), np.int64), *whole])
-    write(attempt.path / name, rows.astype(dtype_for(encoding.n_vocab + 1)))
-    left = sum(len(stream) for stream in streams) - rows.size
-    counts = np.bincount(rows.ravel(), minlength=encoding.n_vocab).tolist()
-    info = {"train_rows": len(rows), "train_tokens": rows.size, "train_documents": len(kept)}
-    info |= {"dropped_tokens": left, "dropped_documents": dropped, "first_key": smallest, "counts": counts}
+    """Make one training shard, a finished part of the attempt, and return what it was finished with."""
+    length, seed, name = config.model.seq_len, config.data.split_seed, data_rows.name(index)
+    counts, documents, smallest = np.zeros(encoding.n_vocab, np.int64), 0, "g"  # which is above all keys
+    rest = np.zeros(0, data_rows.dtype_for(encoding.n_vocab + 1))
+
+    def kept() -> Iterator[Documents]:
+        nonlocal documents, smallest
+        batches = read(part)
+        if isinstance(cut, list):
+            batches = (before for before, _ in halves(batches, index, cut))
+        for batch in batches:
+            if isinstance(cut, str):
+                keys = [key.hex() for key in batch.keys(seed)]
+                smallest = min([smallest, *(key for key in keys if key > cut)])
+                batch = batch.only(np.array([key > cut for key in keys]))
+            documents += len(batch)
+            if len(batch):
+                yield batch
+
+    def whole_rows() -> Iterator[np.ndarray]:
+        nonlocal rest, counts
+        for tokens in tokenise_all(encoding, kept(), threads):
+            stream = np.concatenate([rest, tokens.flat])
+            end = len(stream) // length * length
+            counts += np.bincount(stream[:end], minlength=len(counts))
+            rest = stream[end:].copy()
+            yield from stream[:end].reshape(-1, length)
+
+    data_rows.write(attempt.path / name, whole_rows())
+    tokens = int(counts.sum())
+    info = {"train_rows": tokens // length, "train_tokens": tokens, "train_documents": documents}
+    info |= {"dropped_tokens": len(rest), "first_key": smallest, "counts": counts.tolist()}
     attempt.finish(name, [name], **info)
     return info

@@ -1,206 +1,241 @@
 """The stages that decide which documents are held out and make the tokenizer.
 
-What is held out is decided by content alone. Units (documents, or rows of pre-tokenised data) are sorted by a
-keyed hash; the front gives exactly `val_tokens` validation tokens, the rest of the unit where the budget ends is
+By default what is held out is decided by content alone. Units (documents, or rows of pre-tokenised data) are sorted by
+a keyed hash; the front gives exactly `val_tokens` validation tokens, the rest of the unit where the budget ends is
 dropped, and every unit with a larger key is for training. Equal documents have equal keys, so duplicates stay on one
-side, and new data moves units only at the budget's edge. Of a small corpus the last tenth is held out.
+side, and new data moves units only at the budget's edge. Or it is the end of the corpus, or files of their own.
 """
 
-import hashlib
-import heapq
 import json
-import os
+import math
 from collections.abc import Iterable, Iterator
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import tiktoken
 
 from nanodlm.config import Config, DataConfig
-from nanodlm.data import download
-from nanodlm.data.rows import dtype_for
-from nanodlm.data.sources import READERS, source_files
-from nanodlm.data.tokenizer import gpt2, load, plain_bytes, save, token_bytes, tokenise, train_bpe
-from nanodlm.errors import Emit, NanodlmError, SourceGone
+from nanodlm.data.documents import VALIDATION, Documents, corpus, parts, read
+from nanodlm.data.tokenizer import characters, gpt2, load, plain_bytes, save, tokenise_all, train_bpe
+from nanodlm.errors import Emit, NanodlmError
 from nanodlm.store import Artifact, Attempt
 
-MAX_BPE_BYTES = 200_000_000
+BPE_BYTES = 100_000_000  # of the documents that a tokenizer is trained on
 VAL_TOKENS = 1_000_000
-PROBE_BYTES = 1_000_000
-SMALL = 8_000_000  # bytes: about two million tokens of text, and two million ids of four bytes
-Place = list[int]  # a part, a document of it, and how many characters (or ids) of that document come before
+SMALL = 2_000_000  # tokens of a corpus too small for that, as far as sizes tell
+TOKEN_BYTES = 4  # that a token of text usually stands for
+Place = list[int]  # a part, and how many of its values come before
 
 
-def tokens_by_hash(data: DataConfig, corpus: Artifact) -> int | None:
-    """Return how many tokens are held out by hash; None, for the last tenth, if a corpus is small and no number set."""
-    if data.val_tokens is None and (corpus.metrics["bytes"] < SMALL or corpus.metrics["documents"] == 1):
-        return None
-    return data.val_tokens or VAL_TOKENS
+class Unit(NamedTuple):
+    """A document: its key and its values."""
+
+    key: bytes
+    values: np.ndarray
 
 
-def check_size(data: DataConfig) -> None:
-    """Refuse more validation tokens than local files can give: each has at least one byte.
+@dataclass(frozen=True)
+class Zone:
+    """Documents that may be held out: the front by `hash`, the `last` of the corpus, or those of `files`."""
 
-    Of parquet files, which are compressed, and of those elsewhere no more is known before they are read. Files that
-    are gone may have been downloaded before, as looking that up tells.
+    kind: Literal["hash", "last", "files"]
+    documents: Documents
+    cut: Any  # the largest key among them, or the place where they begin; "" comes before all keys
+    whole: bool = False  # whether nothing is left to train on
+
+    @property
+    def size(self) -> int:
+        """Bytes of text, or token ids."""
+        return len(self.documents.flat)
+
+
+def front(batches: Iterable[Documents], seed: int, size: float) -> list[Unit]:
+    """Return the units with the smallest keys, in their order: as few as have `size` values together, or all.
+
+    One pass keeps little more than these, so memory does not grow with the corpus.
     """
-    try:
-        files = [] if data.revision else source_files(data)
-    except SourceGone:
-        return
-    known = all(url.startswith("file://") and not url.endswith(".parquet") for url in files)
-    if data.val_tokens is None or not files or not known:
-        return
-    size = sum(os.path.getsize(url.removeprefix("file://")) for url in files)
-    one = len(files) == 1 and READERS[Path(files[0]).suffix] == "text" and data.sample_by == "document"
-    if one or size + len(files) <= data.val_tokens:  # an end-of-text mark is a token without bytes
-        raise _too_small(data, f"{size:,} bytes", one=one)
+    kept: list[Unit] = []
+    held, last = 0, b"\xff" * 16
+
+    def prune() -> None:
+        nonlocal kept, held, last
+        kept.sort(key=lambda unit: unit.key)
+        ends = np.cumsum([len(unit.values) for unit in kept])
+        kept = kept[: int(np.searchsorted(ends, size)) + 1]
+        held = sum(len(unit.values) for unit in kept)
+        last = kept[-1].key if held >= size else last
+
+    for batch in batches:
+        for key, values in zip(batch.keys(seed), batch, strict=True):
+            if key <= last:
+                kept.append(Unit(key, np.array(values)))
+                held += len(values)
+        if held > 2 * size:
+            prune()
+    prune()
+    return kept
 
 
-def document_key(content: str | list[int], seed: int) -> str:
-    """Return the key of a unit: 32 hex digits, uniform over contents, a function of content and seed only."""
-    data = content.encode() if isinstance(content, str) else np.asarray(content, "<i4").tobytes()
-    return hashlib.blake2b(data, key=seed.to_bytes(8, "little"), digest_size=16).hexdigest()
+def wanted(data: DataConfig, download: Artifact) -> tuple[Literal["hash", "last", "files"], int | None, int]:
+    """Return which kind of documents is held out, how many tokens (None is all), and what size they may have."""
+    total, documents = sum(download.metrics["part_sizes"]), download.metrics["documents"]
+    each = 1 if data.pretokenized else TOKEN_BYTES
+    if data.validation:
+        return "files", None, 0
+    few = total < SMALL * each or documents == 1
+    last = data.split == "last" or (data.split is None and data.val_tokens is None and few)
+    if last and data.val_tokens is None:
+        return "last", None, total - math.floor(total * (1 - (data.val_share or 0.1)) + 1e-6)
+    tokens = data.val_tokens or VAL_TOKENS
+    return "last" if last else "hash", tokens, min(tokens * each, max(tokens, total // 2))
 
 
-def _keyed_documents(folder: Path, seed: int) -> Iterator[tuple[str, Any]]:
-    for part in sorted(folder.glob("part-*.parquet")):
-        for document in download.documents(part):
-            yield document_key(document, seed), document
+def zone(kind: str, data: DataConfig, download: Artifact, size: int) -> Zone:
+    """Return documents of a kind that have at least this size together, or all there are."""
+    if kind == "files":
+        return Zone("files", Documents.join(list(read(download.file(VALIDATION)))), "")
+    if kind == "hash":
+        units = front(corpus(download), data.split_seed, size)
+        sizes = [len(unit.values) for unit in units]
+        documents = Documents(np.concatenate([unit.values for unit in units]), np.cumsum([0, *sizes]))
+        return Zone("hash", documents, units[-1].key.hex(), len(units) == download.metrics["documents"])
+    place = place_at(download, sum(download.metrics["part_sizes"]) - size)
+    after = Documents.join([back for _, back in at_place(download, place)])
+    return Zone("last", after, place, place == [0, 0])
 
 
-def last_tenth(corpus: Artifact) -> Place:
-    """Return where the last tenth of a corpus begins, by bytes of text (at the edge of a character) or by ids."""
-    units = [[d.encode() if isinstance(d, str) else d for d in part] for part in download.by_part(corpus)]
-    part, row, left = 0, 0, sum(len(document) for documents in units for document in documents) * 9 // 10
-    while left >= len(units[part][row]):
-        left -= len(units[part][row])
-        part, row = (part, row + 1) if row + 1 < len(units[part]) else (part + 1, 0)
-    before = units[part][row][:left]
-    return [part, row, len(before.decode(errors="ignore") if isinstance(before, bytes) else before)]
+def place_at(download: Artifact, before: int) -> Place:
+    """Return the place that so many values of a corpus come before, or as many as end with a whole character."""
+    part, before = 0, max(0, before)
+    sizes = download.metrics["part_sizes"]
+    while before >= sizes[part] and part + 1 < len(sizes):
+        part, before = part + 1, before - sizes[part]
+    seen = 0
+    for batch in read(download.file(parts(download)[part])):
+        values, at = batch.flat, before - seen
+        if values.dtype == np.uint8 and 0 <= at < len(values):
+            starts = np.flatnonzero((values[max(0, at - 3) : at + 1] & 0xC0) != 0x80)  # bytes that begin a character
+            return [part, before - (min(at, 3) - int(starts[-1]))]
+        seen += len(values)
+    return [part, before]
 
 
-def halves(documents: Iterable[Any], part: int, place: Place) -> Iterator[tuple[Any, Any]]:
-    """Yield what of each document of a part lies before a place, and what from there on; one of them may be empty.
+def at_place(download: Artifact, place: Place) -> Iterator[tuple[Documents, Documents]]:
+    """Yield what of a corpus's documents lies before a place, and what from there on."""
+    folder = download.local()
+    for number, name in enumerate(parts(download)):
+        yield from halves(read(folder / name), number, place)
 
-    >>> list(halves(["one", "two", "three"], 4, [4, 1, 2]))
-    [('one', ''), ('tw', 'o'), ('', 'three')]
-    """
-    for row, document in enumerate(documents):
-        here = [part, row]
-        at = place[2] if here == place[:2] else len(document) if here < place[:2] else 0
-        yield document[:at], document[at:]
+
+def halves(batches: Iterable[Documents], part: int, place: Place) -> Iterator[tuple[Documents, Documents]]:
+    """Yield what of the documents of a part lies before a place, and what from there on."""
+    seen = 0
+    for batch in batches:
+        size = len(batch.flat)
+        yield batch.halves(place[1] - seen if part == place[0] else size if part < place[0] else 0)
+        seen += size
 
 
 def build_tokenizer(config: Config, inputs: dict[str, Artifact], attempt: Attempt, emit: Emit) -> dict[str, Any]:
     """Make the encoding; a trained one sees only documents that the split cannot hold out.
 
-    How many those are depends on the encoding. So a zone at the front of their order is set aside, the encoding is
-    trained on the rest, and the zone counted with it; when it has too few tokens, it grows and all starts over.
+    How many those are depends on the encoding. So a zone is set aside, the encoding is trained on what follows it in
+    the order of keys, `BPE_BYTES` at most, and the zone counted with it; when it has too few tokens, it grows and all
+    starts over.
     """
     data, counts = config.data, {}
-    if data.tokenizer != "bpe":
-        encoding = gpt2() if data.tokenizer == "gpt2" else plain_bytes()
-    elif (wanted := tokens_by_hash(data, inputs["download"])) is None:
-        corpus = inputs["download"]
-        emit("message", text="training BPE on all but the last tenth")
-        place, every = last_tenth(corpus), enumerate(download.by_part(corpus))
-        fronts = (front for part, documents in every for front, _ in halves(documents, part, place))
-        encoding = train_bpe(_up_to(MAX_BPE_BYTES, fronts), data.vocab_size)
+    if data.tokenizer == "chars":
+        encoding = characters(corpus(inputs["download"]))
+    elif data.tokenizer == "bpe":
+        encoding, counts = _train_bpe(data, inputs["download"], emit)
     else:
-        folder = inputs["download"].local()
-        order = sorted((key, len(text.encode())) for key, text in _keyed_documents(folder, data.split_seed))
-        total, target = sum(size for _, size in order), float(wanted)  # a token has at least one byte; then by counting
-        limit = MAX_BPE_BYTES if 2 * wanted <= total else PROBE_BYTES  # that there is not enough is seen before long
-        while True:
-            zone_end, zone_bytes = "", 0
-            for key, size in order:
-                if zone_bytes >= target:
-                    break
-                zone_end, zone_bytes = key, zone_bytes + size
-            if zone_end == order[-1][0]:
-                raise _too_small(data, f"{total:,} bytes in {len(order):,} documents", one=len(order) == 1)
-            emit("message", text=f"training BPE on all but {zone_bytes / 1e6:.3g} MB that may be held out")
-            after_zone = (text for key, text in _keyed_documents(folder, data.split_seed) if key > zone_end)
-            encoding = train_bpe(_up_to(limit, after_zone), data.vocab_size)
-            zone = (text for key, text in _keyed_documents(folder, data.split_seed) if key <= zone_end)
-            tokens = sum(len(encoding.encode_ordinary(text)) + 1 for text in zone)
-            if tokens < wanted:
-                target = zone_bytes * 1.02 * wanted / tokens
-            elif limit == MAX_BPE_BYTES:
-                break
-            else:
-                target, limit = float(wanted), MAX_BPE_BYTES
-        counts = {"zone_end": zone_end, "zone_bytes": zone_bytes, "zone_tokens": tokens}
+        encoding = gpt2() if data.tokenizer == "gpt2" else plain_bytes()
     save(encoding, attempt.path)
     return {"n_vocab": encoding.n_vocab, **counts}
 
 
-def _too_small(data: DataConfig, found: str, *, one: bool, most: int | None = None) -> NanodlmError:
-    """Say why a corpus, which may be one document, cannot be split by hash, and what helps: `most` tokens at most."""
-    cut_up = "" if data.pretokenized else ", or cut .txt files up with --data.sample_by paragraph"
-    if one:
-        what = "the corpus is one document, which cannot be split by hash"
-        return NanodlmError(f"{what}: leave out --data.val_tokens, and its last tenth is held out{cut_up}")
-    wanted = f"{data.val_tokens or VAL_TOKENS:,} validation tokens and leave some to train on"
-    lower = "lower --data.val_tokens" + (f" to at most {most:,}" if most else "")
-    remedy = f"{lower}{' or leave it out' if data.val_tokens else ''}, add text{cut_up}"
-    return NanodlmError(f"the corpus is smaller than the validation split: {found} cannot give {wanted}; {remedy}")
+def _train_bpe(data: DataConfig, download: Artifact, emit: Emit) -> tuple[tiktoken.Encoding, dict[str, Any]]:
+    kind, tokens, size = wanted(data, download)
+    while True:
+        aside = zone(kind, data, download, size)
+        if aside.whole:
+            raise _too_small(data, download)
+        if kind == "hash":
+            sample = front(corpus(download), data.split_seed, aside.size + BPE_BYTES)[len(aside.documents) :]
+        elif kind == "last":
+            sample = front((before for before, _ in at_place(download, aside.cut)), data.split_seed, BPE_BYTES)
+        else:
+            sample = front(corpus(download), data.split_seed, BPE_BYTES)
+        seen = sum(len(unit.values) for unit in sample)
+        emit("message", text=f"training BPE on {seen / 1e6:.3g} MB; {aside.size / 1e6:.3g} MB may be held out")
+        encoding = train_bpe((unit.values.tobytes().decode() for unit in sample), data.vocab_size)
+        found = len(_tokens(encoding, aside).flat)
+        if tokens is None or found >= tokens:
+            zoned = {"zone": aside.cut, "zone_bytes": aside.size, "zone_tokens": found}
+            return encoding, {"trained_on_bytes": seen, "trained_on_documents": len(sample), **zoned}
+        size = int(aside.size * 1.02 * tokens / found) + 1
 
 
-def _up_to(limit: int, texts: Iterable[str]) -> Iterator[str]:
-    for text in texts:
-        if limit <= 0:
-            return
-        limit -= len(text)
-        yield text
+def _tokens(encoding: tiktoken.Encoding, held: Zone) -> Documents:
+    return Documents.join([*tokenise_all(encoding, held.documents.pieces())])
 
 
 def build_split(config: Config, inputs: dict[str, Artifact], attempt: Attempt, emit: Emit) -> dict[str, Any]:
     """Choose what is held out, and write its tokens (`validation.npy`) and the cut (`split.json`)."""
-    data, corpus = config.data, inputs["download"]
+    data, download = config.data, inputs["download"]
     encoding = load(inputs["tokenizer"].local())
-    wanted = tokens_by_hash(data, corpus)
-    zone_end = inputs["tokenizer"].metrics.get("zone_end")
-    if wanted is None:
-        assert zone_end is None, "the tokenizer was trained on what is held out"
-        cut, every = last_tenth(corpus), enumerate(download.by_part(corpus))
-        tenth = f"the last tenth ({corpus.metrics['bytes'] / 1e7:.2g} MB) of a small corpus"
+    kind, tokens, size = wanted(data, download)
+    while True:
+        held = zone(kind, data, download, size)
+        found = _tokens(encoding, held)
+        if tokens is None or len(found.flat) >= tokens:
+            break
+        if held.whole:
+            raise _too_small(data, download, found)
+        size = int(held.size * 1.02 * tokens / max(1, len(found.flat))) + 1
+    cut, documents, validation = held.cut, len(found), found.flat
+    if kind == "hash" and tokens:
+        documents = int(np.searchsorted(found.offsets, tokens))
+        if documents == download.metrics["documents"]:
+            raise _too_small(data, download, found)
+        cut = held.documents.keys(data.split_seed)[documents - 1].hex()
+        validation = found.flat[:tokens]
+    elif kind == "last" and tokens:
+        first = len(validation) - tokens
+        passed = first if data.pretokenized else len(_text(encoding, validation[:first]))
+        cut = place_at(download, sum(download.metrics["part_sizes"]) - held.size + passed)
+        documents, validation = documents - int(np.searchsorted(found.offsets, first, "right")) + 1, validation[first:]
+    if data.split is None and kind == "last":
+        tenth = f"the last tenth ({held.size / 1e6:.2g} MB) of a small corpus"
         emit("message", text=f"holding out {tenth}; --data.val_tokens N takes N tokens of documents chosen by hash")
-        backs = [back for part, documents in every for _, back in halves(documents, part, cut)]
-        chosen = [tokenise(encoding, back) for back in backs if back]
-    else:
-        cut, chosen = _chosen_by_hash(data, corpus, encoding, wanted)
-        assert zone_end is None or cut <= zone_end, "the tokenizer was trained on a held-out document"
-    validation = np.concatenate(chosen)[:wanted]
-    np.save(attempt.path / "validation.npy", validation.astype(dtype_for(encoding.n_vocab + 1)))
-    described = {"cut": cut} if wanted is None else {"cut": cut, "seed": data.split_seed}
-    (attempt.path / "split.json").write_text(json.dumps(described, indent=1))
-    held_out = {"val_tokens": len(validation), "val_documents": len(chosen)}
-    held_out["val_bytes"] = int(np.array(token_bytes(encoding))[validation].sum())
-    held_out["val_dropped_tokens"] = sum(len(tokens) for tokens in chosen) - len(validation)
-    split = "last" if wanted is None else "hash"
-    return {"split": split, **held_out, "documents": corpus.metrics["documents"], "cut": cut}
+    clear = inputs["tokenizer"].metrics.get("zone", cut)
+    assert cut <= clear if kind == "hash" else cut >= clear, "the tokenizer was trained on what is held out"
+    np.save(attempt.path / "validation.npy", validation)
+    (attempt.path / "split.json").write_text(json.dumps({"kind": kind, "cut": cut, "seed": data.split_seed}, indent=1))
+    text = _text(encoding, validation)
+    held_out = {"val_tokens": len(validation), "val_documents": documents, "val_bytes": len(text)}
+    held_out["val_characters"] = int(((np.frombuffer(text, np.uint8) & 0xC0) != 0x80).sum())
+    held_out["val_dropped_tokens"] = int(found.offsets[documents]) - len(validation) if kind == "hash" else 0
+    return {"split": kind, **held_out, "documents": download.metrics["documents"], "cut": cut}
 
 
-def _chosen_by_hash(data: DataConfig, corpus: Artifact, encoding: tiktoken.Encoding, wanted: int) -> tuple[str, list]:
-    """Return the key of the last unit that is held out, and the tokens of all that are, in the order of their keys.
+def _text(encoding: tiktoken.Encoding, tokens: np.ndarray) -> bytes:
+    return encoding.decode_bytes(tokens[tokens != encoding.eot_token].tolist())
 
-    One pass keeps just as many units as the budget needs, so memory does not grow with the corpus.
-    """
-    chosen: list[tuple[int, int, Any]] = []  # a heap with the largest key on top; numbers keep duplicates in order
-    total, units = 0, corpus.metrics["documents"]
-    for number, (key, document) in enumerate(_keyed_documents(corpus.local(), data.split_seed)):
-        if total >= wanted and int(key, 16) > -chosen[0][0]:
-            continue
-        tokens = tokenise(encoding, document)
-        heapq.heappush(chosen, (-int(key, 16), number, tokens))
-        total += len(tokens)
-        while total - len(chosen[0][2]) >= wanted:
-            total -= len(heapq.heappop(chosen)[2])
-    if total < wanted or units <= len(chosen):
-        most = total - len(chosen[0][2])
-        raise _too_small(data, f"{total:,} tokens in {units:,} documents", one=units == 1, most=most)
-    chosen.sort(key=lambda item: -item[0])
-    return f"{-chosen[-1][0]:032x}", [tokens for *_, tokens in chosen]
+
+def _too_small(data: DataConfig, download: Artifact, found: Documents | None = None) -> NanodlmError:
+    """Say why a corpus, which may be one document, cannot be split so, and what helps."""
+    cut_up = "" if data.pretokenized else ", or cut .txt files up with --data.sample_by paragraph"
+    documents = download.metrics["documents"]
+    if documents == 1 and data.split != "last":
+        what = "the corpus is one document, which cannot be split by hash"
+        return NanodlmError(f"{what}: leave out --data.val_tokens, and its last tenth is held out{cut_up}")
+    has, most = f"{download.metrics['bytes']:,} bytes", 0
+    if found:
+        has, most = f"{len(found.flat):,} tokens", int(found.offsets[-2])
+    asked = f"{data.val_tokens or VAL_TOKENS:,} validation tokens and leave some to train on"
+    lower = "lower --data.val_tokens" + (f" to at most {most:,}" if most else "")
+    remedy = f"{lower}{' or leave it out' if data.val_tokens else ''}, add text{cut_up}"
+    too_small = f"the corpus is smaller than the validation split: {has} in {documents:,} documents"
+    return NanodlmError(f"{too_small} cannot give {asked}; {remedy}")

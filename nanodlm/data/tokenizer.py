@@ -5,13 +5,20 @@ Every encoding ends with the end-of-text mark; the mask is the first id after it
 
 import base64
 import json
-from collections.abc import Iterable
+import os
+import re
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tiktoken
 
+from nanodlm.data.documents import Documents
 from nanodlm.errors import NanodlmError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -21,8 +28,8 @@ PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$
 
 def make_encoding(name: str, ranks: dict[bytes, int]) -> tiktoken.Encoding:
     """Make an encoding of byte-pair ranks, with the end-of-text mark as its last id."""
-    special = {END_OF_TEXT: len(ranks)}
-    return tiktoken.Encoding(name, pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special)
+    kind, pattern = (Characters, r"(?s).") if name == "chars" else (tiktoken.Encoding, PATTERN)
+    return kind(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: len(ranks)})
 
 
 def plain_bytes() -> tiktoken.Encoding:
@@ -47,26 +54,41 @@ def gpt2() -> tiktoken.Encoding:
     return make_encoding("gpt2", ranks)
 
 
+class Characters(tiktoken.Encoding):
+    """An encoding whose tokens are characters: what it does not have is refused."""
+
+    @cached_property
+    def _known(self) -> set[str]:
+        return {token.decode() for token in self._mergeable_ranks}
+
+    def encode_to_numpy(self, text: str, **options: Any) -> np.ndarray:
+        if unknown := set(text) - self._known:
+            known = f"there are {len(self._known)} characters in what it was trained on"
+            raise NanodlmError(f"the tokenizer has no token for {min(unknown)!r}: {known}")
+        return super().encode_to_numpy(text, **options)
+
+    def encode_ordinary(self, text: str) -> list[int]:
+        return self.encode_to_numpy(text, disallowed_special=()).tolist()
+
+
+def characters(corpus: Iterable[Documents]) -> tiktoken.Encoding:
+    """Make the encoding whose tokens are a corpus's own characters, in the order of their code points."""
+    found: set[str] = set()
+    for documents in corpus:
+        found |= set(documents.flat.tobytes().decode())
+    return make_encoding("chars", {character.encode(): rank for rank, character in enumerate(sorted(found))})
+
+
 def train_bpe(texts: Iterable[str], vocab_size: int) -> tiktoken.Encoding:
     """Train byte-level BPE; `vocab_size` counts the 256 bytes, the merges and the end-of-text mark.
 
-    The result may be smaller when the text has no more pairs that occur twice.
+    The result may be smaller when the text has no more pairs.
     """
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    import rustbpe
 
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)  # type: ignore[assignment]
-    alphabet, vocab_size = pre_tokenizers.ByteLevel.alphabet(), vocab_size - 1
-    trainer = trainers.BpeTrainer(  # type: ignore[call-arg]
-        vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False, min_frequency=2
-    )
-    tokenizer.train_from_iterator(texts, trainer=trainer)
-    # GPT-2's reversible map of bytes to printable characters, inverted.
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [b for b in range(256) if b not in printable]
-    byte_of = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
-    by_id = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    return make_encoding("bpe", {bytes(byte_of[c] for c in token): rank for rank, (token, _) in enumerate(by_id)})
+    tokenizer = rustbpe.Tokenizer()  # type: ignore[attr-defined]  # it has no stubs
+    tokenizer.train_from_iterator(iter(texts), vocab_size - 1, pattern=PATTERN)
+    return make_encoding("bpe", {bytes(token): rank for token, rank in tokenizer.get_mergeable_ranks()})
 
 
 def save(encoding: tiktoken.Encoding, folder: Path) -> None:
@@ -92,17 +114,44 @@ def token_bytes(encoding: tiktoken.Encoding) -> list[int]:
     return lengths
 
 
-def tokenise(encoding: tiktoken.Encoding, document: str | list[int]) -> np.ndarray:
-    """Return the token ids (int64) of a document, with the end-of-text mark after a text; ids are only checked.
+def tokenise(encoding: tiktoken.Encoding, documents: Documents) -> Documents:
+    """Return the token ids of documents, with the end-of-text mark after each text; ids are only checked.
 
-    >>> tokenise(plain_bytes(), "Hi").tolist()
-    [72, 105, 256]
+    >>> tokenise(plain_bytes(), Documents(np.frombuffer(b"Hi!", np.uint8), np.array([0, 2, 3]))).values.tolist()
+    [72, 105, 256, 33, 256]
     """
-    if isinstance(document, str):
-        return np.array([*encoding.encode_ordinary(document), encoding.eot_token])
-    ids, last = np.asarray(document), encoding.n_vocab - 1
-    if ids.min() < 0 or ids.max() > last:
-        bad = ids.max() if ids.max() > last else ids.min()
-        remedy = "check --data.tokenizer and --data.column"
-        raise NanodlmError(f"a row holds token id {bad}, but {encoding.name} has ids 0 to {last}: {remedy}")
-    return ids
+    if documents.values.dtype != np.uint8:
+        ids, last = documents.flat, encoding.n_vocab - 1
+        if len(ids) and ids.max() > last:
+            remedy = "check --data.tokenizer and --data.column"
+            raise NanodlmError(f"a row holds token id {ids.max()}, but {encoding.name} has ids 0 to {last}: {remedy}")
+        return documents
+    pieces, end = [], np.array([encoding.eot_token], np.uint32)
+    for text in documents:
+        pieces += [*encode(encoding, str(text, "utf-8")), end]
+    values = np.concatenate(pieces, dtype=np.uint32) if pieces else np.zeros(0, np.uint32)
+    ends = np.flatnonzero(values == encoding.eot_token) + 1  # no text gives this id
+    return Documents(values.astype(np.uint16 if encoding.n_vocab < 2**16 else np.uint32), np.array([0, *ends]))
+
+
+def encode(encoding: tiktoken.Encoding, text: str) -> list[np.ndarray]:
+    """Return the token ids of a text, in one array or more; what looks like a mark is ordinary text.
+
+    White space that goes on for 200,000 characters is cut there, for tiktoken ends on a million.
+    """
+    pieces = re.split(r"(\s{200000})", text) if len(text) > 200_000 else [text]
+    return [encoding.encode_to_numpy(piece, disallowed_special=()) for piece in pieces]
+
+
+def tokenise_all(
+    encoding: tiktoken.Encoding, batches: Iterable[Documents], threads: int = os.cpu_count() or 1
+) -> Iterator[Documents]:
+    """Yield the token ids of batch after batch, in order, several of them being worked on at once; see `tokenise`."""
+    under_way: deque[Future[Documents]] = deque()
+    with ThreadPoolExecutor(threads, thread_name_prefix="tokenise") as pool:
+        for batch in batches:
+            under_way.append(pool.submit(tokenise, encoding, batch))
+            if len(under_way) > 2 * threads:
+                yield under_way.popleft().result()
+        while under_way:
+            yield under_way.popleft().result()

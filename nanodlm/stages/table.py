@@ -30,7 +30,8 @@ class Stage:
 
     def inputs(self, config: Config) -> tuple[str, ...]:
         """Return the stages whose artifacts it reads: a tokenizer reads the text only to be trained on it."""
-        return () if self.name == "tokenizer" and config.data.tokenizer != "bpe" else self.reads
+        fixed = self.name == "tokenizer" and config.data.tokenizer in ("gpt2", "bytes")
+        return () if fixed else self.reads
 
     @property
     def module(self) -> str:
@@ -54,8 +55,8 @@ def _source(config: Config) -> dict[str, Any]:
 
 
 def _tokenizer(config: Config) -> dict[str, Any]:
-    fields = {"tokenizer", "vocab_size", "val_tokens", "split_seed"}
-    return config.data.model_dump(include=fields if config.data.tokenizer == "bpe" else {"tokenizer"})
+    fields = {"tokenizer", "vocab_size", *HELD_OUT} if config.data.tokenizer == "bpe" else {"tokenizer"}
+    return config.data.model_dump(include=fields)
 
 
 def _training(config: Config) -> dict[str, Any]:
@@ -65,17 +66,19 @@ def _training(config: Config) -> dict[str, Any]:
 
 
 StageName = Literal["download", "tokenizer", "split", "shard", "train", "evaluate", "sample"]
+HELD_OUT = ("split", "val_tokens", "val_share", "split_seed")  # the settings that decide it
 DOCUMENTS = ("download", "tokenizer")
 LOGS = ("checkpoints/", "config.json", "logs.json")
 COUNTS = ("counts.npy",)
 RESULTS = ("train", "evaluate", "sample")
 PAGES = ("report.html", "report.md")
 ALL = (
-    Stage("download", "data.download:download", (), _source),
-    Stage("tokenizer", "data.split:build_tokenizer", ("download",), _tokenizer),
-    Stage("split", "data.split:build_split", DOCUMENTS, _settings("data", "val_tokens", "split_seed")),
-    # Since version 2, its metrics list the rows of each shard.
-    Stage("shard", "data.shard:build_shards", (*DOCUMENTS, "split"), _settings("model", "seq_len"), 2, volatile=COUNTS),
+    # Since version 2, its parts are Arrow files and end with a document, whatever is read at a time.
+    Stage("download", "data.download:download", (), _source, 2),
+    Stage("tokenizer", "data.split:build_tokenizer", ("download",), _tokenizer, 2),
+    Stage("split", "data.split:build_split", DOCUMENTS, _settings("data", *HELD_OUT), 2),
+    # Since version 3, rows of ids are joined before they are cut.
+    Stage("shard", "data.shard:build_shards", (*DOCUMENTS, "split"), _settings("model", "seq_len"), 3, volatile=COUNTS),
     Stage("train", "training.loop:train", ("shard", "tokenizer"), _training, own_process=True, volatile=LOGS),
     # Since version 2, its standard errors are by document, and the unigram entropy is of the training tokens.
     Stage("evaluate", "evaluation.evaluate:evaluate", ("shard", "train"), evaluation_settings, 2, own_process=True),
@@ -113,10 +116,7 @@ def check_rebuild(rebuild: str | None, last: str) -> None:
 
 def check(config: Config, stages: Iterable[str]) -> None:
     """Refuse settings that would stop one of these stages, as far as they tell before anything is started or built."""
-    from nanodlm.data.split import check_size
     from nanodlm.training.trackers import check_packages
 
-    if "split" in stages:
-        check_size(config.data)
     if "train" in stages:
         check_packages(config)

@@ -3,6 +3,8 @@ import socket
 from pathlib import Path
 from unittest.mock import Mock
 
+import numpy as np
+import pyarrow as pa
 import pytest
 import tiktoken
 from hypothesis import given, settings
@@ -11,7 +13,9 @@ from tiktoken.load import load_tiktoken_bpe
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from nanodlm.data import tokenizer
+from nanodlm.data.documents import Documents
 from nanodlm.data.vocabulary import Vocabulary
+from nanodlm.errors import NanodlmError
 from tests.support.helpers import prose
 
 TEXTS = prose(300)
@@ -24,6 +28,10 @@ AWKWARD = [
     "<|endoftext|> is only text here",
     "\x00\x7f\u200b\ufeff\U0010ffff",
 ]
+
+
+def documents(texts: list[str]) -> Documents:
+    return Documents.of(pa.array(texts, pa.large_string()))
 
 
 @pytest.fixture(scope="module")
@@ -73,8 +81,7 @@ def test_the_tokens_of_the_byte_encoding_are_the_256_bytes() -> None:
 
 
 @pytest.mark.parametrize("vocab_size", [257, 300, 500])
-def test_trained_bpe_gives_the_ids_of_the_library_that_trained_it(vocab_size: int) -> None:
-    samples = [*TEXTS[:50], *prose(50, seed=1), *AWKWARD]
+def test_trained_bpe_has_the_tokens_of_another_library(vocab_size: int) -> None:
     encoding = tokenizer.train_bpe(TEXTS, vocab_size)
     assert (encoding.n_vocab, encoding.eot_token) == (vocab_size, vocab_size - 1)
     assert {bytes([i]) for i in range(256)} <= set(encoding._mergeable_ranks), "those it has not seen as well"
@@ -82,13 +89,41 @@ def test_trained_bpe_gives_the_ids_of_the_library_that_trained_it(vocab_size: in
     theirs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
     options = {"initial_alphabet": pre_tokenizers.ByteLevel.alphabet(), "show_progress": False, "min_frequency": 2}
     theirs.train_from_iterator(TEXTS, trainers.BpeTrainer(vocab_size=vocab_size - 1, **options))
-    assert [encoding.encode_ordinary(text) for text in samples] == [theirs.encode(text).ids for text in samples]
+    # GPT-2's reversible map of bytes to printable characters, inverted.
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    byte_of = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+    assert set(encoding._mergeable_ranks) == {bytes(byte_of[c] for c in token) for token in theirs.get_vocab()}
 
 
-def test_trained_bpe_is_smaller_when_no_pair_occurs_twice() -> None:
+def test_trained_bpe_is_smaller_when_there_are_no_more_pairs() -> None:
     encoding = tokenizer.train_bpe(["ab ab"], 1000)
-    assert encoding.n_vocab == 256 + 1 + 1  # the bytes, "ab", the end
+    assert encoding.n_vocab == 256 + 2 + 1  # the bytes, "ab" and " ab", the end
     assert encoding.encode_ordinary("abab") == [256, 256]
+
+
+def test_documents_that_tiktoken_ends_on_are_cut_and_given_back() -> None:
+    text = f"a{' ' * 1_000_000}b"
+    ids = np.concatenate(tokenizer.encode(tokenizer.plain_bytes(), text))
+    assert bytes(ids.tolist()).decode() == text
+
+
+def test_characters_are_those_of_the_corpus_and_others_are_refused() -> None:
+    texts = ["to be é", "not\n"]
+    encoding = tokenizer.characters([documents(texts)])
+    assert encoding.n_vocab == len(set("".join(texts))) + 1
+    assert [encoding.decode([i]) for i in encoding.encode_ordinary(texts[0])] == list(texts[0])
+    with pytest.raises(NanodlmError, match=r"no token for 'z': there are 8 characters in what it was trained on"):
+        encoding.encode_ordinary("zoo")
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_batches_of_documents_are_tokenised_in_order_with_a_mark_after_each(threads: int) -> None:
+    encoding = tokenizer.gpt2()
+    batches = [documents(TEXTS[i : i + 7]) for i in range(0, 100, 7)]
+    found = tokenizer.tokenise_all(encoding, batches, threads)
+    ids = [[ids.tolist() for ids in batch] for batch in found]
+    assert ids == [[[*encoding.encode_ordinary(t), 50256] for t in TEXTS[i : i + 7]] for i in range(0, 100, 7)]
 
 
 @settings(derandomize=True, max_examples=30, deadline=None)

@@ -4,9 +4,9 @@ import random
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from nanodlm.config import Config
+from nanodlm.data.documents import SCHEMAS, Writer
 from nanodlm.store import Artifact, Attempt, Item, Store, new_attempt
 from nanodlm.upkeep.copy import copy
 
@@ -73,11 +73,12 @@ def identity(stage: str = "shard") -> dict[str, object]:
 def downloaded(store: Store, parts: list[list[str]] | list[list[list[int]]]) -> Artifact:
     """A download artifact with these documents, one list a part, as the download stage would have left it."""
     with new_attempt(store, "download", "d0") as attempt:
+        sizes = []
         for i, documents in enumerate(parts):
             column = "text" if isinstance(documents[0], str) else "tokens"
-            kind = pa.string() if column == "text" else pa.list_(pa.int32())
-            table = pa.table({column: pa.array(documents, kind)})
-            pq.write_table(table, attempt.path / f"part-{i:05d}.parquet")
-        units = sum(len(d.encode() if isinstance(d, str) else 4 * d) for documents in parts for d in documents)
-        metrics = {"bytes": units, "documents": sum(map(len, parts))}
+            writer = Writer(attempt.path / f"part-{i:05d}.arrow", column)
+            writer.write(pa.array(documents, SCHEMAS[column].field(0).type))
+            writer.close()
+            sizes.append(writer.size)
+        metrics = {"bytes": sum(sizes), "documents": sum(map(len, parts)), "part_sizes": sizes}
         return attempt.commit(identity=identity("download"), metrics=metrics)
