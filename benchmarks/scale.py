@@ -48,7 +48,7 @@ CHECKPOINT = (
 CHECKPOINTS = ("checkpoints/step_001000", "checkpoints/step_001200")
 # What each stage of the demo leaves: finished parts with their files, other files, and measurements that `ls` shows.
 PARTS = {
-    "download": {name: [name] for name in (f"part-{i:05d}.parquet" for i in range(6))},
+    "download": {name: [name] for name in (f"part-{i:05d}.arrow" for i in range(6))},
     "shard": {rows.name(i): [rows.name(i)] for i in range(6)},
     "train": {name: [f"{name}/{file}" for file in CHECKPOINT] for name in CHECKPOINTS},
 }

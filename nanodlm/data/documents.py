@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from nanodlm.store import Artifact
 
+PIECE = 1_000_000  # values of documents that are read at a time
 VALIDATION = "validation.arrow"  # the file of a download that holds a validation set of its own
 SCHEMAS = {"text": pa.schema({"text": pa.large_string()}), "tokens": pa.schema({"tokens": pa.list_(pa.uint16())})}
 
@@ -59,7 +60,7 @@ class Documents:
         view = memoryview(cast(Any, self.values))
         return (view[start:end] for start, end in pairwise(self.offsets.tolist()))
 
-    def pieces(self, size: int = 1_000_000) -> Iterator["Documents"]:
+    def pieces(self, size: int = PIECE) -> Iterator["Documents"]:
         """Yield documents of about this many values at a time."""
         at = self.offsets[0]
         while at < self.offsets[-1]:
@@ -100,7 +101,7 @@ def parts(download: Artifact) -> list[str]:
 
 
 def read(part: Path) -> Iterator[Documents]:
-    """Read the documents of one part, about a megabyte at a time."""
+    """Read the documents of one part, `PIECE` values or little more at a time."""
     with pa.OSFile(str(part)) as file, pa.ipc.open_file(file) as reader:
         for number in range(reader.num_record_batches):
             yield Documents.of(reader.get_batch(number).column(0))
@@ -113,17 +114,46 @@ def corpus(download: Artifact) -> Iterator[Documents]:
         yield from read(folder / name)
 
 
+def filling(array: pa.Array, room: float) -> int:
+    """Return how many documents fill so many values: the last of them reaches that, or there is one more than all."""
+    return int(np.searchsorted(np.cumsum(Documents.of(array).sizes), room)) + 1
+
+
 class Writer:
-    """A part that is being written, to be closed; `rows` and `size` count its documents and their values."""
+    """A part that is being written, to be closed; `rows` and `size` count its documents and their values.
+
+    Equal documents give equal bytes, however many are written at a time.
+    """
 
     def __init__(self, path: Path, column: str):
         """Begin a file; the column is a name of `SCHEMAS`."""
         options: Any = pa.ipc.IpcWriteOptions(compression="zstd" if column == "text" else None)
         self.schema, self.rows, self.size = SCHEMAS[column], 0, 0
         self._writer = pa.ipc.new_file(str(path), self.schema, options=options)
-        self.close = self._writer.close
+        self._waiting: list[pa.Array] = []  # what will be read at a time
+        self._waiting_size = 0
 
     def write(self, array: pa.Array) -> None:
         """Add documents."""
-        self._writer.write_batch(pa.record_batch([array], schema=self.schema))
-        self.rows, self.size = self.rows + len(array), self.size + len(Documents.of(array).flat)
+        while len(array):
+            fits = filling(array, PIECE - self._waiting_size)
+            taken, array = array[:fits], array[fits:]
+            self._waiting.append(taken)
+            size = len(Documents.of(taken).flat)
+            self.rows, self.size, self._waiting_size = (
+                self.rows + len(taken),
+                self.size + size,
+                self._waiting_size + size,
+            )
+            if self._waiting_size >= PIECE:
+                self._flush()
+
+    def _flush(self) -> None:
+        self._writer.write_batch(pa.record_batch([pa.concat_arrays(self._waiting)], schema=self.schema))
+        self._waiting, self._waiting_size = [], 0
+
+    def close(self) -> None:
+        """Write what waits, and end the file."""
+        if self._waiting:
+            self._flush()
+        self._writer.close()

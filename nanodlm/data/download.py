@@ -2,15 +2,11 @@
 
 from typing import Any
 
-import numpy as np
-
 from nanodlm.config import Config
-from nanodlm.data.documents import Documents, Writer
-from nanodlm.data.sources import identity, read_documents, source_files
+from nanodlm.data.documents import VALIDATION, Writer, filling
+from nanodlm.data.sources import identity, read_documents, source_files, validation_of
 from nanodlm.errors import Emit, NanodlmError
 from nanodlm.store import Artifact, Attempt, fingerprint_of
-
-PIECE = 1_000_000  # bytes of documents that are read at a time later
 
 
 def download(
@@ -46,21 +42,25 @@ def download(
         array, skip = array[skip:], max(0, skip - len(array))
         while len(array):
             writer = writer or Writer(attempt.path / _part(len(sizes)), column)
-            room = min(full - writer.size, PIECE / bytes_each)
-            fits = int(np.searchsorted(np.cumsum(Documents.of(array).sizes), room)) + 1
+            fits = filling(array, full - writer.size)
             writer.write(array[:fits])
             documents, array = documents + min(fits, len(array)), array[fits:]
             if writer.size >= full:
                 writer = finish(writer)
     if writer:
         finish(writer)
+    if data.validation:
+        writer = Writer(attempt.path / VALIDATION, column)
+        for array in read_documents(data, source_files(validation_of(data))):
+            writer.write(array)
+        writer.close()
     if identity(data, adopted) != before:
         for part in range(len(sizes)):
             attempt.forget(_part(part))
         raise NanodlmError("the source's files changed while they were read: run again")
     if not sizes:
         raise NanodlmError(f"{data.source[0]} holds no documents: every one is empty")
-    return {"documents": documents, "bytes": sum(sizes) * bytes_each, "part_sizes": sizes}
+    return {"parts": len(sizes), "documents": documents, "bytes": sum(sizes) * bytes_each, "part_sizes": sizes}
 
 
 def _part(index: int) -> str:

@@ -77,11 +77,18 @@ def _matching(patterns: list[str], *, may_be_empty: bool = False, named: str = "
     return sorted(files)
 
 
+def validation_of(data: DataConfig) -> DataConfig:
+    """Return the settings by which the validation set's own files are read."""
+    return data.model_copy(update={"source": data.validation, "revision": "", "validation": ()})
+
+
 def identity(data: DataConfig, adopted: list[str] | None = None) -> dict[str, Any]:
     """Return what determines the documents: content digests of files, or the pinned commit of a hub data set."""
-    fields = {"column": data.column, "pretokenized": data.pretokenized, "part_mb": data.part_mb}
+    fields: dict[str, Any] = {"column": data.column, "pretokenized": data.pretokenized, "part_mb": data.part_mb}
     if data.revision and adopted is None:
         return {**fields, "dataset": data.source[0].removeprefix("hf://"), "revision": data.revision}
+    if data.validation:
+        fields["validation"] = identity(validation_of(data))["files"]
     files = source_files(data, adopted)
     if any(READERS[Path(f).suffix] == "text" for f in files):
         fields["sample_by"] = data.sample_by
@@ -159,7 +166,7 @@ def read_documents(data: DataConfig, files: list[str]) -> Iterator[pa.Array]:
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # type: ignore[attr-defined]  # reading local files tells nobody
     datasets.disable_progress_bars()
     datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)
-    wanted = pa.list_(pa.int32()) if data.pretokenized else pa.string()
+    wanted = pa.list_(pa.uint16()) if data.pretokenized else pa.large_string()
     for url in files:
         reader = READERS[Path(url).suffix]
         if fsspec.url_to_fs(url)[0].size(url) == 0:

@@ -13,8 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from nanodlm.data import download as data_download
+from nanodlm.data import documents as data_documents
 from nanodlm.data import sources as data_sources
+from nanodlm.data.download import download as download_stage
 from nanodlm.errors import NanodlmError
 from nanodlm.store import Artifact, Store, new_attempt
 from nanodlm.store.cache import cache_dir
@@ -27,12 +28,16 @@ TEXTS = ["One text.\nWith two lines.\n", "Another — with an accent: é.", "A t
 
 def download(store: Path, fingerprint: str = "d0", emit: Any = lambda *_, **__: None, **data: Any) -> Artifact:
     with new_attempt(Store(str(store)), "download", fingerprint) as attempt:
-        metrics = data_download.download(tiny_config(**data), {}, attempt, emit)
+        metrics = download_stage(tiny_config(**data), {}, attempt, emit)
         return attempt.commit(identity=identity("download"), metrics=metrics)
 
 
 def documents(artifact: Artifact) -> list[Any]:
-    return [d for part in sorted(artifact.local().glob("part-*.parquet")) for d in data_download.documents(part)]
+    return [
+        bytes(document).decode() if document.format == "B" else document.tolist()
+        for batch in data_documents.corpus(artifact)
+        for document in batch
+    ]
 
 
 def write_jsonl(path: Path, texts: list[str], column: str = "text") -> Path:
@@ -63,7 +68,7 @@ def test_text_markdown_jsonl_and_parquet_hold_the_same_documents(tmp_path: Path)
     artifacts = [download(tmp_path / "store", f"d{i}", source=tmp_path / s) for i, s in enumerate(sources)]
     for source, artifact in zip(sources, artifacts, strict=True):
         assert documents(artifact) == TEXTS, source
-        assert artifact.metrics == {"parts": 1, "documents": 3, "bytes": artifact.metrics["bytes"]}
+        assert (artifact.metrics["parts"], artifact.metrics["documents"]) == (1, 3)
     # All kinds are the same from here on, and what follows is found again.
     assert len({artifact.digest for artifact in artifacts}) == 1
 
@@ -315,13 +320,14 @@ def test_the_identity_covers_every_setting_that_changes_the_documents(tmp_path: 
     assert data_sources.identity(cut[0]) == data_sources.identity(cut[1])
 
 
-def test_parts_end_at_the_first_batch_past_their_size(tmp_path: Path) -> None:
-    texts = [f"{i:04d}" * 25 for i in range(1000)]  # 100 bytes each, and 4 for the offset
+def test_parts_end_with_the_document_that_fills_them(tmp_path: Path) -> None:
+    texts = [f"{i:04d}" * 25 for i in range(1000)]  # 100 bytes each
     write_jsonl(tmp_path / "a.jsonl", texts)
     artifact = download(tmp_path / "store", source=tmp_path / "a.jsonl", part_mb=0.025)
-    parts = sorted(artifact.local().glob("part-*.parquet"))
-    assert [p.name for p in parts] == [f"part-{i:05d}.parquet" for i in range(4)]
-    assert [len(list(data_download.documents(p))) for p in parts] == [300, 300, 300, 100]
+    parts = sorted(artifact.local().glob("part-*.arrow"))
+    assert [p.name for p in parts] == [f"part-{i:05d}.arrow" for i in range(4)]
+    assert [sum(map(len, data_documents.read(p))) for p in parts] == [250, 250, 250, 250]
+    assert artifact.metrics["part_sizes"] == [25_000] * 4
     assert documents(artifact) == texts
     assert (artifact.metrics["parts"], artifact.metrics["documents"]) == (4, 1000)
 
@@ -422,6 +428,7 @@ def hub(tmp_path: Path) -> Iterator[tuple[str, type[Hub]]]:
 FETCH = """
 import sys
 from pathlib import Path
+from nanodlm.data.download import download as download_stage
 from nanodlm.errors import NanodlmError
 from tests.data.test_sources import DATASET, documents, download
 

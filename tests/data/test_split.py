@@ -14,6 +14,7 @@ from nanodlm.data import rows as data_rows
 from nanodlm.data import shard, split, tokenizer
 from nanodlm.data.documents import Documents
 from nanodlm.errors import NanodlmError
+from nanodlm.stages.run import run_stage
 from nanodlm.store import Artifact, Store, new_attempt
 from tests.support.helpers import downloaded, identity, prose, tiny_config
 
@@ -299,6 +300,45 @@ def test_of_a_small_corpus_the_last_tenth_is_held_out_and_what_is_before_it_trai
         assert encoding._mergeable_ranks == trained._mergeable_ranks
     assert split["split"] == "last"
     assert "smallest_training_key" not in artifacts["shard"].metrics
+
+
+@pytest.mark.parametrize("kind", ["bytes", "bpe", "gpt2", "chars"])
+@pytest.mark.parametrize("val_tokens", [100, 2001])
+def test_exactly_the_last_tokens_of_the_source_are_held_out_on_request(
+    tmp_path: Path, kind: str, val_tokens: int
+) -> None:
+    parts = [CORPUS[:20], CORPUS[20:50], CORPUS[50:]]
+    data = {"split": "last", "val_tokens": val_tokens, "tokenizer": kind, "vocab_size": 300}
+    artifacts = prepare(tmp_path, parts, seq_len=2, **data)
+    encoding, metrics = encoding_of(artifacts), artifacts["split"].metrics
+    stream = [i for text in CORPUS for i in [*encoding.encode_ordinary(text), encoding.eot_token]]
+    assert validation_of(artifacts) == stream[-val_tokens:]
+    held_out = encoding.decode_bytes([i for i in validation_of(artifacts) if i != encoding.eot_token])
+    trained = [i for row in training_rows(artifacts) for i in row if i != encoding.eot_token]
+    front = "".join(CORPUS).encode().removesuffix(held_out)
+    assert len(front) - len(encoding.decode_bytes(trained)) <= 3 * 2 * 5  # a token at the end of each part is dropped
+    assert (metrics["split"], metrics["val_tokens"], metrics["val_bytes"]) == ("last", val_tokens, len(held_out))
+    assert metrics["val_documents"] == stream[-val_tokens:].count(encoding.eot_token)
+
+
+def test_a_share_of_the_end_is_that_share_of_its_characters(tmp_path: Path) -> None:
+    text = "".join(CORPUS)[:9999]
+    artifacts = prepare(tmp_path, [[text]], split="last", val_share=0.25, tokenizer="chars", seq_len=8, val_tokens=None)
+    encoding = encoding_of(artifacts)
+    assert encoding.decode(validation_of(artifacts)[:-1]) == text[int(9999 * 0.75) :]
+    assert artifacts["split"].metrics["val_characters"] == 9999 - int(9999 * 0.75)
+
+
+def test_a_validation_set_of_its_own_is_held_out_whole_and_the_source_trained_on_whole(tmp_path: Path) -> None:
+    (tmp_path / "train.txt").write_text("".join(CORPUS[:40]))
+    (tmp_path / "valid.txt").write_text("".join(CORPUS[40:]))
+    files = {"validation": str(tmp_path / "valid.txt"), "sample_by": "line", "val_tokens": None}
+    config = tiny_config([str(tmp_path / "train.txt")], model={"seq_len": 2}, **files)
+    store = Store(str(tmp_path / "store"))
+    for stage in ("download", "tokenizer", "split", "shard"):
+        shards, _ = run_stage(stage, config, store)
+    assert shards.metrics["val_bytes"] == len("".join(CORPUS[40:]).encode()) - CORPUS[40:].count("\n")
+    assert shards.metrics["train_tokens"] > 0
 
 
 def test_of_few_rows_of_ids_the_last_tenth_is_held_out_within_a_row_if_need_be(tmp_path: Path) -> None:

@@ -103,7 +103,7 @@ def test_a_worker_needs_no_source_and_fetches_its_part_of_the_corpus_alone(
     shutil.rmtree(cache.cache_dir())
     assert fanout.build_shard(config, store, 1, inputs)
     fetched = (cache.cache_dir() / "processes").glob("*/download-*/*")
-    assert [path.name for path in fetched] == ["part-00001.parquet"]
+    assert [path.name for path in fetched] == ["part-00001.arrow"]
 
 
 def test_what_workers_have_finished_is_not_collected_before_the_stage_has_adopted_it(
@@ -137,7 +137,7 @@ def test_while_shards_are_made_the_stage_is_leased_with_its_inputs(config: Confi
 
 def test_a_shard_of_a_damaged_corpus_is_refused(config: Config, tmp_path: Path) -> None:
     store = prepared(config, str(tmp_path / "store"))
-    (part,) = Path(store.root).glob("download/*/attempts/*/part-00002.parquet")
+    (part,) = Path(store.root).glob("download/*/attempts/*/part-00002.arrow")
     flip(part)
     assert build(config, store, 1)
     with pytest.raises(Damaged, match="part-00002"):

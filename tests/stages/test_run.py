@@ -208,8 +208,8 @@ def test_a_truncated_shard_is_refused_and_after_repair_only_it_is_made_again(sto
 def test_a_flipped_byte_in_an_input_stops_the_stage_that_reads_it(store: Store, source: Path) -> None:
     config = tiny_config(source)
     download, _ = run_all(config, store, ("download", "tokenizer"))["download"]
-    flip(Path(download.remote("part-00000.parquet")))
-    with pytest.raises(Damaged, match=r"the download artifact is damaged: part-00000\.parquet has been altered"):
+    flip(Path(download.remote("part-00000.arrow")))
+    with pytest.raises(Damaged, match=r"the download artifact is damaged: part-00000\.arrow has been altered"):
         run.run_stage("split", config, store)
     assert [stage for stage, _ in store] == ["download", "tokenizer"]
 

@@ -318,8 +318,8 @@ def test_a_storage_that_stays_away_ends_the_run_and_the_next_continues(
         artifact, _ = stages_run.run_stage("download", tiny_config(source), store)
         assert artifact.digest == the(Store(str(undisturbed)), "download").digest
         sent = {path.rpartition("/")[2] for request, path in storage.asked if request == "put_file"}
-        assert "part-00002.parquet" in sent
-        assert not {"part-00000.parquet", "part-00001.parquet"} & sent, "what was finished is not sent again"
+        assert "part-00002.arrow" in sent
+        assert not {"part-00000.arrow", "part-00001.arrow"} & sent, "what was finished is not sent again"
 
 
 # Disks that are full or cannot be written
