@@ -140,11 +140,9 @@ class Writer:
             taken, array = array[:fits], array[fits:]
             self._waiting.append(taken)
             size = len(Documents.of(taken).flat)
-            self.rows, self.size, self._waiting_size = (
-                self.rows + len(taken),
-                self.size + size,
-                self._waiting_size + size,
-            )
+            self.rows += len(taken)
+            self.size += size
+            self._waiting_size += size
             if self._waiting_size >= PIECE:
                 self._flush()
 

@@ -24,7 +24,7 @@ from nanodlm.store import Artifact, Attempt
 BPE_BYTES = 100_000_000  # of the documents that a tokenizer is trained on
 VAL_TOKENS = 1_000_000
 SMALL = 2_000_000  # tokens of a corpus too small for that, as far as sizes tell
-TOKEN_BYTES = 4  # that a token of text usually stands for
+TOKEN_BYTES = 5  # that a token of text stands for at most, as a rule
 Place = list[int]  # a part, and how many of its values come before
 
 
@@ -170,15 +170,22 @@ def _train_bpe(data: DataConfig, download: Artifact, emit: Emit) -> tuple[tiktok
         seen = sum(len(unit.values) for unit in sample)
         emit("message", text=f"training BPE on {seen / 1e6:.3g} MB; {aside.size / 1e6:.3g} MB may be held out")
         encoding = train_bpe((unit.values.tobytes().decode() for unit in sample), data.vocab_size)
-        found = len(_tokens(encoding, aside).flat)
+        found = len(_tokens(encoding, aside, tokens).flat)
         if tokens is None or found >= tokens:
             zoned = {"zone": aside.cut, "zone_bytes": aside.size, "zone_tokens": found}
             return encoding, {"trained_on_bytes": seen, "trained_on_documents": len(sample), **zoned}
         size = int(aside.size * 1.02 * tokens / found) + 1
 
 
-def _tokens(encoding: tiktoken.Encoding, held: Zone) -> Documents:
-    return Documents.join([*tokenise_all(encoding, held.documents.pieces())])
+def _tokens(encoding: tiktoken.Encoding, held: Zone, enough: int | None) -> Documents:
+    """Return the token ids of a zone's documents: of the first that have enough of them, or of all."""
+    found, total = [], 0
+    for tokens in tokenise_all(encoding, held.documents.pieces(100_000)):
+        found.append(tokens)
+        total += len(tokens.flat)
+        if held.kind == "hash" and enough and total >= enough:
+            break
+    return Documents.join(found)
 
 
 def build_split(config: Config, inputs: dict[str, Artifact], attempt: Attempt, emit: Emit) -> dict[str, Any]:
@@ -188,7 +195,7 @@ def build_split(config: Config, inputs: dict[str, Artifact], attempt: Attempt, e
     kind, tokens, size = wanted(data, download)
     while True:
         held = zone(kind, data, download, size)
-        found = _tokens(encoding, held)
+        found = _tokens(encoding, held, tokens)
         if tokens is None or len(found.flat) >= tokens:
             break
         if held.whole:
