@@ -8,6 +8,7 @@ side, and new data moves units only at the budget's edge. Or it is the end of th
 
 import json
 import math
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -17,8 +18,9 @@ import tiktoken
 
 from nanodlm.config import Config, DataConfig
 from nanodlm.data.documents import VALIDATION, Documents, corpus, parts, read
+from nanodlm.data.sources import source_files
 from nanodlm.data.tokenizer import characters, gpt2, load, plain_bytes, save, tokenise_all, train_bpe
-from nanodlm.errors import Emit, NanodlmError
+from nanodlm.errors import Emit, NanodlmError, SourceGone
 from nanodlm.store import Artifact, Attempt
 
 BPE_BYTES = 100_000_000  # of the documents that a tokenizer is trained on
@@ -26,6 +28,24 @@ VAL_TOKENS = 1_000_000
 SMALL = 2_000_000  # tokens of a corpus too small for that, as far as sizes tell
 TOKEN_BYTES = 5  # that a token of text stands for at most, as a rule
 Place = list[int]  # a part, and how many of its values come before
+
+
+def check_size(data: DataConfig) -> None:
+    """Refuse more validation tokens than local files can give: each has at least one byte.
+
+    Of compressed files, and of those elsewhere, no more is known before they are read. Files that are gone may have
+    been downloaded before, as looking that up tells.
+    """
+    try:
+        files = [] if data.revision else source_files(data)
+    except SourceGone:
+        return
+    plain = (".txt", ".md", ".json", ".jsonl", ".csv")
+    if data.val_tokens and files and all(url.startswith("file://") and url.endswith(plain) for url in files):
+        size = sum(os.path.getsize(url.removeprefix("file://")) for url in files)
+        one = len(files) == 1 and files[0].endswith(plain[:2]) and data.sample_by == "document"
+        if (one and data.split != "last") or size + len(files) <= data.val_tokens:  # a mark has no bytes
+            raise _too_small(data, f"{size:,} bytes", one=one)
 
 
 class Unit(NamedTuple):
@@ -160,7 +180,8 @@ def _train_bpe(data: DataConfig, download: Artifact, emit: Emit) -> tuple[tiktok
     while True:
         aside = zone(kind, data, download, size)
         if aside.whole:
-            raise _too_small(data, download)
+            size, documents = download.metrics["bytes"], download.metrics["documents"]
+            raise _too_small(data, f"{size:,} bytes in {documents:,} documents", one=documents == 1)
         if kind == "hash":
             sample = front(corpus(download), data.split_seed, aside.size + BPE_BYTES)[len(aside.documents) :]
         elif kind == "last":
@@ -199,13 +220,13 @@ def build_split(config: Config, inputs: dict[str, Artifact], attempt: Attempt, e
         if tokens is None or len(found.flat) >= tokens:
             break
         if held.whole:
-            raise _too_small(data, download, found)
+            raise _too_few(data, found)
         size = int(held.size * 1.02 * tokens / max(1, len(found.flat))) + 1
     cut, documents, validation = held.cut, len(found), found.flat
     if kind == "hash" and tokens:
         documents = int(np.searchsorted(found.offsets, tokens))
         if documents == download.metrics["documents"]:
-            raise _too_small(data, download, found)
+            raise _too_few(data, found)
         cut = held.documents.keys(data.split_seed)[documents - 1].hex()
         validation = found.flat[:tokens]
     elif kind == "last" and tokens:
@@ -231,18 +252,18 @@ def _text(encoding: tiktoken.Encoding, tokens: np.ndarray) -> bytes:
     return encoding.decode_bytes(tokens[tokens != encoding.eot_token].tolist())
 
 
-def _too_small(data: DataConfig, download: Artifact, found: Documents | None = None) -> NanodlmError:
-    """Say why a corpus, which may be one document, cannot be split so, and what helps."""
+def _too_few(data: DataConfig, tokens: Documents) -> NanodlmError:
+    has, most = f"{len(tokens.flat):,} tokens in {len(tokens):,} documents", int(tokens.offsets[-2])
+    return _too_small(data, has, one=len(tokens) == 1, most=most)
+
+
+def _too_small(data: DataConfig, found: str, *, one: bool, most: int = 0) -> NanodlmError:
+    """Say why a corpus, which may be one document, cannot be split so, and what helps: `most` tokens at most."""
     cut_up = "" if data.pretokenized else ", or cut .txt files up with --data.sample_by paragraph"
-    documents = download.metrics["documents"]
-    if documents == 1 and data.split != "last":
+    if one and data.split != "last":
         what = "the corpus is one document, which cannot be split by hash"
         return NanodlmError(f"{what}: leave out --data.val_tokens, and its last tenth is held out{cut_up}")
-    has, most = f"{download.metrics['bytes']:,} bytes", 0
-    if found:
-        has, most = f"{len(found.flat):,} tokens", int(found.offsets[-2])
     asked = f"{data.val_tokens or VAL_TOKENS:,} validation tokens and leave some to train on"
     lower = "lower --data.val_tokens" + (f" to at most {most:,}" if most else "")
     remedy = f"{lower}{' or leave it out' if data.val_tokens else ''}, add text{cut_up}"
-    too_small = f"the corpus is smaller than the validation split: {has} in {documents:,} documents"
-    return NanodlmError(f"{too_small} cannot give {asked}; {remedy}")
+    return NanodlmError(f"the corpus is smaller than the validation split: {found} cannot give {asked}; {remedy}")

@@ -107,11 +107,11 @@ def load(folder: Path) -> tiktoken.Encoding:
     return make_encoding(json.loads((folder / "tokenizer.json").read_text())["name"], ranks)
 
 
-def token_bytes(encoding: tiktoken.Encoding) -> list[int]:
-    """Return the length in bytes of each id's text; the end-of-text mark stands for none."""
-    lengths = [len(encoding.decode_single_token_bytes(i)) for i in range(encoding.n_vocab)]
-    lengths[encoding.eot_token] = 0
-    return lengths
+def token_sizes(encoding: tiktoken.Encoding) -> np.ndarray:
+    """Return the bytes of each id's text, and the characters that begin in it, (V, 2); an end-of-text mark has none."""
+    texts = [encoding.decode_single_token_bytes(i) for i in range(encoding.n_vocab)]
+    texts[encoding.eot_token] = b""
+    return np.array([(len(text), sum(byte & 0xC0 != 0x80 for byte in text)) for text in texts])
 
 
 def tokenise(encoding: tiktoken.Encoding, documents: Documents) -> Documents:

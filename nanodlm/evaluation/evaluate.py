@@ -14,7 +14,7 @@ from nanodlm.checkpoints.loading import load_artifact
 from nanodlm.config import Config, EvalConfig
 from nanodlm.data.rows import evenly_spaced, read
 from nanodlm.data.shard import token_counts, unigram_nats
-from nanodlm.data.tokenizer import token_bytes
+from nanodlm.data.tokenizer import token_sizes
 from nanodlm.devices.mesh import make_mesh, replicated
 from nanodlm.errors import Emit, silent
 from nanodlm.evaluation.scoring import make_scorer, score_rows
@@ -55,9 +55,9 @@ def score(
     independent. `counts` are those of the training tokens.
 
     Returns:
-        `val_nats_per_token`, `val_bits_per_byte`, `val_bits_per_byte_stderr`, `val_unigram_bits_per_byte`, counts, and
-        as `val_stderr_over` whether the standard error is one over `documents` or over `rows`.
-        Bits per byte divide by the bytes of the text; end-of-text marks add nats but no bytes.
+        `val_nats_per_token`, `val_bits_per_byte`, `val_bits_per_byte_stderr`, `val_bits_per_character`,
+        `val_unigram_bits_per_byte`, counts, and as `val_stderr_over` whether the standard error is one over
+        `documents` or over `rows`. Bits per byte divide by the bytes of the text; end-of-text marks add nats but no bytes.
     """
     scorer, mesh = make_scorer(model), make_mesh(options.batch_size)
     params = jax.device_put(nnx.state(model), replicated(mesh))
@@ -71,9 +71,9 @@ def score(
             if done // options.batch_size % 20 == 0 or done == len(rows):
                 emit("progress", done=done + repeat * len(rows), total=len(rows) * options.repeats, unit="rows")
     tokens = np.concatenate(rows)
-    lengths = np.array(token_bytes(encoding))
-    n_bytes = int(lengths[tokens].sum())
-    row_bytes = np.array([lengths[row].sum() for row in rows])
+    sizes = token_sizes(encoding)
+    n_bytes, n_characters = (int(n) for n in sizes[tokens].sum(axis=0))
+    row_bytes = np.array([sizes[row, 0].sum() for row in rows])
     row_tokens = np.array([len(row) for row in rows])
     n_documents = count_documents(documents)
     shared = documents if n_documents > 1 else None
@@ -83,11 +83,13 @@ def score(
         "val_nats_per_token_stderr": ratio_stderr(nats, row_tokens, shared),
         "val_bits_per_byte": float(nats.sum()) / math.log(2) / n_bytes,
         "val_bits_per_byte_stderr": ratio_stderr(nats, row_bytes, shared) / math.log(2),
+        "val_bits_per_character": float(nats.sum()) / math.log(2) / n_characters,
         "val_stderr_over": "rows" if shared is None else "documents",
         "val_unigram_nats_per_token": unigram,
         "val_unigram_bits_per_byte": unigram * len(tokens) / math.log(2) / n_bytes,
         "scored_tokens": len(tokens),
         "scored_bytes": n_bytes,
+        "scored_characters": n_characters,
         "scored_rows": len(rows),
         "scored_documents": n_documents,
     }

@@ -40,9 +40,11 @@ def build(config: Config, inputs: dict[str, Artifact], attempt: Attempt, emit: E
     rows = [
         ("validation bound", f"{m['val_bits_per_byte']:.4f} ± {m['val_bits_per_byte_stderr']:.4f} bits per byte"),
         ("", f"{m['val_nats_per_token']:.4f} ± {m['val_nats_per_token_stderr']:.4f} nats per token"),
+        ("", f"{m['val_bits_per_character']:.4f} bits per character"),
         ("unigram entropy", f"{unigram:.4f} bits per byte: the bound is {against_unigram(m)} it"),
         ("standard error", f"over {over}{assumed}"),
         ("validation text", f"{m['scored_tokens']:,} tokens, {m['scored_bytes']:,} bytes"),
+        ("", f"{m['scored_characters']:,} characters"),
         ("objective", f"{config.objective.kind}, trained with {config.objective.weighting} weights"),
         ("trained on", f"{t['trained_tokens']:,} tokens in {t['updates']:,} updates"),
         ("speed", f"{t['train_tokens_per_second']:,.0f} tokens/s on {t['devices']} {t['device']}"),

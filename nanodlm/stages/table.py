@@ -80,8 +80,8 @@ ALL = (
     # Since version 3, rows of ids are joined before they are cut.
     Stage("shard", "data.shard:build_shards", (*DOCUMENTS, "split"), _settings("model", "seq_len"), 3, volatile=COUNTS),
     Stage("train", "training.loop:train", ("shard", "tokenizer"), _training, own_process=True, volatile=LOGS),
-    # Since version 2, its standard errors are by document, and the unigram entropy is of the training tokens.
-    Stage("evaluate", "evaluation.evaluate:evaluate", ("shard", "train"), evaluation_settings, 2, own_process=True),
+    # Since version 3, it counts characters.
+    Stage("evaluate", "evaluation.evaluate:evaluate", ("shard", "train"), evaluation_settings, 3, own_process=True),
     Stage("sample", "generation.generate:generate", ("train",), sampling_settings, own_process=True),
     # Since version 2, its digest is that of its results alone.
     Stage("report", "evaluation.report:build", RESULTS, _settings("exp", "run_name"), 2, volatile=PAGES),
@@ -116,7 +116,10 @@ def check_rebuild(rebuild: str | None, last: str) -> None:
 
 def check(config: Config, stages: Iterable[str]) -> None:
     """Refuse settings that would stop one of these stages, as far as they tell before anything is started or built."""
+    from nanodlm.data.split import check_size
     from nanodlm.training.trackers import check_packages
 
+    if "split" in stages:
+        check_size(config.data)
     if "train" in stages:
         check_packages(config)

@@ -13,7 +13,7 @@ Item = tuple[str, str]  # the stage and the fingerprint of an artifact
 MANIFEST = "manifest.json"
 FLOW_RUN = "NANODLM_FLOW_RUN"  # the variable in which an orchestrator names the run that artifacts are made for
 SCHEMA = 1
-PACKAGES = ("nanodlm", "jax", "flax", "optax", "orbax-checkpoint", "grain", "array-record", "tiktoken", "tokenizers")
+PACKAGES = ("nanodlm", "jax", "flax", "optax", "orbax-checkpoint", "grain", "array-record", "tiktoken", "rustbpe")
 NAME = re.compile(r"[0-9A-Za-z_-]+")  # of an attempt, a stage or a fingerprint in a manifest
 
 

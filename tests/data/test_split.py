@@ -1,3 +1,4 @@
+import contextlib
 import json
 import re
 from pathlib import Path
@@ -14,6 +15,7 @@ from nanodlm.data import rows as data_rows
 from nanodlm.data import shard, split, tokenizer
 from nanodlm.data.documents import Documents
 from nanodlm.errors import NanodlmError
+from nanodlm.stages import table
 from nanodlm.stages.run import run_stage
 from nanodlm.store import Artifact, Store, new_attempt
 from tests.support.helpers import downloaded, identity, prose, tiny_config
@@ -401,6 +403,28 @@ def test_the_largest_number_that_rows_of_ids_can_give_is_named_and_can_be_given(
         prepare(tmp_path / "a", [token_rows(5)], val_tokens=300, **ids)
     assert "sample_by" not in str(caught.value)
     assert prepare(tmp_path / "b", [token_rows(5)], val_tokens=256, **ids)["shard"].metrics["train_rows"] == 2
+
+
+@pytest.mark.parametrize(
+    ("sources", "data", "says"),
+    [
+        (["a.txt"], {"val_tokens": 100}, "one document"),
+        (["a.txt", "b.txt"], {"val_tokens": 402}, "400 bytes cannot give 402 validation tokens"),
+        (["a.txt"], {"val_tokens": 201, "sample_by": "line"}, "200 bytes cannot give 201"),
+        (["a.txt", "b.txt"], {"val_tokens": 401}, ""),
+        (["a.txt"], {"val_tokens": None}, ""),
+        (["a.txt", "c.parquet"], {"val_tokens": 10**6}, ""),
+    ],
+)
+def test_a_number_that_local_files_cannot_give_is_refused_before_they_are_read(
+    tmp_path: Path, sources: list[str], data: dict[str, Any], says: str
+) -> None:
+    for name in sources:
+        (tmp_path / name).write_text("a" * 200)
+    config = tiny_config([str(tmp_path / name) for name in sources], **data)
+    with pytest.raises(NanodlmError, match=says) if says else contextlib.nullcontext():
+        table.check(config, table.until("split"))
+    table.check(config, ("download", "train"))
 
 
 def test_rows_that_no_split_can_mend_are_refused_with_what_does(tmp_path: Path) -> None:

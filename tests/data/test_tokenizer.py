@@ -149,13 +149,15 @@ def test_a_saved_encoding_is_loaded_as_it_was_and_is_in_tiktokens_own_format(
             assert loaded.encode_ordinary(text) == encoding.encode_ordinary(text)
 
 
-def test_the_lengths_of_tokens_sum_to_the_bytes_of_the_text(gpt2: tiktoken.Encoding, bpe: tiktoken.Encoding) -> None:
+def test_the_sizes_of_tokens_sum_to_the_bytes_and_characters_of_the_text(
+    gpt2: tiktoken.Encoding, bpe: tiktoken.Encoding
+) -> None:
     for encoding in (gpt2, bpe, tokenizer.plain_bytes()):
-        lengths = tokenizer.token_bytes(encoding)
-        assert len(lengths) == encoding.n_vocab
-        assert lengths[encoding.eot_token] == 0
+        sizes = tokenizer.token_sizes(encoding)
+        assert sizes.shape == (encoding.n_vocab, 2)
+        assert sizes[encoding.eot_token].tolist() == [0, 0]
         for text in [*TEXTS[:20], *AWKWARD]:
-            assert sum(lengths[i] for i in encoding.encode_ordinary(text)) == len(text.encode())
+            assert sizes[encoding.encode_ordinary(text)].sum(axis=0).tolist() == [len(text.encode()), len(text)]
 
 
 def test_there_is_always_room_for_the_mask_after_the_real_ids() -> None:

@@ -43,6 +43,9 @@ def test_evaluation_of_a_model_that_scores_all_tokens_alike_is_the_uniform_bound
 def test_units_are_converted_by_the_bytes_of_the_same_tokens(trained: Artifact, models: Store) -> None:
     artifact, _ = stages_run.run_stage("evaluate", tiny(), models)
     m = artifact.metrics
+    assert m["val_bits_per_character"] * m["scored_characters"] == pytest.approx(
+        m["val_bits_per_byte"] * m["scored_bytes"]
+    )
     bits = m["val_nats_per_token"] * m["scored_tokens"] / math.log(2) / m["scored_bytes"]
     assert math.isclose(m["val_bits_per_byte"], bits)
     assert m["val_bits_per_byte_stderr"] > 0

@@ -67,7 +67,7 @@ def test_a_second_run_finds_everything_the_first_has_built(store: Store, source:
     assert statuses(second) == ["cached"] * 4
     assert manifests(store) == before
     assert [a.uri for a, _ in second.values()] == [a.uri for a, _ in first.values()]
-    assert first["download"][0].metrics["parts"] == 4
+    assert first["download"][0].metrics["parts"] == 5
 
 
 def test_what_does_not_determine_the_bytes_is_in_no_fingerprint(store: Store, source: Path, tmp_path: Path) -> None:

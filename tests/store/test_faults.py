@@ -58,7 +58,7 @@ def test_every_row_of_the_table_names_a_test_that_is_there() -> None:
 BUILD = """
 import os, signal, sys
 from nanodlm.config import Config
-from nanodlm.data import shard
+from nanodlm.data import rows as data_rows
 from nanodlm.stages.run import run_stage
 from nanodlm.store import Store, files
 from nanodlm.store.bucket import Bucket
@@ -70,11 +70,12 @@ def die(*_, **__):
     os.kill(os.getpid(), signal.SIGKILL)
 
 if moment == "in mid-shard":
-    write = shard.write
+    write = data_rows.write
     def torn(rows):
+        rows = list(rows)
         yield from rows[: len(rows) // 2]
         die()
-    shard.write = lambda path, rows: write(path, torn(rows) if "train-00002" in path.name else rows)
+    data_rows.write = lambda path, rows: write(path, torn(rows) if "train-00002" in path.name else rows)
 elif moment == "in mid-upload":
     import boto3
     put = Bucket.put
