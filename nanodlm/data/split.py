@@ -103,7 +103,7 @@ def wanted(data: DataConfig, download: Artifact) -> tuple[Literal["hash", "last"
     each = 1 if data.pretokenized else TOKEN_BYTES
     if data.validation:
         return "files", None, 0
-    few = total < SMALL * each or documents == 1
+    few = total < SMALL * (1 if data.pretokenized else 4) or documents == 1
     last = data.split == "last" or (data.split is None and data.val_tokens is None and few)
     if last and data.val_tokens is None:
         return "last", None, total - math.floor(total * (1 - (data.val_share or 0.1)) + 1e-6)
