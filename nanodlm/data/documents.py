@@ -69,11 +69,22 @@ class Documents:
             yield Documents(self.values, self.offsets[int(first) : end + 1])
             at = self.offsets[end]
 
+    def joined(self, rows: int) -> "Documents":
+        """Return runs of so many documents that follow each other, each as one document; the last may be shorter."""
+        edges = [*range(0, len(self), rows), len(self)]
+        return Documents(self.values, self.offsets[edges])
+
     def keys(self, seed: int) -> list[bytes]:
-        """Return the key of each: 16 bytes, uniform over contents, a function of content and seed only."""
+        """Return the key of each: 16 bytes, uniform over contents, a function of content and seed only.
+
+        Texts that differ in white space, or in the case of a to z, have one key.
+        """
         key = seed.to_bytes(8, "little")
-        documents = self if self.values.dtype == np.uint8 else Documents(self.values.astype("<i4"), self.offsets)
-        return [blake2b(document, key=key, digest_size=16).digest() for document in documents]
+        if self.values.dtype == np.uint8:
+            contents = (b" ".join(bytes(text).lower().split()) for text in self)
+        else:
+            contents = iter(Documents(self.values.astype("<i4"), self.offsets))
+        return [blake2b(content, key=key, digest_size=16).digest() for content in contents]
 
     def only(self, keep: np.ndarray) -> "Documents":
         """Return those for which `keep` is true, (N,)."""
@@ -129,6 +140,7 @@ class Writer:
         """Begin a file; the column is a name of `SCHEMAS`."""
         options: Any = pa.ipc.IpcWriteOptions(compression="zstd" if column == "text" else None)
         self.schema, self.rows, self.size = SCHEMAS[column], 0, 0
+        self.sizes: set[int] = set()  # the smallest and the largest of what was written at a time
         self._writer = pa.ipc.new_file(str(path), self.schema, options=options)
         self._waiting: list[pa.Array] = []  # what will be read at a time
         self._waiting_size = 0
@@ -139,7 +151,9 @@ class Writer:
             fits = filling(array, PIECE - self._waiting_size)
             taken, array = array[:fits], array[fits:]
             self._waiting.append(taken)
-            size = len(Documents.of(taken).flat)
+            sizes = Documents.of(taken).sizes
+            self.sizes |= {int(sizes.min()), int(sizes.max())}
+            size = int(sizes.sum())
             self.rows += len(taken)
             self.size += size
             self._waiting_size += size

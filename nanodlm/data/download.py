@@ -21,11 +21,13 @@ def download(
     source = fingerprint_of(before)  # parts of what was read from other files are not gone on from
     column, bytes_each = ("tokens", 2) if data.pretokenized else ("text", 1)
     sizes: list[int] = []  # values of each part
+    row_sizes: set[int] = set()
     finished = attempt.adopt_finished(name for name in attempt.earlier if name.startswith("part-"))
     documents = 0
     while (info := finished.get(_part(len(sizes)), {})).get("source") == source:
         documents += info["documents"]
         sizes.append(info["size"])
+        row_sizes.update(info["row_sizes"])
     for name in finished.keys() - {_part(i) for i in range(len(sizes))}:
         attempt.forget(name)
     writer = None
@@ -33,7 +35,9 @@ def download(
     def finish(writer: Writer) -> None:
         writer.close()
         name = _part(len(sizes))
-        attempt.finish(name, [name], documents=writer.rows, size=writer.size, source=source)
+        row_sizes.update(writer.sizes)
+        about = {"documents": writer.rows, "size": writer.size, "row_sizes": sorted(writer.sizes)}
+        attempt.finish(name, [name], **about, source=source)
         sizes.append(writer.size)
         emit("progress", done=sum(sizes) * bytes_each / 1e6, unit="MB")
 
@@ -60,7 +64,10 @@ def download(
         raise NanodlmError("the source's files changed while they were read: run again")
     if not sizes:
         raise NanodlmError(f"{data.source[0]} holds no documents: every one is empty")
-    return {"parts": len(sizes), "documents": documents, "bytes": sum(sizes) * bytes_each, "part_sizes": sizes}
+    # Rows of one size were cut from a stream, and are no documents.
+    packed = {"row_size": row_sizes.pop()} if data.pretokenized and len(row_sizes) == 1 else {}
+    found = {"parts": len(sizes), "documents": documents, "bytes": sum(sizes) * bytes_each}
+    return {**found, **packed, "part_sizes": sizes}
 
 
 def _part(index: int) -> str:

@@ -12,10 +12,10 @@ from tiktoken import Encoding
 from nanodlm.config import Config
 from nanodlm.data import rows as data_rows
 from nanodlm.data.documents import Documents, parts, read
-from nanodlm.data.split import Place, halves
+from nanodlm.data.split import Place, halves, in_units
 from nanodlm.data.tokenizer import load, tokenise_all
 from nanodlm.errors import Emit, NanodlmError
-from nanodlm.store import Artifact, Attempt
+from nanodlm.store import Artifact, Attempt, Json
 
 COUNTS = "counts.npy"  # how often each token is trained on; left out of the digest, for the shards determine it
 
@@ -28,7 +28,8 @@ def build_shards(config: Config, inputs: dict[str, Artifact], attempt: Attempt, 
     """
     length = config.model.seq_len
     encoding = load(inputs["tokenizer"].local())
-    cut = inputs["split"].metrics["cut"]
+    held_out = inputs["split"].metrics
+    cut = held_out["cut"]
     names = parts(inputs["download"])
     finished = attempt.adopt_finished(map(data_rows.name, range(len(names))))
     infos = {i: finished[name] for i in range(len(names)) if (name := data_rows.name(i)) in finished}
@@ -36,12 +37,11 @@ def build_shards(config: Config, inputs: dict[str, Artifact], attempt: Attempt, 
     if missing:
         folder = inputs["download"].local(*(names[i] for i in missing))
         for i in missing:
-            infos[i] = _write_shard(config, encoding, cut, folder / names[i], attempt, i, os.cpu_count() or 1)
+            infos[i] = _write_shard(config, encoding, held_out, folder / names[i], attempt, i, os.cpu_count() or 1)
             emit("progress", done=len(infos), total=len(names), unit="shards")
     shards = [infos[i] for i in range(len(names))]
     fields = ("train_rows", "train_tokens", "train_documents", "dropped_tokens")
     totals = {field: sum(info[field] for info in shards) for field in fields}
-    held_out = inputs["split"].metrics
     if totals["train_rows"] == 0:
         few = f"what is left for training has fewer than seq_len ({length}) tokens"
         remedy = "add text, or lower --model.seq_len" + (" or --data.val_tokens" if isinstance(cut, str) else "")
@@ -83,7 +83,7 @@ def build_shard(config: Config, inputs: dict[str, Artifact], attempt: Attempt, i
     """
     encoding = load(inputs["tokenizer"].local())
     part = inputs["download"].file(parts(inputs["download"])[index])
-    return _write_shard(config, encoding, inputs["split"].metrics["cut"], part, attempt, index, threads=1)
+    return _write_shard(config, encoding, inputs["split"].metrics, part, attempt, index, threads=1)
 
 
 def token_counts(shard: Artifact) -> np.ndarray:
@@ -109,11 +109,12 @@ def unigram_nats(tokens: Int[np.ndarray, "N"], counts: Int[np.ndarray, "V"]) -> 
 
 
 def _write_shard(
-    config: Config, encoding: Encoding, cut: str | Place, part: Path, attempt: Attempt, index: int, threads: int
+    config: Config, encoding: Encoding, held_out: Json, part: Path, attempt: Attempt, index: int, threads: int
 ) -> dict[str, Any]:
     """Make one training shard, a finished part of the attempt, and return what it was finished with."""
     length, seed, name = config.model.seq_len, config.data.split_seed, data_rows.name(index)
     counts, documents, smallest = np.zeros(encoding.n_vocab, np.int64), 0, "g"  # which is above all keys
+    cut: str | Place = held_out["cut"]
     rest = np.zeros(0, data_rows.dtype_for(encoding.n_vocab + 1))
 
     def kept() -> Iterator[Documents]:
@@ -121,7 +122,7 @@ def _write_shard(
         batches = read(part)
         if isinstance(cut, list):
             batches = (before for before, _ in halves(batches, index, cut))
-        for batch in batches:
+        for batch in in_units(batches, held_out.get("unit_rows", 1)):
             if isinstance(cut, str):
                 keys = [key.hex() for key in batch.keys(seed)]
                 smallest = min([smallest, *(key for key in keys if key > cut)])

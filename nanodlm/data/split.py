@@ -6,6 +6,7 @@ dropped, and every unit with a larger key is for training. Equal documents have 
 side, and new data moves units only at the budget's edge. Or it is the end of the corpus, or files of their own.
 """
 
+import itertools
 import json
 import math
 import os
@@ -49,7 +50,7 @@ def check_size(data: DataConfig) -> None:
 
 
 class Unit(NamedTuple):
-    """A document: its key and its values."""
+    """A document, or a run of rows that were cut from a stream: its key and its values."""
 
     key: bytes
     values: np.ndarray
@@ -111,15 +112,30 @@ def wanted(data: DataConfig, download: Artifact) -> tuple[Literal["hash", "last"
     return "last" if last else "hash", tokens, min(tokens * each, max(tokens, total // 2))
 
 
+def unit_rows(data: DataConfig, download: Artifact) -> int:
+    """Return how many rows that follow each other are held out together: one, unless they were cut from a stream.
+
+    Of documents that lie in several rows, only those at the edges of such a run are also trained on. A million tokens
+    are sixteen runs of 61 rows of 1,024.
+    """
+    size = download.metrics.get("row_size")
+    return max(1, (data.val_tokens or VAL_TOKENS) // 16 // size) if size else 1
+
+
+def in_units(batches: Iterable[Documents], rows: int) -> Iterable[Documents]:
+    """Yield runs of so many rows as documents."""
+    return batches if rows == 1 else (batch.joined(rows) for batch in batches)
+
+
 def zone(kind: str, data: DataConfig, download: Artifact, size: int) -> Zone:
     """Return documents of a kind that have at least this size together, or all there are."""
     if kind == "files":
         return Zone("files", Documents.join(list(read(download.file(VALIDATION)))), "")
     if kind == "hash":
-        units = front(corpus(download), data.split_seed, size)
+        units = front(in_units(corpus(download), unit_rows(data, download)), data.split_seed, size)
         sizes = [len(unit.values) for unit in units]
         documents = Documents(np.concatenate([unit.values for unit in units]), np.cumsum([0, *sizes]))
-        return Zone("hash", documents, units[-1].key.hex(), len(units) == download.metrics["documents"])
+        return Zone("hash", documents, units[-1].key.hex(), sum(sizes) == sum(download.metrics["part_sizes"]))
     place = place_at(download, sum(download.metrics["part_sizes"]) - size)
     after = Documents.join([back for _, back in at_place(download, place)])
     return Zone("last", after, place, place == [0, 0])
@@ -225,7 +241,7 @@ def build_split(config: Config, inputs: dict[str, Artifact], attempt: Attempt, e
     cut, documents, validation = held.cut, len(found), found.flat
     if kind == "hash" and tokens:
         documents = int(np.searchsorted(found.offsets, tokens))
-        if documents == download.metrics["documents"]:
+        if held.whole and documents == len(found):
             raise _too_few(data, found)
         cut = held.documents.keys(data.split_seed)[documents - 1].hex()
         validation = found.flat[:tokens]
@@ -239,13 +255,29 @@ def build_split(config: Config, inputs: dict[str, Artifact], attempt: Attempt, e
         emit("message", text=f"holding out {tenth}; --data.val_tokens N takes N tokens of documents chosen by hash")
     clear = inputs["tokenizer"].metrics.get("zone", cut)
     assert cut <= clear if kind == "hash" else cut >= clear, "the tokenizer was trained on what is held out"
+    shared: dict[str, Any] = {}
+    if kind == "hash" and "row_size" in download.metrics:
+        shared = {"unit_rows": unit_rows(data, download), "val_shared_share": _shared(encoding, found, documents)}
+        cut_up = (
+            f"{shared['val_shared_share']:.1%} of what is held out belongs to documents that go on in training rows"
+        )
+        emit("message", text=f"{cut_up}, as end-of-text marks tell: rows of one length were cut from a stream")
     np.save(attempt.path / "validation.npy", validation)
     (attempt.path / "split.json").write_text(json.dumps({"kind": kind, "cut": cut, "seed": data.split_seed}, indent=1))
     text = _text(encoding, validation)
     held_out = {"val_tokens": len(validation), "val_documents": documents, "val_bytes": len(text)}
     held_out["val_characters"] = int(((np.frombuffer(text, np.uint8) & 0xC0) != 0x80).sum())
     held_out["val_dropped_tokens"] = int(found.offsets[documents]) - len(validation) if kind == "hash" else 0
-    return {"split": kind, **held_out, "documents": download.metrics["documents"], "cut": cut}
+    return {"split": kind, **held_out, **shared, "documents": download.metrics["documents"], "cut": cut}
+
+
+def _shared(encoding: tiktoken.Encoding, found: Documents, units: int) -> float:
+    """Return the share of tokens in documents that no end-of-text mark ends on both sides of them within their unit."""
+    shared = 0
+    for tokens in itertools.islice(found, units):
+        marks = np.flatnonzero(np.asarray(tokens) == encoding.eot_token)
+        shared += len(tokens) - (int(marks[-1] - marks[0]) if len(marks) else 0)
+    return shared / int(found.offsets[units])
 
 
 def _text(encoding: tiktoken.Encoding, tokens: np.ndarray) -> bytes:

@@ -90,7 +90,8 @@ def test_a_key_is_a_function_of_content_and_seed_only() -> None:
     assert {len(key) for key in keys} == {32}
     assert document_key([1, 2], 5) == document_key(np.array([1, 2], np.uint16).tolist(), 5)
     # Golden: a change here would silently move documents between the sides of every existing data set.
-    assert document_key("a", 0) == "55ffe9b5954f289bb293114c97c645cd"
+    assert document_key("a", 0) == document_key(" A\n", 0) == "55ffe9b5954f289bb293114c97c645cd"
+    assert document_key("a b", 0) == document_key("a\r\n  B", 0) != document_key("ab", 0)
     assert document_key([1, 50256], 7) == "0719a691d63fe8bfd18e0e943aca1e4d"
 
 
@@ -260,6 +261,28 @@ def test_rows_of_ids_are_held_out_joined_and_cut_like_documents(tmp_path: Path) 
         left += len(stream) % 32
     assert training_rows(artifacts) == expected
     assert artifacts["shard"].metrics["dropped_tokens"] == left
+
+
+def test_rows_cut_from_a_stream_are_held_out_in_runs_and_what_they_share_is_told(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    documents = [[i % 251, *rng.integers(0, 256, rng.integers(5, 100)).tolist(), 256] for i in range(2000)]
+    stream = [i for document in documents for i in document]
+    rows = [stream[i : i + 16] for i in range(0, len(stream) // 16 * 16, 16)]
+    config = tiny_config(pretokenized=True, column="tokens", val_tokens=16_000, model={"seq_len": 16})
+    store, said = Store(str(tmp_path)), []
+    inputs = {"download": downloaded(store, [rows[:3001], rows[3001:]])}
+    for stage in BUILD:
+        inputs[stage] = build(stage, config, store, inputs, lambda kind, text="", **_: said.append(text))
+    metrics = inputs["split"].metrics
+    assert metrics["unit_rows"] == 62  # sixteen runs of so many rows of sixteen are 16,000 tokens or less
+    # By what truly lies on both sides: held-out tokens of documents that training rows hold a part of.
+    held = {tuple(validation_of(inputs)[i : i + 16]) for i in range(0, 16_000, 16)}
+    inside = np.repeat([tuple(row) in held for row in rows], 16)
+    ends = np.cumsum([len(document) for document in documents])
+    both = sum(int(part.sum()) for part in np.split(inside, ends[ends < len(inside)]) if 0 < part.sum() < len(part))
+    assert both / inside.sum() == pytest.approx(metrics["val_shared_share"], abs=0.01)
+    assert 0.02 < metrics["val_shared_share"] < 0.12
+    assert any("of what is held out belongs to documents that go on in training rows" in text for text in said)
 
 
 @pytest.mark.parametrize("bad", [257, 65535])

@@ -80,5 +80,7 @@ def downloaded(store: Store, parts: list[list[str]] | list[list[list[int]]]) -> 
             writer.write(pa.array(documents, SCHEMAS[column].field(0).type))
             writer.close()
             sizes.append(writer.size)
-        metrics = {"bytes": sum(sizes), "documents": sum(map(len, parts)), "part_sizes": sizes}
+        lengths = {len(document) for documents in parts for document in documents}
+        packed = {"row_size": lengths.pop()} if column == "tokens" and len(lengths) == 1 else {}
+        metrics = {"bytes": sum(sizes), "documents": sum(map(len, parts)), "part_sizes": sizes, **packed}
         return attempt.commit(identity=identity("download"), metrics=metrics)
