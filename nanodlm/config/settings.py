@@ -40,6 +40,8 @@ class DataConfig(Group):
     """Whether `column` holds lists of token ids of `tokenizer` instead of text."""
     sample_by: Literal["document", "paragraph", "line"] = "document"
     """What one document is in .txt files: the whole file, a paragraph or a line."""
+    limit_tokens: int | None = Field(default=None, gt=0)
+    """Tokens after which no more of the source is read, in its order, text being counted as four bytes a token."""
     tokenizer: Literal["bpe", "gpt2", "bytes", "chars"] = "bpe"
     """`bpe` is trained on training documents; `gpt2` and `bytes` are fixed; `chars` has the corpus's own characters."""
     vocab_size: int = Field(default=4095, ge=257)

@@ -1,9 +1,13 @@
 """The download stage: whatever the source is becomes Arrow files of documents, its parts."""
 
+import math
+from collections.abc import Iterable, Iterator
 from typing import Any
 
+import pyarrow as pa
+
 from nanodlm.config import Config
-from nanodlm.data.documents import VALIDATION, Writer, filling
+from nanodlm.data.documents import VALIDATION, Documents, Writer, filling
 from nanodlm.data.sources import identity, read_documents, source_files, validation_of
 from nanodlm.errors import Emit, NanodlmError
 from nanodlm.store import Artifact, Attempt, fingerprint_of
@@ -42,7 +46,7 @@ def download(
         emit("progress", done=sum(sizes) * bytes_each / 1e6, unit="MB")
 
     skip, full = documents, data.part_mb * 1e6 / bytes_each
-    for array in read_documents(data, source_files(data, adopted)):
+    for array in _first(read_documents(data, source_files(data, adopted)), data.limit_tokens, bytes_each):
         array, skip = array[skip:], max(0, skip - len(array))
         while len(array):
             writer = writer or Writer(attempt.path / _part(len(sizes)), column)
@@ -68,6 +72,16 @@ def download(
     packed = {"row_size": row_sizes.pop()} if data.pretokenized and len(row_sizes) == 1 else {}
     found = {"parts": len(sizes), "documents": documents, "bytes": sum(sizes) * bytes_each}
     return {**found, **packed, "part_sizes": sizes}
+
+
+def _first(arrays: Iterable[pa.Array], tokens: int | None, bytes_each: int) -> Iterator[pa.Array]:
+    """Yield the first documents that have so many tokens together, or all; text has one in four bytes."""
+    left = math.inf if tokens is None else tokens * (4 if bytes_each == 1 else 1)
+    for array in arrays:
+        yield (taken := array[: filling(array, left)])
+        left -= len(Documents.of(taken).flat)
+        if left <= 0:
+            return
 
 
 def _part(index: int) -> str:

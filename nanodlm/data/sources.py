@@ -85,6 +85,8 @@ def validation_of(data: DataConfig) -> DataConfig:
 def identity(data: DataConfig, adopted: list[str] | None = None) -> dict[str, Any]:
     """Return what determines the documents: content digests of files, or the pinned commit of a hub data set."""
     fields: dict[str, Any] = {"column": data.column, "pretokenized": data.pretokenized, "part_mb": data.part_mb}
+    if data.limit_tokens:
+        fields["limit_tokens"] = data.limit_tokens
     if data.revision and adopted is None:
         return {**fields, "dataset": data.source[0].removeprefix("hf://"), "revision": data.revision}
     if data.validation:

@@ -261,7 +261,7 @@ def build_split(config: Config, inputs: dict[str, Artifact], attempt: Attempt, e
         cut_up = (
             f"{shared['val_shared_share']:.1%} of what is held out belongs to documents that go on in training rows"
         )
-        emit("message", text=f"{cut_up}, as end-of-text marks tell: rows of one length were cut from a stream")
+        emit("message", text=f"{told}, as end-of-text marks tell: rows of one length were cut from a stream")
     np.save(attempt.path / "validation.npy", validation)
     (attempt.path / "split.json").write_text(json.dumps({"kind": kind, "cut": cut, "seed": data.split_seed}, indent=1))
     text = _text(encoding, validation)

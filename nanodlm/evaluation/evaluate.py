@@ -57,7 +57,8 @@ def score(
     Returns:
         `val_nats_per_token`, `val_bits_per_byte`, `val_bits_per_byte_stderr`, `val_bits_per_character`,
         `val_unigram_bits_per_byte`, counts, and as `val_stderr_over` whether the standard error is one over
-        `documents` or over `rows`. Bits per byte divide by the bytes of the text; end-of-text marks add nats but no bytes.
+        `documents` or over `rows`. Bits per byte divide by the bytes of the text; end-of-text marks add nats but no
+        bytes.
     """
     scorer, mesh = make_scorer(model), make_mesh(options.batch_size)
     params = jax.device_put(nnx.state(model), replicated(mesh))

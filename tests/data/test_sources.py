@@ -332,6 +332,17 @@ def test_parts_end_with_the_document_that_fills_them(tmp_path: Path) -> None:
     assert (artifact.metrics["parts"], artifact.metrics["documents"]) == (4, 1000)
 
 
+def test_the_first_documents_alone_are_read_that_have_the_tokens_asked_for(tmp_path: Path) -> None:
+    texts = [f"{i:04d}" * 25 for i in range(100)]  # 25 tokens each, of four bytes
+    write_jsonl(tmp_path / "a.jsonl", texts)
+    artifact = download(tmp_path / "store", source=tmp_path / "a.jsonl", limit_tokens=101)
+    assert documents(artifact) == texts[:5]
+    rows = [[i] * 10 for i in range(30)]
+    write_tokens(tmp_path / "a.parquet", rows, pa.list_(pa.int64()))
+    ids = {"source": tmp_path / "a.parquet", "column": "tokens", "pretokenized": True, "limit_tokens": 100}
+    assert documents(download(tmp_path / "store", "d1", tokenizer="bytes", **ids)) == rows[:10]
+
+
 @pytest.mark.parametrize("killed_after", [1, 3])
 def test_a_download_cut_off_continues_to_the_same_bytes(tmp_path: Path, killed_after: int) -> None:
     source = write_jsonl(tmp_path / "a.jsonl", ["", *prose(450)])
