@@ -116,7 +116,7 @@ def check_rebuild(rebuild: str | None, last: str) -> None:
 
 def check(config: Config, stages: Iterable[str]) -> None:
     """Refuse settings that would stop one of these stages, as far as they tell before anything is started or built."""
-    from nanodlm.data.split import check_size
+    from nanodlm.data.held_out import check_size
     from nanodlm.training.trackers import check_packages
 
     if "split" in stages:

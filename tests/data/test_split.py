@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanodlm.config import Config
+from nanodlm.data import held_out as held_out_module
 from nanodlm.data import rows as data_rows
 from nanodlm.data import shard, split, tokenizer
 from nanodlm.data.documents import Documents
@@ -386,8 +387,8 @@ SMALL = (
 def test_a_fixed_number_is_held_out_by_hash_unless_the_corpus_is_small_and_none_is_set(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, documents: list[str], asked: int | None, says: str
 ) -> None:
-    monkeypatch.setattr(split, "VAL_TOKENS", 900)
-    monkeypatch.setattr(split, "SMALL", 5000)
+    monkeypatch.setattr(held_out_module, "VAL_TOKENS", 900)
+    monkeypatch.setattr(held_out_module, "SMALL", 5000)
     config, store, said = tiny_config(val_tokens=asked), Store(str(tmp_path)), []
     inputs = {"download": downloaded(store, [documents])}
     for stage in ("tokenizer", "split"):
