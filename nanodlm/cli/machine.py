@@ -1,9 +1,8 @@
 """The command that checks whether this machine can do the job."""
 
 import sys
-from importlib import import_module
+from importlib import import_module as load
 from importlib.metadata import version
-from typing import Any
 
 from nanodlm.cli.arguments import Output
 from nanodlm.cli.store import OpenStore
@@ -20,10 +19,10 @@ def doctor(*, store: OpenStore, out: Output) -> None:
     for name, check in (
         ("python", lambda: sys.version.split()[0]),
         ("packages", lambda: ", ".join(f"{name} {version(name)}" for name in PACKAGES)),
-        ("devices", lambda: ", ".join(f"{d.platform} {d.device_kind}" for d in import_module("jax").devices())),
+        ("devices", lambda: ", ".join(f"{d.platform} {d.device_kind}" for d in load("jax").devices())),
         ("store", lambda: _writable(store)),
-        ("corpus", lambda: f"{len(_data('sources').source_files(DataConfig()))} built-in documents"),
-        ("gpt2", lambda: f"{_data('tokenizer').gpt2().n_vocab:,} entries"),
+        ("corpus", lambda: f"{len(load('nanodlm.data.sources').source_files(DataConfig()))} built-in documents"),
+        ("gpt2", lambda: f"{load('nanodlm.data.tokenizer').gpt2().n_vocab:,} entries"),
     ):
         try:
             ok, text = True, check()
@@ -35,10 +34,6 @@ def doctor(*, store: OpenStore, out: Output) -> None:
     out.json(checks=rows, ok=not failed)
     if failed:
         raise NanodlmError(f"{len(failed)} of {len(rows)} checks failed: {', '.join(failed)}")
-
-
-def _data(module: str) -> Any:
-    return import_module(f"nanodlm.data.{module}")
 
 
 def _writable(store: Store) -> str:

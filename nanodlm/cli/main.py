@@ -55,10 +55,13 @@ the traceback to an error.
 def main(argv: list[str] | None = None) -> NoReturn:
     """Run one command and exit: 0 done, 1 failed, 2 bad usage, 75 stopped by a signal after saving."""
     argv = sys.argv[1:] if argv is None else argv
-    debug = "--debug" in argv
-    code = 0
-    if not debug:
-        _quiet_libraries()
+    debug, code = "--debug" in argv, 0
+    if not debug:  # the error that ends the command says in one line what threads of libraries would say of it
+        if sys.unraisablehook is sys.__unraisablehook__:
+            sys.unraisablehook = lambda _: None  # Orbax closes loops that its writes still report to
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+        for said in ("coroutine .* was never awaited", "Error (reading|writing) persistent compilation cache"):
+            warnings.filterwarnings("ignore", said)
     try:
         with full_disk_named("the file of standard output"):
             try:
@@ -102,15 +105,6 @@ def _have_home() -> None:
         if os.lstat(home).st_uid != os.getuid():
             raise UsageError(f"there is no home folder, and {home} is somebody else's: set HOME")
         os.environ["HOME"] = home
-
-
-def _quiet_libraries() -> None:
-    """Let threads of libraries say nothing of what the error that ends the command says in one line."""
-    if sys.unraisablehook is sys.__unraisablehook__:
-        sys.unraisablehook = lambda _: None  # Orbax closes loops that its writes still report to
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-    for said in ("coroutine .* was never awaited", "Error (reading|writing) persistent compilation cache"):
-        warnings.filterwarnings("ignore", said)
 
 
 def _run(words: list[str]) -> None:

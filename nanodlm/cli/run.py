@@ -2,26 +2,31 @@
 
 import contextlib
 import os
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
+import yaml
 from typing_extensions import Doc
 from tyro.conf import arg
 
+from nanodlm.bench import memory
 from nanodlm.cli.arguments import Output, Settings
 from nanodlm.cli.console import Console
 from nanodlm.cli.store import OpenStore
+from nanodlm.cluster.follow import SCHEDULERS, run_on_cluster
 from nanodlm.cluster.settings import Launch, Work
 from nanodlm.config import Config, unread
 from nanodlm.errors import NanodlmError, UsageError
 from nanodlm.stages import table
 from nanodlm.stages.lookup import look_up, ready, why
+from nanodlm.stages.process import end_with_parent
+from nanodlm.stages.progress import event_log
 from nanodlm.stages.run import record, run_stage
 from nanodlm.stages.table import StageName
 from nanodlm.store import Artifact, Store, remark
+from nanodlm.store.cache import cache_dir
 
 Until = Annotated[StageName, Doc("Last stage to go through.")]
 Rebuild = Annotated[
@@ -50,20 +55,17 @@ def run(
     again = any(lookup.is_again(rebuild) for lookup in lookups)
     table.check(config, [found.stage.name for found in lookups if not found.artifact or found.is_again(rebuild)])
     if not again and len(artifacts) == len(lookups):
-        records = [record(artifact, "cached", 0.0) for artifact in artifacts]
         for lookup in lookups:
             if lookup.note:
                 out.emit("message", text=lookup.note)
-        for artifact, done in zip(artifacts, records, strict=True):
-            out.done(artifact, done)
+        for artifact in artifacts:
+            out.done(artifact, record(artifact, "cached", 0.0))
     elif store.uri().startswith("memory:"):  # which no other process could see, an orchestrator's neither
-        records = []
         for name in table.until(until):
             again = ready(name, config, store, rebuild=name == rebuild).is_again(rebuild)
             with out.showing(name) as emit:
-                artifact, done = run_stage(name, config, store, rebuild=again, emit=emit)
-            out.done(artifact, done)
-            records.append(done)
+                built = run_stage(name, config, store, rebuild=again, emit=emit)
+            out.done(*built)
     else:
         from nanodlm.flows import quiet_prefect
 
@@ -74,17 +76,9 @@ def run(
 
         given = {"NANODLM_RUNNER": runner, "NANODLM_WORKERS": workers}
         os.environ.update({name: str(value) for name, value in given.items() if value is not None})
-        records = run_pipeline(config, store.uri(), until, rebuild, out, verbose)
+        run_pipeline(config, store.uri(), until, rebuild, out, verbose)
     out.finish()
-    _print_result(records, out)
-
-
-def _print_result(records: list[dict[str, Any]], out: Console) -> None:
-    metrics = {name: value for artifact in out.artifacts.values() for name, value in artifact.metrics.items()}
-    metrics.pop("first_sample", None)
-    report = out.artifacts.get("report")
-    stages = [done for done in records if done["stage"] != "report"]
-    out.json(stages=stages, metrics=metrics, report=report.uri if report else None)
+    out.results()
 
 
 def plan(
@@ -99,8 +93,6 @@ def plan(
     """Say what `nanodlm run` would build or reuse, and why. Nothing is built."""
     table.check_rebuild(rebuild, until)
     if devices is not None:
-        from nanodlm.bench import memory
-
         planned = memory.plan(config, devices)
         out.text(memory.table(planned))
         out.json(devices=planned)
@@ -120,8 +112,6 @@ def plan(
 
 def config(config: Settings, *, out: Output) -> None:
     """Print the whole configuration as YAML, to be edited and given as PRESET."""
-    import yaml
-
     out.text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True).rstrip())
     out.json(**config.model_dump(mode="json"))
 
@@ -164,10 +154,6 @@ def sample(config: Settings, how: Annotated[Alone, arg(name="")], *, store: Open
 
 
 def _run_alone(name: str, config: Config, how: Alone, store: Store, out: Console) -> None:
-    from nanodlm.stages.process import end_with_parent
-    from nanodlm.stages.progress import event_log
-    from nanodlm.store.cache import cache_dir
-
     end_with_parent()
     # What one process has compiled serves the next, a resumed run above all.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_dir() / "compiled"))
@@ -180,7 +166,7 @@ def _run_alone(name: str, config: Config, how: Alone, store: Store, out: Console
         artifact, done = run_stage(name, config, store, rebuild=how.rebuild, helping=helping, inputs=inputs, emit=emit)
     out.done(artifact, done)
     out.text(artifact.uri)
-    _print_result([done], out)
+    out.results()
 
 
 def _open_inputs(name: str, config: Config, store: Store, words: tuple[str, ...]) -> dict[str, Artifact]:
@@ -211,9 +197,7 @@ def launch(
     wait: Annotated[bool, Doc("Show how it goes until it is done; interrupted, the job is cancelled.")] = False,
 ) -> None:
     """Run a stage on a cluster, as a Slurm job or a Kubernetes JobSet."""
-    from nanodlm.cluster.follow import SCHEDULERS, run_on_cluster
-
-    out, lookup = Console(sys.stdout), None
+    out, lookup = Console(), None
     with contextlib.suppress(NanodlmError) if dry_run else contextlib.nullcontext():
         # A folder that is not here is a disk that only the cluster has: the job then looks its inputs up.
         if wait or not store.is_local or Path(store.root).is_dir():
