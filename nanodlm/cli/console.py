@@ -31,14 +31,11 @@ class Console:
         """Show events on a stream, and print results, or with `json` one JSON object, on standard output."""
         stream = stream or (sys.stderr if json else sys.stdout)
         self._rich, self._json = RichConsole(file=stream, highlight=False, soft_wrap=True, emoji=False), json
+        self.line = self._rich.print  # one, in which `[bold]` and the like mean what they do to rich
         self._progress: Progress | None = None
         self._stage, self._printed, self._pace = "", 0.0, Pace()
         self.artifacts: dict[str, Artifact] = {}  # of finished stages, by stage
         self._records: list[dict[str, Any]] = []  # of finished stages
-
-    def line(self, text: str) -> None:
-        """Print one line, in which `[bold]` and the like mean what they do to rich."""
-        self._rich.print(text)
 
     def text(self, *lines: str) -> None:
         """Print lines of a result, unless it is to be JSON."""
@@ -102,13 +99,12 @@ class Console:
         self.line("")
         if "evaluate" in artifacts:
             m = artifacts["evaluate"].metrics
-            self.line(
-                f"validation bound [bold]{m['val_bits_per_byte']:.3f}[/bold] ± {m['val_bits_per_byte_stderr']:.3f} "
-                f"bits per byte, {against_unigram(m)} the unigram entropy of {m['val_unigram_bits_per_byte']:.3f}"
-            )
+            bound = f"[bold]{m['val_bits_per_byte']:.3f}[/bold] ± {m['val_bits_per_byte_stderr']:.3f} bits per byte"
+            unigram = f"{against_unigram(m)} the unigram entropy of {m['val_unigram_bits_per_byte']:.3f}"
+            self.line(f"validation bound {bound}, {unigram}")
         if "sample" in artifacts:
-            self.line(f"[dim]a sample:[/dim] {escape(' '.join(artifacts['sample'].metrics['first_sample'].split()))}")
-            self.line("")
+            text = " ".join(artifacts["sample"].metrics["first_sample"].split())
+            self.line(f"[dim]a sample:[/dim] {escape(text)}\n")
         store = list(artifacts.values())[-1].store
         links = {name: store.show_latest(artifact) for name, artifact in artifacts.items() if store.is_local}
         for name, file in (("report", "report.html"), ("sample", "samples.txt"), ("train", "checkpoints")):

@@ -25,7 +25,7 @@ from nanodlm.stages.process import end_with_parent
 from nanodlm.stages.progress import event_log
 from nanodlm.stages.run import record, run_stage
 from nanodlm.stages.table import StageName
-from nanodlm.store import Artifact, Store, remark
+from nanodlm.store import Store, remark
 from nanodlm.store.cache import cache_dir
 
 Until = Annotated[StageName, Doc("Last stage to go through.")]
@@ -52,12 +52,11 @@ def run(
     table.check_rebuild(rebuild, until)
     lookups = list(look_up(config, store, table.until(until)[-1], rebuild))
     artifacts = [lookup.artifact for lookup in lookups if lookup.artifact]
-    again = any(lookup.is_again(rebuild) for lookup in lookups)
-    table.check(config, [found.stage.name for found in lookups if not found.artifact or found.is_again(rebuild)])
-    if not again and len(artifacts) == len(lookups):
-        for lookup in lookups:
-            if lookup.note:
-                out.emit("message", text=lookup.note)
+    lacking = [lookup.stage.name for lookup in lookups if not lookup.artifact or lookup.is_again(rebuild)]
+    table.check(config, lacking)
+    if not lacking:
+        for note in filter(None, (lookup.note for lookup in lookups)):
+            out.emit("message", text=note)
         for artifact in artifacts:
             out.done(artifact, record(artifact, "cached", 0.0))
     elif store.uri().startswith("memory:"):  # which no other process could see, an orchestrator's neither
@@ -157,7 +156,14 @@ def _run_alone(name: str, config: Config, how: Alone, store: Store, out: Console
     end_with_parent()
     # What one process has compiled serves the next, a resumed run above all.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_dir() / "compiled"))
-    inputs, helping = _open_inputs(name, config, store, how.inputs) if how.inputs else None, False
+    inputs, helping = None, False
+    if how.inputs:
+        named = {stage: fingerprint for stage, _, fingerprint in (word.partition("=") for word in how.inputs)}
+        needed = table.STAGES[name].inputs(config)
+        if set(named) != set(needed) or not all(named.values()):
+            told = " ".join(f"{stage}=FINGERPRINT" for stage in needed)
+            raise UsageError(f"{name} reads --inputs {told}: name just these")
+        inputs = {stage: store.open(f"{stage}/{fingerprint}") for stage, fingerprint in named.items()}
     if isinstance(how, AloneOrTogether):
         from nanodlm.devices.hosts import join
 
@@ -167,16 +173,6 @@ def _run_alone(name: str, config: Config, how: Alone, store: Store, out: Console
     out.done(artifact, done)
     out.text(artifact.uri)
     out.results()
-
-
-def _open_inputs(name: str, config: Config, store: Store, words: tuple[str, ...]) -> dict[str, Artifact]:
-    """Open the artifacts that words such as `shard=ab12…` name, which must be just those that the stage reads."""
-    named = {stage: fingerprint for stage, _, fingerprint in (word.partition("=") for word in words)}
-    needed = table.STAGES[name].inputs(config)
-    if set(named) != set(needed) or not all(named.values()):
-        told = " ".join(f"{stage}=FINGERPRINT" for stage in needed)
-        raise UsageError(f"{name} reads --inputs {told}: name just these")
-    return {stage: store.open(f"{stage}/{fingerprint}") for stage, fingerprint in named.items()}
 
 
 class Cluster(Launch):
