@@ -3,7 +3,6 @@
 import contextlib
 import os
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -17,7 +16,7 @@ from nanodlm.cli.console import Console
 from nanodlm.cli.store import OpenStore
 from nanodlm.cluster.follow import SCHEDULERS, run_on_cluster
 from nanodlm.cluster.settings import Launch, Work
-from nanodlm.config import Config, unread
+from nanodlm.config import Config, Group, unread
 from nanodlm.errors import NanodlmError, UsageError
 from nanodlm.stages import table
 from nanodlm.stages.lookup import look_up, ready, why
@@ -115,20 +114,15 @@ def config(config: Settings, *, out: Output) -> None:
     out.json(**config.model_dump(mode="json"))
 
 
-@dataclass(frozen=True)
-class Alone:
+class Alone(Group):
     """How a stage runs in this process, without Prefect."""
 
     rebuild: Again = False
-    inputs: Annotated[
-        tuple[str, ...],
-        Doc("What the stage reads, each as STAGE=FINGERPRINT; by default it is looked up, from the source on."),
-        arg(metavar="[STAGE=FINGERPRINT ...]"),
-    ] = ()
+    inputs: Annotated[tuple[str, ...], arg(metavar="[STAGE=FINGERPRINT ...]")] = ()
+    """What the stage reads, each as STAGE=FINGERPRINT; by default it is looked up, from the source on."""
     events: Annotated[str, Doc("File to which progress is written as JSON lines."), arg(metavar="FILE")] = ""
 
 
-@dataclass(frozen=True)
 class AloneOrTogether(Alone):
     """How training runs in this process, alone or as one of several."""
 

@@ -21,14 +21,11 @@ from nanodlm.upkeep.collect import collect, remove
 from nanodlm.upkeep.copy import copy as copy_artifacts
 from nanodlm.upkeep.verify import chain, check, in_order
 
+_default = arg(metavar="URL", help_behavior_hint="(default: $NANODLM_STORE, else data/store)")
+Url = Annotated[str, Doc("Where artifacts lie: a folder or an fsspec URL."), _default]
 
-def _open_store(
-    store: Annotated[
-        str,
-        Doc("Where artifacts lie: a folder or an fsspec URL."),
-        arg(metavar="URL", help_behavior_hint="(default: $NANODLM_STORE, else data/store)"),
-    ] = "",
-) -> Store:
+
+def _open_store(store: Url = "") -> Store:
     return Store(store or default_store())
 
 

@@ -71,11 +71,8 @@ def training_settings(config: Config) -> dict[str, Any]:
         config = config.replace(schedule=Config().schedule.model_dump())
     without = {"fsdp", "tensor", "remat"}  # these change where and how it is computed, not what comes out
     train = config.train.model_dump(exclude=without if config.train.skip_nonfinite else {*without, "skip_nonfinite"})
-    return {
-        **config.model_dump(include={"model", "schedule", "objective"}),
-        "train": train,
-        "data": config.data.model_dump(include={"shuffle_seed", "isolate_documents"}),
-    }
+    data = config.data.model_dump(include={"shuffle_seed", "isolate_documents"})
+    return {**config.model_dump(include={"model", "schedule", "objective"}), "train": train, "data": data}
 
 
 def evaluation_settings(config: Config) -> dict[str, Any]:
