@@ -47,9 +47,7 @@ def parse(command: str, function: Callable[..., None], words: list[str]) -> Call
                 break
         preset, defaults = " [PRESET]", {"config": load_config(name)}
 
-    @wraps(function)
-    def bind(*values: Any, **named: Any) -> Callable[[], None]:
-        return partial(function, *values, **named)
+    bind = wraps(function)(lambda *values, **named: partial(function, *values, **named))
 
     def refuse(event: tyro_errors.ParseErrorEvent) -> NoReturn:
         if isinstance(event, tyro_errors.UnrecognizedArgs):

@@ -18,6 +18,7 @@ from nanodlm.cluster.follow import SCHEDULERS, run_on_cluster
 from nanodlm.cluster.settings import Launch, Work
 from nanodlm.config import Config, Group, unread
 from nanodlm.errors import NanodlmError, UsageError
+from nanodlm.flows import quiet_prefect
 from nanodlm.stages import table
 from nanodlm.stages.lookup import look_up, ready, why
 from nanodlm.stages.process import end_with_parent
@@ -65,8 +66,6 @@ def run(
                 built = run_stage(name, config, store, rebuild=again, emit=emit)
             out.done(*built)
     else:
-        from nanodlm.flows import quiet_prefect
-
         quiet_prefect(verbose)
         if not os.environ.get("PREFECT_API_URL"):
             out.line("[dim]starting the local Prefect server[/dim]")
