@@ -36,7 +36,7 @@ COMMANDS = {  # the file that holds it, and what it does
     "copy": ("store", "copy artifacts to another store"),
     "rm": ("store", "remove an artifact, and with --recursive what was made from it"),
     "adopt": ("store", "take files at hand for a configuration's download"),
-    "doctor": ("machine", "check this machine and the store"),
+    "doctor": ("store", "check this machine and the store"),
 }
 HELP = f"""usage: nanodlm COMMAND [PRESET] [--store URL] [flags]
 

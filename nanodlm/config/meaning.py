@@ -56,10 +56,7 @@ def as_read(config: Config) -> Config:
 
 
 def schedule_trains(config: Config) -> bool:
-    """Return whether training reads the noise schedule.
-
-    Counts draw no times, and only a network that is told the time learns from what the schedule makes of them.
-    """
+    """Return whether training reads the schedule: counts draw no times, and most networks are told none."""
     estimator = config.objective.estimator or KINDS[config.objective.kind].estimators[0]
     return config.model.time_conditioning or estimator not in ("count", "constant_count")
 

@@ -100,10 +100,7 @@ def as_changes(config: Config) -> tuple[str, dict[str, Any]]:
 
 
 class _Form:
-    """The JSON schema of changes, by which forms are drawn and servers refuse: that of `Config`, without defaults.
-
-    A form would send the defaults, and so set what nobody has changed.
-    """
+    """The JSON schema of changes, for forms and servers: that of `Config` without defaults, which a form would send."""
 
     def __get_pydantic_json_schema__(self, _: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
         schema, dotted = handler(Config.__pydantic_core_schema__), {}
