@@ -97,9 +97,7 @@ def main(argv: list[str] | None = None) -> NoReturn:
 def _have_home() -> None:
     """Name a home folder where there is none: without, libraries stop, or make a folder named `~`."""
     if os.path.expanduser("~") == "~":
-        from tempfile import gettempdir
-
-        home = f"{gettempdir()}/nanodlm-{os.getuid()}"
+        home = f"{import_module('tempfile').gettempdir()}/nanodlm-{os.getuid()}"
         with contextlib.suppress(FileExistsError):
             os.mkdir(home, 0o700)
         if os.lstat(home).st_uid != os.getuid():
@@ -112,9 +110,7 @@ def _run(words: list[str]) -> None:
         print(HELP, end="")
         sys.exit(0 if {"-h", "--help"} & set(words) else UsageError.exit_code)
     if words[0] == "--version":
-        from importlib.metadata import version
-
-        print(version("nanodlm"))
+        print(import_module("importlib.metadata").version("nanodlm"))
         return
     length = 2 if words[0] == "bench" else 1
     command = " ".join(words[:length])

@@ -19,7 +19,6 @@ from nanodlm.stages.progress import summary
 from nanodlm.stages.run import default_store
 from nanodlm.store import Artifact, Store, changed_since, remark
 from nanodlm.upkeep import ages
-from nanodlm.upkeep.adopt import adopt as adopt_files
 from nanodlm.upkeep.collect import collect, remove
 from nanodlm.upkeep.copy import copy as copy_artifacts
 from nanodlm.upkeep.verify import chain, check, in_order
@@ -189,6 +188,8 @@ def copy(src: From, dst: To, /, *, out: Output) -> None:
 
 def adopt(files: Files, /, config: Settings, *, store: OpenStore, out: Output) -> None:
     """Take files at hand for a download, instead of fetching its source."""
+    from nanodlm.upkeep.adopt import adopt as adopt_files
+
     if not files:
         raise UsageError("nanodlm adopt FILES [PRESET]: name the files, or a glob of them, in quotes")
     with out.showing("download") as emit:
