@@ -49,19 +49,13 @@ def q_sample(x_0: Tokens, mask_rate: Float[Array, "B"], key: Key[Array, ""], *, 
 
 
 def mask_subset(x_0: Tokens, count: Int[Array, "B"], key: Key[Array, ""], *, mask_id: int) -> Tokens:
-    """Mask a uniformly random subset of exactly `count` of each row's tokens; padding is never among them.
-
-    >>> x = mask_subset(jnp.zeros((2, 8), int), jnp.array([3, 8]), jax.random.key(0), mask_id=1)
-    >>> x.sum(axis=1).tolist()
-    [3, 8]
-    """
+    """Mask a uniformly random subset of exactly `count` of each row's tokens; padding is never among them."""
     return jnp.where(_subset(x_0 < mask_id, count, key), mask_id, x_0)
 
 
 def _subset(real: Bool[Array, "B L"], count: Int[Array, "B"], key: Key[Array, ""]) -> Bool[Array, "B L"]:
     """Draw a uniformly random subset of `count` of each row's real positions."""
-    noise = jnp.where(real, jax.random.uniform(key, real.shape), jnp.inf)
-    return rank(noise) < count[:, None]
+    return rank(jnp.where(real, jax.random.uniform(key, real.shape), jnp.inf)) < count[:, None]
 
 
 def rank(x: Float[Array, "B L"]) -> Int[Array, "B L"]:

@@ -141,8 +141,8 @@ class Objective:
 
     def fused_nats(
         self, features: Features, table: Table, x_0: Tokens, noised: Corruption, *, chunks: int = 1
-    ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-        """Return loss and bound of all rows together, in nats, from what the output layer reads, keeping no logits.
+    ) -> tuple[Float[Array, ""], Float[Array, "G C"]]:
+        """Return the loss of all rows, and the bound's terms (of rows, or pairs of rows), in nats, keeping no logits.
 
         The network gives features (`Transformer.features`) instead of logits, which are features times the transposed
         table, in float32. This output layer, often most of the work, is computed at no more positions than
@@ -159,15 +159,7 @@ class Objective:
             values = [jnp.take_along_axis(v, places[..., None] if v.ndim == 3 else places, axis=1) for v in pairs]
         features, target, loss_weight, bound_weight = values
         loss, nats = linear_cross_entropy(features, table, target, loss_weight, mask_id=self.mask_id, chunks=chunks)
-        return loss, (bound_weight * nats).sum()
-
-    def fused_bounds(
-        self, features: Features, table: Table, x_0: Tokens, noised: Corruption, *, chunks: int = 1
-    ) -> Float[Array, "B"]:
-        """Return the bound of each row, as `row_nats` has it, without keeping any logits; see `fused_nats`."""
-        _, weight = self._position_weights(x_0, noised)
-        _, nats = linear_cross_entropy(features, table, x_0, weight.bound, mask_id=self.mask_id, chunks=chunks)
-        return (weight.bound * nats).sum(axis=1)
+        return loss, bound_weight * nats
 
     def most_scored(self, n_rows: int, length: int) -> int:
         """Return how many positions two neighbouring rows can have scored at most, told before any noise is drawn.

@@ -12,6 +12,7 @@ import contextlib
 import json
 import math
 import threading
+import time
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -115,7 +116,7 @@ class _Loop(NamedTuple):
             rows_seen += train.batch_size * train.grad_acc_steps
             if step == first + 1:
                 jax.block_until_ready(scalars)  # compiled; from here on the clock runs
-                logger.start_clock(step)
+                logger.since, logger.began = step, time.monotonic()
             logger.flush()  # the record of the update before, while this one is computed
             last, stopping = step == train.max_steps, shall_stop(scalars)
             saving = last or stopping or step % exp.save_every == 0
@@ -123,7 +124,9 @@ class _Loop(NamedTuple):
             if saving:
                 logger.check(step, scalars, state)
                 if self.validate and not stopping:  # a signal leaves no time for it
-                    scores = logger.off_the_clock(self.validate, state)
+                    began = time.monotonic()
+                    scores = self.validate(state)
+                    logger.began += time.monotonic() - began
             if last or step % exp.log_every == 0:
                 logger.add(step, scalars | scores)
             if saving:
