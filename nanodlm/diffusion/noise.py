@@ -59,11 +59,7 @@ def _subset(real: Bool[Array, "B L"], count: Int[Array, "B"], key: Key[Array, ""
 
 
 def rank(x: Float[Array, "B L"]) -> Int[Array, "B L"]:
-    """Return each entry's position in its sorted row, 0 for the smallest; equal ones count from left to right.
-
-    >>> rank(jnp.array([[0.5, 0.1, 0.3]])).tolist()
-    [[2, 0, 1]]
-    """
+    """Return each entry's position in its sorted row, 0 for the smallest; equal ones count from left to right."""
     return jnp.argsort(jnp.argsort(x, axis=1), axis=1)  # the second sort inverts the permutation of the first
 
 
@@ -72,10 +68,6 @@ def unmask_probability(schedule: Schedule, t: Float[Array, "..."], s: Float[Arra
 
     All is masked at t = 1 and nothing at s = 0, also under schedules that jump there; so it is exactly 1 at s = 0.
     Source: MDLM, arXiv:2406.07524, equation 7.
-
-    >>> from nanodlm.diffusion.schedules import make_schedule
-    >>> float(unmask_probability(make_schedule("linear"), jnp.float32(0.5), jnp.float32(0.25)))
-    0.5
     """
     masked_s = jnp.where(s <= 0, 0.0, schedule.mask_rate(s))
     masked_t = jnp.where(t >= 1, 1.0, schedule.mask_rate(t))

@@ -97,12 +97,6 @@ class Objective:
 
         Constant counts add up to the same for every two rows (or blocks) of equal length without padding. Segments are
         read by `autoregressive` alone: the first token of each is predicted from the begin token.
-
-        >>> import jax
-        >>> from nanodlm.diffusion.schedules import make_schedule
-        >>> objective = Objective(make_schedule("linear"), mask_id=1, estimator="constant_count")
-        >>> int((objective.corrupt(jnp.zeros((4, 8), int), jax.random.key(0)).x_t == 1).sum())  # always 4 * 9 / 2
-        18
         """
         if self.traits.reads == "before":
             ones = jnp.ones(len(x_0))
@@ -165,10 +159,6 @@ class Objective:
         """Return how many positions two neighbouring rows can have scored at most, told before any noise is drawn.
 
         Under `constant_count` it is K (b + 1) for an even number of rows of K blocks of b tokens, otherwise all.
-
-        >>> from nanodlm.diffusion.schedules import make_schedule
-        >>> Objective(make_schedule("linear"), 9, estimator="constant_count").most_scored(4, 64)
-        65
         """
         if self.estimator not in self.traits.estimators or self.estimator != "constant_count" or n_rows % 2:
             return 2 * length
@@ -203,9 +193,6 @@ def settle(network: Any, *, schedule: Schedule | str | None, **passed: Any) -> d
 
     Another schedule is taken when the network does not see the time, for which it then means nothing. A ValueError says
     what contradicts the network, and what is missing where it carries nothing.
-
-    >>> settle(lambda x_t, t: x_t, schedule="linear", mask_id=2)["schedule"].kind
-    'linear'
     """
     own = own_objective(network)
     schedule = make_schedule(schedule) if isinstance(schedule, str) else schedule

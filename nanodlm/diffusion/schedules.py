@@ -1,9 +1,4 @@
-"""Noise schedules: how the probability that a token is still unmasked falls from 1 (t=0) to 0 (t=1).
-
-schedule = make_schedule("linear")
-schedule.alpha(0.25)   # 0.75 of the tokens are unmasked
-schedule.dalpha(0.25)  # -1.0
-"""
+"""Noise schedules: how the probability that a token is still unmasked falls from 1 (t=0) to 0 (t=1)."""
 
 import math
 from collections.abc import Callable

@@ -209,7 +209,6 @@ class Transformer(nnx.Module):
         return jax.lax.scan(layer, x, (params, past))
 
     def _score(self, features: Float[Array, "B Q D"]) -> Float[Array, "B Q V"]:
-        """Return logits, in float32."""
         flat = (self.head or self.embedding).attend(features.reshape(-1, features.shape[-1]))  # as in `Linear`
         return flat.astype(jnp.float32).reshape(*features.shape[:2], -1)
 

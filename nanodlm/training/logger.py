@@ -55,15 +55,12 @@ class Logger:
         self.records.append(record)
         if self.tracker:
             self.tracker.log(record)
-        shown = {"bits_per_byte": self._smoothed(), **record}
+        bounds = [r["nats_per_token"] for r in self.records[-50:] if r["nats_per_token"] is not None]
+        weights = [0.9**age for age in reversed(range(len(bounds)))]  # which fall by a tenth a record
+        smoothed = self.bits * sum(map(mul, weights, bounds)) / sum(weights) if bounds else None
+        shown = {"bits_per_byte": smoothed, **record}
         self.emit("progress", done=step, total=train.max_steps, unit="updates", **shown)
         self._judge(step, values["nats_per_token"])
-
-    def _smoothed(self) -> float | None:
-        """Return the training bound in bits per byte, averaged with weights that fall by a tenth a record."""
-        bounds = [r["nats_per_token"] for r in self.records[-50:] if r["nats_per_token"] is not None]
-        weights = [0.9**age for age in reversed(range(len(bounds)))]
-        return self.bits * sum(map(mul, weights, bounds)) / sum(weights) if bounds else None
 
     def check(self, step: int, scalars: dict[str, Array], state: State) -> None:
         """Make sure that the state after an update is worth saving."""

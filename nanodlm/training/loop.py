@@ -209,7 +209,6 @@ def _validation(
     config: Config, network: Transformer, rows: list[np.ndarray], mesh: Mesh
 ) -> Callable[[State], dict[str, float]] | None:
     """Return what scores a state, always with the same noise on these rows, or None."""
-    length = config.model.seq_len
     if not rows:
         return None
     scorer, key = make_scorer(network), jax.random.key(config.eval.seed)
@@ -217,7 +216,7 @@ def _validation(
     def validate(state: State) -> dict[str, float]:
         params = state.get("ema_state", state["model_state"])
         nats = score_rows(scorer, params, rows, key, mesh=mesh, batch_size=config.train.batch_size)
-        bound = float(sum(batch.sum() for batch in nats)) / (len(rows) * length)
+        bound = float(sum(batch.sum() for batch in nats)) / (len(rows) * config.model.seq_len)
         return {"val_nats_per_token": bound} if math.isfinite(bound) else {}
 
     return validate
