@@ -19,18 +19,9 @@ if TYPE_CHECKING:  # for editors and type checkers
     from nanodlm.diffusion.schedules import make_schedule
     from nanodlm.stages.run import train
 
-_HOME = {
-    "PRESETS": "config",
-    "Config": "config",
-    "load": "checkpoints.loading",
-    "make_schedule": "diffusion.schedules",
-    "nelbo": "diffusion.nelbo",
-    "Decoder": "diffusion.blocks",
-    "sample": "diffusion.sampling",
-    "sample_autoregressive": "diffusion.blocks",
-    "sample_blocks": "diffusion.blocks",
-    "train": "stages.run",
-}
+_HOME = {"PRESETS": "config", "Config": "config", "load": "checkpoints.loading", "train": "stages.run"}
+_HOME |= {"make_schedule": "diffusion.schedules", "nelbo": "diffusion.nelbo", "sample": "diffusion.sampling"}
+_HOME |= dict.fromkeys(("Decoder", "sample_autoregressive", "sample_blocks"), "diffusion.blocks")
 __all__ = list(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
 
 

@@ -62,8 +62,7 @@ class NanodlmError(Exception):
     exit_code = 1
 
     def __init__(self, message: str):
-        """Say something; secrets in it are left out, for errors of drivers may quote them."""
-        super().__init__(redact(message))
+        super().__init__(redact(message))  # for errors of drivers may quote secrets
 
 
 class UsageError(NanodlmError):

@@ -65,20 +65,18 @@ def plan(config: Config, devices: int) -> dict[str, Any]:
 def table(planned: dict[str, Any]) -> str:
     """Lay out for people what `plan` returned."""
     of = {name: f"{size / 2**20:>10,.1f} MiB" for name, size in planned["bytes"].items()}
-    collectives = [f"{count} {name}" for name, count in planned["collectives"].items() if count]
-    held = [f"{name:<12} {of[name]}" for name in ("parameters", "optimizer", "average", "rows")]
-    return "\n".join(
-        [
-            f"{planned['devices']} devices: " + " x ".join(f"{name} {n}" for name, n in planned["mesh"].items()),
-            f"{planned['parameters']:,} parameters; an update takes {planned['tokens_per_update']:,} tokens and "
-            f"{planned['flops_per_update']:.3g} FLOPs",
-            "\non each device",
-            *held,
-            f"temporaries  {of['temporaries']}  an indication; gradients are {of['gradients'].strip()} of it",
-            f"total        {of['total']}",
-            "\nTemporaries are what XLA plans for a CPU, which has no fused attention and holds bfloat16 products as it"
-            " likes;\na GPU's or TPU's differ. The other sizes are exact.",
-            f"collectives  {', '.join(collectives) or 'none'} (those in a loop count once)",
-            f"compilation  {planned['compile_seconds']:.1f} s",
-        ]
-    )
+    collectives = ", ".join(f"{count} {name}" for name, count in planned["collectives"].items() if count)
+    work = f"{planned['tokens_per_update']:,} tokens and {planned['flops_per_update']:.3g} FLOPs"
+    lines = [
+        f"{planned['devices']} devices: " + " x ".join(f"{name} {n}" for name, n in planned["mesh"].items()),
+        f"{planned['parameters']:,} parameters; an update takes {work}",
+        "\non each device",
+        *(f"{name:<12} {of[name]}" for name in ("parameters", "optimizer", "average", "rows")),
+        f"temporaries  {of['temporaries']}  an indication; gradients are {of['gradients'].strip()} of it",
+        f"total        {of['total']}",
+        "\nTemporaries are what XLA plans for a CPU, which has no fused attention and holds bfloat16 products as it"
+        " likes;\na GPU's or TPU's differ. The other sizes are exact.",
+        f"collectives  {collectives or 'none'} (those in a loop count once)",
+        f"compilation  {planned['compile_seconds']:.1f} s",
+    ]
+    return "\n".join(lines)

@@ -48,7 +48,10 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
         self._attempt, self._run, self._keep, self._keep_best = attempt, run, keep, keep_best
         folder, self._uri = from_leader([str(attempt.path.absolute()), attempt.uri("")] if attempt else None)
         self._folder = Path(folder)
-        if not process_allgather(np.array([_appears(self._folder)])).all():
+        deadline = time.monotonic() + 70  # a network's disk may remember for a minute that there was no such folder
+        while not self._folder.is_dir() and time.monotonic() < deadline:
+            time.sleep(0.2)
+        if not process_allgather(np.array([self._folder.is_dir()])).all():
             raise NanodlmError(f"{folder} is not on every host: several hosts need a --store on a disk that they share")
         self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="written")
@@ -150,14 +153,6 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
             except (ValueError, KeyError, TypeError) as error:
                 fixed = f"one of these cannot change in mid-training: {', '.join(allowed)}"
                 raise UsageError(f"the arrays of {part.uri} do not fit this configuration: {fixed}") from error
-
-
-def _appears(folder: Path) -> bool:
-    """Wait until a folder is there, for 70 s: a network's disk may remember for a minute that it was not."""
-    deadline = time.monotonic() + 70
-    while not folder.is_dir() and time.monotonic() < deadline:
-        time.sleep(0.2)
-    return folder.is_dir()
 
 
 def _score_of(info: Json) -> float | None:

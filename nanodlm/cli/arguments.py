@@ -3,17 +3,19 @@
 A command's signature declares its arguments: before `/` those without a flag; `config` is PRESET with all its flags.
 """
 
+import contextlib
 import difflib
 import inspect
+import io
+import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial, wraps
 from itertools import takewhile
-from typing import Annotated, Any, NoReturn, get_type_hints
+from typing import Annotated, Any, NoReturn
 
 import tyro
 from pydantic import ValidationError
-from typing_extensions import Doc
 from tyro import _errors as tyro_errors  # its way to say what is wrong otherwise than in a box
 from tyro.conf import FlagConversionOff, FlagCreatePairsOff, PositionalMetavarFromFieldName, arg
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
@@ -22,15 +24,8 @@ from nanodlm.cli.console import Console
 from nanodlm.config import FILES, PRESETS, Config, explain, load_config
 from nanodlm.errors import UsageError
 
-
-def _open_console(
-    json: Annotated[bool, Doc("Print one JSON object as the last line of standard output.")] = False,
-) -> Console:
-    return Console(sys.stderr if json else sys.stdout, json=json)
-
-
 Settings = Annotated[Config, arg(name="")]
-Output = Annotated[Console, arg(name="", constructor=_open_console)]
+Output = Annotated[Console, arg(name="")]
 
 _registry = ConstructorRegistry()
 for _group in Config.model_fields.values():  # so that --help breaks lines where the terminal ends
@@ -44,16 +39,19 @@ def parse(command: str, function: Callable[..., None], words: list[str]) -> Call
     own = [name.upper() for name, p in parameters.items() if p.kind is p.POSITIONAL_ONLY]
     preset, defaults = "", {}
     if "config" in parameters:
-        name, words = _take_preset(words)
+        name, words = "demo", [*words]
+        for word in takewhile(lambda word: not word.startswith("-"), words):
+            file = word.endswith(FILES) and not word.endswith("manifest.json")  # which is an artifact's
+            if word in PRESETS or word.startswith("{") or file:
+                words.remove(name := word)
+                break
         preset, defaults = " [PRESET]", {"config": load_config(name)}
 
-    @wraps(function)
-    def bind(*values: Any, **named: Any) -> Callable[[], None]:
-        return partial(function, *values, **named)
+    bind = wraps(function)(lambda *values, **named: partial(function, *values, **named))
 
     def refuse(event: tyro_errors.ParseErrorEvent) -> NoReturn:
         if isinstance(event, tyro_errors.UnrecognizedArgs):
-            raise UsageError(f"{_unknown(event.tokens[0], function)} (`nanodlm {command} --help` lists the flags)")
+            raise UsageError(_unknown(event.tokens[0], command, function))
         if isinstance(event, tyro_errors.MissingArgs):
             told = [str(missing.arg.field.helptext).strip(" .") for missing in event.missing_arguments]
             texts = ", and ".join(text[:1].lower() + text[1:] for text in told)
@@ -72,15 +70,6 @@ def parse(command: str, function: Callable[..., None], words: list[str]) -> Call
             )
     except ValidationError as error:
         raise UsageError(_explain(error, "--")) from None
-
-
-def _take_preset(words: list[str]) -> tuple[str, list[str]]:
-    """Take the PRESET out of the words before the first flag."""
-    for i, word in enumerate(takewhile(lambda word: not word.startswith("-"), words)):
-        file = word.endswith(FILES) and not word.endswith("manifest.json")  # which is an artifact's
-        if word in PRESETS or word.startswith("{") or file:
-            return word, words[:i] + words[i + 1 :]
-    return "demo", words
 
 
 @_registry.primitive_rule
@@ -121,23 +110,16 @@ def _explain(error: ValidationError, prefix: str) -> str:
     return (prefix if error.errors()[0]["loc"] else "") + explain(error)
 
 
-def _unknown(word: str, function: Callable[..., None]) -> str:
+def _unknown(word: str, command: str, function: Callable[..., None]) -> str:
     """Say what to do about a word that is no argument."""
+    remedy = f"(`nanodlm {command} --help` lists the flags)"
     if word.startswith("-"):
-        near = difflib.get_close_matches(word.replace("-", "_").replace("__", "--", 1), list(_flags(function)), 1)
-        return f"unknown flag {word}" + (f"; perhaps you meant {near[0]}" if near else "")
+        with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()) as told:
+            parse(command, function, ["--help"])
+        flags = re.findall(r"--[\w.]+", told.getvalue())
+        near = difflib.get_close_matches(word.replace("-", "_").replace("__", "--", 1), flags, 1)
+        return f"unknown flag {word}{f'; perhaps you meant {near[0]}' if near else ''} {remedy}"
     if "config" in inspect.signature(function).parameters and "/" not in word:
         load_config(word)  # says what a preset is, unless this is one
-        return f"the preset {word} must come first, before all flags, and there is only one"
-    return f"there is one word too many: {word}"
-
-
-def _flags(function: Callable[..., None]) -> Iterator[str]:
-    for name, kind in get_type_hints(function).items():
-        groups = _fields(kind) or {"json" if name == "out" else name: None}
-        for field, group in groups.items():
-            yield from [f"--{field}.{each}" for each in _fields(getattr(group, "annotation", None))] or [f"--{field}"]
-
-
-def _fields(kind: Any) -> dict[str, Any]:
-    return getattr(kind, "model_fields", None) or getattr(kind, "__dataclass_fields__", {})
+        return f"the preset {word} must come first, before all flags, and there is only one {remedy}"
+    return f"there is one word too many: {word} {remedy}"

@@ -10,27 +10,24 @@ from nanodlm.cli.console import Console
 from nanodlm.config import Config
 from nanodlm.errors import full_disk_named
 
+Steps = Annotated[int, Doc("Updates to time.")]
+Repeats = Annotated[int, Doc("Draws to time, of sample.num_samples texts.")]
+Batches = Annotated[int, Doc("Batches to time.")]
 Baseline = Annotated[bool, Doc("Also time updates of the plain recipe, of the same sizes, in turn with ours.")]
 Against = Annotated[float | None, Doc("Tokens per second that a trainer takes, to compare with.")]
 
 
-def train(
-    config: Settings, *, steps: Annotated[int, Doc("Updates to time.")] = 10, baseline: Baseline = False, out: Output
-) -> None:
+def train(config: Settings, *, steps: Steps = 10, baseline: Baseline = False, out: Output) -> None:
     """Time updates of the network on random tokens."""
     _measure("train", out, config, steps=steps, baseline=baseline)
 
 
-def sample(
-    config: Settings, *, repeats: Annotated[int, Doc("Draws to time, of sample.num_samples texts.")] = 5, out: Output
-) -> None:
+def sample(config: Settings, *, repeats: Repeats = 5, out: Output) -> None:
     """Time the sampler, with a network that has learned nothing."""
     _measure("sample", out, config, repeats=repeats)
 
 
-def loader(
-    config: Settings, *, batches: Annotated[int, Doc("Batches to time.")] = 200, against: Against = None, out: Output
-) -> None:
+def loader(config: Settings, *, batches: Batches = 200, against: Against = None, out: Output) -> None:
     """Time how fast training rows are read."""
     _measure("loader", out, config, batches=batches, against=against)
 

@@ -2,14 +2,17 @@
 
 import json as json_module
 import os
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 from rich.console import Console as RichConsole
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from typing_extensions import Doc
+from tyro.conf import Suppress
 
 from nanodlm.errors import Emit
 from nanodlm.stages.progress import Pace, summary
@@ -17,22 +20,22 @@ from nanodlm.stages.progress import Pace, summary
 if TYPE_CHECKING:
     from nanodlm.store import Artifact
 
+Json = Annotated[bool, Doc("Print one JSON object as the last line of standard output.")]
 PLAIN_SECONDS = 10.0  # between progress lines when the output is not a terminal
 
 
 class Console:
     """Show events of stages as they come; `emit` has the signature that stages call."""
 
-    def __init__(self, stream: TextIO, *, json: bool = False):
+    def __init__(self, stream: Suppress[TextIO | None] = None, *, json: Json = False):
         """Show events on a stream, and print results, or with `json` one JSON object, on standard output."""
+        stream = stream or (sys.stderr if json else sys.stdout)
         self._rich, self._json = RichConsole(file=stream, highlight=False, soft_wrap=True, emoji=False), json
+        self.line = self._rich.print  # one, in which `[bold]` and the like mean what they do to rich
         self._progress: Progress | None = None
         self._stage, self._printed, self._pace = "", 0.0, Pace()
         self.artifacts: dict[str, Artifact] = {}  # of finished stages, by stage
-
-    def line(self, text: str) -> None:
-        """Print one line, in which `[bold]` and the like mean what they do to rich."""
-        self._rich.print(text)
+        self._records: list[dict[str, Any]] = []  # of finished stages
 
     def text(self, *lines: str) -> None:
         """Print lines of a result, unless it is to be JSON."""
@@ -50,10 +53,9 @@ class Console:
         self._stage, self._printed, self._pace = stage, time.monotonic(), Pace()
         name, text = TextColumn("[bold]{task.description:<10}"), TextColumn("{task.fields[text]}")
         columns = (SpinnerColumn(), name, BarColumn(bar_width=24), text, TimeElapsedColumn())
-        terminal = self._rich.is_terminal
-        with Progress(*columns, console=self._rich, transient=True, disable=not terminal) as progress:
+        with Progress(*columns, console=self._rich, transient=True, disable=not self._rich.is_terminal) as progress:
             progress.add_task(stage, total=None, text="")
-            self._progress = progress if terminal else None
+            self._progress = progress if self._rich.is_terminal else None
             yield self.emit
         self._progress = None
 
@@ -75,11 +77,19 @@ class Console:
         from nanodlm.store import changed_since, remark
 
         self.artifacts[artifact.stage] = artifact
+        self._records.append(record)
         built = record["status"] == "built"
         status = f"[green]built  {record['seconds']:7.1f} s[/green]" if built else f"[cyan]{'cached':<16}[/cyan]"
         self.line(f"[bold]{record['stage']:<10}[/bold] {status}  {escape(summary(artifact))}")
         if changed := changed_since(artifact):
             self.line(f"{'':<28}[yellow]{remark(changed)}: --rebuild changed builds it again[/yellow]")
+
+    def results(self) -> None:
+        """Print the records and metrics of the finished stages as JSON, if that is asked for."""
+        metrics = {name: value for artifact in self.artifacts.values() for name, value in artifact.metrics.items()}
+        metrics.pop("first_sample", None)
+        report, stages = self.artifacts.get("report"), [done for done in self._records if done["stage"] != "report"]
+        self.json(stages=stages, metrics=metrics, report=report.uri if report else None)
 
     def finish(self) -> None:
         """Print the results of the finished stages and where everything lies."""
@@ -89,13 +99,12 @@ class Console:
         self.line("")
         if "evaluate" in artifacts:
             m = artifacts["evaluate"].metrics
-            self.line(
-                f"validation bound [bold]{m['val_bits_per_byte']:.3f}[/bold] ± {m['val_bits_per_byte_stderr']:.3f} "
-                f"bits per byte, {against_unigram(m)} the unigram entropy of {m['val_unigram_bits_per_byte']:.3f}"
-            )
+            bound = f"[bold]{m['val_bits_per_byte']:.3f}[/bold] ± {m['val_bits_per_byte_stderr']:.3f} bits per byte"
+            unigram = f"{against_unigram(m)} the unigram entropy of {m['val_unigram_bits_per_byte']:.3f}"
+            self.line(f"validation bound {bound}, {unigram}")
         if "sample" in artifacts:
-            self.line(f"[dim]a sample:[/dim] {escape(' '.join(artifacts['sample'].metrics['first_sample'].split()))}")
-            self.line("")
+            text = " ".join(artifacts["sample"].metrics["first_sample"].split())
+            self.line(f"[dim]a sample:[/dim] {escape(text)}\n")
         store = list(artifacts.values())[-1].store
         links = {name: store.show_latest(artifact) for name, artifact in artifacts.items() if store.is_local}
         for name, file in (("report", "report.html"), ("sample", "samples.txt"), ("train", "checkpoints")):

@@ -36,7 +36,7 @@ COMMANDS = {  # the file that holds it, and what it does
     "copy": ("store", "copy artifacts to another store"),
     "rm": ("store", "remove an artifact, and with --recursive what was made from it"),
     "adopt": ("store", "take files at hand for a configuration's download"),
-    "doctor": ("machine", "check this machine and the store"),
+    "doctor": ("store", "check this machine and the store"),
 }
 HELP = f"""usage: nanodlm COMMAND [PRESET] [--store URL] [flags]
 
@@ -55,10 +55,13 @@ the traceback to an error.
 def main(argv: list[str] | None = None) -> NoReturn:
     """Run one command and exit: 0 done, 1 failed, 2 bad usage, 75 stopped by a signal after saving."""
     argv = sys.argv[1:] if argv is None else argv
-    debug = "--debug" in argv
-    code = 0
-    if not debug:
-        _quiet_libraries()
+    debug, code = "--debug" in argv, 0
+    if not debug:  # the error that ends the command says in one line what threads of libraries would say of it
+        if sys.unraisablehook is sys.__unraisablehook__:
+            sys.unraisablehook = lambda _: None  # Orbax closes loops that its writes still report to
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+        for said in ("coroutine .* was never awaited", "Error (reading|writing) persistent compilation cache"):
+            warnings.filterwarnings("ignore", said)
     try:
         with full_disk_named("the file of standard output"):
             try:
@@ -94,9 +97,7 @@ def main(argv: list[str] | None = None) -> NoReturn:
 def _have_home() -> None:
     """Name a home folder where there is none: without, libraries stop, or make a folder named `~`."""
     if os.path.expanduser("~") == "~":
-        from tempfile import gettempdir
-
-        home = f"{gettempdir()}/nanodlm-{os.getuid()}"
+        home = f"{import_module('tempfile').gettempdir()}/nanodlm-{os.getuid()}"
         with contextlib.suppress(FileExistsError):
             os.mkdir(home, 0o700)
         if os.lstat(home).st_uid != os.getuid():
@@ -104,23 +105,12 @@ def _have_home() -> None:
         os.environ["HOME"] = home
 
 
-def _quiet_libraries() -> None:
-    """Let threads of libraries say nothing of what the error that ends the command says in one line."""
-    if sys.unraisablehook is sys.__unraisablehook__:
-        sys.unraisablehook = lambda _: None  # Orbax closes loops that its writes still report to
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-    for said in ("coroutine .* was never awaited", "Error (reading|writing) persistent compilation cache"):
-        warnings.filterwarnings("ignore", said)
-
-
 def _run(words: list[str]) -> None:
     if not set(words) - {"bench", "-h", "--help"}:
         print(HELP, end="")
         sys.exit(0 if {"-h", "--help"} & set(words) else UsageError.exit_code)
     if words[0] == "--version":
-        from importlib.metadata import version
-
-        print(version("nanodlm"))
+        print(import_module("importlib.metadata").version("nanodlm"))
         return
     length = 2 if words[0] == "bench" else 1
     command = " ".join(words[:length])

@@ -2,26 +2,31 @@
 
 import contextlib
 import os
-import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
+import yaml
 from typing_extensions import Doc
 from tyro.conf import arg
 
+from nanodlm.bench import memory
 from nanodlm.cli.arguments import Output, Settings
 from nanodlm.cli.console import Console
 from nanodlm.cli.store import OpenStore
+from nanodlm.cluster.follow import SCHEDULERS, run_on_cluster
 from nanodlm.cluster.settings import Launch, Work
-from nanodlm.config import Config, unread
+from nanodlm.config import Config, Group, unread
 from nanodlm.errors import NanodlmError, UsageError
+from nanodlm.flows import quiet_prefect
 from nanodlm.stages import table
 from nanodlm.stages.lookup import look_up, ready, why
+from nanodlm.stages.process import end_with_parent
+from nanodlm.stages.progress import event_log
 from nanodlm.stages.run import record, run_stage
 from nanodlm.stages.table import StageName
-from nanodlm.store import Artifact, Store, remark
+from nanodlm.store import Store, remark
+from nanodlm.store.cache import cache_dir
 
 Until = Annotated[StageName, Doc("Last stage to go through.")]
 Rebuild = Annotated[
@@ -47,26 +52,20 @@ def run(
     table.check_rebuild(rebuild, until)
     lookups = list(look_up(config, store, table.until(until)[-1], rebuild))
     artifacts = [lookup.artifact for lookup in lookups if lookup.artifact]
-    again = any(lookup.is_again(rebuild) for lookup in lookups)
-    table.check(config, [found.stage.name for found in lookups if not found.artifact or found.is_again(rebuild)])
-    if not again and len(artifacts) == len(lookups):
-        records = [record(artifact, "cached", 0.0) for artifact in artifacts]
-        for lookup in lookups:
-            if lookup.note:
-                out.emit("message", text=lookup.note)
-        for artifact, done in zip(artifacts, records, strict=True):
-            out.done(artifact, done)
+    lacking = [lookup.stage.name for lookup in lookups if not lookup.artifact or lookup.is_again(rebuild)]
+    table.check(config, lacking)
+    if not lacking:
+        for note in filter(None, (lookup.note for lookup in lookups)):
+            out.emit("message", text=note)
+        for artifact in artifacts:
+            out.done(artifact, record(artifact, "cached", 0.0))
     elif store.uri().startswith("memory:"):  # which no other process could see, an orchestrator's neither
-        records = []
         for name in table.until(until):
             again = ready(name, config, store, rebuild=name == rebuild).is_again(rebuild)
             with out.showing(name) as emit:
-                artifact, done = run_stage(name, config, store, rebuild=again, emit=emit)
-            out.done(artifact, done)
-            records.append(done)
+                built = run_stage(name, config, store, rebuild=again, emit=emit)
+            out.done(*built)
     else:
-        from nanodlm.flows import quiet_prefect
-
         quiet_prefect(verbose)
         if not os.environ.get("PREFECT_API_URL"):
             out.line("[dim]starting the local Prefect server[/dim]")
@@ -74,17 +73,9 @@ def run(
 
         given = {"NANODLM_RUNNER": runner, "NANODLM_WORKERS": workers}
         os.environ.update({name: str(value) for name, value in given.items() if value is not None})
-        records = run_pipeline(config, store.uri(), until, rebuild, out, verbose)
+        run_pipeline(config, store.uri(), until, rebuild, out, verbose)
     out.finish()
-    _print_result(records, out)
-
-
-def _print_result(records: list[dict[str, Any]], out: Console) -> None:
-    metrics = {name: value for artifact in out.artifacts.values() for name, value in artifact.metrics.items()}
-    metrics.pop("first_sample", None)
-    report = out.artifacts.get("report")
-    stages = [done for done in records if done["stage"] != "report"]
-    out.json(stages=stages, metrics=metrics, report=report.uri if report else None)
+    out.results()
 
 
 def plan(
@@ -99,8 +90,6 @@ def plan(
     """Say what `nanodlm run` would build or reuse, and why. Nothing is built."""
     table.check_rebuild(rebuild, until)
     if devices is not None:
-        from nanodlm.bench import memory
-
         planned = memory.plan(config, devices)
         out.text(memory.table(planned))
         out.json(devices=planned)
@@ -120,26 +109,19 @@ def plan(
 
 def config(config: Settings, *, out: Output) -> None:
     """Print the whole configuration as YAML, to be edited and given as PRESET."""
-    import yaml
-
     out.text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True).rstrip())
     out.json(**config.model_dump(mode="json"))
 
 
-@dataclass(frozen=True)
-class Alone:
+class Alone(Group):
     """How a stage runs in this process, without Prefect."""
 
     rebuild: Again = False
-    inputs: Annotated[
-        tuple[str, ...],
-        Doc("What the stage reads, each as STAGE=FINGERPRINT; by default it is looked up, from the source on."),
-        arg(metavar="[STAGE=FINGERPRINT ...]"),
-    ] = ()
+    inputs: Annotated[tuple[str, ...], arg(metavar="[STAGE=FINGERPRINT ...]")] = ()
+    """What the stage reads, each as STAGE=FINGERPRINT; by default it is looked up, from the source on."""
     events: Annotated[str, Doc("File to which progress is written as JSON lines."), arg(metavar="FILE")] = ""
 
 
-@dataclass(frozen=True)
 class AloneOrTogether(Alone):
     """How training runs in this process, alone or as one of several."""
 
@@ -164,14 +146,17 @@ def sample(config: Settings, how: Annotated[Alone, arg(name="")], *, store: Open
 
 
 def _run_alone(name: str, config: Config, how: Alone, store: Store, out: Console) -> None:
-    from nanodlm.stages.process import end_with_parent
-    from nanodlm.stages.progress import event_log
-    from nanodlm.store.cache import cache_dir
-
     end_with_parent()
     # What one process has compiled serves the next, a resumed run above all.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_dir() / "compiled"))
-    inputs, helping = _open_inputs(name, config, store, how.inputs) if how.inputs else None, False
+    inputs, helping = None, False
+    if how.inputs:
+        named = {stage: fingerprint for stage, _, fingerprint in (word.partition("=") for word in how.inputs)}
+        needed = table.STAGES[name].inputs(config)
+        if set(named) != set(needed) or not all(named.values()):
+            told = " ".join(f"{stage}=FINGERPRINT" for stage in needed)
+            raise UsageError(f"{name} reads --inputs {told}: name just these")
+        inputs = {stage: store.open(f"{stage}/{fingerprint}") for stage, fingerprint in named.items()}
     if isinstance(how, AloneOrTogether):
         from nanodlm.devices.hosts import join
 
@@ -180,17 +165,7 @@ def _run_alone(name: str, config: Config, how: Alone, store: Store, out: Console
         artifact, done = run_stage(name, config, store, rebuild=how.rebuild, helping=helping, inputs=inputs, emit=emit)
     out.done(artifact, done)
     out.text(artifact.uri)
-    _print_result([done], out)
-
-
-def _open_inputs(name: str, config: Config, store: Store, words: tuple[str, ...]) -> dict[str, Artifact]:
-    """Open the artifacts that words such as `shard=ab12…` name, which must be just those that the stage reads."""
-    named = {stage: fingerprint for stage, _, fingerprint in (word.partition("=") for word in words)}
-    needed = table.STAGES[name].inputs(config)
-    if set(named) != set(needed) or not all(named.values()):
-        told = " ".join(f"{stage}=FINGERPRINT" for stage in needed)
-        raise UsageError(f"{name} reads --inputs {told}: name just these")
-    return {stage: store.open(f"{stage}/{fingerprint}") for stage, fingerprint in named.items()}
+    out.results()
 
 
 class Cluster(Launch):
@@ -211,9 +186,7 @@ def launch(
     wait: Annotated[bool, Doc("Show how it goes until it is done; interrupted, the job is cancelled.")] = False,
 ) -> None:
     """Run a stage on a cluster, as a Slurm job or a Kubernetes JobSet."""
-    from nanodlm.cluster.follow import SCHEDULERS, run_on_cluster
-
-    out, lookup = Console(sys.stdout), None
+    out, lookup = Console(), None
     with contextlib.suppress(NanodlmError) if dry_run else contextlib.nullcontext():
         # A folder that is not here is a disk that only the cluster has: the job then looks its inputs up.
         if wait or not store.is_local or Path(store.root).is_dir():

@@ -1,15 +1,18 @@
-"""Commands that look at a store, and look after it."""
+"""Commands that look at a store, and look after it; `doctor` looks at this machine as well."""
 
 import json
 import sys
 import time
+from importlib import import_module as load
+from importlib.metadata import version
 from typing import Annotated
 
 from typing_extensions import Doc
 from tyro.conf import arg
 
 from nanodlm.cli.arguments import Output, Settings
-from nanodlm.config import parse_address
+from nanodlm.config import DataConfig, parse_address
+from nanodlm.config import explain as one_line
 from nanodlm.errors import Damaged, NanodlmError, UsageError
 from nanodlm.stages.lookup import explain as differences
 from nanodlm.stages.progress import summary
@@ -20,14 +23,11 @@ from nanodlm.upkeep.collect import collect, remove
 from nanodlm.upkeep.copy import copy as copy_artifacts
 from nanodlm.upkeep.verify import chain, check, in_order
 
+_default = arg(metavar="URL", help_behavior_hint="(default: $NANODLM_STORE, else data/store)")
+Url = Annotated[str, Doc("Where artifacts lie: a folder or an fsspec URL."), _default]
 
-def _open_store(
-    store: Annotated[
-        str,
-        Doc("Where artifacts lie: a folder or an fsspec URL."),
-        arg(metavar="URL", help_behavior_hint="(default: $NANODLM_STORE, else data/store)"),
-    ] = "",
-) -> Store:
+
+def _open_store(store: Url = "") -> Store:
     return Store(store or default_store())
 
 
@@ -35,7 +35,13 @@ OpenStore = Annotated[Store, arg(name="", constructor=_open_store)]
 Uri = Annotated[str, Doc("An artifact, as `nanodlm ls` prints it.")]
 From = Annotated[str, Doc("A store, or one artifact's URI.")]
 To = Annotated[str, Doc("The store to copy to.")]
+Chain = Annotated[str, Doc("Artifact to check, with all it was made from; by default the whole store.")]
+Deep = Annotated[bool, Doc("Read every file and compare its sha256, not only its size.")]
+Repair = Annotated[bool, Doc("Build again what is bad, keeping the parts that are good.")]
+Recursive = Annotated[bool, Doc("Remove all that was made from it as well.")]
+DryRun = Annotated[bool, Doc("Only say what would be removed.")]
 Files = Annotated[tuple[str, ...], Doc("The files, or a glob of them, in quotes.")]
+PACKAGES = ("jax", "flax", "orbax-checkpoint", "grain", "prefect")  # whose versions `doctor` says
 
 
 def ls(*, store: OpenStore, out: Output) -> None:
@@ -97,15 +103,7 @@ def explain(uri: Uri, /, config: Settings, *, store: OpenStore, out: Output) -> 
     out.json(uri=artifact.uri, reused=not reasons, why=reasons)
 
 
-def verify(
-    uri: Annotated[str, Doc("Artifact to check, with all it was made from; by default the whole store.")] = "",
-    /,
-    *,
-    store: OpenStore,
-    deep: Annotated[bool, Doc("Read every file and compare its sha256, not only its size.")] = False,
-    repair: Annotated[bool, Doc("Build again what is bad, keeping the parts that are good.")] = False,
-    out: Output,
-) -> None:
+def verify(uri: Chain = "", /, *, store: OpenStore, deep: Deep = False, repair: Repair = False, out: Output) -> None:
     """Check artifacts against their manifests, and repair them when asked to."""
     store = _store_of(uri, store) if uri else store
     targets = chain(store, *([store.locate(uri)] if uri else store))
@@ -131,7 +129,7 @@ def verify(
 def gc(
     *,
     store: OpenStore,
-    dry_run: Annotated[bool, Doc("Only say what would be removed.")] = False,
+    dry_run: DryRun = False,
     keep_last: Annotated[int | None, Doc("Newest results to keep, with all they were made from; else all.")] = None,
     older_than: Annotated[str | None, Doc("Give up results older than this, such as 30d."), arg(metavar="AGE")] = None,
     grace: Annotated[str, Doc("Leave alone what changed this lately."), arg(metavar="AGE")] = "1h",
@@ -151,15 +149,7 @@ def gc(
     out.json(removed=removed, dry_run=dry_run)
 
 
-def rm(
-    uri: Uri,
-    /,
-    *,
-    store: OpenStore,
-    recursive: Annotated[bool, Doc("Remove all that was made from it as well.")] = False,
-    dry_run: Annotated[bool, Doc("Only say what would be removed.")] = False,
-    out: Output,
-) -> None:
+def rm(uri: Uri, /, *, store: OpenStore, recursive: Recursive = False, dry_run: DryRun = False, out: Output) -> None:
     """Remove an artifact at once, or what a build of it has left."""
     store = _store_of(uri, store)
     rows, address = [], parse_address(uri)
@@ -206,6 +196,35 @@ def adopt(files: Files, /, config: Settings, *, store: OpenStore, out: Output) -
         artifact, adopted = adopt_files(config, store, list(files), emit)
     out.text(f"{'adopted' if adopted else 'there already'}  {artifact.uri}")
     out.json(uri=artifact.uri, adopted=adopted)
+
+
+def doctor(*, store: OpenStore, out: Output) -> None:
+    """Check this machine: packages, devices, store, corpus, encodings."""
+    rows = []
+    for name, look in (
+        ("python", lambda: sys.version.split()[0]),
+        ("packages", lambda: ", ".join(f"{name} {version(name)}" for name in PACKAGES)),
+        ("devices", lambda: ", ".join(f"{d.platform} {d.device_kind}" for d in load("jax").devices())),
+        ("store", lambda: _writable(store)),
+        ("corpus", lambda: f"{len(load('nanodlm.data.sources').source_files(DataConfig()))} built-in documents"),
+        ("gpt2", lambda: f"{load('nanodlm.data.tokenizer').gpt2().n_vocab:,} entries"),
+    ):
+        try:
+            ok, text = True, look()
+        except Exception as error:
+            ok, text = False, one_line(error)[:200] or type(error).__name__
+        rows.append({"name": name, "ok": ok, "text": text})
+        out.text(f"{'ok' if ok else 'FAILED':<7} {name:<10} {text}")
+    failed = [row["name"] for row in rows if not row["ok"]]
+    out.json(checks=rows, ok=not failed)
+    if failed:
+        raise NanodlmError(f"{len(failed)} of {len(rows)} checks failed: {', '.join(failed)}")
+
+
+def _writable(store: Store) -> str:
+    store.now()  # which writes a file
+    store.require_create_only()
+    return f"{store.uri()} can be written" + ("" if store.is_local else ", and creates a file only once")
 
 
 def _store_of(uri: str, store: Store) -> Store:

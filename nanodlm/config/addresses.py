@@ -11,9 +11,7 @@ from nanodlm.errors import UsageError, is_secret
 def refuse_secrets(url: str) -> str:
     """Return a URL that holds no secrets; they belong into the environment, for URLs are written into records."""
     for piece in str(url).split("::"):  # as in `zip://*.txt::s3://bucket/texts.zip`
-        scheme, has_host, rest = piece.partition("://")
-        if not has_host:
-            continue
+        scheme, _, rest = piece.partition("://")
         host = re.split("[/?#]", rest)[0]
         named = [name for name in re.findall("[?&;#]([^=?&;#]+)=[^&;#]", rest) if is_secret(name)]
         port = host.rpartition(":")[2]

@@ -56,10 +56,7 @@ def as_read(config: Config) -> Config:
 
 
 def schedule_trains(config: Config) -> bool:
-    """Return whether training reads the noise schedule.
-
-    Counts draw no times, and only a network that is told the time learns from what the schedule makes of them.
-    """
+    """Return whether training reads the schedule: counts draw no times, and most networks are told none."""
     estimator = config.objective.estimator or KINDS[config.objective.kind].estimators[0]
     return config.model.time_conditioning or estimator not in ("count", "constant_count")
 
@@ -71,11 +68,8 @@ def training_settings(config: Config) -> dict[str, Any]:
         config = config.replace(schedule=Config().schedule.model_dump())
     without = {"fsdp", "tensor", "remat"}  # these change where and how it is computed, not what comes out
     train = config.train.model_dump(exclude=without if config.train.skip_nonfinite else {*without, "skip_nonfinite"})
-    return {
-        **config.model_dump(include={"model", "schedule", "objective"}),
-        "train": train,
-        "data": config.data.model_dump(include={"shuffle_seed", "isolate_documents"}),
-    }
+    data = config.data.model_dump(include={"shuffle_seed", "isolate_documents"})
+    return {**config.model_dump(include={"model", "schedule", "objective"}), "train": train, "data": data}
 
 
 def evaluation_settings(config: Config) -> dict[str, Any]:

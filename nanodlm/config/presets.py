@@ -48,6 +48,7 @@ PRESETS: dict[str, Config] = {
         eval={"batch_size": 128},
     ),
 }  # fmt: skip
+_KNOWN = " or ".join(", ".join(PRESETS).rsplit(", ", 1))
 
 
 def load_config(name: str) -> Config:
@@ -57,34 +58,31 @@ def load_config(name: str) -> Config:
     """
     if name in PRESETS:
         return PRESETS[name]
-    if name.startswith("{"):
-        text, name = name, "the configuration"
-    elif not name.endswith(FILES):
-        raise UsageError(f"unknown preset {name!r}: choose {_known()}, or name a config.json that a run has written")
-    else:
-        try:
-            text = Path(name).read_text()
-        except OSError as error:
-            raise UsageError(f"cannot read config {name}: {error.strerror or error}") from error
+    is_json = name.startswith("{")
+    if not is_json and not name.endswith(FILES):
+        raise UsageError(f"unknown preset {name!r}: choose {_KNOWN}, or name a config.json that a run has written")
     try:
+        text = name if is_json else Path(name).read_text()
         given = yaml.safe_load(text) if name.endswith(FILES[1:]) else json.loads(text)
         if not isinstance(given, dict):
             raise ValueError("Input should be a valid dictionary of settings")
         return changed(given.pop("preset", "demo"), given)
+    except OSError as error:
+        raise UsageError(f"cannot read config {name}: {error.strerror or error}") from error
     except (ValueError, UsageError, yaml.YAMLError) as error:
-        raise UsageError(f"{name} is not a valid config: {explain(error)}") from error
+        what = "the configuration" if is_json else name
+        raise UsageError(f"{what} is not a valid config: {explain(error)}") from error
 
 
 def changed(preset: str, changes: dict[str, Any]) -> Config:
     """Return a preset with settings changed, which are named in groups, `{"train": {"lr": 0.1}}`, or `train.lr`."""
     if not isinstance(preset, str) or preset not in PRESETS:
-        raise UsageError(f"unknown preset {preset!r}: choose {_known()}")
+        raise UsageError(f"unknown preset {preset!r}: choose {_KNOWN}")
     settings = PRESETS[preset].model_dump()
     for name, value in flat(changes).items():
         group, _, field = name.partition(".")
-        if value is None and not field:  # a group whose settings are commented out
-            continue
-        settings.setdefault(group, {})[field] = value
+        if field or value is not None:  # not a group whose settings are commented out
+            settings.setdefault(group, {})[field] = value
     try:
         return Config.model_validate(settings)
     except ValueError as error:
@@ -94,24 +92,15 @@ def changed(preset: str, changes: dict[str, Any]) -> Config:
 def as_changes(config: Config) -> tuple[str, dict[str, Any]]:
     """Return the preset most like a configuration, and what it changes of that, as `("owt", {"train.lr": 0.001})`."""
     wanted = flat(config.model_dump(mode="json"))
-    found = {}
+    found = []
     for preset, known in PRESETS.items():
         has = flat(known.model_dump(mode="json"))
-        found[preset] = {name: value for name, value in wanted.items() if has[name] != value}
-    preset = min(found, key=lambda name: len(found[name]))
-    return preset, found[preset]
-
-
-def _known() -> str:
-    *names, last = PRESETS
-    return f"{', '.join(names)} or {last}"
+        found.append((preset, {name: value for name, value in wanted.items() if has[name] != value}))
+    return min(found, key=lambda one: len(one[1]))
 
 
 class _Form:
-    """The JSON schema of changes, by which forms are drawn and servers refuse: that of `Config`, without defaults.
-
-    A form would send the defaults, and so set what nobody has changed.
-    """
+    """The JSON schema of changes, for forms and servers: that of `Config` without defaults, which a form would send."""
 
     def __get_pydantic_json_schema__(self, _: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
         schema, dotted = handler(Config.__pydantic_core_schema__), {}

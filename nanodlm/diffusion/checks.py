@@ -19,19 +19,13 @@ Seed = Key[Array, ""] | UInt32[Array, "2"] | int
 
 
 def require(sound: bool, message: str) -> None:
-    """Raise a ValueError with this message unless it is sound.
-
-    >>> require(1 + 1 == 2, "arithmetic is broken")
-    """
+    """Raise a ValueError with this message unless it is sound."""
     if not sound:
         raise ValueError(message)
 
 
 def require_whole(name: str, value: Any, least: int = 1) -> None:
-    """Raise a ValueError unless a setting is a whole number of at least `least`.
-
-    >>> require_whole("num_steps", 8)
-    """
+    """Raise a ValueError unless a setting is a whole number of at least `least`."""
     whole = hasattr(value, "__index__") and not isinstance(value, bool | Tracer)
     require(whole, f"{name} must be a whole number, not {value!r}")
     require(index(value) >= least, f"{name} must {f'be at least {least}' if least else 'not be negative'}, not {value}")
@@ -41,9 +35,6 @@ def token_ids(name: str, rows: Rows, mask_id: int, *, padding: bool = False) -> 
     """Return one row of token ids, or several of equal length, as an array; anything else is a ValueError.
 
     They go from 0 to `mask_id`; with `padding`, one larger id may stand for that. Messages call them by `name`.
-
-    >>> token_ids("x_0", [[1, 2], [3, 4]], mask_id=9).shape
-    (2, 2)
     """
     try:
         ids = jnp.asarray(rows)
@@ -62,22 +53,14 @@ def token_ids(name: str, rows: Rows, mask_id: int, *, padding: bool = False) -> 
 
 
 def check_logits(logits: Float[Array, "... V"], ids: Int[Array, "B L"]) -> Float[Array, "B L V"]:
-    """Return a network's logits, which must have the shape of its ids and one more axis: nothing is broadcast.
-
-    >>> check_logits(jnp.zeros((2, 3, 9)), jnp.zeros((2, 3), int)).shape
-    (2, 3, 9)
-    """
+    """Return a network's logits, which must have the shape of its ids and one more axis: nothing is broadcast."""
     fits = logits.ndim == 3 and logits.shape[:2] == ids.shape
     require(fits, f"the network gave logits of shape {logits.shape} for ids of shape {ids.shape}: V must follow these")
     return logits
 
 
 def random_key(key: Seed) -> Key[Array, ""] | UInt32[Array, "2"]:
-    """Return a key of randomness, which an integer stands for as well.
-
-    >>> random_key(3) == jax.random.key(3)
-    Array(True, dtype=bool)
-    """
+    """Return a key of randomness, which an integer stands for as well."""
     if isinstance(key, int):
         return jax.random.key(key)
     typed = isinstance(key, jax.Array) and (jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.dtype == jnp.uint32)
@@ -86,11 +69,7 @@ def random_key(key: Seed) -> Key[Array, ""] | UInt32[Array, "2"]:
 
 
 def finite_tokens(tokens: Int[Array, "B L"]) -> Int[Array, "B L"]:
-    """Return what a sampler drew; ids of -1, for logits from which nothing can be drawn, are a ValueError if known.
-
-    >>> finite_tokens(jnp.array([[1, 2]])).tolist()
-    [[1, 2]]
-    """
+    """Return what a sampler drew; ids of -1, for logits from which nothing can be drawn, are a ValueError if known."""
     sound = isinstance(tokens, Tracer) or bool((tokens >= 0).all())
     require(sound, "the network gave logits that are not finite: nothing can be drawn")
     return tokens

@@ -46,10 +46,9 @@ def mask_rows(
     u = jax.random.permutation(order_key, low_discrepancy(time_key, len(x_0), times))
     if estimator in ("count", "constant_count"):
         length = (x_0 < mask_id).sum(axis=1)
+        count = jnp.ceil(u * length).astype(jnp.int32)
         if estimator == "constant_count":
             count = _paired_counts(length, order_key, time_key, times)
-        else:
-            count = jnp.ceil(u * length).astype(jnp.int32)
         count = jnp.clip(count, jnp.minimum(1, length), length)
         mask_rate = count / jnp.maximum(length, 1)
         t, weight = schedule.time_of(mask_rate), jnp.where(count > 0, 1 / mask_rate, 0.0)

@@ -61,11 +61,6 @@ def linear_cross_entropy(
 
     The G groups of C positions may lie on different devices. The table is the output layer, in float32 at least.
     Targets are below `mask_id` wherever the weight is not 0; where it is 0 so are the nats.
-
-    >>> features, table, target = jnp.ones((1, 2, 1)), jnp.zeros((3, 1)), jnp.array([[0, 1]])
-    >>> loss, nats = linear_cross_entropy(features, table, target, jnp.array([[0.0, 2.0]]), mask_id=2)
-    >>> round(float(loss), 4), [round(float(v), 4) for v in nats[0]]  # two possible tokens: log 2
-    (1.3863, [0.0, 0.6931])
     """
     size = -(-target.shape[1] // chunks)
     fill = size * chunks - target.shape[1]

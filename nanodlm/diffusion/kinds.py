@@ -42,11 +42,7 @@ class Kind:
     edges_known: bool = False  # whether what was read tells where documents end, so that scoring may tell it as well
 
     def block_size(self, chosen: int) -> int:
-        """Return the block size of its network, 0 for one that reads whole rows, given the one that was chosen.
-
-        >>> KINDS["block"].block_size(16), KINDS["autoregressive"].block_size(16), KINDS["hybrid"].block_size(16)
-        (16, 1, 0)
-        """
+        """Return the block size of its network, 0 for one that reads whole rows, given the one that was chosen."""
         return {"row": 0, "block": chosen, "before": 1}[self.reads]
 
 

@@ -49,27 +49,17 @@ def q_sample(x_0: Tokens, mask_rate: Float[Array, "B"], key: Key[Array, ""], *, 
 
 
 def mask_subset(x_0: Tokens, count: Int[Array, "B"], key: Key[Array, ""], *, mask_id: int) -> Tokens:
-    """Mask a uniformly random subset of exactly `count` of each row's tokens; padding is never among them.
-
-    >>> x = mask_subset(jnp.zeros((2, 8), int), jnp.array([3, 8]), jax.random.key(0), mask_id=1)
-    >>> x.sum(axis=1).tolist()
-    [3, 8]
-    """
+    """Mask a uniformly random subset of exactly `count` of each row's tokens; padding is never among them."""
     return jnp.where(_subset(x_0 < mask_id, count, key), mask_id, x_0)
 
 
 def _subset(real: Bool[Array, "B L"], count: Int[Array, "B"], key: Key[Array, ""]) -> Bool[Array, "B L"]:
     """Draw a uniformly random subset of `count` of each row's real positions."""
-    noise = jnp.where(real, jax.random.uniform(key, real.shape), jnp.inf)
-    return rank(noise) < count[:, None]
+    return rank(jnp.where(real, jax.random.uniform(key, real.shape), jnp.inf)) < count[:, None]
 
 
 def rank(x: Float[Array, "B L"]) -> Int[Array, "B L"]:
-    """Return each entry's position in its sorted row, 0 for the smallest; equal ones count from left to right.
-
-    >>> rank(jnp.array([[0.5, 0.1, 0.3]])).tolist()
-    [[2, 0, 1]]
-    """
+    """Return each entry's position in its sorted row, 0 for the smallest; equal ones count from left to right."""
     return jnp.argsort(jnp.argsort(x, axis=1), axis=1)  # the second sort inverts the permutation of the first
 
 
@@ -78,10 +68,6 @@ def unmask_probability(schedule: Schedule, t: Float[Array, "..."], s: Float[Arra
 
     All is masked at t = 1 and nothing at s = 0, also under schedules that jump there; so it is exactly 1 at s = 0.
     Source: MDLM, arXiv:2406.07524, equation 7.
-
-    >>> from nanodlm.diffusion.schedules import make_schedule
-    >>> float(unmask_probability(make_schedule("linear"), jnp.float32(0.5), jnp.float32(0.25)))
-    0.5
     """
     masked_s = jnp.where(s <= 0, 0.0, schedule.mask_rate(s))
     masked_t = jnp.where(t >= 1, 1.0, schedule.mask_rate(t))

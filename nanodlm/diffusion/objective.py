@@ -97,12 +97,6 @@ class Objective:
 
         Constant counts add up to the same for every two rows (or blocks) of equal length without padding. Segments are
         read by `autoregressive` alone: the first token of each is predicted from the begin token.
-
-        >>> import jax
-        >>> from nanodlm.diffusion.schedules import make_schedule
-        >>> objective = Objective(make_schedule("linear"), mask_id=1, estimator="constant_count")
-        >>> int((objective.corrupt(jnp.zeros((4, 8), int), jax.random.key(0)).x_t == 1).sum())  # always 4 * 9 / 2
-        18
         """
         if self.traits.reads == "before":
             ones = jnp.ones(len(x_0))
@@ -141,8 +135,8 @@ class Objective:
 
     def fused_nats(
         self, features: Features, table: Table, x_0: Tokens, noised: Corruption, *, chunks: int = 1
-    ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-        """Return loss and bound of all rows together, in nats, from what the output layer reads, keeping no logits.
+    ) -> tuple[Float[Array, ""], Float[Array, "G C"]]:
+        """Return the loss of all rows, and the bound's terms (of rows, or pairs of rows), in nats, keeping no logits.
 
         The network gives features (`Transformer.features`) instead of logits, which are features times the transposed
         table, in float32. This output layer, often most of the work, is computed at no more positions than
@@ -159,24 +153,12 @@ class Objective:
             values = [jnp.take_along_axis(v, places[..., None] if v.ndim == 3 else places, axis=1) for v in pairs]
         features, target, loss_weight, bound_weight = values
         loss, nats = linear_cross_entropy(features, table, target, loss_weight, mask_id=self.mask_id, chunks=chunks)
-        return loss, (bound_weight * nats).sum()
-
-    def fused_bounds(
-        self, features: Features, table: Table, x_0: Tokens, noised: Corruption, *, chunks: int = 1
-    ) -> Float[Array, "B"]:
-        """Return the bound of each row, as `row_nats` has it, without keeping any logits; see `fused_nats`."""
-        _, weight = self._position_weights(x_0, noised)
-        _, nats = linear_cross_entropy(features, table, x_0, weight.bound, mask_id=self.mask_id, chunks=chunks)
-        return (weight.bound * nats).sum(axis=1)
+        return loss, bound_weight * nats
 
     def most_scored(self, n_rows: int, length: int) -> int:
         """Return how many positions two neighbouring rows can have scored at most, told before any noise is drawn.
 
         Under `constant_count` it is K (b + 1) for an even number of rows of K blocks of b tokens, otherwise all.
-
-        >>> from nanodlm.diffusion.schedules import make_schedule
-        >>> Objective(make_schedule("linear"), 9, estimator="constant_count").most_scored(4, 64)
-        65
         """
         if self.estimator not in self.traits.estimators or self.estimator != "constant_count" or n_rows % 2:
             return 2 * length
@@ -211,9 +193,6 @@ def settle(network: Any, *, schedule: Schedule | str | None, **passed: Any) -> d
 
     Another schedule is taken when the network does not see the time, for which it then means nothing. A ValueError says
     what contradicts the network, and what is missing where it carries nothing.
-
-    >>> settle(lambda x_t, t: x_t, schedule="linear", mask_id=2)["schedule"].kind
-    'linear'
     """
     own = own_objective(network)
     schedule = make_schedule(schedule) if isinstance(schedule, str) else schedule

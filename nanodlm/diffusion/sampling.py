@@ -40,9 +40,8 @@ def sample(
 ) -> Tokens:
     """Draw sequences. No mask is left, tokens of the prompt are never altered, and a key fixes the result.
 
-    Called as it is, it is compiled anew each time. To compile once per shape, keep a jitted function:
-
-        draw = jax.jit(partial(sample, model, shape=(8, 64)))
+    Called as it is, it is compiled anew each time. To compile once per shape, keep a jitted function, such as
+    `draw = jax.jit(partial(sample, model, shape=(8, 64)))`.
 
     A loaded network carries what it was trained on, and is sampled so: one of blocks by `sample_blocks`, one from left
     to right by `sample_autoregressive`, which leave out options that they have no use for.

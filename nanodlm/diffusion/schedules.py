@@ -1,9 +1,4 @@
-"""Noise schedules: how the probability that a token is still unmasked falls from 1 (t=0) to 0 (t=1).
-
-schedule = make_schedule("linear")
-schedule.alpha(0.25)   # 0.75 of the tokens are unmasked
-schedule.dalpha(0.25)  # -1.0
-"""
+"""Noise schedules: how the probability that a token is still unmasked falls from 1 (t=0) to 0 (t=1)."""
 
 import math
 from collections.abc import Callable
@@ -65,11 +60,7 @@ class Schedule:
         return jnp.where(mask_rate > 0, self.dmask_rate(t) / mask_rate, 0.0)
 
     def agrees_with(self, other: "Schedule") -> bool:
-        """Return whether two schedules mask equally much at all of a few times.
-
-        >>> make_schedule("linear").agrees_with(make_schedule("poly", exponent=1.0))
-        True
-        """
+        """Return whether two schedules mask equally much at all of a few times."""
         with jax.ensure_compile_time_eval():
             t = jnp.linspace(0.05, 0.95, 7)
             return bool(jnp.allclose(self.mask_rate(t), other.mask_rate(t), atol=1e-6))

@@ -204,10 +204,6 @@ def remask_probability(
         remdm_conf              sigma_max softmax(-psi) over `tokens`, psi their probabilities when they were drawn
 
     Source: arXiv:2503.00307, section 4.
-
-    >>> rates, psi = (jnp.float32(0.5), jnp.float32(0.25)), jnp.array([[0.3, 0.3]])
-    >>> remask_probability("remdm_conf", 0.0, rates, psi, psi > 0).tolist()
-    [[0.25, 0.25]]
     """
     m_t, m_s = rates
     limit = jnp.where(m_s > 0, jnp.minimum(1.0, m_s / jnp.maximum(1 - m_t, TINY)), 0.0)

@@ -54,11 +54,8 @@ def score(
     other documents: rows share `documents`, from `documents_in`, unless there is one document, when they are taken as
     independent. `counts` are those of the training tokens.
 
-    Returns:
-        `val_nats_per_token`, `val_bits_per_byte`, `val_bits_per_byte_stderr`, `val_bits_per_character`,
-        `val_unigram_bits_per_byte`, counts, and as `val_stderr_over` whether the standard error is one over
-        `documents` or over `rows`. Bits per byte divide by the bytes of the text; end-of-text marks add nats but no
-        bytes.
+    Bits per byte divide by the bytes of the text; end-of-text marks add nats but no bytes. `val_stderr_over` says
+    whether the standard error is one over `documents` or over `rows`.
     """
     scorer, mesh = make_scorer(model), make_mesh(options.batch_size)
     params = jax.device_put(nnx.state(model), replicated(mesh))
@@ -71,11 +68,10 @@ def score(
             done += len(scored)
             if done // options.batch_size % 20 == 0 or done == len(rows):
                 emit("progress", done=done + repeat * len(rows), total=len(rows) * options.repeats, unit="rows")
-    tokens = np.concatenate(rows)
+    tokens, row_tokens = np.concatenate(rows), np.array([len(row) for row in rows])
     sizes = token_sizes(encoding)
     n_bytes, n_characters = (int(n) for n in sizes[tokens].sum(axis=0))
     row_bytes = np.array([sizes[row, 0].sum() for row in rows])
-    row_tokens = np.array([len(row) for row in rows])
     n_documents = count_documents(documents)
     shared = documents if n_documents > 1 else None
     unigram = unigram_nats(tokens, counts)

@@ -83,11 +83,7 @@ def as_text(line: str) -> str:
 
 
 def against_unigram(metrics: dict[str, Any]) -> str:
-    """Return how a bound compares with the unigram entropy.
-
-    >>> against_unigram({"val_bits_per_byte": 1.5, "val_unigram_bits_per_byte": 2.0})
-    '25.0% below'
-    """
+    """Return how a bound compares with the unigram entropy, such as `25.0% below`."""
     percent = 100 * (metrics["val_bits_per_byte"] / metrics["val_unigram_bits_per_byte"] - 1)
     return f"{abs(percent):.1f}% {'above' if percent > 0 else 'below'}"
 
@@ -115,8 +111,8 @@ def loss_curve(logs: list[dict[str, Any]], unigram: float | None = None) -> str:
     Each point of the line is the mean of up to 1/50 of the records, because the bound of one batch is noisy. A dashed
     line is the unigram entropy. Without a record the text is empty. It has a ground of its own, for pages may be dark.
     """
-    points = [(r["step"], r["nats_per_token"]) for r in logs if r["nats_per_token"] is not None]
-    scored = [(r["step"], r["val_nats_per_token"]) for r in logs if r.get("val_nats_per_token") is not None]
+    bounds = ("nats_per_token", "val_nats_per_token")
+    points, scored = ([(r["step"], r[name]) for r in logs if r.get(name) is not None] for name in bounds)
     if not points:
         return ""
     size = max(1, len(points) // 50)
@@ -136,8 +132,7 @@ def loss_curve(logs: list[dict[str, Any]], unigram: float | None = None) -> str:
         for v in ticks
     )
     circles = "".join(f'<circle cx="{x(s):.1f}" cy="{y(v):.1f}" r="3.5" fill="#1f7a4d"/>' for s, v in scored)
-    middle, below = (left + right) / 2, bottom + 20
-    dashed = ""
+    middle, below, dashed = (left + right) / 2, bottom + 20, ""
     if unigram is not None:
         at = f"{y(unigram):.1f}"
         dashed = f'<line x1="{left}" x2="{right}" y1="{at}" y2="{at}" stroke="#c2571a" stroke-dasharray="5 4"/>'

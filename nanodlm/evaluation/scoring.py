@@ -37,7 +37,7 @@ def make_scorer(network: Transformer) -> Scorer:
         else:
             chunks = logit_chunks(x_0.size, objective.mask_id)
             features = objective.logits(model.features, x_0, noised, segment_ids)
-            bound = objective.fused_bounds(features, model.table, x_0, noised, chunks=chunks)
+            bound = objective.fused_nats(features, model.table, x_0, noised, chunks=chunks)[1].sum(axis=1)
         return constrain(bound, None)  # on all devices, so that every process can read it
 
     return nats_per_row

@@ -34,9 +34,8 @@ def generate(config: Config, inputs: dict[str, "Artifact"], attempt: "Attempt", 
     emit("progress", done=len(texts), total=len(texts), unit="samples")
     np.save(attempt.path / "tokens.npy", tokens)
     (attempt.path / "samples.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    rule = "\n" + "-" * 72 + "\n"
     shown = [text.replace(END_OF_TEXT, "\n\n") for text in texts]
-    (attempt.path / "samples.txt").write_text(rule.join(shown))
+    (attempt.path / "samples.txt").write_text(f"\n{'-' * 72}\n".join(shown))
     return {"samples": len(texts), "sample_tokens": int(tokens.size), "first_sample": shown[0]}
 
 

@@ -16,11 +16,7 @@ NORMAL = nnx.initializers.normal
 
 
 def rope(x: Float[Array, "B L H D"], positions: Int[Array, "L"]) -> Float[Array, "B L H D"]:
-    """Rotate pairs of channels by angles proportional to the position. Source: RoFormer, arXiv:2104.09864, eq. 34.
-
-    >>> rope(jnp.ones((1, 2, 1, 4)), jnp.arange(2)).shape
-    (1, 2, 1, 4)
-    """
+    """Rotate pairs of channels by angles proportional to the position. Source: RoFormer, arXiv:2104.09864, eq. 34."""
     half = x.shape[-1] // 2
     angles = positions[:, None] / 10_000 ** (jnp.arange(half) / half)  # (L, D/2)
     cos, sin = jnp.cos(angles)[:, None], jnp.sin(angles)[:, None]
@@ -29,11 +25,7 @@ def rope(x: Float[Array, "B L H D"], positions: Int[Array, "L"]) -> Float[Array,
 
 
 def time_embedding(t: Float[Array, "B"], dim: int) -> Float[Array, "B D"]:
-    """Return sinusoids of 1000 t. Source: DDPM, arXiv:2006.11239, appendix B.
-
-    >>> time_embedding(jnp.zeros(2), 8).shape
-    (2, 8)
-    """
+    """Return sinusoids of 1000 t. Source: DDPM, arXiv:2006.11239, appendix B."""
     half = dim // 2
     angles = 1000 * t[:, None] * jnp.exp(-math.log(10_000) * jnp.arange(half) / half)
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)

@@ -82,6 +82,7 @@ class Transformer(nnx.Module):
         # As an output layer, a tied embedding must start with small logits.
         init = NORMAL(0.5 * d_model**-0.5 if tie_embeddings else 0.5)
         self.embedding = nnx.Embed(vocab_size, d_model, embedding_init=init, dtype=compute, rngs=rngs)
+        self.sees_time = time_conditioning
         self.time_in = nnx.Linear(d_model, d_model, rngs=rngs) if time_conditioning else None
 
         shape = {"n_heads": n_heads, "d_model": d_model, "d_ff": d_ff, "conv_width": conv_width}
@@ -108,11 +109,6 @@ class Transformer(nnx.Module):
         (1, 4, 32)
         """
         return self._score(self.features(x_t, t, segment_ids, context))
-
-    @property
-    def sees_time(self) -> bool:
-        """Whether it is told the time t."""
-        return self.time_in is not None
 
     @property
     def table(self) -> Float[Array, "V D"]:
@@ -165,7 +161,8 @@ class Transformer(nnx.Module):
         and no more. Any number of blocks at a time gives the same result; tokens that are not whole ones raise.
         """
         self._check_blocks(tokens.shape[1], "the number of tokens")
-        x, made = self._run(tokens, jnp.zeros(len(tokens)), self._view(cache, tokens.shape[1]), cache.layers, keep=True)
+        view = view_behind(cache, tokens.shape[1], self.block_size, self.conv_width)
+        x, made = self._run(tokens, jnp.zeros(len(tokens)), view, cache.layers, keep=True)
         window = cache.layers.keys.shape[2]
         layers = jax.tree.map(lambda old, new: jnp.concatenate([old, new], 2)[:, :, -window:], cache.layers, made)
         return self._score(self.norm(x)), Cache(layers, cache.count + tokens.shape[1])
@@ -174,10 +171,8 @@ class Transformer(nnx.Module):
         """Return logits of x_0 for the one noisy block that follows the cached tokens, as `__call__` with a context."""
         if not self.block_size or x_t.shape[1] != self.block_size:
             raise ValueError(f"one block has {self.block_size} positions, not {x_t.shape[1]}")
-        return self._score(self.norm(self._run(x_t, t, self._view(cache, self.block_size), cache.layers)[0]))
-
-    def _view(self, cache: Cache, length: int) -> View:
-        return view_behind(cache, length, self.block_size, self.conv_width)
+        view = view_behind(cache, self.block_size, self.block_size, self.conv_width)
+        return self._score(self.norm(self._run(x_t, t, view, cache.layers)[0]))
 
     def _check_blocks(self, number: int, what: str) -> None:
         if not self.block_size:
@@ -214,7 +209,6 @@ class Transformer(nnx.Module):
         return jax.lax.scan(layer, x, (params, past))
 
     def _score(self, features: Float[Array, "B Q D"]) -> Float[Array, "B Q V"]:
-        """Return logits, in float32."""
         flat = (self.head or self.embedding).attend(features.reshape(-1, features.shape[-1]))  # as in `Linear`
         return flat.astype(jnp.float32).reshape(*features.shape[:2], -1)
 
@@ -230,9 +224,5 @@ def segments(x_0: Int[Array, "B L"], end_of_text: int) -> Int[Array, "B L"]:
 
 
 def count_parameters(model: nnx.Module) -> int:
-    """Count the trained numbers of a network.
-
-    >>> count_parameters(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
-    9
-    """
+    """Count the trained numbers of a network."""
     return sum(p.size for p in jax.tree.leaves(nnx.state(model, nnx.Param)))

@@ -33,19 +33,8 @@ class Logger:
     last_good: Callable[[int], str]  # the address of the newest checkpoint before an update
     _exceeded: int = 0  # the first update of those whose bound is above the limit now
     _waiting: tuple[int, dict[str, Array]] | None = None
-    _since: int = 0
-    _began: float = field(default_factory=time.monotonic)
-
-    def start_clock(self, step: int) -> None:
-        """Measure the speed from here on, where update `step` is done."""
-        self._since, self._began = step, time.monotonic()
-
-    def off_the_clock(self, work: Callable[[State], dict[str, float]], state: State) -> dict[str, float]:
-        """Do something that is no training."""
-        began = time.monotonic()
-        result = work(state)
-        self._began += time.monotonic() - began
-        return result
+    since: int = 0  # the update from which on the speed is measured
+    began: float = field(default_factory=time.monotonic)  # when it was done; later by what was no training
 
     def add(self, step: int, scalars: dict[str, Array]) -> None:
         """Take the scalars of an update, which become a record at the next `flush`."""
@@ -59,22 +48,19 @@ class Logger:
         (step, scalars), self._waiting = self._waiting, None
         values, train = self._fetch(step, scalars), self.config.train
         speed = self.records[-1]["tokens_per_second"] if self.records else 0.0
-        if step > self._since:
-            tokens = (step - self._since) * train.batch_size * train.grad_acc_steps * self.config.model.seq_len
-            speed = round(tokens / (time.monotonic() - self._began), 1)
+        if step > self.since:
+            tokens = (step - self.since) * train.batch_size * train.grad_acc_steps * self.config.model.seq_len
+            speed = round(tokens / (time.monotonic() - self.began), 1)
         record = {"step": step, **values, "tokens_per_second": speed}
         self.records.append(record)
         if self.tracker:
             self.tracker.log(record)
-        shown = {"bits_per_byte": self._smoothed(), **record}
+        bounds = [r["nats_per_token"] for r in self.records[-50:] if r["nats_per_token"] is not None]
+        weights = [0.9**age for age in reversed(range(len(bounds)))]  # which fall by a tenth a record
+        smoothed = self.bits * sum(map(mul, weights, bounds)) / sum(weights) if bounds else None
+        shown = {"bits_per_byte": smoothed, **record}
         self.emit("progress", done=step, total=train.max_steps, unit="updates", **shown)
         self._judge(step, values["nats_per_token"])
-
-    def _smoothed(self) -> float | None:
-        """Return the training bound in bits per byte, averaged with weights that fall by a tenth a record."""
-        bounds = [r["nats_per_token"] for r in self.records[-50:] if r["nats_per_token"] is not None]
-        weights = [0.9**age for age in reversed(range(len(bounds)))]
-        return self.bits * sum(map(mul, weights, bounds)) / sum(weights) if bounds else None
 
     def check(self, step: int, scalars: dict[str, Array], state: State) -> None:
         """Make sure that the state after an update is worth saving."""

@@ -12,6 +12,7 @@ import contextlib
 import json
 import math
 import threading
+import time
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -115,7 +116,7 @@ class _Loop(NamedTuple):
             rows_seen += train.batch_size * train.grad_acc_steps
             if step == first + 1:
                 jax.block_until_ready(scalars)  # compiled; from here on the clock runs
-                logger.start_clock(step)
+                logger.since, logger.began = step, time.monotonic()
             logger.flush()  # the record of the update before, while this one is computed
             last, stopping = step == train.max_steps, shall_stop(scalars)
             saving = last or stopping or step % exp.save_every == 0
@@ -123,7 +124,9 @@ class _Loop(NamedTuple):
             if saving:
                 logger.check(step, scalars, state)
                 if self.validate and not stopping:  # a signal leaves no time for it
-                    scores = logger.off_the_clock(self.validate, state)
+                    began = time.monotonic()
+                    scores = self.validate(state)
+                    logger.began += time.monotonic() - began
             if last or step % exp.log_every == 0:
                 logger.add(step, scalars | scores)
             if saving:
@@ -206,7 +209,6 @@ def _validation(
     config: Config, network: Transformer, rows: list[np.ndarray], mesh: Mesh
 ) -> Callable[[State], dict[str, float]] | None:
     """Return what scores a state, always with the same noise on these rows, or None."""
-    length = config.model.seq_len
     if not rows:
         return None
     scorer, key = make_scorer(network), jax.random.key(config.eval.seed)
@@ -214,7 +216,7 @@ def _validation(
     def validate(state: State) -> dict[str, float]:
         params = state.get("ema_state", state["model_state"])
         nats = score_rows(scorer, params, rows, key, mesh=mesh, batch_size=config.train.batch_size)
-        bound = float(sum(batch.sum() for batch in nats)) / (len(rows) * length)
+        bound = float(sum(batch.sum() for batch in nats)) / (len(rows) * config.model.seq_len)
         return {"val_nats_per_token": bound} if math.isfinite(bound) else {}
 
     return validate

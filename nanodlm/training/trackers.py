@@ -100,8 +100,6 @@ class _TensorBoard:
 class _Wandb:
     """A run at Weights & Biases, apart from any that the process has besides."""
 
-    FINISH_SECONDS = 30.0  # for the upload at the end; what is left lies in the run's folder, for `wandb sync`
-
     def __init__(self, config: Config, run_id: str):
         import wandb
 
@@ -109,7 +107,8 @@ class _Wandb:
         folder.mkdir(parents=True, exist_ok=True)
         called = {"project": config.exp.project_name, "name": config.exp.run_name or None, "id": run_id}
         options: dict[str, Any] = {**called, "resume": "allow", "reinit": "create_new", "dir": str(folder)}
-        settings = wandb.Settings(silent=True, console="off", finish_timeout=self.FINISH_SECONDS)
+        # What is not uploaded 30 s after the end lies in the run's folder, for `wandb sync`.
+        settings = wandb.Settings(silent=True, console="off", finish_timeout=30.0)
         try:
             self._run = wandb.init(config=config.model_dump(), settings=settings, **options)
         except Exception as error:
