@@ -48,8 +48,6 @@ def named(name: str) -> str:
 
 def built_before() -> set[str]:
     """Return the stages that earlier tries of this run have built: retried, it does not build them once more."""
-    if flow_run.run_count < 2:
-        return set()
     of_run = FlowRunFilter.model_validate({"id": {"any_": [flow_run.id]}})
     with get_client(sync_client=True) as client:
         return {run.name for run in client.read_task_runs(flow_run_filter=of_run) if run.state_name == "Completed"}
@@ -160,10 +158,9 @@ def _holders(limit: str) -> str:
 
 def fail(error: NanodlmError) -> State[Any]:
     """Return the state `Failed` with the one line of an error; a deployed flow is ended in it, without a traceback."""
-    failed = Failed(message=str(error), data=error)
-    if not deployment.id:
-        return failed
-    raise end_of_run(str(error), _set_state(Failed(message=str(error)))) from error
+    if deployment.id:
+        raise end_of_run(str(error), _set_state(Failed(message=str(error)))) from error
+    return Failed(message=str(error), data=error)
 
 
 def _set_state(state: State[Any]) -> State[Any] | None:

@@ -10,7 +10,6 @@ from contextlib import ExitStack
 from typing import Any, Literal, cast
 
 from prefect import Flow, State, flow, tags, task
-from prefect.cache_policies import NO_CACHE
 from prefect.settings import PREFECT_API_URL, PREFECT_LOGGING_LEVEL, get_current_settings, temporary_settings
 from prefect.states import Completed, Failed
 from prefect.utilities.annotations import quote
@@ -24,7 +23,7 @@ from nanodlm.flows.internals import untagged
 from nanodlm.flows.own_run import built_before, fail, hold_device, run_name, working_for_run
 from nanodlm.flows.reporting import WATCHER, Pages, show_run, watcher
 from nanodlm.flows.server import check_server, ephemeral_server, wait_for_server_at_end
-from nanodlm.flows.shards import may_pass, shard_in_parallel, task_runner
+from nanodlm.flows.shards import RETRIED, shard_in_parallel, task_runner
 from nanodlm.stages import table
 from nanodlm.stages.lookup import ready
 from nanodlm.stages.process import run_in_process
@@ -42,7 +41,7 @@ Where = StoreUrl | None
 Limit = str | None
 
 
-@task(cache_policy=NO_CACHE, persist_result=False, retries=2, retry_delay_seconds=[5, 30], retry_condition_fn=may_pass)
+@task(retries=2, retry_delay_seconds=[5, 30], **RETRIED)
 def stage_task(
     name: str,
     config: Config,

@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
+from pathlib import Path
 
 import httpx
 from filelock import FileLock
@@ -36,7 +37,7 @@ def ephemeral_server() -> Iterator[str]:
     environ = {**os.environ, PARENT: str(os.getpid()), "PREFECT_API_URL": ""}
     environ.pop("PREFECT_SERVER_API_AUTH_STRING", None)
     command = [sys.executable, "-P", "-m", "nanodlm.flows.server", "--port", str(port)]
-    with tempfile.TemporaryFile() as log, contextlib.ExitStack() as starting:
+    with tempfile.NamedTemporaryFile() as log, contextlib.ExitStack() as starting:
         home = get_current_settings().home
         try:  # one after the other: two that start on a new database would both make its tables, and one would fail
             home.mkdir(parents=True, exist_ok=True)
@@ -51,8 +52,7 @@ def ephemeral_server() -> Iterator[str]:
             deadline = time.monotonic() + START_SECONDS
             while not _healthy(url):
                 if child.poll() is not None or time.monotonic() > deadline:
-                    log.seek(0)
-                    raise _not_started(last_error(log.read().decode(errors="replace")))
+                    raise _not_started(last_error(Path(log.name).read_text(errors="replace")))
                 time.sleep(0.1)
             starting.close()
             yield url
@@ -60,8 +60,7 @@ def ephemeral_server() -> Iterator[str]:
             ended, failed = child.poll() is not None, isinstance(error, httpx.HTTPStatusError)
             if isinstance(error, NanodlmError) or not (ended or failed):
                 raise
-            log.seek(0)
-            said = last_error(log.read().decode(errors="replace"))
+            said = last_error(Path(log.name).read_text(errors="replace"))
             why = "has ended" if ended else f"has failed in PREFECT_HOME, {home} ({said})"
             raise NanodlmError(f"the local Prefect server {why}; what is finished is kept: run again") from error
         finally:

@@ -12,22 +12,6 @@ from nanodlm.stages.process import last_line
 
 WAITING = {"PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "RESIZING", "SIGNALING"}
 WAITING |= {"REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD", "STAGE_OUT", "REVOKED"}
-SCRIPT = """#!/usr/bin/env bash
-{options}
-set -uo pipefail
-
-config=$(cat <<'CONFIG'
-{config}
-CONFIG
-)
-
-{command} "$config" {flags}
-code=$?
-if [ $code -eq {stopped} ]; then  # a signal ended it and it has saved: go on later
-    scontrol requeue "$SLURM_JOB_ID"
-fi
-exit $code
-"""
 
 
 def job_text(work: Work) -> str:
@@ -57,17 +41,26 @@ def job_text(work: Work) -> str:
         "open-mode": "append",
         "requeue": True,
     }
-    lines = [f"#SBATCH --{n}{'' if v is True else f'={v}'}" for n, v in options.items() if v is not None]
+    lines = [f"#SBATCH --{n}{'' if v is True else f'={v}'}\n" for n, v in options.items() if v is not None]
     srun = ["srun", "--kill-on-bad-exit=0", "--wait=600"]  # seconds for other tasks to end after the first has
     if launch.cpus_per_task:
         srun.append(f"--cpus-per-task={launch.cpus_per_task}")  # which it does not take from the job
-    return SCRIPT.format(
-        options="\n".join(lines),
-        config=work.config.model_dump_json(indent=1),
-        command=shlex.join([*srun, sys.executable, "-P", "-m", "nanodlm", stage]),
-        flags=shlex.join(work.flags()),
-        stopped=Stopped.exit_code,
-    )
+    command = shlex.join([*srun, sys.executable, "-P", "-m", "nanodlm", stage])
+    return f"""#!/usr/bin/env bash
+{"".join(lines)}set -uo pipefail
+
+config=$(cat <<'CONFIG'
+{work.config.model_dump_json(indent=1)}
+CONFIG
+)
+
+{command} "$config" {shlex.join(work.flags())}
+code=$?
+if [ $code -eq {Stopped.exit_code} ]; then  # a signal ended it and it has saved: go on later
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit $code
+"""
 
 
 def submit(work: Work) -> Job:
