@@ -55,10 +55,7 @@ def built_before() -> set[str]:
 
 @contextlib.contextmanager
 def working_for_run() -> Iterator[None]:
-    """Name this run in all manifests that the block writes, and stop the block, saving, when the run is over.
-
-    It asks: Prefect tells of a cancellation only while it listens, and of another end nothing.
-    """
+    """Name this run in all manifests that the block writes, and stop the block, saving, when the run is over."""
     run, ended, done, lock = flow_run.id, "", threading.Event(), threading.Lock()
     main = threading.main_thread()
 
@@ -136,10 +133,7 @@ def _go_on(name: str) -> None:
 
 
 def _holders(limit: str) -> str:
-    """Return the names of the runs that have all slots of a limit; nothing while one is free, or without a limit.
-
-    The server does not tell: these are the others that use it and are at a stage that needs it.
-    """
+    """Return the names of the runs that have all slots of a limit; nothing while one is free, or without a limit."""
     running = {"state": {"name": {"any_": ["Running"]}}}  # a run that waits is in a state of another name
     at_device = TaskRunFilter.model_validate({**running, "name": {"any_": ["train", "evaluate", "sample"]}})
     with get_client(sync_client=True) as client:

@@ -34,6 +34,7 @@ from nanodlm.store import Artifact, Store
 
 DataStageName = Literal["download", "tokenizer", "split", "shard"]
 Records = list[dict[str, Any]]  # of each stage, as `nanodlm.stages.run.record` gives it
+Inputs = dict[str, Artifact]
 Outcome = Records | State[Any]
 HERE = Launch()  # in a process of this machine
 NONE: dict[str, Any] = {}  # a preset without changes
@@ -43,19 +44,12 @@ Limit = str | None
 
 @task(retries=2, retry_delay_seconds=[5, 30], **RETRIED)
 def stage_task(
-    name: str,
-    config: Config,
-    store_url: str,
-    inputs: dict[str, Artifact],
-    build: bool,
-    rebuild: str | None,
-    gpu_limit: Limit = None,
-    train_on: Launch = HERE,
+    name: str, config: Config, store_url: str, inputs: Inputs, build: bool, rebuild: str | None, **options: Any
 ) -> Any:
     """Build one stage, or find it and end as `Cached`; return the artifact and its record. Not to `build` it may fail.
 
-    If it uses JAX, it is built in a process of its own, which holds a slot of `gpu_limit` meanwhile. What a user has to
-    mend ends as `Failed`, without an error's tracebacks.
+    If it uses JAX, it is built in a process of its own, which holds a slot of the option `gpu_limit`, or where the
+    option `train_on` says. What a user has to mend ends as `Failed`, without an error's tracebacks.
     """
     try:
         store, shown, started = Store(store_url), watcher(), time.monotonic()
@@ -71,17 +65,17 @@ def stage_task(
             remedy = f"run the pipeline, or `nanodlm run --until {name}`, with the same settings first"
             raise NanodlmError(f"{name} is not built for this configuration in {store.uri()}: {remedy}")
         # In this order: a slot goes back to a server that answers.
-        limit = gpu_limit if own_process else None
+        limit = options.get("gpu_limit") if own_process else None
         with hold_device(limit, shown.emit), wait_for_server_at_end(shown.emit), shown.showing(name):
             started = time.monotonic()
             if name == "train":
-                unigram = inputs["shard"].metrics.get("val_unigram_nats_per_token")  # not of earlier versions
-                shown.emit("unigram", nats_per_token=unigram)
+                shown.emit("unigram", nats_per_token=inputs["shard"].metrics.get("val_unigram_nats_per_token"))
             if not own_process:
                 artifact, found = run_stage(name, config, store, rebuild=again, inputs=inputs, emit=shown.emit)
             else:
-                if name == "train" and train_on.target != "process":
-                    artifact = run_on_cluster(lookup, config, store, train_on, rebuild=again, emit=shown.emit)
+                launch = options.get("train_on", HERE)
+                if name == "train" and launch.target != "process":
+                    artifact = run_on_cluster(lookup, config, store, launch, rebuild=again, emit=shown.emit)
                 else:
                     artifact = run_in_process(lookup, config, store, rebuild=again, emit=shown.emit)
                 found = record(artifact, "built", time.monotonic() - started)
@@ -113,7 +107,7 @@ def _stages(
     config: Config, url: str, until: str, rebuild: str | None, *, alone: bool = False, **options: Any
 ) -> Records:
     """Go through stages in order; `alone`, all that the last one needs must be there. Return the record of each."""
-    found: dict[str, Artifact] = {}
+    found: Inputs = {}
     records, names = [], table.needed(config, until) if alone else table.until(until)
     check_rebuild(rebuild, until)
     if url.startswith("memory:"):
@@ -126,7 +120,7 @@ def _stages(
             shard_in_parallel(config, url, inputs)
         with untagged():
             make = stage_task.with_options(name=name, task_run_name=name)
-            build, given = not alone or name == until, cast(dict[str, Artifact], quote(inputs))
+            build, given = not alone or name == until, cast(Inputs, quote(inputs))
             state = make(name, config, url, given, build=build, rebuild=rebuild, return_state=True, **options)
         found[name], told = state.result()
         records.append(told)
@@ -208,10 +202,7 @@ def sample(
 def run_pipeline(
     config: Config, store: str, until: str, rebuild: str | None, console: Watcher, verbose: bool
 ) -> Records:
-    """Run the flow `pipeline` in this process, on the server that the settings name, else on one started for it.
-
-    SIGTERM raises `Stopped`, after a training has saved.
-    """
+    """Run the flow `pipeline` in this process, on the server that the settings name, else on one started for it."""
     task_runner()  # refuses what cannot be before a server is started
 
     def stop(*_: Any) -> None:
@@ -226,9 +217,8 @@ def run_pipeline(
         stack.enter_context(tags(TAG))
         stack.callback(WATCHER.reset, WATCHER.set(console))
         stack.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, stop))
-        preset, changes = as_changes(config)
         try:
-            return pipeline(preset, changes, store, until, rebuild)  # type: ignore[arg-type]
+            return pipeline(*as_changes(config), store, until, rebuild)  # type: ignore[arg-type]
         except BaseException as ended:
             if isinstance(ended.__cause__, Stopped):  # by somebody who cancelled this run on a shared server
                 raise ended.__cause__ from None
