@@ -21,11 +21,6 @@ def jobset(work: Work) -> dict[str, Any]:
 
     When a pod ends with 75 or is evicted, all are made anew, as often as it takes, and go on from the last checkpoint;
     after other failures as well, `launch.restarts` times. Secrets come from a Secret by its name.
-
-    >>> from nanodlm.cluster.settings import Config, Launch
-    >>> pods = jobset(Work(Config(), "s3://bucket/store", Launch(target="k8s", image="nanodlm:1")))
-    >>> pods["kind"], pods["spec"]["failurePolicy"]["maxRestarts"]
-    ('JobSet', 3)
     """
     launch, stage, name, nodes = work.launch, work.stage, work.name, work.nodes
     env: list[dict[str, Any]] = [{"name": "NANODLM_CACHE", "value": "/cache"}]
