@@ -24,9 +24,5 @@ def end_of_run(why: str, state: State | None) -> BaseException:
 
 
 def is_generated(name: str) -> bool:
-    """Say if Prefect made a run's name up, such as `gentle-otter`, for it does not tell.
-
-    >>> is_generated("gentle-otter"), is_generated("nightly-owt")
-    (True, False)
-    """
+    """Say if Prefect made a run's name up, such as `gentle-otter`, for it does not tell."""
     return "-" in name and NAMES.issuperset(name.split("-"))

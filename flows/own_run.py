@@ -48,8 +48,6 @@ def named(name: str) -> str:
 
 def built_before() -> set[str]:
     """Return the stages that earlier tries of this run have built: retried, it does not build them once more."""
-    if flow_run.run_count < 2:
-        return set()
     of_run = FlowRunFilter.model_validate({"id": {"any_": [flow_run.id]}})
     with get_client(sync_client=True) as client:
         return {run.name for run in client.read_task_runs(flow_run_filter=of_run) if run.state_name == "Completed"}
@@ -57,10 +55,7 @@ def built_before() -> set[str]:
 
 @contextlib.contextmanager
 def working_for_run() -> Iterator[None]:
-    """Name this run in all manifests that the block writes, and stop the block, saving, when the run is over.
-
-    It asks: Prefect tells of a cancellation only while it listens, and of another end nothing.
-    """
+    """Name this run in all manifests that the block writes, and stop the block, saving, when the run is over."""
     run, ended, done, lock = flow_run.id, "", threading.Event(), threading.Lock()
     main = threading.main_thread()
 
@@ -138,10 +133,7 @@ def _go_on(name: str) -> None:
 
 
 def _holders(limit: str) -> str:
-    """Return the names of the runs that have all slots of a limit; nothing while one is free, or without a limit.
-
-    The server does not tell: these are the others that use it and are at a stage that needs it.
-    """
+    """Return the names of the runs that have all slots of a limit; nothing while one is free, or without a limit."""
     running = {"state": {"name": {"any_": ["Running"]}}}  # a run that waits is in a state of another name
     at_device = TaskRunFilter.model_validate({**running, "name": {"any_": ["train", "evaluate", "sample"]}})
     with get_client(sync_client=True) as client:
@@ -160,10 +152,9 @@ def _holders(limit: str) -> str:
 
 def fail(error: NanodlmError) -> State[Any]:
     """Return the state `Failed` with the one line of an error; a deployed flow is ended in it, without a traceback."""
-    failed = Failed(message=str(error), data=error)
-    if not deployment.id:
-        return failed
-    raise end_of_run(str(error), _set_state(Failed(message=str(error)))) from error
+    if deployment.id:
+        raise end_of_run(str(error), _set_state(Failed(message=str(error)))) from error
+    return Failed(message=str(error), data=error)
 
 
 def _set_state(state: State[Any]) -> State[Any] | None:

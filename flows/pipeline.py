@@ -10,7 +10,6 @@ from contextlib import ExitStack
 from typing import Any, Literal, cast
 
 from prefect import Flow, State, flow, tags, task
-from prefect.cache_policies import NO_CACHE
 from prefect.settings import PREFECT_API_URL, PREFECT_LOGGING_LEVEL, get_current_settings, temporary_settings
 from prefect.states import Completed, Failed
 from prefect.utilities.annotations import quote
@@ -24,7 +23,7 @@ from nanodlm.flows.internals import untagged
 from nanodlm.flows.own_run import built_before, fail, hold_device, run_name, working_for_run
 from nanodlm.flows.reporting import WATCHER, Pages, show_run, watcher
 from nanodlm.flows.server import check_server, ephemeral_server, wait_for_server_at_end
-from nanodlm.flows.shards import may_pass, shard_in_parallel, task_runner
+from nanodlm.flows.shards import RETRIED, shard_in_parallel, task_runner
 from nanodlm.stages import table
 from nanodlm.stages.lookup import ready
 from nanodlm.stages.process import run_in_process
@@ -35,6 +34,7 @@ from nanodlm.store import Artifact, Store
 
 DataStageName = Literal["download", "tokenizer", "split", "shard"]
 Records = list[dict[str, Any]]  # of each stage, as `nanodlm.stages.run.record` gives it
+Inputs = dict[str, Artifact]
 Outcome = Records | State[Any]
 HERE = Launch()  # in a process of this machine
 NONE: dict[str, Any] = {}  # a preset without changes
@@ -42,84 +42,63 @@ Where = StoreUrl | None
 Limit = str | None
 
 
-@task(
-    cache_policy=NO_CACHE,
-    persist_result=False,
-    retries=2,
-    retry_delay_seconds=[5, 30],
-    retry_condition_fn=may_pass,
-)
-def stage_task(name: str, config: Config, store_url: str, inputs: dict[str, Artifact], **options: Any) -> Any:
-    """Return what `_build_or_find` does. What a user has to mend ends as `Failed`, without an error's tracebacks."""
-    try:
-        return _build_or_find(name, config, Store(store_url), inputs, **options)
-    except Unreachable:  # which may pass
-        raise
-    except NanodlmError as error:
-        return Failed(message=str(error), data=error)
-
-
-def _build_or_find(
-    name: str,
-    config: Config,
-    store: Store,
-    inputs: dict[str, Artifact],
-    *,
-    build: bool,
-    rebuild: str | None,
-    gpu_limit: Limit = None,
-    train_on: Launch = HERE,
+@task(retries=2, retry_delay_seconds=[5, 30], **RETRIED)
+def stage_task(
+    name: str, config: Config, store_url: str, inputs: Inputs, build: bool, rebuild: str | None, **options: Any
 ) -> Any:
     """Build one stage, or find it and end as `Cached`; return the artifact and its record. Not to `build` it may fail.
 
-    If it uses JAX, it is built in a process of its own, which holds a slot of `gpu_limit` meanwhile.
+    If it uses JAX, it is built in a process of its own, which holds a slot of the option `gpu_limit`, or where the
+    option `train_on` says. What a user has to mend ends as `Failed`, without an error's tracebacks.
     """
-    shown, started = watcher(), time.monotonic()
-    lookup = ready(name, config, store, rebuild=rebuild == name, inputs=inputs)
-    again = lookup.is_again(rebuild)
-    if lookup.note:
-        shown.emit("message", text=lookup.note)
-    if lookup.artifact and not again:
-        found = record(lookup.artifact, "cached", time.monotonic() - started)
-        shown.done(lookup.artifact, found)
-        return Completed(name="Cached", data=(lookup.artifact, found))
-    if not build:
-        remedy = f"run the pipeline, or `nanodlm run --until {name}`, with the same settings first"
-        raise NanodlmError(f"{name} is not built for this configuration in {store.uri()}: {remedy}")
-    own_process = lookup.stage.own_process
-    limit = gpu_limit if own_process else None
     try:
+        store, shown, started = Store(store_url), watcher(), time.monotonic()
+        lookup = ready(name, config, store, rebuild=rebuild == name, inputs=inputs)
+        again, own_process = lookup.is_again(rebuild), lookup.stage.own_process
+        if lookup.note:
+            shown.emit("message", text=lookup.note)
+        if lookup.artifact and not again:
+            found = record(lookup.artifact, "cached", time.monotonic() - started)
+            shown.done(lookup.artifact, found)
+            return Completed(name="Cached", data=(lookup.artifact, found))
+        if not build:
+            remedy = f"run the pipeline, or `nanodlm run --until {name}`, with the same settings first"
+            raise NanodlmError(f"{name} is not built for this configuration in {store.uri()}: {remedy}")
         # In this order: a slot goes back to a server that answers.
+        limit = options.get("gpu_limit") if own_process else None
         with hold_device(limit, shown.emit), wait_for_server_at_end(shown.emit), shown.showing(name):
             started = time.monotonic()
+            if name == "train":
+                shown.emit("unigram", nats_per_token=inputs["shard"].metrics.get("val_unigram_nats_per_token"))
             if not own_process:
                 artifact, found = run_stage(name, config, store, rebuild=again, inputs=inputs, emit=shown.emit)
             else:
-                if name == "train":
-                    unigram = inputs["shard"].metrics.get("val_unigram_nats_per_token")  # not of earlier versions
-                    shown.emit("unigram", nats_per_token=unigram)
-                if name == "train" and train_on.target != "process":
-                    artifact = run_on_cluster(lookup, config, store, train_on, rebuild=again, emit=shown.emit)
+                launch = options.get("train_on", HERE)
+                if name == "train" and launch.target != "process":
+                    artifact = run_on_cluster(lookup, config, store, launch, rebuild=again, emit=shown.emit)
                 else:
                     artifact = run_in_process(lookup, config, store, rebuild=again, emit=shown.emit)
                 found = record(artifact, "built", time.monotonic() - started)
-    except Stopped as stopped:
-        if stopped.__cause__ and not isinstance(stopped.__cause__, Exception):  # Prefect's own signal, which it knows
-            raise stopped.__cause__ from None
+        shown.done(artifact, found)
+        return artifact, found
+    except Unreachable:  # which may pass
         raise
-    shown.done(artifact, found)
-    return artifact, found
+    except NanodlmError as error:
+        if error.__cause__ and not isinstance(error.__cause__, Exception):  # Prefect's own signal, which it knows
+            raise error.__cause__ from None
+        return Failed(message=str(error), data=error)
 
 
 def _run(
-    preset: str, changes: dict[str, Any], store: str | None, until: str, rebuild: str | None, **options: Any
+    preset: str, changes: dict[str, Any], store: str | None, until: str, rebuild: str | bool | None, **options: Any
 ) -> Outcome:
     """Go through stages as `_stages` does, for this flow run; what the user has to mend ends it as `Failed`."""
+    again = until if rebuild is True else rebuild or None
     try:
         enter_folder()
         with working_for_run():
-            rebuild = None if rebuild in built_before() else rebuild
-            return _stages(changed(preset, changes), store or default_store(), until, rebuild, **options)
+            again = None if again in built_before() else again
+            return _stages(changed(preset, changes), store or default_store(), until, again, **options)
     except NanodlmError as error:
         return fail(error)
 
@@ -128,7 +107,7 @@ def _stages(
     config: Config, url: str, until: str, rebuild: str | None, *, alone: bool = False, **options: Any
 ) -> Records:
     """Go through stages in order; `alone`, all that the last one needs must be there. Return the record of each."""
-    found: dict[str, Artifact] = {}
+    found: Inputs = {}
     records, names = [], table.needed(config, until) if alone else table.until(until)
     check_rebuild(rebuild, until)
     if url.startswith("memory:"):
@@ -141,7 +120,7 @@ def _stages(
             shard_in_parallel(config, url, inputs)
         with untagged():
             make = stage_task.with_options(name=name, task_run_name=name)
-            build, given = not alone or name == until, cast(dict[str, Artifact], quote(inputs))
+            build, given = not alone or name == until, cast(Inputs, quote(inputs))
             state = make(name, config, url, given, build=build, rebuild=rebuild, return_state=True, **options)
         found[name], told = state.result()
         records.append(told)
@@ -201,8 +180,7 @@ def train(
     train_on: Launch = HERE,
 ) -> Outcome:
     """Train, and nothing else: from the last checkpoint on, if there is one. The shards must be in the store."""
-    again = "train" if rebuild else None
-    return _run(preset, config, store, "train", again, alone=True, gpu_limit=gpu_limit, train_on=train_on)
+    return _run(preset, config, store, "train", rebuild, alone=True, gpu_limit=gpu_limit, train_on=train_on)
 
 
 @described_flow
@@ -210,8 +188,7 @@ def evaluate(
     preset: Preset = "demo", config: Changes = NONE, store: Where = None, rebuild: bool = False, gpu_limit: Limit = None
 ) -> Outcome:
     """Evaluate, and nothing else. The trained model must be in the store."""
-    again = "evaluate" if rebuild else None
-    return _run(preset, config, store, "evaluate", again, alone=True, gpu_limit=gpu_limit)
+    return _run(preset, config, store, "evaluate", rebuild, alone=True, gpu_limit=gpu_limit)
 
 
 @described_flow
@@ -219,17 +196,13 @@ def sample(
     preset: Preset = "demo", config: Changes = NONE, store: Where = None, rebuild: bool = False, gpu_limit: Limit = None
 ) -> Outcome:
     """Draw samples, and nothing else. The trained model must be in the store."""
-    again = "sample" if rebuild else None
-    return _run(preset, config, store, "sample", again, alone=True, gpu_limit=gpu_limit)
+    return _run(preset, config, store, "sample", rebuild, alone=True, gpu_limit=gpu_limit)
 
 
 def run_pipeline(
     config: Config, store: str, until: str, rebuild: str | None, console: Watcher, verbose: bool
 ) -> Records:
-    """Run the flow `pipeline` in this process, on the server that the settings name, else on one started for it.
-
-    SIGTERM raises `Stopped`, after a training has saved.
-    """
+    """Run the flow `pipeline` in this process, on the server that the settings name, else on one started for it."""
     task_runner()  # refuses what cannot be before a server is started
 
     def stop(*_: Any) -> None:
@@ -244,9 +217,8 @@ def run_pipeline(
         stack.enter_context(tags(TAG))
         stack.callback(WATCHER.reset, WATCHER.set(console))
         stack.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, stop))
-        preset, changes = as_changes(config)
         try:
-            return pipeline(preset, changes, store, until, rebuild)  # type: ignore[arg-type]
+            return pipeline(*as_changes(config), store, until, rebuild)  # type: ignore[arg-type]
         except BaseException as ended:
             if isinstance(ended.__cause__, Stopped):  # by somebody who cancelled this run on a shared server
                 raise ended.__cause__ from None

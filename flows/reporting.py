@@ -18,7 +18,7 @@ from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
 from nanodlm.errors import Stopped
 from nanodlm.evaluation.report import logs_of, loss_curve_url, texts_of
-from nanodlm.stages.progress import Pace, Watcher, counts, stage_table, summary
+from nanodlm.stages.progress import Pace, Watcher, counts, summary
 from nanodlm.store import Artifact
 
 SECONDS = 30.0  # between two lines of a stage's progress in Prefect's log, and on its page
@@ -29,9 +29,9 @@ class Pages:
 
     def __init__(self) -> None:
         self._logger, self._last, self._pace = get_run_logger(), 0.0, Pace()
-        self._stage, self._progress = "", None
+        self._stage, self._unigram = "", None
         self._logs: list[dict[str, Any]] = []  # of training
-        self._unigram, self._curve = None, None
+        self._shown: dict[str, UUID] = {}  # what is there already, by key
 
     def showing(self, stage: str) -> AbstractContextManager[Any]:
         """Say that a stage is about to be built."""
@@ -52,37 +52,30 @@ class Pages:
             if time.monotonic() - self._last >= SECONDS:
                 self._last = time.monotonic()
                 self._logger.info(text)
-                self._show_progress(100.0 * fields["done"] / fields["total"] if fields.get("total") else 0.0, text)
-                self._show_curve(text)
+                percent = 100.0 * fields["done"] / fields["total"] if fields.get("total") else 0.0
+                self._show(f"{self._stage}-progress", pages.create_progress_artifact, percent, text)
+                self._show("loss-curve", pages.create_image_artifact, loss_curve_url(self._logs, self._unigram), text)
 
     def done(self, artifact: Artifact, record: dict[str, Any]) -> None:
         """Show what a finished stage holds."""
         told = f"{summary(artifact)} in {record['seconds']:,.1f} s"
         self._logger.info("%s: %s, %s, %s", record["stage"], record["status"], told, record["uri"])
-        if self._progress is not None:
-            self._show_progress(100.0, told)
+        if (key := f"{self._stage}-progress") in self._shown:
+            self._show(key, pages.create_progress_artifact, 100.0, told)
         if artifact.stage == "train":
             self._logs = logs_of(artifact)
-            self._show_curve(told)
+            self._show("loss-curve", pages.create_image_artifact, loss_curve_url(self._logs, self._unigram), told)
         if artifact.stage == "shard":
             what = "What the model is trained and tested on"
             self.write(pages.create_table_artifact, counts(artifact), key="data-counts", description=what)
         if artifact.stage == "sample":
             self.write(show_samples, artifact)
 
-    def _show_progress(self, percent: float, text: str) -> None:
-        if self._progress is None:
-            key = f"{self._stage}-progress"
-            self._progress = self.write(pages.create_progress_artifact, percent, key=key, description=text)
-        else:
-            self.write(pages.update_progress_artifact, self._progress, percent, description=text)
-
-    def _show_curve(self, text: str) -> None:
-        url = loss_curve_url(self._logs, self._unigram)
-        if url and self._curve is None:
-            self._curve = self.write(pages.create_image_artifact, url, key="loss-curve", description=text)
-        elif url:
-            self.write(update_curve, self._curve, url, text)
+    def _show(self, key: str, create: Callable[..., Any], value: float | str, text: str) -> None:
+        if key in self._shown:
+            self.write(update, self._shown[key], value, text)
+        elif value != "" and (made := self.write(create, value, key=key, description=text)):
+            self._shown[key] = made
 
     def write(self, call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         """Call what writes a page, and return what it returns, or None when the server does not take it."""
@@ -114,7 +107,11 @@ def show_run(records: list[dict[str, Any]], artifacts: dict[str, Artifact]) -> N
     """Show all of a run in one place, under the key `report`: numbers, stages, where they lie, loss curve, samples."""
     report, store = artifacts.get("report"), next(iter(artifacts.values())).store
     numbers, _, samples = (report.file("report.md").read_text() if report else "").partition("## Samples")
-    lines = [numbers, "## Stages", *stage_table(records, artifacts), "", f"Store: `{store.uri()}`"]
+    lines = [numbers, "## Stages", "", "| stage | | seconds | holds |", "|---|---|---:|---|"]
+    for told in records:
+        holds = summary(artifacts[told["stage"]])
+        lines.append(f"| {told['stage']} | {told['status']} | {told['seconds']:,.1f} | {holds} |")
+    lines += ["", f"Store: `{store.uri()}`"]
     if "train" in artifacts:
         unigram = artifacts["shard"].metrics.get("val_unigram_nats_per_token")
         lines += ["", f"![loss curve]({loss_curve_url(logs_of(artifacts['train']), unigram)})"]
@@ -123,7 +120,7 @@ def show_run(records: list[dict[str, Any]], artifacts: dict[str, Artifact]) -> N
     pages.create_markdown_artifact("\n".join(lines), key="report", description=store.uri())
 
 
-def update_curve(artifact: UUID, url: str, text: str) -> None:
-    """Show another picture of the loss curve."""
+def update(artifact: UUID, value: float | str, text: str) -> None:
+    """Show another share that is done, or picture of the loss curve."""
     with get_client(sync_client=True) as client:
-        client.update_artifact(artifact, ArtifactUpdate(data=url, description=text))
+        client.update_artifact(artifact, ArtifactUpdate(data=value, description=text))

@@ -10,11 +10,12 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
+from pathlib import Path
 
 import httpx
 from filelock import FileLock
 from prefect.client.orchestration import get_client
-from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, get_current_settings, temporary_settings
+from prefect.settings import get_current_settings
 
 from nanodlm.errors import NanodlmError, Stopped
 from nanodlm.stages.process import PARENT, end_with_parent, last_error, stop
@@ -36,23 +37,25 @@ def ephemeral_server() -> Iterator[str]:
     environ = {**os.environ, PARENT: str(os.getpid()), "PREFECT_API_URL": ""}
     environ.pop("PREFECT_SERVER_API_AUTH_STRING", None)
     command = [sys.executable, "-P", "-m", "nanodlm.flows.server", "--port", str(port)]
-    with tempfile.TemporaryFile() as log, contextlib.ExitStack() as starting:
-        home = get_current_settings().home
+    with tempfile.NamedTemporaryFile() as log, contextlib.ExitStack() as starting:
+        home, failure = get_current_settings().home, "the local Prefect server did not start"
+        remedy = "set PREFECT_API_URL to use a running one, or PREFECT_HOME"
+        remedy = f"{remedy}, now {home}, to a folder that can be written and has room"
         try:  # one after the other: two that start on a new database would both make its tables, and one would fail
             home.mkdir(parents=True, exist_ok=True)
             starting.enter_context(FileLock(home / "nanodlm-server-starts.lock"))
         except OSError as error:
-            raise _not_started(str(error)) from error
+            raise NanodlmError(f"{failure} ({error}); {remedy}") from error
         child = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environ, start_new_session=True
         )
         token = OWN.set(child)
         try:
             deadline = time.monotonic() + START_SECONDS
-            while not _healthy(url):
+            while not _answers(url):
                 if child.poll() is not None or time.monotonic() > deadline:
-                    log.seek(0)
-                    raise _not_started(last_error(log.read().decode(errors="replace")))
+                    said = last_error(Path(log.name).read_text(errors="replace"))
+                    raise NanodlmError(f"{failure} ({said}); {remedy}")
                 time.sleep(0.1)
             starting.close()
             yield url
@@ -60,8 +63,7 @@ def ephemeral_server() -> Iterator[str]:
             ended, failed = child.poll() is not None, isinstance(error, httpx.HTTPStatusError)
             if isinstance(error, NanodlmError) or not (ended or failed):
                 raise
-            log.seek(0)
-            said = last_error(log.read().decode(errors="replace"))
+            said = last_error(Path(log.name).read_text(errors="replace"))
             why = "has ended" if ended else f"has failed in PREFECT_HOME, {home} ({said})"
             raise NanodlmError(f"the local Prefect server {why}; what is finished is kept: run again") from error
         finally:
@@ -69,26 +71,11 @@ def ephemeral_server() -> Iterator[str]:
             stop(child, 10)
 
 
-def _not_started(reason: str) -> NanodlmError:
-    home = f"PREFECT_HOME, now {get_current_settings().home}, to a folder that can be written and has room"
-    remedy = f"set PREFECT_API_URL to use a running one, or {home}"
-    return NanodlmError(f"the local Prefect server did not start ({reason}); {remedy}")
-
-
-def _healthy(url: str) -> bool:
-    with contextlib.suppress(httpx.HTTPError):
-        return httpx.get(f"{url}/health", timeout=5).is_success
+def _answers(url: str) -> bool:
+    """Say if a server, or what stands before it, answers with anything but an error of its own."""
+    with contextlib.suppress(httpx.HTTPError):  # who it is does not matter here: nothing is told to it
+        return not httpx.get(f"{url}/health", timeout=5, verify=False).is_server_error
     return False
-
-
-def _answers() -> bool:
-    """Say if the server of the settings, or what stands before it, answers with anything but an error of its own."""
-    with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}), get_client(sync_client=True) as client:
-        try:
-            client.request("GET", "/health")
-        except httpx.HTTPError as error:
-            return isinstance(error, httpx.HTTPStatusError) and not error.response.is_server_error
-    return True
 
 
 def check_server() -> None:
@@ -108,8 +95,7 @@ def check_server() -> None:
 def wait_for_server_at_end(emit: Callable[..., None]) -> Iterator[None]:
     """When the block has ended or failed, wait until the server of the settings answers, a quarter of an hour at most.
 
-    Prefect tries for some seconds only to tell it a task's last state. Whoever is stopped by a signal, or whose own
-    server has ended, does not wait.
+    Whoever is stopped by a signal, or whose own server has ended, does not wait.
     """
     failure = None
     try:
@@ -118,12 +104,12 @@ def wait_for_server_at_end(emit: Callable[..., None]) -> Iterator[None]:
         raise
     except Exception as error:
         failure = error
-    url, own, deadline = get_current_settings().api.url, OWN.get(), time.monotonic() + AWAY_SECONDS
-    away = bool(url) and not _healthy(url)
-    if away:
+    url, own, deadline = get_current_settings().api.url or "", OWN.get(), time.monotonic() + AWAY_SECONDS
+    if away := url != "" and not _answers(url):
         emit("message", text="the Prefect server is away: waiting to tell it how the stage ended")
-    while away and not _answers() and time.monotonic() < deadline and (own is None or own.poll() is None):
+    while away and time.monotonic() < deadline and (own is None or own.poll() is None):
         time.sleep(1)
+        away = not _answers(url)
     if failure is not None:
         raise failure
 

@@ -9,7 +9,6 @@ from prefect.client.schemas.objects import State
 from prefect.futures import as_completed
 from prefect.logging import get_run_logger
 from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner, ThreadPoolTaskRunner
-from prefect.tasks import exponential_backoff
 
 from nanodlm.config import Config
 from nanodlm.errors import NanodlmError, Stopped, Unreachable, UsageError
@@ -27,15 +26,10 @@ def may_pass(_task: Any, _run: Any, state: State) -> bool:
     return isinstance(state.result(raise_on_failure=False), OSError | Unreachable)
 
 
-@task(
-    task_run_name="shard-{index}",
-    cache_policy=NO_CACHE,
-    persist_result=False,
-    retries=3,
-    retry_delay_seconds=exponential_backoff(backoff_factor=2),
-    retry_jitter_factor=0.5,
-    retry_condition_fn=may_pass,
-)
+RETRIED: dict[str, Any] = {"cache_policy": NO_CACHE, "persist_result": False, "retry_condition_fn": may_pass}
+
+
+@task(task_run_name="shard-{index}", retries=3, retry_delay_seconds=[2, 4, 8], retry_jitter_factor=0.5, **RETRIED)
 def build_shard(index: int, config: Config, store_url: str, inputs: dict[str, str]) -> bool:
     """Make one shard as a finished part of an attempt of its own, and return whether it had to be made."""
     return fanout.build_shard(config, Store(store_url), index, inputs)

@@ -1,7 +1,5 @@
 """Stages on other machines: Slurm jobs and Kubernetes JobSets, followed through the store.
 
-    nanodlm launch owt-1b --target slurm --nodes 4 --gpus_per_node 8 --store /shared/store --dry-run
-
 The job runs the same `nanodlm train` as this machine would, and is told the fingerprints of its inputs. Whoever waits
 for it looks into the store: the lease of what is being built tells how far it is, and the manifest that it is done. The
 scheduler is asked now and then, so that a job that failed or was cancelled is noticed. Nothing here imports JAX.

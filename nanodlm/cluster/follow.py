@@ -23,9 +23,8 @@ def run_on_cluster(
 ) -> Artifact:
     """Build a stage that uses JAX as a job of a cluster, and return its artifact.
 
-    What `emit` is called with comes through the store, and is a few seconds old. When this is interrupted, the job is
-    cancelled; it saves, and the next run goes on where it was. When this is killed the job goes on, and the next call
-    follows it. A job that does not make the artifact, or of which nobody tells how it stands, is an error.
+    What `emit` is called with comes through the store. When this is interrupted, the job is cancelled; it saves, and
+    the next run goes on where it was. When this is killed the job goes on, and the next call follows it.
     """
     scheduler, address, shown = SCHEDULERS[launch.target], (lookup.stage.name, lookup.fingerprint), {}
     job = scheduler.submit(Work(config, store.uri(), launch, address[0], lookup.input_fingerprints, rebuild))

@@ -12,17 +12,15 @@ from nanodlm.errors import NanodlmError, Stopped
 from nanodlm.stages.process import last_line
 from nanodlm.store import FLOW_RUN
 
+# A JobSet is deleted once its pods have gone: another by the same name would take them for its own.
+ONCE_GONE = ("--ignore-not-found", "--cascade=foreground")
+
 
 def jobset(work: Work) -> dict[str, Any]:
     """Write a manifest of a Kubernetes JobSet (jobset.x-k8s.io/v1alpha2): a pod for each host, which has all its GPUs.
 
     When a pod ends with 75 or is evicted, all are made anew, as often as it takes, and go on from the last checkpoint;
     after other failures as well, `launch.restarts` times. Secrets come from a Secret by its name.
-
-    >>> from nanodlm.cluster.settings import Config, Launch
-    >>> pods = jobset(Work(Config(), "s3://bucket/store", Launch(target="k8s", image="nanodlm:1")))
-    >>> pods["kind"], pods["spec"]["failurePolicy"]["maxRestarts"]
-    ('JobSet', 3)
     """
     launch, stage, name, nodes = work.launch, work.stage, work.name, work.nodes
     env: list[dict[str, Any]] = [{"name": "NANODLM_CACHE", "value": "/cache"}]
@@ -75,8 +73,7 @@ def jobset(work: Work) -> dict[str, Any]:
         "podFailurePolicy": {"rules": [{"action": "FailJob", **when} for when in (saved, evicted)]},
         "template": {"spec": pod},
     }
-    reasons = ["PodFailurePolicy"]
-    passed = {"name": "stopped", "action": "RestartJobSetAndIgnoreMaxRestarts", "onJobFailureReasons": reasons}
+    passed = {"action": "RestartJobSetAndIgnoreMaxRestarts", "onJobFailureReasons": ["PodFailurePolicy"]}
     namespace = {"namespace": launch.namespace} if launch.namespace else {}
     queue = {"labels": {"kueue.x-k8s.io/queue-name": launch.queue}} if launch.queue else {}
     return {
@@ -85,7 +82,7 @@ def jobset(work: Work) -> dict[str, Any]:
         "metadata": {"name": name, **namespace, **queue},
         "spec": {
             "network": {"enableDNSHostnames": True, "publishNotReadyAddresses": True},
-            "failurePolicy": {"maxRestarts": launch.restarts, "rules": [passed]},
+            "failurePolicy": {"maxRestarts": launch.restarts, "rules": [{"name": "stopped", **passed}]},
             "ttlSecondsAfterFinished": 7 * 24 * 3600,
             "replicatedJobs": [{"name": stage, "replicas": 1, "template": {"spec": job}}],
         },
@@ -106,7 +103,7 @@ def submit(work: Work) -> Job:
     if stands == "waiting":
         return replace(job, found=True)
     if stands != "unknown":  # one that has ended keeps its name for a week
-        code, _, error = _delete(job, seconds=launch.grace_seconds + 60)
+        code, _, error = _kubectl(job, "delete", "jobset", job.name, *ONCE_GONE, seconds=launch.grace_seconds + 60)
         if code:
             raise NanodlmError(f"the JobSet {job.name} has ended and does not go away: {last_line(error)}")
     hand_over(["kubectl", "create", "--filename=-"], manifest, "install it and give it a context for the cluster")
@@ -136,13 +133,7 @@ def state(job: Job) -> tuple[Literal["waiting", "done", "failed", "unknown"], st
 
 def cancel(job: Job) -> None:
     """End a JobSet, if it has not ended; it saves first. That the cluster cannot be asked is not an error."""
-    _delete(job, "--wait=false")
-
-
-def _delete(job: Job, *words: str, seconds: float = 60) -> tuple[int, str, str]:
-    """Delete a JobSet once its pods have gone: another by the same name would take them for its own."""
-    kept = ("--ignore-not-found", "--cascade=foreground")
-    return _kubectl(job, "delete", "jobset", job.name, *kept, *words, seconds=seconds)
+    _kubectl(job, "delete", "jobset", job.name, *ONCE_GONE, "--wait=false")
 
 
 def _kubectl(job: Job, *words: str, seconds: float = 60) -> tuple[int, str, str]:

@@ -12,22 +12,6 @@ from nanodlm.stages.process import last_line
 
 WAITING = {"PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "RESIZING", "SIGNALING"}
 WAITING |= {"REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD", "STAGE_OUT", "REVOKED"}
-SCRIPT = """#!/usr/bin/env bash
-{options}
-set -uo pipefail
-
-config=$(cat <<'CONFIG'
-{config}
-CONFIG
-)
-
-{command} "$config" {flags}
-code=$?
-if [ $code -eq {stopped} ]; then  # a signal ended it and it has saved: go on later
-    scontrol requeue "$SLURM_JOB_ID"
-fi
-exit $code
-"""
 
 
 def job_text(work: Work) -> str:
@@ -36,10 +20,6 @@ def job_text(work: Work) -> str:
     It starts one task for each GPU; they find each other by themselves (see `devices.hosts.join`). Before the time
     limit, when it is preempted, or on `scancel --signal=TERM`, the job's tasks save and end with 75, and the script
     puts the job back into the queue. Environment variables come from where it is submitted; no secret is in the script.
-
-    >>> from nanodlm.cluster.settings import Config, Launch
-    >>> job_text(Work(Config(), "/shared", Launch(target="slurm", nodes=2, gpus_per_node=8))).splitlines()[2:4]
-    ['#SBATCH --nodes=2', '#SBATCH --ntasks-per-node=8']
     """
     launch, stage = work.launch, work.stage
     options = {
@@ -57,17 +37,26 @@ def job_text(work: Work) -> str:
         "open-mode": "append",
         "requeue": True,
     }
-    lines = [f"#SBATCH --{n}{'' if v is True else f'={v}'}" for n, v in options.items() if v is not None]
+    lines = [f"#SBATCH --{n}{'' if v is True else f'={v}'}\n" for n, v in options.items() if v is not None]
     srun = ["srun", "--kill-on-bad-exit=0", "--wait=600"]  # seconds for other tasks to end after the first has
     if launch.cpus_per_task:
         srun.append(f"--cpus-per-task={launch.cpus_per_task}")  # which it does not take from the job
-    return SCRIPT.format(
-        options="\n".join(lines),
-        config=work.config.model_dump_json(indent=1),
-        command=shlex.join([*srun, sys.executable, "-P", "-m", "nanodlm", stage]),
-        flags=shlex.join(work.flags()),
-        stopped=Stopped.exit_code,
-    )
+    command = shlex.join([*srun, sys.executable, "-P", "-m", "nanodlm", stage])
+    return f"""#!/usr/bin/env bash
+{"".join(lines)}set -uo pipefail
+
+config=$(cat <<'CONFIG'
+{work.config.model_dump_json(indent=1)}
+CONFIG
+)
+
+{command} "$config" {shlex.join(work.flags())}
+code=$?
+if [ $code -eq {Stopped.exit_code} ]; then  # a signal ended it and it has saved: go on later
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit $code
+"""
 
 
 def submit(work: Work) -> Job:
@@ -97,21 +86,16 @@ def state(job: Job) -> tuple[Literal["waiting", "done", "failed", "unknown"], st
     if not answer:  # it ended long ago, and only accounting may still know it
         _, answer, _ = ask(["sacct", "--noheader", "-X", "-P", "--format=State", "-j", job.name])
     word = answer.split()[0] if answer else "gone from the queue"
-    if word in WAITING:
-        return "waiting", word
-    return ("done", word) if word == "COMPLETED" else ("failed", f"it is {word}{_last_output(job)}")
-
-
-def _last_output(job: Job) -> str:
-    """Return the last line of a job's output, and where that lies."""
+    if word in WAITING or word == "COMPLETED":
+        return "waiting" if word in WAITING else "done", word
     _, answer, _ = ask(["scontrol", "--oneliner", "show", "job", job.name])
     path = next((word.removeprefix("StdOut=") for word in answer.split() if word.startswith("StdOut=")), "")
     try:
         lines = Path(path).read_text(errors="replace").strip().splitlines()
     except OSError:
-        return ""
+        return "failed", f"it is {word}"
     own = [line for line in lines if line.startswith("nanodlm: ")] or lines
-    return f" ({last_line(own[-1])}; see {path})" if own else f" (see {path})"
+    return "failed", f"it is {word} ({last_line(own[-1])}; see {path})" if own else f"it is {word} (see {path})"
 
 
 def cancel(job: Job) -> None:

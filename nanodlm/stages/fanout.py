@@ -18,10 +18,7 @@ from nanodlm.store import Store, finished_parts, hold_lease, new_attempt
 
 @contextmanager
 def missing_shards(lookup: Lookup, store: Store, emit: Emit = silent) -> Iterator[list[int]]:
-    """Yield the numbers, from 0, of shards that no attempt has finished, holding the shard stage's lease meanwhile.
-
-    So a second run waits, and a collection leaves inputs and finished shards alone. The lookup is the shard stage's.
-    """
+    """Yield the numbers of shards that no attempt has finished, holding the lease of the stage that was looked up."""
     if lookup.artifact or not _missing(store, lookup):
         yield []
         return

@@ -1,6 +1,5 @@
 """What the store holds of each stage of a configuration, and why a stage would be built, field by field."""
 
-import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Self
@@ -42,7 +41,7 @@ class Lookup:
         try:
             artifact = store.find(self.stage.name, self.fingerprint)
             if artifact:
-                if comparable({k: artifact.manifest[k] for k in self.identity}) != comparable(self.identity):
+                if comparable(artifact.manifest) != comparable(self.identity):
                     raise Damaged(artifact.remedy("its manifest is that of other settings or inputs"))
                 artifact.check()
         except Damaged:
@@ -78,12 +77,10 @@ def _find(stage: Stage, config: Config, inputs: dict[str, Artifact], store: Stor
 def _downloaded_before(stage: Stage, config: Config, store: Store, gone: SourceGone) -> Lookup:
     """Return the lookup of the one download that a store holds of a source whose files are gone."""
     found: dict[str, Artifact] = {}  # by digest: the same documents may have come from files of several kinds
-    for name, fingerprint in store:
-        with contextlib.suppress(Damaged):
-            if name == stage.name and (artifact := store.find(name, fingerprint)):
-                has, wanted = _without_files(artifact.manifest, config)
-                if has == wanted:
-                    found[artifact.digest] = artifact
+    for artifact in _of_stage(stage.name, store):
+        has, wanted = _without_files(artifact.manifest, config)
+        if has == wanted:
+            found[artifact.digest] = artifact
     if not found:
         raise gone
     files = f"the files of {', '.join(config.data.source)} are gone"
@@ -95,6 +92,12 @@ def _downloaded_before(stage: Stage, config: Config, store: Store, gone: SourceG
     identity = {k: artifact.manifest[k] for k in ("schema", "stage", "version", "parameters", "inputs")}
     note = f"{files}: {names} is used, which was made of them on {artifact.manifest['created'][:10]}"
     return Lookup(stage, {}, identity, artifact.fingerprint, note=note)
+
+
+def _of_stage(name: str, store: Store) -> list[Artifact]:
+    """Return the artifacts of one stage whose records are whole."""
+    found = store.artifacts(item for item in store if item[0] == name)
+    return [artifact for _, artifact in found if isinstance(artifact, Artifact)]
 
 
 def _without_files(made: Json, config: Config) -> tuple[Json, Json]:
@@ -148,12 +151,9 @@ def why(lookup: Lookup, store: Store) -> str:
         return "it was not fetched before, and the store is not asked while NANODLM_OFFLINE is set"
     wanted = comparable(lookup.identity)
     like_it: list[tuple[list[str], str]] = []
-    for stage, fingerprint in store:
-        with contextlib.suppress(Damaged):
-            if stage == lookup.stage.name and (other := store.find(stage, fingerprint)):
-                has = comparable({k: other.manifest[k] for k in lookup.identity})
-                reasons = [f"{field}: {values}" for field, values in differences(has, wanted).items()]
-                like_it.append((reasons, fingerprint[:12]))
+    for other in _of_stage(lookup.stage.name, store):
+        reasons = [f"{field}: {values}" for field, values in differences(comparable(other.manifest), wanted).items()]
+        like_it.append((reasons, other.fingerprint[:12]))
     if not like_it:
         return "nothing like it has been built yet"
     reasons, nearest = min(like_it, key=lambda one: len(one[0]))

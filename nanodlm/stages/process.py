@@ -26,11 +26,7 @@ GRACE_SECONDS = 60.0  # for a child to save after SIGTERM, before it is killed
 
 
 def stage_flags(store: str, inputs: dict[str, str], *, rebuild: bool = False) -> list[str]:
-    """Return the flags of one stage's command; without fingerprints of its inputs it looks up all from the source on.
-
-    >>> stage_flags("data/store", {"train": "3fe1"}, rebuild=True)
-    ['--store', 'data/store', '--inputs', 'train=3fe1', '--rebuild']
-    """
+    """Return the flags of a stage's command; without fingerprints of its inputs it looks up all from the source on."""
     told = ["--inputs", *(f"{stage}={fingerprint}" for stage, fingerprint in inputs.items())] if inputs else []
     return ["--store", store, *told, *(["--rebuild"] if rebuild else [])]
 

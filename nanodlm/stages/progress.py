@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -18,17 +18,13 @@ def event_log(path: Path) -> Iterator[Emit]:
     """Yield an `emit` that appends one JSON object per event to a file."""
     with full_disk_named(str(path)):
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("a", buffering=1)
+        path.touch()
 
     def emit(kind: str, **fields: Any) -> None:
-        with full_disk_named(str(path)):
+        with full_disk_named(str(path)), path.open("a") as file:
             file.write(json.dumps({"time": round(time.time(), 3), "event": kind, **fields}) + "\n")
 
-    try:
-        yield emit
-    finally:
-        with suppress(OSError):  # what a full disk has not taken, which is said already
-            file.close()
+    yield emit
 
 
 class Watcher(Protocol):
@@ -88,23 +84,13 @@ def summary(artifact: "Artifact") -> str:
     return SUMMARIES.get(artifact.stage, "").format(**m, **inexact)
 
 
-def stage_table(records: list[dict[str, Any]], artifacts: dict[str, "Artifact"]) -> list[str]:
-    """Return the lines of a table, in Markdown, of the stages that a run went through."""
-    lines = ["", "| stage | | seconds | holds |", "|---|---|---:|---|"]
-    for told in records:
-        holds = summary(artifacts[told["stage"]])
-        lines.append(f"| {told['stage']} | {told['status']} | {told['seconds']:,.1f} | {holds} |")
-    return lines
-
-
 def counts(shard: "Artifact") -> list[dict[str, str]]:
     """Return the rows of a table of what the data stages up to the shards counted."""
     made_from, m = shard.manifest["inputs"], shard.metrics
     inputs = [shard.store.find(name, made_from[name]["fingerprint"]) for name in SUMMARIES if name in made_from]
-    rows = [
-        {"stage": a.stage, "holds": summary(a), "fingerprint": a.fingerprint[:16], "at": a.uri}
-        for a in filter(None, [*inputs, shard])
-    ]
+    rows = []
+    for a in filter(None, [*inputs, shard]):
+        rows.append({"stage": a.stage, "holds": summary(a), "fingerprint": a.fingerprint[:16], "at": a.uri})
     for name, side in (("train", "train"), ("validation", "val")):
         rows.append({"stage": name, "holds": f"{m[f'{side}_tokens']:,} tokens in {m[f'{side}_rows']:,} rows"})
     return rows

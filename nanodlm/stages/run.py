@@ -31,8 +31,7 @@ def run_stage(
 
     While another process is building the same artifact, wait for that. A rebuild of equal bytes by equal code leaves
     the old manifest in place; with a manifest to `restore`, one of other bytes is refused. Inputs are given where it is
-    known that the stage is to be built; then the store is asked once its lease is held. Of several processes that train
-    together, all are `helping` but process 0, which commits.
+    known that the stage is to be built. Of processes that train together, all are `helping` but process 0.
     """
     started = time.monotonic()
     store.emit = emit

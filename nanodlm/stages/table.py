@@ -1,7 +1,5 @@
 """The seven stages and their report, as data.
 
-    download -> tokenizer -> split -> shard -> train -> evaluate -> sample   (a report gathers them)
-
 Each stage is a function from verified input artifacts and its own part of the configuration to files in a folder.
 Its fingerprint covers just those, so a changed setting rebuilds what depends on it and nothing else.
 """

@@ -112,7 +112,7 @@ def test_a_jobset_holds_the_configuration_no_secret_and_the_graces_that_were_ask
     assert load_config(container["args"][0].replace("$$", "$")) == NASTY  # as Kubernetes makes of it
     assert "$(HOME)" not in container["args"][0].replace("$$(HOME)", "")
     assert container["envFrom"] == [{"secretRef": {"name": "bucket"}}]
-    assert pod["terminationGracePeriodSeconds"] == 300
+    assert (pod["terminationGracePeriodSeconds"], manifest["spec"]["failurePolicy"]["maxRestarts"]) == (300, 5)
     assert pod["securityContext"]["runAsNonRoot"]
 
 

@@ -193,9 +193,8 @@ def test_the_seconds_of_a_stage_leave_out_what_it_has_waited_for_a_device(
         call: Any = parse("plan", plan, tiny_flags())
         options: Any = {"build": True, "rebuild": "sample", "gpu_limit": "gpu"}
         began = time.monotonic()
-        _, made = pipeline._build_or_find(
-            "sample", call.keywords["config"], store, {"train": inputs["train"]}, **options
-        )
+        given = {"train": inputs["train"]}
+        _, made = pipeline.stage_task.fn("sample", call.keywords["config"], store.uri(), given, **options)
     finally:
         pipeline.WATCHER.reset(told)
     assert made["status"] == "built"
