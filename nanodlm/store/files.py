@@ -105,11 +105,10 @@ class Storage:
 
     def files(self, folder: str) -> dict[str, Found]:
         """Return all files below a folder, by relative path; none where there is no folder."""
-        return self.ask(lambda: self.driver.files(folder))
-
-    def sizes(self, folder: str) -> dict[str, int]:
-        """Return the sizes in bytes of all files below a folder, by relative path."""
-        return {path: found.size for path, found in self.files(folder).items()}
+        try:
+            return self.ask(lambda: self.driver.files(folder))
+        except FileNotFoundError as error:  # which a bucket alone raises
+            raise NanodlmError(f"cannot list {self.uri()}: there is no such bucket") from error
 
     def sha256(self, path: str, size: int) -> str:
         """Return the sha256 of a file of this size, in hex."""
@@ -124,15 +123,11 @@ class Storage:
 
         `done` is called with numbers of bytes that arrived.
         """
-
-        def send(pair: tuple[Path, str]) -> tuple[Json, str]:
-            sha256, e_tag = self.ask(lambda: self.driver.put(*pair))
-            return {"size": pair[0].stat().st_size, "sha256": sha256}, e_tag
-
-        sent = []
-        for one in self.together(send, pairs):
-            done(one[0]["size"])
-            sent.append(one)
+        sent, put = [], self.together(lambda pair: self.ask(lambda: self.driver.put(*pair)), pairs)
+        for (source, _), (sha256, e_tag) in zip(pairs, put, strict=True):
+            size = source.stat().st_size
+            done(size)
+            sent.append(({"size": size, "sha256": sha256}, e_tag))
         return sent
 
     def write_json(self, path: str, value: Any, *, create_only: bool = False) -> bool:

@@ -328,7 +328,7 @@ def test_rm_removes_one_artifact_and_what_others_were_made_from_only_with_them(
     assert said(capsys, "rm", "sample/uuuu", "--store", place.uri())[0] == f"removed        3 B  {rows[0]['uri']}\n"
     assert told(capsys, "rm", shard.uri, "--recursive")["removed"] == rows[1:]
     assert list(place) == [("shard", "o" * 8)]
-    assert not [path for path in place.sizes(place.root) if not path.startswith("shard/oooooooo")]
+    assert not [path for path in place.files(place.root) if not path.startswith("shard/oooooooo")]
     assert place.open("shard/oooo").check(deep=True)
 
 
@@ -351,7 +351,7 @@ def test_rm_removes_what_is_damaged_and_what_was_removed_in_part(
     for artifact in (torn, half, lacking):
         assert len(told(capsys, "rm", artifact.uri)["removed"]) == 1
         assert f"no artifact at {artifact.uri}" in said(capsys, "rm", artifact.uri, code=1)[1]
-    assert place.sizes(place.root) == {}
+    assert place.files(place.root) == {}
 
 
 def test_rm_removes_nothing_for_an_address_of_less_than_an_artifact_or_of_none(
@@ -372,7 +372,7 @@ def test_rm_removes_no_folder_that_is_not_an_artifacts(place: Store, capsys: pyt
         place.driver.write(place.path(name), b"{}")
     for name in ("letters/2026", "site/app"):
         assert f"no artifact at {place.uri(name)}, which holds" in said(capsys, "rm", place.uri(name), code=1)[1]
-    assert sorted(place.sizes(place.root)) == mine
+    assert sorted(place.files(place.root)) == mine
 
 
 # Copies
