@@ -114,10 +114,9 @@ class Attempt:
         return None
 
     def adopt_finished(self, names: Iterable[str]) -> dict[str, Json]:
-        """Take over those of these parts that are whole, and return the `info` of each.
+        """Take over those of these parts that are whole, and return the `info` of each; none may be dropped then.
 
-        From a bucket nothing is fetched: where its e-tags tell that files are what was recorded, the artifact's
-        manifest will name the attempt in which they lie. So nobody may drop these parts once they are finished.
+        From a bucket nothing is fetched whose e-tags are those recorded: the manifest will name where it lies.
         """
         wanted = [name for name in names if name in self.earlier]
         attempts = self.store.path(self.stage, self.fingerprint, "attempts")
@@ -217,12 +216,14 @@ class Attempt:
                 existing = self.store.find(self.stage, self.fingerprint)
                 if existing is None and not os.path.islink(target):  # it has been removed since
                     continue
-            if existing and existing.manifest["attempt"] == self.id:  # by a creation that was said to have failed
-                return existing
-            same = existing and _digests(existing.manifest) == _digests(manifest)
-            if existing and not (replace and (not same or existing.damage())):
-                self._give_up()  # nobody needs the same twice
-                return existing
+            if existing:
+                if existing.manifest["attempt"] == self.id:  # by a creation that was said to have failed
+                    return existing
+                codes = [(made.get("code") or {}).get("digest") for made in (existing.manifest, manifest)]
+                same = existing.digest == manifest["digest"] and codes[0] == codes[1]
+                if not replace or (same and not existing.damage()):
+                    self._give_up()  # nobody needs the same twice
+                    return existing
             self.store.write_json(target, manifest)
             break
         return Artifact(self.store, self.stage, self.fingerprint, manifest)
@@ -240,8 +241,7 @@ def new_attempt(
 ) -> Iterator[Attempt]:
     """Make a new attempt at an artifact. Any number may go on at once: the first to commit wins.
 
-    With `afresh` it adopts only what an interrupted rebuild left, and to `restore` a manifest's artifact what that was
-    made of. A store that cannot be written is refused at once.
+    It adopts only what an interrupted rebuild left (`afresh`), or what a manifest's artifact was made of (`restore`).
     """
     try:
         store.require_create_only()
@@ -261,7 +261,3 @@ def cannot_write(store: Store, error: OSError) -> NanodlmError:
     reason = "there is no such bucket" if no_bucket else error.strerror or error
     remedy = "choose another with --store, or mend its permissions"
     return NanodlmError(f"cannot write to the store {store.uri()}: {reason}; {remedy}")
-
-
-def _digests(manifest: Json) -> tuple[str, str | None]:
-    return manifest["digest"], (manifest.get("code") or {}).get("digest")

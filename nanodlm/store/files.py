@@ -73,10 +73,7 @@ class Storage:
         return self._before + path
 
     def ask(self, call: Callable[[], T]) -> T:
-        """Return the result of a request, made again while it fails for a reason that may pass; see `retry.ask`.
-
-        While `$NANODLM_OFFLINE` is set nothing remote is asked.
-        """
+        """Return the result of a request, as `retry.ask` does; with `$NANODLM_OFFLINE` nothing remote is asked."""
         if not self.asked:
             raise NanodlmError(f"{self.uri()} is not asked while NANODLM_OFFLINE is set: unset it")
         return ask(self.uri(), call)
@@ -107,8 +104,9 @@ class Storage:
         """Return all files below a folder, by relative path; none where there is no folder."""
         try:
             return self.ask(lambda: self.driver.files(folder))
-        except FileNotFoundError as error:  # which a bucket alone raises
-            raise NanodlmError(f"cannot list {self.uri()}: there is no such bucket") from error
+        except OSError as error:
+            reason = "there is no such bucket" if isinstance(error, FileNotFoundError) else one_line(error)
+            raise NanodlmError(f"cannot list {self.uri()}: {reason}") from error
 
     def sha256(self, path: str, size: int) -> str:
         """Return the sha256 of a file of this size, in hex."""

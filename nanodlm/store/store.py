@@ -109,7 +109,7 @@ class Artifact:
         found = {path.removeprefix(own) for path in listed if path.startswith(own)}
         return sorted(path for path in found - named if not path.startswith("parts/"))
 
-    @property
+    @cached_property
     def parts(self) -> dict[str, str]:
         """The folder in its store of the attempt that finished each of its parts, by the part's name."""
         own, attempts = self.manifest["attempt"], self.store.path(self.stage, self.fingerprint, "attempts")
@@ -194,14 +194,14 @@ class Store(Storage):
             kept = cache.cache_dir() / "manifests" / place / stage / fingerprint / MANIFEST
         try:
             manifest = self.read_json(path) if self.asked else Storage(str(kept)).read_json(str(kept))
-            if manifest is not None and (problem := problem_with(manifest, stage, fingerprint)):
+            if manifest is None:
+                return None
+            if problem := problem_with(manifest, stage, fingerprint):
                 raise Damaged(f"{self.address(path)} {problem}")
         except Damaged as error:
             uri = self.uri(stage, fingerprint)
             remedy = f"`nanodlm verify {uri} --repair` builds it again, `nanodlm rm {uri}` removes it"
             raise Damaged(f"{error}: {remedy}") from error
-        if manifest is None:
-            return None
         if kept and self.asked:
             with contextlib.suppress(OSError):  # a cache that cannot be written is no error
                 data = json.dumps(manifest).encode()
@@ -229,9 +229,9 @@ class Store(Storage):
         raise NanodlmError(f"no artifact at {uri}: `nanodlm ls` shows what is there")
 
     def locate(self, uri: str) -> Item:
-        """Return (stage, fingerprint) of what an address names, or the end of one, such as `train/3f2a…`; sound or not.
+        """Return (stage, fingerprint) of what an address names, or the end of one, such as `train/3f2a`; sound or not.
 
-        Of a fingerprint the first four letters or more will do, with its stage or without, when they are its alone.
+        Of a fingerprint the first four letters or more will do, when they are its alone.
         """
         _, _, stage, fingerprint, _ = parse_address(uri)
         if stage and MANIFEST in self.files(self.path(stage, fingerprint)):

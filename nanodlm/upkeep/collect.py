@@ -196,11 +196,9 @@ def _attempts(files: Files) -> dict[str, Files]:
 def _abandoned(
     stage: str, files: Files, attempts: dict[str, Files], named: set[str], since: float, oldest: float
 ) -> Iterator[str]:
-    """Yield the attempts that nobody needs.
+    """Yield the attempts that nobody needs, but not those from which a run would continue, where none is `named`.
 
-    Kept are those that are `named`, or where none is those from which a run would continue, unless the artifact was
-    retired since, or they are older than is asked for. An attempt that another took the place of may have readers
-    still: its age is that of the manifest that is there now.
+    An attempt that another took the place of may have readers still: its age is that of the manifest there now.
     """
     retired = files[RETIRED].changed if RETIRED in files else 0.0
     placed = max(retired, files[MANIFEST].changed if MANIFEST in files else 0.0)
@@ -214,10 +212,10 @@ def _abandoned(
 
 
 def _resumed(stage: str, attempts: dict[str, Files]) -> set[str]:
-    """Return the attempts from which a run would continue: those that have finished parts.
+    """Return the attempts from which a run would continue, whatever clocks say.
 
-    The one with the last checkpoint, and the one that has most, should that be damaged; clocks are not asked. Parts
-    that go into the result, unlike checkpoints, are all needed: each is kept once, for each worker has its own attempt.
+    The one with the last checkpoint, and the one that has most parts, should that be damaged; and of parts that go into
+    the result each once, for each worker has its own attempt.
     """
     parts = {n: {p.removeprefix("parts/") for p in files if p.startswith("parts/")} for n, files in attempts.items()}
     finished = {name: there for name, there in parts.items() if there}

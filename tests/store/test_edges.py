@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import boto3
 import fsspec
 import psutil
 import pytest
@@ -375,6 +376,13 @@ def test_slashes_too_many_name_the_same_bucket_and_prefix(url: str) -> None:
     assert list(one) == list(other) == [("shard", "f0")]
     assert artifact.uri == one.open(f"{odd}/x//shard/f0").uri == f"{url}/x/shard/f0"
     assert read(one.open("shard/f0")) == FILES
+
+
+def test_objects_of_others_with_keys_that_cannot_be_listed_are_one_clear_line(url: str) -> None:
+    boto3.client("s3").put_object(Bucket="bucket", Key=f"{url.removeprefix('s3://bucket/')}/a//b", Body=b"")
+    with pytest.raises(NanodlmError, match=r"cannot list s3://bucket/.*invalid path.*a//b") as caught:
+        list(Store(url))
+    assert "\n" not in str(caught.value)
 
 
 def test_a_copy_to_a_bucket_that_is_not_there_is_one_clear_line(url: str, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from nanodlm.cli import main
-from nanodlm.errors import Damaged
+from nanodlm.errors import Damaged, NanodlmError
 from nanodlm.store import Attempt, Store, hold_lease, new_attempt, sealed
 from nanodlm.store import attempt as store_attempt
 from nanodlm.store import files as store_files
@@ -159,6 +159,20 @@ def test_a_disk_of_its_own_may_hold_a_store(store: Store, monkeypatch: pytest.Mo
     assert list(store) == [("shard", "f0")]
     assert list(collect.collect(store)) == []
     assert (Path(store.root) / "lost+found").is_dir()
+
+
+def test_a_stage_that_may_not_be_listed_is_named(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    committed(store, FILES)
+    scandir = os.scandir
+
+    def refused(path: Any) -> Any:
+        if str(path).endswith("shard"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    with pytest.raises(NanodlmError, match=rf"refuses access: Permission denied {store.path('shard')}; mend"):
+        list(store)
 
 
 # Collections
