@@ -11,9 +11,7 @@ from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, cast
-
-from fsspec import AbstractFileSystem
+from typing import Any
 
 from nanodlm.store.disk import Found, sha256_of
 
@@ -108,13 +106,13 @@ class Bucket:
 class Driver:
     """Files on a file system of fsspec's. See `Disk` for the methods."""
 
-    def __init__(self, fs: AbstractFileSystem):
+    def __init__(self, fs: Any):
         self.fs = fs
 
     def read(self, path: str, limit: int) -> bytes:
         if len(data := self.fs.cat_file(path, end=limit + 1)) > limit:
             raise ValueError(f"has more than {limit} bytes")
-        return cast(bytes, data)
+        return data
 
     def write(self, path: str, data: bytes, create_only: bool = False) -> bool:
         self.fs.pipe_file(path, data, mode="create" if create_only else "overwrite")
@@ -122,7 +120,7 @@ class Driver:
 
     def files(self, folder: str) -> dict[str, Found]:
         below, found = f"{folder.strip('/')}/".lstrip("/"), {}
-        for path, info in cast(Any, self.fs.find(folder, detail=True)).items():
+        for path, info in self.fs.find(folder, detail=True).items():
             if path.lstrip("/").startswith(below) and not path.endswith("/"):  # a console's mark of a folder
                 time = info.get("updated") or info["created"]  # Google's, and that in memory
                 changed = datetime.fromisoformat(time).timestamp() if isinstance(time, str) else float(time)
@@ -132,7 +130,7 @@ class Driver:
 
     def sha256(self, path: str, size: int) -> str:
         with self.fs.open(path, "rb", cache_type="readahead") as file:
-            return hashlib.file_digest(cast(Any, file), "sha256").hexdigest()
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
     def get(self, path: str, target: Path, size: int) -> str:
         self.fs.get_file(path, str(target))

@@ -123,16 +123,14 @@ def remove(store: Store, item: Item, recursive: bool = False, dry_run: bool = Fa
 
     What others were made from, what is being built, and what a run under way reads is refused.
     """
-    sound = None
-    with contextlib.suppress(Damaged):
-        sound = store.find(*item)
     listed = store.listed()
-    if not sound and (others := [path for path in listed.get(item, ()) if not OURS.fullmatch(path)]):
+    there = dict(store.artifacts(sorted(listed)))
+    artifacts = [(other, artifact) for other, artifact in there.items() if isinstance(artifact, Artifact)]
+    others = [path for path in listed.get(item, ()) if not OURS.fullmatch(path)]
+    if others and not isinstance(there.get(item), Artifact):
         raise NanodlmError(f"no artifact at {store.uri(*item)}, which holds {others[0]}: remove that by other means")
     if item not in listed:
         raise NanodlmError(f"there is nothing at {store.uri(*item)}: `nanodlm ls` shows what is there")
-    there = dict(store.artifacts(sorted(listed)))
-    artifacts = [(other, artifact) for other, artifact in there.items() if isinstance(artifact, Artifact)]
     doomed = _reached({item}, lambda source: (other for other, made in artifacts if source in made.inputs))
     names = ", ".join(f"{stage}/{fingerprint[:12]}" for stage, fingerprint in sorted(doomed - {item})[:4])
     if names and not recursive:
