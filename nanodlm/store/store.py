@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -113,7 +114,10 @@ class Artifact:
     def parts(self) -> dict[str, str]:
         """The folder in its store of the attempt that finished each of its parts, by the part's name."""
         own, attempts = self.manifest["attempt"], self.store.path(self.stage, self.fingerprint, "attempts")
-        finished = self.manifest.get("parts", {})
+        if (finished := self.manifest.get("parts")) is None:  # which earlier versions did not list
+            paths = "\n".join([*self.store.files(self.folder), *(file["path"] for file in self.files())])
+            names = re.findall(r"^parts/(.*)\.json$|^(checkpoints/step_[0-9]+)/", paths, re.MULTILINE)
+            finished = dict.fromkeys((record or checkpoint for record, checkpoint in names), own)
         return {name: f"{attempts}/{own if self.store.is_local else there}" for name, there in finished.items()}
 
     def part(self, name: str) -> Part | None:
