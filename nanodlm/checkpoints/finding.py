@@ -41,7 +41,7 @@ def find_checkpoint(address: str) -> Part:
         folder = store.path("attempts", str(manifest["attempt"]))
     part = read_part(store, folder, name, stage="train")
     if part is None:
-        finished = sorted(path.removesuffix(".json") for path in store.sizes(f"{folder}/parts/checkpoints"))
+        finished = sorted(path.removesuffix(".json") for path in store.files(f"{folder}/parts/checkpoints"))
         have = f"there are {', '.join(finished)}" if finished else "there are none"
         raise UsageError(f"no finished checkpoint step_{parsed.checkpoint} in {store.address(folder)}: {have}")
     return part

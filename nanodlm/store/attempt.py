@@ -5,9 +5,9 @@ import dataclasses
 import os
 import re
 import secrets
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from functools import cached_property
 from importlib.metadata import version
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from nanodlm.errors import Damaged, Emit, NanodlmError, silent
-from nanodlm.store.cache import drop, hold
+from nanodlm.store.cache import hold
 from nanodlm.store.disk import Found, describe, flush_folders, link, list_files
 from nanodlm.store.files import show_transfer
 from nanodlm.store.manifest import FLOW_RUN, MANIFEST, PACKAGES, Json, digest_of, safe, sealed, utc_now
@@ -63,8 +63,7 @@ class Attempt:
     def _publish(self, names: list[str], emit: Emit) -> tuple[list[Json], dict[str, str]]:
         """Hash files, and copy them to the store unless they are in it; return what they are, and their e-tags."""
         if self.store.is_local:
-            with ThreadPoolExecutor(4, thread_name_prefix="hash") as pool:
-                return list(pool.map(lambda name: describe(self.path, name), names)), {}
+            return list(self.store.together(lambda name: describe(self.path, name), names)), {}
         arrived = show_transfer(emit, "MB published", [{"size": (self.path / name).stat().st_size} for name in names])
         sent = self.store.put([(self.path / name, self._remote(name)) for name in names], arrived)
         described = [{"path": name, **file} for name, (file, _) in zip(names, sent, strict=True)]
@@ -101,24 +100,23 @@ class Attempt:
         for part in self._earlier_parts(name):
             with contextlib.suppress(Damaged):
                 part.local(self.path)
-                adopted = dataclasses.replace(part, folder=self._remote())
+                paths, e_tags = [file["path"] for file in part.files], part.e_tags
                 if self.store.is_local:
-                    for path in (*(file["path"] for file in part.files), f"parts/{name}.json"):
+                    for path in (*paths, f"parts/{name}.json"):
                         link(Path(part.folder, path), self.path / path)  # none of them will change
                 else:
-                    e_tags = self._publish([file["path"] for file in part.files], silent)[1]
-                    adopted = dataclasses.replace(adopted, e_tags=e_tags)
-                    adopted.record()
-                self._parts[name] = adopted
+                    e_tags = self._publish(paths, silent)[1]
+                self._parts[name] = dataclasses.replace(part, folder=self._remote(), e_tags=e_tags)
+                if not self.store.is_local:
+                    self._parts[name].record()
                 return part.info
             self._unlink(part.files)  # half a part must not be committed
         return None
 
     def adopt_finished(self, names: Iterable[str]) -> dict[str, Json]:
-        """Take over those of these parts that are whole, and return the `info` of each.
+        """Take over those of these parts that are whole, and return the `info` of each; none may be dropped then.
 
-        From a bucket nothing is fetched: where its e-tags tell that files are what was recorded, the artifact's
-        manifest will name the attempt in which they lie. So nobody may drop these parts once they are finished.
+        From a bucket nothing is fetched whose e-tags are those recorded: the manifest will name where it lies.
         """
         wanted = [name for name in names if name in self.earlier]
         attempts = self.store.path(self.stage, self.fingerprint, "attempts")
@@ -165,12 +163,11 @@ class Attempt:
     ) -> Artifact:
         """Publish every file of the folder, write the manifest, and return the artifact, or that of who was first.
 
-        The fingerprint was made of the `identity`; `config` is the whole configuration, from which `verify --repair`
-        builds it again, and `code` what `code_record` says. Files whose paths begin as one of `volatile` hold times or
-        logs: verified like all others, but left out of the digest, because equal results may differ there. `replace`
-        (an explicit rebuild) puts this in the place of an existing manifest whose digest differs. `restore` (a repair)
-        is the manifest of what is damaged, or as much of it as is known: where its digest is not that of the files this
-        raises and leaves what is there; what else it says is kept.
+        The fingerprint was made of the `identity`; from `config` `verify --repair` builds it again, and `code` is what
+        `code_record` says. Files whose paths begin as one of `volatile` (times, logs) are verified like all others, but
+        left out of the digest. `replace` (a rebuild) puts this in the place of an existing manifest whose digest
+        differs. `restore` (a repair) is the manifest of what is damaged, as far as it is known: where its digest is not
+        that of the files this raises and leaves what is there; what else it says is kept.
         """
         known = {file["path"]: file for part in self._parts.values() for file in part.files}
         elsewhere = [part for part in self._parts.values() if part.folder != self._remote()]
@@ -219,12 +216,14 @@ class Attempt:
                 existing = self.store.find(self.stage, self.fingerprint)
                 if existing is None and not os.path.islink(target):  # it has been removed since
                     continue
-            if existing and existing.manifest["attempt"] == self.id:  # by a creation that was said to have failed
-                return existing
-            same = existing and _digests(existing.manifest) == _digests(manifest)
-            if existing and not (replace and (not same or existing.damage())):
-                self._give_up()  # nobody needs the same twice
-                return existing
+            if existing:
+                if existing.manifest["attempt"] == self.id:  # by a creation that was said to have failed
+                    return existing
+                codes = [(made.get("code") or {}).get("digest") for made in (existing.manifest, manifest)]
+                same = existing.digest == manifest["digest"] and codes[0] == codes[1]
+                if not replace or (same and not existing.damage()):
+                    self._give_up()  # nobody needs the same twice
+                    return existing
             self.store.write_json(target, manifest)
             break
         return Artifact(self.store, self.stage, self.fingerprint, manifest)
@@ -242,8 +241,7 @@ def new_attempt(
 ) -> Iterator[Attempt]:
     """Make a new attempt at an artifact. Any number may go on at once: the first to commit wins.
 
-    With `afresh` it adopts only what an interrupted rebuild left, and to `restore` a manifest's artifact what that was
-    made of. A store that cannot be written is refused at once.
+    It adopts only what an interrupted rebuild left (`afresh`), or what a manifest's artifact was made of (`restore`).
     """
     try:
         store.require_create_only()
@@ -254,7 +252,7 @@ def new_attempt(
         yield attempt
     finally:
         if not store.is_local:
-            drop(attempt.path)
+            shutil.rmtree(attempt.path, ignore_errors=True)
 
 
 def cannot_write(store: Store, error: OSError) -> NanodlmError:
@@ -263,7 +261,3 @@ def cannot_write(store: Store, error: OSError) -> NanodlmError:
     reason = "there is no such bucket" if no_bucket else error.strerror or error
     remedy = "choose another with --store, or mend its permissions"
     return NanodlmError(f"cannot write to the store {store.uri()}: {reason}; {remedy}")
-
-
-def _digests(manifest: Json) -> tuple[str, str | None]:
-    return manifest["digest"], (manifest.get("code") or {}).get("digest")

@@ -7,24 +7,20 @@ import hashlib
 import itertools
 import os
 import re
-import time
 from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, cast
-
-from fsspec import AbstractFileSystem
+from typing import Any
 
 from nanodlm.store.disk import Found, sha256_of
-from nanodlm.store.manifest import Json
 
 PIECE, PART = 1 << 25, 1 << 24  # bytes of a file that one request asks for, and that one sends
 REQUEST = {"timeout": timedelta(seconds=60), "connect_timeout": timedelta(seconds=5)}
 # By obstore itself; `retry.ask` goes on where this ends, for nothing can interrupt it.
 RETRIES: Any = {"max_retries": 3, "retry_timeout": timedelta(seconds=10)}
 # Answers that will not change: all of 4xx but these, that the server does not know such a request, and keys of others
-# in the bucket that obstore does not list, such as a//b.
+# below the store's address that obstore does not list, such as a//b.
 FINAL = re.compile(r"status code: (?:4(?!08|09|25|29)\d\d|501)|object with invalid path")
 
 
@@ -52,29 +48,12 @@ class Bucket:
 
     def files(self, folder: str) -> dict[str, Found]:
         below, found = f"{self._key(folder)}/".lstrip("/"), {}
-        try:
-            with contextlib.suppress(FileNotFoundError), _as_of_a_disk():
-                for file in itertools.chain.from_iterable(self.store.list(below or None, chunk_size=1000)):
-                    if file["path"].startswith(below):
-                        changed = file["last_modified"].timestamp()
-                        found[file["path"].removeprefix(below)] = Found(file["size"], changed, file["e_tag"] or "")
-        except OSError as error:
-            if "invalid path" not in str(error):
-                raise
-            return self._files_beside_odd_keys(below)
+        with _as_of_a_disk():
+            for file in itertools.chain.from_iterable(self.store.list(below or None, chunk_size=1000)):
+                if file["path"].startswith(below):
+                    changed = file["last_modified"].timestamp()
+                    found[file["path"].removeprefix(below)] = Found(file["size"], changed, file["e_tag"] or "")
         return found
-
-    def _files_beside_odd_keys(self, below: str) -> dict[str, Found]:
-        """List what obstore lists, where somebody else's keys, such as a//b, are none to it and end its listing."""
-        from botocore.session import get_session
-
-        pages = get_session().create_client("s3").get_paginator("list_objects_v2")
-        files = (file for page in pages.paginate(Bucket=self.name, Prefix=below) for file in page.get("Contents", ()))
-        return {
-            file["Key"].removeprefix(below): Found(file["Size"], file["LastModified"].timestamp(), file["ETag"])
-            for file in files
-            if not re.search(r"(^|/)\.{0,2}(/|$)", file["Key"])
-        }
 
     def sha256(self, path: str, size: int) -> str:
         return self.get(path, Path(os.devnull), size)
@@ -117,24 +96,23 @@ class Bucket:
 
         client = get_session().create_client("s3")
         below = f"{self._key(folder)}/".lstrip("/")
-        with contextlib.suppress(client.exceptions.NoSuchBucket):
-            for page in client.get_paginator("list_multipart_uploads").paginate(Bucket=self.name, Prefix=below):
-                for upload in page.get("Uploads", ()):
-                    named = {"Bucket": self.name, "Key": upload["Key"], "UploadId": upload["UploadId"]}
-                    end = lambda named=named: client.abort_multipart_upload(**named)  # noqa: E731
-                    yield upload["Key"].removeprefix(below), upload["Initiated"].timestamp(), end
+        for page in client.get_paginator("list_multipart_uploads").paginate(Bucket=self.name, Prefix=below):
+            for upload in page.get("Uploads", ()):
+                named = {"Bucket": self.name, "Key": upload["Key"], "UploadId": upload["UploadId"]}
+                end = lambda named=named: client.abort_multipart_upload(**named)  # noqa: E731
+                yield upload["Key"].removeprefix(below), upload["Initiated"].timestamp(), end
 
 
 class Driver:
     """Files on a file system of fsspec's. See `Disk` for the methods."""
 
-    def __init__(self, fs: AbstractFileSystem):
+    def __init__(self, fs: Any):
         self.fs = fs
 
     def read(self, path: str, limit: int) -> bytes:
         if len(data := self.fs.cat_file(path, end=limit + 1)) > limit:
             raise ValueError(f"has more than {limit} bytes")
-        return cast(bytes, data)
+        return data
 
     def write(self, path: str, data: bytes, create_only: bool = False) -> bool:
         self.fs.pipe_file(path, data, mode="create" if create_only else "overwrite")
@@ -142,16 +120,17 @@ class Driver:
 
     def files(self, folder: str) -> dict[str, Found]:
         below, found = f"{folder.strip('/')}/".lstrip("/"), {}
-        with contextlib.suppress(FileNotFoundError):
-            for path, info in cast(Any, self.fs.find(folder, detail=True)).items():
-                if path.lstrip("/").startswith(below) and not path.endswith("/"):  # a console's mark of a folder
-                    there = Found(int(info["size"]), _changed(info), info.get("md5Hash", ""))
-                    found[path.lstrip("/").removeprefix(below)] = there
+        for path, info in self.fs.find(folder, detail=True).items():
+            if path.lstrip("/").startswith(below) and not path.endswith("/"):  # a console's mark of a folder
+                time = info.get("updated") or info["created"]  # Google's, and that in memory
+                changed = datetime.fromisoformat(time).timestamp() if isinstance(time, str) else float(time)
+                there = Found(int(info["size"]), changed, info.get("md5Hash", ""))
+                found[path.lstrip("/").removeprefix(below)] = there
         return found
 
     def sha256(self, path: str, size: int) -> str:
         with self.fs.open(path, "rb", cache_type="readahead") as file:
-            return hashlib.file_digest(cast(Any, file), "sha256").hexdigest()
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
     def get(self, path: str, target: Path, size: int) -> str:
         self.fs.get_file(path, str(target))
@@ -180,17 +159,15 @@ def _connect(name: str, *environ: tuple[str, str]) -> Any:
 
     said = dict(environ)
     endpoint = said.get("AWS_ENDPOINT_URL_S3") or said.get("AWS_ENDPOINT_URL") or ""
-    provider: Any = {}
-    options: Any = {**REQUEST, "allow_http": endpoint.startswith("http://")}
+    more: Any = {"client_options": {**REQUEST, "allow_http": endpoint.startswith("http://")}}
     file = os.path.expanduser(said.get("AWS_SHARED_CREDENTIALS_FILE", "~/.aws/credentials"))
-    if "AWS_PROFILE" in said or (
-        "AWS_ACCESS_KEY_ID" not in said and os.path.exists(file)
-    ):  # which obstore does not read
+    if "AWS_PROFILE" in said or ("AWS_ACCESS_KEY_ID" not in said and os.path.exists(file)):
+        # Which obstore does not read.
         from botocore.session import get_session
         from obstore.auth.boto3 import Boto3CredentialProvider
 
-        provider = {"credential_provider": Boto3CredentialProvider(get_session())}
-    return S3Store(name, retry_config=RETRIES, client_options=options, **provider)
+        more["credential_provider"] = Boto3CredentialProvider(get_session())
+    return S3Store(name, retry_config=RETRIES, **more)
 
 
 @contextlib.contextmanager
@@ -220,12 +197,4 @@ def _said(error: Exception) -> str:
     """Return what a server said, else what obstore did, without the particulars for its developers."""
     text = str(error).partition("\n\nDebug source")[0]
     answer = re.search(r"<Code>(.*?)</Code>.*?<Message>(.*?)</Message>", text, re.DOTALL)
-    return f"{answer[1]}: {answer[2]}" if answer else " ".join(text.split())
-
-
-def _changed(info: Json) -> float:
-    """Return when a file last changed, as a Unix time; drivers name it differently."""
-    value = next((info[name] for name in ("mtime", "updated", "created") if info.get(name)), time.time())
-    if isinstance(value, str):
-        value = datetime.fromisoformat(value)
-    return value.timestamp() if isinstance(value, datetime) else float(value)
+    return f"{answer[1]}: {answer[2]}" if answer else text

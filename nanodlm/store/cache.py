@@ -60,23 +60,14 @@ def hold(name: str, needed: int = 0) -> Path:
     try:
         if not own.is_dir():
             own.mkdir(parents=True, exist_ok=True)
-            atexit.register(lambda: own.name == this_process() and drop(own))  # not when it ends that forked from it
+            # Not when a process ends that forked from it.
+            atexit.register(lambda: own.name == this_process() and shutil.rmtree(own, ignore_errors=True))
         (own / name).mkdir(exist_ok=True)
         os.utime(own)
         _make_room(needed)
     except OSError as error:
         raise cannot_write_cache(error) from error
     return own / name
-
-
-def drop(folder: Path) -> None:
-    """Remove a folder that `hold` returned."""
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-def lacking(files: list[Json]) -> list[Json]:
-    """Return those of these files that there is no copy of."""
-    return [file for file in files if not (cache_dir() / "files" / file["sha256"]).is_file()]
 
 
 def take(file: Json, target: Path, get: Callable[[Path], str]) -> None:
@@ -88,9 +79,8 @@ def take(file: Json, target: Path, get: Callable[[Path], str]) -> None:
     while not is_whole(target, file):
         with contextlib.ExitStack() as held:
             with contextlib.suppress(OSError, NotImplementedError):  # another fetches it, or no lock works here
-                held.enter_context(
-                    FileLock(cache_dir() / "locks" / file["sha256"][:2], timeout=LOCK_SECONDS, fallback_to_soft=False)
-                )
+                lock = cache_dir() / "locks" / file["sha256"][:2]
+                held.enter_context(FileLock(lock, timeout=LOCK_SECONDS, fallback_to_soft=False))
             if not is_whole(copy, file):
                 try:
                     with beside(copy) as arriving:
@@ -111,12 +101,11 @@ def _make_room(needed: int) -> None:
 
     Those that were used longest ago go first.
     """
-    shutil.rmtree(cache_dir() / "entries", ignore_errors=True)  # of earlier versions
     old, here = time.time() - OLD_SECONDS, this_process().partition(".")[0]
     for own in (cache_dir() / "processes").iterdir():
         with contextlib.suppress(FileNotFoundError):
             if has_ended(own.name) or (not own.name.startswith(f"{here}.") and own.stat().st_mtime < old):
-                drop(own)
+                shutil.rmtree(own, ignore_errors=True)
     copies, own_files = (list_files(str(cache_dir() / folder)) for folder in ("files", "processes"))
     total = sum(copy.size for copy in copies.values()) + sum(f.size for f in own_files.values() if f.links == 1)
     for name, copy in sorted(copies.items(), key=lambda copy: copy[1].changed):

@@ -23,15 +23,6 @@ class Found(NamedTuple):
     links: int = 1  # names that it has on a local disk
 
 
-def read(path: str, limit: int) -> bytes:
-    """Return the content of a file; a `ValueError` says that it has more bytes than this, or is no file."""
-    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:  # it may be a pipe
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode) or status.st_size > limit:
-            raise ValueError("is no regular file" if status.st_size <= limit else f"has {status.st_size} bytes")
-        return file.read()
-
-
 @contextlib.contextmanager
 def beside(target: Path) -> Iterator[Path]:
     """Yield a name for what is to be renamed to a target once it is whole; what is left there goes."""
@@ -71,9 +62,9 @@ def flush_folders(files: Iterable[Path], root: Path) -> None:
 
 def is_whole(path: Path, file: Json) -> bool:
     """Say if a local file, which is no link, has the size and the sha256 that a manifest gives it."""
-    with contextlib.suppress(OSError), open(path, "rb", opener=_no_link) as opened:
-        if os.fstat(opened.fileno()).st_size == file["size"]:
-            return hashlib.file_digest(opened, "sha256").hexdigest() == file["sha256"]
+    with contextlib.suppress(OSError):
+        status = path.lstat()
+        return stat.S_ISREG(status.st_mode) and status.st_size == file["size"] and sha256_of(path) == file["sha256"]
     return False
 
 
@@ -90,14 +81,9 @@ def link(source: Path, target: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         link(source, target)
     except OSError:
-        target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, target)
         with target.open("rb") as file:
             os.fsync(file.fileno())
-
-
-def _no_link(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NOFOLLOW)
 
 
 def list_files(folder: str) -> dict[str, Found]:
@@ -136,26 +122,33 @@ def write_whole(target: Path, data: bytes, create_only: bool = False) -> bool:
 
 
 class Disk:
-    """The local disk as a storage; `Bucket` and `Driver` have the same methods."""
+    """The local disk as a storage; `Bucket` and `Driver` have the same methods, of which `Storage` tells.
 
-    read = staticmethod(read)
+    `put` returns the sha256 of what was sent, and the e-tag that it has there.
+    """
+
     files = staticmethod(list_files)
 
+    def read(self, path: str, limit: int) -> bytes:
+        """Return the content of a file; a `ValueError` says that it has more bytes than this, or is no file."""
+        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:  # it may be a pipe
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode) or status.st_size > limit:
+                raise ValueError("is no regular file" if status.st_size <= limit else f"has {status.st_size} bytes")
+            return file.read()
+
     def write(self, path: str, data: bytes, create_only: bool = False) -> bool:
-        """Write a file whole; with `create_only` change nothing where there is one, and say so: False, or raised."""
+        """Write a file whole; with `create_only` change nothing where there is one: return False, or raise."""
         return write_whole(Path(path), data, create_only)
 
     def sha256(self, path: str, size: int) -> str:
-        """Return the sha256 of a file of this size, in hex."""
         return sha256_of(Path(path))
 
     def get(self, path: str, target: Path, size: int) -> str:
-        """Copy a file of this size to a local path, and return the sha256 of what arrived."""
         link(Path(path), target)
         return sha256_of(target)
 
     def put(self, source: Path, path: str) -> tuple[str, str]:
-        """Copy a local file to a path here; return the sha256 of what was sent, and the e-tag that it has here."""
         with beside(Path(path)) as new:
             shutil.copyfile(source, new)
             sha256 = describe(new.parent, new.name)["sha256"]
@@ -163,15 +156,13 @@ class Disk:
         return sha256, ""
 
     def remove(self, *paths: str) -> None:
-        """Remove files; those that are not there, or are folders, are no error."""
         for path in paths:
             with contextlib.suppress(IsADirectoryError):
                 Path(path).unlink(missing_ok=True)
 
     def remove_folder(self, folder: str) -> None:
-        """Remove all below a folder, and it; what is open on a network's disk stays under another name until then."""
         try:
             shutil.rmtree(folder)
-        except OSError as error:
+        except OSError as error:  # what is open on a network's disk stays under another name until then
             if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ENOTEMPTY, errno.EBUSY):
                 raise

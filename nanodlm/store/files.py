@@ -73,10 +73,7 @@ class Storage:
         return self._before + path
 
     def ask(self, call: Callable[[], T]) -> T:
-        """Return the result of a request, made again while it fails for a reason that may pass; see `retry.ask`.
-
-        While `$NANODLM_OFFLINE` is set nothing remote is asked.
-        """
+        """Return the result of a request, as `retry.ask` does; with `$NANODLM_OFFLINE` nothing remote is asked."""
         if not self.asked:
             raise NanodlmError(f"{self.uri()} is not asked while NANODLM_OFFLINE is set: unset it")
         return ask(self.uri(), call)
@@ -105,11 +102,11 @@ class Storage:
 
     def files(self, folder: str) -> dict[str, Found]:
         """Return all files below a folder, by relative path; none where there is no folder."""
-        return self.ask(lambda: self.driver.files(folder))
-
-    def sizes(self, folder: str) -> dict[str, int]:
-        """Return the sizes in bytes of all files below a folder, by relative path."""
-        return {path: found.size for path, found in self.files(folder).items()}
+        try:
+            return self.ask(lambda: self.driver.files(folder))
+        except OSError as error:
+            reason = "there is no such bucket" if isinstance(error, FileNotFoundError) else one_line(error)
+            raise NanodlmError(f"cannot list {self.uri()}: {reason}") from error
 
     def sha256(self, path: str, size: int) -> str:
         """Return the sha256 of a file of this size, in hex."""
@@ -124,15 +121,11 @@ class Storage:
 
         `done` is called with numbers of bytes that arrived.
         """
-
-        def send(pair: tuple[Path, str]) -> tuple[Json, str]:
-            sha256, e_tag = self.ask(lambda: self.driver.put(*pair))
-            return {"size": pair[0].stat().st_size, "sha256": sha256}, e_tag
-
-        sent = []
-        for one in self.together(send, pairs):
-            done(one[0]["size"])
-            sent.append(one)
+        sent, put = [], self.together(lambda pair: self.ask(lambda: self.driver.put(*pair)), pairs)
+        for (source, _), (sha256, e_tag) in zip(pairs, put, strict=True):
+            size = source.stat().st_size
+            done(size)
+            sent.append(({"size": size, "sha256": sha256}, e_tag))
         return sent
 
     def write_json(self, path: str, value: Any, *, create_only: bool = False) -> bool:

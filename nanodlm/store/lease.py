@@ -26,23 +26,22 @@ def hold_lease(
 ) -> Iterator[Json]:
     """Hold the artifact's lease, waiting first while another run does, so that not both build it.
 
-    Ages are measured by this process's own clock, so clocks that differ cannot mislead it. One that stopped (a
-    paused process) is taken over after `LEASE_SECONDS`, and then lost to its holder; nothing rests on it.
-
-    A message says who is being waited for. What is read meanwhile, the fingerprints of `inputs` by stage, is kept by
-    collections. What is yielded is what the lease says: others read its `events` from the next beat on.
+    Ages are measured by this process's own clock. A lease that stopped changing (of a paused process) is taken over
+    after `LEASE_SECONDS`, and then lost to its holder; nothing rests on it. Collections keep what is read meanwhile,
+    the fingerprints of `inputs` by stage. What is yielded is what the lease says: others read its `events` from the
+    next beat on.
     """
     holder: Json = {"holder": secrets.token_hex(8), "host": socket.gethostname(), "pid": os.getpid()}
-    holder |= {"process": this_process(), "inputs": inputs or {}, "events": {}}
+    holder |= {"process": this_process(), "inputs": inputs or {}, "events": {}, "beat": 0}
     path = store.path(stage, fingerprint, "lease.json")
 
     def is_held() -> bool:
         return (read_lease(store, path) or {}).get("holder") == holder["holder"]
 
     try:  # before any work, so that a store that cannot be written says so at once
-        while not store.write_json(path, {**holder, "beat": 0}, create_only=True):
+        while not store.write_json(path, holder, create_only=True):
             if _wait_for_lease(store, path, emit):
-                store.write_json(path, {**holder, "beat": 0})
+                store.write_json(path, holder)
                 time.sleep(SETTLE_SECONDS)
                 if is_held():
                     break
@@ -51,13 +50,12 @@ def hold_lease(
     stop = threading.Event()
 
     def beat() -> None:
-        count = 0
         while not stop.wait(LEASE_SECONDS / 3):
-            count += 1
+            holder["beat"] += 1
             with retrying_for(BEAT_PATIENCE), contextlib.suppress(OSError, NanodlmError):
                 if not is_held():
                     return  # taken over while this process stood still
-                store.write_json(path, {**holder, "beat": count})
+                store.write_json(path, holder)
 
     thread = threading.Thread(target=beat, name="lease", daemon=True)
     thread.start()

@@ -20,8 +20,13 @@ def has_ended(name: str) -> bool:
     pid, _, started = rest.partition(".")
     if namespace != _namespace() or not pid.isdecimal():
         return False
-    now = _started(int(pid))
-    return now != started and (now != "" or not _is_there(int(pid)))
+    if now := _started(int(pid)):
+        return now != started
+    try:
+        os.kill(int(pid), 0)
+    except OSError as error:  # a machine may hide more than that of other users' processes
+        return not isinstance(error, PermissionError)
+    return False
 
 
 def _namespace() -> str:
@@ -39,12 +44,3 @@ def _started(pid: int) -> str:
     with contextlib.suppress(psutil.Error):
         return f"{psutil.Process(pid).create_time() * 100:.0f}"
     return ""
-
-
-def _is_there(pid: int) -> bool:
-    """Say if a number is a process's; a machine may hide more than that of other users'."""
-    try:
-        os.kill(pid, 0)
-    except OSError as error:
-        return isinstance(error, PermissionError)
-    return True

@@ -48,9 +48,14 @@ def ask(uri: str, call: Callable[[], T]) -> T:
         if may_pass(error):
             remedy = "what is finished is kept, run again to continue"
             raise Unreachable(f"{uri} does not answer: {one_line(error)}; {remedy}") from error
-        if _refused(error):
+        denied = isinstance(error, PermissionError) or type(error).__name__ in (
+            "RefreshError",
+            "DefaultCredentialsError",
+        )
+        if denied or _code(error) in (401, 403) or str(error).startswith("Forbidden"):  # gcsfs says it in words
             remedy = "mend the credentials in the environment, or the permissions, or choose another --store"
-            raise NanodlmError(f"{uri} refuses access: {one_line(error)}; {remedy}") from error
+            which = f" {error.filename}" if isinstance(error, OSError) and error.filename else ""
+            raise NanodlmError(f"{uri} refuses access: {one_line(error)}{which}; {remedy}") from error
         raise
 
 
@@ -72,12 +77,6 @@ def may_pass(error: BaseException) -> bool:
         return True
     named = {kind.__name__ for kind in type(error).__mro__}  # aiohttp, which defines it, need not be installed
     return isinstance(error, TimeoutError | ConnectionError) or "ClientError" in named
-
-
-def _refused(error: BaseException) -> bool:
-    """Say if the same request would be refused again for lack of rights; gcsfs says it in words."""
-    denied = isinstance(error, PermissionError) or type(error).__name__ in ("RefreshError", "DefaultCredentialsError")
-    return denied or _code(error) in (401, 403) or str(error).startswith("Forbidden")
 
 
 def one_line(error: BaseException | None) -> str:

@@ -80,10 +80,7 @@ class Artifact:
     def problems(
         self, *only: str, deep: bool = False, emit: Emit = silent, listed: dict[str, Found] | None = None
     ) -> dict[str, str]:
-        """Return what is wrong with bad files, by path: by names and sizes, with `deep` also by sha256.
-
-        What a listing shows below its fingerprint is asked for, unless it is given.
-        """
+        """Return what is wrong with bad files, by path: by what is `listed` there, with `deep` also by sha256."""
         bad, listed = {}, self.store.files(self.store.path(self.stage, self.fingerprint)) if listed is None else listed
         was_read = show_transfer(emit, f"MB of {self.stage} read", self.files(*only))
         for file in self.files(*only):
@@ -118,7 +115,7 @@ class Artifact:
         """The folder in its store of the attempt that finished each of its parts, by the part's name."""
         own, attempts = self.manifest["attempt"], self.store.path(self.stage, self.fingerprint, "attempts")
         if (finished := self.manifest.get("parts")) is None:  # which earlier versions did not list
-            paths = "\n".join([*self.store.sizes(self.folder), *(file["path"] for file in self.files())])
+            paths = "\n".join([*self.store.files(self.folder), *(file["path"] for file in self.files())])
             names = re.findall(r"^parts/(.*)\.json$|^(checkpoints/step_[0-9]+)/", paths, re.MULTILINE)
             finished = dict.fromkeys((record or checkpoint for record, checkpoint in names), own)
         return {name: f"{attempts}/{own if self.store.is_local else there}" for name, there in finished.items()}
@@ -129,10 +126,9 @@ class Artifact:
 
     def damage(self, listed: dict[str, Found] | None = None, emit: Emit = silent) -> dict[str, str]:
         """Return all that is wrong with its files and its parts' records, by path; every file is read."""
-        parts = self.parts
-        lost = [name for name, part in zip(parts, self.store.together(self.part, parts), strict=True) if part is None]
-        records = {f"parts/{name}.json": "is not what was recorded" for name in lost}
-        return {**self.problems(deep=True, listed=listed, emit=emit), **records}
+        found = zip(self.parts, self.store.together(self.part, self.parts), strict=True)
+        lost = {f"parts/{name}.json": "is not what was recorded" for name, part in found if part is None}
+        return self.problems(deep=True, listed=listed, emit=emit) | lost
 
     def check(self, *only: str, deep: bool = False) -> "Artifact":
         """Return self, or raise `Damaged`, which names the first bad file and the remedy."""
@@ -164,7 +160,7 @@ class Artifact:
 
     def _fetch(self, files: list[Json], emit: Emit = silent) -> Path:
         """Let a folder of this process in the cache hold files, and return it."""
-        lacking = cache.lacking(files)
+        lacking = [file for file in files if not (cache.cache_dir() / "files" / file["sha256"]).is_file()]
         if lacking and not self.store.asked:
             lacks = f"is not wholly in the cache ({lacking[0]['path']} is missing)"
             raise NanodlmError(f"{self.uri} {lacks}: unset NANODLM_OFFLINE")
@@ -202,14 +198,14 @@ class Store(Storage):
             kept = cache.cache_dir() / "manifests" / place / stage / fingerprint / MANIFEST
         try:
             manifest = self.read_json(path) if self.asked else Storage(str(kept)).read_json(str(kept))
-            if manifest is not None and (problem := problem_with(manifest, stage, fingerprint)):
+            if manifest is None:
+                return None
+            if problem := problem_with(manifest, stage, fingerprint):
                 raise Damaged(f"{self.address(path)} {problem}")
         except Damaged as error:
             uri = self.uri(stage, fingerprint)
             remedy = f"`nanodlm verify {uri} --repair` builds it again, `nanodlm rm {uri}` removes it"
             raise Damaged(f"{error}: {remedy}") from error
-        if manifest is None:
-            return None
         if kept and self.asked:
             with contextlib.suppress(OSError):  # a cache that cannot be written is no error
                 data = json.dumps(manifest).encode()
@@ -232,15 +228,14 @@ class Store(Storage):
         """Return the artifact at an address, or at the end of one; see `locate`."""
         address = parse_address(uri)
         artifact = self.find(address.stage, address.fingerprint) if address.stage else None
-        artifact = artifact or self.find(*self.locate(uri))
-        if artifact is None:
-            raise NanodlmError(f"no artifact at {uri}: `nanodlm ls` shows what is there")
-        return artifact
+        if artifact := artifact or self.find(*self.locate(uri)):
+            return artifact
+        raise NanodlmError(f"no artifact at {uri}: `nanodlm ls` shows what is there")
 
     def locate(self, uri: str) -> Item:
-        """Return (stage, fingerprint) of what an address names, or the end of one, such as `train/3f2a…`; sound or not.
+        """Return (stage, fingerprint) of what an address names, or the end of one, such as `train/3f2a`; sound or not.
 
-        Of a fingerprint the first four letters or more will do, with its stage or without, when they are its alone.
+        Of a fingerprint the first four letters or more will do, when they are its alone.
         """
         _, _, stage, fingerprint, _ = parse_address(uri)
         if stage and MANIFEST in self.files(self.path(stage, fingerprint)):

@@ -59,8 +59,13 @@ def collect(
             end()
         yield {"kind": kind, "uri": uri, "bytes": size}
     if store.is_local and not dry_run:
-        building, _ = _in_use(store, listed, now - max(grace, LEASE_GRACE))
-        _remove_empty_folders(Path(store.root), building, now - grace)
+        building, _ = _in_use(store, listed, now - max(grace, LEASE_GRACE))  # and so may be about to write there
+        for stage in (*STAGES, PROBES):
+            for base, _, files in os.walk(store.path(stage), topdown=False):
+                busy = Path(base).relative_to(store.root).parts[:2] in building
+                with contextlib.suppress(OSError):  # it is not empty, or not there any more
+                    if not files and not busy and os.stat(base).st_mtime < now - grace:
+                        os.rmdir(base)
 
 
 def _removals(
@@ -75,19 +80,16 @@ def _removals(
     if wished and torn:  # what it was made from is not known
         log.warning("no result is given up while one cannot be read: %s", next(iter(torn.values())))
     elif wished:
-        # No clock is believed alone: that of who made it may be behind, and a copy was written later than it was made.
-        written = {item: listed[item][MANIFEST].changed for item in artifacts}
-        made_then = {item: made_at(artifact) for item, artifact in artifacts.items()}
-        made = {item: max(made_then[item], written[item]) for item in artifacts}
         results = artifacts.keys() - {source for artifact in artifacts.values() for source in artifact.inputs}
-        # The last by either are kept: a repair or a copy writes a manifest anew, and a maker's clock may be wrong.
-        newest: set[Item] = set()
-        for times in (written, made_then):
-            newest |= set(sorted(results, key=lambda item: (times[item], item), reverse=True)[: keep_last or 0])
-        young = {item for item in artifacts if now - made[item] < grace}
-        later = {item for item in results if older_than is not None and now - made[item] <= older_than}
-        wanted = young | read | later | newest
-        kept = _reached(wanted & artifacts.keys(), lambda item: artifacts.keys() & set(artifacts[item].inputs))
+        written = {item: listed[item][MANIFEST].changed for item in artifacts}
+        made = {item: made_at(artifact) for item, artifact in artifacts.items()}
+        # No clock is believed alone: that of who made it may be wrong, and a repair or a copy writes a manifest anew.
+        age = {item: now - max(made[item], written[item]) for item in artifacts}
+        wanted = {item for item in artifacts if age[item] < grace or item in read}
+        wanted |= {item for item in results if older_than is not None and age[item] <= older_than}
+        for times in (written, made):
+            wanted |= set(sorted(results, key=lambda item: (times[item], item), reverse=True)[: keep_last or 0])
+        kept = _reached(wanted, lambda item: artifacts.keys() & set(artifacts[item].inputs))
     for item in sorted(artifacts.keys() - kept):
         size = sum(file["size"] for file in artifacts[item].files())
         yield "artifact", store.uri(*item), size, lambda item=item: _give_up(store, item)
@@ -121,16 +123,14 @@ def remove(store: Store, item: Item, recursive: bool = False, dry_run: bool = Fa
 
     What others were made from, what is being built, and what a run under way reads is refused.
     """
-    sound = None
-    with contextlib.suppress(Damaged):
-        sound = store.find(*item)
     listed = store.listed()
-    if not sound and (others := [path for path in listed.get(item, ()) if not OURS.fullmatch(path)]):
+    there = dict(store.artifacts(sorted(listed)))
+    artifacts = [(other, artifact) for other, artifact in there.items() if isinstance(artifact, Artifact)]
+    others = [path for path in listed.get(item, ()) if not OURS.fullmatch(path)]
+    if others and not isinstance(there.get(item), Artifact):
         raise NanodlmError(f"no artifact at {store.uri(*item)}, which holds {others[0]}: remove that by other means")
     if item not in listed:
         raise NanodlmError(f"there is nothing at {store.uri(*item)}: `nanodlm ls` shows what is there")
-    there = dict(store.artifacts(sorted(listed)))
-    artifacts = [(other, artifact) for other, artifact in there.items() if isinstance(artifact, Artifact)]
     doomed = _reached({item}, lambda source: (other for other, made in artifacts if source in made.inputs))
     names = ", ".join(f"{stage}/{fingerprint[:12]}" for stage, fingerprint in sorted(doomed - {item})[:4])
     if names and not recursive:
@@ -143,7 +143,7 @@ def remove(store: Store, item: Item, recursive: bool = False, dry_run: bool = Fa
         if not dry_run:
             store.retire(found)  # first, so that nobody finds half of it
             store.remove_folder(store.path(*found))
-        size = sum(file.size for files in _attempts(listed[found]).values() for file in files.values())
+        size = sum(file.size for path, file in listed[found].items() if path.startswith("attempts/"))
         yield {"kind": "artifact", "uri": store.uri(*found), "bytes": size}
 
 
@@ -168,11 +168,10 @@ def _now(store: Store, listed: Listed, dry_run: bool) -> float:
     try:
         return store.now()
     except NanodlmError as error:
-        if dry_run:
-            return time.time()
-        if getattr(error.__cause__, "errno", None) not in FULL:
+        if not dry_run and getattr(error.__cause__, "errno", None) not in FULL:
             raise
-        return max((found.changed for files in listed.values() for found in files.values()), default=0.0)
+        files = (found.changed for files in listed.values() for found in files.values())
+        return time.time() if dry_run else max(files, default=0.0)
 
 
 def _in_use(store: Store, listed: Listed, since: float) -> tuple[set[Item], set[Item]]:
@@ -195,11 +194,9 @@ def _attempts(files: Files) -> dict[str, Files]:
 def _abandoned(
     stage: str, files: Files, attempts: dict[str, Files], named: set[str], since: float, oldest: float
 ) -> Iterator[str]:
-    """Yield the attempts that nobody needs.
+    """Yield the attempts that nobody needs, but not those from which a run would continue, where none is `named`.
 
-    Kept are those that are `named`, or where none is those from which a run would continue, unless the artifact was
-    retired since, or they are older than is asked for. An attempt that another took the place of may have readers
-    still: its age is that of the manifest that is there now.
+    An attempt that another took the place of may have readers still: its age is that of the manifest there now.
     """
     retired = files[RETIRED].changed if RETIRED in files else 0.0
     placed = max(retired, files[MANIFEST].changed if MANIFEST in files else 0.0)
@@ -213,33 +210,20 @@ def _abandoned(
 
 
 def _resumed(stage: str, attempts: dict[str, Files]) -> set[str]:
-    """Return the attempts from which a run would continue: those that have finished parts.
+    """Return the attempts from which a run would continue, whatever clocks say.
 
-    The one with the last checkpoint, and the one that has most, should that be damaged; clocks are not asked. Parts
-    that go into the result, unlike checkpoints, are all needed: each is kept once, for each worker has its own attempt.
+    The one with the last checkpoint, and the one that has most parts, should that be damaged; and of parts that go into
+    the result each once, for each worker has its own attempt.
     """
     parts = {n: {p.removeprefix("parts/") for p in files if p.startswith("parts/")} for n, files in attempts.items()}
     finished = {name: there for name, there in parts.items() if there}
-
-    def progress(name: str) -> tuple[tuple[int, str], int, str]:
-        return max((len(part), part) for part in finished[name]), len(finished[name]), name
-
-    furthest = sorted(finished, key=progress, reverse=True)
-    needed = {*furthest[:1], *sorted(finished, key=lambda name: (len(finished[name]), name))[-1:]}
+    most = {name: (len(there), name) for name, there in finished.items()}
+    furthest = {name: (max((len(part), part) for part in there), most[name]) for name, there in finished.items()}
+    needed = {max(order, key=order.__getitem__) for order in (most, furthest) if order}
     there = {part for name in needed for part in finished[name]}
     volatile = STAGES[stage].volatile if stage in STAGES else ()
-    for attempt in furthest:
-        lacking = {part for part in finished[attempt] - there if not part.startswith(volatile)}
-        if lacking:
+    for attempt in sorted(finished, key=furthest.__getitem__, reverse=True):
+        if lacking := {part for part in finished[attempt] - there if not part.startswith(volatile)}:
             needed.add(attempt)
             there |= lacking
     return needed
-
-
-def _remove_empty_folders(root: Path, building: set[Item], since: float) -> None:
-    """Remove empty folders of stages, but of what is being built, which may be about to write there."""
-    for base, _, files in (found for stage in (*STAGES, PROBES) for found in os.walk(root / stage, topdown=False)):
-        with contextlib.suppress(OSError):  # it is not empty, or not there any more
-            busy = Path(base).relative_to(root).parts[:2] in building
-            if not files and not busy and os.stat(base).st_mtime < since:
-                os.rmdir(base)

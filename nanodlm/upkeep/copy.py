@@ -16,7 +16,6 @@ from nanodlm.store.manifest import MANIFEST
 def copy(source: Store, target: Store, artifacts: Iterable[Item], emit: Emit) -> Iterator[tuple[Artifact, bool]]:
     """Copy artifacts to another store, and yield each there, and whether anything had to be copied.
 
-    Files are compared with their sha256 when they are read, and again when they are there. The manifest comes last.
     Where the target holds other bytes in an artifact's place they stay, and what was made from it is not copied; when
     all else is done, that is an error, but of a report, which may tell the same differently.
     """

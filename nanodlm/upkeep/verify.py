@@ -53,10 +53,9 @@ def in_order(found: Chain) -> dict[Item, Artifact | Damaged | None]:
 def check(
     store: Store, artifacts: Chain | Iterable[Item], deep: bool = False, repair: bool = False, emit: Emit = silent
 ) -> Iterator[Checked]:
-    """Compare artifacts with their manifests, and each with what it was made from.
+    """Compare artifacts with their manifests, with `deep` by every sha256 and record, and with what made them.
 
-    With `deep` every file's sha256 is compared, not only its size, and the records of finished parts are read. With
-    `repair` what is bad is built again beside it, from what is good, and takes its place when its bytes are equal.
+    With `repair` what is bad is built again beside it, from what is good, and takes its place when its bytes are equal.
     """
     found = artifacts if isinstance(artifacts, Mapping) else dict(store.artifacts(artifacts))
     listings = store.listed() if len(found) > MANY else {}

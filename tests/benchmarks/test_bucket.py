@@ -19,4 +19,4 @@ def test_a_lookup_takes_three_requests_and_a_publication_one_for_each_file_and_t
     assert 0 < sum(found["requests_miss"].values()) <= 3
     assert min(found["publish_ratio"], found["stage_ratio"]) > 0
     store = Store(f"{server.store}/costs")
-    assert not any("bench-" in path for path in store.sizes(store.root))
+    assert not any("bench-" in path for path in store.files(store.root))

@@ -115,7 +115,7 @@ def test_a_refusal_is_one_line_at_once(name: str, faulty: type[Faulty], pauses: 
     faulty.script[:] = [Fault(request, REFUSED[name], times=9) for request in ("cat_file", "pipe_file", "find")]
     there = Store("faulty://place")
     begin = new_attempt(there, "shard", "f0").__enter__
-    for ask in (lambda: there.find("shard", "f0"), lambda: there.sizes("/place"), there.require_create_only, begin):
+    for ask in (lambda: there.find("shard", "f0"), lambda: there.files("/place"), there.require_create_only, begin):
         with pytest.raises(NanodlmError, match=r"refuses access: .*credentials in the environment") as caught:
             ask()
         assert "\n" not in str(caught.value)
@@ -153,7 +153,7 @@ def test_transfers_are_tried_again(faulty: type[Faulty], tmp_path: Path, pauses:
 def test_a_time_or_a_size_that_is_no_number_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NANODLM_RETRY_SECONDS", "soon")
     with pytest.raises(UsageError, match="NANODLM_RETRY_SECONDS must be a number of seconds, not 'soon'"):
-        Storage("memory://place").sizes("/x")
+        Storage("memory://place").files("/x")
     for text in ("0", "-1", "many", "nan", "inf"):
         monkeypatch.setenv("NANODLM_CACHE_GB", text)
         with pytest.raises(NanodlmError, match=f"NANODLM_CACHE_GB must be a number of gigabytes above 0, not '{text}'"):
@@ -273,7 +273,7 @@ def test_a_stage_is_built_once_and_found_from_then_on(place: str, tmp_path: Path
     here, _ = run.run_stage("download", config, Store(str(tmp_path / "here")))
     assert here.digest == built.digest
     assert read(found) == read(here)
-    left = [path for path in Store(place).sizes(Store(place).root) if "/attempts/" not in path]
+    left = [path for path in Store(place).files(Store(place).root) if "/attempts/" not in path]
     assert left == [f"download/{built.fingerprint}/manifest.json"]
 
 
@@ -334,7 +334,7 @@ def test_a_collection_removes_what_nobody_needs_and_nothing_else(place: str) -> 
     assert kept.uri in said
     assert Store(place).find("shard", "f0") is None
     list(collect.collect(store, grace=-60, older_than=-60))
-    assert not [path for path in store.sizes(store.root) if path.startswith("shard/f0/attempts")]
+    assert not [path for path in store.files(store.root) if path.startswith("shard/f0/attempts")]
 
 
 @everywhere
@@ -379,7 +379,7 @@ def test_prefixes_may_have_odd_names(place: str) -> None:
     assert list(Store(f"{place}/{prefix}")) == [("shard", "f0")]
     assert read(Store(store.uri()).open(artifact.uri)) == odd
     paths = {f"shard/f0/attempts/{artifact.manifest['attempt']}/{name}" for name in odd}
-    assert set(store.sizes(store.root)) == {"shard/f0/manifest.json", *paths}
+    assert set(store.files(store.root)) == {"shard/f0/manifest.json", *paths}
     assert list(collect.collect(store, grace=-60)) == []
     assert read(store.open("shard/f0")) == odd
 
@@ -393,7 +393,7 @@ def test_a_forgotten_part_is_gone_and_is_neither_committed_nor_adopted_later(pla
         attempt.finish("b", ["b.bin"])
         attempt.forget("a")
         raise Killed
-    assert set(store.sizes(store.path("shard", "f0", "attempts", attempt.id))) == {"b.bin", "parts/b.json"}
+    assert set(store.files(store.path("shard", "f0", "attempts", attempt.id))) == {"b.bin", "parts/b.json"}
     with new_attempt(store, "shard", "f0") as later:
         assert later.adopt("a") is None
         assert later.adopt("b") == {}
@@ -401,19 +401,23 @@ def test_a_forgotten_part_is_gone_and_is_neither_committed_nor_adopted_later(pla
     assert [file["path"] for file in artifact.files()] == ["b.bin"]
 
 
+def sizes(there: Storage, folder: str) -> dict[str, int]:
+    return {path: found.size for path, found in there.files(folder).items()}
+
+
 @everywhere
 def test_a_listing_is_never_stale(place: str) -> None:
     there = Storage(place)
     elsewhere = Storage(place).driver
-    assert there.sizes(there.root) == {}
+    assert sizes(there, there.root) == {}
     there.write_json(there.path("sub", "x.json"), 1)
-    assert there.sizes(there.root) == {"sub/x.json": 1}
+    assert sizes(there, there.root) == {"sub/x.json": 1}
     elsewhere.write(there.path("sub", "y.json"), b"22")
-    assert there.sizes(there.root) == {"sub/x.json": 1, "sub/y.json": 2}
+    assert sizes(there, there.root) == {"sub/x.json": 1, "sub/y.json": 2}
     elsewhere.remove(there.path("sub", "x.json"))
-    assert there.sizes(there.root) == {"sub/y.json": 2}
-    assert there.sizes(there.path("sub")) == {"y.json": 2}
-    assert there.sizes(there.path("su")) == {}
+    assert sizes(there, there.root) == {"sub/y.json": 2}
+    assert sizes(there, there.path("sub")) == {"y.json": 2}
+    assert sizes(there, there.path("su")) == {}
     (found,) = there.files(there.root).values()
     assert abs(found.changed - time.time()) < 60
 
@@ -432,9 +436,9 @@ def test_reading_and_removing_what_is_not_there_is_told_apart(place: str, tmp_pa
         there.get(there.path("no.json"), tmp_path / "no.json", 3)
     there.remove(there.path("no.json"), there.path("torn.json"))
     there.remove_folder(there.path("no"))
-    assert there.sizes(there.root) == {"x.json": 5}
+    assert sizes(there, there.root) == {"x.json": 5}
     there.remove_folder(there.root)
-    assert there.sizes(there.root) == {}
+    assert sizes(there, there.root) == {}
 
 
 @everywhere
@@ -540,7 +544,9 @@ def test_a_bucket_that_is_not_there_is_one_clear_error_before_any_work(place: st
     protocol = place.partition("://")[0]
     store = Store(f"{protocol}://nobody-made-this/runs")
     assert store.find("shard", "f0") is None
-    assert list(store) == []
+    for look in (lambda: list(store), lambda: list(collect.collect(store)), lambda: store.locate("shard/f0")):
+        with pytest.raises(NanodlmError, match=rf"cannot list {protocol}://nobody-made-this/runs: .*no such bucket"):
+            look()
     with pytest.raises(NanodlmError, match=rf"cannot write to the store {protocol}://nobody-made-this/runs: .*bucket"):
         new_attempt(store, "shard", "f0").__enter__()
 
@@ -590,4 +596,4 @@ def test_leases_are_taken_over_on_remote_storage(
     store.write_json(path, {"holder": "gone", "host": "another", "pid": 1, "beat": 3})
     with hold_lease(store, "shard", "f0") as mine:
         assert store.read_json(path)["holder"] == mine["holder"]
-    assert store.sizes(store.root) == {}
+    assert store.files(store.root) == {}

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from nanodlm.cli import main
-from nanodlm.errors import Damaged
+from nanodlm.errors import Damaged, NanodlmError
 from nanodlm.store import Attempt, Store, hold_lease, new_attempt, sealed
 from nanodlm.store import attempt as store_attempt
 from nanodlm.store import files as store_files
@@ -159,6 +159,20 @@ def test_a_disk_of_its_own_may_hold_a_store(store: Store, monkeypatch: pytest.Mo
     assert list(store) == [("shard", "f0")]
     assert list(collect.collect(store)) == []
     assert (Path(store.root) / "lost+found").is_dir()
+
+
+def test_a_stage_that_may_not_be_listed_is_named(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    committed(store, FILES)
+    scandir = os.scandir
+
+    def refused(path: Any) -> Any:
+        if str(path).endswith("shard"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    with pytest.raises(NanodlmError, match=rf"refuses access: Permission denied {store.path('shard')}; mend"):
+        list(store)
 
 
 # Collections
@@ -328,7 +342,7 @@ def test_rm_removes_one_artifact_and_what_others_were_made_from_only_with_them(
     assert said(capsys, "rm", "sample/uuuu", "--store", place.uri())[0] == f"removed        3 B  {rows[0]['uri']}\n"
     assert told(capsys, "rm", shard.uri, "--recursive")["removed"] == rows[1:]
     assert list(place) == [("shard", "o" * 8)]
-    assert not [path for path in place.sizes(place.root) if not path.startswith("shard/oooooooo")]
+    assert not [path for path in place.files(place.root) if not path.startswith("shard/oooooooo")]
     assert place.open("shard/oooo").check(deep=True)
 
 
@@ -351,7 +365,7 @@ def test_rm_removes_what_is_damaged_and_what_was_removed_in_part(
     for artifact in (torn, half, lacking):
         assert len(told(capsys, "rm", artifact.uri)["removed"]) == 1
         assert f"no artifact at {artifact.uri}" in said(capsys, "rm", artifact.uri, code=1)[1]
-    assert place.sizes(place.root) == {}
+    assert place.files(place.root) == {}
 
 
 def test_rm_removes_nothing_for_an_address_of_less_than_an_artifact_or_of_none(
@@ -372,7 +386,7 @@ def test_rm_removes_no_folder_that_is_not_an_artifacts(place: Store, capsys: pyt
         place.driver.write(place.path(name), b"{}")
     for name in ("letters/2026", "site/app"):
         assert f"no artifact at {place.uri(name)}, which holds" in said(capsys, "rm", place.uri(name), code=1)[1]
-    assert sorted(place.sizes(place.root)) == mine
+    assert sorted(place.files(place.root)) == mine
 
 
 # Copies
