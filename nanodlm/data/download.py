@@ -1,5 +1,6 @@
 """The download stage: whatever the source is becomes parquet parts of documents."""
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nanodlm.config import Config
-from nanodlm.data.sources import BATCH, identity, read_documents, source_files
+from nanodlm.data.readers import Bad, read_documents
+from nanodlm.data.sources import identity, source_files
 from nanodlm.errors import Emit, NanodlmError
 from nanodlm.store import Artifact, Attempt, fingerprint_of
 
@@ -44,7 +46,8 @@ def download(
         part, pending, size = part + 1, [], 0
         emit("progress", done=done["bytes"] / 1e6, unit="MB")
 
-    for batch in read_documents(data, source_files(data, adopted)):
+    bad = Bad()
+    for batch in read_documents(data, source_files(data, adopted), bad):
         if skip >= len(batch):
             skip -= len(batch)
             continue
@@ -61,7 +64,9 @@ def download(
         raise NanodlmError("the source's files changed while they were read: run again")
     if part == 0:
         raise NanodlmError(f"{data.source[0]} holds no documents: every one is empty")
-    return {"parts": part, **done}
+    if bad.counts:
+        emit("message", text=f"left out {bad}")
+    return {"parts": part, **done, "bad_rows": dataclasses.asdict(bad)}
 
 
 def _part(index: int) -> str:
@@ -82,5 +87,5 @@ def by_part(download: Artifact) -> list[Iterator[str] | Iterator[list[int]]]:
 def documents(part: Path) -> Iterator[str] | Iterator[list[int]]:
     """Read the documents of one part: texts, or lists of token ids."""
     with pq.ParquetFile(part) as file:
-        for batch in file.iter_batches(batch_size=BATCH):
+        for batch in file.iter_batches(batch_size=100):
             yield from batch.column(0).to_pylist()

@@ -20,7 +20,7 @@ import tiktoken
 from nanodlm.config import Config, DataConfig
 from nanodlm.data import download
 from nanodlm.data.rows import dtype_for
-from nanodlm.data.sources import READERS, source_files
+from nanodlm.data.sources import PLAIN, READERS, format_of, source_files
 from nanodlm.data.tokenizer import gpt2, load, plain_bytes, save, token_bytes, tokenise, train_bpe
 from nanodlm.errors import Emit, NanodlmError, SourceGone
 from nanodlm.store import Artifact, Attempt
@@ -42,18 +42,20 @@ def tokens_by_hash(data: DataConfig, corpus: Artifact) -> int | None:
 def check_size(data: DataConfig) -> None:
     """Refuse more validation tokens than local files can give: each has at least one byte.
 
-    Of parquet files, which are compressed, and of those elsewhere no more is known before they are read. Files that
+    Of files that are compressed or hold columns, and of those elsewhere no more is known before they are read. Files that
     are gone may have been downloaded before, as looking that up tells.
     """
     try:
         files = [] if data.revision else source_files(data)
     except SourceGone:
         return
-    known = all(url.startswith("file://") and not url.endswith(".parquet") for url in files)
+    known = all(
+        url.startswith("file://") and format_of(url)[0] != ".parquet" and not format_of(url)[1] for url in files
+    )
     if data.val_tokens is None or not files or not known:
         return
     size = sum(os.path.getsize(url.removeprefix("file://")) for url in files)
-    one = len(files) == 1 and READERS[Path(files[0]).suffix] == "text" and data.sample_by == "document"
+    one = len(files) == 1 and READERS[format_of(files[0])[0]] == "text" and data.sample_by == "document"
     if one or size + len(files) <= data.val_tokens:  # an end-of-text mark is a token without bytes
         raise _too_small(data, f"{size:,} bytes", one=one)
 
