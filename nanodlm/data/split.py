@@ -42,16 +42,14 @@ def tokens_by_hash(data: DataConfig, corpus: Artifact) -> int | None:
 def check_size(data: DataConfig) -> None:
     """Refuse more validation tokens than local files can give: each has at least one byte.
 
-    Of files that are compressed or hold columns, and of those elsewhere no more is known before they are read. Files that
-    are gone may have been downloaded before, as looking that up tells.
+    Of files that are compressed, parquet among them, and of those elsewhere no more is known before they are read.
+    Files that are gone may have been downloaded before, as looking that up tells.
     """
     try:
         files = [] if data.revision else source_files(data)
     except SourceGone:
         return
-    known = all(
-        url.startswith("file://") and format_of(url)[0] != ".parquet" and not format_of(url)[1] for url in files
-    )
+    known = all(url.startswith("file://") and format_of(url) in PLAIN for url in files)
     if data.val_tokens is None or not files or not known:
         return
     size = sum(os.path.getsize(url.removeprefix("file://")) for url in files)
