@@ -167,23 +167,23 @@ def _json(file: io.BufferedReader, url: str, data: DataConfig) -> Iterator[tuple
 
 def _csv(file: io.BufferedReader, url: str, data: DataConfig) -> Iterator[tuple[int, Any]]:
     csv.field_size_limit(sys.maxsize)
-    lines = io.TextIOWrapper(file, "utf-8", "surrogateescape", newline="\n")
-    rows = csv.reader(lines, strict=True)
-    names = next(rows, [])
-    if data.column not in names:
-        raise no_column(url, data.column, names)
-    at = names.index(data.column)
-    while True:
-        begin = rows.line_num + 1
-        try:
-            row = next(rows)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            yield begin, Fault(f"not CSV, {error}")
-            continue
-        if row:
-            yield begin, row[at] if at < len(row) else Fault(f"without {data.column!r}")
+    with io.TextIOWrapper(file, "utf-8", "surrogateescape", newline="\n") as lines:
+        rows = csv.reader(lines, strict=True)
+        names = next(rows, [])
+        if data.column not in names:
+            raise no_column(url, data.column, names)
+        at = names.index(data.column)
+        while True:
+            begin = rows.line_num + 1
+            try:
+                row = next(rows)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                yield begin, Fault(f"not CSV, {error}")
+                continue
+            if row:
+                yield begin, row[at] if at < len(row) else Fault(f"without {data.column!r}")
 
 
 def _parquet(file: Any, url: str, data: DataConfig) -> Iterator[tuple[range, pa.Array]]:

@@ -131,8 +131,9 @@ def _tokens(rows: Any, url: str, column: str) -> tuple[pa.Array, dict[int, str]]
     if isinstance(rows, list):
         faults = {i: why for i, value in enumerate(rows) if (why := _no_ids(value))}
         rows = pa.array([None if i in faults else value for i, value in enumerate(rows)])
-    kind = getattr(rows.type, "value_type", rows.type)
-    if not (pa.types.is_null(kind) or (pa.types.is_integer(kind) and kind != rows.type)):
+    lists = pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list  # of views, pyarrow's cast is wrong
+    holds = rows.type.value_type if any(is_a(rows.type) for is_a in lists) else rows.type
+    if not (pa.types.is_null(holds) or (pa.types.is_integer(holds) and holds != rows.type)):
         remedy = "set --data.column, or leave out --data.pretokenized"
         raise NanodlmError(f"cannot read {url}: {column!r} holds {rows.type}, not lists of token ids; {remedy}")
     try:
@@ -140,10 +141,10 @@ def _tokens(rows: Any, url: str, column: str) -> tuple[pa.Array, dict[int, str]]
     except pa.ArrowInvalid as error:
         remedy = "check --data.tokenizer and --data.column"
         raise NanodlmError(f"a row of {url} holds a token id that is none: {error}; {remedy}") from error
-    ids = array.flatten()
-    if ids.null_count:
-        gaps = pc.call_function("list_parent_indices", [array]).filter(ids.is_null()).unique()
-        faults |= dict.fromkeys(gaps.to_pylist(), "a gap (null) between ids")
+    if array.flatten().null_count:
+        there, present = np.flatnonzero(array.is_valid()), array.drop_null()
+        gaps = pc.call_function("list_parent_indices", [present]).filter(present.flatten().is_null()).unique()
+        faults |= dict.fromkeys(there[gaps].tolist(), "a gap (null) between ids")
     return array, faults
 
 

@@ -5,6 +5,7 @@ import hashlib
 import os
 import re
 import time
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -79,10 +80,12 @@ def file_system(url: str) -> tuple[Any, str]:
     return fsspec.url_to_fs(url, use_listings_cache=False, **options)
 
 
-def opened(url: str) -> Any:
+@contextlib.contextmanager
+def opened(url: str) -> Iterator[Any]:
     """Open a file as bytes, to be read from its beginning to its end."""
-    fs, path = file_system(url)
-    return fs.open(path, "rb", **({"block_size": 0} if url.startswith("http") else {}))  # in one request, not in ranges
+    fs, path = file_system(url)  # an archive is closed when nothing names it
+    with fs.open(path, "rb", **({"block_size": 0} if url.startswith("http") else {})) as file:  # in one request
+        yield file
 
 
 def reason(error: BaseException) -> str:
