@@ -124,6 +124,17 @@ def test_token_ids_in_lists_of_any_kind_are_the_same(tmp_path: Path, kind: pa.Da
         assert read(tmp_path / f"{i}.arrow", column="tokens", pretokenized=True)[0] == [[1, 2, 3], [0, 127, 5]]
 
 
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 64])
+def test_an_array_is_the_same_wherever_its_pieces_end(
+    tmp_path: Path, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(formats, "CHUNK", size)
+    texts = ["é\u2028 ,]", "", '"\\', "three"]
+    (tmp_path / "a.json").write_text(f"\n [{{}},{json.dumps([{'text': t} for t in texts], ensure_ascii=False)[1:]}\n ")
+    found, bad = read(tmp_path / "a.json", max_bad=0.3)
+    assert (found, bad.counts) == ([t for t in texts if t], {"without 'text'": 1, "empty": 1})
+
+
 def test_a_field_of_a_field_is_named_with_a_dot(tmp_path: Path) -> None:
     rows: list[Any] = [{"meta": {"text": "one", "id": 1}}, {"meta": {"text": "two", "id": None}}]
     for name, content in {

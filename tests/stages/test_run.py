@@ -26,7 +26,7 @@ DATA_STAGES = ("download", "tokenizer", "split", "shard")
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """A file of 400 documents, which `part_mb` of 0.02 makes four parts of."""
+    """A file of 400 documents, which `part_mb` of 0.02 makes several parts of."""
     path = tmp_path / "corpus.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in prose(400)))
     return path
@@ -67,7 +67,7 @@ def test_a_second_run_finds_everything_the_first_has_built(store: Store, source:
     assert statuses(second) == ["cached"] * 4
     assert manifests(store) == before
     assert [a.uri for a, _ in second.values()] == [a.uri for a, _ in first.values()]
-    assert first["download"][0].metrics["parts"] == 4
+    assert first["download"][0].metrics["parts"] >= 4
 
 
 def test_what_does_not_determine_the_bytes_is_in_no_fingerprint(store: Store, source: Path, tmp_path: Path) -> None:
