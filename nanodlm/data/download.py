@@ -1,5 +1,6 @@
 """The download stage: whatever the source is becomes Arrow files of documents, its parts."""
 
+import dataclasses
 import math
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -8,7 +9,8 @@ import pyarrow as pa
 
 from nanodlm.config import Config
 from nanodlm.data.documents import VALIDATION, Documents, Writer, filling
-from nanodlm.data.sources import identity, read_documents, source_files, validation_of
+from nanodlm.data.readers import Bad, read_documents
+from nanodlm.data.sources import identity, source_files, validation_of
 from nanodlm.errors import Emit, NanodlmError
 from nanodlm.store import Artifact, Attempt, fingerprint_of
 
@@ -45,8 +47,9 @@ def download(
         sizes.append(writer.size)
         emit("progress", done=sum(sizes) * bytes_each / 1e6, unit="MB")
 
+    bad, bad_held_out = Bad(), Bad()
     skip, full = documents, data.part_mb * 1e6 / bytes_each
-    for array in _first(read_documents(data, source_files(data, adopted)), data.limit_tokens, bytes_each):
+    for array in _first(read_documents(data, source_files(data, adopted), bad), data.limit_tokens, bytes_each):
         array, skip = array[skip:], max(0, skip - len(array))
         while len(array):
             writer = writer or Writer(attempt.path / _part(len(sizes)), column)
@@ -59,7 +62,7 @@ def download(
         finish(writer)
     if data.validation:
         writer = Writer(attempt.path / VALIDATION, column)
-        for array in read_documents(data, source_files(validation_of(data))):
+        for array in read_documents(data, source_files(validation_of(data)), bad_held_out):
             writer.write(array)
         writer.close()
     if identity(data, adopted) != before:
@@ -68,9 +71,13 @@ def download(
         raise NanodlmError("the source's files changed while they were read: run again")
     if not sizes:
         raise NanodlmError(f"{data.source[0]} holds no documents: every one is empty")
+    for rows in (bad, bad_held_out):
+        if rows.counts:
+            emit("message", text=f"left out {rows}")
     # Rows of one size were cut from a stream, and are no documents.
     packed = {"row_size": row_sizes.pop()} if data.pretokenized and len(row_sizes) == 1 else {}
     found = {"parts": len(sizes), "documents": documents, "bytes": sum(sizes) * bytes_each}
+    found |= {"bad_rows": dataclasses.asdict(bad)}
     return {**found, **packed, "part_sizes": sizes}
 
 

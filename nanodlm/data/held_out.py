@@ -10,7 +10,7 @@ import numpy as np
 
 from nanodlm.config import DataConfig
 from nanodlm.data.documents import VALIDATION, Documents, corpus, parts, read
-from nanodlm.data.sources import source_files
+from nanodlm.data.sources import PLAIN, READERS, format_of, source_files
 from nanodlm.errors import NanodlmError, SourceGone
 from nanodlm.store import Artifact
 
@@ -30,10 +30,9 @@ def check_size(data: DataConfig) -> None:
         files = [] if data.revision else source_files(data)
     except SourceGone:
         return
-    plain = (".txt", ".md", ".json", ".jsonl", ".csv")
-    if data.val_tokens and files and all(url.startswith("file://") and url.endswith(plain) for url in files):
+    if data.val_tokens and files and all(url.startswith("file://") and format_of(url) in PLAIN for url in files):
         size = sum(os.path.getsize(url.removeprefix("file://")) for url in files)
-        one = len(files) == 1 and files[0].endswith(plain[:2]) and data.sample_by == "document"
+        one = len(files) == 1 and READERS[format_of(files[0])[0]] == "text" and data.sample_by == "document"
         if (one and data.split != "last") or size + len(files) <= data.val_tokens:  # a mark has no bytes
             raise too_small(data, f"{size:,} bytes", one=one)
 

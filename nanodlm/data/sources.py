@@ -8,10 +8,10 @@ import time
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import fsspec
-import pyarrow as pa
+from fsspec.core import has_magic
 from fsspec.implementations.local import LocalFileSystem
 from pydantic import TypeAdapter
 
@@ -20,9 +20,12 @@ from nanodlm.errors import NanodlmError, SourceGone
 from nanodlm.store.cache import cache_dir
 from nanodlm.store.disk import sha256_of, write_whole
 
-READERS = {".txt": "text", ".md": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+READERS = {".txt": "text", ".md": "text", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv"}
+READERS |= {".parquet": "parquet", ".arrow": "arrow"}
+PLAIN = {(suffix, "") for suffix in READERS if suffix not in (".parquet", ".arrow")}  # as large as their text
+PACKED = (".gz", ".zst", ".bz2", ".xz")  # what may follow each of them
 HUB_SUFFIXES = (".txt", ".jsonl", ".parquet")  # on the hub, .md and .json files describe a data set
-BATCH = 100  # documents read at a time; parts end between batches
+FOLDERS = "folders give .txt, .md, .jsonl, .ndjson, .csv, .parquet and .arrow"
 SETTLED_SECONDS = 2.0  # after which a further change of a file is sure to give it another time
 Hashed = tuple[int, int, int, int, str]  # a file's size, times of change of content and of anything, inode; its sha256
 MEMORY = TypeAdapter(dict[str, Hashed])  # by path: what `sources.json` in the cache holds
@@ -43,38 +46,97 @@ def source_files(data: DataConfig, adopted: list[str] | None = None) -> list[str
         patterns = list(data.source)
     files = _matching(patterns, may_be_empty=bool(data.revision))
     if not files:
-        raise NanodlmError(f"{data.source[0]} holds no .txt, .jsonl or .parquet files")
+        raise NanodlmError(f"{data.source[0]} holds no {', '.join(HUB_SUFFIXES)} files")
     return files
 
 
+def format_of(url: str) -> tuple[str, str]:
+    """Return the suffix of a file that tells its format, and that of its compression, both in small letters.
+
+    >>> format_of("https://host/Texts.JSONL.gz?download=1"), format_of("zip://a.txt::texts.zip")
+    (('.jsonl', '.gz'), ('.txt', ''))
+    """
+    name = url.split("::")[0].lower()
+    name, last = os.path.splitext(re.sub("[?#].*", "", name) if name.startswith("http") else name)
+    return (os.path.splitext(name)[1], last) if last in PACKED else (last, "")
+
+
 def is_text(path: str) -> bool:
-    """Say if a file below a folder is one to read: not settings (.json), nothing hidden, and not a store's own."""
+    """Say if a file below a folder is one to read: not settings (.json), nothing hidden, no store's or cache's own."""
     hidden = any(part.startswith(".") for part in Path(path).parts)
-    return not hidden and Path(path).suffix in {*READERS} - {".json"} and not re.search("[0-9a-f]{64}/attempts/", path)
+    other = re.search("[0-9a-f]{64}/attempts/|(^|/)cache-[^/]*$", path)
+    return not hidden and not other and format_of(path)[0] in {*READERS} - {".json"}
+
+
+def file_system(url: str) -> tuple[Any, str]:
+    """Return the file system of an address, which remembers no listings and sets no time to large files, and a path."""
+    if "::" in url:
+        return fsspec.url_to_fs(url)
+    options: dict[str, Any] = {}
+    if url.startswith("http"):
+        from aiohttp import ClientTimeout
+
+        options = {"client_kwargs": {"timeout": ClientTimeout(total=None, sock_connect=30, sock_read=60)}}
+    return fsspec.url_to_fs(url, use_listings_cache=False, **options)
+
+
+@contextlib.contextmanager
+def opened(url: str) -> Iterator[Any]:
+    """Open a file as bytes, to be read from its beginning to its end."""
+    fs, path = file_system(url)  # an archive is closed when nothing names it
+    with fs.open(path, "rb", **({"block_size": 0} if url.startswith("http") else {})) as file:  # in one request
+        yield file
+
+
+def reason(error: BaseException) -> str:
+    """Return what went wrong with a file, in at most 200 letters; libraries hide a server's answer in the cause."""
+    cause = (isinstance(error, FileNotFoundError) and error.__cause__) or error
+    text = f"HTTP {status} {getattr(cause, 'message', '')}" if (status := getattr(cause, "status", 0)) else str(cause)
+    return " ".join(text.split())[:200] or type(cause).__name__
+
+
+def _found(pattern: str) -> list[str]:
+    """List the URLs of the files that one path, glob or folder names."""
+    if pattern.startswith("zip://") and "::" not in pattern:
+        raise ValueError("say which files of which archive: zip://*.txt::texts.zip")
+    fs, path = file_system(pattern)
+    try:
+        kind = fs.info(path)["type"]
+    except FileNotFoundError as error:
+        if error.__cause__ and getattr(error.__cause__, "status", 0) != 404:  # a server's refusal, or no such bucket
+            raise
+        kind = "glob"
+    paths = [path]
+    if kind == "directory":
+        paths = [file for file in fs.find(path) if is_text(file.removeprefix(path))]
+    elif kind == "glob":
+        paths = [file for file in fs.glob(path) if fs.isfile(file)] if has_magic(path) else []
+    _, chained, archive = pattern.partition("::")
+    return [fs.unstrip_protocol(path) + chained + archive for path in paths]
 
 
 def _matching(patterns: list[str], *, may_be_empty: bool = False, named: str = "--data.source") -> list[str]:
-    """List the URLs of the files that paths, globs and folders name, sorted; `named` is where they were given."""
+    """List the URLs of the files that paths, globs and folders name, sorted; `named` is where they were given.
+
+    Of several links to one local file, or of links and the file itself, only the first is taken.
+    """
     files: set[str] = set()
     empty: list[str] = []
     for pattern in patterns:
         try:
-            found = [f.full_name for f in fsspec.open_files(pattern, "rb")]
-            urls = [url for url in found if fsspec.url_to_fs(url)[0].isfile(url)]
-            fs, path = fsspec.url_to_fs(pattern)
-            if not urls and fs.isdir(path):
-                urls = [fs.unstrip_protocol(file) for file in fs.find(path) if is_text(file.removeprefix(path))]
-        except (OSError, ValueError, ImportError) as error:
-            raise NanodlmError(f"cannot list {pattern}: {error}") from error
-        empty += [] if urls else [pattern]
-        files.update(urls)
+            found = _found(pattern)
+        except Exception as error:  # each file system has its own
+            raise NanodlmError(f"cannot list {pattern}: {reason(error)}") from error
+        empty += [] if found else [pattern]
+        files.update(found)
     if empty and not may_be_empty:
         kind = NanodlmError if files else SourceGone  # a source that is partly gone is another
-        raise kind(f"no file matches {empty[0]!r}: check {named} (folders give .txt, .md, .jsonl, .parquet)")
+        raise kind(f"no file matches {empty[0]!r}: check {named} ({FOLDERS})")
     for file in files:
-        if Path(file).suffix not in READERS:
-            raise NanodlmError(f"cannot read {file}: files must end in {', '.join(READERS)}")
-    return sorted(files)
+        if format_of(file)[0] not in READERS:
+            raise NanodlmError(f"cannot read {file}: files must end in {', '.join(READERS)}, packed or not")
+    real = {os.path.realpath(file.removeprefix("file://")): file for file in sorted(files, reverse=True)}
+    return sorted(real.values())
 
 
 def validation_of(data: DataConfig) -> DataConfig:
@@ -92,14 +154,14 @@ def identity(data: DataConfig, adopted: list[str] | None = None) -> dict[str, An
     if data.validation:
         fields["validation"] = identity(validation_of(data))["files"]
     files = source_files(data, adopted)
-    if any(READERS[Path(f).suffix] == "text" for f in files):
+    if any(READERS[format_of(f)[0]] == "text" for f in files):
         fields["sample_by"] = data.sample_by
     memory = cache_dir() / "sources.json"
     known: dict[str, Hashed] = {}
     new: dict[str, Hashed] = {}
     with contextlib.suppress(OSError, ValueError):
         known = MEMORY.validate_json(memory.read_bytes())
-    contents = [[Path(f).suffix, _content(f, known, new)] for f in files]
+    contents = [["".join(format_of(f)), _content(f, known, new)] for f in files]
     if new:  # those that are gone are forgotten, and a cache that cannot be written is no error
         kept = {path: hashed for path, hashed in known.items() if os.path.exists(path)}
         with contextlib.suppress(OSError, ValueError):
@@ -112,8 +174,8 @@ def _content(url: str, known: dict[str, Hashed], new: dict[str, Hashed]) -> str:
 
     A local file that is as it was when it was `known` is not read; one that is read is added to what is `new`.
     """
-    fs, path = fsspec.url_to_fs(url, use_listings_cache=False)
     try:
+        fs, path = file_system(url)
         if isinstance(fs, LocalFileSystem):
             before = _state(path)
             if path in known and known[path][:-1] == before:
@@ -126,10 +188,10 @@ def _content(url: str, known: dict[str, Hashed], new: dict[str, Hashed]) -> str:
         for name in ("ETag", "md5Hash", "content_md5", "crc32c"):
             if info.get(name):
                 return f"{name}:{info[name]}"
-        with fs.open(path, "rb") as file:
-            return hashlib.file_digest(cast(Any, file), "sha256").hexdigest()
-    except OSError as error:
-        raise NanodlmError(f"cannot read {url}: {error.strerror or error}") from error
+        with opened(url) as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except Exception as error:  # each file system has its own
+        raise NanodlmError(f"cannot read {url}: {reason(error)}") from error
 
 
 def _state(path: str) -> tuple[int, int, int, int]:
@@ -159,38 +221,3 @@ def _snapshot(data: DataConfig) -> Path:
         what = f"cannot fetch {data.source[0]} at {data.revision}: {' '.join(str(error).split())[:200]}"
         remedy = "finished files are kept, so run again, or point --data.source at local copies"
         raise NanodlmError(f"{what}; {remedy}") from error
-
-
-def read_documents(data: DataConfig, files: list[str]) -> Iterator[pa.Array]:
-    """Read the files' documents as Arrow arrays of strings or of int32 lists, empty ones left out."""
-    import datasets
-
-    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # type: ignore[attr-defined]  # reading local files tells nobody
-    datasets.disable_progress_bars()
-    datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)
-    wanted = pa.list_(pa.uint16()) if data.pretokenized else pa.large_string()
-    for url in files:
-        reader = READERS[Path(url).suffix]
-        if fsspec.url_to_fs(url)[0].size(url) == 0:
-            raise NanodlmError(f"{url} is empty: remove it, or leave it out of --data.source")
-        options: dict[str, Any] = {"sample_by": data.sample_by} if reader == "text" else {}
-        column = "text" if reader == "text" else data.column
-        # `datasets` takes a name for a pattern, and then leaves out a file whose name holds a bracket.
-        exact = url if url.startswith("http") else re.sub(r"([*?[])", r"[\1]", url)
-        try:
-            rows = datasets.load_dataset(reader, data_files=[exact], split="train", streaming=True, **options)
-            for table in cast(Any, rows).with_format("arrow").iter(batch_size=BATCH):
-                if column not in table.column_names:
-                    raise NanodlmError(f"{url} has no column {column!r} but {table.column_names}: set --data.column")
-                if isinstance(table[column].type, pa.BaseExtensionType):  # else texts would turn into their JSON
-                    raise NanodlmError(f"cannot read {url}: {column!r} holds values of several kinds; make them one")
-                array = table[column].combine_chunks().cast(wanted).drop_null()
-                array.validate(full=True)  # no reader but that of .txt checks for UTF-8
-                lengths = pa.compute.list_value_length(array) if data.pretokenized else pa.compute.binary_length(array)  # type: ignore[attr-defined]
-                array = array.filter(pa.compute.greater(lengths, 0))  # type: ignore[attr-defined]
-                if data.pretokenized and array.flatten().null_count:
-                    raise NanodlmError(f"cannot read {url}: a row of {column!r} has a gap (null) between its ids")
-                if len(array):
-                    yield array
-        except (UnicodeDecodeError, pa.ArrowException, OSError, ValueError) as error:
-            raise NanodlmError(f"cannot read {url} as {reader}: {' '.join(str(error).split())[:200]}") from error

@@ -80,6 +80,11 @@ def test_a_revision_is_a_commit_not_a_branch(revision: str) -> None:
     assert refusal(data={"source": "hf://a/b", "revision": revision}).startswith("data.revision: ")
 
 
+def test_files_in_place_of_a_data_set_of_the_hub_need_no_second_setting() -> None:
+    config = PRESETS["owt"].replace(data={"source": "train-*.parquet"})
+    assert (config.data.source, config.data.revision) == (("train-*.parquet",), "")
+
+
 @pytest.mark.parametrize(
     ("group", "field", "value"),
     [

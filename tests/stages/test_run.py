@@ -26,7 +26,7 @@ DATA_STAGES = ("download", "tokenizer", "split", "shard")
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """A file of 400 documents, which `part_mb` of 0.02 makes four parts of."""
+    """A file of 400 documents, which `part_mb` of 0.02 makes several parts of."""
     path = tmp_path / "corpus.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in prose(400)))
     return path

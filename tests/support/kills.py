@@ -136,8 +136,6 @@ def kill_at_each(case: str, folder: Path, step: int) -> list[str]:
     Whatever an artifact was before the command, or is after it when nothing disturbs it, is right at each moment. The
     last line says how many changes there were.
     """
-    if case == "adopt":
-        import datasets  # noqa: F401  which takes long, and so not in every fork
     template, trial, log = folder / "template", folder / "trial", folder / "log"
     before = fork(lambda: prepare(case, folder, template), log)
     assert isinstance(before, dict), f"{before} {log.read_text()}"

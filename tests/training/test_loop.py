@@ -119,7 +119,7 @@ def test_the_owt_path_trains_on_pretokenised_parquet_rows_of_gpt2_ids(tmp_path: 
         column = pa.array(list(chunk), pa.list_(pa.uint16()))
         pq.write_table(pa.table({"tokens": column}), tmp_path / f"train-{part:05d}-of-00002.parquet")
     config = PRESETS["owt"].replace(
-        data={"source": str(tmp_path / "*.parquet"), "revision": "", "val_tokens": 2000},
+        data={"source": str(tmp_path / "*.parquet"), "val_tokens": 2000},
         model={"n_layers": 1, "n_heads": 2, "d_model": 8, "d_ff": 16},
         train={"batch_size": 2, "grad_acc_steps": 2, "max_steps": 2, "warmup_steps": 1, "ema_decay": 0.5},
         eval={"batch_size": 2},

@@ -1,0 +1,157 @@
+"""The documents of files, whatever their format. Rows that are none are left out, and counted by the reason."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from types import NoneType
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from nanodlm.config import DataConfig
+from nanodlm.data.formats import BATCH_ROWS, Fault, batch_bytes, batches, no_column
+from nanodlm.data.sources import format_of, reason
+from nanodlm.errors import NanodlmError
+
+SHOWN = 5  # bad rows that are named
+HOPELESS = 1000  # bad rows after which a source that is half bad is read no further
+EMPTY = "empty"
+TOKENS = pa.list_(pa.uint16())
+
+
+@dataclass
+class Bad:
+    """Rows that were left out: how many for each reason, and where the first few are."""
+
+    counts: dict[str, int] = field(default_factory=dict)
+    first: list[str] = field(default_factory=list)  # without the empty ones
+    rows: int = 0  # all that were read
+
+    @property
+    def total(self) -> int:
+        """The number of rows that count against `data.max_bad`, as empty ones do not."""
+        return sum(count for why, count in self.counts.items() if why != EMPTY)
+
+    def add(self, why: str, where: str) -> None:
+        """Count one row, and name it if it is among the first."""
+        self.counts[why] = self.counts.get(why, 0) + 1
+        if why != EMPTY and len(self.first) < SHOWN:
+            self.first.append(f"{where}: {why}")
+
+    def __str__(self) -> str:
+        reasons = ", ".join(f"{count:,} {why}" for why, count in self.counts.items())
+        return f"{reasons} of {self.rows:,} rows" + (f" ({'; '.join(self.first)})" if self.first else "")
+
+
+def read_documents(data: DataConfig, files: list[str], bad: Bad) -> Iterator[pa.Array]:
+    """Read the files' documents as arrays of `large_string`, or of `list<uint16>`, of about two megabytes each.
+
+    An array may be a slice. Rows that are no document are added to `bad`; when they are more than `data.max_bad` of
+    all, or half of the first few thousand, the error says which.
+    """
+    pending: list[pa.Array] = []
+    size, rows = 0, 0
+    for url in files:
+        try:
+            for batch in batches(url, data):
+                documents = _documents(data, url, *batch, bad)
+                pending.append(documents)
+                size, rows = size + documents.nbytes, rows + len(documents)
+                if rows and (size >= batch_bytes(data) or rows >= BATCH_ROWS):
+                    yield pa.concat_arrays(pending)
+                    pending, size, rows = [], 0, 0
+                if bad.total > max(HOPELESS, bad.rows / 2):
+                    _check(data, bad)
+        except NanodlmError:
+            raise
+        except Exception as error:  # each format and file system has its own
+            raise NanodlmError(f"cannot read {url} as {format_of(url)[0][1:]}: {reason(error)}") from error
+    _check(data, bad)
+    if rows:
+        yield pa.concat_arrays(pending)
+
+
+def _check(data: DataConfig, bad: Bad) -> None:
+    if bad.total > data.max_bad * bad.rows:
+        remedy = f"mend or leave out those, or raise --data.max_bad ({data.max_bad:g})"
+        raise NanodlmError(f"too many rows are no documents: {bad}; {remedy}")
+
+
+def _documents(data: DataConfig, url: str, numbers: Sequence[int], rows: Any, bad: Bad) -> pa.Array:
+    """Make documents of rows, and add those that are none to `bad`."""
+    if not bad.rows and isinstance(rows, list) and all(isinstance(v, Fault) and v.names is not None for v in rows):
+        raise no_column(url, data.column, rows[0].names)
+    array, faults = (_tokens if data.pretokenized else _texts)(rows, url, data.column)
+    lengths = pc.call_function("list_value_length" if data.pretokenized else "binary_length", [array])
+    keep = pc.fill_null(lengths, 0).to_numpy(zero_copy_only=False) > 0
+    keep[[*faults]] = False
+    bad.rows += len(keep)
+    if keep.all():
+        return array
+    nulls = array.is_null().to_numpy(zero_copy_only=False)
+    for i in np.flatnonzero(~keep).tolist():
+        bad.add(faults.get(i) or ("null" if nulls[i] else EMPTY), f"{url}:{numbers[i]}")
+    return array.filter(pa.array(keep))
+
+
+def _texts(rows: Any, url: str, column: str) -> tuple[pa.Array, dict[int, str]]:
+    """Make texts of rows, and say of each that is none why; when some is none, rows are looked at one by one."""
+    kind = getattr(rows, "type", pa.string())
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    if not (pa.types.is_null(kind) or str(kind).removeprefix("large_").startswith(("string", "binary"))):
+        remedy = "set --data.column" + (", or --data.pretokenized True" if "list" in str(kind) else "")
+        raise NanodlmError(f"cannot read {url}: {column!r} holds {kind}, not texts; {remedy}")
+    try:
+        array = rows.cast(pa.large_string()) if isinstance(rows, pa.Array) else pa.array(rows, pa.large_string())
+        array.validate(full=True)  # only this looks for invalid UTF-8
+        return array, {}
+    except (pa.ArrowException, UnicodeError):
+        values = rows.cast(pa.large_binary()).to_pylist() if isinstance(rows, pa.Array) else rows
+    faults = {i: why for i, value in enumerate(values) if (why := _no_text(value))}
+    return pa.array([None if i in faults else value for i, value in enumerate(values)], pa.large_string()), faults
+
+
+def _no_text(value: Any) -> str:
+    """Say why a value is no text; nothing if it is one, or null."""
+    if isinstance(value, Fault):
+        return value.why
+    if not isinstance(value, str | bytes | None):
+        return f"{type(value).__name__} instead of a text"
+    try:
+        _ = value.encode() if isinstance(value, str) else (value or b"").decode()
+    except UnicodeError:
+        return "not UTF-8"  # a lone surrogate in JSON included
+    return ""
+
+
+def _tokens(rows: Any, url: str, column: str) -> tuple[pa.Array, dict[int, str]]:
+    """Make lists of token ids of rows, and say of each that is none why."""
+    faults: dict[int, str] = {}
+    if isinstance(rows, list):
+        faults = {i: why for i, value in enumerate(rows) if (why := _no_ids(value))}
+        rows = pa.array([None if i in faults else value for i, value in enumerate(rows)])
+    lists = pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list  # of views, pyarrow's cast is wrong
+    holds = rows.type.value_type if any(is_a(rows.type) for is_a in lists) else rows.type
+    if not (pa.types.is_null(holds) or (pa.types.is_integer(holds) and holds != rows.type)):
+        remedy = "set --data.column, or leave out --data.pretokenized"
+        raise NanodlmError(f"cannot read {url}: {column!r} holds {rows.type}, not lists of token ids; {remedy}")
+    try:
+        array = rows.cast(TOKENS)
+    except pa.ArrowInvalid as error:
+        remedy = "check --data.tokenizer and --data.column"
+        raise NanodlmError(f"a row of {url} holds a token id that is none: {error}; {remedy}") from error
+    if array.flatten().null_count:
+        there, present = np.flatnonzero(array.is_valid()), array.drop_null()
+        gaps = pc.call_function("list_parent_indices", [present]).filter(present.flatten().is_null()).unique()
+        faults |= dict.fromkeys(there[gaps].tolist(), "a gap (null) between ids")
+    return array, faults
+
+
+def _no_ids(value: Any) -> str:
+    """Say why a parsed value is no list of token ids; nothing if it is one, or null."""
+    if isinstance(value, Fault):
+        return value.why
+    if value is None or (isinstance(value, list) and all(type(i) in (int, NoneType) for i in value)):
+        return ""
+    return "no list of token ids"
