@@ -29,7 +29,7 @@ def sample(
 
 
 def loader(
-    config: Settings, *, batches: Annotated[int, Doc("Batches to time.")] = 200, against: Against = None, out: Output
+    config: Settings, *, batches: Annotated[int, Doc("Batches to time.")] = 2000, against: Against = None, out: Output
 ) -> None:
     """Time how fast training rows are read."""
     _measure("loader", out, config, batches=batches, against=against)

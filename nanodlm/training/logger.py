@@ -2,11 +2,12 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from operator import mul
 from typing import Any
 
+import numpy as np
 from jaxtyping import Array
 
 from nanodlm.checkpoints import State
@@ -35,10 +36,18 @@ class Logger:
     _waiting: tuple[int, dict[str, Array]] | None = None
     _since: int = 0
     _began: float = field(default_factory=time.monotonic)
+    _waited: float = 0.0  # seconds since the clock began in which there were no rows
 
     def start_clock(self, step: int) -> None:
         """Measure the speed from here on, where update `step` is done."""
-        self._since, self._began = step, time.monotonic()
+        self._since, self._began, self._waited = step, time.monotonic(), 0.0
+
+    def wait(self, batches: Iterator[np.ndarray]) -> np.ndarray:
+        """Return the rows of the next update, and count the time until they are there."""
+        began = time.monotonic()
+        rows = next(batches)
+        self._waited += time.monotonic() - began
+        return rows
 
     def off_the_clock(self, work: Callable[[State], dict[str, float]], state: State) -> dict[str, float]:
         """Do something that is no training."""
@@ -58,11 +67,14 @@ class Logger:
             return
         (step, scalars), self._waiting = self._waiting, None
         values, train = self._fetch(step, scalars), self.config.train
-        speed = self.records[-1]["tokens_per_second"] if self.records else 0.0
+        speed = {"tokens_per_second": 0.0, "waiting_share": 0.0}
         if step > self._since:
             tokens = (step - self._since) * train.batch_size * train.grad_acc_steps * self.config.model.seq_len
-            speed = round(tokens / (time.monotonic() - self._began), 1)
-        record = {"step": step, **values, "tokens_per_second": speed}
+            seconds = time.monotonic() - self._began
+            speed = {"tokens_per_second": round(tokens / seconds, 1), "waiting_share": round(self._waited / seconds, 4)}
+        elif self.records:
+            speed = {name: self.records[-1].get(name, 0.0) for name in speed}
+        record = {"step": step, **values, **speed}
         self.records.append(record)
         if self.tracker:
             self.tracker.log(record)
