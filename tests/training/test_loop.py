@@ -41,7 +41,9 @@ def test_train_leaves_checkpoints_with_config_and_logs_beside_them(trained: Arti
     assert steps == ["step_000010", "step_000012"]
     assert {"model_state", "optimizer_state"} <= {p.name for p in (folder / "checkpoints" / steps[1]).iterdir()}
     assert json.loads((folder / "config.json").read_text())["train"]["max_steps"] == 12
-    assert [record["step"] for record in json.loads((folder / "logs.json").read_text())] == [3, 6, 9, 12]
+    logs = json.loads((folder / "logs.json").read_text())
+    assert [record["step"] for record in logs] == [3, 6, 9, 12]
+    assert 0 <= logs[-1]["waiting_share"] == trained.metrics["waiting_share"] < 1
 
 
 def test_train_finds_a_finished_run_again(trained: Artifact, store: Store) -> None:
