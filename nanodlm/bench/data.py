@@ -13,7 +13,7 @@ import resource
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -21,17 +21,23 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from nanodlm.config import Config, DataConfig
+from nanodlm.data import rows
+from nanodlm.data.sources import source_files
+from nanodlm.data.tokenizer import load
 from nanodlm.errors import Emit, UsageError, silent
 from nanodlm.stages.run import run_stage
 from nanodlm.store import Json, Store
 
-SMALL = 50_000  # tokens of the corpus that is prepared before
-ROW, ROWS = 1024, 1000  # ids in a row, and rows or texts in a batch
+ROWS, ROW = 250, 1024  # rows or texts that are written and read together, and tokens in each: a text has about as many
 STAGES = ("download", "tokenizer", "split", "shard")
 WHOLE = ("download", "split", "shard")  # a tokenizer is trained on a sample, however large the corpus is
+KINDS = {"ids": pa.list_(pa.uint16()), "text": pa.string()}
 REFERENCES = {  # what each is compared with
     "ids": {"download": "parquet read", "split": "blake2b", "shard": "ArrayRecord write"},
     "text": {"download": "parquet read", "end to end": "encode_ordinary_batch"},
@@ -44,23 +50,23 @@ def data(config: Config, *, tokens: int = 10_000_000, emit: Emit = silent) -> di
     Returns by kind, and by stage, `end to end` or name of a reference: `tokens_per_second_per_core`, `of_reference`
     where `REFERENCES` names one, and of stages `seconds` by the clock and `peak_bytes`, the process's largest memory.
     """
-    if tokens < 4 * SMALL:
-        raise UsageError(f"too little is measured in {tokens} tokens: raise --tokens to {4 * SMALL} or more")
-    return {kind: _measure(config, kind, tokens, emit) for kind in REFERENCES}
+    if tokens <= ROWS * ROW:
+        raise UsageError(f"too little is measured in {tokens} tokens: raise --tokens to a million or more")
+    return {kind: _measure(config, kind, -(-tokens // (ROWS * ROW)), emit) for kind in KINDS}
 
 
-def _measure(config: Config, kind: str, tokens: int, emit: Emit) -> dict[str, Json]:
-    with tempfile.TemporaryDirectory() as name:
-        folder, spent, found = Path(name), Counter[str](), dict[str, Json]()
-        configs = _alone(_make_corpora, config, kind, (SMALL, tokens), folder)
-        metrics: Json = {}
+def _measure(config: Config, kind: str, batches: int, emit: Emit) -> dict[str, Json]:
+    found: dict[str, Json] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        small, large = _alone(_make_corpora, config, kind, (1, batches), Path(folder))
+        metrics, spent = {}, {}
         for done, stage in enumerate(STAGES, 1):
-            metrics, spent[stage], found[stage] = _alone(_run, stage, *configs, folder)
+            metrics, spent[stage], found[stage] = _alone(_run, stage, small, large, Path(folder))
             emit("progress", done=done, total=len(STAGES), unit=f"stages, {kind}")
         spent["end to end"] = sum(spent[stage] for stage in WHOLE)
-        spent += _alone(_references, kind, configs[-1], folder)
-    count = metrics["train_tokens"] + metrics["val_tokens"] + metrics["dropped_tokens"]
-    speeds = {name: count / seconds for name, seconds in spent.items()}
+        spent |= _alone(_references, kind, large, Path(folder))
+    tokens = metrics["train_tokens"] + metrics["val_tokens"] + metrics["dropped_tokens"]
+    speeds = {name: tokens / seconds for name, seconds in spent.items()}
     for name, speed in speeds.items():
         found[name] = {"tokens_per_second_per_core": speed, **found.get(name, {})}
         if reference := REFERENCES[kind].get(name):
@@ -76,49 +82,22 @@ def _alone(function: Callable[..., Any], *arguments: Any) -> Any:
 
 def _make_corpora(config: Config, kind: str, sizes: tuple[int, ...], folder: Path) -> list[Config]:
     """Write files of random ids, or of paragraphs of the built-in corpus in any order; return what prepares each."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     tokenizer = config.data.tokenizer if kind == "text" or config.data.tokenizer == "bytes" else "gpt2"
     data = {"revision": "", "column": kind, "pretokenized": kind == "ids", "tokenizer": tokenizer, "val_tokens": None}
-    configs = []
-    for tokens in sizes:
-        batches = _texts(tokens) if kind == "text" else _ids(tokens, 256 if tokenizer == "bytes" else 50_257)
-        first, path = next(batches), folder / f"{tokens}.parquet"
-        with pq.ParquetWriter(path, pa.schema([(kind, first.type)])) as writer:
-            for batch in (first, *batches):
-                writer.write_table(pa.table({kind: batch}))
+    speeches = fsspec.filesystem("file").cat(source_files(DataConfig())).values()
+    paragraphs = np.array(b"\n\n".join(speeches).decode().split("\n\n"), object)
+    rng, configs = np.random.default_rng(0), []
+    for batches in sizes:
+        path = folder / f"{batches}.parquet"
+        with pq.ParquetWriter(path, pa.schema([(kind, KINDS[kind])])) as writer:
+            for _ in range(batches):
+                if kind == "ids":
+                    values = list(rng.integers(0, 256 if tokenizer == "bytes" else 50_257, (ROWS, ROW), np.uint16))
+                else:
+                    values = ["\n\n".join(chosen) for chosen in rng.choice(paragraphs, (ROWS, 10))]
+                writer.write_table(pa.table({kind: pa.array(values, KINDS[kind])}))
         configs.append(config.replace(data={**data, "source": (str(path),)}))
     return configs
-
-
-def _ids(tokens: int, n_vocab: int) -> Iterator[Any]:
-    import pyarrow as pa
-
-    rng = np.random.default_rng(0)
-    for start in range(0, tokens, ROW * ROWS):
-        rows = min(ROWS, -(-(tokens - start) // ROW))
-        values = rng.integers(0, n_vocab, rows * ROW, np.uint16)
-        yield pa.ListArray.from_arrays(pa.array(np.arange(rows + 1, dtype=np.int32) * ROW), pa.array(values))
-
-
-def _texts(tokens: int) -> Iterator[Any]:
-    import fsspec
-    import pyarrow as pa
-
-    from nanodlm.data.sources import source_files
-
-    paragraphs: list[str] = []
-    for opened in fsspec.open_files(source_files(DataConfig()), "rt", encoding="utf-8"):
-        with opened as speech:
-            paragraphs += speech.read().split("\n\n")
-    rng, left = np.random.default_rng(0), 4 * tokens  # bytes, of which a token has about four
-    while left > 0:
-        texts = []
-        while len(texts) < ROWS and left > 0:
-            texts.append("\n\n".join(paragraphs[i] for i in rng.integers(0, len(paragraphs), 8)))
-            left -= len(texts[-1])
-        yield pa.array(texts, pa.large_string())
 
 
 def _run(stage: str, small: Config, large: Config, folder: Path) -> tuple[Json, float, Json]:
@@ -133,14 +112,9 @@ def _run(stage: str, small: Config, large: Config, folder: Path) -> tuple[Json, 
     return artifact.metrics, cpu, {"seconds": seconds, "peak_bytes": peak}
 
 
-def _references(kind: str, config: Config, folder: Path) -> Counter[str]:
-    """Return the seconds of CPU time that libraries alone take for the corpus."""
-    import pyarrow.parquet as pq
-
-    from nanodlm.data import rows
-    from nanodlm.data.tokenizer import load
-
-    spent = Counter[str]()
+def _references(kind: str, config: Config, folder: Path) -> dict[str, float]:
+    """Return the CPU time that libraries alone take for a corpus."""
+    spent: dict[str, float] = defaultdict(float)
 
     @contextmanager
     def clock(name: str) -> Iterator[None]:

@@ -10,7 +10,7 @@ from tests.support.training import tiny
 
 @pytest.mark.parametrize("apart", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_each_stage_is_measured_beside_libraries_alone(apart: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    size = 4 * bench_data.SMALL
+    size = bench_data.ROWS * bench_data.ROW + 1
     if apart:
         found = result_of(nanodlm("bench", "data", *TINY, "--tokens", str(size), "--json"))
     else:
@@ -33,5 +33,5 @@ def test_each_stage_is_measured_beside_libraries_alone(apart: bool, monkeypatch:
 
 
 def test_a_corpus_too_small_to_measure_is_refused() -> None:
-    with pytest.raises(UsageError, match="raise --tokens to 200000"):
+    with pytest.raises(UsageError, match="raise --tokens to a million"):
         bench_data.data(tiny(), tokens=1000)
