@@ -150,36 +150,40 @@ def sample(config: Config, *, repeats: int = 5, emit: Emit = silent) -> dict[str
     return {**result, "compile_seconds": compile_seconds, "sample_tokens": tokens, "steps": steps}
 
 
-def loader(config: Config, *, batches: int = 200, against: float | None = None, emit: Emit = silent) -> dict[str, Any]:
-    """Time reading updates' rows: a shard of random rows in a temporary folder, through `loader.train_batches`.
+def loader(config: Config, *, batches: int = 2000, against: float | None = None, emit: Emit = silent) -> dict[str, Any]:
+    """Time reading updates' rows: 16 shards of random rows in a temporary folder, through `loader.train_batches`.
 
-    `multiple` is the speed over `against`, the tokens per second that a trainer takes, or None without.
+    `tokens_per_second_per_core` counts the CPU time of all threads. `multiple` is the speed over `against`, the tokens
+    per second that a trainer takes, or None without.
     """
     if batches < 1:
         raise UsageError(f"nothing is measured in {batches} batches: raise --batches")
     if against is not None and against <= 0:
         raise UsageError(f"--against is a speed in tokens per second, above 0, not {against}")
     from nanodlm.data import rows  # neither Grain nor ArrayRecord is there where only a device is measured
-    from nanodlm.data.loader import train_batches
+    from nanodlm.data.loader import AHEAD, TOGETHER, train_batches
 
     n_vocab, length = synthetic_encoding(config).n_vocab, config.model.seq_len
     per_update = config.train.batch_size * config.train.grad_acc_steps
     dtype = rows.dtype_for(n_vocab + 1)
     tokens = np.random.default_rng(0).integers(0, n_vocab, (max(8192, per_update), length)).astype(dtype)
     with tempfile.TemporaryDirectory() as folder:
-        rows.write(Path(folder) / rows.name(0), tokens)
-        stream = train_batches(config, {"rows_per_shard": [len(tokens)], "dtype": dtype}, Path(folder).joinpath)
-        for _ in range(32):  # twice what the loader prepares in advance
+        shards = np.array_split(tokens, 16)
+        for i, shard in enumerate(shards):
+            rows.write(Path(folder) / rows.name(i), shard)
+        stream = train_batches(config, {"rows_per_shard": [*map(len, shards)], "dtype": dtype}, Path(folder))
+        for _ in range(2 * (AHEAD + 1) * (1 + TOGETHER // per_update)):  # twice what is read in advance
             next(stream)
-        began = time.perf_counter()
+        began, cpu_began = time.perf_counter(), time.process_time()
         for i in range(batches):
             next(stream)
             emit("progress", done=i + 1, total=batches, unit="batches")
-        seconds = time.perf_counter() - began
+        seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu_began
         del stream  # before the files go
     speed = batches * per_update * length / seconds
     return {
         "tokens_per_second": speed,
+        "tokens_per_second_per_core": batches * per_update * length / cpu_seconds,
         "batch_seconds": seconds / batches,
         "batch_tokens": per_update * length,
         "multiple": speed / against if against else None,

@@ -27,9 +27,27 @@ def sample(config: Settings, *, repeats: Repeats = 5, out: Output) -> None:
     _measure("sample", out, config, repeats=repeats)
 
 
-def loader(config: Settings, *, batches: Batches = 200, against: Against = None, out: Output) -> None:
+def loader(config: Settings, *, batches: Batches = 2000, against: Against = None, out: Output) -> None:
     """Time how fast training rows are read."""
     _measure("loader", out, config, batches=batches, against=against)
+
+
+def data(
+    config: Settings, *, tokens: Annotated[int, Doc("Tokens of each corpus, about.")] = 10_000_000, out: Output
+) -> None:
+    """Time the preparation of ids and of texts, stage by stage, beside libraries alone."""
+    from nanodlm.bench.data import data as measure
+
+    with out.showing("bench") as emit, full_disk_named(f"the temporary folder {gettempdir()}"):
+        found = measure(config, tokens=tokens, emit=emit)
+    out.text(f"{'':<28} {'M tokens/s per core':>20} {'MB':>7}  of the reference")
+    for kind, names in found.items():
+        for name, m in names.items():
+            speed = m["tokens_per_second_per_core"] / 1e6
+            memory = f"{m['peak_bytes'] / 1e6:,.0f}" if "peak_bytes" in m else ""
+            ratio = f"{m['of_reference']:.2f} of {m['reference']}" if "reference" in m else ""
+            out.text(f"{kind:<5} {name:<22} {speed:>20,.2f} {memory:>7}  {ratio}".rstrip())
+    out.json(**found)
 
 
 def _measure(what: str, out: Console, config: Config, **options: Any) -> None:

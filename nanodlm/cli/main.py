@@ -28,6 +28,7 @@ COMMANDS = {  # the file that holds it, and what it does
     "bench train": ("bench", "speed and memory of updates, on random tokens"),
     "bench sample": ("bench", "speed of the sampler, with an untrained network"),
     "bench loader": ("bench", "speed of reading training rows"),
+    "bench data": ("bench", "speed and memory of preparing data"),
     "ls": ("store", "list the store's artifacts"),
     "show": ("store", "one artifact: where it came from, what it holds"),
     "explain": ("store", "why a configuration would not reuse an artifact"),

@@ -1,48 +1,56 @@
 """Batches of training rows: step k's rows are a pure function of the seed and k, on any number of hosts."""
 
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Generator
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, cast
 
 import grain.python as grain
 import numpy as np
 from jaxtyping import Int
 
 from nanodlm.config import Config
-from nanodlm.data.rows import Rows, name, opener
+from nanodlm.data.rows import name, open_files, open_rows
 from nanodlm.store import Json
 
-WINDOW = 16  # shards whose rows are shuffled together; training begins when the first so many are there
-
-
-def windows(rows_per_shard: Sequence[int], seed: int) -> list[list[int]]:
-    """Return which shards are shuffled together, in the order in which an epoch reads them."""
-    numbers = list(range(len(rows_per_shard)))
-    if len(numbers) > WINDOW:
-        numbers = np.random.default_rng(seed).permutation(len(numbers)).tolist()
-    found = [numbers[i : i + WINDOW] for i in range(0, len(numbers), WINDOW)]
-    return [window for window in found if sum(rows_per_shard[i] for i in window)]
+TOGETHER = 512  # rows that a thread reads at a time, at least: small updates one by one would cost twice the time
+AHEAD = 4  # how often it may do so before they are asked for
 
 
 def train_batches(
-    config: Config, shards: Json, fetch: Callable[[str], Path], *, first_row: int = 0, share: tuple[int, int] = (0, 1)
-) -> Iterator[Int[np.ndarray, "A R L"]]:
-    """Yield the rows of update after update without end, int32, reshuffled every epoch within windows of shards.
+    config: Config, shards: Json, folder: Path, *, first_row: int = 0, share: tuple[int, int] = (0, 1)
+) -> Generator[Int[np.ndarray, "A R L"], None, None]:
+    """Yield the rows of update after update without end, int32; each epoch visits all rows in an order of its own.
 
-    `shards` are the shard stage's metrics `rows_per_shard` and `dtype`. `fetch` gives the local path of a shard by its
-    file name when its first row is read, and `first_row` counts the rows that earlier updates took. `share` says which
-    part of each micro-batch to read, from 0, and of how many equal ones: side by side they are what one process reads.
+    `shards` are the shard stage's metrics `rows_per_shard` and `dtype`, the files lie in `folder`, and `first_row`
+    counts the rows that earlier updates took. `share` says which part of each micro-batch to read, from 0, and of how
+    many equal ones: side by side they are what one process reads. A thread reads ahead.
     """
-    counts, seed, (part, parts) = shards["rows_per_shard"], config.data.shuffle_seed, share
-    shuffled, opened = [], opener(fetch)
-    for number, window in enumerate(windows(counts, seed)):
-        source = Rows({name(i): counts[i] for i in window}, opened)
-        shuffled.append(grain.MapDataset.source(cast(Any, source)).seed((seed + number) % 2**31).shuffle())
-    rows = (grain.MapDataset.concatenate(shuffled) if len(shuffled) > 1 else shuffled[0]).repeat()
-    batches = (
-        rows[first_row:]
-        .map(lambda record: np.frombuffer(record, shards["dtype"]).astype(np.int32))
-        .batch(config.train.batch_size // parts, drop_remainder=True)  # endless; rounding up would overflow at 1
-    )
-    updates = batches[part::parts].batch(config.train.grad_acc_steps, drop_remainder=True)
-    return iter(updates.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=16)))
+    (part, parts), shape = share, (config.train.grad_acc_steps, config.train.batch_size)
+    updates = -(-TOGETHER // (shape[0] * shape[1]))
+    ends = np.cumsum(shards["rows_per_shard"])
+    starts, total = ends - shards["rows_per_shard"], int(ends[-1])
+    opened = lru_cache(open_files())(lambda shard: open_rows(folder / name(shard)))
+
+    @lru_cache(2)  # an update may lie across the end of an epoch
+    def order(epoch: int) -> Int[np.ndarray, "N"]:
+        rows = np.arange(total, dtype=np.uint32)
+        return np.random.default_rng((config.data.shuffle_seed, epoch)).permutation(rows)
+
+    def read(places: Int[np.ndarray, "M"]) -> Int[np.ndarray, "M L"]:
+        epochs, places = np.divmod(places, total)
+        rows = np.concatenate([order(e)[places[epochs == e]] for e in range(epochs[0], epochs[-1] + 1)])
+        files = np.searchsorted(ends, rows, side="right")
+        inside = rows - starts[files]
+        # A record at a time takes 3 µs in any number of files; a list of them waits, in each, for a pool of threads.
+        records = [opened(file).read(i, i + 1)[0] for file, i in zip(files.tolist(), inside.tolist(), strict=True)]
+        return np.frombuffer(b"".join(records), shards["dtype"]).astype(np.int32).reshape(len(rows), -1)
+
+    def read_updates(first: int) -> Int[np.ndarray, "U A R L"]:
+        places = np.arange(first, first + updates * shape[0] * shape[1]).reshape(updates * shape[0], parts, -1)
+        return read(places[:, part].ravel()).reshape(updates, shape[0], shape[1] // parts, -1)
+
+    firsts = grain.MapDataset.range(first_row, sys.maxsize, updates * shape[0] * shape[1])
+    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=AHEAD)
+    for several in firsts.map(read_updates).to_iter_dataset(options):
+        yield from several

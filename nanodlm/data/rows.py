@@ -1,19 +1,17 @@
 """Rows of token ids as ArrayRecord files: one row a record, little-endian, random access."""
 
-from bisect import bisect_right
-from collections.abc import Callable, Iterable, Mapping
+import resource
+from collections.abc import Iterable
 from contextlib import closing
-from functools import lru_cache
-from itertools import accumulate
+from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from nanodlm.errors import Damaged
 
-OPEN = 64  # files that are open at once: those that are read together, and not as many as a process may have
+GROUP = 1024  # tokens that are stored, and so read, together: smaller groups take more room, larger ones longer
 
 
 def dtype_for(ids: int) -> str:
@@ -22,10 +20,15 @@ def dtype_for(ids: int) -> str:
 
 
 def write(path: Path, rows: Iterable[np.ndarray]) -> None:
-    """Write rows to a file; equal rows give equal bytes."""
-    with closing(ArrayRecordWriter(str(path), "group_size:1,zstd:3")) as writer:  # an unclosed file is empty
-        for row in rows:
-            writer.write(row.tobytes())
+    """Write rows to a file: an array (N, L), or arrays of which each is a row or such; equal rows give equal bytes."""
+    arrays = iter([rows] if isinstance(rows, np.ndarray) else rows)
+    first = next(arrays, np.empty((0, 1)))
+    options = f"group_size:{max(1, GROUP // first.shape[-1])},uncompressed"
+    with closing(ArrayRecordWriter(str(path), options)) as writer:  # an unclosed file is empty
+        for array in chain([first], arrays):
+            data, size = array.tobytes(), array.shape[-1] * array.itemsize
+            for start in range(0, len(data), size):
+                writer.write(data[start : start + size])
 
 
 def evenly_spaced(n: int, count: int | None) -> np.ndarray:
@@ -42,32 +45,20 @@ def name(part: int) -> str:
     return f"train-{part:05d}.arrayrecord"
 
 
-def opener(fetch: Callable[[str], Path]) -> Callable[[str], Any]:
-    """Return a function that opens a file by its name, given what gives its local path, and keeps the last `OPEN`."""
-    import grain.python as grain  # slow, and loads JAX
-
-    return lru_cache(OPEN)(lambda file: grain.ArrayRecordDataSource([str(fetch(file))]))
+def open_files() -> int:
+    """Return how many files of rows may stay open: half of what this process may have, for others need some too."""
+    return max(64, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)  # without a limit it is negative
 
 
-class Rows:
-    """The records of several files one after the other, by number; a file is fetched when it is first read."""
-
-    def __init__(self, counts: Mapping[str, int], opened: Callable[[str], Any]):
-        """Take the number of rows of each file, and what `opener` gives."""
-        self._names, self._ends, self._opened = list(counts), list(accumulate(counts.values())), opened
-
-    def __len__(self) -> int:
-        return self._ends[-1]
-
-    def __getitem__(self, index: int) -> bytes:
-        file = bisect_right(self._ends, index)
-        return self._opened(self._names[file])[index - (self._ends[file - 1] if file else 0)]
+def open_rows(path: Path) -> ArrayRecordReader:
+    """Open a file whose rows are read in any order; it is closed with the last reference."""
+    reader = ArrayRecordReader(str(path), "readahead_buffer_size:0,max_parallelism:0")
+    if not reader.ok():  # not to be closed: that raises what is wrong in the reader's own words
+        raise Damaged(f"{path} is not a whole ArrayRecord file: rebuild it with --rebuild shard")
+    return reader
 
 
 def read(path: Path, dtype: str) -> list[np.ndarray]:
     """Read all rows of a file, as int32."""
-    reader = ArrayRecordReader(str(path))
-    if not reader.ok():  # not to be closed: that raises what is wrong in the reader's own words
-        raise Damaged(f"{path} is not a whole ArrayRecord file: rebuild it with --rebuild shard")
-    with closing(reader):
+    with closing(open_rows(path)) as reader:
         return [np.frombuffer(record, dtype).astype(np.int32) for record in reader.read_all()]

@@ -37,6 +37,9 @@ def build(config: Config, inputs: dict[str, Artifact], attempt: Attempt, emit: E
     by_document, unigram = m["val_stderr_over"] == "documents", m["val_unigram_bits_per_byte"]
     over = f"{m['scored_documents']:,} documents" if by_document else "rows of one document, taken as independent"
     assumed = ", as end-of-text marks tell them in neighbouring pre-tokenised rows" if m["pretokenized"] else ""
+    speed = f"{t['train_tokens_per_second']:,.0f} tokens/s on {t['devices']} {t['device']}"
+    if "waiting_share" in t:  # which earlier versions did not measure
+        speed += f", {t['waiting_share']:.1%} of the time waiting for rows"
     rows = [
         ("validation bound", f"{m['val_bits_per_byte']:.4f} ± {m['val_bits_per_byte_stderr']:.4f} bits per byte"),
         ("", f"{m['val_nats_per_token']:.4f} ± {m['val_nats_per_token_stderr']:.4f} nats per token"),
@@ -47,7 +50,7 @@ def build(config: Config, inputs: dict[str, Artifact], attempt: Attempt, emit: E
         ("", f"{m['scored_characters']:,} characters"),
         ("objective", f"{config.objective.kind}, trained with {config.objective.weighting} weights"),
         ("trained on", f"{t['trained_tokens']:,} tokens in {t['updates']:,} updates"),
-        ("speed", f"{t['train_tokens_per_second']:,.0f} tokens/s on {t['devices']} {t['device']}"),
+        ("speed", speed),
         ("parameters", f"{t['parameters']:,}, sha256 {t['parameters_sha256'][:16]}…"),
         *((artifact.stage, artifact.fingerprint) for artifact in (train, evaluate, sample)),
     ]

@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -145,20 +145,13 @@ class Artifact:
     def local(self, *only: str) -> Path:
         """Return a local folder with its files, fetched if they are remote, each compared with its sha256."""
         self.check(*only, deep=self.store.is_local)
-        return Path(self.folder) if self.store.is_local else self._fetch(self.files(*only), self.store.emit)
+        return Path(self.folder) if self.store.is_local else self._fetch(self.files(*only))
 
     def file(self, path: str) -> Path:
         """Return the local path of one of its files; see `local`."""
         return self.local(path) / path
 
-    def on_demand(self) -> Callable[[str], Path]:
-        """Return a function that does as `file`, and fetches a file of a remote store when it is first asked for."""
-        if self.store.is_local:
-            return self.local().joinpath
-        self.check()
-        return lambda path: self._fetch(self.files(path)) / path
-
-    def _fetch(self, files: list[Json], emit: Emit = silent) -> Path:
+    def _fetch(self, files: list[Json]) -> Path:
         """Let a folder of this process in the cache hold files, and return it."""
         lacking = [file for file in files if not (cache.cache_dir() / "files" / file["sha256"]).is_file()]
         if lacking and not self.store.asked:
@@ -166,7 +159,7 @@ class Artifact:
             raise NanodlmError(f"{self.uri} {lacks}: unset NANODLM_OFFLINE")
         name = f"{self.stage}-{self.fingerprint[:16]}-{self.manifest['attempt']}"
         folder = cache.hold(name, sum(file["size"] for file in lacking))
-        arrived = show_transfer(emit, f"MB of {self.stage} fetched", files)
+        arrived = show_transfer(self.store.emit, f"MB of {self.stage} fetched", files)
 
         def take(file: Json) -> int:
             path, size = file["path"], file["size"]

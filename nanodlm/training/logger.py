@@ -2,11 +2,12 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from operator import mul
 from typing import Any
 
+import numpy as np
 from jaxtyping import Array
 
 from nanodlm.checkpoints import State
@@ -35,6 +36,14 @@ class Logger:
     _waiting: tuple[int, dict[str, Array]] | None = None
     since: int = 0  # the update from which on the speed is measured
     began: float = field(default_factory=time.monotonic)  # when it was done; later by what was no training
+    waited: float = 0.0  # seconds since then in which there were no rows
+
+    def wait(self, batches: Iterator[np.ndarray]) -> np.ndarray:
+        """Return the rows of the next update, and count the time until they are there."""
+        began = time.monotonic()
+        rows = next(batches)
+        self.waited += time.monotonic() - began
+        return rows
 
     def add(self, step: int, scalars: dict[str, Array]) -> None:
         """Take the scalars of an update, which become a record at the next `flush`."""
@@ -47,11 +56,14 @@ class Logger:
             return
         (step, scalars), self._waiting = self._waiting, None
         values, train = self._fetch(step, scalars), self.config.train
-        speed = self.records[-1]["tokens_per_second"] if self.records else 0.0
+        speed = {"tokens_per_second": 0.0, "waiting_share": 0.0}
         if step > self.since:
             tokens = (step - self.since) * train.batch_size * train.grad_acc_steps * self.config.model.seq_len
-            speed = round(tokens / (time.monotonic() - self.began), 1)
-        record = {"step": step, **values, "tokens_per_second": speed}
+            seconds = time.monotonic() - self.began
+            speed = {"tokens_per_second": round(tokens / seconds, 1), "waiting_share": round(self.waited / seconds, 4)}
+        elif self.records:
+            speed = {name: self.records[-1].get(name, 0.0) for name in speed}
+        record = {"step": step, **values, **speed}
         self.records.append(record)
         if self.tracker:
             self.tracker.log(record)

@@ -13,8 +13,7 @@ import json
 import math
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -26,8 +25,8 @@ from nanodlm.checkpoints.identity import describe_run
 from nanodlm.checkpoints.loading import parameters_sha256
 from nanodlm.checkpoints.saving import Checkpoints
 from nanodlm.config import Config, differences, training_settings
-from nanodlm.data.loader import train_batches, windows
-from nanodlm.data.rows import evenly_spaced, name, read
+from nanodlm.data.loader import train_batches
+from nanodlm.data.rows import evenly_spaced, read
 from nanodlm.data.tokenizer import load, save
 from nanodlm.data.vocabulary import Vocabulary
 from nanodlm.devices.hosts import any_process, from_leader, my_share, put_rows
@@ -54,7 +53,7 @@ def train(config: Config, inputs: dict[str, Artifact], attempt: Attempt | None, 
     """
     with catch_signals() as stop:
         _require_same_start(config, inputs)
-        shard, fetch = inputs["shard"], inputs["shard"].on_demand()
+        shard, folder = inputs["shard"], inputs["shard"].local()  # all, for the first rows are of any shard
         encoding = load(inputs["tokenizer"].local())
         vocabulary = Vocabulary.of(encoding)
         program = make_program(config, vocabulary)
@@ -66,7 +65,7 @@ def train(config: Config, inputs: dict[str, Artifact], attempt: Attempt | None, 
             (attempt.path / "tokenizer").mkdir()
             save(encoding, attempt.path / "tokenizer")
         count = config.exp.val_rows
-        rows = read(fetch("validation.arrayrecord"), shard.metrics["dtype"]) if count else []
+        rows = read(folder / "validation.arrayrecord", shard.metrics["dtype"]) if count else []
         rows = [row for row in rows if len(row) == config.model.seq_len]  # the last one may be shorter
         rows = [rows[i] for i in evenly_spaced(len(rows), count)]
         validate = _validation(config, program.network, rows, mesh)
@@ -82,7 +81,7 @@ def train(config: Config, inputs: dict[str, Artifact], attempt: Attempt | None, 
                 log = Tracker(config, attempt.path / "logs.jsonl", attempt.fingerprint[:16], past["logs"], emit)
                 tracker = stack.enter_context(log)
             stack.enter_context(checkpoints)
-            batches = _batches(config, shard.metrics, fetch, my_share(mesh), rows_seen)
+            batches = train_batches(config, shard.metrics, folder, first_row=rows_seen, share=my_share(mesh))
             stack.enter_context(contextlib.closing(batches))
             limit = 10 * math.log(vocabulary.size)
             bits = shard.metrics["val_tokens"] / shard.metrics["val_bytes"] / math.log(2)
@@ -112,11 +111,11 @@ class _Loop(NamedTuple):
             raise Stopped(f"stopped by a signal after update {first}, before another: run again to continue")
         shall_stop = make_stop_vote(self.program.mesh, self.stop)
         for step in range(first + 1, train.max_steps + 1):
-            state, scalars = self.program.step(state, put_rows(self.program.mesh, next(batches)), self.key)
+            state, scalars = self.program.step(state, put_rows(self.program.mesh, logger.wait(batches)), self.key)
             rows_seen += train.batch_size * train.grad_acc_steps
             if step == first + 1:
                 jax.block_until_ready(scalars)  # compiled; from here on the clock runs
-                logger.since, logger.began = step, time.monotonic()
+                logger.since, logger.began, logger.waited = step, time.monotonic(), 0.0
             logger.flush()  # the record of the update before, while this one is computed
             last, stopping = step == train.max_steps, shall_stop(scalars)
             saving = last or stopping or step % exp.save_every == 0
@@ -154,6 +153,7 @@ def _finish(config: Config, attempt: Attempt | None, state: State, logger: Logge
     return {
         **result,
         **{f"train_{name}": logger.records[-1][name] for name in ("tokens_per_second", "loss", "nats_per_token")},
+        "waiting_share": logger.records[-1]["waiting_share"],
         "devices": jax.device_count(),
         "device": jax.devices()[0].device_kind,
         **({"skipped": int(state["skipped"])} if "skipped" in state else {}),
@@ -180,29 +180,6 @@ def _restore(config: Config, checkpoints: Checkpoints, program: Program) -> tupl
         if int(restored[0]["step"]) >= config.train.max_steps:
             raise UsageError(f"{exp.resume_path} has all {config.train.max_steps} updates: raise --train.max_steps")
     return restored or (program.initialise(), {"logs": [], "rows_seen": 0})
-
-
-def _batches(
-    config: Config, shards: dict[str, Any], fetch: Callable[[str], Path], share: tuple[int, int], rows_seen: int
-) -> Generator[np.ndarray, None, None]:
-    """Yield this process's rows of each update, while a thread fetches the shards in the order in which they are read.
-
-    The loader asks for a shard that has not come itself, and raises what goes wrong.
-    """
-    ended = threading.Event()
-
-    def fetch_ahead() -> None:
-        for number in (i for window in windows(shards["rows_per_shard"], config.data.shuffle_seed) for i in window):
-            if ended.is_set():
-                return
-            with contextlib.suppress(NanodlmError, OSError, RuntimeError):  # the last: while the interpreter ends
-                fetch(name(number))
-
-    threading.Thread(target=fetch_ahead, name="fetch-ahead", daemon=True).start()
-    try:
-        yield from train_batches(config, shards, fetch, first_row=rows_seen, share=share)
-    finally:
-        ended.set()
 
 
 def _validation(

@@ -1,3 +1,4 @@
+import os
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -10,6 +11,7 @@ from nanodlm.config import Config
 from nanodlm.data import loader
 from nanodlm.data import rows as data_rows
 from nanodlm.data.loader import train_batches
+from nanodlm.errors import Damaged
 
 ROWS, STEP, LENGTH = 22, 4, 3  # rows that steps do not divide, so that steps lie across the ends of epochs
 EPOCH = 11  # steps in which two whole epochs are visited
@@ -33,7 +35,7 @@ def updates(
     counts = counts or [len(data_rows.read(path, dtype)) for path in sorted(folder.glob("train-*"))]
     sizes = {"batch_size": size, "grad_acc_steps": micro}
     config = Config().replace(train=sizes, data={"shuffle_seed": seed})
-    return train_batches(config, {"rows_per_shard": counts, "dtype": dtype}, folder.joinpath, **at)
+    return train_batches(config, {"rows_per_shard": counts, "dtype": dtype}, folder, **at)
 
 
 def batches(folder: Path, count: int, **options: Any) -> np.ndarray:
@@ -81,29 +83,24 @@ def test_a_truncated_shard_stops_the_loader_rather_than_shrinking_the_data(folde
     whole = (folder / "train-00000.arrayrecord").read_bytes()
     (tmp_path / "train-00000.arrayrecord").write_bytes(whole)
     (tmp_path / "train-00001.arrayrecord").write_bytes(whole[:-10])
-    with pytest.raises(RuntimeError, match="Riegeli"):
+    with pytest.raises(Damaged, match=r"train-00001\.arrayrecord is not a whole ArrayRecord file"):
         batches(tmp_path, 1, counts=[15, 15])
 
 
 @pytest.fixture
-def many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Seven shards of two rows each, of which three are shuffled together."""
-    monkeypatch.setattr(loader, "WINDOW", 3)
-    for i in range(7):
-        data_rows.write(tmp_path / data_rows.name(i), np.full((2, LENGTH), 2 * i, "<u2") + np.array([[0], [1]], "<u2"))
+def many(tmp_path: Path) -> Path:
+    """Forty shards of one row each."""
+    for i in range(40):
+        data_rows.write(tmp_path / data_rows.name(i), np.full((1, LENGTH), i, "<u2"))
     return tmp_path
 
 
-def test_an_epoch_reads_window_by_window_and_every_row_once(many: Path) -> None:
-    visited = batches(many, 14, size=2)[..., 0].ravel()
-    windows = loader.windows([2] * 7, seed=0)
-    assert sorted(i for window in windows for i in window) == list(range(7))
-    assert windows[0] != [0, 1, 2]
-    for epoch in visited.reshape(2, 14):
-        ends = np.cumsum([2 * len(window) for window in windows])
-        for window, rows in zip(windows, np.split(epoch, ends[:-1]), strict=True):
-            assert sorted(rows) == sorted(row for i in window for row in (2 * i, 2 * i + 1))
-    assert visited[:14].tolist() != visited[14:].tolist()
+def test_the_rows_of_all_shards_are_shuffled_together(many: Path) -> None:
+    epochs = batches(many, 2, size=40)[..., 0]
+    assert [sorted(epoch) for epoch in epochs.tolist()] == [[*range(40)]] * 2
+    for epoch in range(2):
+        order = np.random.default_rng((0, epoch)).permutation(np.arange(40, dtype=np.uint32))
+        np.testing.assert_array_equal(epochs[epoch], order)
 
 
 @pytest.mark.parametrize(("shards", "steps"), [("folder", 1), ("folder", 6), ("folder", 40), ("many", 5)])
@@ -115,13 +112,16 @@ def test_a_later_first_row_gives_the_batches_of_an_uninterrupted_run(
     np.testing.assert_array_equal(batches(source, 8, first_row=steps * STEP), whole[steps:])
 
 
-def test_no_more_files_are_open_than_are_read_together(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data_rows, "OPEN", 2)
-    fetched: list[str] = []
-    counts = {"train-00000.arrayrecord": 15, "train-00002.arrayrecord": 7, "validation.arrayrecord": ROWS}
-    rows = data_rows.Rows(counts, data_rows.opener(lambda name: (fetched.append(name), folder / name)[1]))
-    values = [int(np.frombuffer(rows[i], "<u2")[0]) for i in range(ROWS * 2)]
-    assert values == [*range(ROWS), *range(1000, 1000 + ROWS)]
-    assert fetched == list(counts)
-    assert [int(np.frombuffer(rows[i], "<u2")[0]) for i in (15, 0)] == [15, 0]
-    assert fetched == [*counts, "train-00000.arrayrecord"]  # it was closed, the others were not
+def test_no_more_files_are_open_than_the_process_may_have(many: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader, "open_files", lambda: 8)
+    stream = updates(many)
+    visited = [next(stream)[0, :, 0] for _ in range(60)]
+    assert np.unique(np.concatenate(visited)).size == 40
+    open_now = [os.path.realpath(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd")]
+    assert 0 < sum(path.startswith(f"{many.resolve()}/") for path in open_now) <= 9  # and the one that comes
+
+
+def test_half_of_the_files_that_a_process_may_open_hold_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    for limit, found in ((1024, 512), (-1, 64)):
+        monkeypatch.setattr("resource.getrlimit", lambda _, limit=limit: (limit, limit))
+        assert data_rows.open_files() == found

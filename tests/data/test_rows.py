@@ -1,7 +1,9 @@
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import pytest
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from nanodlm.data import rows as data_rows
 from nanodlm.errors import Damaged
@@ -19,6 +21,25 @@ def test_rows_are_read_back_in_order_as_int32(tmp_path: Path, dtype: str) -> Non
     read = data_rows.read(tmp_path / "x.arrayrecord", dtype)
     assert {row.dtype for row in read} == {np.dtype(np.int32)}
     np.testing.assert_array_equal(np.stack(read), rows)
+
+
+@pytest.mark.parametrize("length", [64, 1024])
+def test_rows_are_stored_as_they_are_in_groups_of_about_two_kilobytes(tmp_path: Path, length: int) -> None:
+    rows = rows_of(2**20 // length, length, "<u2")
+    data_rows.write(tmp_path / "whole", rows)
+    data_rows.write(tmp_path / "blocks", iter([rows[:100], rows[100:100], *rows[100:103], rows[103:]]))
+    assert (tmp_path / "whole").read_bytes() == (tmp_path / "blocks").read_bytes()
+    assert 1 < (tmp_path / "whole").stat().st_size / rows.nbytes < 1.15  # 1.4 with a row of 64 by itself
+    with closing(ArrayRecordReader(str(tmp_path / "whole"))) as reader:
+        assert f"group_size:{1024 // length}," in reader.writer_options_string()
+
+
+def test_files_of_an_earlier_version_are_read(tmp_path: Path) -> None:
+    rows = rows_of(50, 64, "<u2")
+    with closing(ArrayRecordWriter(str(tmp_path / "x"), "group_size:1,zstd:3")) as writer:
+        for row in rows:
+            writer.write(row.tobytes())
+    np.testing.assert_array_equal(data_rows.read(tmp_path / "x", "<u2"), rows)
 
 
 @pytest.mark.parametrize("lengths", [(), (5, 5, 1)])

@@ -99,7 +99,7 @@ def test_the_report_shows_numbers_curve_and_escaped_samples(trained: Artifact, m
     for name in ("evaluate", "sample", "report"):
         artifact, _ = stages_run.run_stage(name, config, models)
     page = (artifact.local() / "report.html").read_text()  # type: ignore[possibly-unbound]
-    assert all(text in page for text in ("<svg", "&lt;b&gt;&amp;", "bits per byte"))
+    assert all(text in page for text in ("<svg", "&lt;b&gt;&amp;", "bits per byte", "of the time waiting for rows"))
     assert "<b>&" not in page
 
 

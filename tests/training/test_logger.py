@@ -1,10 +1,13 @@
 """What is recorded of a training, and what ends one that diverges."""
 
 import json
+import time
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from nanodlm.errors import NanodlmError
@@ -43,3 +46,23 @@ def test_records_that_are_not_finite_are_written_as_null_when_updates_are_skippe
     assert found == [(None, None, 1.0, 1), (2.0, 2.0, 1.0, 1)]
     assert log.mean_bound(0, 2) == {"train_nats_per_token": 2.0}
     assert json.loads(json.dumps(said, allow_nan=False))[0]["loss"] is None
+
+
+def test_the_share_of_the_time_without_rows_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, said = 100.0, list[dict[str, Any]]()
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+
+    def batches() -> Iterator[np.ndarray]:
+        nonlocal now
+        while True:
+            now += 1.0
+            yield np.zeros((1, 1, 1), np.int32)
+
+    log, rows = logger(said), batches()
+    log.wait(rows)  # before the clock runs, while the program is compiled
+    log.start_clock(1)
+    log.wait(rows)
+    now += 3.0
+    log.add(2, scalars(2.0))
+    log.flush()
+    assert [(fields["step"], fields["waiting_share"]) for fields in said] == [(2, 0.25)]
