@@ -1,5 +1,6 @@
 """Documents as they lie in a prepared corpus: Arrow files of texts or token ids, read as flat NumPy arrays."""
 
+import string
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -12,6 +13,7 @@ import pyarrow as pa
 
 from nanodlm.store import Artifact
 
+LOWER = bytes(range(256)).lower()
 PIECE = 1_000_000  # values of documents that are read at a time
 VALIDATION = "validation.arrow"  # the file of a download that holds a validation set of its own
 SCHEMAS = {"text": pa.schema({"text": pa.large_string()}), "tokens": pa.schema({"tokens": pa.list_(pa.uint16())})}
@@ -81,7 +83,7 @@ class Documents:
         """
         key = seed.to_bytes(8, "little")
         if self.values.dtype == np.uint8:
-            contents = (b" ".join(bytes(text).lower().split()) for text in self)
+            contents = (bytes(text).translate(LOWER, string.whitespace.encode()) for text in self)
         else:
             contents = iter(Documents(self.values.astype("<i4"), self.offsets))
         return [blake2b(content, key=key, digest_size=16).digest() for content in contents]
