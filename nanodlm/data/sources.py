@@ -69,7 +69,7 @@ def is_text(path: str) -> bool:
 
 
 def file_system(url: str) -> tuple[Any, str]:
-    """Return the file system of an address, and the path there; no listing is remembered, no time set to a long file."""
+    """Return the file system of an address and the path there; it keeps no listings and waits for long files."""
     if "::" in url:
         return fsspec.url_to_fs(url)
     options: dict[str, Any] = {}
