@@ -69,7 +69,7 @@ def is_text(path: str) -> bool:
 
 
 def file_system(url: str) -> tuple[Any, str]:
-    """Return the file system of an address, which remembers no listings and sets no time to large files, and a path."""
+    """Return the file system of an address and the path there; it keeps no listings and waits for long files."""
     if "::" in url:
         return fsspec.url_to_fs(url)
     options: dict[str, Any] = {}
@@ -110,7 +110,8 @@ def _found(pattern: str) -> list[str]:
     if kind == "directory":
         paths = [file for file in fs.find(path) if is_text(file.removeprefix(path))]
     elif kind == "glob":
-        paths = [file for file in fs.glob(path) if fs.isfile(file)] if has_magic(path) else []
+        found = fs.glob(path, detail=True) if has_magic(path) else {}
+        paths = [file for file, info in found.items() if info["type"] == "file" or fs.isfile(file)]  # or a link to one
     _, chained, archive = pattern.partition("::")
     return [fs.unstrip_protocol(path) + chained + archive for path in paths]
 
