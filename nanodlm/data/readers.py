@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from nanodlm.config import DataConfig
-from nanodlm.data.formats import BATCH_ROWS, Fault, batch_bytes, batches, no_column
+from nanodlm.data.formats import Fault, batches, no_column
 from nanodlm.data.sources import format_of, reason
 from nanodlm.errors import NanodlmError
 
@@ -45,22 +45,17 @@ class Bad:
 
 
 def read_documents(data: DataConfig, files: list[str], bad: Bad) -> Iterator[pa.Array]:
-    """Read the files' documents as arrays of `large_string`, or of `list<uint16>`, of about two megabytes each.
+    """Read the files' documents as arrays of `large_string`, or of `list<uint16>`, a few megabytes at a time.
 
     An array may be a slice. Rows that are no document are added to `bad`; when they are more than `data.max_bad` of
     all, or half of the first few thousand, the error says which.
     """
-    pending: list[pa.Array] = []
-    size, rows = 0, 0
     for url in files:
         try:
             for batch in batches(url, data):
                 documents = _documents(data, url, *batch, bad)
-                pending.append(documents)
-                size, rows = size + documents.nbytes, rows + len(documents)
-                if rows and (size >= batch_bytes(data) or rows >= BATCH_ROWS):
-                    yield pa.concat_arrays(pending)
-                    pending, size, rows = [], 0, 0
+                if len(documents):
+                    yield documents
                 if bad.total > max(HOPELESS, bad.rows / 2):
                     _check(data, bad)
         except NanodlmError:
@@ -68,8 +63,6 @@ def read_documents(data: DataConfig, files: list[str], bad: Bad) -> Iterator[pa.
         except Exception as error:  # each format and file system has its own
             raise NanodlmError(f"cannot read {url} as {format_of(url)[0][1:]}: {reason(error)}") from error
     _check(data, bad)
-    if rows:
-        yield pa.concat_arrays(pending)
 
 
 def _check(data: DataConfig, bad: Bad) -> None:
