@@ -92,8 +92,9 @@ class Documents:
         """Return those for which `keep` is true, (N,)."""
         if keep.all():
             return self
-        sizes = self.sizes
-        return Documents(self.flat[np.repeat(keep, sizes)], np.concatenate([[0], np.cumsum(sizes[keep])]))
+        runs = self.offsets[np.flatnonzero(np.diff(keep, prepend=False, append=False))].reshape(-1, 2)
+        values = [self.values[:0], *(self.values[start:end] for start, end in runs)]
+        return Documents(np.concatenate(values), np.concatenate([[0], np.cumsum(self.sizes[keep])]))
 
     def halves(self, at: int) -> tuple["Documents", "Documents"]:
         """Return what lies before a place, in values from the first document's first, and what from there on.
@@ -140,7 +141,7 @@ class Writer:
 
     def __init__(self, path: Path, column: str):
         """Begin a file; the column is a name of `SCHEMAS`."""
-        options: Any = pa.ipc.IpcWriteOptions(compression="zstd" if column == "text" else None)
+        options: Any = pa.ipc.IpcWriteOptions(compression="lz4" if column == "text" else None)
         self.schema, self.rows, self.size = SCHEMAS[column], 0, 0
         self.sizes: set[int] = set()  # the smallest and the largest of what was written at a time
         self._writer = pa.ipc.new_file(str(path), self.schema, options=options)

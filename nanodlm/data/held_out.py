@@ -16,7 +16,7 @@ from nanodlm.store import Artifact
 
 VAL_TOKENS = 1_000_000
 SMALL = 2_000_000  # tokens of a corpus too small for that, as far as sizes tell
-TOKEN_BYTES = 5  # that a token of text stands for at most, as a rule
+TOKEN_BYTES = 6  # that a token of text stands for at most, as a rule
 Place = list[int]  # a part, and how many of its values come before
 
 

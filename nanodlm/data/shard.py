@@ -138,7 +138,7 @@ def _write_shard(
             end = len(stream) // length * length
             counts += np.bincount(stream[:end], minlength=len(counts))
             rest = stream[end:].copy()
-            yield from stream[:end].reshape(-1, length)
+            yield stream[:end].reshape(-1, length)
 
     data_rows.write(attempt.path / name, whole_rows())
     tokens = int(counts.sum())

@@ -4,6 +4,7 @@ Every encoding ends with the end-of-text mark; the mask is the first id after it
 """
 
 import base64
+import binascii
 import json
 import os
 import re
@@ -103,7 +104,7 @@ def save(encoding: tiktoken.Encoding, folder: Path) -> None:
 def load(folder: Path) -> tiktoken.Encoding:
     """Read an encoding that `save` wrote."""
     lines = (folder / "ranks.tiktoken").read_text().splitlines()
-    ranks = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in lines)}
+    ranks = {binascii.a2b_base64(token): int(rank) for token, rank in (line.split() for line in lines)}
     return make_encoding(json.loads((folder / "tokenizer.json").read_text())["name"], ranks)
 
 
