@@ -1,22 +1,16 @@
-"""Documents as they lie in a prepared corpus: Arrow files of texts or token ids, read as flat NumPy arrays."""
+"""Documents as flat NumPy arrays: texts, or lists of token ids."""
 
 import string
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, Self, cast
 
 import numpy as np
-import pyarrow as pa
 
-from nanodlm.store import Artifact
-
-LOWER = bytes(range(256)).lower()
 PIECE = 1_000_000  # values of documents that are read at a time
-VALIDATION = "validation.arrow"  # the file of a download that holds a validation set of its own
-SCHEMAS = {"text": pa.schema({"text": pa.large_string()}), "tokens": pa.schema({"tokens": pa.list_(pa.uint16())})}
+LOWER = bytes(range(256)).lower()
 
 
 @dataclass(frozen=True)
@@ -30,13 +24,13 @@ class Documents:
     offsets: np.ndarray
 
     @classmethod
-    def of(cls, array: pa.Array) -> Self:
-        """Return the documents of an Arrow array of one of the `SCHEMAS`; nothing is copied."""
-        ids = pa.types.is_list(array.type)
+    def of(cls, array: Any) -> Self:
+        """Return the documents of an Arrow array, of `large_string` or lists of ids; nothing is copied."""
+        ids = hasattr(array.type, "value_type")
         _, edges, *data = array.buffers()
         offsets = np.frombuffer(edges, np.int32 if ids else np.int64)[array.offset : array.offset + len(array) + 1]
         if ids:
-            return cls(cast(pa.ListArray, array).values.to_numpy(), offsets)
+            return cls(array.values.to_numpy(), offsets)
         return cls(np.frombuffer(data[0] or b"", np.uint8), offsets)
 
     @classmethod
@@ -107,68 +101,3 @@ class Documents:
         clipped = (np.minimum(self.offsets, at), np.maximum(self.offsets, at))
         before, after = (Documents(self.values, np.unique(offsets)) for offsets in clipped)
         return before, after
-
-
-def parts(download: Artifact) -> list[str]:
-    """Return the names of a download's parts, in order; nothing is fetched."""
-    return sorted(file["path"] for file in download.files("part-"))
-
-
-def read(part: Path) -> Iterator[Documents]:
-    """Read the documents of one part, `PIECE` values or little more at a time."""
-    with pa.OSFile(str(part)) as file, pa.ipc.open_file(file) as reader:
-        for number in range(reader.num_record_batches):
-            yield Documents.of(reader.get_batch(number).column(0))
-
-
-def corpus(download: Artifact) -> Iterator[Documents]:
-    """Read all documents of a download, in order."""
-    folder = download.local()
-    for name in parts(download):
-        yield from read(folder / name)
-
-
-def filling(array: pa.Array, room: float) -> int:
-    """Return how many documents fill so many values: the last of them reaches that, or there is one more than all."""
-    return int(np.searchsorted(np.cumsum(Documents.of(array).sizes), room)) + 1
-
-
-class Writer:
-    """A part that is being written, to be closed; `rows` and `size` count its documents and their values.
-
-    Equal documents give equal bytes, however many are written at a time.
-    """
-
-    def __init__(self, path: Path, column: str):
-        """Begin a file; the column is a name of `SCHEMAS`."""
-        options: Any = pa.ipc.IpcWriteOptions(compression="lz4" if column == "text" else None)
-        self.schema, self.rows, self.size = SCHEMAS[column], 0, 0
-        self.sizes: set[int] = set()  # the smallest and the largest of what was written at a time
-        self._writer = pa.ipc.new_file(str(path), self.schema, options=options)
-        self._waiting: list[pa.Array] = []  # what will be read at a time
-        self._waiting_size = 0
-
-    def write(self, array: pa.Array) -> None:
-        """Add documents."""
-        while len(array):
-            fits = filling(array, PIECE - self._waiting_size)
-            taken, array = array[:fits], array[fits:]
-            self._waiting.append(taken)
-            sizes = Documents.of(taken).sizes
-            self.sizes |= {int(sizes.min()), int(sizes.max())}
-            size = int(sizes.sum())
-            self.rows += len(taken)
-            self.size += size
-            self._waiting_size += size
-            if self._waiting_size >= PIECE:
-                self._flush()
-
-    def _flush(self) -> None:
-        self._writer.write_batch(pa.record_batch([pa.concat_arrays(self._waiting)], schema=self.schema))
-        self._waiting, self._waiting_size = [], 0
-
-    def close(self) -> None:
-        """Write what waits, and end the file."""
-        if self._waiting:
-            self._flush()
-        self._writer.close()

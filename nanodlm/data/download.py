@@ -8,7 +8,8 @@ from typing import Any
 import pyarrow as pa
 
 from nanodlm.config import Config
-from nanodlm.data.documents import VALIDATION, Documents, Writer, filling
+from nanodlm.data.documents import Documents
+from nanodlm.data.parts import VALIDATION, Writer, filling
 from nanodlm.data.readers import Bad, read_documents
 from nanodlm.data.sources import identity, source_files, validation_of
 from nanodlm.errors import Emit, NanodlmError

@@ -9,7 +9,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from nanodlm.config import DataConfig
-from nanodlm.data.documents import VALIDATION, Documents, corpus, parts, read
+from nanodlm.data.documents import Documents
+from nanodlm.data.parts import VALIDATION, corpus, parts, read
 from nanodlm.data.sources import PLAIN, READERS, format_of, source_files
 from nanodlm.errors import NanodlmError, SourceGone
 from nanodlm.store import Artifact

@@ -11,8 +11,9 @@ from tiktoken import Encoding
 
 from nanodlm.config import Config
 from nanodlm.data import rows as data_rows
-from nanodlm.data.documents import Documents, parts, read
+from nanodlm.data.documents import Documents
 from nanodlm.data.held_out import Place, halves, in_units
+from nanodlm.data.parts import parts, read
 from nanodlm.data.tokenizer import load, tokenise_all
 from nanodlm.errors import Emit, NanodlmError
 from nanodlm.store import Artifact, Attempt, Json

@@ -14,8 +14,9 @@ import numpy as np
 import tiktoken
 
 from nanodlm.config import Config, DataConfig
-from nanodlm.data.documents import Documents, corpus
+from nanodlm.data.documents import Documents
 from nanodlm.data.held_out import Zone, at_place, front, place_at, too_few, too_small, unit_rows, wanted, zone
+from nanodlm.data.parts import corpus
 from nanodlm.data.tokenizer import characters, gpt2, load, plain_bytes, save, tokenise_all, train_bpe
 from nanodlm.errors import Emit
 from nanodlm.store import Artifact, Attempt

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 from nanodlm.config import Config
 from nanodlm.data import rows, shard
-from nanodlm.data.documents import parts
+from nanodlm.data.parts import parts
 from nanodlm.errors import Emit, silent
 from nanodlm.stages.lookup import Lookup, ready
 from nanodlm.stages.run import full_disk_in_one_line

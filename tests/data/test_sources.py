@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from nanodlm.data import documents as data_documents
+from nanodlm.data import parts as data_parts
 from nanodlm.data import sources as data_sources
 from nanodlm.data.download import download as download_stage
 from nanodlm.errors import NanodlmError
@@ -36,7 +36,7 @@ def download(store: Path, fingerprint: str = "d0", emit: Any = lambda *_, **__: 
 def documents(artifact: Artifact) -> list[Any]:
     return [
         bytes(document).decode() if document.format == "B" else document.tolist()
-        for batch in data_documents.corpus(artifact)
+        for batch in data_parts.corpus(artifact)
         for document in batch
     ]
 
@@ -320,7 +320,7 @@ def test_parts_end_with_the_document_that_fills_them(tmp_path: Path) -> None:
     artifact = download(tmp_path / "store", source=tmp_path / "a.jsonl", part_mb=0.025)
     parts = sorted(artifact.local().glob("part-*.arrow"))
     assert [p.name for p in parts] == [f"part-{i:05d}.arrow" for i in range(4)]
-    assert [sum(map(len, data_documents.read(p))) for p in parts] == [250, 250, 250, 250]
+    assert [sum(map(len, data_parts.read(p))) for p in parts] == [250, 250, 250, 250]
     assert artifact.metrics["part_sizes"] == [25_000] * 4
     assert documents(artifact) == texts
     assert (artifact.metrics["parts"], artifact.metrics["documents"]) == (4, 1000)

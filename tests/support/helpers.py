@@ -6,7 +6,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from nanodlm.config import Config
-from nanodlm.data.documents import SCHEMAS, Writer
+from nanodlm.data.parts import SCHEMAS, Writer
 from nanodlm.store import Artifact, Attempt, Item, Store, new_attempt
 from nanodlm.upkeep.copy import copy
 
