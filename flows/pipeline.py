@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from typing import Any, Literal, cast
 
 from prefect import Flow, State, flow, tags, task
+from prefect.cache_policies import NO_CACHE
 from prefect.settings import PREFECT_API_URL, PREFECT_LOGGING_LEVEL, get_current_settings, temporary_settings
 from prefect.states import Completed, Failed
 from prefect.utilities.annotations import quote
@@ -21,9 +22,8 @@ from nanodlm.errors import NanodlmError, Stopped, Unreachable, UsageError
 from nanodlm.flows import TAG
 from nanodlm.flows.internals import untagged
 from nanodlm.flows.own_run import built_before, fail, hold_device, run_name, working_for_run
-from nanodlm.flows.reporting import WATCHER, Pages, show_run, watcher
+from nanodlm.flows.reporting import WATCHER, Pages, show_run
 from nanodlm.flows.server import check_server, ephemeral_server, wait_for_server_at_end
-from nanodlm.flows.shards import RETRIED, shard_in_parallel, task_runner
 from nanodlm.stages import table
 from nanodlm.stages.lookup import ready
 from nanodlm.stages.process import run_in_process
@@ -42,7 +42,12 @@ Where = StoreUrl | None
 Limit = str | None
 
 
-@task(retries=2, retry_delay_seconds=[5, 30], **RETRIED)
+def may_pass(_task: Any, _run: Any, state: State) -> bool:
+    """Retry only what may pass by itself, such as a network that was away; never what the user has to mend."""
+    return isinstance(state.result(raise_on_failure=False), OSError | Unreachable)
+
+
+@task(retries=2, retry_delay_seconds=[5, 30], retry_condition_fn=may_pass, cache_policy=NO_CACHE, persist_result=False)
 def stage_task(
     name: str, config: Config, store_url: str, inputs: Inputs, build: bool, rebuild: str | None, **options: Any
 ) -> Any:
@@ -52,7 +57,7 @@ def stage_task(
     option `train_on` says. What a user has to mend ends as `Failed`, without an error's tracebacks.
     """
     try:
-        store, shown, started = Store(store_url), watcher(), time.monotonic()
+        store, shown, started = Store(store_url), WATCHER.get() or Pages(), time.monotonic()
         lookup = ready(name, config, store, rebuild=rebuild == name, inputs=inputs)
         again, own_process = lookup.is_again(rebuild), lookup.stage.own_process
         if lookup.note:
@@ -116,8 +121,6 @@ def _stages(
     table.check(config, {until} - elsewhere if alone else {*names} - elsewhere)
     for name in names:
         inputs = {input_: found[input_] for input_ in STAGES[name].inputs(config)}
-        if name == "shard" and rebuild not in (name, "changed") and not alone:
-            shard_in_parallel(config, url, inputs)
         with untagged():
             make = stage_task.with_options(name=name, task_run_name=name)
             build, given = not alone or name == until, cast(Inputs, quote(inputs))
@@ -203,7 +206,6 @@ def run_pipeline(
     config: Config, store: str, until: str, rebuild: str | None, console: Watcher, verbose: bool
 ) -> Records:
     """Run the flow `pipeline` in this process, on the server that the settings name, else on one started for it."""
-    task_runner()  # refuses what cannot be before a server is started
 
     def stop(*_: Any) -> None:
         raise Stopped("stopped by a signal; finished stages, parts and checkpoints are kept: run again to continue")

@@ -91,11 +91,6 @@ class Pages:
 WATCHER: ContextVar[Watcher | None] = ContextVar("watcher", default=None)  # of this run; by default its pages
 
 
-def watcher() -> Watcher:
-    """Return who shows this run. Flows that are sent to other processes call it, for the variable cannot be sent."""
-    return WATCHER.get() or Pages()
-
-
 def show_samples(sample: Artifact) -> None:
     """Show the texts that the model wrote, under the key `samples`."""
     texts = texts_of(sample)

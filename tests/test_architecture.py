@@ -45,7 +45,7 @@ ROOMS = {
     "__main__": {"cli"},
 }  # fmt: skip
 LIGHT = ("cli.main", "cluster.follow", "config", "stages.run", "data.download", "data.split", "evaluation.report")
-LIGHT += ("data.shard", "stages.fanout")  # what workers load
+LIGHT += ("data.shard",)
 
 
 def _modules() -> dict[str, Path]:

@@ -31,12 +31,10 @@ COMMANDS = {  # the file that holds it, and what it does
     "bench data": ("bench", "speed and memory of preparing data"),
     "ls": ("store", "list the store's artifacts"),
     "show": ("store", "one artifact: where it came from, what it holds"),
-    "explain": ("store", "why a configuration would not reuse an artifact"),
     "verify": ("store", "check artifacts against their manifests, and repair them"),
     "gc": ("store", "remove what abandoned attempts left, and old results"),
     "copy": ("store", "copy artifacts to another store"),
     "rm": ("store", "remove an artifact, and with --recursive what was made from it"),
-    "adopt": ("store", "take files at hand for a configuration's download"),
     "doctor": ("store", "check this machine and the store"),
 }
 HELP = f"""usage: nanodlm COMMAND [PRESET] [--store URL] [flags]

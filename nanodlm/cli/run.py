@@ -33,7 +33,6 @@ Rebuild = Annotated[
     StageName | Literal["changed"] | None,
     Doc("A stage to build again even though it is stored, or all that were made before their code was `changed`."),
 ]
-Runner = Literal["threads", "processes", "dask"]
 Again = Annotated[bool, Doc("Build again even though the store holds it.")]
 
 
@@ -43,8 +42,6 @@ def run(
     store: OpenStore,
     until: Until = "sample",
     rebuild: Rebuild = None,
-    runner: Annotated[Runner | None, Doc("Where shards are made; by default $NANODLM_RUNNER, else threads.")] = None,
-    workers: Annotated[int | None, Doc("Shards at a time; by default $NANODLM_WORKERS, else one a core.")] = None,
     verbose: Annotated[bool, Doc("Show Prefect's own log.")] = False,
     out: Output,
 ) -> None:
@@ -71,8 +68,6 @@ def run(
             out.line("[dim]starting the local Prefect server[/dim]")
         from nanodlm.flows.pipeline import run_pipeline
 
-        given = {"NANODLM_RUNNER": runner, "NANODLM_WORKERS": workers}
-        os.environ.update({name: str(value) for name, value in given.items() if value is not None})
         run_pipeline(config, store.uri(), until, rebuild, out, verbose)
     out.finish()
     out.results()

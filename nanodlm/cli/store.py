@@ -10,11 +10,9 @@ from typing import Annotated
 from typing_extensions import Doc
 from tyro.conf import arg
 
-from nanodlm.cli.arguments import Output, Settings
-from nanodlm.config import DataConfig, parse_address
-from nanodlm.config import explain as one_line
+from nanodlm.cli.arguments import Output
+from nanodlm.config import DataConfig, explain, parse_address
 from nanodlm.errors import Damaged, NanodlmError, UsageError
-from nanodlm.stages.lookup import explain as differences
 from nanodlm.stages.progress import summary
 from nanodlm.stages.run import default_store
 from nanodlm.store import Artifact, Store, changed_since, remark
@@ -40,7 +38,6 @@ Deep = Annotated[bool, Doc("Read every file and compare its sha256, not only its
 Repair = Annotated[bool, Doc("Build again what is bad, keeping the parts that are good.")]
 Recursive = Annotated[bool, Doc("Remove all that was made from it as well.")]
 DryRun = Annotated[bool, Doc("Only say what would be removed.")]
-Files = Annotated[tuple[str, ...], Doc("The files, or a glob of them, in quotes.")]
 PACKAGES = ("jax", "flax", "orbax-checkpoint", "grain", "prefect")  # whose versions `doctor` says
 
 
@@ -93,14 +90,6 @@ def show(uri: Uri, /, *, store: OpenStore, out: Output) -> None:
     for file in m["files"]:
         out.text(f"  {file['size']:>12,}  {file['sha256'][:12]}  {file['path']}")
     out.json(uri=artifact.uri, **m)
-
-
-def explain(uri: Uri, /, config: Settings, *, store: OpenStore, out: Output) -> None:
-    """Say why a configuration would not reuse an artifact, field by field."""
-    artifact = _store_of(uri, store).open(uri)
-    reasons = list(dict.fromkeys(differences(artifact, config)))
-    out.text(*(reasons or ["it would be reused: nothing that it depends on differs"]))
-    out.json(uri=artifact.uri, reused=not reasons, why=reasons)
 
 
 def verify(uri: Chain = "", /, *, store: OpenStore, deep: Deep = False, repair: Repair = False, out: Output) -> None:
@@ -186,18 +175,6 @@ def copy(src: From, dst: To, /, *, out: Output) -> None:
     out.json(artifacts=rows)
 
 
-def adopt(files: Files, /, config: Settings, *, store: OpenStore, out: Output) -> None:
-    """Take files at hand for a download, instead of fetching its source."""
-    from nanodlm.upkeep.adopt import adopt as adopt_files
-
-    if not files:
-        raise UsageError("nanodlm adopt FILES [PRESET]: name the files, or a glob of them, in quotes")
-    with out.showing("download") as emit:
-        artifact, adopted = adopt_files(config, store, list(files), emit)
-    out.text(f"{'adopted' if adopted else 'there already'}  {artifact.uri}")
-    out.json(uri=artifact.uri, adopted=adopted)
-
-
 def doctor(*, store: OpenStore, out: Output) -> None:
     """Check this machine: packages, devices, store, corpus, encodings."""
     rows = []
@@ -212,7 +189,7 @@ def doctor(*, store: OpenStore, out: Output) -> None:
         try:
             ok, text = True, look()
         except Exception as error:
-            ok, text = False, one_line(error)[:200] or type(error).__name__
+            ok, text = False, explain(error)[:200] or type(error).__name__
         rows.append({"name": name, "ok": ok, "text": text})
         out.text(f"{'ok' if ok else 'FAILED':<7} {name:<10} {text}")
     failed = [row["name"] for row in rows if not row["ok"]]

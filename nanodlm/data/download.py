@@ -16,15 +16,10 @@ from nanodlm.errors import Emit, NanodlmError
 from nanodlm.store import Artifact, Attempt, fingerprint_of
 
 
-def download(
-    config: Config, inputs: dict[str, Artifact], attempt: Attempt, emit: Emit, adopted: list[str] | None = None
-) -> dict[str, Any]:
-    """Copy the source's documents into parts, each of which ends with the document that fills `data.part_mb` megabytes.
-
-    With `adopted`, paths or globs of copies of the source's files, those are read instead.
-    """
+def download(config: Config, inputs: dict[str, Artifact], attempt: Attempt, emit: Emit) -> dict[str, Any]:
+    """Copy the source's documents into parts: each ends with the document that fills `data.part_mb` megabytes."""
     data = config.data
-    before = identity(data, adopted)
+    before = identity(data)
     source = fingerprint_of(before)  # parts of what was read from other files are not gone on from
     column, bytes_each = ("tokens", 2) if data.pretokenized else ("text", 1)
     sizes: list[int] = []  # values of each part
@@ -50,7 +45,7 @@ def download(
 
     bad, bad_held_out = Bad(), Bad()
     skip, full = documents, data.part_mb * 1e6 / bytes_each
-    for array in _first(read_documents(data, source_files(data, adopted), bad), data.limit_tokens, bytes_each):
+    for array in _first(read_documents(data, source_files(data), bad), data.limit_tokens, bytes_each):
         array, skip = array[skip:], max(0, skip - len(array))
         while len(array):
             writer = writer or Writer(attempt.path / _part(len(sizes)), column)
@@ -66,7 +61,7 @@ def download(
         for array in read_documents(data, source_files(validation_of(data)), bad_held_out):
             writer.write(array)
         writer.close()
-    if identity(data, adopted) != before:
+    if identity(data) != before:
         for part in range(len(sizes)):
             attempt.forget(_part(part))
         raise NanodlmError("the source's files changed while they were read: run again")

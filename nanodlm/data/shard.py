@@ -1,6 +1,5 @@
 """The shard stage: documents become rows of token ids in ArrayRecord files."""
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -38,7 +37,7 @@ def build_shards(config: Config, inputs: dict[str, Artifact], attempt: Attempt, 
     if missing:
         folder = inputs["download"].local(*(names[i] for i in missing))
         for i in missing:
-            infos[i] = _write_shard(config, encoding, held_out, folder / names[i], attempt, i, os.cpu_count() or 1)
+            infos[i] = _write_shard(config, encoding, held_out, folder / names[i], attempt, i)
             emit("progress", done=len(infos), total=len(names), unit="shards")
     shards = [infos[i] for i in range(len(names))]
     fields = ("train_rows", "train_tokens", "train_documents", "dropped_tokens")
@@ -77,16 +76,6 @@ def build_shards(config: Config, inputs: dict[str, Artifact], attempt: Attempt, 
     }
 
 
-def build_shard(config: Config, inputs: dict[str, Artifact], attempt: Attempt, index: int) -> dict[str, Any]:
-    """Make one shard from its part of the corpus alone, as a finished part of the attempt, which a later one adopts.
-
-    One thread is used: whoever makes one shard at a time makes several beside each other.
-    """
-    encoding = load(inputs["tokenizer"].local())
-    part = inputs["download"].file(parts(inputs["download"])[index])
-    return _write_shard(config, encoding, inputs["split"].metrics, part, attempt, index, threads=1)
-
-
 def token_counts(shard: Artifact) -> np.ndarray:
     """Return how often each token occurs in the training rows of a shard artifact, (V,)."""
     if any(file["path"] == COUNTS for file in shard.manifest["files"]):
@@ -110,7 +99,7 @@ def unigram_nats(tokens: Int[np.ndarray, "N"], counts: Int[np.ndarray, "V"]) -> 
 
 
 def _write_shard(
-    config: Config, encoding: Encoding, held_out: Json, part: Path, attempt: Attempt, index: int, threads: int
+    config: Config, encoding: Encoding, held_out: Json, part: Path, attempt: Attempt, index: int
 ) -> dict[str, Any]:
     """Make one training shard, a finished part of the attempt, and return what it was finished with."""
     length, seed, name = config.model.seq_len, config.data.split_seed, data_rows.name(index)
@@ -134,7 +123,7 @@ def _write_shard(
 
     def whole_rows() -> Iterator[np.ndarray]:
         nonlocal rest, counts
-        for tokens in tokenise_all(encoding, kept(), threads):
+        for tokens in tokenise_all(encoding, kept()):
             stream = np.concatenate([rest, tokens.flat])
             end = len(stream) // length * length
             counts += np.bincount(stream[:end], minlength=len(counts))

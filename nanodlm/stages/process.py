@@ -102,9 +102,9 @@ def stop(child: subprocess.Popen[bytes], grace: float) -> int:
     return child.wait()
 
 
-def end_with_parent(parent: int | None = None) -> None:
+def end_with_parent() -> None:
     """End with the process that started this one, which a supervisor names in the environment: by SIGTERM, to save."""
-    parent = parent or int(os.environ.pop(PARENT, "0"))
+    parent = int(os.environ.pop(PARENT, "0"))
     if not parent:
         return
 

@@ -2,7 +2,6 @@
 
 import os
 import time
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -43,20 +42,14 @@ def run_stage(
     elif helping:
         artifact, built = _help(lookup, config, store, rebuild, emit)
     else:
-        artifact, built = build(lookup, config, store, rebuild, emit, restore=restore)
+        artifact, built = build(lookup, config, store, rebuild, emit, restore)
     return artifact, record(artifact, "built" if built else "cached", time.monotonic() - started)
 
 
 def build(
-    lookup: Lookup,
-    config: Config,
-    store: Store,
-    rebuild: bool,
-    emit: Emit,
-    how: Callable[..., Json] | None = None,
-    restore: Json | None = None,
+    lookup: Lookup, config: Config, store: Store, rebuild: bool, emit: Emit, restore: Json | None = None
 ) -> tuple[Artifact, bool]:
-    """Build a stage under its lease, by its own function or `how`; return the artifact, and if this run built it."""
+    """Build a stage under its lease; return the artifact, and if this run built it."""
     stage, fingerprint = lookup.stage, lookup.fingerprint
     check(config, (stage.name,))
     for artifact in lookup.inputs.values():
@@ -83,7 +76,7 @@ def build(
             new_attempt(store, stage.name, fingerprint, afresh=afresh, restore=restore) as attempt,
         ):
             code = code_record(stage.module)  # as it is now, before anybody edits it
-            metrics = (how or stage.run)(config, lookup.inputs, attempt, publish)
+            metrics = stage.run(config, lookup.inputs, attempt, publish)
             # Beside the digests that are part of the identity, the fingerprints tell where the inputs lie.
             lineage = {n: {"digest": a.digest, "fingerprint": a.fingerprint} for n, a in lookup.inputs.items()}
             artifact = attempt.commit(

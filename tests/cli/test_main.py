@@ -86,7 +86,6 @@ BAD: list[tuple[list[str], tuple[str, ...]]] = [
     (["run", "--until", "split", "--rebuild", "train"], ("--rebuild train comes after --until split",)),
     (["run", "--data.source", "hf://a/b"], ("pinned commit", "--data.revision")),
     (["show"], ("nanodlm show URI", "name an artifact")),
-    (["explain", "owt"], ("nanodlm explain URI [PRESET]", "name an artifact")),
     (["train", "--inputs", "shard=1"], ("train reads --inputs shard=FINGERPRINT tokenizer=FINGERPRINT",)),
 ]
 
@@ -181,10 +180,10 @@ def test_every_command_explains_itself(command: Command, name: str, monkeypatch:
     assert ("--train.lr FLOAT" in done.stdout) == ("[PRESET]" in done.stdout)
 
 
-def test_a_store_that_cannot_be_written_is_named(command: Command, tmp_path: Path) -> None:
+def test_a_store_that_cannot_be_written_is_named(command: Command, prepared: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
     store = str(tmp_path / "file" / "store")
-    _fails(command, 1, "adopt", *speeches(1), "--store", store, says=("cannot write", "--store"))
+    _fails(command, 1, "copy", str(prepared), store, says=("cannot write", "--store"))
 
 
 def test_a_stage_alone_takes_its_inputs_by_fingerprint_and_looks_nothing_up(
@@ -290,7 +289,7 @@ def test_output_that_leads_to_a_full_disk_is_one_line(
         _fails(command, 1, *words, says=("standard output: No space left on device; make room",))
 
 
-FILLED = ["adopt", "copy", "evaluate", "sample", "verify", "bench loader", "events"]
+FILLED = ["copy", "evaluate", "sample", "verify", "bench loader", "events"]
 
 
 @pytest.mark.parametrize("what", FILLED)
@@ -300,12 +299,11 @@ def test_a_full_disk_is_one_line_that_names_the_place_and_running_again_continue
     store, config, events = tmp_path / "store", str(tmp_path / "config.json"), tmp_path / "events"
     Path(config).write_text(tiny().model_dump_json())
     events.write_bytes(bytes(3000))
-    if what not in ("adopt", "copy"):
+    if what != "copy":
         shutil.copytree(trained.store.root, store, ignore=shutil.ignore_patterns("evaluate", "sample", "report"))
     if what == "verify":
         next(store.glob("shard/*/attempts/*/validation*")).write_bytes(b"")
     words, place = {
-        "adopt": (["adopt", *speeches(6), config], store),
         "copy": (["copy", trained.store.uri(), str(store)], store),
         "verify": (["verify", "--repair"], store),
         "bench loader": (["bench", "loader", config, "--batches", "2"], "the temporary folder"),

@@ -143,14 +143,6 @@ def test_the_reason_names_an_input_that_has_changed(store: Store, source: Path) 
     assert why(config, store)["split"].startswith(f"input.download: {old[:12]}… -> {new.digest[:12]}… (against ")
 
 
-def test_an_explanation_goes_through_the_stages_in_their_order(store: Store, source: Path) -> None:
-    found = run_all(tiny_config(source), store)
-    source.write_text("".join(json.dumps({"text": text}) + "\\n" for text in prose(50)))
-    other = tiny_config(source, val_tokens=900, tokenizer="gpt2").replace(model={"seq_len": 16})
-    told = list(dict.fromkeys(line.split(":")[0] for line in stages_lookup.explain(found["shard"][0], other)))
-    assert told == ["shard", "download", "tokenizer", "split"]
-
-
 # Rebuilding
 
 
@@ -290,9 +282,6 @@ def test_what_was_downloaded_is_used_when_the_files_are_gone(
     with pytest.raises(SystemExit, match="0"):
         main(["run", *words, "--until", "shard"])  # all is there, so no server is started
     assert f"the files of {source} are gone" in capsys.readouterr().out
-    assert list(stages_lookup.explain(before["shard"][0], config)) == []
-    explained = stages_lookup.explain(before["shard"][0], config.replace(data={"column": "body"}))
-    assert {*explained} == {"download: column: text -> body"}
 
 
 def test_without_a_download_of_just_these_settings_files_that_are_gone_are_missed_as_ever(

@@ -157,13 +157,15 @@ def test_refused_credentials_are_not_repeated(
         text = failing(capsys, *words)
         assert "refuses access" in text
         assert leaks(text) == []
-    assert leaks(failing(capsys, "adopt", *commands.speeches(1), "--store", "s3://refused/x")) == []
+    committed(Store(str(tmp_path / "own")), {"x": b"one"})
+    assert leaks(failing(capsys, "copy", str(tmp_path / "own"), "s3://refused/x")) == []
 
 
 def test_a_missing_bucket_or_server_is_named_without_secrets(
-    inside: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    inside: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    text = failing(capsys, "adopt", *commands.speeches(1), "--store", "s3://missing-bucket/x")
+    committed(Store(str(tmp_path / "own")), {"x": b"one"})
+    text = failing(capsys, "copy", str(tmp_path / "own"), "s3://missing-bucket/x")
     assert "cannot write to the store s3://missing-bucket/x" in text
     assert leaks(text, failing(capsys, "doctor", "--store", "s3://missing-bucket/x")) == []
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://someone:{PLANTED['HF_TOKEN']}@127.0.0.1:9")
@@ -228,10 +230,9 @@ def test_every_command_refuses_an_address_with_secrets_and_does_not_repeat_it(
         ["ls", "--store", address],
         ["plan", "--store", address],
         ["train", "--exp.resume_path", f"{address}/step_1"],
-        ["adopt", "x.parquet", "--store", str(tmp_path), "--data.source", address],
+        ["run", "--store", str(tmp_path), "--data.source", address],
         ["show", f"{address}/train/f0"],
         ["verify", f"{address}/train/f0", "--store", str(tmp_path)],
-        ["explain", f"{address}/train/f0", "--store", str(tmp_path)],
         ["copy", address, str(tmp_path / "copy")],
     ):
         text = failing(capsys, *command, code=2)

@@ -20,7 +20,6 @@ from nanodlm.data import download, shard  # noqa: F401
 from nanodlm.stages.run import run_stage
 from nanodlm.stages.table import until
 from nanodlm.store import Store, lease, new_attempt, sealed
-from nanodlm.upkeep.adopt import adopt  # noqa: F401
 from nanodlm.upkeep.verify import check
 from tests.support.helpers import fill, flip, prose, tiny_config
 
@@ -29,7 +28,6 @@ COMMANDS = {
     "gc": "gc --grace 0s --store {store}",
     "gc of all": "gc --keep_last 0 --grace 0s --store {store}",
     "copy": "copy {store} {target}",
-    "adopt": "adopt {corpus} {config} --store {target}",
     "rebuild": "",
     "rm": "rm {shard} --store {store}",
 }
@@ -86,11 +84,12 @@ def fork(call: Callable[[], Any], log: Path) -> Any:
 def run(case: str, folder: Path, trial: Path) -> int:
     """Run the command of a case to its end, and return its exit code."""
     lease.SETTLE_SECONDS = 0.02
-    store, config = trial / "store", folder / "config.json"
+    store = trial / "store"
     if case == "rebuild":
-        run_stage("shard", Config.model_validate_json(config.read_text()), Store(str(store)), rebuild=True)
+        config = Config.model_validate_json((folder / "config.json").read_text())
+        run_stage("shard", config, Store(str(store)), rebuild=True)
         return 0
-    named = {"store": store, "target": trial / "target", "corpus": folder / "corpus.jsonl", "config": config}
+    named = {"store": store, "target": trial / "target"}
     shards = "".join(f"{stage}/{fingerprint}" for stage, fingerprint in Store(str(store)) if stage == "shard")
     try:
         cli.main([word.format(**named, shard=shards) for word in COMMANDS[case].split()])

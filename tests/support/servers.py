@@ -208,20 +208,6 @@ def ephemeral_prefect(home: Path) -> Iterator[dict[str, str]]:
 
 
 @contextmanager
-def dask(workers: int) -> Iterator[tuple[str, list[Process]]]:
-    """A Dask scheduler and its workers, processes of one thread each; yields its address and the workers."""
-    (port,) = free_ports(1)
-    address = f"tcp://127.0.0.1:{port}"
-    scheduler = ["distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--port", str(port), "--no-dashboard"]
-    worker = ["distributed.cli.dask_worker", address, "--host", "127.0.0.1", "--no-dashboard", "--no-nanny"]
-    with ExitStack() as stack:
-        started = stack.enter_context(running([sys.executable, "-m", *scheduler]))
-        answers(started, lambda: socket.create_connection(("127.0.0.1", port), 1).close())
-        command = [sys.executable, "-m", *worker, "--nthreads", "1"]
-        yield address, [stack.enter_context(running(command)) for _ in range(workers)]
-
-
-@contextmanager
 def flaky(server: Server, fail: Callable[[str, str], str]) -> Iterator[Server]:
     """A server behind a wire that fails.
 

@@ -1,22 +1,18 @@
-"""What is copied or adopted is the same."""
+"""What is copied is the same."""
 
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from nanodlm.checkpoints.finding import find_checkpoint
-from nanodlm.data import download
 from nanodlm.errors import Damaged, NanodlmError
-from nanodlm.stages import run
 from nanodlm.store import Artifact, Store
 from nanodlm.store.files import Storage
-from nanodlm.upkeep import adopt, collect, copy, verify
-from tests.support.helpers import committed, copied, flip, prose, tiny_config
+from nanodlm.upkeep import collect, copy, verify
+from tests.support.helpers import committed, copied, flip
 from tests.support.store import Killed
-from tests.support.upkeep import CHAIN, EVERYTHING, Made, said, statuses, told
+from tests.support.upkeep import EVERYTHING, Made, said, statuses, told
 
 
 def test_a_store_copied_there_and_back_is_the_same(master: Made, remote: Store, tmp_path: Path) -> None:
@@ -133,71 +129,3 @@ def test_copy_of_one_artifact_takes_what_it_was_made_from_along(
     assert rows[3]["uri"].startswith(f"{target}/shard/")
     assert "holds no artifacts" in said(capsys, "copy", str(tmp_path / "nothing"), target, code=1)[1]
     assert "nanodlm copy SRC DST" in said(capsys, "copy", code=2)[1]
-
-
-@pytest.fixture
-def at_hand(tmp_path: Path) -> list[str]:
-    """Parquet files that somebody has fetched from the hub before."""
-    paths = [str(tmp_path / f"hub-{i}.parquet") for i in range(3)]
-    for i, path in enumerate(paths):
-        pq.write_table(pa.table({"text": prose(300)[100 * i : 100 * (i + 1)]}), path)
-    return paths
-
-
-HUB = {"source": "hf://owner/name", "revision": "0123456789" * 4}
-
-
-def test_files_at_hand_stand_for_a_data_set_on_the_hub(store: Store, at_hand: list[str]) -> None:
-    config = tiny_config(**HUB, part_mb=0.02)
-    adopted, built = adopt.adopt(config, store, [f"{Path(at_hand[0]).parent}/hub-*.parquet"])
-    assert built
-    assert adopted.metrics["adopted"] is True
-    assert adopted.metrics["documents"] == 300
-    fetched, _ = run.run_stage("download", tiny_config(at_hand, part_mb=0.02), store)
-    assert adopted.digest == fetched.digest, "as if the source had been these files"
-    again, built = adopt.adopt(config, store, at_hand)
-    assert (again.manifest, built) == (adopted.manifest, False)
-    assert statuses(config, store, CHAIN[:4]) == {**dict.fromkeys(CHAIN[:4], "built"), "download": "cached"}
-
-
-def test_documents_of_other_files_are_not_gone_on_from(store: Store, at_hand: list[str], tmp_path: Path) -> None:
-    """Neither by another `adopt` nor by a run: the first was stopped by its last file."""
-    config = tiny_config(at_hand, part_mb=0.001)
-    for i, column in enumerate(("text", "other")):
-        pq.write_table(pa.table({column: [f"wrong {n}" for n in range(100)]}), tmp_path / f"wrong-{i}.parquet")
-    with pytest.raises(NanodlmError, match="has no column 'text'"):
-        adopt.adopt(config, store, [f"{tmp_path}/wrong-*.parquet"])
-    assert list(Path(store.root).glob("download/*/attempts/*/parts/*")), "it had finished parts"
-    clean = Store(str(tmp_path / "clean"))
-    assert len({run.run_stage("download", config, place)[0].digest for place in (store, clean)}) == 1
-
-
-def test_documents_of_files_that_changed_while_they_were_read_are_not_kept(
-    store: Store, at_hand: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config, first = tiny_config(at_hand, part_mb=0.001), Path(at_hand[0])
-    before, read = first.read_bytes(), download.read_documents
-
-    def changing(*args: Any) -> Any:
-        pq.write_table(pa.table({"text": ["other"] * 100}), first)
-        yield from read(*args)
-
-    monkeypatch.setattr(download, "read_documents", changing)
-    with pytest.raises(NanodlmError, match="changed while they were read: run again"):
-        run.run_stage("download", config, store)
-    monkeypatch.setattr(download, "read_documents", read)
-    first.write_bytes(before)
-    clean = Store(str(tmp_path / "clean"))
-    assert len({run.run_stage("download", config, place)[0].digest for place in (store, clean)}) == 1
-
-
-def test_adopt_prints_what_it_took(store: Store, at_hand: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    config = ["--store", store.uri(), "--data.source", HUB["source"], "--data.revision", HUB["revision"]]
-    out, _ = said(capsys, "adopt", *at_hand, *config)
-    ((stage, fingerprint),) = store
-    assert out == f"adopted  {store.uri(stage, fingerprint)}\n"
-    assert said(capsys, "adopt", *at_hand, *config)[0] == f"there already  {store.uri(stage, fingerprint)}\n"
-    assert told(capsys, "adopt", *at_hand, *config) == {"uri": store.uri(stage, fingerprint), "adopted": False}
-    assert "name the files" in said(capsys, "adopt", *config, code=2)[1]
-    nothing = ["adopt", "missing-*.parquet", *config, "--data.column", "other"]
-    assert "no file matches 'missing-*.parquet': check what is to be adopted" in said(capsys, *nothing, code=1)[1]

@@ -8,7 +8,7 @@ import pytest
 
 from tests.support.commands import environment
 
-CASES = ["repair", "gc", "gc of all", "copy", "adopt", "rebuild", "rm"]
+CASES = ["repair", "gc", "gc of all", "copy", "rebuild", "rm"]
 
 
 def kill(case: str, folder: Path, step: int) -> None:

@@ -11,10 +11,9 @@ import pytest
 from nanodlm.checkpoints.finding import goes_on_after
 from nanodlm.generation import generate
 from nanodlm.stages import run
-from nanodlm.stages.lookup import explain
 from nanodlm.store import Store, new_attempt, sealed
 from nanodlm.upkeep import verify
-from tests.support.helpers import committed, fill, flip, identity
+from tests.support.helpers import committed, flip, identity
 from tests.support.upkeep import CHAIN, Made, files, made_from, said, statuses, told
 
 
@@ -283,7 +282,6 @@ def test_what_ls_and_plan_print_of_a_fingerprint_is_taken_by_every_command(
     where, train = ("--store", made.store.uri()), made.artifacts["train"]
     for name in (train.name, train.fingerprint[:12], f"{made.store.uri()}/{train.name}", f"train/{train.fingerprint}"):
         assert told(capsys, "show", name, *where)["digest"] == train.digest
-        assert told(capsys, "explain", name, *where)["uri"] == train.uri
         assert len(told(capsys, "verify", name, *where)["artifacts"]) == 5
     assert "no artifact at 0000" in said(capsys, "verify", "0000", *where, code=1)[1]
 
@@ -303,38 +301,3 @@ def test_show_says_where_each_input_lies_and_which_has_gone_or_is_damaged(
     assert f"{split.uri}  (not there any more)\n" in out
     assert f"{made.artifacts['tokenizer'].uri}  (damaged)\n" in out
     assert "\nfiles in " in out
-
-
-def reasons(made: Made) -> list[str]:
-    return sorted(set(explain(made.artifacts["sample"], made.config)))
-
-
-def test_an_input_that_has_gone_or_changed_is_named(made: Made) -> None:
-    split = made.artifacts["split"]
-    made.store.retire(("split", split.fingerprint))
-    assert reasons(made) == ["shard: the split artifact that it was made from is not there any more"]
-    with new_attempt(made.store, "split", split.fingerprint, afresh=True) as attempt:
-        fill(attempt, {"validation.npy": b"other"})
-        kept = {key: split.manifest[key] for key in ("schema", "stage", "version", "parameters", "inputs")}
-        attempt.commit(identity=kept, metrics={})
-    assert reasons(made) == ["shard: the split artifact was rebuilt with other bytes since"]
-
-
-def test_another_source_is_named_by_its_files(made: Made) -> None:
-    with Path(made.config.data.source[0]).open("a") as file:
-        file.write(json.dumps({"text": "one more"}) + "\n")
-    (reason,) = reasons(made)
-    assert reason.startswith("download: files")
-
-
-def test_explain_prints_a_line_for_each_difference(made: Made, capsys: pytest.CaptureFixture[str]) -> None:
-    sample, config = made.artifacts["sample"].uri, Path(made.store.root) / "config.json"
-    config.write_text(made.config.model_dump_json())
-    command = ["explain", sample, str(config)]
-    assert said(capsys, *command)[0] == "it would be reused: nothing that it depends on differs\n"
-    out, _ = said(capsys, *command, "--train.lr", "0.5", "--sample.seed", "7", "--data.val_tokens", "900")
-    found = ["sample: seed: 0 -> 7", "split: val_tokens: 1000 -> 900", "train: train.lr: 0.008 -> 0.5"]
-    assert sorted(out.splitlines()) == found
-    found = told(capsys, *command, "--train.lr", "0.5")
-    assert found == {"uri": sample, "reused": False, "why": ["train: train.lr: 0.008 -> 0.5"]}
-    assert "name an artifact" in said(capsys, "explain", "--train.lr", "0.5", code=2)[1]

@@ -1,0 +1,63 @@
+"""Parts of what was read from other files are not gone on from."""
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from nanodlm.data import download
+from nanodlm.errors import NanodlmError
+from nanodlm.stages import run
+from nanodlm.store import Store
+from tests.support.helpers import prose, tiny_config
+
+
+@pytest.fixture
+def at_hand(tmp_path: Path) -> list[str]:
+    paths = [str(tmp_path / f"text-{i}.parquet") for i in range(3)]
+    for i, path in enumerate(paths):
+        pq.write_table(pa.table({"text": prose(300)[100 * i : 100 * (i + 1)]}), path)
+    return paths
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(str(tmp_path / "store"))
+
+
+def test_documents_of_other_files_are_not_gone_on_from(
+    store: Store, at_hand: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The source was others for a while, and a run was stopped by the last of them."""
+    config, wrong = tiny_config(at_hand, part_mb=0.001), [f"{tmp_path}/wrong-{i}.parquet" for i in range(2)]
+    for path, column in zip(wrong, ("text", "other"), strict=True):
+        pq.write_table(pa.table({column: [f"wrong {n}" for n in range(200)]}), path)
+    with monkeypatch.context() as meanwhile:
+        meanwhile.setattr(download, "identity", lambda _: {"files": wrong})
+        meanwhile.setattr(download, "source_files", lambda _: wrong)
+        with pytest.raises(NanodlmError, match="has no column 'text'"):
+            run.run_stage("download", config, store)
+    assert list(Path(store.root).glob("download/*/attempts/*/parts/*")), "it had finished parts"
+    clean = Store(str(tmp_path / "clean"))
+    assert len({run.run_stage("download", config, place)[0].digest for place in (store, clean)}) == 1
+
+
+def test_documents_of_files_that_changed_while_they_were_read_are_not_kept(
+    store: Store, at_hand: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, first = tiny_config(at_hand, part_mb=0.001), Path(at_hand[0])
+    before, read = first.read_bytes(), download.read_documents
+
+    def changing(*args: Any) -> Any:
+        pq.write_table(pa.table({"text": ["other"] * 100}), first)
+        yield from read(*args)
+
+    monkeypatch.setattr(download, "read_documents", changing)
+    with pytest.raises(NanodlmError, match="changed while they were read: run again"):
+        run.run_stage("download", config, store)
+    monkeypatch.setattr(download, "read_documents", read)
+    first.write_bytes(before)
+    clean = Store(str(tmp_path / "clean"))
+    assert len({run.run_stage("download", config, place)[0].digest for place in (store, clean)}) == 1
