@@ -15,7 +15,6 @@ from nanodlm.store import Store, fingerprint_of
 MOUNT = "/store"  # where `Launch.store_volume` lies in a pod
 PORT = 4321  # of the first pod, on which the others find it
 LOOK_SECONDS = 2.0  # between looks into the store
-K8S_NAME = r"^[a-z0-9]([a-z0-9.-]*[a-z0-9])?$|^$"
 
 
 class Launch(Group):
@@ -33,11 +32,11 @@ class Launch(Group):
     """Memory of each host in GB; none leaves it to the cluster."""
     grace_seconds: int = Field(default=120, ge=60, le=3600)
     """Seconds from the signal that ends a job until it is killed, for saving a checkpoint."""
-    image: str = Field(default="", pattern=r"^[A-Za-z0-9][A-Za-z0-9._/:@-]*$|^$")
+    image: str = ""
     """Kubernetes: the container image, with nanodlm in it; see deploy/Dockerfile."""
-    store_volume: str = Field(default="", pattern=K8S_NAME)
+    store_volume: str = ""
     """Kubernetes: a PersistentVolumeClaim that all pods share, mounted at /store, where the store then lies."""
-    secret: str = Field(default="", pattern=K8S_NAME)
+    secret: str = ""
     """Kubernetes: a Secret whose entries become environment variables, such as the credentials of a bucket."""
 
     @model_validator(mode="after")

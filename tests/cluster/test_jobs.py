@@ -71,7 +71,6 @@ def test_a_script_hands_the_configuration_on_unchanged_and_requeues_only_what_a_
         ({"target": "process", "nodes": 2}, "no use for nodes"),
         ({"target": "slurm", "image": "x"}, "no use for image"),
         ({"target": "k8s"}, "needs an image"),
-        ({"target": "k8s", "image": "x", "secret": "$(id)"}, "secret"),
     ],
 )
 def test_a_launch_that_makes_no_sense_is_refused(fields: dict[str, Any], message: str) -> None:
