@@ -3,12 +3,9 @@
 from contextlib import AbstractContextManager
 from typing import Any
 
-from coolname.data import config as words_of_names
 from prefect.client.schemas.objects import State
 from prefect.context import TagsContext
 from prefect.exceptions import Abort
-
-NAMES = {word for rule in words_of_names.values() for word in rule.get("words", ())}
 
 
 def untagged() -> AbstractContextManager[Any]:
@@ -21,8 +18,3 @@ def end_of_run(why: str, state: State | None) -> BaseException:
     end = Abort(why)
     end.state = state  # type: ignore[attr-defined]  # which the run's log tells
     return end
-
-
-def is_generated(name: str) -> bool:
-    """Say if Prefect made a run's name up, such as `gentle-otter`, for it does not tell."""
-    return "-" in name and NAMES.issuperset(name.split("-"))

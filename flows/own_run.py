@@ -1,4 +1,4 @@
-"""The flow run that this process works for: its name, what it built before, its end, the device it waits for."""
+"""The flow run that this process works for: what it built before, its end, the device it waits for."""
 
 import contextlib
 import os
@@ -7,11 +7,10 @@ import threading
 import time
 from collections.abc import Iterator
 from contextvars import copy_context
-from datetime import date
 from typing import Any
 
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.filters import FlowRunFilter, TaskRunFilter
+from prefect.client.schemas.filters import FlowRunFilter
 from prefect.client.schemas.objects import State, StateType
 from prefect.concurrency.asyncio import ConcurrencySlotAcquisitionError
 from prefect.concurrency.sync import concurrency
@@ -20,9 +19,8 @@ from prefect.runtime import deployment, flow_run
 from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 from prefect.states import Cancelled, Failed, Running
 
-from nanodlm.config import changed
-from nanodlm.errors import Emit, NanodlmError, Stopped, UsageError
-from nanodlm.flows.internals import end_of_run, is_generated
+from nanodlm.errors import Emit, NanodlmError, Stopped
+from nanodlm.flows.internals import end_of_run
 from nanodlm.store import FLOW_RUN
 
 LOOK_SECONDS = 30.0  # between two looks whether the run is still wanted
@@ -30,20 +28,6 @@ PATIENCE_SECONDS = 150.0  # before it is stopped once more, for a library may ha
 ASK_SECONDS = 3.0  # between two questions whether a device is free
 OVER = "the run is {}; what is finished and saved is kept"
 LEASE_SECONDS = 900.0  # for which a slot stays taken after kill -9; the server may be away for a quarter of it
-
-
-def run_name() -> str:
-    """Return the name that a run was given, else its date, its preset and `exp.run_name`: `2026-11-29-demo-wide`."""
-    preset, run = flow_run.parameters["preset"], ""
-    with contextlib.suppress(UsageError):  # which the flow tells
-        run = changed(preset, flow_run.parameters["config"]).exp.run_name
-    return named("-".join(filter(None, [date.today().isoformat(), preset, run])))
-
-
-def named(name: str) -> str:
-    """Return the name that this run was given, else one that is made for it."""
-    given = flow_run.name or ""
-    return name if is_generated(given) else given
 
 
 def built_before() -> set[str]:
@@ -57,39 +41,36 @@ def built_before() -> set[str]:
 def working_for_run() -> Iterator[None]:
     """Name this run in all manifests that the block writes, and stop the block, saving, when the run is over."""
     run, ended, done, lock = flow_run.id, "", threading.Event(), threading.Lock()
-    main = threading.main_thread()
 
     def look() -> None:
         nonlocal ended
         while not done.wait(PATIENCE_SECONDS if ended else LOOK_SECONDS):
             ended = _end_of(run) or ended
             with lock:
-                if ended and main.ident and not done.is_set():
-                    signal.pthread_kill(main.ident, signal.SIGUSR1)
+                if ended and not done.is_set():
+                    signal.pthread_kill(threading.main_thread().ident, signal.SIGUSR1)  # type: ignore[arg-type]
 
     def interrupt(*_: Any) -> None:
         raise Stopped(OVER.format(ended or "stopped by a signal"))
 
     os.environ[FLOW_RUN] = str(run)
-    before = signal.signal(signal.SIGUSR1, interrupt) if threading.current_thread() is main else None
-    if before is not None:
-        threading.Thread(target=copy_context().run, args=(look,), name="own-run", daemon=True).start()
+    before = signal.signal(signal.SIGUSR1, interrupt)
+    threading.Thread(target=copy_context().run, args=(look,), name="own-run", daemon=True).start()
     try:
-        yield
+        try:
+            yield
+        finally:
+            with lock:
+                done.set()
     except Exception as error:
-        with lock:
-            done.set()
         ended = ended or _end_of(run)
         if not ended:
             raise
         state = _set_state(Cancelled(message=str(error))) if ended == "Cancelling" else None
         raise end_of_run(str(error), state) from error
     finally:
-        with lock:
-            done.set()
         os.environ.pop(FLOW_RUN, None)
-        if before is not None:
-            signal.signal(signal.SIGUSR1, before)
+        signal.signal(signal.SIGUSR1, before)
 
 
 def _end_of(run: str | None) -> str:
@@ -106,20 +87,20 @@ def _end_of(run: str | None) -> str:
 
 @contextlib.contextmanager
 def hold_device(limit: str | None, emit: Emit) -> Iterator[None]:
-    """Hold a slot of a concurrency limit, where the server has it. A run that has to wait says so, and for whom."""
-    waiting = False  # by asking: a request of Prefect's outlives the run that is cancelled, and may still get a slot
+    """Hold a slot of a concurrency limit, where the server has it. A run that has to wait for one says so."""
+    lasting: dict[str, Any] = {"lease_duration": LEASE_SECONDS, "raise_on_lease_renewal_failure": False}
+    waiting = False
     with contextlib.ExitStack() as slot:
         while limit:
-            if not (holders := _holders(limit)):
-                with contextlib.suppress(ConcurrencySlotAcquisitionError):  # another was faster
-                    lasting = {"lease_duration": LEASE_SECONDS, "raise_on_lease_renewal_failure": False}
-                    slot.enter_context(concurrency(limit, max_retries=0, **lasting))
-                    break
-            elif not waiting:
-                emit("message", text=f"waiting for a slot of the concurrency limit {limit}, held by {holders}")
-                _go_on("Waiting")
-                waiting = True
-            time.sleep(ASK_SECONDS)
+            try:  # again and again: a request of Prefect's outlives the run that is cancelled, and may still get a slot
+                slot.enter_context(concurrency(limit, max_retries=0, **lasting))
+                break
+            except ConcurrencySlotAcquisitionError:
+                if not waiting:
+                    emit("message", text=f"waiting for a slot of the concurrency limit {limit}")
+                    _go_on("Waiting")
+                    waiting = True
+                time.sleep(ASK_SECONDS)
         if waiting:
             _go_on("Running")
         yield
@@ -130,24 +111,6 @@ def _go_on(name: str) -> None:
     if ended := _end_of(flow_run.id):
         raise Stopped(OVER.format(ended))
     _set_state(Running(name=name))
-
-
-def _holders(limit: str) -> str:
-    """Return the names of the runs that have all slots of a limit; nothing while one is free, or without a limit."""
-    running = {"state": {"name": {"any_": ["Running"]}}}  # a run that waits is in a state of another name
-    at_device = TaskRunFilter.model_validate({**running, "name": {"any_": ["train", "evaluate", "sample"]}})
-    with get_client(sync_client=True) as client:
-        try:
-            found = client.read_global_concurrency_limit_by_name(limit)
-        except ObjectNotFound:
-            return ""
-        if not found.active or found.active_slots < found.limit:
-            return ""
-        of_run = FlowRunFilter.model_validate(running)
-        tasks = client.read_task_runs(flow_run_filter=of_run, task_run_filter=at_device)
-        runs = [client.read_flow_run(task.flow_run_id) for task in tasks if task.flow_run_id]
-    names = [run.name for run in runs if run.parameters.get("gpu_limit") == limit and str(run.id) != flow_run.id]
-    return " and ".join(names) or "a run that is gone"
 
 
 def fail(error: NanodlmError) -> State[Any]:

@@ -1,6 +1,6 @@
 """The pipeline as Prefect flows, whole or in parts: one task per stage. What the store holds ends as `Cached`.
 
-`nanodlm run`, `python -m nanodlm.flows.pipeline` and deployments run them; see docs/operations.md.
+`nanodlm run` and deployments run them; see docs/operations.md.
 """
 
 import signal
@@ -18,10 +18,10 @@ from prefect.utilities.annotations import quote
 from nanodlm.cluster.follow import run_on_cluster
 from nanodlm.cluster.settings import Launch
 from nanodlm.config import Changes, Config, Preset, StoreUrl, as_changes, changed
-from nanodlm.errors import NanodlmError, Stopped, Unreachable, UsageError
+from nanodlm.errors import NanodlmError, Stopped, Unreachable
 from nanodlm.flows import TAG
 from nanodlm.flows.internals import untagged
-from nanodlm.flows.own_run import built_before, fail, hold_device, run_name, working_for_run
+from nanodlm.flows.own_run import built_before, fail, hold_device, working_for_run
 from nanodlm.flows.reporting import WATCHER, Pages, show_run
 from nanodlm.flows.server import check_server, ephemeral_server, wait_for_server_at_end
 from nanodlm.stages import table
@@ -73,8 +73,6 @@ def stage_task(
         limit = options.get("gpu_limit") if own_process else None
         with hold_device(limit, shown.emit), wait_for_server_at_end(shown.emit), shown.showing(name):
             started = time.monotonic()
-            if name == "train":
-                shown.emit("unigram", nats_per_token=inputs["shard"].metrics.get("val_unigram_nats_per_token"))
             if not own_process:
                 artifact, found = run_stage(name, config, store, rebuild=again, inputs=inputs, emit=shown.emit)
             else:
@@ -115,8 +113,6 @@ def _stages(
     found: Inputs = {}
     records, names = [], table.needed(config, until) if alone else table.until(until)
     check_rebuild(rebuild, until)
-    if url.startswith("memory:"):
-        raise UsageError("a store in memory is seen by no other process: give store a folder or a bucket")
     elsewhere = {"train"} if options.get("train_on", HERE) != HERE else set()
     table.check(config, {until} - elsewhere if alone else {*names} - elsewhere)
     for name in names:
@@ -148,7 +144,7 @@ PARAMETERS = """
 def described_flow(function: Callable[..., Outcome]) -> Flow[..., Any]:
     """Make a flow, whose docstring has `PARAMETERS`, from which Prefect takes what its forms say."""
     function.__doc__ = f"{function.__doc__}\n{PARAMETERS}"
-    return flow(flow_run_name=run_name, persist_result=False)(function)
+    return flow(persist_result=False)(function)
 
 
 @described_flow
@@ -225,8 +221,3 @@ def run_pipeline(
             if isinstance(ended.__cause__, Stopped):  # by somebody who cancelled this run on a shared server
                 raise ended.__cause__ from None
             raise
-
-
-if __name__ == "__main__":
-    with tags(TAG):
-        pipeline()

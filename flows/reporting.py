@@ -1,4 +1,4 @@
-"""What Prefect's pages show of a stage: log lines, progress, counts, the loss curve, samples, the report.
+"""What Prefect's pages show of a stage: log lines, the loss curve, the report.
 
 A page that cannot be written, because the server is away, is said in the log and never fails a stage.
 """
@@ -8,43 +8,38 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 from typing import Any
-from uuid import UUID
 
-from prefect import artifacts as pages
+from prefect.artifacts import create_image_artifact, create_markdown_artifact
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import ArtifactUpdate
 from prefect.logging import get_run_logger
 from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
 from nanodlm.errors import Stopped
-from nanodlm.evaluation.report import logs_of, loss_curve_url, texts_of
-from nanodlm.stages.progress import Pace, Watcher, counts, summary
+from nanodlm.evaluation.report import logs_of, loss_curve_url
+from nanodlm.stages.progress import Pace, Watcher, summary
 from nanodlm.store import Artifact
 
-SECONDS = 30.0  # between two lines of a stage's progress in Prefect's log, and on its page
+SECONDS = 30.0  # between two lines of a stage's progress in Prefect's log, and pictures of the loss curve
 
 
 class Pages:
-    """Shows one stage in Prefect's log, at most a line each 30 s, and as artifacts of its task run."""
+    """Shows one stage in Prefect's log, a line each 30 s, and how a training goes as the artifact `loss-curve`."""
 
     def __init__(self) -> None:
         self._logger, self._last, self._pace = get_run_logger(), 0.0, Pace()
-        self._stage, self._unigram = "", None
         self._logs: list[dict[str, Any]] = []  # of training
-        self._shown: dict[str, UUID] = {}  # what is there already, by key
+        self._curve: Any = None  # the artifact that is there already
 
     def showing(self, stage: str) -> AbstractContextManager[Any]:
         """Say that a stage is about to be built."""
-        self._stage = stage
         self._logger.info("%s: building", stage)
         return nullcontext()
 
     def emit(self, kind: str, **fields: Any) -> None:
-        """Show an event of the running stage: `message` (text), `progress` (done, total, unit, ...), or `unigram`."""
+        """Show an event of the running stage: `message` (text) or `progress` (done, total, unit, ...)."""
         if kind == "message":
             self._logger.info(fields["text"])
-        elif kind == "unigram":
-            self._unigram = fields["nats_per_token"]
         elif kind == "progress":
             text = self._pace.describe(fields)
             if "nats_per_token" in fields:
@@ -52,36 +47,26 @@ class Pages:
             if time.monotonic() - self._last >= SECONDS:
                 self._last = time.monotonic()
                 self._logger.info(text)
-                percent = 100.0 * fields["done"] / fields["total"] if fields.get("total") else 0.0
-                self._show(f"{self._stage}-progress", pages.create_progress_artifact, percent, text)
-                self._show("loss-curve", pages.create_image_artifact, loss_curve_url(self._logs, self._unigram), text)
+                self.write(self._draw, text)
 
     def done(self, artifact: Artifact, record: dict[str, Any]) -> None:
-        """Show what a finished stage holds."""
+        """Say what a finished stage holds."""
         told = f"{summary(artifact)} in {record['seconds']:,.1f} s"
         self._logger.info("%s: %s, %s, %s", record["stage"], record["status"], told, record["uri"])
-        if (key := f"{self._stage}-progress") in self._shown:
-            self._show(key, pages.create_progress_artifact, 100.0, told)
-        if artifact.stage == "train":
-            self._logs = logs_of(artifact)
-            self._show("loss-curve", pages.create_image_artifact, loss_curve_url(self._logs, self._unigram), told)
-        if artifact.stage == "shard":
-            what = "What the model is trained and tested on"
-            self.write(pages.create_table_artifact, counts(artifact), key="data-counts", description=what)
-        if artifact.stage == "sample":
-            self.write(show_samples, artifact)
 
-    def _show(self, key: str, create: Callable[..., Any], value: float | str, text: str) -> None:
-        if key in self._shown:
-            self.write(update, self._shown[key], value, text)
-        elif value != "" and (made := self.write(create, value, key=key, description=text)):
-            self._shown[key] = made
+    def _draw(self, text: str) -> None:
+        curve = loss_curve_url(self._logs, None)
+        if self._curve:
+            with get_client(sync_client=True) as client:
+                client.update_artifact(self._curve, ArtifactUpdate(data=curve, description=text))
+        elif curve:
+            self._curve = create_image_artifact(curve, key="loss-curve", description=text)
 
-    def write(self, call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-        """Call what writes a page, and return what it returns, or None when the server does not take it."""
+    def write(self, call: Callable[..., Any], *arguments: Any, **options: Any) -> None:
+        """Call what writes a page, and go on when the server does not take it."""
         try:
             with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}):
-                return call(*arguments, **options)
+                call(*arguments, **options)
         except Stopped:
             raise
         except Exception as error:  # whatever the server, the network or the client make of it
@@ -89,13 +74,6 @@ class Pages:
 
 
 WATCHER: ContextVar[Watcher | None] = ContextVar("watcher", default=None)  # of this run; by default its pages
-
-
-def show_samples(sample: Artifact) -> None:
-    """Show the texts that the model wrote, under the key `samples`."""
-    texts = texts_of(sample)
-    quoted = ["\n".join(f"    {line}" for line in text.splitlines()) for text in texts]  # as code: no markup of theirs
-    pages.create_markdown_artifact("\n\n---\n\n".join(quoted), key="samples", description=f"{len(texts)} samples")
 
 
 def show_run(records: list[dict[str, Any]], artifacts: dict[str, Artifact]) -> None:
@@ -112,10 +90,4 @@ def show_run(records: list[dict[str, Any]], artifacts: dict[str, Artifact]) -> N
         lines += ["", f"![loss curve]({loss_curve_url(logs_of(artifacts['train']), unigram)})"]
     if samples:
         lines += ["", "## Samples", samples]
-    pages.create_markdown_artifact("\n".join(lines), key="report", description=store.uri())
-
-
-def update(artifact: UUID, value: float | str, text: str) -> None:
-    """Show another share that is done, or picture of the loss curve."""
-    with get_client(sync_client=True) as client:
-        client.update_artifact(artifact, ArtifactUpdate(data=value, description=text))
+    create_markdown_artifact("\n".join(lines), key="report", description=store.uri())

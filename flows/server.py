@@ -60,12 +60,12 @@ def ephemeral_server() -> Iterator[str]:
             starting.close()
             yield url
         except Exception as error:
-            ended, failed = child.poll() is not None, isinstance(error, httpx.HTTPStatusError)
-            if isinstance(error, NanodlmError) or not (ended or failed):
+            if isinstance(error, NanodlmError) or (
+                child.poll() is None and not isinstance(error, httpx.HTTPStatusError)
+            ):
                 raise
-            said = last_error(Path(log.name).read_text(errors="replace"))
-            why = "has ended" if ended else f"has failed in PREFECT_HOME, {home} ({said})"
-            raise NanodlmError(f"the local Prefect server {why}; what is finished is kept: run again") from error
+            said = f"has failed in PREFECT_HOME, {home} ({last_error(Path(log.name).read_text(errors='replace'))})"
+            raise NanodlmError(f"the local Prefect server {said}; what is finished is kept: run again") from error
         finally:
             OWN.reset(token)
             stop(child, 10)

@@ -5,12 +5,11 @@ from typing import Annotated, Any
 from prefect import State, flow
 from prefect.artifacts import create_table_artifact
 from prefect.logging import get_run_logger
-from prefect.runtime import flow_run
 from pydantic import Field
 
 from nanodlm.config import StoreUrl
 from nanodlm.errors import NanodlmError, redact
-from nanodlm.flows.own_run import fail, named
+from nanodlm.flows.own_run import fail
 from nanodlm.flows.reporting import Pages
 from nanodlm.stages.run import default_store, enter_folder
 from nanodlm.store import Store
@@ -18,7 +17,7 @@ from nanodlm.upkeep.ages import AGE, seconds, size
 from nanodlm.upkeep.collect import collect
 
 
-@flow(name="gc", flow_run_name=lambda: named("gc" + "-dry-run" * flow_run.parameters["dry_run"]), persist_result=False)
+@flow(name="gc", persist_result=False)
 def gc(
     store: StoreUrl | None = None,
     dry_run: bool = False,

@@ -14,7 +14,6 @@ from nanodlm.store.retry import retrying_for
 
 ASK_SECONDS = 15.0  # between questions to the scheduler
 SETTLE_SECONDS = 60.0  # for a finished job's manifest to be seen here: a shared disk may be late
-SILENT_SECONDS = 1800.0  # for which a scheduler may leave questions unanswered
 SCHEDULERS: dict[str, Any] = {"slurm": slurm, "k8s": kubernetes}
 
 
@@ -28,9 +27,7 @@ def run_on_cluster(
     """
     scheduler, address, shown = SCHEDULERS[launch.target], (lookup.stage.name, lookup.fingerprint), {}
     job = scheduler.submit(Work(config, store.uri(), launch, address[0], lookup.input_fingerprints, rebuild))
-    label = f"{launch.target} job {job.name}"
-    asked = answered = time.monotonic()
-    ended = None
+    asked, ended = time.monotonic(), None
     try:
         emit("message", text=str(job))
         while True:
@@ -43,19 +40,14 @@ def run_on_cluster(
                     return artifact
             now = time.monotonic()
             if ended and now - ended > SETTLE_SECONDS:
-                raise NanodlmError(f"{label} ended without a {address[0]} artifact in {store.uri()}: {job.hint}")
+                raise NanodlmError(f"job {job.name} ended without a {address[0]} artifact in {store.uri()}: {job.hint}")
             if not ended and now - asked > ASK_SECONDS:
-                asked = now
-                state, words = scheduler.state(job)
-                answered = answered if state == "unknown" else now
-                if state in ("done", "failed"):
-                    ended = now
-                if state == "failed" and (rebuild or not store.find(*address)):
-                    raise NanodlmError(f"{label} did not finish: {words}; run again to continue")
-                if now - answered > SILENT_SECONDS:
-                    raise NanodlmError(f"nobody tells how {label} stands ({words}): {job.hint}")
+                asked, failure = now, scheduler.ended(job.name)
+                ended = None if failure is None else now
+                if failure and (rebuild or not store.find(*address)):
+                    raise NanodlmError(f"job {job.name} did not finish: {failure}; run again to continue")
             time.sleep(LOOK_SECONDS)
     except BaseException:
         if not ended:
-            scheduler.cancel(job)
+            scheduler.cancel(job.name)
         raise

@@ -2,16 +2,13 @@
 
 import shlex
 import sys
-import time
 from pathlib import Path
-from typing import Literal
 
-from nanodlm.cluster.settings import LOOK_SECONDS, Job, Work, ask, hand_over
-from nanodlm.errors import NanodlmError, Stopped
+from nanodlm.cluster.settings import Job, Work, answer_of, ask
+from nanodlm.errors import Stopped
 from nanodlm.stages.process import last_line
 
-WAITING = {"PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "RESIZING", "SIGNALING"}
-WAITING |= {"REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD", "STAGE_OUT", "REVOKED"}
+ENDED = "BOOT_FAIL CANCELLED COMPLETED DEADLINE FAILED NODE_FAIL OUT_OF_MEMORY PREEMPTED TIMEOUT".split()
 
 
 def job_text(work: Work) -> str:
@@ -29,10 +26,8 @@ def job_text(work: Work) -> str:
         "gpus-per-node": launch.gpus_per_node or None,
         "cpus-per-task": launch.cpus_per_task,
         "mem": launch.memory_gb and f"{launch.memory_gb}G",
-        "time": launch.time_limit,
-        "partition": launch.partition or None,
-        "account": launch.account or None,
         "signal": f"TERM@{launch.grace_seconds}",  # to the tasks, not to this script
+        "dependency": "singleton",  # it waits for one of its name that is still ending
         "output": f"nanodlm-{stage}-%j.out",
         "open-mode": "append",
         "requeue": True,
@@ -60,44 +55,27 @@ exit $code
 
 
 def submit(work: Work) -> Job:
-    """Submit a job, unless one for the same work waits or runs; one that is ending is waited for."""
-    script, deadline = job_text(work), time.monotonic() + work.launch.grace_seconds + 60
-    states = "PENDING,CONFIGURING,RUNNING,SUSPENDED,COMPLETING"
-    while True:
-        words = ["squeue", "--noheader", "--me", f"--name={work.name}", f"--states={states}", "--format=%i %T"]
-        code, answer, error = ask(words)
-        if code not in (0, 127):
-            raise NanodlmError(f"squeue does not say whether the job is there already: {last_line(error)}")
-        jobs = [line.split() for line in answer.splitlines()]
-        going_on = [number for number, state in jobs if state != "COMPLETING"]
-        if going_on or not jobs or time.monotonic() > deadline:
-            break
-        time.sleep(LOOK_SECONDS)
-    remedy = "run this where jobs are submitted to Slurm"
-    number = going_on[0] if going_on else hand_over(["sbatch", "--parsable"], script, remedy).split(";")[0]
-    return Job(work.launch, number, f"squeue -j {number}", found=bool(going_on))
+    """Submit a job, unless one for the same work waits or runs."""
+    script, states = job_text(work), "PENDING,CONFIGURING,RUNNING,SUSPENDED"
+    there = answer_of("squeue", "--noheader", "--me", f"--name={work.name}", f"--states={states}", "--format=%i")
+    number = there.split()[0] if there else answer_of("sbatch", "--parsable", text=script).split(";")[0]
+    return Job(number, f"squeue -j {number}", found=bool(there))
 
 
-def state(job: Job) -> tuple[Literal["waiting", "done", "failed", "unknown"], str]:
-    """Ask how a job stands, and in words: `waiting` is queued or running, `unknown` is without an answer."""
-    code, answer, error = ask(["squeue", "--noheader", "--states=all", "--format=%T", "-j", job.name])
+def ended(name: str) -> str | None:
+    """Say why a job did not finish, nothing if it did; None while it waits or runs, or Slurm does not answer."""
+    code, answer, error = ask("scontrol", "--oneliner", "show", "job", name)
     if code and "Invalid job id" not in error:
-        return "unknown", last_line(error)
-    if not answer:  # it ended long ago, and only accounting may still know it
-        _, answer, _ = ask(["sacct", "--noheader", "-X", "-P", "--format=State", "-j", job.name])
-    word = answer.split()[0] if answer else "gone from the queue"
-    if word in WAITING or word == "COMPLETED":
-        return "waiting" if word in WAITING else "done", word
-    _, answer, _ = ask(["scontrol", "--oneliner", "show", "job", job.name])
-    path = next((word.removeprefix("StdOut=") for word in answer.split() if word.startswith("StdOut=")), "")
-    try:
-        lines = Path(path).read_text(errors="replace").strip().splitlines()
-    except OSError:
-        return "failed", f"it is {word}"
-    own = [line for line in lines if line.startswith("nanodlm: ")] or lines
-    return "failed", f"it is {word} ({last_line(own[-1])}; see {path})" if own else f"it is {word} (see {path})"
+        return None
+    told = dict(word.split("=", 1) for word in answer.split() if "=" in word)
+    state, output = told.get("JobState", "gone from the queue"), Path(told.get("StdOut", ""))
+    if state == "COMPLETED" or (answer and state not in ENDED):
+        return "" if state == "COMPLETED" else None
+    lines = output.read_text(errors="replace").splitlines() if output.is_file() else []
+    said = [last_line(line) for line in lines if line.startswith("nanodlm: ")]
+    return f"it is {state} ({'; '.join([*said[-1:], f'see {output}'])})" if lines else f"it is {state}"
 
 
-def cancel(job: Job) -> None:
+def cancel(name: str) -> None:
     """End a job, if it has not ended; it saves first. That Slurm cannot be asked is not an error."""
-    ask(["scancel", job.name])
+    ask("scancel", name)

@@ -82,15 +82,3 @@ def summary(artifact: "Artifact") -> str:
     m = artifact.metrics
     inexact = {"megabytes": m.get("bytes", 0) / 1e6, "millions": m.get("parameters", 0) / 1e6}
     return SUMMARIES.get(artifact.stage, "").format(**m, **inexact)
-
-
-def counts(shard: "Artifact") -> list[dict[str, str]]:
-    """Return the rows of a table of what the data stages up to the shards counted."""
-    made_from, m = shard.manifest["inputs"], shard.metrics
-    inputs = [shard.store.find(name, made_from[name]["fingerprint"]) for name in SUMMARIES if name in made_from]
-    rows = []
-    for a in filter(None, [*inputs, shard]):
-        rows.append({"stage": a.stage, "holds": summary(a), "fingerprint": a.fingerprint[:16], "at": a.uri})
-    for name, side in (("train", "train"), ("validation", "val")):
-        rows.append({"stage": name, "holds": f"{m[f'{side}_tokens']:,} tokens in {m[f'{side}_rows']:,} rows"})
-    return rows

@@ -75,7 +75,7 @@ BAD: list[tuple[list[str], tuple[str, ...]]] = [
     (["train", "missing/config.json"], ("missing/config.json", "No such file")),
     (["run", '{"model": {"n_layers": 0}}'], ("n_layers", "greater than or equal to 1")),
     (["run", "--train.lrr", "3"], ("unknown flag --train.lrr", "perhaps you meant --train.lr", "run --help")),
-    (["launch", "--partitio", "x"], ("perhaps you meant --partition",)),
+    (["launch", "--imag", "x"], ("perhaps you meant --image",)),
     (["ls", "here"], ("one word too many: here",)),
     (["run", "--train.lr", "abc"], ("--train.lr takes FLOAT, not 'abc'",)),
     (["run", "--train.lr", "-1"], ("--train.lr: Input should be greater than 0",)),

@@ -6,14 +6,8 @@ from prefect.context import TagsContext
 from prefect.runtime import flow_run
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Failed
-from prefect.utilities.names import generate_slug
 
-from nanodlm.flows.internals import end_of_run, is_generated, untagged
-
-
-def test_names_that_prefect_makes_up_are_known_and_given_ones_are_not_taken_for_them() -> None:
-    assert all(is_generated(generate_slug(2)) for _ in range(200))
-    assert not any(map(is_generated, ("nightly", "tiny", "nightly-owt", "2026-11-29-demo", "my-otter", "")))
+from nanodlm.flows.internals import end_of_run, untagged
 
 
 def test_a_task_of_a_tagged_flow_has_no_tags() -> None:

@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from prefect.states import Cancelled, Cancelling, Crashed, Running, Suspended
 
 from nanodlm.errors import NanodlmError, UsageError
 from nanodlm.flows import own_run
-from nanodlm.flows.own_run import built_before, run_name, working_for_run
+from nanodlm.flows.own_run import built_before, working_for_run
 from nanodlm.flows.pipeline import pipeline
 from nanodlm.stages.run import enter_folder
 from nanodlm.store import FLOW_RUN
@@ -179,23 +178,6 @@ def test_only_a_run_that_is_tried_again_knows_stages_that_it_has_built(client: S
     assert known == [set(), {"train"}]
 
 
-@pytest.mark.parametrize(
-    ("given", "config", "expected"),
-    [
-        ("gentle-otter", {}, f"{date.today()}-owt"),
-        ("gentle-otter", {"exp.run_name": "wide"}, f"{date.today()}-owt-wide"),
-        ("gentle-otter", {"train.lr": -1}, f"{date.today()}-owt"),
-        ("before-the-move", {"exp.run_name": "wide"}, "before-the-move"),
-    ],
-)
-def test_a_given_name_is_kept_and_another_is_made_of_date_preset_and_run_name(
-    given: str, config: dict[str, Any], expected: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(flow_run, "name", given, raising=False)
-    monkeypatch.setattr(flow_run, "parameters", {"preset": "owt", "config": config}, raising=False)
-    assert run_name() == expected
-
-
 def test_a_deployment_whose_clone_was_moved_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("NANODLM_FOLDER", str(tmp_path / "moved"))
@@ -206,7 +188,6 @@ def test_a_deployment_whose_clone_was_moved_says_so(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     ("parameters", "says"),
     [
-        ({"store": "memory://x"}, "a store in memory is seen by no other process"),
         ({"until": "shard", "rebuild": "train"}, "comes after --until shard: nothing would be rebuilt"),
         ({"config": {"train": {"max_steps": 0}}}, "train.max_steps: Input should be greater than or equal to 1"),
         ({"store": "s3://key:planted-secret@bucket/store"}, "holds a user name or password"),

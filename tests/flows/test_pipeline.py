@@ -171,7 +171,8 @@ def test_a_run_whose_server_is_killed_keeps_what_it_trains_and_says_so_at_once(t
         server.kill()
         _, said = process.communicate(timeout=100)
     assert process.returncode == 1
-    assert "nanodlm: the local Prefect server has ended; what is finished is kept: run again" in said
+    assert "nanodlm: the local Prefect server has failed" in said
+    assert "what is finished is kept: run again" in said
     assert list(store.glob("train/*/manifest.json"))
 
 

@@ -73,7 +73,7 @@ def test_an_abandoned_attempt_goes_then_an_old_result_and_the_artifact_lists_the
 
 
 @pytest.mark.slow
-def test_the_run_is_named_logged_and_stops_at_what_it_cannot_read(client: SyncPrefectClient, store: Store) -> None:
+def test_the_run_is_logged_and_stops_at_what_it_cannot_read(client: SyncPrefectClient, store: Store) -> None:
     with tags("gc-test"):
         gc(store.uri(), dry_run=True)
         with pytest.raises(UsageError, match=r"the address s3://\.\.\. holds a user name or password") as refusal:
@@ -81,7 +81,6 @@ def test_the_run_is_named_logged_and_stops_at_what_it_cannot_read(client: SyncPr
     assert "planted" not in str(refusal.value)
     runs = {run.state_name: run for run in client.read_flow_runs() if run.tags == ["gc-test"]}
     assert set(runs) == {"Completed", "Failed"}
-    assert runs["Completed"].name == "gc-dry-run"
     assert "planted" not in str(runs["Failed"].state)
     assert "planted" in str(runs["Failed"].parameters)  # which the server had by then, as docs/operations.md warns
     criteria = {"logs": {"flow_run_id": {"any_": [str(runs["Completed"].id)]}}}
