@@ -13,13 +13,12 @@ from nanodlm.errors import full_disk_named
 Steps = Annotated[int, Doc("Updates to time.")]
 Repeats = Annotated[int, Doc("Draws to time, of sample.num_samples texts.")]
 Batches = Annotated[int, Doc("Batches to time.")]
-Baseline = Annotated[bool, Doc("Also time updates of the plain recipe, of the same sizes, in turn with ours.")]
 Against = Annotated[float | None, Doc("Tokens per second that a trainer takes, to compare with.")]
 
 
-def train(config: Settings, *, steps: Steps = 10, baseline: Baseline = False, out: Output) -> None:
+def train(config: Settings, *, steps: Steps = 10, out: Output) -> None:
     """Time updates of the network on random tokens."""
-    _measure("train", out, config, steps=steps, baseline=baseline)
+    _measure("train", out, config, steps=steps)
 
 
 def sample(config: Settings, *, repeats: Repeats = 5, out: Output) -> None:

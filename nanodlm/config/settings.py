@@ -271,8 +271,11 @@ class ExpConfig(Group):
     """Whether to send the log records to Weights & Biases as well (`pip install 'nanodlm[wandb]'`)."""
     project_name: str = "nanodlm"
     """Project name at Weights & Biases."""
-    use_tensorboard: Switch = False
-    """Whether to write the log records for TensorBoard as well (`pip install 'nanodlm[tensorboard]'`)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_tensorboard(cls, given: Any) -> Any:  # which runs of earlier versions name
+        return {k: v for k, v in given.items() if k != "use_tensorboard"} if isinstance(given, dict) else given
 
     @model_validator(mode="after")
     def _check_resume(self) -> Self:
