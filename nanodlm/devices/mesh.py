@@ -11,7 +11,6 @@ import math
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from nanodlm.errors import UsageError
@@ -47,11 +46,6 @@ def make_mesh(rows: int, *, fsdp: int = 1, tensor: int = 1) -> Mesh:
     return jax.make_mesh((shares // fsdp, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
-    """Return the sharding of an array that every device holds whole."""
-    return NamedSharding(mesh, PartitionSpec())
-
-
 def shardings(mesh: Mesh, tree: Any, logical_axes: dict[str, tuple[str | None, ...]]) -> Any:
     """Return the sharding of each array, or shape, of a tree, by the last two names of its path.
 
@@ -68,7 +62,7 @@ def shardings(mesh: Mesh, tree: Any, logical_axes: dict[str, tuple[str | None, .
         name = "/".join(str(getattr(key, "key", key)) for key in path[-2:])
         logical = logical_axes.get(name, ())
         if len(leaf.shape) < len(logical) or not logical:  # such as what Muon leaves empty for AdamW's parameters
-            return replicated(mesh)
+            return NamedSharding(mesh, cut())
         spec = cut(*(None,) * (len(leaf.shape) - len(logical)), *logical)
         for size, axis in zip(leaf.shape, spec, strict=False):
             if axis is not None and size % mesh.shape[axis]:
@@ -82,11 +76,6 @@ def shardings(mesh: Mesh, tree: Any, logical_axes: dict[str, tuple[str | None, .
 def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
     """Return the sharding of rows, cut along `axis`."""
     return NamedSharding(mesh, cut(*[None] * axis, "batch"))
-
-
-def put_whole(mesh: Mesh, rows: np.ndarray) -> jax.Array:
-    """Send rows that every process has, all of them, to the devices."""
-    return jax.make_array_from_callback(rows.shape, batch_sharding(mesh), lambda index: rows[index])
 
 
 def logit_chunks(positions: int, outputs: int) -> int:
