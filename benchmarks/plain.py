@@ -22,7 +22,6 @@ from jaxtyping import Array, Float, Int, Key
 from nanodlm.bench.flops import synthetic_encoding
 from nanodlm.config import PRESETS, Config
 from nanodlm.data.vocabulary import Vocabulary
-from nanodlm.devices.hosts import put_rows
 from nanodlm.diffusion.plain import plain_nelbo
 from nanodlm.model.transformer import Transformer
 from nanodlm.training.step import make_program
@@ -61,7 +60,7 @@ def plain(config: Annotated[Config, tyro.conf.arg(name="")] = PRESETS["demo"], s
     tokens = np.random.default_rng(0).integers(0, encoding.n_vocab, program.rows.shape, np.int32)
     with jax.set_mesh(program.mesh):
         start = program.initialise()
-    ours = _updates(lambda state: compiled(state, put_rows(program.mesh, tokens), key), start)
+    ours = _updates(lambda state: compiled(state, jax.device_put(tokens, program.rows.sharding), key), start)
 
     sizes = config.model.model_dump(include={"n_layers", "n_heads", "d_model", "d_ff"})
     usual = {**sizes, "qk_norm": False, "zero_init": False}

@@ -24,9 +24,8 @@ from nanodlm.bench.flops import flops_per_update, peak_flops, precision, synthet
 from nanodlm.build import make_model
 from nanodlm.config import Config
 from nanodlm.data.vocabulary import Vocabulary
-from nanodlm.devices.hosts import put_rows
 from nanodlm.diffusion.kinds import KINDS
-from nanodlm.errors import Emit, UsageError, silent
+from nanodlm.errors import Emit, silent
 from nanodlm.generation.generate import make_draw
 from nanodlm.training.step import make_program
 
@@ -67,8 +66,6 @@ def train(config: Config, *, steps: int = 10, emit: Emit = silent) -> dict[str, 
     `step_seconds` are those of the median update. `mfu` is FLOP/s over the peak of all devices, None where the peak is
     unknown.
     """
-    if steps < 1:
-        raise UsageError(f"nothing is measured in {steps} updates: raise --steps")
     encoding, seed, began = synthetic_encoding(config), config.train.seed, time.perf_counter()
     program = make_program(config, Vocabulary.of(encoding))
     compiled = program.compile(seed)
@@ -80,7 +77,7 @@ def train(config: Config, *, steps: int = 10, emit: Emit = silent) -> dict[str, 
 
     def update() -> Any:
         nonlocal state
-        state, scalars = compiled(state, put_rows(mesh, tokens), key)
+        state, scalars = compiled(state, jax.device_put(tokens, program.rows.sharding), key)
         return scalars
 
     seconds = _median(update, steps, "updates", emit)
@@ -102,8 +99,6 @@ def sample(config: Config, *, repeats: int = 5, emit: Emit = silent) -> dict[str
     The numbers are those of the median draw of `sample.num_samples` texts. A step is one call of the network on all
     texts, of each block when there are blocks. Some samplers take steps by the text: theirs are None.
     """
-    if repeats < 1:
-        raise UsageError(f"nothing is measured in {repeats} repeats: raise --repeats")
     encoding = synthetic_encoding(config)
     model, key = make_model(config, Vocabulary.of(encoding)), jax.random.key(config.sample.seed)
     params, began = nnx.state(model), time.perf_counter()
@@ -138,10 +133,6 @@ def loader(config: Config, *, batches: int = 200, against: float | None = None, 
 
     `multiple` is the speed over `against`, the tokens per second that a trainer takes, or None without.
     """
-    if batches < 1:
-        raise UsageError(f"nothing is measured in {batches} batches: raise --batches")
-    if against is not None and against <= 0:
-        raise UsageError(f"--against is a speed in tokens per second, above 0, not {against}")
     from nanodlm.data import rows  # neither Grain nor ArrayRecord is there where only a device is measured
     from nanodlm.data.loader import train_batches
 

@@ -8,7 +8,7 @@ from typing_extensions import Doc
 from nanodlm.cli.arguments import Output, Settings
 from nanodlm.cli.console import Console
 from nanodlm.config import Config
-from nanodlm.errors import full_disk_named
+from nanodlm.errors import UsageError, full_disk_named
 
 Steps = Annotated[int, Doc("Updates to time.")]
 Repeats = Annotated[int, Doc("Draws to time, of sample.num_samples texts.")]
@@ -34,6 +34,9 @@ def loader(config: Settings, *, batches: Batches = 200, against: Against = None,
 def _measure(what: str, out: Console, config: Config, **options: Any) -> None:
     from nanodlm.bench import speed
 
+    for name, value in options.items():
+        if value is not None and value <= 0:
+            raise UsageError(f"--{name} must be above 0, not {value}")
     with out.showing("bench") as emit, full_disk_named(f"the temporary folder {gettempdir()}"):
         result = getattr(speed, what)(config, **options, emit=emit)
     for name, value in result.items():

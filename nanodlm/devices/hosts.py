@@ -13,13 +13,6 @@ from nanodlm.devices.mesh import batch_sharding
 from nanodlm.errors import NanodlmError, UsageError
 
 
-def put_rows(mesh: Mesh, rows: np.ndarray) -> jax.Array:
-    """Send micro-batches of rows to the devices; each process passes its part of all rows, which `my_share` names."""
-    n_micro, n_rows, length = rows.shape
-    shape = (n_micro, n_rows * my_share(mesh)[1], length)
-    return jax.make_array_from_process_local_data(batch_sharding(mesh, axis=1), rows, shape)
-
-
 def my_share(mesh: Mesh) -> tuple[int, int]:
     """Return which part of every batch this process reads, and of how many equal ones.
 

@@ -7,7 +7,6 @@
 Any axis may be 1. Source of the scheme: ZeRO, arXiv:1910.02054 (fsdp); Megatron-LM, arXiv:1909.08053 (tensor).
 """
 
-import math
 from typing import Any
 
 import jax
@@ -91,13 +90,3 @@ def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
     if mesh.empty or set(AXES) - set(mesh.axis_names):
         return x
     return jax.lax.with_sharding_constraint(x, cut(*logical))
-
-
-def bytes_per_device(tree: Any) -> int:
-    """Return how many bytes of a tree of arrays, or of shapes that carry shardings, one device holds at most.
-
-    >>> bytes_per_device({"a": jax.numpy.ones((4, 2), "float32")})
-    32
-    """
-    leaves = jax.tree.leaves(tree)
-    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)

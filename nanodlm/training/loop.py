@@ -31,7 +31,7 @@ from nanodlm.data.loader import train_batches, windows
 from nanodlm.data.rows import evenly_spaced, name, read
 from nanodlm.data.tokenizer import load, save
 from nanodlm.data.vocabulary import Vocabulary
-from nanodlm.devices.hosts import from_leader, my_share, put_rows
+from nanodlm.devices.hosts import from_leader, my_share
 from nanodlm.errors import Emit, NanodlmError, Stopped, UsageError
 from nanodlm.evaluation.scoring import make_scorer, score_rows
 from nanodlm.model.transformer import Transformer
@@ -113,7 +113,8 @@ class _Loop(NamedTuple):
             raise Stopped(f"stopped by a signal after update {first}, before another: run again to continue")
         shall_stop = make_stop_vote(self.program.mesh, self.stop)
         for step in range(first + 1, train.max_steps + 1):
-            state, scalars = self.program.step(state, put_rows(self.program.mesh, next(batches)), self.key)
+            rows = jax.make_array_from_process_local_data(self.program.rows.sharding, next(batches))
+            state, scalars = self.program.step(state, rows, self.key)
             rows_seen += train.batch_size * train.grad_acc_steps
             if step == first + 1:
                 jax.block_until_ready(scalars)  # compiled; from here on the clock runs

@@ -13,9 +13,9 @@ from flax import nnx
 from nanodlm.bench import flops as bench_flops
 from nanodlm.bench import speed
 from nanodlm.build import make_model
+from nanodlm.cli.main import main
 from nanodlm.config import PRESETS, Config
 from nanodlm.data.vocabulary import Vocabulary
-from nanodlm.errors import UsageError
 from nanodlm.generation import generate
 from nanodlm.model.transformer import Transformer
 from tests.support.commands import environment
@@ -123,15 +123,12 @@ def test_the_loader_bench_reads_the_rows_of_an_update() -> None:
     assert numbers["multiple"] == pytest.approx(numbers["tokens_per_second"] / 10)
 
 
-def test_benches_refuse_what_measures_nothing() -> None:
-    with pytest.raises(UsageError, match=r"raise --steps"):
-        speed.train(tiny(), steps=0)
-    with pytest.raises(UsageError, match=r"raise --repeats"):
-        speed.sample(tiny(), repeats=0)
-    with pytest.raises(UsageError, match=r"raise --batches"):
-        speed.loader(tiny(), batches=0)
-    with pytest.raises(UsageError, match=r"above 0, not -1"):
-        speed.loader(tiny(), against=-1.0)
+@pytest.mark.parametrize("words", ["train --steps 0", "sample --repeats 0", "loader --batches 0", "loader --against 0"])
+def test_benches_refuse_what_measures_nothing(capsys: pytest.CaptureFixture[str], words: str) -> None:
+    command, flag, value = words.split()
+    with pytest.raises(SystemExit, match="2"):
+        main(["bench", command, flag, value])
+    assert f"{flag} must be above 0, not {value}" in capsys.readouterr().err
 
 
 HEAVY = ("array_record", "datasets", "fsspec", "grain", "prefect", "pyarrow")
