@@ -1,4 +1,4 @@
-"""FLOPs of updates and of sampling by formula, and the peak that a device could reach."""
+"""FLOPs of updates by formula, and the peak that a device could reach."""
 
 import re
 
@@ -6,10 +6,9 @@ import jax
 import tiktoken
 
 from nanodlm.build import make_objective
-from nanodlm.config import Config, ModelConfig
+from nanodlm.config import Config
 from nanodlm.data.tokenizer import make_encoding
 from nanodlm.data.vocabulary import Vocabulary
-from nanodlm.diffusion.blocks import cache_window
 from nanodlm.diffusion.kinds import KINDS
 
 # Peak FLOP/s of dense products by the makers' data sheets: bfloat16 with float32 sums, TF32, float32. V100 has no TF32
@@ -48,41 +47,25 @@ def precision(config: Config) -> str:
     return by_default.get(jax.default_backend(), "float32") if chosen in (None, "default", "fastest") else "float32"
 
 
-def forward_flops(model: ModelConfig, vocab_size: int, *, keys: float, output_share: float = 1.0) -> float:
-    """Count the FLOPs at one position in one pass forward: 2 for each element of a matrix, and attention.
-
-    A block has 4 d_model^2 + 2 d_model d_ff elements. Attention takes 4 d_model for each of the `keys` positions that
-    a position reads on average. The output layer is computed at `output_share` of them. Time conditioning is left out.
-
-    >>> shape = ModelConfig(n_layers=1, d_model=8, d_ff=16, n_heads=2)
-    >>> forward_flops(shape, 128, keys=32)  # 2 * 512 + 4 * 8 * 32 + 2 * 8 * 128
-    4096.0
-    """
-    d = model.d_model
-    block = 2 * (4 * d * d + 2 * d * model.d_ff) + 4 * d * keys
-    return float(model.n_layers * block + 2 * d * vocab_size * output_share)
-
-
 def flops_per_token(config: Config, vocab_size: int, *, output_share: float = 1.0) -> float:
     """Count the FLOPs of training for each token: 6 for each element of a matrix, and 12 n_layers d_model seq_len.
 
     That is three times a forward pass, for the backward pass has two products for each of the forward one. It is the
     count of PaLM (arXiv:2204.02311, appendix B) and of nanoGPT's `estimate_mfu`, but for what is not needed: embeddings
     are looked up, and half of the row is hidden from an autoregressive network. A block network reads the clean row as
-    well, of which the last layer gives keys and values alone. `output_share` of the positions have logits.
+    well, of which the last layer gives keys and values alone. `output_share` of the positions have logits. Time
+    conditioning is left out.
 
     >>> config = Config().replace(model={"n_layers": 1, "d_model": 8, "d_ff": 16, "n_heads": 2, "seq_len": 32})
     >>> flops_per_token(config, 128), flops_per_token(config, 128, output_share=0.5)
     (12288.0, 9216.0)
     """
-    model, block_size, reads = config.model, config.objective.block_size, KINDS[config.objective.kind].reads
-    if reads == "block":
-        keys = (model.seq_len + block_size) / 2
-        layers = forward_flops(model, vocab_size, keys=keys, output_share=0)
-        clean = layers * (model.n_layers - 1) / model.n_layers + 4 * model.d_model**2
-        return 3 * (clean + forward_flops(model, vocab_size, keys=keys, output_share=output_share))
-    keys = (model.seq_len + 1) / 2 if reads == "before" else model.seq_len
-    return 3 * forward_flops(model, vocab_size, keys=keys, output_share=output_share)
+    model, length, reads = config.model, config.model.seq_len, KINDS[config.objective.kind].reads
+    keys = {"block": (length + config.objective.block_size) / 2, "before": (length + 1) / 2}.get(reads, length)
+    layer = 2 * (4 * model.d_model**2 + 2 * model.d_model * model.d_ff) + 4 * model.d_model * keys
+    forward = model.n_layers * layer + 2 * model.d_model * vocab_size * output_share
+    clean = (model.n_layers - 1) * layer + 4 * model.d_model**2 if reads == "block" else 0
+    return 3.0 * (forward + clean)
 
 
 def synthetic_encoding(config: Config) -> tiktoken.Encoding:
@@ -97,40 +80,15 @@ def synthetic_encoding(config: Config) -> tiktoken.Encoding:
     return make_encoding("synthetic", ranks)
 
 
-def vocab_size(config: Config) -> int:
-    """Return the number of a network's outputs: the tokenizer's entries, the mask, and padding."""
-    return Vocabulary.of(synthetic_encoding(config)).padded_size
-
-
 def flops_per_update(config: Config) -> float:
     """Count the FLOPs of one update over all devices, with logits where the objective may score, and only there.
 
     >>> config = Config().replace(train={"batch_size": 2, "grad_acc_steps": 4})
-    >>> flops_per_update(config) == 8 * 64 * flops_per_token(config, vocab_size(config), output_share=65 / 128)
+    >>> flops_per_update(config) == 8 * 64 * flops_per_token(config, 4096, output_share=65 / 128)
     True
     """
     size, length = config.train, config.model.seq_len
-    most = make_objective(config, Vocabulary.of(synthetic_encoding(config))).most_scored(size.batch_size, length)
-    per_token = flops_per_token(config, vocab_size(config), output_share=most / (2 * length))
+    vocabulary = Vocabulary.of(synthetic_encoding(config))
+    most = make_objective(config, vocabulary).most_scored(size.batch_size, length)
+    per_token = flops_per_token(config, vocabulary.padded_size, output_share=most / (2 * length))
     return size.grad_acc_steps * size.batch_size * length * per_token
-
-
-def sampling_work(config: Config, prompt: int) -> tuple[int, float] | tuple[None, None]:
-    """Count steps and FLOPs of drawing all texts behind so many tokens of prompt; None where they depend on texts."""
-    options, kind, outputs = config.sample, KINDS[config.objective.kind], vocab_size(config)
-    length = options.length or config.model.seq_len
-    size = kind.block_size(config.objective.block_size) or length
-    if not (options.sampler in ("ancestral", "first_hitting") or options.sampler.startswith("remdm")):
-        return None, None
-    steps, flops, window = 0, 0.0, cache_window(config.model.seq_len, size)
-    passes = 2 if options.guidance and prompt else 1
-    for start in range(0, length, size):  # each block; a network that reads whole rows has one
-        keys = min(start, window) + size
-        masked = min(size, start + size - prompt)
-        calls = (masked if options.sampler == "first_hitting" else options.num_steps) if masked > 0 else 0
-        if kind.reads == "block":  # what is written is read once more, for the blocks behind it
-            flops += forward_flops(config.model, outputs, keys=keys, output_share=0)
-        elif kind.reads == "before":
-            calls = 1
-        steps, flops = steps + calls, flops + calls * passes * forward_flops(config.model, outputs, keys=keys)
-    return steps, options.num_samples * size * flops

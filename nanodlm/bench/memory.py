@@ -33,19 +33,22 @@ def plan(config: Config, devices: int) -> dict[str, Any]:
 
     from nanodlm.bench.flops import flops_per_update, synthetic_encoding
     from nanodlm.data.vocabulary import Vocabulary
-    from nanodlm.devices.mesh import bytes_per_device
     from nanodlm.training.step import make_program
 
     began = time.perf_counter()
     program = make_program(config, Vocabulary.of(synthetic_encoding(config)))
     compiled = program.compile(config.train.seed)
     seconds = time.perf_counter() - began
-    held = {name: bytes_per_device(part) for name, part in program.state.items()}
+
+    def held(tree: Any) -> int:
+        leaves = jax.tree.leaves(tree)
+        return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+
     size = {
-        "parameters": held["model_state"],
-        "optimizer": held["optimizer_state"],
-        "average": held.get("ema_state", 0),
-        "rows": bytes_per_device(program.rows),
+        "parameters": held(program.state["model_state"]),
+        "optimizer": held(program.state["optimizer_state"]),
+        "average": held(program.state.get("ema_state", ())),
+        "rows": held(program.rows),
         "temporaries": getattr(compiled.memory_analysis(), "temp_size_in_bytes", 0),
     }
     collectives = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
@@ -56,7 +59,7 @@ def plan(config: Config, devices: int) -> dict[str, Any]:
         "parameters": program.n_parameters,
         "tokens_per_update": math.prod(program.rows.shape),
         "flops_per_update": flops_per_update(config),
-        "bytes": {**size, "gradients": held["model_state"], "total": sum(size.values())},
+        "bytes": {**size, "gradients": size["parameters"], "total": sum(size.values())},
         "collectives": {name: len(re.findall(rf" {name}(?:-start)?\(", text)) for name in collectives},
         "compile_seconds": seconds,
     }
@@ -64,18 +67,15 @@ def plan(config: Config, devices: int) -> dict[str, Any]:
 
 def table(planned: dict[str, Any]) -> str:
     """Lay out for people what `plan` returned."""
-    of = {name: f"{size / 2**20:>10,.1f} MiB" for name, size in planned["bytes"].items()}
     collectives = ", ".join(f"{count} {name}" for name, count in planned["collectives"].items() if count)
     work = f"{planned['tokens_per_update']:,} tokens and {planned['flops_per_update']:.3g} FLOPs"
     lines = [
         f"{planned['devices']} devices: " + " x ".join(f"{name} {n}" for name, n in planned["mesh"].items()),
         f"{planned['parameters']:,} parameters; an update takes {work}",
         "\non each device",
-        *(f"{name:<12} {of[name]}" for name in ("parameters", "optimizer", "average", "rows")),
-        f"temporaries  {of['temporaries']}  an indication; gradients are {of['gradients'].strip()} of it",
-        f"total        {of['total']}",
-        "\nTemporaries are what XLA plans for a CPU, which has no fused attention and holds bfloat16 products as it"
-        " likes;\na GPU's or TPU's differ. The other sizes are exact.",
+        *(f"{name:<12} {size / 2**20:>10,.1f} MiB" for name, size in planned["bytes"].items()),
+        "\nTemporaries, of which gradients are a part, are an indication: what XLA plans for a CPU, which has no fused",
+        "attention and holds bfloat16 products as it likes. The other sizes are exact.",
         f"collectives  {collectives or 'none'} (those in a loop count once)",
         f"compilation  {planned['compile_seconds']:.1f} s",
     ]

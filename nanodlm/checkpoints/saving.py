@@ -59,7 +59,7 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
         self._pending: deque[Future[None]] = deque()  # of saves that are not recorded yet
         self._written: Future[None] | None = None
         self._scores: dict[int, float | None] = {}
-        self._origin: dict[int, str] = {}  # address of the checkpoint that the run started from
+        self._origin = ""  # address of the checkpoint that the run started from
 
     def __exit__(self, *_: object) -> None:
         """Record the saves under way, even when the training failed after them."""
@@ -108,9 +108,8 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
     def last(self, before: int) -> str:
         """Return the address of the newest checkpoint of an update before this one; empty when there is none."""
         self.finish()
-        known = self._origin | {step: self._uri + step_name(step) for step in self._scores}
-        steps = [step for step in known if step < before]
-        return known[max(steps)] if steps else ""
+        steps = [step for step in self._scores if step < before]
+        return self._uri + step_name(max(steps)) if steps else self._origin
 
     def best(self) -> int | None:
         """Return the update of the best checkpoint that is kept; None when none was scored."""
@@ -138,14 +137,14 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
         step, info = newest
         infos = {earlier: attempt.info(step_name(earlier)) for earlier in steps if earlier < step}
         scores = {earlier: _score_of(found) for earlier, found in infos.items() if found} | {step: _score_of(info)}
-        kept = retained(scores, self._keep, self._keep_best) | {step}
+        kept = retained(scores, self._keep, self._keep_best)
         return step, info, [(k, scores[k]) for k in kept if k == step or attempt.adopt(step_name(k))]
 
     def start(self, address: str, abstract: State, allowed: tuple[str, ...] = ()) -> tuple[State, Json]:
         """Return the checkpoint at an address, of any run, and its info; the other arguments are those of `restore`."""
         part = find_checkpoint(address)
         check_run(part.info, self._run, allowed, f"the checkpoint {part.uri}")
-        self._origin = {step_of(part.name): part.uri}
+        self._origin = part.uri
         with tempfile.TemporaryDirectory() as scratch, full_disk_named(f"the temporary folder {scratch}"):
             folder = part.local(Path(scratch))
             try:
@@ -173,8 +172,8 @@ def _restore(checkpointer: ocp.AsyncCheckpointer, folder: Path, abstract: State,
         items.pop("ema_state", None)
     args = {name: ocp.args.StandardRestore(item) for name, item in items.items()}  # type: ignore[call-arg]
     found = checkpointer.restore(folder.absolute(), args=ocp.args.Composite(**args))
-    state = {name: found[name] for name in args if name != "optimizer_state"}
-    state |= {"optimizer_state": found["optimizer_state"]["optimizer"], "step": found["optimizer_state"]["step"]}
+    held = found["optimizer_state"]
+    state = {**{name: found[name] for name in args}, "optimizer_state": held["optimizer"], "step": held["step"]}
     if "ema_state" in abstract:  # an average that begins now begins at the parameters
         state.setdefault("ema_state", jax.tree.map(jnp.copy, state["model_state"]))
     if "skipped" in abstract:

@@ -8,18 +8,17 @@ from typing_extensions import Doc
 from nanodlm.cli.arguments import Output, Settings
 from nanodlm.cli.console import Console
 from nanodlm.config import Config
-from nanodlm.errors import full_disk_named
+from nanodlm.errors import UsageError, full_disk_named
 
 Steps = Annotated[int, Doc("Updates to time.")]
 Repeats = Annotated[int, Doc("Draws to time, of sample.num_samples texts.")]
 Batches = Annotated[int, Doc("Batches to time.")]
-Baseline = Annotated[bool, Doc("Also time updates of the plain recipe, of the same sizes, in turn with ours.")]
 Against = Annotated[float | None, Doc("Tokens per second that a trainer takes, to compare with.")]
 
 
-def train(config: Settings, *, steps: Steps = 10, baseline: Baseline = False, out: Output) -> None:
+def train(config: Settings, *, steps: Steps = 10, out: Output) -> None:
     """Time updates of the network on random tokens."""
-    _measure("train", out, config, steps=steps, baseline=baseline)
+    _measure("train", out, config, steps=steps)
 
 
 def sample(config: Settings, *, repeats: Repeats = 5, out: Output) -> None:
@@ -53,6 +52,9 @@ def data(
 def _measure(what: str, out: Console, config: Config, **options: Any) -> None:
     from nanodlm.bench import speed
 
+    for name, value in options.items():
+        if value is not None and value <= 0:
+            raise UsageError(f"--{name} must be above 0, not {value}")
     with out.showing("bench") as emit, full_disk_named(f"the temporary folder {gettempdir()}"):
         result = getattr(speed, what)(config, **options, emit=emit)
     for name, value in result.items():

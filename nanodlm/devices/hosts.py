@@ -6,18 +6,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental.multihost_utils import broadcast_one_to_all, process_allgather
+from jax.experimental.multihost_utils import broadcast_one_to_all
 from jax.sharding import Mesh
 
 from nanodlm.devices.mesh import batch_sharding
 from nanodlm.errors import NanodlmError, UsageError
-
-
-def put_rows(mesh: Mesh, rows: np.ndarray) -> jax.Array:
-    """Send micro-batches of rows to the devices; each process passes its part of all rows, which `my_share` names."""
-    n_micro, n_rows, length = rows.shape
-    shape = (n_micro, n_rows * my_share(mesh)[1], length)
-    return jax.make_array_from_process_local_data(batch_sharding(mesh, axis=1), rows, shape)
 
 
 def my_share(mesh: Mesh) -> tuple[int, int]:
@@ -46,11 +39,6 @@ def from_leader(value: Any) -> Any:
     buffer = np.zeros(int(broadcast_one_to_all(np.int32(len(encoded)))), np.uint8)
     buffer[: len(encoded)] = encoded
     return json.loads(np.asarray(broadcast_one_to_all(buffer)).astype(np.uint8).tobytes())
-
-
-def any_process(value: bool) -> bool:
-    """Return True on all processes when any of them passed True; all of them must call it."""
-    return bool(np.any(process_allgather(np.array([value]))))
 
 
 def join(coordinator: str = "", processes: int | None = None, process: int | None = None) -> int:

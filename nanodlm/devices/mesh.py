@@ -7,11 +7,9 @@
 Any axis may be 1. Source of the scheme: ZeRO, arXiv:1910.02054 (fsdp); Megatron-LM, arXiv:1909.08053 (tensor).
 """
 
-import math
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from nanodlm.errors import UsageError
@@ -47,11 +45,6 @@ def make_mesh(rows: int, *, fsdp: int = 1, tensor: int = 1) -> Mesh:
     return jax.make_mesh((shares // fsdp, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
-    """Return the sharding of an array that every device holds whole."""
-    return NamedSharding(mesh, PartitionSpec())
-
-
 def shardings(mesh: Mesh, tree: Any, logical_axes: dict[str, tuple[str | None, ...]]) -> Any:
     """Return the sharding of each array, or shape, of a tree, by the last two names of its path.
 
@@ -68,7 +61,7 @@ def shardings(mesh: Mesh, tree: Any, logical_axes: dict[str, tuple[str | None, .
         name = "/".join(str(getattr(key, "key", key)) for key in path[-2:])
         logical = logical_axes.get(name, ())
         if len(leaf.shape) < len(logical) or not logical:  # such as what Muon leaves empty for AdamW's parameters
-            return replicated(mesh)
+            return NamedSharding(mesh, cut())
         spec = cut(*(None,) * (len(leaf.shape) - len(logical)), *logical)
         for size, axis in zip(leaf.shape, spec, strict=False):
             if axis is not None and size % mesh.shape[axis]:
@@ -84,11 +77,6 @@ def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
     return NamedSharding(mesh, cut(*[None] * axis, "batch"))
 
 
-def put_whole(mesh: Mesh, rows: np.ndarray) -> jax.Array:
-    """Send rows that every process has, all of them, to the devices."""
-    return jax.make_array_from_callback(rows.shape, batch_sharding(mesh), lambda index: rows[index])
-
-
 def logit_chunks(positions: int, outputs: int) -> int:
     """Return in how many parts the logits of so many positions are made, which bounds what a device holds at a time."""
     mesh = jax.sharding.get_abstract_mesh()
@@ -102,13 +90,3 @@ def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
     if mesh.empty or set(AXES) - set(mesh.axis_names):
         return x
     return jax.lax.with_sharding_constraint(x, cut(*logical))
-
-
-def bytes_per_device(tree: Any) -> int:
-    """Return how many bytes of a tree of arrays, or of shapes that carry shardings, one device holds at most.
-
-    >>> bytes_per_device({"a": jax.numpy.ones((4, 2), "float32")})
-    32
-    """
-    leaves = jax.tree.leaves(tree)
-    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)

@@ -15,7 +15,7 @@ from nanodlm.config import Config, EvalConfig
 from nanodlm.data.rows import evenly_spaced, read
 from nanodlm.data.shard import token_counts, unigram_nats
 from nanodlm.data.tokenizer import token_sizes
-from nanodlm.devices.mesh import make_mesh, replicated
+from nanodlm.devices.mesh import cut, make_mesh
 from nanodlm.errors import Emit, silent
 from nanodlm.evaluation.scoring import make_scorer, score_rows
 from nanodlm.evaluation.uncertainty import count_documents, documents_in, ratio_stderr
@@ -58,7 +58,7 @@ def score(
     whether the standard error is one over `documents` or over `rows`.
     """
     scorer, mesh = make_scorer(model), make_mesh(options.batch_size)
-    params = jax.device_put(nnx.state(model), replicated(mesh))
+    params = jax.device_put(nnx.state(model), jax.NamedSharding(mesh, cut()))
     nats = np.zeros(len(rows))
     for repeat in range(options.repeats):
         done = 0

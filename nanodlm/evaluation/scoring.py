@@ -10,7 +10,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key
 
-from nanodlm.devices.mesh import constrain, logit_chunks, put_whole
+from nanodlm.devices.mesh import batch_sharding, constrain, logit_chunks
 from nanodlm.model.transformer import Transformer, segments
 
 Scorer = Callable[[Any, Int[Array, "B L"], Key[Array, ""]], Float[Array, "B"]]
@@ -55,5 +55,6 @@ def score_rows(
     for start, end in zip(starts, [*starts[1:], len(rows)], strict=True):
         # A short batch is filled up by repeating its rows; the copies' results are not used.
         filled = np.resize(np.stack(rows[start:end]), (batch_size, len(rows[start])))
-        scored = scorer(params, put_whole(mesh, filled), jax.random.fold_in(key, start))
+        sent = jax.make_array_from_callback(filled.shape, batch_sharding(mesh), filled.__getitem__)
+        scored = scorer(params, sent, jax.random.fold_in(key, start))
         yield np.asarray(scored)[: end - start]

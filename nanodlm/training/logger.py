@@ -4,7 +4,6 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from operator import mul
 from typing import Any
 
 import numpy as np
@@ -21,8 +20,8 @@ from nanodlm.training.trackers import Tracker
 class Logger:
     """Continues the records of a run; new ones are emitted as `progress`, in bits per byte, and given to the tracker.
 
-    Scalars are fetched an update late, so that the device always has work. Progress is smoothed over about ten records,
-    for one batch is noisy. Two records in a row whose bounds are above the limit end the run.
+    Scalars are fetched an update late, so that the device always has work. Progress is the mean of ten records, for one
+    batch is noisy. Two records in a row whose bounds are above the limit end the run.
     """
 
     config: Config
@@ -67,9 +66,8 @@ class Logger:
         self.records.append(record)
         if self.tracker:
             self.tracker.log(record)
-        bounds = [r["nats_per_token"] for r in self.records[-50:] if r["nats_per_token"] is not None]
-        weights = [0.9**age for age in reversed(range(len(bounds)))]  # which fall by a tenth a record
-        smoothed = self.bits * sum(map(mul, weights, bounds)) / sum(weights) if bounds else None
+        bounds = [r["nats_per_token"] for r in self.records[-10:] if r["nats_per_token"] is not None]
+        smoothed = self.bits * sum(bounds) / len(bounds) if bounds else None
         shown = {"bits_per_byte": smoothed, **record}
         self.emit("progress", done=step, total=train.max_steps, unit="updates", **shown)
         self._judge(step, values["nats_per_token"])

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import Mesh
 
 from nanodlm.checkpoints import State
@@ -29,7 +30,7 @@ from nanodlm.data.loader import train_batches
 from nanodlm.data.rows import evenly_spaced, read
 from nanodlm.data.tokenizer import load, save
 from nanodlm.data.vocabulary import Vocabulary
-from nanodlm.devices.hosts import any_process, from_leader, my_share, put_rows
+from nanodlm.devices.hosts import from_leader, my_share
 from nanodlm.errors import Emit, NanodlmError, Stopped, UsageError
 from nanodlm.evaluation.scoring import make_scorer, score_rows
 from nanodlm.model.transformer import Transformer
@@ -107,11 +108,12 @@ class _Loop(NamedTuple):
         """Take updates until `max_steps` are done; log and save now and then."""
         train, exp, logger = self.logger.config.train, self.logger.config.exp, self.logger
         first = saved = int(state["step"])
-        if any_process(self.stop.is_set()):
+        if process_allgather(np.array([self.stop.is_set()])).any():
             raise Stopped(f"stopped by a signal after update {first}, before another: run again to continue")
         shall_stop = make_stop_vote(self.program.mesh, self.stop)
         for step in range(first + 1, train.max_steps + 1):
-            state, scalars = self.program.step(state, put_rows(self.program.mesh, logger.wait(batches)), self.key)
+            rows = jax.make_array_from_process_local_data(self.program.rows.sharding, logger.wait(batches))
+            state, scalars = self.program.step(state, rows, self.key)
             rows_seen += train.batch_size * train.grad_acc_steps
             if step == first + 1:
                 jax.block_until_ready(scalars)  # compiled; from here on the clock runs
@@ -165,7 +167,7 @@ def _require_same_start(config: Config, inputs: dict[str, Artifact]) -> None:
     digests = {stage: artifact.digest for stage, artifact in inputs.items()}
     run = {**config.model_dump(mode="json"), "inputs": digests, "jax": jax.__version__}
     differ = differences(from_leader(run), run)
-    if any_process(bool(differ)):
+    if process_allgather(np.array([bool(differ)])).any():
         fields = "; ".join(f"{field}: {values}" for field, values in differ.items())
         here = f"process {jax.process_index()} has {fields}" if differ else "another one says what differs"
         raise UsageError(f"the processes were not started alike ({here}): give all the same flags and versions")

@@ -53,8 +53,10 @@ def make_optimizer(train: TrainConfig) -> optax.GradientTransformation:
         optimizer = optax.adamw(schedule, b1=train.beta1, b2=train.beta2, mask=is_matrix, **decay)
     else:
         adam: dict[str, Any] = {"adam_b1": train.beta1, "adam_b2": train.beta2, "adam_learning_rate": schedule}
+        layers = optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)  # of matrices inside blocks
+        chosen = lambda path, matrix: layers if matrix and path[0].key == "blocks" else None  # noqa: E731
         tree_map = jax.tree_util.tree_map_with_path
-        adam["muon_weight_dimension_numbers"] = lambda params: tree_map(_dimensions, is_matrix(params))
+        adam["muon_weight_dimension_numbers"] = lambda params: tree_map(chosen, is_matrix(params))
         rate = lambda count: schedule(count) * train.muon_lr / train.lr  # noqa: E731
         optimizer = optax.contrib.muon(rate, ns_steps=3, **adam, **decay)
     clip = train.clip_grad_norm
@@ -72,9 +74,3 @@ def is_matrix(params: Any) -> Any:
         return names[0] == "head" or (names[-1] == "kernel" and "conv" not in names)
 
     return jax.tree_util.tree_map_with_path(test, params)
-
-
-def _dimensions(path: tuple[Any, ...], matrix: bool) -> Any:
-    """Give Muon the matrices inside blocks, layer by layer."""
-    in_block = matrix and path[0].key == "blocks"
-    return optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1) if in_block else None

@@ -10,8 +10,6 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from nanodlm.devices.mesh import replicated
-
 
 @contextlib.contextmanager
 def catch_signals() -> Iterator[threading.Event]:
@@ -35,7 +33,7 @@ def make_stop_vote(mesh: Mesh, stop: threading.Event) -> Callable[[dict[str, Arr
     if jax.process_count() == 1:
         return lambda _: stop.is_set()
     everywhere = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-    count = jax.jit(lambda votes, _: votes.max(), out_shardings=replicated(mesh))
+    count = jax.jit(lambda votes, _: votes.max(), out_shardings=NamedSharding(mesh, PartitionSpec()))
     counted: list[Array] = []
 
     def shall_stop(scalars: dict[str, Array]) -> bool:

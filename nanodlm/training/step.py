@@ -15,7 +15,7 @@ from nanodlm.build import make_model
 from nanodlm.checkpoints import State
 from nanodlm.config import Config
 from nanodlm.data.vocabulary import Vocabulary
-from nanodlm.devices.mesh import batch_sharding, logit_chunks, make_mesh, replicated, shardings
+from nanodlm.devices.mesh import batch_sharding, cut, logit_chunks, make_mesh, shardings
 from nanodlm.diffusion.corruption import Corruption
 from nanodlm.errors import UsageError
 from nanodlm.model.transformer import LOGICAL_AXES, Transformer, count_parameters, segments
@@ -140,8 +140,8 @@ def make_program(config: Config, vocabulary: Vocabulary) -> Program:
         network,
         count_parameters(network),
         jax.jit(initialise, out_shardings=cuts),
-        jax.jit(step, donate_argnums=0, out_shardings=(cuts, replicated(mesh))),
-        jax.tree.map(lambda leaf, cut: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=cut), shapes, cuts),
+        jax.jit(step, donate_argnums=0, out_shardings=(cuts, jax.NamedSharding(mesh, cut()))),
+        jax.tree.map(lambda leaf, held: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=held), shapes, cuts),
         jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(mesh, axis=1)),
     )
 

@@ -10,6 +10,7 @@ import tyro
 from benchmarks.ablation import ablation, compare, variants
 from benchmarks.bucket import bucket
 from benchmarks.orchestration import orchestration
+from benchmarks.plain import plain
 from benchmarks.race import race
 from benchmarks.runs import measure
 from benchmarks.variance import variance
@@ -41,11 +42,11 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.mark.slow
 def test_the_race_scores_the_same_tokens_and_ends_when_the_plain_bound_is_reached(config: Config, store: str) -> None:
-    plain = config.replace(model={"seq_len": 24}, train={"max_steps": 1000, "lr": 1e-9, "warmup_steps": 0})
+    slow = config.replace(model={"seq_len": 24}, train={"max_steps": 1000, "lr": 1e-9, "warmup_steps": 0})
     with pytest.raises(UsageError, match="the same held-out tokens"):
-        race(config, plain, store)
+        race(config, slow, store)
     config = config.replace(eval={"max_rows": None})
-    result = race(config, plain, store, minutes=1e-5, updates=(3, 2))
+    result = race(config, slow, store, minutes=1e-5, updates=(3, 2))
     assert result["plain"]["tokens"] == result["plain"]["updates"] * 4 * 24
     artifacts = [Store(store).find(stage, fingerprint) for stage, fingerprint in Store(store) if stage == "evaluate"]
     assert {artifact.metrics["scored_tokens"] for artifact in artifacts} == {1000}
@@ -56,7 +57,12 @@ def test_the_race_scores_the_same_tokens_and_ends_when_the_plain_bound_is_reache
     assert result["ratio"] == (pytest.approx(ratio) if reached[-1] else None)
 
 
-@pytest.mark.parametrize("script", [race, ablation, variance, bucket, orchestration])
+def test_plain_updates_are_timed_beside_ours(config: Config) -> None:
+    found = plain(config, steps=1)
+    assert found["speedup"] == pytest.approx(found["plain_step_seconds"] / found["step_seconds"])
+
+
+@pytest.mark.parametrize("script", [race, ablation, variance, bucket, orchestration, plain])
 def test_every_script_lists_its_flags(script: Any, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         tyro.cli(script, args=["--help"])

@@ -375,7 +375,7 @@ def test_what_a_training_writes_has_the_modes_that_the_umask_leaves(
 ) -> None:
     store, config = tmp_path / "store", tmp_path / "config.json"
     shutil.copytree(trained.store.root, store, ignore=shutil.ignore_patterns("train"))
-    config.write_text(tiny(exp={"use_tensorboard": True}).model_dump_json())
+    config.write_text(tiny().model_dump_json())
     before = os.umask(mask)
     try:
         told = ["--events", str(tmp_path / "told" / "events.jsonl")]
@@ -383,7 +383,7 @@ def test_what_a_training_writes_has_the_modes_that_the_umask_leaves(
     finally:
         os.umask(before)
     (checkpoints,) = store.glob("train/*/attempts/*/checkpoints")
-    for folder in (checkpoints, tmp_path / "told", tmp_path / "cache" / "tensorboard"):
+    for folder in (checkpoints, tmp_path / "told"):
         for path in (folder, *folder.rglob("*")):
             whole = 0o777 if path.is_dir() else 0o666
             assert path.stat().st_mode & 0o777 == whole & ~mask, path

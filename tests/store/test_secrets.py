@@ -100,7 +100,7 @@ def test_the_commands_and_the_orchestrator_leave_no_secret_anywhere(
 ) -> None:
     fsspec.filesystem("s3").mkdir("commands")
     home, store, outputs = Path(planted["HOME"]), "s3://commands/runs", []
-    config = tiny(exp={"use_wandb": True, "use_tensorboard": True, "save_every": 100})
+    config = tiny(exp={"use_wandb": True, "save_every": 100})
     (home / "config.json").write_text(config.model_dump_json())
 
     def run(*words: str, code: int = 0) -> None:

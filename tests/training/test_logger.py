@@ -33,7 +33,7 @@ def test_two_records_in_a_row_beyond_the_limit_stop_the_run() -> None:
     with pytest.raises(NanodlmError, match=r"exploded at update 40, to 1000000 .* last good checkpoint is /before/30:"):
         log.flush()
     assert [fields["step"] for fields in said] == [10, 20, 30, 40]
-    assert said[1]["bits_per_byte"] == pytest.approx(2 * (0.9 * 60 + 5) / 1.9), "smoothed, in the unit of the result"
+    assert said[1]["bits_per_byte"] == pytest.approx(2 * (60 + 5) / 2), "smoothed, in the unit of the result"
 
 
 def test_records_that_are_not_finite_are_written_as_null_when_updates_are_skipped() -> None:

@@ -1,4 +1,4 @@
-"""Where log records go: the JSONL file, W&B offline and TensorBoard, each read back from what was written."""
+"""Where log records go: the JSONL file and W&B offline, both read back from what was written."""
 
 import json
 import os
@@ -12,8 +12,6 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
-from tensorboardX.proto.event_pb2 import Event
-from tensorboardX.record_writer import masked_crc32c
 
 import nanodlm
 from nanodlm.config import PRESETS
@@ -88,22 +86,6 @@ def wandb_history(file: Path) -> list[dict[str, Any]]:
     return found
 
 
-def tensorboard_events(file: Path) -> Iterator[Event]:
-    """The events of a file of length, checksum, bytes, checksum."""
-    data = file.read_bytes()
-    while data:
-        size, crc = struct.unpack("<QI", data[:12])
-        assert crc == masked_crc32c(data[:8])
-        assert struct.unpack("<I", data[12 + size : 16 + size])[0] == masked_crc32c(data[12 : 12 + size])
-        yield Event.FromString(data[12 : 12 + size])
-        data = data[16 + size :]
-
-
-def tensorboard_rows(file: Path) -> list[dict[str, Any]]:
-    events = [event for event in tensorboard_events(file) if event.HasField("summary")]
-    return [{"step": e.step, **{value.tag: value.simple_value for value in e.summary.value}} for e in events]
-
-
 def lines(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
@@ -121,13 +103,12 @@ def test_nothing_but_the_jsonl_file_is_written_unless_asked_for(tmp_path: Path) 
     assert (said, [p.name for p in tmp_path.iterdir()]) == ([], ["logs.jsonl"])
 
 
-@pytest.mark.parametrize(("extra", "package"), [("wandb", "wandb"), ("tensorboard", "tensorboardX")])
 def test_a_missing_package_is_named_with_its_extra_before_anything_is_written(
-    extra: str, package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(UsageError, match=rf"--exp\.use_{extra} needs {package}: pip install 'nanodlm\[{extra}\]'"):
-        open_tracker(tmp_path, **{f"use_{extra}": True})
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UsageError, match=r"--exp\.use_wandb needs wandb: pip install 'nanodlm\[wandb\]'"):
+        open_tracker(tmp_path, use_wandb=True)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -192,40 +173,17 @@ def test_wandb_that_does_not_start_is_said_before_the_training_with_what_to_do(
 ) -> None:
     monkeypatch.setattr("wandb.init", Mock(side_effect=OSError("no route\nto host")))
     with pytest.raises(NanodlmError, match=r"W&B did not start \(no route to host\): .*WANDB_MODE=offline"):
-        open_tracker(tmp_path, use_wandb=True, use_tensorboard=True)
+        open_tracker(tmp_path, use_wandb=True)
 
 
-def test_the_event_file_of_a_resumed_run_is_whole_and_takes_the_place_of_the_earlier_one(tmp_path: Path) -> None:
-    with open_tracker(tmp_path, use_tensorboard=True) as tracker:
-        tracker.log(RECORDS[0])
-        tracker.log({"step": 20, "loss": 99.0, "lr": 0.125})
-    with open_tracker(tmp_path, said=(said := []), use_tensorboard=True, records=RECORDS[:1]) as tracker:
-        tracker.log(RECORDS[1])
-    files = tmp_path.glob("cache/tensorboard/a1b2/events.out.tfevents.*")
-    _, later = sorted(files, key=lambda path: path.name.rpartition(".")[2])
-    assert said == [f"records for TensorBoard: {later.parent}"]
-    assert tensorboard_rows(later) == RECORDS
-    version, start, *_ = tensorboard_events(later)
-    assert version.file_version == "brain.Event:2"
-    assert start.session_log.status == start.session_log.START  # a reader drops what came before from this step on
-    assert start.step == 0
-
-
-def test_a_run_name_cannot_lead_out_of_the_folder_of_tensorboard(tmp_path: Path) -> None:
-    with open_tracker(tmp_path, use_tensorboard=True, run_name="../../my run"):
-        pass
-    assert [p.name for p in (tmp_path / "cache" / "tensorboard").iterdir()] == [".._.._my_run-a1b2"]
-
-
-def test_a_tracker_that_fails_is_named_once_and_the_others_get_every_record(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_wandb_that_fails_is_named_once_and_the_file_gets_every_record(
+    offline: socket.socket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    full = Mock(side_effect=OSError("no space left"))
-    with open_tracker(tmp_path, said=(said := []), use_tensorboard=True) as tracker:
-        monkeypatch.setattr("tensorboardX.event_file_writer.EventsWriter.write_event", full)
+    with open_tracker(tmp_path, said=(said := []), use_wandb=True) as tracker:
+        monkeypatch.setattr("wandb.sdk.wandb_run.Run.log", Mock(side_effect=OSError("no space left")))
         for record in RECORDS:
             tracker.log(record)
-    assert said[1:] == ["TensorBoard failed and gets no more records, the run goes on: no space left"]
+    assert said[1:] == ["W&B failed and gets no more records, the run goes on: no space left"]
     assert lines(tmp_path / "logs.jsonl") == RECORDS
 
 
@@ -233,7 +191,7 @@ def test_an_interrupted_training_leaves_whole_records_everywhere_and_none_but_js
     offline: socket.socket, tmp_path: Path
 ) -> None:
     store = Store(str(tmp_path / "store"))
-    asking = tiny(exp={"save_every": 5, "log_every": 3, "use_wandb": True, "use_tensorboard": True})
+    asking = tiny(exp={"save_every": 5, "log_every": 3, "use_wandb": True})
     for name in table.until("shard"):
         stages_run.run_stage(name, asking, store)
 
@@ -259,7 +217,5 @@ def test_an_interrupted_training_leaves_whole_records_everywhere_and_none_but_js
     first, second = sorted(cache_dir().glob(f"wandb/offline-run-*/run-{run_id}.wandb"))
     assert wandb_history(first) == seen[-1]
     assert wandb_history(second) == records[3:]
-    events = max(cache_dir().glob(f"tensorboard/{run_id}/*"), key=lambda path: path.name.rpartition(".")[2])
-    assert [row["step"] for row in tensorboard_rows(events)] == [3, 6, 9, 12]
     names = {file["path"] for file in run.manifest["files"] if not file["path"].startswith(("checkpoints/", "token"))}
     assert names == {"config.json", "logs.json", "logs.jsonl", "parameters.json"}
