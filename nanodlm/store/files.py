@@ -6,7 +6,6 @@ again for `$NANODLM_RETRY_SECONDS`, what will not (no access, no such bucket, di
 
 import contextlib
 import json
-import os
 import secrets
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -44,7 +43,6 @@ class Storage:
         if protocol not in LOCAL:  # one place has one address
             url = single_slashes(url).rstrip("/")
         self._create_only = self.is_local = protocol in LOCAL
-        self.asked = self.is_local or os.environ.get("NANODLM_OFFLINE", "").lower() not in ("1", "true", "yes")
         self.driver: Disk | Bucket | Driver
         try:
             if protocol in S3:
@@ -73,9 +71,7 @@ class Storage:
         return self._before + path
 
     def ask(self, call: Callable[[], T]) -> T:
-        """Return the result of a request, as `retry.ask` does; with `$NANODLM_OFFLINE` nothing remote is asked."""
-        if not self.asked:
-            raise NanodlmError(f"{self.uri()} is not asked while NANODLM_OFFLINE is set: unset it")
+        """Return the result of a request, as `retry.ask` does."""
         return ask(self.uri(), call)
 
     def together(self, call: Callable[[S], T], things: Iterable[S]) -> Iterator[T]:

@@ -1,8 +1,6 @@
 """A store: artifacts under one URL, found by their fingerprints; their files are verified before anybody reads them."""
 
 import contextlib
-import hashlib
-import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -13,7 +11,7 @@ from pathlib import Path
 from nanodlm.config import parse_address
 from nanodlm.errors import Damaged, Emit, NanodlmError, silent
 from nanodlm.store import cache
-from nanodlm.store.disk import Found, write_whole
+from nanodlm.store.disk import Found
 from nanodlm.store.files import Storage, show_transfer
 from nanodlm.store.manifest import MANIFEST, Item, Json, problem_with, safe
 from nanodlm.store.part import Part, read_part
@@ -132,7 +130,7 @@ class Artifact:
 
     def check(self, *only: str, deep: bool = False) -> "Artifact":
         """Return self, or raise `Damaged`, which names the first bad file and the remedy."""
-        if self.store.asked and (bad := self.problems(*only, deep=deep)):
+        if bad := self.problems(*only, deep=deep):
             more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
             raise Damaged(self.remedy(f"{' '.join(next(iter(bad.items())))}{more}", deep=deep))
         return self
@@ -161,9 +159,6 @@ class Artifact:
     def _fetch(self, files: list[Json], emit: Emit = silent) -> Path:
         """Let a folder of this process in the cache hold files, and return it."""
         lacking = [file for file in files if not (cache.cache_dir() / "files" / file["sha256"]).is_file()]
-        if lacking and not self.store.asked:
-            lacks = f"is not wholly in the cache ({lacking[0]['path']} is missing)"
-            raise NanodlmError(f"{self.uri} {lacks}: unset NANODLM_OFFLINE")
         name = f"{self.stage}-{self.fingerprint[:16]}-{self.manifest['attempt']}"
         folder = cache.hold(name, sum(file["size"] for file in lacking))
         arrived = show_transfer(emit, f"MB of {self.stage} fetched", files)
@@ -192,13 +187,9 @@ class Store(Storage):
 
     def find(self, stage: str, fingerprint: str) -> Artifact | None:
         """Return the committed artifact, or None; one whose manifest cannot be read raises `Damaged`."""
-        path, kept = self.path(stage, fingerprint, MANIFEST), None
-        if not self.is_local:  # for when nobody may be asked
-            place = hashlib.sha256(self.uri().encode()).hexdigest()[:16]
-            kept = cache.cache_dir() / "manifests" / place / stage / fingerprint / MANIFEST
+        path = self.path(stage, fingerprint, MANIFEST)
         try:
-            manifest = self.read_json(path) if self.asked else Storage(str(kept)).read_json(str(kept))
-            if manifest is None:
+            if (manifest := self.read_json(path)) is None:
                 return None
             if problem := problem_with(manifest, stage, fingerprint):
                 raise Damaged(f"{self.address(path)} {problem}")
@@ -206,11 +197,6 @@ class Store(Storage):
             uri = self.uri(stage, fingerprint)
             remedy = f"`nanodlm verify {uri} --repair` builds it again, `nanodlm rm {uri}` removes it"
             raise Damaged(f"{error}: {remedy}") from error
-        if kept and self.asked:
-            with contextlib.suppress(OSError):  # a cache that cannot be written is no error
-                data = json.dumps(manifest).encode()
-                if not kept.exists() or kept.read_bytes() != data:
-                    write_whole(kept, data)
         return Artifact(self, stage, fingerprint, manifest)
 
     def artifacts(self, items: Iterable[Item]) -> Iterator[tuple[Item, Artifact | Damaged | None]]:

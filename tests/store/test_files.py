@@ -496,35 +496,6 @@ def test_the_cache_throws_out_what_was_used_longest_ago_and_never_what_is_in_use
 
 
 @remotely
-def test_what_was_fetched_is_read_offline_without_asking_the_store(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for fingerprint, files in (("f0", FILES), ("f1", {"a.bin": b"not read"})):
-        committed(Store(place), files, fingerprint=fingerprint)
-        assert Store(place).find("shard", fingerprint) is not None
-    read(Store(place).open("shard/f0"))
-    monkeypatch.setattr(Store, "ask", None)  # whatever asks the store fails
-    monkeypatch.setenv("NANODLM_OFFLINE", "1")
-    assert read(Store(place).open("shard/f0")) == FILES
-    assert Store(place).find("shard", "f9") is None
-    with pytest.raises(NanodlmError, match=r"not wholly in the cache \(.* is missing\): unset NANODLM_OFFLINE"):
-        Store(place).open("shard/f1").local()
-
-
-@remotely
-def test_nothing_is_built_offline_and_what_another_committed_stays(
-    place: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    theirs = committed(Store(place), FILES)
-    monkeypatch.setenv("NANODLM_CACHE", str(tmp_path / "empty"))
-    monkeypatch.setenv("NANODLM_OFFLINE", "1")
-    with pytest.raises(NanodlmError, match=r"is not asked while NANODLM_OFFLINE is set: unset it"):
-        committed(Store(place), {"other.bin": b"other"})
-    with pytest.raises(NanodlmError, match="is not asked while NANODLM_OFFLINE is set"):
-        list(Store(place))
-    monkeypatch.delenv("NANODLM_OFFLINE")
-    assert Store(place).open("shard/f0").manifest == theirs.manifest
-
-
-@remotely
 def test_a_scribbled_copy_is_fetched_again(place: str) -> None:
     artifact = committed(Store(place), FILES)
     (own,) = (cache.cache_dir() / "processes").iterdir()
