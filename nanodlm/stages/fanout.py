@@ -13,7 +13,7 @@ from nanodlm.data.download import parts
 from nanodlm.errors import Emit, silent
 from nanodlm.stages.lookup import Lookup, ready
 from nanodlm.stages.run import full_disk_in_one_line
-from nanodlm.store import Store, finished_parts, hold_lease, new_attempt
+from nanodlm.store import Store, hold_lease, new_attempt
 
 
 @contextmanager
@@ -27,7 +27,7 @@ def missing_shards(lookup: Lookup, store: Store, emit: Emit = silent) -> Iterato
 
 
 def _missing(store: Store, lookup: Lookup) -> list[int]:
-    finished = finished_parts(store, "shard", lookup.fingerprint)
+    finished = store.finished_parts("shard", lookup.fingerprint)
     return [i for i in range(len(parts(lookup.inputs["download"]))) if rows.name(i) not in finished]
 
 
@@ -35,7 +35,7 @@ def build_shard(config: Config, store: Store, index: int, inputs: dict[str, str]
     """Make the shard of the corpus's part of this number, from 0, and return whether that was still to be done."""
     opened = {name: store.open(f"{name}/{fingerprint}") for name, fingerprint in inputs.items()}
     lookup = ready("shard", config, store, inputs=opened)
-    if lookup.artifact or rows.name(index) in finished_parts(store, "shard", lookup.fingerprint):
+    if lookup.artifact or rows.name(index) in store.finished_parts("shard", lookup.fingerprint):
         return False
     with full_disk_in_one_line(store), new_attempt(store, "shard", lookup.fingerprint) as attempt:
         shard.build_shard(config, opened, attempt, index)
