@@ -147,29 +147,19 @@ class Storage:
 
     def require_create_only(self) -> None:
         """Try, once, whether a file that exists can be created again, and refuse a storage where it can."""
-        if self._create_only:
-            return
-        with self._probe() as probe:
-            if self.write_json(f"{probe}/probe", {"created": 2}, create_only=True):
-                what = f"{self.uri()} lets an existing file be created again, so commits of two runs could mix"
-                raise NanodlmError(f"{what}: its server ignores `If-None-Match`; use another store")
-            self._create_only = True
+        if not self._create_only:
+            self.now()
 
     def now(self) -> float:
-        """Return the Unix time by the storage's own clock: that of a file created now."""
-        try:
-            with self._probe() as probe:
-                return self.files(probe)["probe"].changed
-        except OSError as error:
-            raise NanodlmError(f"cannot write to {self.uri()}: {one_line(error)}") from error
-
-    @contextlib.contextmanager
-    def _probe(self) -> Iterator[str]:
-        """Create a folder with one file, yield its path, and remove it."""
+        """Return the Unix time by the storage's own clock: that of a file created now, which must be so only once."""
         folder = self.path(PROBES, secrets.token_hex(8))
         try:
             self.write_json(f"{folder}/probe", {"created": 1}, create_only=True)
-            yield folder
+            if self.write_json(f"{folder}/probe", {"created": 2}, create_only=True):
+                what = f"{self.uri()} lets an existing file be created again, so commits of two runs could mix"
+                raise NanodlmError(f"{what}: its server ignores `If-None-Match`; use another store")
+            self._create_only = True
+            return self.files(folder)["probe"].changed
         finally:
             with contextlib.suppress(OSError, NanodlmError):
                 self.remove_folder(folder)
