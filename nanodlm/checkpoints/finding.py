@@ -5,7 +5,7 @@ import re
 
 from nanodlm.config import parse_address
 from nanodlm.errors import Damaged, UsageError
-from nanodlm.store import Json, Part, Store, finished_parts, read_part
+from nanodlm.store import Json, Part, Store
 from nanodlm.store.attempt import made_it
 from nanodlm.store.manifest import MANIFEST, NAME
 
@@ -39,7 +39,7 @@ def find_checkpoint(address: str) -> Part:
     folder = store.root
     if isinstance(manifest, dict) and NAME.fullmatch(str(manifest.get("attempt", ""))):
         folder = store.path("attempts", str(manifest["attempt"]))
-    part = read_part(store, folder, name, stage="train")
+    part = store.part(folder, name, stage="train")
     if part is None:
         finished = sorted(path.removesuffix(".json") for path in store.files(f"{folder}/parts/checkpoints"))
         have = f"there are {', '.join(finished)}" if finished else "there are none"
@@ -52,12 +52,11 @@ def goes_on_after(store: Store, fingerprint: str, manifest: Json) -> int:
 
     Of the manifest there may be as much as is known. Without a whole checkpoint it is 0.
     """
-    found, is_its = finished_parts(store, "train", fingerprint), made_it(manifest)
+    found, is_its = store.finished_parts("train", fingerprint), made_it(manifest)
     for name in sorted(found, key=step_of, reverse=True):
         for attempt in filter(is_its, found[name]):
             folder = store.path("train", fingerprint, "attempts", attempt)
-            part = read_part(store, folder, name, stage="train", fingerprint=fingerprint)
-            with contextlib.suppress(OSError):  # a file is missing, or cannot be read
-                if part and all(store.sha256(f"{folder}/{f['path']}", f["size"]) == f["sha256"] for f in part.files):
-                    return step_of(name)
+            part = store.part(folder, name, stage="train", fingerprint=fingerprint)
+            if part and not part.problems(deep=True):
+                return step_of(name)
     return 0

@@ -6,7 +6,6 @@ A checkpoint counts once its files are recorded with their sha256 (`Attempt.fini
 them is recorded what the run was: its settings, the digests of its data, its key, how many rows it has seen, its logs.
 """
 
-import tempfile
 import time
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,7 +23,7 @@ from nanodlm.checkpoints import State
 from nanodlm.checkpoints.finding import find_checkpoint, step_name, step_of
 from nanodlm.checkpoints.identity import check_run
 from nanodlm.devices.hosts import from_leader
-from nanodlm.errors import NanodlmError, UsageError, full_disk_named
+from nanodlm.errors import NanodlmError, UsageError
 from nanodlm.store import Attempt, Json
 
 QUEUE = 4  # saves that may wait to be published
@@ -144,14 +143,14 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
         """Return the checkpoint at an address, of any run, and its info; the other arguments are those of `restore`."""
         part = find_checkpoint(address)
         check_run(part.info, self._run, allowed, f"the checkpoint {part.uri}")
+        name = part.manifest["part"]
         self._origin = part.uri
-        with tempfile.TemporaryDirectory() as scratch, full_disk_named(f"the temporary folder {scratch}"):
-            folder = part.local(Path(scratch))
-            try:
-                return _restore(self._checkpointer, folder, abstract, part.info), part.info
-            except (ValueError, KeyError, TypeError) as error:
-                fixed = f"one of these cannot change in mid-training: {', '.join(allowed)}"
-                raise UsageError(f"the arrays of {part.uri} do not fit this configuration: {fixed}") from error
+        folder = part.local() / name
+        try:
+            return _restore(self._checkpointer, folder, abstract, part.info), part.info
+        except (ValueError, KeyError, TypeError) as error:
+            fixed = f"one of these cannot change in mid-training: {', '.join(allowed)}"
+            raise UsageError(f"the arrays of {part.uri} do not fit this configuration: {fixed}") from error
 
 
 def _score_of(info: Json) -> float | None:

@@ -68,7 +68,7 @@ def _find(stage: Stage, config: Config, inputs: dict[str, Artifact], store: Stor
     try:
         lookup = identify(stage, config, inputs)
     except SourceGone as gone:
-        if rebuild or not store.asked:
+        if rebuild:
             raise
         lookup = _downloaded_before(stage, config, store, gone)
     return lookup.find_in(store, may_be_damaged=rebuild)
@@ -147,8 +147,6 @@ def why(lookup: Lookup, store: Store) -> str:
     """Say why a stage would be built: which settings and inputs differ from the most similar artifact there is."""
     if lookup.lacking:
         return "an input is not built yet"
-    if not store.asked:
-        return "it was not fetched before, and the store is not asked while NANODLM_OFFLINE is set"
     wanted = comparable(lookup.identity)
     like_it: list[tuple[list[str], str]] = []
     for other in _of_stage(lookup.stage.name, store):

@@ -20,8 +20,7 @@ from nanodlm.store.cache import hold
 from nanodlm.store.disk import Found, describe, flush_folders, link, list_files
 from nanodlm.store.files import show_transfer
 from nanodlm.store.manifest import FLOW_RUN, MANIFEST, PACKAGES, Json, digest_of, safe, sealed, utc_now
-from nanodlm.store.part import Part, finished_parts, read_part
-from nanodlm.store.store import Artifact, Store
+from nanodlm.store.store import Artifact, Part, Store, parts_in
 
 # The store's records, and files that systems leave in folders.
 NOBODYS = re.compile(r"parts/.*|(.*/)?(\.DS_Store|\._.*|Thumbs\.db|desktop\.ini|\.nfs[0-9a-f]+)", re.DOTALL)
@@ -53,8 +52,12 @@ class Attempt:
         """Record files (relative paths), which will not change any more, as a finished part, with JSON as `info`."""
         described, e_tags = self._publish(sorted(name for name in files if not NOBODYS.fullmatch(name)), silent)
         self._flush(described, self.path)
-        self._parts[name] = Part(self.store, self._remote(), name, self._of, described, info, e_tags)
-        self._parts[name].record()
+        self._record(name, described, info, e_tags)
+
+    def _record(self, name: str, files: list[Json], info: Json, e_tags: dict[str, str]) -> None:
+        record = sealed({**self._of, "part": name, "files": files, "info": info, "e_tags": e_tags})
+        self.store.write_json(self._remote("parts", f"{name}.json"), record)
+        self._parts[name] = Part(self.store, self._remote(), record)
 
     def _flush(self, files: list[Json], root: Path) -> None:
         if self.store.is_local:
@@ -72,15 +75,23 @@ class Attempt:
     def forget(self, name: str) -> None:
         """Drop a finished part and its files, here and in the store; what lies in another attempt's folder stays."""
         part = self._parts.pop(name)
-        if part.folder == self._remote():
-            self._unlink(part.files)
-            files = () if self.store.is_local else (self._remote(file["path"]) for file in part.files)
+        if part.place == self._remote():
+            for path in (self.path / safe(file["path"]) for file in part.files()):
+                path.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # a folder is not empty
+                    for folder in path.relative_to(self.path).parents[:-1]:
+                        (self.path / folder).rmdir()
+            files = () if self.store.is_local else (self._remote(file["path"]) for file in part.files())
             self.store.remove(self._remote("parts", f"{name}.json"), *files)
+
+    @cached_property
+    def _listed(self) -> dict[str, Found]:
+        return self.store.files(self.store.path(self.stage, self.fingerprint, "attempts"))
 
     @cached_property
     def earlier(self) -> dict[str, list[str]]:
         """Names of the parts that earlier attempts finished, each with the attempts that did."""
-        found = finished_parts(self.store, self.stage, self.fingerprint)
+        found = parts_in(self._listed)
         mine = {n: [a for a in attempts if a != self.id and self._goes_on_from(a)] for n, attempts in found.items()}
         return {name: attempts for name, attempts in mine.items() if attempts}
 
@@ -90,27 +101,25 @@ class Attempt:
 
     def info(self, name: str) -> Json | None:
         """Return what a part that an earlier attempt finished was finished with; its files are not looked at."""
-        return next((part.info for part in self._earlier_parts(name)), None)
+        return next((part.info for part, _ in self._earlier_parts(name)), None)
 
     def adopt(self, name: str) -> Json | None:
         """Take over a part that an earlier attempt finished and that is whole; return its `info`, or None: build it.
 
         Its files are here then, and `forget` may drop them.
         """
-        for part in self._earlier_parts(name):
+        for part, listed in self._earlier_parts(name):
+            if part.problems(deep=self.store.is_local, listed=listed):
+                continue
             with contextlib.suppress(Damaged):
-                part.local(self.path)
-                paths, e_tags = [file["path"] for file in part.files], part.e_tags
+                folder, paths = part.fetch(), [file["path"] for file in part.files()]
+                for path in [*paths, f"parts/{name}.json"] if self.store.is_local else paths:
+                    link(folder / path, self.path / path)  # none of them will change
                 if self.store.is_local:
-                    for path in (*paths, f"parts/{name}.json"):
-                        link(Path(part.folder, path), self.path / path)  # none of them will change
+                    self._parts[name] = dataclasses.replace(part, place=self._remote())
                 else:
-                    e_tags = self._publish(paths, silent)[1]
-                self._parts[name] = dataclasses.replace(part, folder=self._remote(), e_tags=e_tags)
-                if not self.store.is_local:
-                    self._parts[name].record()
+                    self._record(name, part.files(), part.info, self._publish(paths, silent)[1])
                 return part.info
-            self._unlink(part.files)  # half a part must not be committed
         return None
 
     def adopt_finished(self, names: Iterable[str]) -> dict[str, Json]:
@@ -118,37 +127,26 @@ class Attempt:
 
         From a bucket nothing is fetched whose e-tags are those recorded: the manifest will name where it lies.
         """
-        wanted = [name for name in names if name in self.earlier]
-        attempts = self.store.path(self.stage, self.fingerprint, "attempts")
-        listed = self.store.files(attempts) if wanted and not self.store.is_local else {}
 
         def take(name: str) -> Json | None:
-            for part in self._earlier_parts(name) if listed else ():
-                paths = {file["path"]: f"{Path(part.folder).name}/{file['path']}" for file in part.files}
-                there = {path: listed.get(below, Found(0, 0.0)).e_tag for path, below in paths.items()}
-                if all(there.values()) and there == part.e_tags:
+            for part, listed in self._earlier_parts(name):
+                e_tags = {path: found.e_tag for path, found in listed.items()}
+                if e_tags and all(e_tags.values()) and e_tags == part.manifest.get("e_tags"):
                     self._parts[name] = part
                     return part.info
             return self.adopt(name)
 
+        wanted = [name for name in names if name in self.earlier]
         taken = zip(wanted, self.store.together(take, wanted), strict=True)
         return {name: info for name, info in taken if info is not None}
 
-    def _earlier_parts(self, name: str) -> Iterator[Part]:
-        """Yield the records of a part that earlier attempts finished."""
+    def _earlier_parts(self, name: str) -> Iterator[tuple[Part, dict[str, Found]]]:
+        """Yield the records of a part that earlier attempts finished, and those of its files that are there."""
         for attempt in self.earlier.get(name, ()):
             folder = self.store.path(self.stage, self.fingerprint, "attempts", attempt)
-            if part := read_part(self.store, folder, name, **self._of):
-                yield part
-
-    def _unlink(self, files: list[Json]) -> None:
-        """Remove local files and the folders that this leaves empty."""
-        for file in files:
-            path = self.path / safe(file["path"])
-            path.unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # a folder is not empty
-                for folder in path.relative_to(self.path).parents[:-1]:
-                    (self.path / folder).rmdir()
+            if part := self.store.part(folder, name, **self._of):
+                paths = {file["path"]: f"{attempt}/{file['path']}" for file in part.files()}
+                yield part, {path: self._listed[at] for path, at in paths.items() if at in self._listed}
 
     def commit(
         self,
@@ -169,9 +167,9 @@ class Attempt:
         differs. `restore` (a repair) is the manifest of what is damaged, as far as it is known: where its digest is not
         that of the files this raises and leaves what is there; what else it says is kept.
         """
-        known = {file["path"]: file for part in self._parts.values() for file in part.files}
-        elsewhere = [part for part in self._parts.values() if part.folder != self._remote()]
-        adopted = [{**file, "attempt": Path(part.folder).name} for part in elsewhere for file in part.files]
+        known = {file["path"]: file for part in self._parts.values() for file in part.files()}
+        elsewhere = [part for part in self._parts.values() if part.place != self._remote()]
+        adopted = [{**file, "attempt": Path(part.place).name} for part in elsewhere for file in part.files()]
         there = [name for name in list_files(str(self.path)) if not NOBODYS.fullmatch(name)]
         made, _ = self._publish(sorted(set(there) - known.keys()), self.store.emit)
         files = sorted([*made, *adopted, *(known[name] for name in there if name in known)], key=itemgetter("path"))
@@ -189,7 +187,7 @@ class Attempt:
             "fingerprint": self.fingerprint,
             "attempt": self.id,
             "files": files,
-            "parts": {name: Path(part.folder).name for name, part in self._parts.items()},
+            "parts": {name: Path(part.place).name for name, part in self._parts.items()},
             "volatile": volatile,
             "digest": digest,
             "metrics": metrics,
@@ -226,7 +224,7 @@ class Attempt:
                     return existing
             self.store.write_json(target, manifest)
             break
-        return Artifact(self.store, self.stage, self.fingerprint, manifest)
+        return Artifact(self.store, self.store.path(self.stage, self.fingerprint), manifest)
 
 
 def made_it(manifest: Json) -> Callable[[str], bool]:

@@ -2,7 +2,6 @@
 
     {cache}/files/{sha256}       a copy, which appears whole, after its sha256 was checked
     {cache}/processes/{name}/    what one process uses: links to copies, and what it makes for a remote store
-    {cache}/manifests/...        manifests of what was found, for when no store may be asked
     {cache}/locks/...            which only spare processes from fetching the same at once
 
 Nothing rests on locks, which some networks' disks lack: a copy that is thrown out stays with those that have linked it.

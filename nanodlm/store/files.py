@@ -6,7 +6,6 @@ again for `$NANODLM_RETRY_SECONDS`, what will not (no access, no such bucket, di
 
 import contextlib
 import json
-import os
 import secrets
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -44,7 +43,6 @@ class Storage:
         if protocol not in LOCAL:  # one place has one address
             url = single_slashes(url).rstrip("/")
         self._create_only = self.is_local = protocol in LOCAL
-        self.asked = self.is_local or os.environ.get("NANODLM_OFFLINE", "").lower() not in ("1", "true", "yes")
         self.driver: Disk | Bucket | Driver
         try:
             if protocol in S3:
@@ -73,9 +71,7 @@ class Storage:
         return self._before + path
 
     def ask(self, call: Callable[[], T]) -> T:
-        """Return the result of a request, as `retry.ask` does; with `$NANODLM_OFFLINE` nothing remote is asked."""
-        if not self.asked:
-            raise NanodlmError(f"{self.uri()} is not asked while NANODLM_OFFLINE is set: unset it")
+        """Return the result of a request, as `retry.ask` does."""
         return ask(self.uri(), call)
 
     def together(self, call: Callable[[S], T], things: Iterable[S]) -> Iterator[T]:
@@ -151,29 +147,19 @@ class Storage:
 
     def require_create_only(self) -> None:
         """Try, once, whether a file that exists can be created again, and refuse a storage where it can."""
-        if self._create_only:
-            return
-        with self._probe() as probe:
-            if self.write_json(f"{probe}/probe", {"created": 2}, create_only=True):
-                what = f"{self.uri()} lets an existing file be created again, so commits of two runs could mix"
-                raise NanodlmError(f"{what}: its server ignores `If-None-Match`; use another store")
-            self._create_only = True
+        if not self._create_only:
+            self.now()
 
     def now(self) -> float:
-        """Return the Unix time by the storage's own clock: that of a file created now."""
-        try:
-            with self._probe() as probe:
-                return self.files(probe)["probe"].changed
-        except OSError as error:
-            raise NanodlmError(f"cannot write to {self.uri()}: {one_line(error)}") from error
-
-    @contextlib.contextmanager
-    def _probe(self) -> Iterator[str]:
-        """Create a folder with one file, yield its path, and remove it."""
+        """Return the Unix time by the storage's own clock: that of a file created now, which must be so only once."""
         folder = self.path(PROBES, secrets.token_hex(8))
         try:
             self.write_json(f"{folder}/probe", {"created": 1}, create_only=True)
-            yield folder
+            if self.write_json(f"{folder}/probe", {"created": 2}, create_only=True):
+                what = f"{self.uri()} lets an existing file be created again, so commits of two runs could mix"
+                raise NanodlmError(f"{what}: its server ignores `If-None-Match`; use another store")
+            self._create_only = True
+            return self.files(folder)["probe"].changed
         finally:
             with contextlib.suppress(OSError, NanodlmError):
                 self.remove_folder(folder)

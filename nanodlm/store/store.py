@@ -1,87 +1,78 @@
 """A store: artifacts under one URL, found by their fingerprints; their files are verified before anybody reads them."""
 
 import contextlib
-import hashlib
-import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Self
 
 from nanodlm.config import parse_address
 from nanodlm.errors import Damaged, Emit, NanodlmError, silent
 from nanodlm.store import cache
-from nanodlm.store.disk import Found, write_whole
+from nanodlm.store.disk import Found
 from nanodlm.store.files import Storage, show_transfer
-from nanodlm.store.manifest import MANIFEST, Item, Json, problem_with, safe
-from nanodlm.store.part import Part, read_part
+from nanodlm.store.manifest import MANIFEST, Item, Json, digest_of, is_sealed, problem_with, safe
 
 LATEST = "latest"  # the folder of links to what was made last
 
 
 @dataclass(frozen=True)
-class Artifact:
-    """A committed artifact: where it is and what its manifest says."""
+class Part:
+    """A finished part of an attempt: files, each with size and sha256, and the `info` that it was finished with."""
 
     store: "Store"
-    stage: str
-    fingerprint: str
-    manifest: Json
+    place: str  # path below which its files lie
+    manifest: Json  # its record
 
     @property
-    def uri(self) -> str:
-        """Its address; `nanodlm show URI` and `nanodlm.load(uri)` take it."""
-        return self.store.uri(self.stage, self.fingerprint)
+    def stage(self) -> str:
+        """The stage that made it."""
+        return self.manifest["stage"]
 
     @property
-    def name(self) -> str:
-        """Its stage and the beginning of its fingerprint, which commands take in place of its address."""
-        return f"{self.stage}/{self.fingerprint[:12]}"
-
-    @property
-    def digest(self) -> str:
-        """The sha256 over the paths, sizes and sha256 of its files: equal bytes, equal digest."""
-        return self.manifest["digest"]
-
-    @property
-    def metrics(self) -> Json:
-        """Counts and measurements that its stage recorded."""
-        return self.manifest["metrics"]
-
-    @property
-    def inputs(self) -> list[Item]:
-        """Stage and fingerprint of each artifact that it was made from."""
-        return [(stage, made["fingerprint"]) for stage, made in self.manifest["inputs"].items()]
+    def fingerprint(self) -> str:
+        """The fingerprint of the artifact, or of that whose part it is."""
+        return self.manifest["fingerprint"]
 
     @property
     def folder(self) -> str:
         """Path of its own attempt's folder in its store."""
-        return self.store.path(self.stage, self.fingerprint, "attempts", self.manifest["attempt"])
+        return self.place
 
-    @cached_property
-    def adopted(self) -> dict[str, str]:
-        """The attempts of others in which files lie, by path; on a local disk there are links in its own."""
-        return {file["path"]: file["attempt"] for file in self.manifest["files"] if "attempt" in file}
+    @property
+    def uri(self) -> str:
+        """Its address: a plain path on local disk, else a URL."""
+        return self.store.address(f"{self.folder}/{self.manifest['part']}")
+
+    @property
+    def digest(self) -> str:
+        """The sha256 over the paths, sizes and sha256 of its files: equal bytes, equal digest."""
+        return digest_of(self.files(), [])
+
+    @property
+    def info(self) -> Json:
+        """What it was finished with."""
+        return self.manifest["info"]
 
     def _lies(self, path: str) -> str:
-        own = self.manifest["attempt"]
-        return f"attempts/{own if self.store.is_local else self.adopted.get(path, own)}/{safe(path)}"
+        return safe(path)
 
     def remote(self, relative: str) -> str:
         """Return the path of one file in its store."""
-        return self.store.path(self.stage, self.fingerprint, self._lies(relative))
+        return f"{self.place}/{self._lies(relative)}"
 
     def files(self, *only: str) -> list[Json]:
         """Return `path`, `size` and `sha256` of its files: of those whose paths begin so, or of all."""
         return [file for file in self.manifest["files"] if not only or file["path"].startswith(only)]
 
     def problems(
-        self, *only: str, deep: bool = False, emit: Emit = silent, listed: dict[str, Found] | None = None
+        self, *only: str, deep: bool = False, emit: Emit = silent, listed: Mapping[str, Found] | None = None
     ) -> dict[str, str]:
         """Return what is wrong with bad files, by path: by what is `listed` there, with `deep` also by sha256."""
-        bad, listed = {}, self.store.files(self.store.path(self.stage, self.fingerprint)) if listed is None else listed
+        bad, listed = {}, self.store.files(self.place) if listed is None else listed
         was_read = show_transfer(emit, f"MB of {self.stage} read", self.files(*only))
         for file in self.files(*only):
             if problem := self._problem(file, listed.get(self._lies(file["path"])), deep):
@@ -104,61 +95,33 @@ class Artifact:
             return f"cannot be read: {error.strerror or error}"
         return "" if same else "has been altered: its sha256 differs from the manifest's"
 
-    def strays(self, listed: dict[str, Found]) -> list[str]:
-        """Return the files among its own, of those that a listing shows, that its manifest does not name."""
-        own, named = f"attempts/{self.manifest['attempt']}/", {file["path"] for file in self.manifest["files"]}
-        found = {path.removeprefix(own) for path in listed if path.startswith(own)}
-        return sorted(path for path in found - named if not path.startswith("parts/"))
-
-    @cached_property
-    def parts(self) -> dict[str, str]:
-        """The folder in its store of the attempt that finished each of its parts, by the part's name."""
-        own, attempts = self.manifest["attempt"], self.store.path(self.stage, self.fingerprint, "attempts")
-        if (finished := self.manifest.get("parts")) is None:  # which earlier versions did not list
-            paths = "\n".join([*self.store.files(self.folder), *(file["path"] for file in self.files())])
-            names = re.findall(r"^parts/(.*)\.json$|^(checkpoints/step_[0-9]+)/", paths, re.MULTILINE)
-            finished = dict.fromkeys((record or checkpoint for record, checkpoint in names), own)
-        return {name: f"{attempts}/{own if self.store.is_local else there}" for name, there in finished.items()}
-
-    def part(self, name: str) -> Part | None:
-        """Return one of its parts; None when its record, from which a repair or a training goes on, is damaged."""
-        return read_part(self.store, self.parts[name], name, stage=self.stage, fingerprint=self.fingerprint)
-
-    def damage(self, listed: dict[str, Found] | None = None, emit: Emit = silent) -> dict[str, str]:
-        """Return all that is wrong with its files and its parts' records, by path; every file is read."""
-        found = zip(self.parts, self.store.together(self.part, self.parts), strict=True)
-        lost = {f"parts/{name}.json": "is not what was recorded" for name, part in found if part is None}
-        return self.problems(deep=True, listed=listed, emit=emit) | lost
-
-    def check(self, *only: str, deep: bool = False) -> "Artifact":
+    def check(self, *only: str, deep: bool = False) -> Self:
         """Return self, or raise `Damaged`, which names the first bad file and the remedy."""
-        if self.store.asked and (bad := self.problems(*only, deep=deep)):
+        if bad := self.problems(*only, deep=deep):
             more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
             raise Damaged(self.remedy(f"{' '.join(next(iter(bad.items())))}{more}", deep=deep))
         return self
 
     def remedy(self, problem: str, *, deep: bool = False) -> str:
         """Return the line that says what is wrong with it and what to do."""
-        command = f"nanodlm verify {self.uri} {'--deep ' if deep else ''}--repair"
-        return f"the {self.stage} artifact is damaged: {problem}; `{command}` builds what is bad again"
+        return f"{self.uri} is damaged: {problem}; start from another checkpoint"
 
     def local(self, *only: str) -> Path:
         """Return a local folder with its files, fetched if they are remote, each compared with its sha256."""
-        self.check(*only, deep=self.store.is_local)
-        return Path(self.folder) if self.store.is_local else self._fetch(self.files(*only))
+        return self.check(*only, deep=self.store.is_local).fetch(*only)
 
     def file(self, path: str) -> Path:
         """Return the local path of one of its files; see `local`."""
         return self.local(path) / path
 
-    def _fetch(self, files: list[Json]) -> Path:
-        """Let a folder of this process in the cache hold files, and return it."""
-        lacking = [file for file in files if not (cache.cache_dir() / "files" / file["sha256"]).is_file()]
-        if lacking and not self.store.asked:
-            lacks = f"is not wholly in the cache ({lacking[0]['path']} is missing)"
-            raise NanodlmError(f"{self.uri} {lacks}: unset NANODLM_OFFLINE")
-        name = f"{self.stage}-{self.fingerprint[:16]}-{self.manifest['attempt']}"
-        folder = cache.hold(name, sum(file["size"] for file in lacking))
+    def fetch(self, *only: str) -> Path:
+        """Return a local folder with its files: of a local store, those there; remote ones are copied and compared."""
+        if self.store.is_local:
+            return Path(self.folder)
+        files = self.files(*only)
+        copies = cache.cache_dir() / "files"
+        lacking = sum(file["size"] for file in files if not (copies / file["sha256"]).is_file())
+        folder = cache.hold(f"{self.stage}-{self.fingerprint[:16]}-{Path(self.folder).name}", lacking)
         arrived = show_transfer(self.store.emit, f"MB of {self.stage} fetched", files)
 
         def take(file: Json) -> int:
@@ -178,6 +141,86 @@ class Artifact:
         return folder
 
 
+@dataclass(frozen=True)
+class Artifact(Part):
+    """A committed artifact: where it is and what its manifest says."""
+
+    @property
+    def name(self) -> str:
+        """Its stage and the beginning of its fingerprint, which commands take in place of its address."""
+        return f"{self.stage}/{self.fingerprint[:12]}"
+
+    @property
+    def folder(self) -> str:
+        """Path of its own attempt's folder in its store."""
+        return f"{self.place}/attempts/{self.manifest['attempt']}"
+
+    @property
+    def uri(self) -> str:
+        """Its address; `nanodlm show URI` and `nanodlm.load(uri)` take it."""
+        return self.store.address(self.place)
+
+    @property
+    def digest(self) -> str:
+        """The sha256 over the paths, sizes and sha256 of its files: equal bytes, equal digest."""
+        return self.manifest["digest"]
+
+    @property
+    def metrics(self) -> Json:
+        """Counts and measurements that its stage recorded."""
+        return self.manifest["metrics"]
+
+    @property
+    def inputs(self) -> list[Item]:
+        """Stage and fingerprint of each artifact that it was made from."""
+        return [(stage, made["fingerprint"]) for stage, made in self.manifest["inputs"].items()]
+
+    @cached_property
+    def adopted(self) -> dict[str, str]:
+        """The attempts of others in which files lie, by path; on a local disk there are links in its own."""
+        return {file["path"]: file["attempt"] for file in self.manifest["files"] if "attempt" in file}
+
+    def _lies(self, path: str) -> str:
+        own = self.manifest["attempt"]
+        return f"attempts/{own if self.store.is_local else self.adopted.get(path, own)}/{safe(path)}"
+
+    def strays(self, listed: dict[str, Found]) -> list[str]:
+        """Return the files among its own, of those that a listing shows, that its manifest does not name."""
+        own, named = f"attempts/{self.manifest['attempt']}/", {file["path"] for file in self.manifest["files"]}
+        found = {path.removeprefix(own) for path in listed if path.startswith(own)}
+        return sorted(path for path in found - named if not path.startswith("parts/"))
+
+    @cached_property
+    def parts(self) -> dict[str, str]:
+        """The folder in its store of the attempt that finished each of its parts, by the part's name."""
+        own = self.manifest["attempt"]
+        if (finished := self.manifest.get("parts")) is None:  # which earlier versions did not list
+            paths = "\n".join([*self.store.files(self.folder), *(file["path"] for file in self.files())])
+            names = re.findall(r"^parts/(.*)\.json$|^(checkpoints/step_[0-9]+)/", paths, re.MULTILINE)
+            finished = dict.fromkeys((record or checkpoint for record, checkpoint in names), own)
+        here = self.store.is_local
+        return {name: f"{self.place}/attempts/{own if here else there}" for name, there in finished.items()}
+
+    def part(self, name: str) -> Part | None:
+        """Return one of its parts; None when its record, from which a repair or a training goes on, is damaged."""
+        return self.store.part(self.parts[name], name, stage=self.stage, fingerprint=self.fingerprint)
+
+    def damage(self, listed: dict[str, Found] | None = None, emit: Emit = silent) -> dict[str, str]:
+        """Return all that is wrong with its files and its parts' records, by path; every file is read."""
+        found = zip(self.parts, self.store.together(self.part, self.parts), strict=True)
+        lost = {f"parts/{name}.json": "is not what was recorded" for name, part in found if part is None}
+        return self.problems(deep=True, listed=listed, emit=emit) | lost
+
+    def remedy(self, problem: str, *, deep: bool = False) -> str:
+        """Return the line that says what is wrong with it and what to do."""
+        command = f"nanodlm verify {self.uri} {'--deep ' if deep else ''}--repair"
+        return f"the {self.stage} artifact is damaged: {problem}; `{command}` builds what is bad again"
+
+    def file(self, path: str) -> Path:
+        """Return the local path of one of its files; see `local`."""
+        return self.local(path) / path
+
+
 class Store(Storage):
     """Artifacts under one URL; nothing is created until one is built. `emit` is told how far transfers are."""
 
@@ -185,13 +228,9 @@ class Store(Storage):
 
     def find(self, stage: str, fingerprint: str) -> Artifact | None:
         """Return the committed artifact, or None; one whose manifest cannot be read raises `Damaged`."""
-        path, kept = self.path(stage, fingerprint, MANIFEST), None
-        if not self.is_local:  # for when nobody may be asked
-            place = hashlib.sha256(self.uri().encode()).hexdigest()[:16]
-            kept = cache.cache_dir() / "manifests" / place / stage / fingerprint / MANIFEST
+        path = self.path(stage, fingerprint, MANIFEST)
         try:
-            manifest = self.read_json(path) if self.asked else Storage(str(kept)).read_json(str(kept))
-            if manifest is None:
+            if (manifest := self.read_json(path)) is None:
                 return None
             if problem := problem_with(manifest, stage, fingerprint):
                 raise Damaged(f"{self.address(path)} {problem}")
@@ -199,12 +238,19 @@ class Store(Storage):
             uri = self.uri(stage, fingerprint)
             remedy = f"`nanodlm verify {uri} --repair` builds it again, `nanodlm rm {uri}` removes it"
             raise Damaged(f"{error}: {remedy}") from error
-        if kept and self.asked:
-            with contextlib.suppress(OSError):  # a cache that cannot be written is no error
-                data = json.dumps(manifest).encode()
-                if not kept.exists() or kept.read_bytes() != data:
-                    write_whole(kept, data)
-        return Artifact(self, stage, fingerprint, manifest)
+        return Artifact(self, self.path(stage, fingerprint), manifest)
+
+    def part(self, folder: str, name: str, **of: str) -> Part | None:
+        """Return a part of the attempt in a folder; None when its record is not whole, or not `of` that stage, say."""
+        with contextlib.suppress(Damaged):
+            record = self.read_json(f"{folder}/parts/{name}.json")
+            if isinstance(record, dict) and is_sealed(record) and {"part": name, **of}.items() <= record.items():
+                return Part(self, folder, record)
+        return None
+
+    def finished_parts(self, stage: str, fingerprint: str) -> dict[str, list[str]]:
+        """Return the names of finished parts, each with the attempts that finished it."""
+        return parts_in(self.files(self.path(stage, fingerprint, "attempts")))
 
     def artifacts(self, items: Iterable[Item]) -> Iterator[tuple[Item, Artifact | Damaged | None]]:
         """Yield what `find` finds of each, or the `Damaged` that it raises; a bucket is asked for several at once."""
@@ -285,3 +331,12 @@ class Store(Storage):
     def retire(self, item: Item) -> None:
         """Remove the manifest of (stage, fingerprint), so that the next run builds it from the parts that are good."""
         self.remove(self.path(*item, MANIFEST))
+
+
+def parts_in(listed: Iterable[str]) -> dict[str, list[str]]:
+    """Return the names of finished parts, each with the attempts that finished it, by the paths below attempts."""
+    found: dict[str, list[str]] = {}
+    for path in sorted(listed, reverse=True):
+        if record := re.fullmatch("([^/]+)/parts/(.+)[.]json", path, re.DOTALL):
+            found.setdefault(record[2], []).append(record[1])
+    return found

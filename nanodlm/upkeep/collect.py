@@ -48,7 +48,8 @@ def collect(
     Results are artifacts that no other was made from. The newest `keep_last` stay, and those that are younger than
     `older_than` seconds (all, when both are None), with all that they were made from. A result that is given up loses
     its manifest now, and its files at the first collection `grace` seconds later, so that whoever is reading it can
-    finish, and a run that needs it again adopts its parts. What has changed so lately is left alone.
+    finish, and a run that needs it again adopts its parts. What has changed so lately is left alone. So are attempts
+    with finished parts of what is not committed, unless they are older than `older_than`.
     """
     if keep_last is not None and keep_last < 0:
         raise UsageError(f"--keep-last counts results to keep, from 0, not {keep_last}")
@@ -99,13 +100,13 @@ def _removals(
     for item in sorted(listed.keys() - torn.keys() - building - read):
         attempts = _attempts(listed[item])
         named = {artifacts[item].manifest["attempt"], *artifacts[item].adopted.values()} if item in kept else set()
-        gone = list(_abandoned(item[0], listed[item], attempts, named, now - grace, oldest))
+        gone = list(_abandoned(listed[item], attempts, named, now - grace, oldest))
         for attempt in gone:
             size = sum(found.size for found in attempts[attempt].values())
             folder = store.path(*item, "attempts", attempt)
             yield "attempt", store.address(folder), size, lambda folder=folder: store.remove_folder(folder)
         over = [path for path in listed[item] if item[0] == PROBES or TEMPORARY.fullmatch(path)]
-        if gone == list(attempts) or named:  # nothing remembers any more that it was given up, or built
+        if len(gone) == len(attempts) or named:  # nothing remembers any more that it was given up, or built
             over += [RETIRED, LEASE]
         for path in over:
             if path in listed[item] and listed[item][path].changed < now - grace:
@@ -167,8 +168,8 @@ def _now(store: Store, listed: Listed, dry_run: bool) -> float:
         return time.time()
     try:
         return store.now()
-    except NanodlmError as error:
-        if not dry_run and getattr(error.__cause__, "errno", None) not in FULL:
+    except (NanodlmError, OSError) as error:
+        if not dry_run and getattr(error, "errno", None) not in FULL:
             raise
         files = (found.changed for files in listed.values() for found in files.values())
         return time.time() if dry_run else max(files, default=0.0)
@@ -191,39 +192,16 @@ def _attempts(files: Files) -> dict[str, Files]:
     return attempts
 
 
-def _abandoned(
-    stage: str, files: Files, attempts: dict[str, Files], named: set[str], since: float, oldest: float
-) -> Iterator[str]:
-    """Yield the attempts that nobody needs, but not those from which a run would continue, where none is `named`.
+def _abandoned(files: Files, attempts: dict[str, Files], named: set[str], since: float, oldest: float) -> Iterator[str]:
+    """Yield the attempts that nobody needs: none of those that have finished parts, where none is `named`.
 
     An attempt that another took the place of may have readers still: its age is that of the manifest there now.
     """
     retired = files[RETIRED].changed if RETIRED in files else 0.0
     placed = max(retired, files[MANIFEST].changed if MANIFEST in files else 0.0)
-    changed = {attempt: max(found.changed for found in attempts[attempt].values()) for attempt in attempts}
-    later = {attempt: files for attempt, files in attempts.items() if changed[attempt] > retired}
-    resumed = set() if named else _resumed(stage, later)
-    for attempt in attempts:
-        age = max(changed[attempt], placed)
-        if attempt not in named and age < since and not (attempt in resumed and age >= oldest):
+    for attempt in sorted(attempts.keys() - named):
+        changed = max(found.changed for found in attempts[attempt].values())
+        age = max(changed, placed)
+        finished = changed > retired and any(path.startswith("parts/") for path in attempts[attempt])
+        if age < since and not (finished and not named and age >= oldest):
             yield attempt
-
-
-def _resumed(stage: str, attempts: dict[str, Files]) -> set[str]:
-    """Return the attempts from which a run would continue, whatever clocks say.
-
-    The one with the last checkpoint, and the one that has most parts, should that be damaged; and of parts that go into
-    the result each once, for each worker has its own attempt.
-    """
-    parts = {n: {p.removeprefix("parts/") for p in files if p.startswith("parts/")} for n, files in attempts.items()}
-    finished = {name: there for name, there in parts.items() if there}
-    most = {name: (len(there), name) for name, there in finished.items()}
-    furthest = {name: (max((len(part), part) for part in there), most[name]) for name, there in finished.items()}
-    needed = {max(order, key=order.__getitem__) for order in (most, furthest) if order}
-    there = {part for name in needed for part in finished[name]}
-    volatile = STAGES[stage].volatile if stage in STAGES else ()
-    for attempt in sorted(finished, key=furthest.__getitem__, reverse=True):
-        if lacking := {part for part in finished[attempt] - there if not part.startswith(volatile)}:
-            needed.add(attempt)
-            there |= lacking
-    return needed

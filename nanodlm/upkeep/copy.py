@@ -1,12 +1,11 @@
 """Copying artifacts to another store, each file compared with its sha256."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 from nanodlm.errors import Damaged, Emit, NanodlmError
 from nanodlm.stages.run import full_disk_in_one_line
-from nanodlm.store import Artifact, Item, Store, hold_lease
+from nanodlm.store import Artifact, Item, Store, hold_lease, sealed
 from nanodlm.store.attempt import cannot_write
 from nanodlm.store.disk import flush_folders
 from nanodlm.store.files import show_transfer
@@ -48,7 +47,7 @@ def copy(source: Store, target: Store, artifacts: Iterable[Item], emit: Emit) ->
 def _send(artifact: Artifact, target: Store, emit: Emit) -> Artifact:
     """Copy an artifact that the target does not hold; its lease there keeps a collection away meanwhile."""
     stage, fingerprint = artifact.stage, artifact.fingerprint
-    copied = Artifact(target, stage, fingerprint, artifact.manifest)
+    copied = Artifact(target, target.path(stage, fingerprint), artifact.manifest)
     lacking = copied.problems(deep=True)
     wanted = [file for file in artifact.files() if file["path"] in lacking]
     if wanted:
@@ -59,7 +58,7 @@ def _send(artifact: Artifact, target: Store, emit: Emit) -> Artifact:
     for name, folder in copied.parts.items():  # a repair keeps them, a training starts from them
         if (part := artifact.part(name)) is None:
             raise Damaged(artifact.remedy(f"parts/{name}.json is not what was recorded", deep=True))
-        replace(part, storage=target, folder=folder, e_tags={}).record()
+        target.write_json(f"{folder}/parts/{name}.json", sealed({**part.manifest, "e_tags": {}}))
     if target.is_local:
         flush_folders(Path(copied.folder).rglob("*"), Path(target.root).parent)
     target.write_json(target.path(stage, fingerprint, MANIFEST), artifact.manifest, create_only=True)

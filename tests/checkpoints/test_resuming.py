@@ -189,10 +189,10 @@ def test_a_damaged_or_unfinished_checkpoint_is_refused(trained: Artifact, tmp_pa
     folder = tmp_path / "run"
     shutil.copytree(trained.local(), folder)
     address = f"{folder}/checkpoints/step_8"
-    assert find_checkpoint(address).local(tmp_path).is_dir()
+    assert find_checkpoint(address).local().is_dir()
     file = max((folder / "checkpoints" / "step_000008").rglob("*"), key=lambda f: f.is_file() and f.stat().st_size)
     file.write_bytes(b"x" * file.stat().st_size)
-    with pytest.raises(Damaged, match=rf"step_000008 is damaged: .*{file.name} has been altered; start from another"):
+    with pytest.raises(Damaged, match=rf"step_000008 is damaged: .*{file.name} has been altered.*; start from another"):
         nanodlm.train(tiny(exp={"resume_path": address}), trained.store.uri())
     (folder / "parts" / "checkpoints" / "step_000012.json").unlink()
     for name, words in (

@@ -27,7 +27,6 @@ from nanodlm.store import (
     Store,
     hold_lease,
     new_attempt,
-    read_part,
 )
 from nanodlm.store import (
     attempt as store_attempt,
@@ -198,11 +197,11 @@ def test_no_altered_byte_of_a_parts_record_goes_unnoticed(store: Store) -> None:
         fill(attempt, FILES)
         attempt.finish("all", list(FILES), rows=3)
     path = attempt.path / "parts" / "all.json"
-    record = read_part(store, str(attempt.path), "all")
+    record = store.part(str(attempt.path), "all")
     assert record is not None
     for content in altered(path.read_bytes()):
         path.write_bytes(content)
-        assert read_part(store, str(attempt.path), "all") in (None, record)
+        assert store.part(str(attempt.path), "all") in (None, record)
 
 
 def test_no_altered_byte_of_a_file_goes_unnoticed(store: Store) -> None:

@@ -178,25 +178,6 @@ def test_a_stage_that_may_not_be_listed_is_named(store: Store, monkeypatch: pyte
 # Collections
 
 
-@pytest.mark.parametrize("days", [-1, 1])
-def test_the_furthest_checkpoints_are_kept_whatever_the_clocks_and_names_of_attempts_say(
-    days: int, store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made = []
-    for reached in ((900,), (900, 1100)):  # of which the names, too, are of different lengths
-        with new_attempt(store, "train", "f0") as attempt:
-            for name in (f"checkpoints/step_{updates}" for updates in reached):
-                fill(attempt, {f"{name}/x": b"x"})
-                attempt.finish(name, [f"{name}/x"])
-            made.append(attempt.id)
-    behind, furthest = (Path(store.path("train", "f0", "attempts", id_)) for id_ in made)
-    named = {behind: f"{'9' if days > 0 else '1'}-a", furthest: f"{'1' if days > 0 else '9'}-b"}
-    for old, new in named.items():
-        old.rename(old.with_name(new))
-    age_all(store)
-    assert removed(store) == [f"train/f0/attempts/{named[behind]}"]
-
-
 def test_an_age_is_believed_only_when_the_manifest_and_its_file_agree(store: Store) -> None:
     for name, created, file in (("said", 9e5, 60), ("touched", 60, 9e5), ("old", 9e5, 9e5), ("ahead", -9e4, 9e5)):
         made_from(store, "train", name, ago=created)
