@@ -37,8 +37,8 @@ def load(uri: str) -> tuple[Transformer, tiktoken.Encoding]:
     """
     folder, store, stage, fingerprint, step = parse_address(uri)
     is_artifact = store and re.fullmatch(r"[0-9a-f]{4,64}", fingerprint)
-    artifact = Store(store).find(stage, fingerprint) if is_artifact and step is not None else None
-    if is_artifact and step is None:  # it may be the beginning of a fingerprint
+    artifact = Store(store).find(stage, fingerprint) if is_artifact else None
+    if artifact is None and is_artifact and step is None:  # it may be the beginning of a fingerprint
         artifact = Store(store).open(f"{stage}/{fingerprint}")
     if artifact is None:
         if step is not None and Path(folder).is_dir():  # of a run under way, or a copy of a run's folder
