@@ -48,8 +48,7 @@ class Pace:
     def describe(self, fields: dict[str, Any]) -> str:
         """Return words for the fields of a `progress` event."""
         done, total = fields["done"], fields.get("total")
-        digits = 1 if total and total < 100 and not float(total).is_integer() else 0
-        count = f"{done:,.{digits}f}/{total:,.{digits}f}" if total else f"{done:,.1f}"
+        count = "/".join(f"{n:,.1f}".removesuffix(".0") for n in (done, total) if n is not None)
         parts = [f"{count} {fields['unit']}"]
         if fields.get("bits_per_byte") is not None:
             parts.append(f"{fields['bits_per_byte']:.2f} bits per byte")
@@ -86,11 +85,6 @@ def summary(artifact: "Artifact") -> str:
 
 def counts(shard: "Artifact") -> list[dict[str, str]]:
     """Return the rows of a table of what the data stages up to the shards counted."""
-    made_from, m = shard.manifest["inputs"], shard.metrics
+    made_from = shard.manifest["inputs"]
     inputs = [shard.store.find(name, made_from[name]["fingerprint"]) for name in SUMMARIES if name in made_from]
-    rows = []
-    for a in filter(None, [*inputs, shard]):
-        rows.append({"stage": a.stage, "holds": summary(a), "fingerprint": a.fingerprint[:16], "at": a.uri})
-    for name, side in (("train", "train"), ("validation", "val")):
-        rows.append({"stage": name, "holds": f"{m[f'{side}_tokens']:,} tokens in {m[f'{side}_rows']:,} rows"})
-    return rows
+    return [{"stage": a.stage, "holds": summary(a), "at": a.uri} for a in (*inputs, shard) if a]

@@ -101,7 +101,7 @@ def test_a_run_on_a_server_without_limits_shows_progress_counts_curve_samples_an
     assert {"train-progress", "evaluate-progress", "data-counts", "loss-curve", "samples", "report"} <= set(shown)
     assert shown["train-progress"]["data"] == 100
     table = json.loads(shown["data-counts"]["data"])
-    assert [row["stage"] for row in table] == ["download", "tokenizer", "split", "shard", "train", "validation"]
+    assert [row["stage"] for row in table] == ["download", "tokenizer", "split", "shard"]
     texts = next(site.store.glob("sample/*/attempts/*/samples.jsonl")).read_text().splitlines()
     words = max(json.loads(texts[0])["text"].split(), key=len)
     assert words in shown["samples"]["data"]
