@@ -3,11 +3,8 @@
 A command's signature declares its arguments: before `/` those without a flag; `config` is PRESET with all its flags.
 """
 
-import contextlib
 import difflib
 import inspect
-import io
-import re
 import sys
 from collections.abc import Callable
 from functools import partial, wraps
@@ -27,39 +24,30 @@ from nanodlm.errors import UsageError
 Settings = Annotated[Config, arg(name="")]
 Output = Annotated[Console, arg(name="")]
 
-_registry = ConstructorRegistry()
-for _group in Config.model_fields.values():  # so that --help breaks lines where the terminal ends
-    for _field in _group.annotation.model_fields.values():  # type: ignore[union-attr]
-        _field.description = " ".join((_field.description or "").split())
+_registry, _flags = ConstructorRegistry(), []
+for _group, _settings in Config.model_fields.items():
+    for _name, _field in _settings.annotation.model_fields.items():  # type: ignore[union-attr]
+        _flags.append(f"--{_group}.{_name}")
+        _field.description = " ".join((_field.description or "").split())  # --help breaks lines where the terminal ends
 
 
 def parse(command: str, function: Callable[..., None], words: list[str]) -> Callable[[], None]:
     """Return the call of a command's function with what its words say; `--help` prints the help and exits."""
     parameters = inspect.signature(function).parameters
-    own = [name.upper() for name, p in parameters.items() if p.kind is p.POSITIONAL_ONLY]
     preset, defaults = "", {}
     if "config" in parameters:
         name, words = "demo", [*words]
+        own = any(p.kind is p.POSITIONAL_ONLY for p in parameters.values())
         for word in takewhile(lambda word: not word.startswith("-"), words):
             file = word.endswith(FILES) and not word.endswith("manifest.json")  # which is an artifact's
-            if word in PRESETS or word.startswith("{") or file:
+            if not own or word in PRESETS or word.startswith("{") or file:
                 words.remove(name := word)
                 break
         preset, defaults = " [PRESET]", {"config": load_config(name)}
 
     bind = wraps(function)(lambda *values, **named: partial(function, *values, **named))
-
-    def refuse(event: tyro_errors.ParseErrorEvent) -> NoReturn:
-        if isinstance(event, tyro_errors.UnrecognizedArgs):
-            raise UsageError(_unknown(event.tokens[0], command, function))
-        if isinstance(event, tyro_errors.MissingArgs):
-            told = [str(missing.arg.field.helptext).strip(" .") for missing in event.missing_arguments]
-            texts = ", and ".join(text[:1].lower() + text[1:] for text in told)
-            raise UsageError(f"nanodlm {command} {' '.join(own)}{preset}: name {texts}")
-        raise UsageError(_wrong_value(event))
-
     try:
-        with tyro_errors.on_parse_error(refuse):
+        with tyro_errors.on_parse_error(partial(_refuse, command)):
             return tyro.cli(
                 partial(bind, **defaults),
                 args=words,
@@ -69,7 +57,7 @@ def parse(command: str, function: Callable[..., None], words: list[str]) -> Call
                 registry=_registry,
             )
     except ValidationError as error:
-        raise UsageError(_explain(error, "--")) from None
+        raise UsageError(explain(error)) from None
 
 
 @_registry.primitive_rule
@@ -92,34 +80,21 @@ def _switch(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[bool] | None:
     )
 
 
-def _wrong_value(event: tyro_errors.ParseErrorEvent) -> str:
+def _refuse(command: str, event: tyro_errors.ParseErrorEvent) -> NoReturn:
+    """Raise what is wrong with a command's words, in one line."""
     argument = getattr(event, "argument", None)
-    if argument is None:  # a group of settings does not accept its values
+    if argument:
+        value = getattr(event, "message", getattr(event, "value", "nothing")).rpartition(": ")[2]
+        raise UsageError(f"{argument.lowered.name_or_flags[-1]} takes {argument.lowered.metavar}, not {value}")
+    if isinstance(event, tyro_errors.InstantiationFailure):  # a group of settings does not accept its values
         failure: Any = sys.exception()  # tyro's, which it raised while it handled that of pydantic
-        return _explain(failure.__context__, f"--{failure.arg.rpartition('.')[2]}.")
-    flag, takes = argument.lowered.name_or_flags[-1], argument.lowered.metavar.removeprefix("{None}|").strip("[]")
-    if isinstance(event, tyro_errors.InvalidChoice):
-        choices = takes.strip("{}").removeprefix("None,").replace(",", ", ")
-        return f"{flag}: invalid choice {event.value!r}: choose one of {choices}"
-    if isinstance(event, tyro_errors.InstantiationFailure):
-        return f"{flag} takes {takes}, not {event.message.rpartition(': ')[2]}"
-    return f"{flag} needs a value: {takes}"
-
-
-def _explain(error: ValidationError, prefix: str) -> str:
-    return (prefix if error.errors()[0]["loc"] else "") + explain(error)
-
-
-def _unknown(word: str, command: str, function: Callable[..., None]) -> str:
-    """Say what to do about a word that is no argument."""
-    remedy = f"(`nanodlm {command} --help` lists the flags)"
-    if word.startswith("-"):
-        with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()) as told:
-            parse(command, function, ["--help"])
-        flags = re.findall(r"--[\w.]+", told.getvalue())
-        near = difflib.get_close_matches(word.replace("-", "_").replace("__", "--", 1), flags, 1)
-        return f"unknown flag {word}{f'; perhaps you meant {near[0]}' if near else ''} {remedy}"
-    if "config" in inspect.signature(function).parameters and "/" not in word:
-        load_config(word)  # says what a preset is, unless this is one
-        return f"the preset {word} must come first, before all flags, and there is only one {remedy}"
-    return f"there is one word too many: {word} {remedy}"
+        error = failure.__context__
+        flag = f"--{failure.arg.rpartition('.')[2]}." if error.errors()[0]["loc"] else ""
+        raise UsageError(flag + explain(error))
+    if isinstance(event, tyro_errors.MissingArgs):
+        wrong = f"missing {' and '.join(str(missing.arg.lowered.metavar) for missing in event.missing_arguments)}"
+    else:
+        (word, *_) = event.tokens  # type: ignore[attr-defined]  # that are no arguments
+        near = difflib.get_close_matches(word, _flags, 1)
+        wrong = f"unknown argument {word}{f'; perhaps you meant {near[0]}' if near else ''}"
+    raise UsageError(f"{wrong} (see `nanodlm {command} --help`)")

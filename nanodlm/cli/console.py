@@ -29,8 +29,8 @@ class Console:
 
     def __init__(self, stream: Suppress[TextIO | None] = None, *, json: Json = False):
         """Show events on a stream, and print results, or with `json` one JSON object, on standard output."""
-        stream = stream or (sys.stderr if json else sys.stdout)
-        self._rich, self._json = RichConsole(file=stream, highlight=False, soft_wrap=True, emoji=False), json
+        shown = stream or (sys.stderr if json else sys.stdout)
+        self._rich, self._json = RichConsole(file=shown, highlight=False, soft_wrap=True, emoji=False), json
         self.line = self._rich.print  # one, in which `[bold]` and the like mean what they do to rich
         self._progress: Progress | None = None
         self._stage, self._printed, self._pace = "", 0.0, Pace()
@@ -92,24 +92,24 @@ class Console:
         self.json(stages=stages, metrics=metrics, report=report.uri if report else None)
 
     def finish(self) -> None:
-        """Print the results of the finished stages and where everything lies."""
+        """Print the results of the finished stages, and where everything lies."""
         from nanodlm.evaluation.report import against_unigram
 
-        artifacts = self.artifacts
         self.line("")
-        if "evaluate" in artifacts:
-            m = artifacts["evaluate"].metrics
+        if "evaluate" in self.artifacts:
+            m = self.artifacts["evaluate"].metrics
             bound = f"[bold]{m['val_bits_per_byte']:.3f}[/bold] ± {m['val_bits_per_byte_stderr']:.3f} bits per byte"
             unigram = f"{against_unigram(m)} the unigram entropy of {m['val_unigram_bits_per_byte']:.3f}"
             self.line(f"validation bound {bound}, {unigram}")
-        if "sample" in artifacts:
-            text = " ".join(artifacts["sample"].metrics["first_sample"].split())
+        if "sample" in self.artifacts:
+            text = " ".join(self.artifacts["sample"].metrics["first_sample"].split())
             self.line(f"[dim]a sample:[/dim] {escape(text)}\n")
-        store = list(artifacts.values())[-1].store
-        links = {name: store.show_latest(artifact) for name, artifact in artifacts.items() if store.is_local}
-        for name, file in (("report", "report.html"), ("sample", "samples.txt"), ("train", "checkpoints")):
-            if name in artifacts:
-                link, path = links.get(name), artifacts[name].remote(file)
-                where = str(link / file) if link else store.address(path)
-                self.line(f"{file:<12} {escape(min(where, os.path.relpath(where), key=len) if link else where)}")
-        self.line(f"{'store':<12} {escape(store.uri())}")
+        files = {"report": "report.html", "sample": "samples.txt", "train": "checkpoints"}
+        for artifact in reversed(self.artifacts.values()):
+            link = artifact.store.show_latest(artifact) if artifact.store.is_local else None
+            if file := files.get(artifact.stage):
+                where = artifact.store.address(artifact.remote(file))
+                where = min(str(link / file), os.path.relpath(link / file), key=len) if link else where
+                self.line(f"{file:<12} {escape(where)}")
+        self.line(f"{'store':<12} {escape(list(self.artifacts.values())[-1].store.uri())}")
+        self.results()

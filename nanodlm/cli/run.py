@@ -48,20 +48,14 @@ def run(
     """Build what the store lacks, from text to samples, and reuse the rest."""
     table.check_rebuild(rebuild, until)
     lookups = list(look_up(config, store, table.until(until)[-1], rebuild))
-    artifacts = [lookup.artifact for lookup in lookups if lookup.artifact]
     lacking = [lookup.stage.name for lookup in lookups if not lookup.artifact or lookup.is_again(rebuild)]
     table.check(config, lacking)
     if not lacking:
-        for note in filter(None, (lookup.note for lookup in lookups)):
-            out.emit("message", text=note)
-        for artifact in artifacts:
-            out.done(artifact, record(artifact, "cached", 0.0))
-    elif store.uri().startswith("memory:"):  # which no other process could see, an orchestrator's neither
-        for name in table.until(until):
-            again = ready(name, config, store, rebuild=name == rebuild).is_again(rebuild)
-            with out.showing(name) as emit:
-                built = run_stage(name, config, store, rebuild=again, emit=emit)
-            out.done(*built)
+        for lookup in lookups:
+            if lookup.note:
+                out.emit("message", text=lookup.note)
+            if lookup.artifact:
+                out.done(lookup.artifact, record(lookup.artifact, "cached", 0.0))
     else:
         quiet_prefect(verbose)
         if not os.environ.get("PREFECT_API_URL"):
@@ -70,7 +64,6 @@ def run(
 
         run_pipeline(config, store.uri(), until, rebuild, out, verbose)
     out.finish()
-    out.results()
 
 
 def plan(
@@ -144,13 +137,11 @@ def _run_alone(name: str, config: Config, how: Alone, store: Store, out: Console
     end_with_parent()
     # What one process has compiled serves the next, a resumed run above all.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_dir() / "compiled"))
-    inputs, helping = None, False
+    inputs, helping, needed = None, False, table.STAGES[name].inputs(config)
     if how.inputs:
         named = {stage: fingerprint for stage, _, fingerprint in (word.partition("=") for word in how.inputs)}
-        needed = table.STAGES[name].inputs(config)
         if set(named) != set(needed) or not all(named.values()):
-            told = " ".join(f"{stage}=FINGERPRINT" for stage in needed)
-            raise UsageError(f"{name} reads --inputs {told}: name just these")
+            raise UsageError(f"{name} reads --inputs {' '.join(f'{stage}=FINGERPRINT' for stage in needed)}")
         inputs = {stage: store.open(f"{stage}/{fingerprint}") for stage, fingerprint in named.items()}
     if isinstance(how, AloneOrTogether):
         from nanodlm.devices.hosts import join

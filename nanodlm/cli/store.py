@@ -70,21 +70,17 @@ def show(uri: Uri, /, *, store: OpenStore, out: Output) -> None:
     """Show where an artifact came from, its settings, metrics, packages and files."""
     artifact = _store_of(uri, store).open(uri)
     m = artifact.manifest
-    out.text(artifact.uri, f"made    {m['created']} ({_ago(artifact)} ago) in {m['seconds']} s")
-    code, run = m.get("code") or {}, m.get("flow_run")
-    if "commit" in code:
-        out.text(f"commit  {code['commit']}{', and changes' if code['modified'] else ''}")
-    if run:
-        out.text(f"run     {run}")
-    out.text(f"size    {ages.size(_size(artifact))} in {_count(m['files'], 'file')}")
-    out.text(f"digest  {m['digest']}", "", "lineage")
+    code = m.get("code") or {}
+    made = {"when": f"{m['created']}, {_ago(artifact)} ago", "seconds": m["seconds"], "digest": m["digest"]}
+    made |= {"commit": code.get("commit"), "and changes": code.get("modified"), "flow run": m.get("flow_run")}
+    groups = {"made": made, "inputs": {name: from_["digest"] for name, from_ in m["inputs"].items()}}
+    out.text(artifact.uri, f"{ages.size(_size(artifact))} in {_count(m['files'], 'file')}", "", "lineage")
     for item, found in list(chain(artifact.store, (artifact.stage, artifact.fingerprint)).items())[:-1]:
         there = "  (damaged)" if isinstance(found, Damaged) else "" if found else "  (not there any more)"
         out.text(f"  {item[0]:<12} {artifact.store.uri(*item)}{there}")
-    inputs = {name: made["digest"] for name, made in m["inputs"].items()}
-    for title in ("inputs", "parameters", "metrics", "packages"):
+    for title, values in {**groups, **{name: m[name] for name in ("parameters", "metrics", "packages")}}.items():
         out.text("", title)
-        for key, value in (inputs if title == "inputs" else m[title]).items():
+        for key, value in values.items():
             out.text(f"  {key:<28} {value if isinstance(value, str) else json.dumps(value)}")
     out.text("", f"files in {artifact.folder}")
     for file in m["files"]:

@@ -76,18 +76,19 @@ def _find(stage: Stage, config: Config, inputs: dict[str, Artifact], store: Stor
 
 def _downloaded_before(stage: Stage, config: Config, store: Store, gone: SourceGone) -> Lookup:
     """Return the lookup of the one download that a store holds of a source whose files are gone."""
+    wanted = {**config.data.model_dump(mode="json"), "version": stage.version, "schema": SCHEMA}
     found: dict[str, Artifact] = {}  # by digest: the same documents may have come from files of several kinds
     for artifact in _of_stage(stage.name, store):
-        has, wanted = _without_files(artifact.manifest, config)
-        if has == wanted:
+        source = (artifact.manifest.get("config") or {}).get("data", {}).get("source")
+        has = {**comparable(artifact.manifest), "source": source}
+        if all(wanted.get(name, value) == value for name, value in has.items()):  # all but what the files held
             found[artifact.digest] = artifact
     if not found:
         raise gone
     files = f"the files of {', '.join(config.data.source)} are gone"
     names = " and ".join(artifact.name for artifact in found.values())
     if len(found) > 1:
-        remedy = "remove with `nanodlm rm` those that are not meant, or bring the files back"
-        raise SourceGone(f"{files}, and of different ones {names} were made: {remedy}") from gone
+        raise SourceGone(f"{files}, and {names} differ: `nanodlm rm` the wrong ones, or bring the files back") from gone
     (artifact,) = found.values()
     identity = {k: artifact.manifest[k] for k in ("schema", "stage", "version", "parameters", "inputs")}
     note = f"{files}: {names} is used, which was made of them on {artifact.manifest['created'][:10]}"
@@ -147,12 +148,9 @@ def why(lookup: Lookup, store: Store) -> str:
     """Say why a stage would be built: which settings and inputs differ from the most similar artifact there is."""
     if lookup.lacking:
         return "an input is not built yet"
-    wanted = comparable(lookup.identity)
-    like_it: list[tuple[list[str], str]] = []
-    for other in _of_stage(lookup.stage.name, store):
-        reasons = [f"{field}: {values}" for field, values in differences(comparable(other.manifest), wanted).items()]
-        like_it.append((reasons, other.fingerprint[:12]))
-    if not like_it:
+    wanted, stored = comparable(lookup.identity), _of_stage(lookup.stage.name, store)
+    others = {other.fingerprint[:12]: differences(comparable(other.manifest), wanted) for other in stored}
+    if not others:
         return "nothing like it has been built yet"
-    reasons, nearest = min(like_it, key=lambda one: len(one[0]))
-    return f"{'; '.join(reasons)} (against {nearest})"
+    nearest = min(others, key=lambda name: len(others[name]))
+    return "; ".join(f"{field}: {values}" for field, values in others[nearest].items()) + f" (against {nearest})"

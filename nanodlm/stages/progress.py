@@ -48,8 +48,7 @@ class Pace:
     def describe(self, fields: dict[str, Any]) -> str:
         """Return words for the fields of a `progress` event."""
         done, total = fields["done"], fields.get("total")
-        digits = 1 if total and total < 100 and not float(total).is_integer() else 0
-        count = f"{done:,.{digits}f}/{total:,.{digits}f}" if total else f"{done:,.1f}"
+        count = "/".join(f"{n:,.1f}".removesuffix(".0") for n in (done, total) if n is not None)
         parts = [f"{count} {fields['unit']}"]
         if fields.get("bits_per_byte") is not None:
             parts.append(f"{fields['bits_per_byte']:.2f} bits per byte")

@@ -323,8 +323,8 @@ def test_of_several_downloads_of_files_that_are_gone_none_is_guessed(store: Stor
     with pytest.raises(NanodlmError) as caught:
         run.run_stage("split", config, store)
     said = str(caught.value)
-    assert said.startswith(f"the files of {source} are gone, and of different ones {' and '.join(sorted(names))} were")
-    assert said.endswith("remove with `nanodlm rm` those that are not meant, or bring the files back")
+    differ = f"{' and '.join(sorted(names))} differ: `nanodlm rm` the wrong ones, or bring the files back"
+    assert said == f"the files of {source} are gone, and {differ}"
 
 
 def test_a_training_alone_needs_no_source(tmp_path: Path, store: Store) -> None:
