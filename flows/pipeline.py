@@ -18,7 +18,7 @@ from prefect.utilities.annotations import quote
 from nanodlm.cluster.follow import run_on_cluster
 from nanodlm.cluster.settings import Launch
 from nanodlm.config import Changes, Config, Preset, StoreUrl, as_changes, changed
-from nanodlm.errors import NanodlmError, Stopped, Unreachable
+from nanodlm.errors import NanodlmError, Stopped, Unreachable, UsageError
 from nanodlm.flows import TAG
 from nanodlm.flows.internals import untagged
 from nanodlm.flows.own_run import built_before, fail, hold_device, working_for_run
@@ -113,6 +113,8 @@ def _stages(
     found: Inputs = {}
     records, names = [], table.needed(config, until) if alone else table.until(until)
     check_rebuild(rebuild, until)
+    if url.startswith("memory:"):
+        raise UsageError("a store in memory is seen by no other process: give store a folder or a bucket")
     elsewhere = {"train"} if options.get("train_on", HERE) != HERE else set()
     table.check(config, {until} - elsewhere if alone else {*names} - elsewhere)
     for name in names:

@@ -8,7 +8,6 @@ import inspect
 import sys
 from collections.abc import Callable
 from functools import partial, wraps
-from itertools import takewhile
 from typing import Annotated, Any, NoReturn
 
 import tyro
@@ -18,7 +17,7 @@ from tyro.conf import FlagConversionOff, FlagCreatePairsOff, PositionalMetavarFr
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from nanodlm.cli.console import Console
-from nanodlm.config import FILES, PRESETS, Config, explain, load_config
+from nanodlm.config import Config, explain, load_config
 from nanodlm.errors import UsageError
 
 Settings = Annotated[Config, arg(name="")]
@@ -36,13 +35,9 @@ def parse(command: str, function: Callable[..., None], words: list[str]) -> Call
     parameters = inspect.signature(function).parameters
     preset, defaults = "", {}
     if "config" in parameters:
-        name, words = "demo", [*words]
-        own = any(p.kind is p.POSITIONAL_ONLY for p in parameters.values())
-        for word in takewhile(lambda word: not word.startswith("-"), words):
-            file = word.endswith(FILES) and not word.endswith("manifest.json")  # which is an artifact's
-            if not own or word in PRESETS or word.startswith("{") or file:
-                words.remove(name := word)
-                break
+        name = "demo"
+        if words and not words[0].startswith("-"):
+            name, *words = words
         preset, defaults = " [PRESET]", {"config": load_config(name)}
 
     bind = wraps(function)(lambda *values, **named: partial(function, *values, **named))

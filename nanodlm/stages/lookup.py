@@ -7,7 +7,7 @@ from typing import Any, Self
 from nanodlm.config import Config, differences
 from nanodlm.errors import Damaged, NanodlmError, SourceGone
 from nanodlm.stages.table import NAMES, STAGES, Stage
-from nanodlm.store import SCHEMA, Artifact, Json, Store, changed_since, fingerprint_of
+from nanodlm.store import SCHEMA, Artifact, Store, changed_since, fingerprint_of
 
 
 @dataclass(frozen=True)
@@ -99,14 +99,6 @@ def _of_stage(name: str, store: Store) -> list[Artifact]:
     """Return the artifacts of one stage whose records are whole."""
     found = store.artifacts(item for item in store if item[0] == name)
     return [artifact for _, artifact in found if isinstance(artifact, Artifact)]
-
-
-def _without_files(made: Json, config: Config) -> tuple[Json, Json]:
-    """Return what tells a download from others but for the files' content, as it was made and as is wanted now."""
-    source = ((made.get("config") or {}).get("data") or {}).get("source")
-    has = {**made["parameters"], "source": source, "version": made["version"], "schema": made["schema"]}
-    now = {"version": STAGES["download"].version, "schema": SCHEMA}
-    return has, {**has, **config.data.model_dump(mode="json", include=set(has)), **now}
 
 
 def look_up(config: Config, store: Store, until: str = "report", rebuild: str | None = None) -> Iterator[Lookup]:

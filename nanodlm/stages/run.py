@@ -66,6 +66,11 @@ def build(
         if existing and (not rebuild or (restore and not existing.damage())):  # another may have been quicker
             return existing, False
         afresh = existing is not None and restore is None
+        if afresh:
+            others = (other for _, other in store.artifacts(store) if isinstance(other, Artifact))
+            if made := [other.name for other in others if (stage.name, fingerprint) in other.inputs]:
+                again = "where its bytes differ, a run makes them again, and what was made from them"
+                emit("message", text=f"from the {stage.name} artifact there are {', '.join(made)}: {again}")
         with (
             full_disk_in_one_line(store),
             new_attempt(store, stage.name, fingerprint, afresh=afresh, restore=restore) as attempt,
