@@ -36,7 +36,32 @@ _OWT = Config().replace(
     exp={"log_every": 50, "save_every": 1000},
 )
 
-Preset = Literal["demo", "owt", "owt-1b"]
+# Characters, held out as published: see data/README.md.
+_CHARACTERS = {"tokenizer": "chars", "split": "last"}
+_SHAKESPEARE = Config().replace(
+    data={
+        **_CHARACTERS,
+        "source": "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
+    },
+    model={"seq_len": 256, "n_layers": 6, "n_heads": 6, "d_model": 384, "d_ff": 1536},
+    train={"batch_size": 64, "max_steps": 5000, "lr": 1e-3, "min_lr": 1e-4, "warmup_steps": 100},
+    sample={"num_steps": 256},
+)
+_TEXT8 = _SHAKESPEARE.replace(
+    data={"source": "zip://text8::http://mattmahoney.net/dc/text8.zip", "val_share": 0.05},
+    model={"n_layers": 12, "n_heads": 12, "d_model": 768, "d_ff": 3072, "dtype": "bfloat16"},
+    train={
+        "batch_size": 512,
+        "max_steps": 500_000,
+        "lr": 3e-4,
+        "min_lr": 3e-5,
+        "warmup_steps": 2000,
+        "ema_decay": 0.9999,
+    },
+    exp={"log_every": 50, "save_every": 1000},
+)
+
+Preset = Literal["demo", "owt", "owt-1b", "shakespeare", "text8", "enwik8"]
 PRESETS: dict[str, Config] = {
     "demo": _DEMO,
     "owt": _OWT,
@@ -47,6 +72,9 @@ PRESETS: dict[str, Config] = {
         train={"batch_size": 128, "max_steps": 25_000, "lr": 2e-4, "min_lr": 2e-5, "remat": "full"},
         eval={"batch_size": 128},
     ),
+    "shakespeare": _SHAKESPEARE,
+    "text8": _TEXT8,
+    "enwik8": _TEXT8.replace(data={"tokenizer": "bytes", "source": "zip://enwik8::http://mattmahoney.net/dc/enwik8.zip"}),
 }  # fmt: skip
 _KNOWN = " or ".join(", ".join(PRESETS).rsplit(", ", 1))
 

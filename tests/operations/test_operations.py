@@ -57,7 +57,7 @@ def test_prefect_deploys_everything_from_a_clone_without_a_remote(deployed: Site
 def test_the_form_of_a_run_shows_groups_descriptions_bounds_and_choices(deployed: Site) -> None:
     schema = deployed.ask("/deployments/name/train/gpu")["parameter_openapi_schema"]
     assert all(len(schema["properties"][name]["description"]) > 20 for name in schema["properties"])
-    assert schema["properties"]["preset"]["enum"] == ["demo", "owt", "owt-1b"]
+    assert schema["properties"]["preset"]["enum"] == ["demo", "owt", "owt-1b", "shakespeare", "text8", "enwik8"]
     groups = schema["properties"]["config"]["properties"]
     assert set(groups) == {"data", "model", "schedule", "objective", "train", "eval", "sample", "exp"}
     lr = schema["definitions"]["TrainConfig"]["properties"]["lr"]
