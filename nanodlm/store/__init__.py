@@ -17,4 +17,5 @@ from nanodlm.store.attempt import Attempt, new_attempt
 from nanodlm.store.code import changed_since, code_record, remark
 from nanodlm.store.lease import hold_lease, lease_events
 from nanodlm.store.manifest import FLOW_RUN, SCHEMA, Item, Json, fingerprint_of, sealed
-from nanodlm.store.store import Artifact, Part, Store
+from nanodlm.store.part import Part
+from nanodlm.store.store import Artifact, Store

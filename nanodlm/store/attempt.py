@@ -20,7 +20,8 @@ from nanodlm.store.cache import hold
 from nanodlm.store.disk import Found, describe, flush_folders, link, list_files
 from nanodlm.store.files import show_transfer
 from nanodlm.store.manifest import FLOW_RUN, MANIFEST, PACKAGES, Json, digest_of, safe, sealed, utc_now
-from nanodlm.store.store import Artifact, Part, Store, parts_in
+from nanodlm.store.part import Part, parts_in
+from nanodlm.store.store import Artifact, Store
 
 # The store's records, and files that systems leave in folders.
 NOBODYS = re.compile(r"parts/.*|(.*/)?(\.DS_Store|\._.*|Thumbs\.db|desktop\.ini|\.nfs[0-9a-f]+)", re.DOTALL)

@@ -16,7 +16,7 @@ import fsspec
 
 from nanodlm.config import refuse_secrets
 from nanodlm.config.addresses import single_slashes
-from nanodlm.errors import Damaged, Emit, NanodlmError, UsageError
+from nanodlm.errors import Damaged, Emit, NanodlmError, UsageError, silent
 from nanodlm.store.bucket import Bucket, Driver
 from nanodlm.store.disk import Disk, Found
 from nanodlm.store.manifest import Json
@@ -33,7 +33,9 @@ CREATE_ONLY = {*LOCAL, *S3, "gs", "gcs", "memory"}
 
 
 class Storage:
-    """Files below one URL, whose path is `root`."""
+    """Files below one URL, whose path is `root`. `emit` is told how far transfers are."""
+
+    emit: Emit = staticmethod(silent)
 
     def __init__(self, url: str):
         """Connect; nothing is created or asked yet. A `UsageError` says why no store can be at a URL."""
