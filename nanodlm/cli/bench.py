@@ -34,7 +34,7 @@ def loader(config: Settings, *, batches: Batches = 2000, against: Against = None
 def data(
     config: Settings, *, tokens: Annotated[int, Doc("Tokens of each corpus, about.")] = 10_000_000, out: Output
 ) -> None:
-    """Time the preparation of ids and of texts, stage by stage, beside libraries alone."""
+    """Time preparing ids and texts, stage by stage, beside libraries alone."""
     from nanodlm.bench.data import data as measure
 
     with out.showing("bench") as emit, full_disk_named(f"the temporary folder {gettempdir()}"):

@@ -19,7 +19,7 @@ import fsspec
 import psutil
 import pytest
 
-from nanodlm.data import shard
+from nanodlm.data import rows as data_rows
 from nanodlm.errors import NanodlmError
 from nanodlm.stages import run
 from nanodlm.store import Artifact, Store, cache, hold_lease, new_attempt, owner
@@ -436,17 +436,17 @@ def test_an_artifact_in_two_attempts_of_a_bucket_is_copied_collected_and_repaire
     config, store = tiny_config(tmp_path / "corpus.jsonl", part_mb=0.02), Store(url)
     for name in ("download", "tokenizer", "split"):
         run.run_stage(name, config, store)
-    write, here, back = shard.write, Store(str(tmp_path / "here")), Store(f"{store.uri()}-back")
+    write, here, back = data_rows.write, Store(str(tmp_path / "here")), Store(f"{store.uri()}-back")
 
     def killed(path: Path, rows: Any) -> None:
         if "00002" in path.name:
             raise Killed
         write(path, rows)
 
-    monkeypatch.setattr(shard, "write", killed)
+    monkeypatch.setattr(data_rows, "write", killed)
     with pytest.raises(Killed):
         run.run_stage("shard", config, store)
-    monkeypatch.setattr(shard, "write", write)
+    monkeypatch.setattr(data_rows, "write", write)
     artifact, _ = run.run_stage("shard", config, store)
     item, content = ("shard", artifact.fingerprint), read(artifact)
     assert len({file.get("attempt") for file in artifact.files()}) == 2

@@ -60,7 +60,7 @@ def test_the_share_of_the_time_without_rows_is_recorded(monkeypatch: pytest.Monk
 
     log, rows = logger(said), batches()
     log.wait(rows)  # before the clock runs, while the program is compiled
-    log.start_clock(1)
+    log.since, log.began, log.waited = 1, now, 0.0
     log.wait(rows)
     now += 3.0
     log.add(2, scalars(2.0))

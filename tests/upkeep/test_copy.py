@@ -128,4 +128,4 @@ def test_copy_of_one_artifact_takes_what_it_was_made_from_along(
     assert [row["copied"] for row in rows] == [False] * 3 + [True] * 3
     assert rows[3]["uri"].startswith(f"{target}/shard/")
     assert "holds no artifacts" in said(capsys, "copy", str(tmp_path / "nothing"), target, code=1)[1]
-    assert "nanodlm copy SRC DST" in said(capsys, "copy", code=2)[1]
+    assert "missing SRC and DST" in said(capsys, "copy", code=2)[1]
