@@ -8,8 +8,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from nanodlm.data import download
-from nanodlm.errors import NanodlmError
+from nanodlm.errors import NanodlmError, silent
 from nanodlm.stages import run
+from nanodlm.stages.lookup import ready
 from nanodlm.store import Store
 from tests.support.helpers import prose, tiny_config
 
@@ -61,3 +62,14 @@ def test_documents_of_files_that_changed_while_they_were_read_are_not_kept(
     first.write_bytes(before)
     clean = Store(str(tmp_path / "clean"))
     assert len({run.run_stage("download", config, place)[0].digest for place in (store, clean)}) == 1
+
+
+def test_documents_of_files_that_changed_before_they_were_read_are_not_committed(
+    store: Store, at_hand: list[str]
+) -> None:
+    config = tiny_config(at_hand)
+    lookup = ready("download", config, store)
+    pq.write_table(pa.table({"text": ["other"] * 100}), at_hand[0])
+    with pytest.raises(NanodlmError, match="changed since they were looked up: run again"):
+        run.build(lookup, config, store, False, silent)
+    assert store.find("download", lookup.fingerprint) is None
