@@ -215,8 +215,22 @@ def _snapshot(data: DataConfig) -> Path:
                 raise NanodlmError(f"{found}: give --data.revision in full")
             revision = matches[0]
         wanted: dict[str, Any] = {"revision": revision, "allow_patterns": [f"*{suffix}" for suffix in HUB_SUFFIXES]}
-        return Path(huggingface_hub.snapshot_download(name, repo_type="dataset", **wanted))
+        for _ in range(2):
+            folder = Path(huggingface_hub.snapshot_download(name, repo_type="dataset", **wanted))
+            altered = [blob for file in folder.rglob("*.*") if _is_altered(blob := file.resolve())]
+            if not altered:
+                return folder
+            for blob in altered:  # on the way, or in the cache since
+                blob.unlink()
+        raise ValueError(f"{len(altered)} of its files arrive with other bytes than the hub says")
     except (HfHubHTTPError, OSError, ValueError) as error:
         what = f"cannot fetch {data.source[0]} at {data.revision}: {' '.join(str(error).split())[:200]}"
-        remedy = "finished files are kept, so run again, or point --data.source at local copies"
-        raise NanodlmError(f"{what}; {remedy}") from error
+        token = "set HF_TOKEN to a token that may read it"
+        remedies = {401: token, 403: token, 404: "check its name and --data.revision"}
+        remedy = remedies.get(getattr(getattr(error, "response", None), "status_code", 0), "run again")
+        raise NanodlmError(f"{what}; finished files are kept: {remedy}, or give copies as --data.source") from error
+
+
+def _is_altered(blob: Path) -> bool:
+    """Say if a file of the hub's cache, which is named by its sha256 when it is large, has other bytes."""
+    return bool(re.fullmatch("[0-9a-f]{64}", blob.name)) and sha256_of(blob) != blob.name

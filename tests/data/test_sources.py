@@ -1,4 +1,5 @@
 import gzip
+import hashlib
 import json
 import os
 import subprocess
@@ -21,7 +22,7 @@ from nanodlm.errors import NanodlmError
 from nanodlm.store import Artifact, Store, new_attempt
 from nanodlm.store.cache import cache_dir
 from nanodlm.store.disk import sha256_of
-from tests.support.helpers import identity, prose, tiny_config
+from tests.support.helpers import flip, identity, prose, tiny_config
 
 ROOT = Path(__file__).parents[2]
 TEXTS = ["One text.\nWith two lines.\n", "Another — with an accent: é.", "A third."]
@@ -368,6 +369,7 @@ class Hub(BaseHTTPRequestHandler):
 
     files: dict[str, bytes]
     fail_once: set[str]
+    altered: set[str]
     log: list[str]
 
     def do_GET(self) -> None:
@@ -388,8 +390,9 @@ class Hub(BaseHTTPRequestHandler):
                 self.fail_once.remove(name)
                 self.send_error(403)
                 return
-            headers = {"ETag": f'"{list(self.files).index(name):040x}"', "X-Repo-Commit": SHA}
-            self.answer(self.files[name], "application/octet-stream", headers)
+            headers = {"ETag": f'"{hashlib.sha256(self.files[name]).hexdigest()}"', "X-Repo-Commit": SHA}
+            altered = self.files[name].swapcase() if name in self.altered else self.files[name]
+            self.answer(altered, "application/octet-stream", headers)
         else:
             self.send_response(404)
             self.send_header("X-Error-Code", "RepoNotFound" if "/api/" in path else "EntryNotFound")
@@ -420,7 +423,7 @@ def hub(tmp_path: Path) -> Iterator[tuple[str, type[Hub]]]:
     for i, kind in enumerate((pa.uint16(), pa.int32())):
         path = write_tokens(tmp_path / f"{i}.parquet", [[i, 10 * i, 50256], [7] * 1024], pa.list_(kind))
         files[f"data/train-{i:05d}-of-00002.parquet"] = path.read_bytes()
-    handler = type("FilledHub", (Hub,), {"files": files, "fail_once": set(), "log": []})
+    handler = type("FilledHub", (Hub,), {"files": files, "fail_once": set(), "altered": set(), "log": []})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
@@ -474,7 +477,21 @@ def test_a_fetch_that_failed_half_way_keeps_what_it_has(tmp_path: Path, hub: tup
     handler.fail_once.add("data/train-00001-of-00002.parquet")
     failed, again = fetch(address, tmp_path, SHA, SHA)
     assert failed.startswith(f"cannot fetch hf://{DATASET} at {SHA}: ")
-    assert failed.endswith("finished files are kept, so run again, or point --data.source at local copies")
+    assert failed.endswith("set HF_TOKEN to a token that may read it, or give copies as --data.source")
     assert again == EXPECTED
     fetched = [line.rsplit("/", 1)[1] for line in handler.log if line.startswith("GET") and "/resolve/" in line]
     assert sorted(fetched) == ["train-00000-of-00002.parquet", *["train-00001-of-00002.parquet"] * 2]
+
+
+def test_a_file_of_the_hub_with_other_bytes_than_it_says_is_fetched_again_or_refused(
+    tmp_path: Path, hub: tuple[str, type[Hub]]
+) -> None:
+    address, handler = hub
+    (first,) = fetch(address, tmp_path, SHA)
+    digest = hashlib.sha256(handler.files["data/train-00001-of-00002.parquet"]).hexdigest()
+    (blob,) = (tmp_path / "hf").rglob(f"blobs/{digest}")
+    flip(blob)
+    assert fetch(address, tmp_path, SHA) == [first] == [EXPECTED]
+    handler.altered.add("data/train-00000-of-00002.parquet")
+    (refused,) = fetch(address, tmp_path / "c", SHA)
+    assert "1 of its files arrive with other bytes than the hub says; finished files are kept: run again" in refused
