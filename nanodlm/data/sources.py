@@ -215,6 +215,7 @@ def _snapshot(data: DataConfig) -> Path:
                 raise NanodlmError(f"{found}: give --data.revision in full")
             revision = matches[0]
         wanted: dict[str, Any] = {"revision": revision, "allow_patterns": [f"*{suffix}" for suffix in HUB_SUFFIXES]}
+        altered: list[Path] = []
         for _ in range(2):
             folder = Path(huggingface_hub.snapshot_download(name, repo_type="dataset", **wanted))
             altered = [blob for file in folder.rglob("*.*") if _is_altered(blob := file.resolve())]
