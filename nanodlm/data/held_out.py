@@ -126,7 +126,7 @@ def zone(kind: str, data: DataConfig, download: Artifact, size: int) -> Zone:
         documents = Documents(np.concatenate([unit.values for unit in units]), np.cumsum([0, *sizes]))
         return Zone("hash", documents, units[-1].key.hex(), sum(sizes) == sum(download.metrics["part_sizes"]))
     place = place_at(download, sum(download.metrics["part_sizes"]) - size)
-    after = Documents.join([back for _, back in at_place(download, place)])
+    after = Documents.join([back for _, back, _ in at_place(download, place)])
     return Zone("last", after, place, place == [0, 0])
 
 
@@ -146,19 +146,20 @@ def place_at(download: Artifact, before: int) -> Place:
     return [part, before]
 
 
-def at_place(download: Artifact, place: Place) -> Iterator[tuple[Documents, Documents]]:
-    """Yield what of a corpus's documents lies before a place, and what from there on."""
+def at_place(download: Artifact, place: Place) -> Iterator[tuple[Documents, Documents, bool]]:
+    """Yield what `halves` does, of all parts."""
     folder = download.local()
     for number, name in enumerate(parts(download)):
         yield from halves(read(folder / name), number, place)
 
 
-def halves(batches: Iterable[Documents], part: int, place: Place) -> Iterator[tuple[Documents, Documents]]:
-    """Yield what of the documents of a part lies before a place, and what from there on."""
+def halves(batches: Iterable[Documents], part: int, place: Place) -> Iterator[tuple[Documents, Documents, bool]]:
+    """Yield what of the documents of a part lies before a place, what from there on, and if that cuts a document."""
     seen = 0
     for batch in batches:
         size = len(batch.flat)
-        yield batch.halves(place[1] - seen if part == place[0] else size if part < place[0] else 0)
+        before, after = batch.halves(place[1] - seen if part == place[0] else size if part < place[0] else 0)
+        yield before, after, len(before) + len(after) > len(batch)
         seen += size
 
 

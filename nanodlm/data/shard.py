@@ -1,6 +1,7 @@
 """The shard stage: documents become rows of token ids in ArrayRecord files."""
 
 from collections.abc import Iterator
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -104,27 +105,34 @@ def _write_shard(
     """Make one training shard, a finished part of the attempt, and return what it was finished with."""
     length, seed, name = config.model.seq_len, config.data.split_seed, data_rows.name(index)
     counts, documents, smallest = np.zeros(encoding.n_vocab, np.int64), 0, "g"  # which is above all keys
+    goes_on = False  # whether the last document does, in what is held out
     cut: str | Place = held_out["cut"]
     rest = np.zeros(0, data_rows.dtype_for(encoding.n_vocab + 1))
 
     def kept() -> Iterator[Documents]:
-        nonlocal documents, smallest
-        batches = read(part)
+        nonlocal documents, smallest, goes_on
         if isinstance(cut, list):
-            batches = (before for before, _ in halves(batches, index, cut))
-        for batch in in_units(batches, held_out.get("unit_rows", 1)):
-            if isinstance(cut, str):
-                keys = [key.hex() for key in batch.keys(seed)]
-                smallest = min([smallest, *(key for key in keys if key > cut)])
-                batch = batch.only(np.array([key > cut for key in keys]))
+            for before, _, goes_on in halves(read(part), index, cut):
+                documents += len(before)
+                if len(before):
+                    yield before
+                if goes_on:
+                    return
+            return
+        for batch in in_units(read(part), held_out.get("unit_rows", 1)):
+            keys = [key.hex() for key in batch.keys(seed)]
+            smallest = min([smallest, *(key for key in keys if key > cut)])
+            batch = batch.only(np.array([key > cut for key in keys]))
             documents += len(batch)
             if len(batch):
                 yield batch
 
     def whole_rows() -> Iterator[np.ndarray]:
         nonlocal rest, counts
-        for tokens in tokenise_all(encoding, kept()):
-            stream = np.concatenate([rest, tokens.flat])
+        for tokens, after in pairwise(chain(tokenise_all(encoding, kept()), [None])):
+            assert tokens
+            made_up = after is None and goes_on and not config.data.pretokenized  # the mark of a document that goes on
+            stream = np.concatenate([rest, tokens.flat[: len(tokens.flat) - made_up]])
             end = len(stream) // length * length
             counts += np.bincount(stream[:end], minlength=len(counts))
             rest = stream[end:].copy()

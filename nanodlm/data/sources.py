@@ -130,7 +130,7 @@ def _matching(patterns: list[str], *, may_be_empty: bool = False) -> list[str]:
         files.update(found)
     if empty and not may_be_empty:
         kind = NanodlmError if files else SourceGone  # a source that is partly gone is another
-        raise kind(f"no file matches {empty[0]!r}: check --data.source ({FOLDERS})")
+        raise kind(f"no file matches {empty[0]!r}: check --data.source, or --data.validation ({FOLDERS})")
     for file in files:
         if format_of(file)[0] not in READERS:
             raise NanodlmError(f"cannot read {file}: files must end in {', '.join(READERS)}, packed or not")
@@ -161,6 +161,9 @@ def identity(data: DataConfig) -> dict[str, Any]:
     with contextlib.suppress(OSError, ValueError):
         known = MEMORY.validate_json(memory.read_bytes())
     contents = [["".join(format_of(f)), _content(f, known, new)] for f in files]
+    for file, content in zip(files, contents, strict=True):
+        if content in fields.get("validation", ()):
+            raise NanodlmError(f"{file} is in --data.validation as well, and would be trained on: name others")
     if new:  # those that are gone are forgotten, and a cache that cannot be written is no error
         kept = {path: hashed for path, hashed in known.items() if os.path.exists(path)}
         with contextlib.suppress(OSError, ValueError):

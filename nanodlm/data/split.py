@@ -52,7 +52,7 @@ def _train_bpe(data: DataConfig, download: Artifact, emit: Emit) -> tuple[tiktok
         if kind == "hash":
             sample = front(corpus(download), data.split_seed, aside.size + BPE_BYTES)[len(aside.documents) :]
         elif kind == "last":
-            sample = front((before for before, _ in at_place(download, aside.cut)), data.split_seed, BPE_BYTES)
+            sample = front((before for before, *_ in at_place(download, aside.cut)), data.split_seed, BPE_BYTES)
         else:
             sample = front(corpus(download), data.split_seed, BPE_BYTES)
         seen = sum(len(unit.values) for unit in sample)

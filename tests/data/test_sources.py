@@ -145,7 +145,10 @@ def test_a_pattern_or_folder_that_gives_nothing_is_named(tmp_path: Path) -> None
     (tmp_path / "folder" / "picture.png").touch()
     for pattern in ("*.txt", "absent.txt", "folder", "folder/"):
         message = refused(tmp_path, pattern)
-        assert f"no file matches '{(tmp_path / pattern)}': check --data.source (folders give .txt, .md" in message
+        says = (
+            f"no file matches '{tmp_path / pattern}': check --data.source, or --data.validation (folders give .txt, .md"
+        )
+        assert says in message
 
 
 def parquet(texts: list[str]) -> bytes:

@@ -317,9 +317,11 @@ def test_of_a_small_corpus_the_last_tenth_is_held_out_and_what_is_before_it_trai
     for part in parts:
         fronts.append([text[: max(0, left - sum(map(len, part[:i])))] for i, text in enumerate(part)])
         left -= sum(map(len, part))
-    streams = [
-        [t for text in part if text for t in [*encoding.encode_ordinary(text), encoding.eot_token]] for part in fronts
-    ]
+    whole_texts = {text for part in parts for text in part}  # a mark ends these, and no document in the middle
+    streams = []
+    for part in fronts:
+        ends = [[encoding.eot_token] if text in whole_texts else [] for text in part]
+        streams.append([t for text, end in zip(part, ends, strict=True) for t in encoding.encode_ordinary(text) + end])
     assert training_rows(artifacts) == [s[i : i + 2] for s in streams for i in range(0, len(s) // 2 * 2, 2)]
     if kind == "bpe":
         trained = tokenizer.train_bpe([text for part in fronts for text in part], 300)
@@ -345,6 +347,20 @@ def test_exactly_the_last_tokens_of_the_source_are_held_out_on_request(
     assert len(front) - len(encoding.decode_bytes(trained)) <= 3 * 2 * 5  # a token at the end of each part is dropped
     assert (metrics["split"], metrics["val_tokens"], metrics["val_bytes"]) == ("last", val_tokens, len(held_out))
     assert metrics["val_documents"] == stream[-val_tokens:].count(encoding.eot_token)
+
+
+def test_no_token_is_made_up_where_a_document_is_cut(tmp_path: Path) -> None:
+    artifacts = prepare(tmp_path, [["abcdefghij" * 100]], seq_len=64, split="last", val_tokens=361)
+    metrics = artifacts["shard"].metrics
+    assert metrics["train_tokens"] + metrics["dropped_tokens"] + 361 == 1001  # the bytes and one mark
+    assert bytes(i for row in training_rows(artifacts) for i in row) == b"abcdefghij" * 64
+
+
+def test_a_file_to_train_on_is_no_validation_set(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a text")
+    config = tiny_config(str(tmp_path / "a.txt"), validation=str(tmp_path / "a.txt"), val_tokens=None)
+    with pytest.raises(NanodlmError, match=r"a\.txt is in --data\.validation as well"):
+        run_stage("download", config, Store(str(tmp_path / "store")))
 
 
 def test_a_share_of_the_end_is_that_share_of_its_characters(tmp_path: Path) -> None:
