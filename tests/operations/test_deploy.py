@@ -172,7 +172,7 @@ def test_a_worker_that_is_stopped_puts_its_run_off_and_frees_the_device_and_the_
 
     site.work()
     wait_until(lambda: site.steps() > saved, 120, site.log)
-    assert site.lines(run, f"continuing after update {saved}")
+    wait_until(lambda: site.lines(run, f"continuing after update {saved}"), 60, site.log)  # a little later
     site.cancel(run)
 
 
