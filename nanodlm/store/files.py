@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import fsspec
+import orjson
 
 from nanodlm.config import refuse_secrets
 from nanodlm.config.addresses import single_slashes
@@ -92,9 +93,9 @@ class Storage:
         except OSError as error:
             raise Damaged(f"{path} cannot be read: {one_line(error)}") from error
         try:
-            if (value := json.loads(data)) is None:
+            if (value := orjson.loads(data)) is None:
                 raise ValueError
-        except (ValueError, RecursionError):
+        except ValueError:
             raise Damaged(f"{path} holds no record") from None
         return value
 
