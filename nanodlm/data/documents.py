@@ -2,7 +2,7 @@
 
 import string
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from itertools import pairwise
 from typing import Any, Self, cast
@@ -17,11 +17,13 @@ LOWER = bytes(range(256)).lower()
 class Documents:
     """Documents one after another: `values` are the bytes of texts in UTF-8 (uint8), or token ids (uint16, uint32).
 
-    Document i is `values[offsets[i]:offsets[i + 1]]`; `offsets` has one number more than there are documents.
+    Document i is `values[offsets[i]:offsets[i + 1]]`; `offsets` has one number more than there are documents. `hashes`
+    are those of the documents in parts, (N, 16), bytes that are uniform over contents.
     """
 
     values: np.ndarray
     offsets: np.ndarray
+    hashes: np.ndarray = field(default_factory=lambda: np.zeros((0, 16), np.uint8))
 
     @classmethod
     def of(cls, array: Any) -> Self:
@@ -68,19 +70,20 @@ class Documents:
     def joined(self, rows: int) -> "Documents":
         """Return runs of so many documents that follow each other, each as one document; the last may be shorter."""
         edges = [*range(0, len(self), rows), len(self)]
-        return Documents(self.values, self.offsets[edges])
+        hashes = [_hash(self.hashes[start:end].tobytes()) for start, end in pairwise(edges)]
+        return Documents(self.values, self.offsets[edges], np.frombuffer(b"".join(hashes), np.uint8).reshape(-1, 16))
+
+    def hashed(self) -> list[bytes]:
+        """Return the hash of each, 16 bytes; texts that differ in white space, or in the case of a to z, have one."""
+        if self.values.dtype == np.uint8:
+            return [_hash(bytes(text).translate(LOWER, string.whitespace.encode())) for text in self]
+        return [_hash(ids) for ids in Documents(self.values.astype("<i4"), self.offsets)]
 
     def keys(self, seed: int) -> list[bytes]:
-        """Return the key of each: 16 bytes, uniform over contents, a function of content and seed only.
-
-        Texts that differ in white space, or in the case of a to z, have one key.
-        """
-        key = seed.to_bytes(8, "little")
-        if self.values.dtype == np.uint8:
-            contents = (bytes(text).translate(LOWER, string.whitespace.encode()) for text in self)
-        else:
-            contents = iter(Documents(self.values.astype("<i4"), self.offsets))
-        return [blake2b(content, key=key, digest_size=16).digest() for content in contents]
+        """Return the key of each: 16 bytes, a function of its hash and a seed only; with seed 0 it is the hash."""
+        hashes = self.hashes.tobytes()
+        keys = [hashes[i : i + 16] for i in range(0, len(hashes), 16)]
+        return [_hash(key, seed) for key in keys] if seed else keys
 
     def only(self, keep: np.ndarray) -> "Documents":
         """Return those for which `keep` is true, (N,)."""
@@ -88,7 +91,7 @@ class Documents:
             return self
         runs = self.offsets[np.flatnonzero(np.diff(keep, prepend=False, append=False))].reshape(-1, 2)
         values = [self.values[:0], *(self.values[start:end] for start, end in runs)]
-        return Documents(np.concatenate(values), np.concatenate([[0], np.cumsum(self.sizes[keep])]))
+        return Documents(np.concatenate(values), np.concatenate([[0], np.cumsum(self.sizes[keep])]), self.hashes[keep])
 
     def halves(self, at: int) -> tuple["Documents", "Documents"]:
         """Return what lies before a place, in values from the first document's first, and what from there on.
@@ -98,6 +101,10 @@ class Documents:
         ([[0, 1], [2]], [[3, 4]])
         """
         at = self.offsets[0] + at
-        clipped = (np.minimum(self.offsets, at), np.maximum(self.offsets, at))
-        before, after = (Documents(self.values, np.unique(offsets)) for offsets in clipped)
-        return before, after
+        before, after = np.unique(np.minimum(self.offsets, at)), np.unique(np.maximum(self.offsets, at))
+        hashes = self.hashes[: len(before) - 1], self.hashes[len(self) - len(after) + 1 :]
+        return Documents(self.values, before, hashes[0]), Documents(self.values, after, hashes[1])
+
+
+def _hash(content: bytes | memoryview, seed: int = 0) -> bytes:
+    return blake2b(content, key=seed.to_bytes(8, "little"), digest_size=16).digest()

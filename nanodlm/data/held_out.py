@@ -50,7 +50,7 @@ class Zone:
     """Documents that may be held out: the front by `hash`, the `last` of the corpus, or those of `files`."""
 
     kind: Literal["hash", "last", "files"]
-    documents: Documents
+    documents: Documents  # with the hashes that are their keys, of `hash`
     cut: Any  # the largest key among them, or the place where they begin; "" comes before all keys
     whole: bool = False  # whether nothing is left to train on
 
@@ -123,7 +123,8 @@ def zone(kind: str, data: DataConfig, download: Artifact, size: int) -> Zone:
     if kind == "hash":
         units = front(in_units(corpus(download), unit_rows(data, download)), data.split_seed, size)
         sizes = [len(unit.values) for unit in units]
-        documents = Documents(np.concatenate([unit.values for unit in units]), np.cumsum([0, *sizes]))
+        keys = np.frombuffer(b"".join(unit.key for unit in units), np.uint8).reshape(-1, 16)
+        documents = Documents(np.concatenate([unit.values for unit in units]), np.cumsum([0, *sizes]), keys)
         return Zone("hash", documents, units[-1].key.hex(), sum(sizes) == sum(download.metrics["part_sizes"]))
     place = place_at(download, sum(download.metrics["part_sizes"]) - size)
     after = Documents.join([back for _, back, _ in at_place(download, place)])

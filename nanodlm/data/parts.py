@@ -1,8 +1,8 @@
 """The parts of a prepared corpus: Arrow files of documents, read and written piece by piece."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -11,7 +11,11 @@ from nanodlm.data.documents import PIECE, Documents
 from nanodlm.store import Artifact
 
 VALIDATION = "validation.arrow"  # the file of a download that holds a validation set of its own
-SCHEMAS = {"text": pa.schema({"text": pa.large_string()}), "tokens": pa.schema({"tokens": pa.list_(pa.uint16())})}
+HASH = pa.binary(16)
+SCHEMAS = {
+    "text": pa.schema({"text": pa.large_string(), "hash": HASH}),
+    "tokens": pa.schema({"tokens": pa.list_(pa.uint16()), "hash": HASH}),
+}
 
 
 def parts(download: Artifact) -> list[str]:
@@ -23,7 +27,9 @@ def read(part: Path) -> Iterator[Documents]:
     """Read the documents of one part, `PIECE` values or little more at a time."""
     with pa.OSFile(str(part)) as file, pa.ipc.open_file(file) as reader:
         for number in range(reader.num_record_batches):
-            yield Documents.of(reader.get_batch(number).column(0))
+            batch = reader.get_batch(number)
+            hashes = np.frombuffer(batch.column(1).buffers()[1], np.uint8).reshape(-1, 16)
+            yield replace(Documents.of(batch.column(0)), hashes=hashes)
 
 
 def corpus(download: Artifact) -> Iterator[Documents]:
@@ -41,15 +47,15 @@ def filling(array: pa.Array, room: float) -> int:
 class Writer:
     """A part that is being written, to be closed; `rows` and `size` count its documents and their values.
 
-    Equal documents give equal bytes, however many are written at a time.
+    Beside each document lies its hash, so that nobody hashes it again. Equal documents give equal bytes, however many
+    are written at a time.
     """
 
     def __init__(self, path: Path, column: str):
         """Begin a file; the column is a name of `SCHEMAS`."""
-        options: Any = pa.ipc.IpcWriteOptions(compression="lz4" if column == "text" else None)
         self.schema, self.rows, self.size = SCHEMAS[column], 0, 0
         self.sizes: set[int] = set()  # the smallest and the largest of what was written at a time
-        self._writer = pa.ipc.new_file(str(path), self.schema, options=options)
+        self._writer = pa.ipc.new_file(str(path), self.schema)
         self._waiting: list[pa.Array] = []  # what will be read at a time
         self._waiting_size = 0
 
@@ -69,7 +75,9 @@ class Writer:
                 self._flush()
 
     def _flush(self) -> None:
-        self._writer.write_batch(pa.record_batch([pa.concat_arrays(self._waiting)], schema=self.schema))
+        array = pa.concat_arrays(self._waiting)
+        hashes = pa.array(Documents.of(array).hashed(), HASH)
+        self._writer.write_batch(pa.record_batch([array, hashes], schema=self.schema))
         self._waiting, self._waiting_size = [], 0
 
     def close(self) -> None:

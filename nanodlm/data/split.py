@@ -94,7 +94,7 @@ def build_split(config: Config, inputs: dict[str, Artifact], attempt: Attempt, e
         documents = int(np.searchsorted(found.offsets, tokens))
         if held.whole and documents == len(found):
             raise too_few(data, found)
-        cut = held.documents.keys(data.split_seed)[documents - 1].hex()
+        cut = held.documents.hashes[documents - 1].tobytes().hex()
         validation = found.flat[:tokens]
     elif kind == "last" and tokens:
         first = len(validation) - tokens

@@ -71,10 +71,10 @@ COUNTS = ("counts.npy",)
 RESULTS = ("train", "evaluate", "sample")
 PAGES = ("report.html", "report.md")
 ALL = (
-    # Since version 2, its parts are Arrow files and end with a document, whatever is read at a time.
-    Stage("download", "data.download:download", (), _source, 2),
-    Stage("tokenizer", "data.split:build_tokenizer", ("download",), _tokenizer, 2),
-    Stage("split", "data.split:build_split", DOCUMENTS, _settings("data", *HELD_OUT), 2),
+    # Since version 3, its parts hold the hash of each document, which makes the keys of the split.
+    Stage("download", "data.download:download", (), _source, 3),
+    Stage("tokenizer", "data.split:build_tokenizer", ("download",), _tokenizer, 3),
+    Stage("split", "data.split:build_split", DOCUMENTS, _settings("data", *HELD_OUT), 3),
     # Since version 3, rows of ids are joined before they are cut.
     Stage("shard", "data.shard:build_shards", (*DOCUMENTS, "split"), _settings("model", "seq_len"), 3, volatile=COUNTS),
     Stage("train", "training.loop:train", ("shard", "tokenizer"), _training, own_process=True, volatile=LOGS),
