@@ -4,8 +4,8 @@ import contextlib
 import re
 
 from nanodlm.config import parse_address
-from nanodlm.errors import Damaged, UsageError
-from nanodlm.store import Json, Part, Store
+from nanodlm.errors import Damaged, NanodlmError, UsageError
+from nanodlm.store import Artifact, Json, Part, Store
 from nanodlm.store.attempt import made_it
 from nanodlm.store.manifest import MANIFEST, NAME
 
@@ -45,6 +45,24 @@ def find_checkpoint(address: str) -> Part:
         have = f"there are {', '.join(finished)}" if finished else "there are none"
         raise UsageError(f"no finished checkpoint step_{parsed.checkpoint} in {store.address(folder)}: {have}")
     return part
+
+
+def find_model(model: str, store: Store) -> str:
+    """Return the address that `load` takes of a model, named by its run, or by an address or the beginning of one.
+
+    Of several runs of one name, and where nothing is said, it is the one that was made last.
+    """
+    if "/" in model:
+        return store.open(model).uri if re.fullmatch("[a-z]+/[0-9a-f]{4,64}", model) else model
+    found = [artifact for _, artifact in store.artifacts(item for item in store if item[0] == "train")]
+    trained = [artifact for artifact in found if isinstance(artifact, Artifact)]
+    named = [one for one in trained if model in ("", (one.manifest["config"] or {}).get("exp", {}).get("run_name"))]
+    if named:
+        return max(named, key=lambda one: (one.manifest["created"], one.fingerprint)).uri
+    if re.fullmatch("[0-9a-f]{4,64}", model):
+        return store.open(model).uri
+    what = f"no model {model!r} in {store.uri()}" if model else f"{store.uri()} holds no trained model"
+    raise NanodlmError(f"{what}: name a run, an address as `nanodlm ls` prints it, or a checkpoint's folder")
 
 
 def goes_on_after(store: Store, fingerprint: str, manifest: Json) -> int:
