@@ -7,7 +7,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from nanodlm.config import Config
+from nanodlm.config import Config, DataConfig
 from nanodlm.data.documents import Documents
 from nanodlm.data.parts import VALIDATION, Writer, filling
 from nanodlm.data.readers import Bad, read_documents
@@ -45,7 +45,7 @@ def download(config: Config, inputs: dict[str, Artifact], attempt: Attempt, emit
 
     bad, bad_held_out = Bad(), Bad()
     skip, full = documents, data.part_mb * 1e6 / bytes_each
-    for array in _first(read_documents(data, source_files(data), bad), data.limit_tokens, bytes_each):
+    for array in _first(read_documents(data, _files(data, emit), bad), data.limit_tokens, bytes_each):
         array, skip = array[skip:], max(0, skip - len(array))
         while len(array):
             writer = writer or Writer(attempt.path / _part(len(sizes)), column)
@@ -85,6 +85,15 @@ def _first(arrays: Iterable[pa.Array], tokens: int | None, bytes_each: int) -> I
         left -= len(Documents.of(taken).flat)
         if left <= 0:
             return
+
+
+def _files(data: DataConfig, emit: Emit) -> Iterable[str]:
+    """Return the URLs of the source's files; those of the hub are fetched first."""
+    if not data.revision:
+        return source_files(data)
+    from nanodlm.data.hub import hub_files
+
+    return hub_files(data, emit)
 
 
 def _part(index: int) -> str:

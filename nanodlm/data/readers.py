@@ -1,6 +1,6 @@
 """The documents of files, whatever their format. Rows that are none are left out, and counted by the reason."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import NoneType
 from typing import Any
@@ -44,7 +44,7 @@ class Bad:
         return f"{reasons} of {self.rows:,} rows" + (f" ({'; '.join(self.first)})" if self.first else "")
 
 
-def read_documents(data: DataConfig, files: list[str], bad: Bad) -> Iterator[pa.Array]:
+def read_documents(data: DataConfig, files: Iterable[str], bad: Bad) -> Iterator[pa.Array]:
     """Read the files' documents as arrays of `large_string`, or of `list<uint16>`, a few megabytes at a time.
 
     An array may be a slice. Rows that are no document are added to `bad`; when they are more than `data.max_bad` of

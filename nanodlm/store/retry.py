@@ -4,11 +4,19 @@ import contextlib
 import errno
 import logging
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import TypeVar
 
-from tenacity import RetryCallState, Retrying, retry_if_exception, stop_before_delay, wait_random_exponential
+from tenacity import (
+    RetryCallState,
+    Retrying,
+    retry_if_exception,
+    sleep_using_event,
+    stop_before_delay,
+    wait_random_exponential,
+)
 
 from nanodlm.errors import NanodlmError, Unreachable, UsageError
 
@@ -16,34 +24,51 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 FIRST_PAUSE, LONGEST_PAUSE = 0.2, 15.0  # the longest pauses in seconds: doubled every time, and shortened at random
 _longest: ContextVar[float] = ContextVar("longest", default=float("inf"))
-PASSING_CODES = {408, 409, 425, 429, 499, 500, 502, 503, 504}  # HTTP's, as gcsfs and aiohttp give them
+NEVER = threading.Event()
+PASSING_CODES = {408, 409, 425, 429, 499, 500, 502, 503, 504}  # HTTP's, as gcsfs, aiohttp and httpx give them
+PASSING_KINDS = {"ClientError", "NetworkError", "TimeoutException", "RemoteProtocolError"}  # aiohttp's, and httpx's
 PASSING_ERRNOS = {errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EBUSY, errno.EAGAIN}
 
 
-def ask(uri: str, call: Callable[[], T]) -> T:
+def patiently(uri: str, call: Callable[[], T], stopped: threading.Event = NEVER) -> T:
     """Return the result of a request to `uri`; what may pass is tried again for `$NANODLM_RETRY_SECONDS`.
 
-    What does not pass in that time is raised as `Unreachable`, and what is refused is one line at once.
+    A server that asks for a longer pause (HTTP's Retry-After) is given it. The event ends pauses.
     """
     text = os.environ.get("NANODLM_RETRY_SECONDS") or "300"
     try:
         patience = float(text)
     except ValueError:
         raise UsageError(f"NANODLM_RETRY_SECONDS must be a number of seconds, not {text!r}") from None
+    pause = wait_random_exponential(multiplier=FIRST_PAUSE, max=LONGEST_PAUSE)
+
+    def wait(state: RetryCallState) -> float:
+        answer = getattr(state.outcome and state.outcome.exception(), "response", None)
+        seconds = getattr(answer, "headers", {}).get("Retry-After", "")
+        return max(pause(state), float(seconds) if seconds.isdecimal() else 0.0)
 
     def warn(state: RetryCallState) -> None:
         if state.attempt_number == 4 and state.outcome:
             log.warning("%s does not answer (%s): trying again", uri, one_line(state.outcome.exception()))
 
     tries = Retrying(
+        sleep=sleep_using_event(stopped),
         retry=retry_if_exception(may_pass),
-        wait=wait_random_exponential(multiplier=FIRST_PAUSE, max=LONGEST_PAUSE),
+        wait=wait,
         stop=stop_before_delay(min(patience, _longest.get())),
         before_sleep=warn,
         reraise=True,
     )
+    return tries(call)
+
+
+def ask(uri: str, call: Callable[[], T]) -> T:
+    """Return the result of a request to a storage, asked `patiently`.
+
+    What does not pass in that time is raised as `Unreachable`, and what is refused is one line at once.
+    """
     try:
-        return tries(call)
+        return patiently(uri, call)
     except Exception as error:
         if may_pass(error):
             remedy = "what is finished is kept, run again to continue"
@@ -52,7 +77,7 @@ def ask(uri: str, call: Callable[[], T]) -> T:
             "RefreshError",
             "DefaultCredentialsError",
         )
-        if denied or _code(error) in (401, 403) or str(error).startswith("Forbidden"):  # gcsfs says it in words
+        if denied or code_of(error) in (401, 403) or str(error).startswith("Forbidden"):  # gcsfs says it in words
             remedy = "mend the credentials in the environment, or the permissions, or choose another --store"
             which = f" {error.filename}" if isinstance(error, OSError) and error.filename else ""
             raise NanodlmError(f"{uri} refuses access: {one_line(error)}{which}; {remedy}") from error
@@ -71,12 +96,12 @@ def retrying_for(seconds: float) -> Iterator[None]:
 
 def may_pass(error: BaseException) -> bool:
     """Say if the same request may succeed later."""
-    if (code := _code(error)) is not None:
+    if (code := code_of(error)) is not None:
         return code in PASSING_CODES
     if isinstance(error, OSError) and error.errno in PASSING_ERRNOS:
         return True
-    named = {kind.__name__ for kind in type(error).__mro__}  # aiohttp, which defines it, need not be installed
-    return isinstance(error, TimeoutError | ConnectionError) or "ClientError" in named
+    named = {kind.__name__ for kind in type(error).__mro__}  # what defines them need not be installed
+    return isinstance(error, TimeoutError | ConnectionError) or not named.isdisjoint(PASSING_KINDS)
 
 
 def one_line(error: BaseException | None) -> str:
@@ -84,7 +109,8 @@ def one_line(error: BaseException | None) -> str:
     return " ".join((getattr(error, "strerror", None) or str(error) or type(error).__name__).split())[:300]
 
 
-def _code(error: BaseException) -> int | None:
-    """Return the HTTP status that an error of gcsfs or aiohttp holds."""
-    code = getattr(error, "code", getattr(error, "status", None))
+def code_of(error: BaseException) -> int | None:
+    """Return the HTTP status that an error of gcsfs, aiohttp or httpx holds."""
+    code = getattr(getattr(error, "response", error), "status_code", None)
+    code = code or getattr(error, "code", getattr(error, "status", None))
     return int(code) if isinstance(code, int | str) and str(code).isdecimal() else None

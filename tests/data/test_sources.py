@@ -1,12 +1,8 @@
 import gzip
-import hashlib
 import json
 import os
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +18,7 @@ from nanodlm.errors import NanodlmError
 from nanodlm.store import Artifact, Store, new_attempt
 from nanodlm.store.cache import cache_dir
 from nanodlm.store.disk import sha256_of
-from tests.support.helpers import flip, identity, prose, tiny_config
+from tests.support.helpers import identity, prose, tiny_config
 
 ROOT = Path(__file__).parents[2]
 TEXTS = ["One text.\nWith two lines.\n", "Another — with an accent: é.", "A third."]
@@ -361,140 +357,3 @@ def test_a_download_cut_off_continues_to_the_same_bytes(tmp_path: Path, killed_a
     assert len(emitted) == undisturbed.metrics["parts"]  # none of the finished parts was made again
     assert resumed.digest == undisturbed.digest
     assert resumed.metrics == undisturbed.metrics
-
-
-SHA = "0123456789abcdef0123456789abcdef01234567"
-DATASET = "someone/tokens"
-
-
-class Hub(BaseHTTPRequestHandler):
-    """The few addresses of the Hugging Face hub that a snapshot needs."""
-
-    files: dict[str, bytes]
-    fail_once: set[str]
-    altered: set[str]
-    log: list[str]
-
-    def do_GET(self) -> None:
-        path = self.path.split("?")[0]
-        self.log.append(f"{self.command} {path}")
-        api, resolve = f"/api/datasets/{DATASET}", f"/datasets/{DATASET}/resolve/{SHA}/"
-        if path == f"{api}/commits/main":
-            shared = {"authors": [], "date": "2026-01-01T00:00:00.000Z", "title": "t", "message": ""}
-            self.answer_json([{"id": commit, **shared} for commit in (SHA, "f" * 40)])
-        elif path == f"{api}/revision/{SHA}":
-            siblings = [{"rfilename": name} for name in self.files]
-            self.answer_json({"id": DATASET, "sha": SHA, "siblings": siblings, "tags": [], "private": False})
-        elif path.startswith(f"{api}/tree/{SHA}"):
-            sizes = enumerate((name, len(data)) for name, data in self.files.items())
-            self.answer_json([{"type": "file", "path": n, "size": s, "oid": f"{i:040x}"} for i, (n, s) in sizes])
-        elif path.startswith(resolve) and (name := path.removeprefix(resolve)) in self.files:
-            if self.command == "GET" and name in self.fail_once:
-                self.fail_once.remove(name)
-                self.send_error(403)
-                return
-            headers = {"ETag": f'"{hashlib.sha256(self.files[name]).hexdigest()}"', "X-Repo-Commit": SHA}
-            altered = self.files[name].swapcase() if name in self.altered else self.files[name]
-            self.answer(altered, "application/octet-stream", headers)
-        else:
-            self.send_response(404)
-            self.send_header("X-Error-Code", "RepoNotFound" if "/api/" in path else "EntryNotFound")
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-
-    do_HEAD = do_GET
-
-    def answer_json(self, value: Any) -> None:
-        self.answer(json.dumps(value).encode(), "application/json", {})
-
-    def answer(self, body: bytes, kind: str, headers: dict[str, str]) -> None:
-        self.send_response(200)
-        for name, value in {"Content-Type": kind, "Content-Length": str(len(body)), **headers}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-    def log_message(self, *_: Any) -> None:
-        """Keep the test's output clean."""
-
-
-@pytest.fixture
-def hub(tmp_path: Path) -> Iterator[tuple[str, type[Hub]]]:
-    """Address of a loopback stand-in for the hub with one data set of two files, and its handler."""
-    files = {"README.md": b"# Not a document"}
-    for i, kind in enumerate((pa.uint16(), pa.int32())):
-        path = write_tokens(tmp_path / f"{i}.parquet", [[i, 10 * i, 50256], [7] * 1024], pa.list_(kind))
-        files[f"data/train-{i:05d}-of-00002.parquet"] = path.read_bytes()
-    handler = type("FilledHub", (Hub,), {"files": files, "fail_once": set(), "altered": set(), "log": []})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}", handler
-    server.shutdown()
-    server.server_close()
-    thread.join()
-
-
-FETCH = """
-import sys
-from pathlib import Path
-from nanodlm.data.download import download as download_stage
-from nanodlm.errors import NanodlmError
-from tests.data.test_sources import DATASET, documents, download
-
-store, revisions = Path(sys.argv[1]), sys.argv[2:]
-for i, revision in enumerate(revisions):
-    options = {"source": f"hf://{DATASET}", "revision": revision, "column": "tokens", "pretokenized": True}
-    try:
-        print([d[:4] for d in documents(download(store, f"d{i}", tokenizer="gpt2", **options))])
-    except NanodlmError as error:
-        print(error)
-"""
-
-
-def fetch(address: str, tmp_path: Path, *revisions: str) -> list[str]:
-    """What downloading the hub's data set at each revision gives, in a process that knows the hub by this address."""
-    own = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0"}
-    quiet = {f"HF_HUB_DISABLE_{name}": "1" for name in ("XET", "TELEMETRY", "PROGRESS_BARS")}
-    command, env = [sys.executable, "-c", FETCH, str(tmp_path / "store"), *revisions], {**os.environ, **own, **quiet}
-    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
-
-
-EXPECTED = str([[0, 0, 50256], [7, 7, 7, 7], [1, 10, 50256], [7, 7, 7, 7]])
-
-
-def test_a_data_set_of_the_hub_is_fetched_at_its_pinned_commit(tmp_path: Path, hub: tuple[str, type[Hub]]) -> None:
-    address, handler = hub
-    short, full, unknown = fetch(address, tmp_path, SHA[:7], SHA, "abcdef0")
-    assert short == full == EXPECTED
-    assert unknown == f"0 commits of {DATASET} begin with abcdef0: give --data.revision in full"
-    fetched = [line for line in handler.log if line.startswith("GET") and "/resolve/" in line]
-    assert len(fetched) == 2  # once each, and the card not at all
-
-
-def test_a_fetch_that_failed_half_way_keeps_what_it_has(tmp_path: Path, hub: tuple[str, type[Hub]]) -> None:
-    address, handler = hub
-    handler.fail_once.add("data/train-00001-of-00002.parquet")
-    failed, again = fetch(address, tmp_path, SHA, SHA)
-    assert failed.startswith(f"cannot fetch hf://{DATASET} at {SHA}: ")
-    assert failed.endswith("set HF_TOKEN to a token that may read it, or give copies as --data.source")
-    assert again == EXPECTED
-    fetched = [line.rsplit("/", 1)[1] for line in handler.log if line.startswith("GET") and "/resolve/" in line]
-    assert sorted(fetched) == ["train-00000-of-00002.parquet", *["train-00001-of-00002.parquet"] * 2]
-
-
-def test_a_file_of_the_hub_with_other_bytes_than_it_says_is_fetched_again_or_refused(
-    tmp_path: Path, hub: tuple[str, type[Hub]]
-) -> None:
-    address, handler = hub
-    (first,) = fetch(address, tmp_path, SHA)
-    digest = hashlib.sha256(handler.files["data/train-00001-of-00002.parquet"]).hexdigest()
-    (blob,) = (tmp_path / "hf").rglob(f"blobs/{digest}")
-    flip(blob)
-    assert fetch(address, tmp_path, SHA) == [first] == [EXPECTED]
-    handler.altered.add("data/train-00000-of-00002.parquet")
-    (refused,) = fetch(address, tmp_path / "c", SHA)
-    assert "1 of its files arrive with other bytes than the hub says; finished files are kept: run again" in refused
