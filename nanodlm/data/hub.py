@@ -1,12 +1,7 @@
 """Data sets of the Hugging Face hub: in its own cache, at a pinned commit, whatever the network does meanwhile.
 
-    {HF_HUB_CACHE}/datasets--{owner}--{name}/
-        snapshots/{commit}/{file}    links to blobs/{sha256}, as `huggingface_hub` makes them, too
-        trees/{commit}.json          the files of a commit that it has fetched
-        nanodlm/{commit}.json        the same of others
-        nanodlm/{sha256}             what has arrived of a file: another run goes on from there
-
-`huggingface_hub` fetches from the beginning what was cut off, and compares nothing with the sha256 that it is told.
+Beside what `huggingface_hub` keeps of a data set, its folder `nanodlm/` has the files of a commit, `{commit}.json`, and
+what has arrived of a file, `{sha256}`. For the library begins anew when it was cut off, and compares no sha256.
 """
 
 import errno
@@ -14,10 +9,10 @@ import json
 import os
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent import futures
-from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import httpx
 from huggingface_hub import HfApi, constants, get_hf_file_metadata, get_session, hf_hub_url, hf_raise_for_status
@@ -27,11 +22,13 @@ from huggingface_hub.utils import WeakFileLock, build_hf_headers
 from nanodlm.config import DataConfig
 from nanodlm.errors import Emit, NanodlmError, Unreachable
 from nanodlm.store.disk import sha256_of, write_whole
-from nanodlm.store.retry import code_of, may_pass, one_line, patiently, retrying_for
+from nanodlm.store.retry import ask, code_of, may_pass, one_line, retrying_for
 
+T = TypeVar("T")
 SUFFIXES = (".txt", ".jsonl", ".parquet")  # on the hub, .md and .json files describe a data set
 TOGETHER = 8  # files that are fetched at the same time
-FIRST_ANSWER = 3.5  # seconds that the hub has before it counts as gone, and 0.5 for trying again
+FIRST_ANSWER = 3.0  # seconds that the hub has before it counts as gone, and 0.5 for trying again
+COPIES = "or give copies as --data.source"
 TOKEN = "check its name, or set HF_TOKEN to a token that may read it"  # the hub says 401 of what is not there, too
 REMEDIES = {401: TOKEN, 403: TOKEN, 404: "check its name and --data.revision"}
 REMEDIES[errno.ENOSPC] = "set HF_HOME to a folder with room"
@@ -65,46 +62,62 @@ class Snapshot:
     """One commit of a data set, as far as it is here; no network is needed for one that is here in whole."""
 
     def __init__(self, data: DataConfig):
-        self.name, self.revision = data.source[0].removeprefix("hf://"), data.revision
-        self.home = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=self.name, repo_type="dataset"))
+        self.name, self.commit = data.source[0].removeprefix("hf://"), data.revision
         self.stopped, self.reached = threading.Event(), False
-        known = [*(self.home / "nanodlm").glob(f"{self.revision}*.json")]
-        known = known or [*(self.home / "trees").glob(f"{self.revision}*.json")]
-        if len(known) == 1:
+        self.home = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=self.name, repo_type="dataset"))
+        self.own = self.home / "nanodlm"
+        known = [file for folder in ("nanodlm", "trees") for file in (self.home / folder).glob(f"{self.commit}*.json")]
+        if known and {file.stem for file in known} == {known[0].stem}:
             self.commit, names = known[0].stem, json.loads(known[0].read_bytes())["files"]
         else:
-            with self._in_one_line(""):
-                self._reach()
-                self.commit, names = patiently(f"hf://{self.name}", self._listing, self.stopped)
-            listing = self.home / "nanodlm" / f"{self.commit}.json"
-            write_whole(listing, json.dumps({"files": names}).encode())
-        self.arrived = dict.fromkeys(
-            sorted(name for name in names if name.endswith(SUFFIXES)), 0.0
-        )  # the share of each
-        if not self.arrived:
+            self._reach()
+            self.commit, names = self._asked("the list of files", self._listing)
+            write_whole(self.own / f"{self.commit}.json", json.dumps({"files": names}).encode())
+        names = sorted(name for name in names if name.endswith(SUFFIXES))
+        self.arrived = dict.fromkeys(names, 0.0)  # the share of each
+        if not names:
             raise NanodlmError(f"hf://{self.name} holds no {', '.join(SUFFIXES)} files")
 
     def file(self, name: str) -> str:
         """Return the URL of a file, which is fetched unless it is here with the bytes that the hub says."""
         link = self.home / "snapshots" / self.commit / name
-        with self._in_one_line(name):
-            if not _is_right(link, link.readlink().name if link.is_symlink() else ""):
-                self._reach()
-                if not any(self._fetch(name, link) for _ in range(2)):
-                    raise ValueError("it arrived twice with other bytes than the hub says")
+        if not _is_right(link, link.readlink().name if link.is_symlink() else ""):
+            self._reach()
+            if not any(self._fetch(name, link) for _ in range(2)):
+                raise NanodlmError(f"{name} of hf://{self.name} arrived twice altered: run again later, {COPIES}")
         self.arrived[name] = 1.0
         return f"file://{link}"
 
+    def _asked(self, what: str, call: Callable[[], T]) -> T:
+        """Return the answer to a request, asked as storages are; a refusal is one line, not cut before its advice."""
+        what = f"{what} of hf://{self.name} at {self.commit} from {constants.ENDPOINT}"
+
+        def once() -> T:
+            if self.stopped.is_set():
+                raise futures.CancelledError
+            try:
+                return call()
+            except Exception as error:  # whatever a server may send
+                if isinstance(error, NanodlmError) or may_pass(error):
+                    raise
+                remedy = REMEDIES.get(code_of(error) or getattr(error, "errno", 0), "run again later")
+                raise NanodlmError(f"cannot fetch {what}: {one_line(error)}; {remedy}, {COPIES}") from error
+
+        return ask(what, once)
+
     def _reach(self) -> None:
-        """Raise soon if the hub is gone from the beginning; once it has answered, requests have more patience."""
+        """Say soon that the hub is gone from the beginning; once it has answered, requests have more patience."""
         if not self.reached:
-            with retrying_for(0.5):
-                patiently(constants.ENDPOINT, lambda: get_session().head(constants.ENDPOINT, timeout=FIRST_ANSWER))
+            try:
+                with retrying_for(0.5):
+                    ask(constants.ENDPOINT, lambda: get_session().head(constants.ENDPOINT, timeout=FIRST_ANSWER))
+            except Unreachable as error:
+                raise NanodlmError(f"hf://{self.name} is not all in the cache, and {error}, {COPIES}") from error
             self.reached = True
 
     def _listing(self) -> tuple[str, list[str]]:
         """Return the full commit and the names of its files, as the hub tells them."""
-        commit = self.revision
+        commit = self.commit
         if len(commit) < 40:  # by which the hub finds nothing
             commits = [c.commit_id for c in HfApi().list_repo_commits(self.name, repo_type="dataset")]
             found = [c for c in commits if c.startswith(commit)]
@@ -118,17 +131,17 @@ class Snapshot:
     def _fetch(self, name: str, link: Path) -> bool:
         """Fetch what is missing of a file, and say if it is as the hub says; if not, it is dropped."""
         url = hf_hub_url(self.name, name, repo_type="dataset", revision=self.commit)
-        told = patiently(url, lambda: get_hf_file_metadata(url), self.stopped)
+        told = self._asked(name, lambda: get_hf_file_metadata(url))
         etag, size = told.etag, told.size
         if not etag or size is None:
-            raise ValueError("its server tells no ETag or no size of it, as a hub does")
-        blob, part = self.home / "blobs" / etag, self.home / "nanodlm" / etag
-        part.parent.mkdir(parents=True, exist_ok=True)
+            raise NanodlmError(f"{url} has no ETag or no size, as a hub tells them: check HF_ENDPOINT")
+        blob, part = self.home / "blobs" / etag, self.own / etag
+        self.own.mkdir(parents=True, exist_ok=True)
         with WeakFileLock(f"{part}.lock"):
             if not _is_right(blob, etag):
                 part.touch()
                 while part.stat().st_size < size:
-                    patiently(url, lambda: self._go_on(name, url, part, size), self.stopped)
+                    self._asked(name, lambda: self._go_on(name, url, part, size))
                 if part.stat().st_size != size or not _is_right(part, etag):
                     part.unlink()
                     return False
@@ -159,21 +172,6 @@ class Snapshot:
             error = broken
         if part.stat().st_size <= had:
             raise error
-
-    @contextmanager
-    def _in_one_line(self, name: str) -> Iterator[None]:
-        """Turn whatever happens to a file, or to the list of all, into one line, which is not cut before its advice."""
-        try:
-            yield
-        except NanodlmError:
-            raise
-        except Exception as error:  # whatever a server may send
-            what = f"{name} of hf://{self.name}" if name else f"hf://{self.name}"
-            said = f"cannot fetch {what} at {self.revision} from {constants.ENDPOINT}: {one_line(error)}"
-            kept = "what has arrived is kept, run again to continue"
-            remedy = REMEDIES.get(code_of(error) or getattr(error, "errno", 0), kept)
-            kind = Unreachable if self.reached and may_pass(error) else NanodlmError  # the former is tried again
-            raise kind(f"{said}; {remedy}, or give copies as --data.source") from error
 
 
 def _is_right(file: Path, etag: str) -> bool:

@@ -4,19 +4,11 @@ import contextlib
 import errno
 import logging
 import os
-import threading
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import TypeVar
 
-from tenacity import (
-    RetryCallState,
-    Retrying,
-    retry_if_exception,
-    sleep_using_event,
-    stop_before_delay,
-    wait_random_exponential,
-)
+from tenacity import RetryCallState, Retrying, retry_if_exception, stop_before_delay, wait_random_exponential
 
 from nanodlm.errors import NanodlmError, Unreachable, UsageError
 
@@ -24,22 +16,23 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 FIRST_PAUSE, LONGEST_PAUSE = 0.2, 15.0  # the longest pauses in seconds: doubled every time, and shortened at random
 _longest: ContextVar[float] = ContextVar("longest", default=float("inf"))
-NEVER = threading.Event()
 PASSING_CODES = {408, 409, 425, 429, 499, 500, 502, 503, 504}  # HTTP's, as gcsfs, aiohttp and httpx give them
 PASSING_KINDS = {"ClientError", "NetworkError", "TimeoutException", "RemoteProtocolError"}  # aiohttp's, and httpx's
 PASSING_ERRNOS = {errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EBUSY, errno.EAGAIN}
 
 
-def patiently(uri: str, call: Callable[[], T], stopped: threading.Event = NEVER) -> T:
+def ask(uri: str, call: Callable[[], T]) -> T:
     """Return the result of a request to `uri`; what may pass is tried again for `$NANODLM_RETRY_SECONDS`.
 
-    A server that asks for a longer pause (HTTP's Retry-After) is given it. The event ends pauses.
+    A server that asks for longer pauses (Retry-After) is given them. What does not pass in that time is raised as
+    `Unreachable`, and what is refused is one line at once.
     """
     text = os.environ.get("NANODLM_RETRY_SECONDS") or "300"
     try:
         patience = float(text)
     except ValueError:
         raise UsageError(f"NANODLM_RETRY_SECONDS must be a number of seconds, not {text!r}") from None
+
     pause = wait_random_exponential(multiplier=FIRST_PAUSE, max=LONGEST_PAUSE)
 
     def wait(state: RetryCallState) -> float:
@@ -52,23 +45,14 @@ def patiently(uri: str, call: Callable[[], T], stopped: threading.Event = NEVER)
             log.warning("%s does not answer (%s): trying again", uri, one_line(state.outcome.exception()))
 
     tries = Retrying(
-        sleep=sleep_using_event(stopped),
         retry=retry_if_exception(may_pass),
         wait=wait,
         stop=stop_before_delay(min(patience, _longest.get())),
         before_sleep=warn,
         reraise=True,
     )
-    return tries(call)
-
-
-def ask(uri: str, call: Callable[[], T]) -> T:
-    """Return the result of a request to a storage, asked `patiently`.
-
-    What does not pass in that time is raised as `Unreachable`, and what is refused is one line at once.
-    """
     try:
-        return patiently(uri, call)
+        return tries(call)
     except Exception as error:
         if may_pass(error):
             remedy = "what is finished is kept, run again to continue"
@@ -111,6 +95,6 @@ def one_line(error: BaseException | None) -> str:
 
 def code_of(error: BaseException) -> int | None:
     """Return the HTTP status that an error of gcsfs, aiohttp or httpx holds."""
-    code = getattr(getattr(error, "response", error), "status_code", None)
-    code = code or getattr(error, "code", getattr(error, "status", None))
+    answer = getattr(error, "response", None)
+    code = getattr(answer, "status_code", getattr(error, "code", getattr(error, "status", None)))
     return int(code) if isinstance(code, int | str) and str(code).isdecimal() else None
