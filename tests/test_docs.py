@@ -17,7 +17,7 @@ from tests.support.servers import free_ports
 
 ROOT = Path(nanodlm.__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-PAGES = sorted(path.relative_to(ROOT).as_posix() for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+PAGES = sorted(path.relative_to(ROOT).as_posix() for path in [*ROOT.glob("*.md"), *ROOT.glob("d*/*.md")])
 SNIPPETS = re.findall(r"```(bash|python)\n(.*?)```", README, re.DOTALL)
 TEST_COMMAND = "pip install -c constraints.txt -e '.[test]' && pytest\n"
 

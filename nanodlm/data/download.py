@@ -3,11 +3,12 @@
 import dataclasses
 import math
 from collections.abc import Iterable, Iterator
+from importlib import import_module
 from typing import Any
 
 import pyarrow as pa
 
-from nanodlm.config import Config, DataConfig
+from nanodlm.config import Config
 from nanodlm.data.documents import Documents
 from nanodlm.data.parts import VALIDATION, Writer, filling
 from nanodlm.data.readers import Bad, read_documents
@@ -45,7 +46,8 @@ def download(config: Config, inputs: dict[str, Artifact], attempt: Attempt, emit
 
     bad, bad_held_out = Bad(), Bad()
     skip, full = documents, data.part_mb * 1e6 / bytes_each
-    for array in _first(read_documents(data, _files(data, emit), bad), data.limit_tokens, bytes_each):
+    files = import_module("nanodlm.data.hub").hub_files(data, emit) if data.revision else source_files(data)
+    for array in _first(read_documents(data, files, bad), data.limit_tokens, bytes_each):
         array, skip = array[skip:], max(0, skip - len(array))
         while len(array):
             writer = writer or Writer(attempt.path / _part(len(sizes)), column)
@@ -85,15 +87,6 @@ def _first(arrays: Iterable[pa.Array], tokens: int | None, bytes_each: int) -> I
         left -= len(Documents.of(taken).flat)
         if left <= 0:
             return
-
-
-def _files(data: DataConfig, emit: Emit) -> Iterable[str]:
-    """Return the URLs of the source's files; those of the hub are fetched first."""
-    if not data.revision:
-        return source_files(data)
-    from nanodlm.data.hub import hub_files
-
-    return hub_files(data, emit)
 
 
 def _part(index: int) -> str:

@@ -69,6 +69,9 @@ class Handler(BaseHTTPRequestHandler):
         if path == f"{api}/revision/{SHA}":
             about = {"id": NAME, "sha": SHA, "siblings": [{"rfilename": name} for name in hub.files]}
             return self.answer(200, json.dumps(about).encode(), {}, fault)
+        if path == f"{api}/tree/{SHA}":
+            tree = [{"type": "file", "path": n, "size": len(b), "oid": f"{len(b):040x}"} for n, b in hub.files.items()]
+            return self.answer(200, json.dumps(tree).encode(), {})
         if (name := path.removeprefix(resolve)) not in hub.files:
             return self.answer(404, b"", {"X-Error-Code": "RepoNotFound" if "/api/" in path else "EntryNotFound"})
         body = hub.files[name]
@@ -231,6 +234,17 @@ def test_what_does_not_pass_is_one_line_with_its_advice(
         hub.faults.clear()
         assert fetch(hub, tmp_path, SHA) == [WHOLE]
         assert len(hub.got(FIRST)) == 1  # it was kept
+
+
+def test_what_the_library_has_cached_needs_no_hub_if_it_is_whole(tmp_path: Path, hub: Hub) -> None:
+    code = f"import huggingface_hub as h; print(h.snapshot_download({NAME!r}, repo_type='dataset', revision={SHA!r}))"
+    env = {**os.environ, "HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0"}
+    folder = Path(subprocess.check_output([sys.executable, "-c", code], env=env, text=True).strip())
+    hub.address = "http://127.0.0.1:9"
+    assert fetch(hub, tmp_path, SHORT) == [WHOLE]
+    (folder / "data" / SECOND).unlink()
+    (refused,) = fetch(hub, tmp_path / "other", SHORT, HF_HOME=str(tmp_path / "hf"))
+    assert " is not all in the cache, and " in refused
 
 
 def test_an_altered_file_of_the_cache_is_fetched_again(tmp_path: Path, hub: Hub) -> None:
