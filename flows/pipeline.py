@@ -23,7 +23,7 @@ from nanodlm.flows import TAG
 from nanodlm.flows.internals import untagged
 from nanodlm.flows.own_run import built_before, fail, hold_device, working_for_run
 from nanodlm.flows.reporting import WATCHER, Pages, show_run
-from nanodlm.flows.server import check_server, ephemeral_server, wait_for_server_at_end
+from nanodlm.flows.server import check_server, ephemeral_server
 from nanodlm.stages import table
 from nanodlm.stages.lookup import ready
 from nanodlm.stages.process import run_in_process
@@ -69,9 +69,8 @@ def stage_task(
         if not build:
             remedy = f"run the pipeline, or `nanodlm run --until {name}`, with the same settings first"
             raise NanodlmError(f"{name} is not built for this configuration in {store.uri()}: {remedy}")
-        # In this order: a slot goes back to a server that answers.
         limit = options.get("gpu_limit") if own_process else None
-        with hold_device(limit, shown.emit), wait_for_server_at_end(shown.emit), shown.showing(name):
+        with hold_device(limit, shown.emit), shown.showing(name):
             started = time.monotonic()
             if not own_process:
                 artifact, found = run_stage(name, config, store, rebuild=again, inputs=inputs, emit=shown.emit)
