@@ -11,7 +11,7 @@ from typing import Any, Literal, cast
 
 from prefect import Flow, State, flow, tags, task
 from prefect.cache_policies import NO_CACHE
-from prefect.settings import PREFECT_API_URL, PREFECT_LOGGING_LEVEL, get_current_settings, temporary_settings
+from prefect.settings import PREFECT_API_URL, get_current_settings, temporary_settings
 from prefect.states import Completed, Failed
 from prefect.utilities.annotations import quote
 
@@ -199,9 +199,7 @@ def sample(
     return _run(preset, config, store, "sample", rebuild, alone=True, gpu_limit=gpu_limit)
 
 
-def run_pipeline(
-    config: Config, store: str, until: str, rebuild: str | None, console: Watcher, verbose: bool
-) -> Records:
+def run_pipeline(config: Config, store: str, until: str, rebuild: str | None, console: Watcher) -> Records:
     """Run the flow `pipeline` in this process, on the server that the settings name, else on one started for it."""
 
     def stop(*_: Any) -> None:
@@ -212,7 +210,6 @@ def run_pipeline(
             check_server()
         else:
             stack.enter_context(temporary_settings({PREFECT_API_URL: stack.enter_context(ephemeral_server())}))
-        stack.enter_context(temporary_settings({PREFECT_LOGGING_LEVEL: "INFO" if verbose else "CRITICAL"}))
         stack.enter_context(tags(TAG))
         stack.callback(WATCHER.reset, WATCHER.set(console))
         stack.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, stop))

@@ -17,7 +17,7 @@ from prefect.client.orchestration import get_client
 from prefect.settings import get_current_settings
 
 from nanodlm.errors import NanodlmError
-from nanodlm.stages.process import PARENT, end_with_parent, last_error, stop
+from nanodlm.stages.process import PARENT, end_with_parent, last_line, stop
 
 START_SECONDS = 120.0
 
@@ -50,7 +50,7 @@ def ephemeral_server() -> Iterator[str]:
             deadline = time.monotonic() + START_SECONDS
             while not _answers(url):
                 if child.poll() is not None or time.monotonic() > deadline:
-                    said = last_error(Path(log.name).read_text(errors="replace"))
+                    said = last_line(Path(log.name).read_text(errors="replace"))
                     raise NanodlmError(f"{failure} ({said}); {remedy}")
                 time.sleep(0.1)
             starting.close()
@@ -60,7 +60,7 @@ def ephemeral_server() -> Iterator[str]:
                 child.poll() is None and not isinstance(error, httpx.HTTPStatusError)
             ):
                 raise
-            said = f"has failed in PREFECT_HOME, {home} ({last_error(Path(log.name).read_text(errors='replace'))})"
+            said = f"has failed in PREFECT_HOME, {home} ({last_line(Path(log.name).read_text(errors='replace'))})"
             raise NanodlmError(f"the local Prefect server {said}; what is finished is kept: run again") from error
         finally:
             stop(child, 10)
