@@ -22,7 +22,7 @@ from nanodlm.errors import NanodlmError, Stopped, Unreachable, UsageError
 from nanodlm.flows import TAG
 from nanodlm.flows.internals import untagged
 from nanodlm.flows.own_run import built_before, fail, hold_device, working_for_run
-from nanodlm.flows.reporting import WATCHER, Pages, show_run
+from nanodlm.flows.reporting import WATCHER, RunLog, show_run
 from nanodlm.flows.server import check_server, ephemeral_server
 from nanodlm.stages import table
 from nanodlm.stages.lookup import ready
@@ -57,7 +57,7 @@ def stage_task(
     option `train_on` says. What a user has to mend ends as `Failed`, without an error's tracebacks.
     """
     try:
-        store, shown, started = Store(store_url), WATCHER.get() or Pages(), time.monotonic()
+        store, shown, started = Store(store_url), WATCHER.get() or RunLog(), time.monotonic()
         lookup = ready(name, config, store, rebuild=rebuild == name, inputs=inputs)
         again, own_process = lookup.is_again(rebuild), lookup.stage.own_process
         if lookup.note:
@@ -125,7 +125,7 @@ def _stages(
         found[name], told = state.result()
         records.append(told)
     if WATCHER.get() is None:
-        Pages().write(show_run, records, found)
+        show_run(found)
     return records
 
 

@@ -1,9 +1,5 @@
-"""What Prefect's pages show of a stage: log lines, and the report of a run.
+"""What Prefect's pages show: log lines of a stage, and the report of a run."""
 
-A page that cannot be written, because the server is away, is said in the log and never fails a stage.
-"""
-
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 from typing import Any
@@ -20,7 +16,7 @@ from nanodlm.store import Artifact
 SECONDS = 30.0  # between two lines of a stage's progress in Prefect's log
 
 
-class Pages:
+class RunLog:
     """Shows one stage in Prefect's log, its progress in a line each 30 s."""
 
     def __init__(self) -> None:
@@ -45,32 +41,26 @@ class Pages:
         told = f"{summary(artifact)} in {record['seconds']:,.1f} s"
         self._logger.info("%s: %s, %s, %s", record["stage"], record["status"], told, record["uri"])
 
-    def write(self, call: Callable[..., Any], *arguments: Any, **options: Any) -> None:
-        """Call what writes a page, and go on when the server does not take it."""
-        try:
-            with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}):
-                call(*arguments, **options)
-        except Stopped:
-            raise
-        except Exception as error:  # whatever the server, the network or the client make of it
-            self._logger.warning("not shown on Prefect's pages: %s", type(error).__name__)
+
+WATCHER: ContextVar[Watcher | None] = ContextVar("watcher", default=None)  # of this run; by default its log
 
 
-WATCHER: ContextVar[Watcher | None] = ContextVar("watcher", default=None)  # of this run; by default its pages
+def show_run(artifacts: dict[str, Artifact]) -> None:
+    """Show all of a run in one place, under the key `report`: numbers, samples, loss curve, and where it all lies.
 
-
-def show_run(records: list[dict[str, Any]], artifacts: dict[str, Artifact]) -> None:
-    """Show all of a run in one place, under the key `report`: numbers, stages, where they lie, loss curve, samples."""
-    report, store = artifacts.get("report"), next(iter(artifacts.values())).store
-    numbers, _, samples = (report.file("report.md").read_text() if report else "").partition("## Samples")
-    lines = [numbers, "## Stages", "", "| stage | | seconds | holds |", "|---|---|---:|---|"]
-    for told in records:
-        holds = summary(artifacts[told["stage"]])
-        lines.append(f"| {told['stage']} | {told['status']} | {told['seconds']:,.1f} | {holds} |")
-    lines += ["", f"Store: `{store.uri()}`"]
+    When the server does not take it, the log says so, and no run fails.
+    """
+    store, lines = next(iter(artifacts.values())).store, []
+    if "report" in artifacts:
+        lines.append(artifacts["report"].file("report.md").read_text())
     if "train" in artifacts:
         unigram = artifacts["shard"].metrics.get("val_unigram_nats_per_token")
-        lines += ["", f"![loss curve]({loss_curve_url(logs_of(artifacts['train']), unigram)})"]
-    if samples:
-        lines += ["", "## Samples", samples]
-    create_markdown_artifact("\n".join(lines), key="report", description=store.uri())
+        lines.append(f"![loss curve]({loss_curve_url(logs_of(artifacts['train']), unigram)})")
+    try:
+        with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}):
+            page = "\n\n".join([*lines, f"Store: `{store.uri()}`"])
+            create_markdown_artifact(page, key="report", description=store.uri())
+    except Stopped:
+        raise
+    except Exception as error:  # whatever the server, the network or the client make of it
+        get_run_logger().warning("the report is not shown on Prefect's pages: %s", type(error).__name__)

@@ -10,22 +10,18 @@ from nanodlm.cli.console import Console
 from nanodlm.config import Config
 from nanodlm.errors import UsageError, full_disk_named
 
-Steps = Annotated[int, Doc("Updates to time.")]
-Repeats = Annotated[int, Doc("Draws to time, of sample.num_samples texts.")]
-Batches = Annotated[int, Doc("Batches to time.")]
 
-
-def train(config: Settings, *, steps: Steps = 10, out: Output) -> None:
+def train(config: Settings, *, steps: Annotated[int, Doc("Updates to time.")] = 10, out: Output) -> None:
     """Time updates of the network on random tokens."""
     _measure("train", out, config, steps=steps)
 
 
-def sample(config: Settings, *, repeats: Repeats = 5, out: Output) -> None:
+def sample(config: Settings, *, repeats: Annotated[int, Doc("Draws of all texts to time.")] = 5, out: Output) -> None:
     """Time the sampler, with a network that has learned nothing."""
     _measure("sample", out, config, repeats=repeats)
 
 
-def loader(config: Settings, *, batches: Batches = 2000, out: Output) -> None:
+def loader(config: Settings, *, batches: Annotated[int, Doc("Batches to time.")] = 2000, out: Output) -> None:
     """Time how fast training rows are read."""
     _measure("loader", out, config, batches=batches)
 

@@ -28,7 +28,7 @@ def event_log(path: Path) -> Iterator[Emit]:
 
 
 class Watcher(Protocol):
-    """Whoever shows the stages to a person; `nanodlm.cli.console.Console` is one, the pages of a flow another."""
+    """Whoever shows the stages to a person; `nanodlm.cli.console.Console` is one, the log of a flow another."""
 
     def showing(self, stage: str) -> AbstractContextManager[Any]: ...
     def emit(self, kind: str, **fields: Any) -> None: ...

@@ -50,7 +50,7 @@ def train(config: Config, inputs: dict[str, Artifact], attempt: Attempt | None, 
     Raises:
         Stopped: After SIGTERM or SIGUSR1: the update was finished and a checkpoint saved.
         UsageError: When the checkpoint to continue from is missing or of another run.
-        NanodlmError: When the loss is not a number or explodes; the last good checkpoint is named.
+        NanodlmError: When the loss is not a number; the last good checkpoint is named.
     """
     with catch_signals() as stop:
         _require_same_start(config, inputs)
@@ -84,9 +84,8 @@ def train(config: Config, inputs: dict[str, Artifact], attempt: Attempt | None, 
             stack.enter_context(checkpoints)
             batches = train_batches(config, shard.metrics, folder, first_row=rows_seen, share=my_share(mesh))
             stack.enter_context(contextlib.closing(batches))
-            limit = 10 * math.log(vocabulary.size)
             bits = shard.metrics["val_tokens"] / shard.metrics["val_bytes"] / math.log(2)
-            logger = Logger(config, list(past["logs"]), emit, tracker, limit, bits, checkpoints.last)
+            logger = Logger(config, list(past["logs"]), emit, tracker, bits, checkpoints.last)
             state = _Loop(program, key, checkpoints, logger, validate, stop).run(state, batches, rows_seen)
     new_rows = (config.train.max_steps - first) * config.train.batch_size * config.train.grad_acc_steps
     trained_tokens = (rows_seen + new_rows) * config.model.seq_len
