@@ -14,7 +14,6 @@ import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
-from pathlib import Path
 
 import fsspec
 import numpy as np
@@ -48,7 +47,8 @@ def _measure(config: Config, kind: str, batches: int, emit: Emit) -> dict[str, J
     spent, found, made = {}, {}, {}
     apart = ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1)
     with tempfile.TemporaryDirectory() as folder, apart:
-        small, large = (_corpus(config, kind, size, Path(folder)) for size in (1, batches))
+        # Apart as well, for the largest memory of a process is at first that of the one that starts it.
+        small, large = (apart.submit(_corpus, config, kind, size, folder).result() for size in (1, batches))
         for done, stage in enumerate(STAGES, 1):
             made, spent[stage], found[stage] = apart.submit(_run, stage, small, large, folder).result()
             emit("progress", done=done, total=len(STAGES), unit=f"stages, {kind}")
@@ -57,12 +57,12 @@ def _measure(config: Config, kind: str, batches: int, emit: Emit) -> dict[str, J
     return {name: {"tokens_per_second_per_core": tokens / cpu, **found.get(name, {})} for name, cpu in spent.items()}
 
 
-def _corpus(config: Config, kind: str, batches: int, folder: Path) -> Config:
+def _corpus(config: Config, kind: str, batches: int, folder: str) -> Config:
     """Write a file of random ids, or of paragraphs of the built-in corpus in any order; return what prepares it."""
     tokenizer = config.data.tokenizer if kind == "text" or config.data.tokenizer == "bytes" else "gpt2"
     speeches = fsspec.filesystem("file").cat(source_files(DataConfig())).values()
     paragraphs = np.array(b"\n\n".join(speeches).decode().split("\n\n"), object)
-    rng, path = np.random.default_rng(0), folder / f"{batches}.parquet"
+    rng, path = np.random.default_rng(0), f"{folder}/{batches}.parquet"
     with pq.ParquetWriter(path, pa.schema([(kind, KINDS[kind])])) as writer:
         for _ in range(batches):
             if kind == "ids":
@@ -70,7 +70,7 @@ def _corpus(config: Config, kind: str, batches: int, folder: Path) -> Config:
             else:
                 values = ["\n\n".join(chosen) for chosen in rng.choice(paragraphs, (ROWS, 10))]
             writer.write_table(pa.table({kind: pa.array(values, KINDS[kind])}))
-    source = {"source": (str(path),), "revision": "", "column": kind, "pretokenized": kind == "ids"}
+    source = {"source": (path,), "revision": "", "column": kind, "pretokenized": kind == "ids"}
     return config.replace(data={**source, "tokenizer": tokenizer, "val_tokens": None})
 
 
