@@ -27,7 +27,7 @@ from prefect.settings import PREFECT_API_URL, PREFECT_LOGGING_LEVEL, temporary_s
 
 from nanodlm.config import PRESETS, Config, as_changes
 from nanodlm.flows.pipeline import WATCHER, pipeline
-from nanodlm.flows.reporting import Pages
+from nanodlm.flows.reporting import RunLog
 from nanodlm.flows.server import ephemeral_server
 from nanodlm.stages.lookup import ready
 from nanodlm.stages.process import run_in_process
@@ -118,18 +118,18 @@ class Meter:
         return (after - before) / (last - first)
 
     def showing(self, stage: str) -> AbstractContextManager[Any]:
-        """Show a stage, as the flow's own pages do."""
-        self._pages = Pages()
-        return self._pages.showing(stage)
+        """Show a stage, as the flow's own log does."""
+        self._log = RunLog()
+        return self._log.showing(stage)
 
     def emit(self, kind: str, **fields: Any) -> None:
         """Note an event and show it."""
         self.note(kind, **fields)
-        self._pages.emit(kind, **fields)
+        self._log.emit(kind, **fields)
 
     def done(self, artifact: Artifact, record: dict[str, Any]) -> None:
         """Show what a finished stage holds."""
-        (Pages() if record["status"] == "cached" else self._pages).done(artifact, record)
+        (RunLog() if record["status"] == "cached" else self._log).done(artifact, record)
 
 
 def _measure(

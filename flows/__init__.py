@@ -5,12 +5,13 @@ import os
 TAG = "nanodlm"  # of every run of this project: what deploy/automations.yaml and deploy/notifications.yaml look for
 
 
-def quiet_prefect(verbose: bool = False) -> None:
-    """Let Prefect report nothing home, start no server by itself, and show its own log only if `verbose`.
+def quiet_prefect() -> None:
+    """Let Prefect report nothing home, start no server by itself, and keep its own log to itself.
 
-    Prefect reads these variables when it is imported, so call this before. What the environment has already stays.
+    Prefect reads these variables when it is imported, so call this before. What the environment has already stays, such
+    as `PREFECT_LOGGING_LEVEL=INFO`.
     """
     for name in ("PREFECT_SERVER_ANALYTICS_ENABLED", "PREFECT_SERVER_EPHEMERAL_ENABLED"):
         os.environ.setdefault(name, "false")
     os.environ.setdefault("DO_NOT_TRACK", "1")
-    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "INFO" if verbose else "CRITICAL")
+    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")

@@ -17,7 +17,7 @@ from prefect.concurrency.sync import concurrency
 from prefect.exceptions import ObjectNotFound
 from prefect.runtime import deployment, flow_run
 from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
-from prefect.states import Cancelled, Failed, Running
+from prefect.states import Cancelled, Failed
 
 from nanodlm.errors import Emit, NanodlmError, Stopped
 from nanodlm.flows.internals import end_of_run
@@ -26,7 +26,6 @@ from nanodlm.store import FLOW_RUN
 LOOK_SECONDS = 30.0  # between two looks whether the run is still wanted
 PATIENCE_SECONDS = 150.0  # before it is stopped once more, for a library may have caught that; longer than a save takes
 ASK_SECONDS = 3.0  # between two questions whether a device is free
-OVER = "the run is {}; what is finished and saved is kept"
 LEASE_SECONDS = 900.0  # for which a slot stays taken after kill -9; the server may be away for a quarter of it
 
 
@@ -51,7 +50,7 @@ def working_for_run() -> Iterator[None]:
                     signal.pthread_kill(threading.main_thread().ident, signal.SIGUSR1)  # type: ignore[arg-type]
 
     def interrupt(*_: Any) -> None:
-        raise Stopped(OVER.format(ended or "stopped by a signal"))
+        raise Stopped(f"the run is {ended or 'stopped by a signal'}; what is finished and saved is kept")
 
     os.environ[FLOW_RUN] = str(run)
     before = signal.signal(signal.SIGUSR1, interrupt)
@@ -89,28 +88,18 @@ def _end_of(run: str | None) -> str:
 def hold_device(limit: str | None, emit: Emit) -> Iterator[None]:
     """Hold a slot of a concurrency limit, where the server has it. A run that has to wait for one says so."""
     lasting: dict[str, Any] = {"lease_duration": LEASE_SECONDS, "raise_on_lease_renewal_failure": False}
-    waiting = False
     with contextlib.ExitStack() as slot:
+        said = False
         while limit:
             try:  # again and again: a request of Prefect's outlives the run that is cancelled, and may still get a slot
                 slot.enter_context(concurrency(limit, max_retries=0, **lasting))
                 break
             except ConcurrencySlotAcquisitionError:
-                if not waiting:
+                if not said:
                     emit("message", text=f"waiting for a slot of the concurrency limit {limit}")
-                    _go_on("Waiting")
-                    waiting = True
+                said = True
                 time.sleep(ASK_SECONDS)
-        if waiting:
-            _go_on("Running")
         yield
-
-
-def _go_on(name: str) -> None:
-    """Give this run, which is running, a state of another name, unless somebody has ended it meanwhile."""
-    if ended := _end_of(flow_run.id):
-        raise Stopped(OVER.format(ended))
-    _set_state(Running(name=name))
 
 
 def fail(error: NanodlmError) -> State[Any]:

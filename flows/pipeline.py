@@ -11,7 +11,7 @@ from typing import Any, Literal, cast
 
 from prefect import Flow, State, flow, tags, task
 from prefect.cache_policies import NO_CACHE
-from prefect.settings import PREFECT_API_URL, PREFECT_LOGGING_LEVEL, get_current_settings, temporary_settings
+from prefect.settings import PREFECT_API_URL, get_current_settings, temporary_settings
 from prefect.states import Completed, Failed
 from prefect.utilities.annotations import quote
 
@@ -22,8 +22,8 @@ from nanodlm.errors import NanodlmError, Stopped, Unreachable, UsageError
 from nanodlm.flows import TAG
 from nanodlm.flows.internals import untagged
 from nanodlm.flows.own_run import built_before, fail, hold_device, working_for_run
-from nanodlm.flows.reporting import WATCHER, Pages, show_run
-from nanodlm.flows.server import check_server, ephemeral_server, wait_for_server_at_end
+from nanodlm.flows.reporting import WATCHER, RunLog, show_run
+from nanodlm.flows.server import check_server, ephemeral_server
 from nanodlm.stages import table
 from nanodlm.stages.lookup import ready
 from nanodlm.stages.process import run_in_process
@@ -32,7 +32,6 @@ from nanodlm.stages.run import default_store, enter_folder, record, run_stage
 from nanodlm.stages.table import STAGES, StageName, check_rebuild
 from nanodlm.store import Artifact, Store
 
-DataStageName = Literal["download", "tokenizer", "split", "shard"]
 Records = list[dict[str, Any]]  # of each stage, as `nanodlm.stages.run.record` gives it
 Inputs = dict[str, Artifact]
 Outcome = Records | State[Any]
@@ -57,7 +56,7 @@ def stage_task(
     option `train_on` says. What a user has to mend ends as `Failed`, without an error's tracebacks.
     """
     try:
-        store, shown, started = Store(store_url), WATCHER.get() or Pages(), time.monotonic()
+        store, shown, started = Store(store_url), WATCHER.get() or RunLog(), time.monotonic()
         lookup = ready(name, config, store, rebuild=rebuild == name, inputs=inputs)
         again, own_process = lookup.is_again(rebuild), lookup.stage.own_process
         if lookup.note:
@@ -69,9 +68,8 @@ def stage_task(
         if not build:
             remedy = f"run the pipeline, or `nanodlm run --until {name}`, with the same settings first"
             raise NanodlmError(f"{name} is not built for this configuration in {store.uri()}: {remedy}")
-        # In this order: a slot goes back to a server that answers.
         limit = options.get("gpu_limit") if own_process else None
-        with hold_device(limit, shown.emit), wait_for_server_at_end(shown.emit), shown.showing(name):
+        with hold_device(limit, shown.emit), shown.showing(name):
             started = time.monotonic()
             if not own_process:
                 artifact, found = run_stage(name, config, store, rebuild=again, inputs=inputs, emit=shown.emit)
@@ -126,7 +124,7 @@ def _stages(
         found[name], told = state.result()
         records.append(told)
     if WATCHER.get() is None:
-        Pages().write(show_run, records, found)
+        show_run(found)
     return records
 
 
@@ -163,46 +161,29 @@ def pipeline(
     return _run(preset, config, store, until, rebuild, gpu_limit=gpu_limit, train_on=train_on)
 
 
-@described_flow
-def prepare(
-    preset: Preset = "demo", config: Changes = NONE, store: Where = None, rebuild: DataStageName | None = None
-) -> Outcome:
-    """Prepare the data, up to the shards. It needs no accelerator."""
-    return _run(preset, config, store, "shard", rebuild)
+def alone(stage: str, does: str) -> Flow[..., Any]:
+    """Make the flow that runs one stage and nothing else: what it reads must be in the store."""
+
+    def run(
+        preset: Preset = "demo",
+        config: Changes = NONE,
+        store: Where = None,
+        rebuild: bool = False,
+        gpu_limit: Limit = None,
+        train_on: Launch = HERE,
+    ) -> Outcome:
+        return _run(preset, config, store, stage, rebuild, alone=True, gpu_limit=gpu_limit, train_on=train_on)
+
+    run.__name__, run.__doc__ = stage, f"{does}, and nothing else. What it reads must be in the store."
+    return described_flow(run)
 
 
-@described_flow
-def train(
-    preset: Preset = "demo",
-    config: Changes = NONE,
-    store: Where = None,
-    rebuild: bool = False,
-    gpu_limit: Limit = None,
-    train_on: Launch = HERE,
-) -> Outcome:
-    """Train, and nothing else: from the last checkpoint on, if there is one. The shards must be in the store."""
-    return _run(preset, config, store, "train", rebuild, alone=True, gpu_limit=gpu_limit, train_on=train_on)
+train = alone("train", "Train, from the last checkpoint on if there is one")
+evaluate = alone("evaluate", "Evaluate the trained model")
+sample = alone("sample", "Draw samples from the trained model")
 
 
-@described_flow
-def evaluate(
-    preset: Preset = "demo", config: Changes = NONE, store: Where = None, rebuild: bool = False, gpu_limit: Limit = None
-) -> Outcome:
-    """Evaluate, and nothing else. The trained model must be in the store."""
-    return _run(preset, config, store, "evaluate", rebuild, alone=True, gpu_limit=gpu_limit)
-
-
-@described_flow
-def sample(
-    preset: Preset = "demo", config: Changes = NONE, store: Where = None, rebuild: bool = False, gpu_limit: Limit = None
-) -> Outcome:
-    """Draw samples, and nothing else. The trained model must be in the store."""
-    return _run(preset, config, store, "sample", rebuild, alone=True, gpu_limit=gpu_limit)
-
-
-def run_pipeline(
-    config: Config, store: str, until: str, rebuild: str | None, console: Watcher, verbose: bool
-) -> Records:
+def run_pipeline(config: Config, store: str, until: str, rebuild: str | None, console: Watcher) -> Records:
     """Run the flow `pipeline` in this process, on the server that the settings name, else on one started for it."""
 
     def stop(*_: Any) -> None:
@@ -213,7 +194,6 @@ def run_pipeline(
             check_server()
         else:
             stack.enter_context(temporary_settings({PREFECT_API_URL: stack.enter_context(ephemeral_server())}))
-        stack.enter_context(temporary_settings({PREFECT_LOGGING_LEVEL: "INFO" if verbose else "CRITICAL"}))
         stack.enter_context(tags(TAG))
         stack.callback(WATCHER.reset, WATCHER.set(console))
         stack.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, stop))

@@ -1,17 +1,10 @@
-"""What Prefect's pages show of a stage: log lines, the loss curve, the report.
+"""What Prefect's pages show: log lines of a stage, and the report of a run."""
 
-A page that cannot be written, because the server is away, is said in the log and never fails a stage.
-"""
-
-import time
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
-from prefect.artifacts import create_image_artifact, create_markdown_artifact
-from prefect.client.orchestration import get_client
-from prefect.client.schemas.actions import ArtifactUpdate
+from prefect.artifacts import create_markdown_artifact
 from prefect.logging import get_run_logger
 from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
@@ -20,16 +13,14 @@ from nanodlm.evaluation.report import logs_of, loss_curve_url
 from nanodlm.stages.progress import Pace, Watcher, summary
 from nanodlm.store import Artifact
 
-SECONDS = 30.0  # between two lines of a stage's progress in Prefect's log, and pictures of the loss curve
+SECONDS = 30.0  # between two lines of a stage's progress in Prefect's log
 
 
-class Pages:
-    """Shows one stage in Prefect's log, a line each 30 s, and how a training goes as the artifact `loss-curve`."""
+class RunLog:
+    """Shows one stage in Prefect's log, its progress in a line each 30 s."""
 
     def __init__(self) -> None:
-        self._logger, self._last, self._pace = get_run_logger(), 0.0, Pace()
-        self._logs: list[dict[str, Any]] = []  # of training
-        self._curve: Any = None  # the artifact that is there already
+        self._logger, self._pace = get_run_logger(), Pace()
 
     def showing(self, stage: str) -> AbstractContextManager[Any]:
         """Say that a stage is about to be built."""
@@ -42,52 +33,34 @@ class Pages:
             self._logger.info(fields["text"])
         elif kind == "progress":
             text = self._pace.describe(fields)
-            if "nats_per_token" in fields:
-                self._logs.append(fields)
-            if time.monotonic() - self._last >= SECONDS:
-                self._last = time.monotonic()
+            if self._pace.due(SECONDS):
                 self._logger.info(text)
-                self.write(self._draw, text)
 
     def done(self, artifact: Artifact, record: dict[str, Any]) -> None:
         """Say what a finished stage holds."""
         told = f"{summary(artifact)} in {record['seconds']:,.1f} s"
         self._logger.info("%s: %s, %s, %s", record["stage"], record["status"], told, record["uri"])
 
-    def _draw(self, text: str) -> None:
-        curve = loss_curve_url(self._logs, None)
-        if self._curve:
-            with get_client(sync_client=True) as client:
-                client.update_artifact(self._curve, ArtifactUpdate(data=curve, description=text))
-        elif curve:
-            self._curve = create_image_artifact(curve, key="loss-curve", description=text)
 
-    def write(self, call: Callable[..., Any], *arguments: Any, **options: Any) -> None:
-        """Call what writes a page, and go on when the server does not take it."""
-        try:
-            with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}):
-                call(*arguments, **options)
-        except Stopped:
-            raise
-        except Exception as error:  # whatever the server, the network or the client make of it
-            self._logger.warning("not shown on Prefect's pages: %s", type(error).__name__)
+WATCHER: ContextVar[Watcher | None] = ContextVar("watcher", default=None)  # of this run; by default its log
 
 
-WATCHER: ContextVar[Watcher | None] = ContextVar("watcher", default=None)  # of this run; by default its pages
+def show_run(artifacts: dict[str, Artifact]) -> None:
+    """Show all of a run in one place, under the key `report`: numbers, samples, loss curve, and where it all lies.
 
-
-def show_run(records: list[dict[str, Any]], artifacts: dict[str, Artifact]) -> None:
-    """Show all of a run in one place, under the key `report`: numbers, stages, where they lie, loss curve, samples."""
-    report, store = artifacts.get("report"), next(iter(artifacts.values())).store
-    numbers, _, samples = (report.file("report.md").read_text() if report else "").partition("## Samples")
-    lines = [numbers, "## Stages", "", "| stage | | seconds | holds |", "|---|---|---:|---|"]
-    for told in records:
-        holds = summary(artifacts[told["stage"]])
-        lines.append(f"| {told['stage']} | {told['status']} | {told['seconds']:,.1f} | {holds} |")
-    lines += ["", f"Store: `{store.uri()}`"]
+    When the server does not take it, the log says so, and no run fails.
+    """
+    store, lines = next(iter(artifacts.values())).store, []
+    if "report" in artifacts:
+        lines.append(artifacts["report"].file("report.md").read_text())
     if "train" in artifacts:
         unigram = artifacts["shard"].metrics.get("val_unigram_nats_per_token")
-        lines += ["", f"![loss curve]({loss_curve_url(logs_of(artifacts['train']), unigram)})"]
-    if samples:
-        lines += ["", "## Samples", samples]
-    create_markdown_artifact("\n".join(lines), key="report", description=store.uri())
+        lines.append(f"![loss curve]({loss_curve_url(logs_of(artifacts['train']), unigram)})")
+    try:
+        with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}):
+            page = "\n\n".join([*lines, f"Store: `{store.uri()}`"])
+            create_markdown_artifact(page, key="report", description=store.uri())
+    except Stopped:
+        raise
+    except Exception as error:  # whatever the server, the network or the client make of it
+        get_run_logger().warning("the report is not shown on Prefect's pages: %s", type(error).__name__)

@@ -1,4 +1,4 @@
-"""A Prefect server for one `nanodlm run`, gone when its parent is, even after SIGKILL; waiting for one that is away."""
+"""A Prefect server for one `nanodlm run`, gone when its parent is, even after SIGKILL."""
 
 import contextlib
 import os
@@ -8,8 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextvars import ContextVar
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -17,12 +16,10 @@ from filelock import FileLock
 from prefect.client.orchestration import get_client
 from prefect.settings import get_current_settings
 
-from nanodlm.errors import NanodlmError, Stopped
-from nanodlm.stages.process import PARENT, end_with_parent, last_error, stop
+from nanodlm.errors import NanodlmError
+from nanodlm.stages.process import PARENT, end_with_parent, last_line, stop
 
 START_SECONDS = 120.0
-AWAY_SECONDS = 900.0  # for which a stage that ended waits for a server that is away
-OWN: ContextVar["subprocess.Popen[bytes] | None"] = ContextVar("own", default=None)  # the server of this run alone
 
 
 @contextlib.contextmanager
@@ -49,12 +46,11 @@ def ephemeral_server() -> Iterator[str]:
         child = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environ, start_new_session=True
         )
-        token = OWN.set(child)
         try:
             deadline = time.monotonic() + START_SECONDS
             while not _answers(url):
                 if child.poll() is not None or time.monotonic() > deadline:
-                    said = last_error(Path(log.name).read_text(errors="replace"))
+                    said = last_line(Path(log.name).read_text(errors="replace"))
                     raise NanodlmError(f"{failure} ({said}); {remedy}")
                 time.sleep(0.1)
             starting.close()
@@ -64,10 +60,9 @@ def ephemeral_server() -> Iterator[str]:
                 child.poll() is None and not isinstance(error, httpx.HTTPStatusError)
             ):
                 raise
-            said = f"has failed in PREFECT_HOME, {home} ({last_error(Path(log.name).read_text(errors='replace'))})"
+            said = f"has failed in PREFECT_HOME, {home} ({last_line(Path(log.name).read_text(errors='replace'))})"
             raise NanodlmError(f"the local Prefect server {said}; what is finished is kept: run again") from error
         finally:
-            OWN.reset(token)
             stop(child, 10)
 
 
@@ -89,29 +84,6 @@ def check_server() -> None:
             raise NanodlmError(f"the Prefect server at {url} refuses access: set PREFECT_API_AUTH_STRING") from error
         remedy = "start it (`prefect server start --host 127.0.0.1`), or correct PREFECT_API_URL, which ends in /api"
         raise NanodlmError(f"no Prefect server answers at {url}: {remedy}") from error
-
-
-@contextlib.contextmanager
-def wait_for_server_at_end(emit: Callable[..., None]) -> Iterator[None]:
-    """When the block has ended or failed, wait until the server of the settings answers, a quarter of an hour at most.
-
-    Whoever is stopped by a signal, or whose own server has ended, does not wait.
-    """
-    failure = None
-    try:
-        yield
-    except Stopped:
-        raise
-    except Exception as error:
-        failure = error
-    url, own, deadline = get_current_settings().api.url or "", OWN.get(), time.monotonic() + AWAY_SECONDS
-    if away := url != "" and not _answers(url):
-        emit("message", text="the Prefect server is away: waiting to tell it how the stage ended")
-    while away and time.monotonic() < deadline and (own is None or own.poll() is None):
-        time.sleep(1)
-        away = not _answers(url)
-    if failure is not None:
-        raise failure
 
 
 if __name__ == "__main__":

@@ -1,16 +1,14 @@
-"""The upkeep of a store as a flow: what `nanodlm gc` does, on a schedule, with a record of what went."""
+"""The upkeep of a store as a flow: what `nanodlm gc` does, on a schedule, with a line on each thing that went."""
 
 from typing import Annotated, Any
 
 from prefect import State, flow
-from prefect.artifacts import create_table_artifact
 from prefect.logging import get_run_logger
 from pydantic import Field
 
 from nanodlm.config import StoreUrl
-from nanodlm.errors import NanodlmError, redact
+from nanodlm.errors import NanodlmError
 from nanodlm.flows.own_run import fail
-from nanodlm.flows.reporting import Pages
 from nanodlm.stages.run import default_store, enter_folder
 from nanodlm.store import Store
 from nanodlm.upkeep.ages import AGE, seconds, size
@@ -26,8 +24,6 @@ def gc(
     grace: Annotated[str, Field(pattern=AGE)] = "1h",
 ) -> list[dict[str, Any]] | State[Any]:
     """Remove what nobody needs: abandoned attempts and uploads, and old results when asked to.
-
-    The artifact `gc` lists `kind`, `uri` and `bytes` of each thing removed, also after an error.
 
     Args:
         store: Where artifacts lie: a folder or an address without credentials. Without it that of the worker's
@@ -48,9 +44,5 @@ def gc(
             log.info("%s %s %s, %s", done, row["kind"], row["uri"], size(row["bytes"]))
     except NanodlmError as error:
         return fail(error)
-    finally:
-        bytes_ = size(sum(row["bytes"] for row in removed))
-        total = redact(f"{done} {len(removed):,} of {store or default_store()}, {bytes_}")
-        log.info(total)
-        Pages().write(create_table_artifact, removed, key="gc", description=total)
+    log.info("%s %d of %s, %s", done, len(removed), opened.uri(), size(sum(row["bytes"] for row in removed)))
     return removed

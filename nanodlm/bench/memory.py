@@ -7,7 +7,6 @@ Virtual CPU devices stand for the real ones, so JAX must not have been used in t
 
 import math
 import os
-import re
 import time
 from typing import Any
 
@@ -20,7 +19,7 @@ def plan(config: Config, devices: int) -> dict[str, Any]:
 
     The `bytes` are those of one device: `parameters`, `optimizer`, `average` and `rows` are exact, and so is
     `gradients`, float32 and cut like the parameters. `temporaries`, of which the gradients are a part, are what this
-    backend's compiler plans. `total` is all of them, but for the gradients. `collectives` counts those in a loop once.
+    backend's compiler plans. `total` is all of them, but for the gradients.
     """
     if devices < 1:
         raise UsageError(f"nothing is planned for {devices} devices: raise --devices")
@@ -51,8 +50,6 @@ def plan(config: Config, devices: int) -> dict[str, Any]:
         "rows": held(program.rows),
         "temporaries": getattr(compiled.memory_analysis(), "temp_size_in_bytes", 0),
     }
-    collectives = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
-    text = compiled.as_text() or ""
     return {
         "devices": devices,
         "mesh": dict(program.mesh.shape),
@@ -60,14 +57,12 @@ def plan(config: Config, devices: int) -> dict[str, Any]:
         "tokens_per_update": math.prod(program.rows.shape),
         "flops_per_update": flops_per_update(config),
         "bytes": {**size, "gradients": size["parameters"], "total": sum(size.values())},
-        "collectives": {name: len(re.findall(rf" {name}(?:-start)?\(", text)) for name in collectives},
         "compile_seconds": seconds,
     }
 
 
 def table(planned: dict[str, Any]) -> str:
     """Lay out for people what `plan` returned."""
-    collectives = ", ".join(f"{count} {name}" for name, count in planned["collectives"].items() if count)
     work = f"{planned['tokens_per_update']:,} tokens and {planned['flops_per_update']:.3g} FLOPs"
     lines = [
         f"{planned['devices']} devices: " + " x ".join(f"{name} {n}" for name, n in planned["mesh"].items()),
@@ -76,7 +71,6 @@ def table(planned: dict[str, Any]) -> str:
         *(f"{name:<12} {size / 2**20:>10,.1f} MiB" for name, size in planned["bytes"].items()),
         "\nTemporaries, of which gradients are a part, are an indication: what XLA plans for a CPU, which has no fused",
         "attention and holds bfloat16 products as it likes. The other sizes are exact.",
-        f"collectives  {collectives or 'none'} (those in a loop count once)",
         f"compilation  {planned['compile_seconds']:.1f} s",
     ]
     return "\n".join(lines)

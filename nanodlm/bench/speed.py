@@ -24,7 +24,6 @@ from nanodlm.bench.flops import flops_per_update, peak_flops, precision, synthet
 from nanodlm.build import make_model
 from nanodlm.config import Config
 from nanodlm.data.vocabulary import Vocabulary
-from nanodlm.diffusion.kinds import KINDS
 from nanodlm.errors import Emit, silent
 from nanodlm.generation.generate import make_draw
 from nanodlm.training.step import make_program
@@ -96,8 +95,7 @@ def train(config: Config, *, steps: int = 10, emit: Emit = silent) -> dict[str, 
 def sample(config: Config, *, repeats: int = 5, emit: Emit = silent) -> dict[str, Any]:
     """Time the configured sampler with a freshly initialised network, on one device.
 
-    The numbers are those of the median draw of `sample.num_samples` texts. A step is one call of the network on all
-    texts, of each block when there are blocks. Some samplers take steps by the text: theirs are None.
+    The numbers are those of the median draw of `sample.num_samples` texts.
     """
     encoding = synthetic_encoding(config)
     model, key = make_model(config, Vocabulary.of(encoding)), jax.random.key(config.sample.seed)
@@ -106,33 +104,18 @@ def sample(config: Config, *, repeats: int = 5, emit: Emit = silent) -> dict[str
     compile_seconds = time.perf_counter() - began
     seconds = _median(lambda: compiled(params, key), repeats, "draws", emit)
     tokens = config.sample.num_samples * (config.sample.length or config.model.seq_len)
-    steps = sampling_steps(config, len(encoding.encode_ordinary(config.sample.prompt)))
     return {
         **report(config, tokens=tokens, seconds=seconds),
-        "step_seconds": seconds / steps if steps else None,
+        "draw_seconds": seconds,
         "compile_seconds": compile_seconds,
         "sample_tokens": tokens,
-        "steps": steps,
     }
 
 
-def sampling_steps(config: Config, prompt: int) -> int | None:
-    """Count the steps of drawing texts behind so many tokens of prompt; None where they depend on the texts."""
-    options, kind = config.sample, KINDS[config.objective.kind]
-    length = options.length or config.model.seq_len
-    size = kind.block_size(config.objective.block_size) or length
-    blocks = -(-length // size)  # a network that reads whole rows has one
-    if options.sampler == "first_hitting" or kind.reads == "before":
-        return blocks * size - prompt
-    known = options.sampler == "ancestral" or options.sampler.startswith("remdm")
-    return (blocks - prompt // size) * options.num_steps if known else None
-
-
-def loader(config: Config, *, batches: int = 2000, against: float | None = None, emit: Emit = silent) -> dict[str, Any]:
+def loader(config: Config, *, batches: int = 2000, emit: Emit = silent) -> dict[str, Any]:
     """Time reading updates' rows: 16 shards of random rows in a temporary folder, through `loader.train_batches`.
 
-    `tokens_per_second_per_core` counts the CPU time of all threads. `multiple` is the speed over `against`, the tokens
-    per second that a trainer takes, or None without.
+    `tokens_per_second_per_core` counts the CPU time of all threads.
     """
     from nanodlm.data import rows  # neither Grain nor ArrayRecord is there where only a device is measured
     from nanodlm.data.loader import AHEAD, TOGETHER, train_batches
@@ -154,11 +137,9 @@ def loader(config: Config, *, batches: int = 2000, against: float | None = None,
             emit("progress", done=i + 1, total=batches, unit="batches")
         seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu_began
         del stream  # before the files go
-    speed = batches * per_update * length / seconds
     return {
-        "tokens_per_second": speed,
+        "tokens_per_second": batches * per_update * length / seconds,
         "tokens_per_second_per_core": batches * per_update * length / cpu_seconds,
         "batch_seconds": seconds / batches,
         "batch_tokens": per_update * length,
-        "multiple": speed / against if against else None,
     }

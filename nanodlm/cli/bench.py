@@ -1,7 +1,7 @@
 """Commands that measure this machine: how fast it trains, samples and reads."""
 
 from tempfile import gettempdir
-from typing import Annotated, Any
+from typing import Annotated
 
 from typing_extensions import Doc
 
@@ -10,50 +10,44 @@ from nanodlm.cli.console import Console
 from nanodlm.config import Config
 from nanodlm.errors import UsageError, full_disk_named
 
-Steps = Annotated[int, Doc("Updates to time.")]
-Repeats = Annotated[int, Doc("Draws to time, of sample.num_samples texts.")]
-Batches = Annotated[int, Doc("Batches to time.")]
-Against = Annotated[float | None, Doc("Tokens per second that a trainer takes, to compare with.")]
 
-
-def train(config: Settings, *, steps: Steps = 10, out: Output) -> None:
+def train(config: Settings, *, steps: Annotated[int, Doc("Updates to time.")] = 10, out: Output) -> None:
     """Time updates of the network on random tokens."""
     _measure("train", out, config, steps=steps)
 
 
-def sample(config: Settings, *, repeats: Repeats = 5, out: Output) -> None:
+def sample(config: Settings, *, repeats: Annotated[int, Doc("Draws of all texts to time.")] = 5, out: Output) -> None:
     """Time the sampler, with a network that has learned nothing."""
     _measure("sample", out, config, repeats=repeats)
 
 
-def loader(config: Settings, *, batches: Batches = 2000, against: Against = None, out: Output) -> None:
+def loader(config: Settings, *, batches: Annotated[int, Doc("Batches to time.")] = 2000, out: Output) -> None:
     """Time how fast training rows are read."""
-    _measure("loader", out, config, batches=batches, against=against)
+    _measure("loader", out, config, batches=batches)
 
 
 def data(
     config: Settings, *, tokens: Annotated[int, Doc("Tokens of each corpus, about.")] = 10_000_000, out: Output
 ) -> None:
-    """Time preparing ids and texts, stage by stage, beside libraries alone."""
+    """Time preparing ids and texts, stage by stage."""
     from nanodlm.bench.data import data as measure
 
     with out.showing("bench") as emit, full_disk_named(f"the temporary folder {gettempdir()}"):
         found = measure(config, tokens=tokens, emit=emit)
-    out.text(f"{'':<28} {'M tokens/s per core':>20} {'MB':>7}  of the reference")
+    out.text(f"{'':<28} {'M tokens/s per core':>20} {'MB':>7}")
     for kind, names in found.items():
         for name, m in names.items():
             speed = m["tokens_per_second_per_core"] / 1e6
             memory = f"{m['peak_bytes'] / 1e6:,.0f}" if "peak_bytes" in m else ""
-            ratio = f"{m['of_reference']:.2f} of {m['reference']}" if "reference" in m else ""
-            out.text(f"{kind:<5} {name:<22} {speed:>20,.2f} {memory:>7}  {ratio}".rstrip())
+            out.text(f"{kind:<5} {name:<22} {speed:>20,.2f} {memory:>7}".rstrip())
     out.json(**found)
 
 
-def _measure(what: str, out: Console, config: Config, **options: Any) -> None:
+def _measure(what: str, out: Console, config: Config, **options: int) -> None:
     from nanodlm.bench import speed
 
     for name, value in options.items():
-        if value is not None and value <= 0:
+        if value <= 0:
             raise UsageError(f"--{name} must be above 0, not {value}")
     with out.showing("bench") as emit, full_disk_named(f"the temporary folder {gettempdir()}"):
         result = getattr(speed, what)(config, **options, emit=emit)

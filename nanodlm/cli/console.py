@@ -1,16 +1,14 @@
-"""What a person sees: a line per stage, a progress bar for long ones, and where everything lies at the end."""
+"""What a person sees: a line per stage, how long ones go, and where everything lies at the end."""
 
 import json as json_module
 import os
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 from rich.console import Console as RichConsole
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from typing_extensions import Doc
 from tyro.conf import Suppress
 
@@ -32,8 +30,7 @@ class Console:
         shown = stream or (sys.stderr if json else sys.stdout)
         self._rich, self._json = RichConsole(file=shown, highlight=False, soft_wrap=True, emoji=False), json
         self.line = self._rich.print  # one, in which `[bold]` and the like mean what they do to rich
-        self._progress: Progress | None = None
-        self._stage, self._printed, self._pace = "", 0.0, Pace()
+        self._stage, self._pace = "", Pace()
         self.artifacts: dict[str, Artifact] = {}  # of finished stages, by stage
         self._records: list[dict[str, Any]] = []  # of finished stages
 
@@ -49,15 +46,10 @@ class Console:
 
     @contextmanager
     def showing(self, stage: str) -> Iterator[Emit]:
-        """Show a stage while it runs, with a bar on a terminal: what this gives is called with its events."""
-        self._stage, self._printed, self._pace = stage, time.monotonic(), Pace()
-        name, text = TextColumn("[bold]{task.description:<10}"), TextColumn("{task.fields[text]}")
-        columns = (SpinnerColumn(), name, BarColumn(bar_width=24), text, TimeElapsedColumn())
-        with Progress(*columns, console=self._rich, transient=True, disable=not self._rich.is_terminal) as progress:
-            progress.add_task(stage, total=None, text="")
-            self._progress = progress if self._rich.is_terminal else None
+        """Show a stage while it runs, with a line that changes on a terminal; this gives what to call with events."""
+        self._stage, self._pace = stage, Pace()
+        with self._rich.status(f"[bold]{stage:<10}") as self._status:
             yield self.emit
-        self._progress = None
 
     def emit(self, kind: str, **fields: Any) -> None:
         """Show an event of the running stage: `message` (text) or `progress` (done, total, unit, …)."""
@@ -65,11 +57,9 @@ class Console:
             self.line(f"[dim]{self._stage:<10} {escape(fields['text'])}[/dim]")
         elif kind == "progress":
             text = self._pace.describe(fields)
-            if self._progress is not None:
-                done, total = fields["done"], fields.get("total")
-                self._progress.update(self._progress.task_ids[0], completed=done, total=total, text=escape(text))
-            elif time.monotonic() - self._printed >= PLAIN_SECONDS:
-                self._printed = time.monotonic()
+            if self._rich.is_terminal:
+                self._status.update(f"[bold]{self._stage:<10}[/bold] {escape(text)}")
+            elif self._pace.due(PLAIN_SECONDS):
                 self.line(f"{self._stage:<10} {escape(text)}")
 
     def done(self, artifact: "Artifact", record: dict[str, Any]) -> None:

@@ -42,7 +42,6 @@ def run(
     store: OpenStore,
     until: Until = "sample",
     rebuild: Rebuild = None,
-    verbose: Annotated[bool, Doc("Show Prefect's own log.")] = False,
     out: Output,
 ) -> None:
     """Build what the store lacks, from text to samples, and reuse the rest."""
@@ -57,12 +56,12 @@ def run(
             if lookup.artifact:
                 out.done(lookup.artifact, record(lookup.artifact, "cached", 0.0))
     else:
-        quiet_prefect(verbose)
+        quiet_prefect()
         if not os.environ.get("PREFECT_API_URL"):
             out.line("[dim]starting the local Prefect server[/dim]")
         from nanodlm.flows.pipeline import run_pipeline
 
-        run_pipeline(config, store.uri(), until, rebuild, out, verbose)
+        run_pipeline(config, store.uri(), until, rebuild, out)
     out.finish()
 
 

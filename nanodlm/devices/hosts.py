@@ -53,11 +53,8 @@ def join(coordinator: str = "", processes: int | None = None, process: int | Non
     """
     env = os.environ
     coordinator = coordinator or env.get("JAX_COORDINATOR_ADDRESS", "")
-    try:
-        processes = int(env.get("JAX_NUM_PROCESSES", "0")) if processes is None else processes
-        process = int(env.get("JAX_PROCESS_ID", "-1")) if process is None else process
-    except ValueError as error:
-        raise UsageError(f"JAX_NUM_PROCESSES and JAX_PROCESS_ID must be whole numbers: {error}") from error
+    processes = int(env.get("JAX_NUM_PROCESSES", "0")) if processes is None else processes
+    process = int(env.get("JAX_PROCESS_ID", "-1")) if process is None else process
     complete = ":" in coordinator and 0 <= process < processes
     if not complete and (coordinator or processes > 0 or process >= 0):
         flags = "--coordinator HOST:PORT, --processes N and --process I, from 0 to N - 1"

@@ -1,9 +1,6 @@
-"""The noising processes: how tokens are masked or replaced, and what a step back does.
+"""How tokens are masked, and what a step back does; noise that replaces them by random ones is in `mixed`.
 
-Absorbing: a token of x_0 is replaced by `mask_id` by time t with probability 1 - alpha(t), independently of the
-others, and never changes back. Source: D3PM, arXiv:2107.03006, section 3.1 (absorbing state).
-
-Mixed: noise also replaces tokens by uniformly random ones; see `mixed`.
+Source of the absorbing process: D3PM, arXiv:2107.03006, section 3.1.
 """
 
 from collections.abc import Callable

@@ -75,8 +75,6 @@ class Transformer(nnx.Module):
         dtype: jnp.dtype | str = "float32",  # of matrix products; parameters and logits are float32
         rngs: nnx.Rngs,
     ):
-        if block_size < 0:
-            raise ValueError(f"block_size is {block_size}, but must be 0 (no blocks) or more")
         self.block_size, self.conv_width, self.n_layers, self.remat = block_size, conv_width, n_layers, remat
         compute = jnp.dtype(dtype)
         # As an output layer, a tied embedding must start with small logits.
@@ -100,14 +98,7 @@ class Transformer(nnx.Module):
         self.head = None if tie_embeddings else head
 
     def __call__(self, x_t: Ids, t: Times, segment_ids: Ids | None = None, context: Ids | None = None) -> Logits:
-        """Return logits of x_0 at every position, in float32: the `features` times the `table`.
-
-        >>> shape = {"vocab_size": 32, "n_layers": 1, "n_heads": 2, "d_model": 8, "d_ff": 16}
-        >>> model = Transformer(**shape, block_size=2, rngs=nnx.Rngs(0))
-        >>> x_0, x_t = jnp.array([[5, 6, 7, 8]]), jnp.array([[5, 31, 31, 31]])
-        >>> model(x_t, jnp.array([[0.5, 1.0]]), context=x_0).shape
-        (1, 4, 32)
-        """
+        """Return logits of x_0 at every position, in float32: the `features` times the `table`."""
         return self._score(self.features(x_t, t, segment_ids, context))
 
     @property

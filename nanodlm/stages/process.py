@@ -80,15 +80,10 @@ def _emit_new_events(feed: IO[str], emit: Emit) -> None:
 
 
 def last_line(text: str) -> str:
-    """Return the last line of what a program has said, without the name of ours before it."""
-    return (text.strip().splitlines() or [""])[-1].removeprefix("nanodlm: ")
-
-
-def last_error(log: str) -> str:
-    """Return the line of a program's log that says why it ended: the last one that names an error, else the last."""
-    lines = [line.strip() for line in log.splitlines() if line.strip()] or ["no output"]
-    errors = [line for line in lines if re.match(r"[\w.]+(Error|Exception)\b", line)]
-    return (errors or lines)[-1]
+    """Return the line that says why a program ended: the last that is ours or names an error, else the last at all."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()] or [""]
+    telling = [line for line in lines if re.match(r"nanodlm: |[\w.]+(Error|Exception)\b", line)]
+    return (telling or lines)[-1].removeprefix("nanodlm: ")
 
 
 def stop(child: subprocess.Popen[bytes], grace: float) -> int:

@@ -28,7 +28,7 @@ def event_log(path: Path) -> Iterator[Emit]:
 
 
 class Watcher(Protocol):
-    """Whoever shows the stages to a person; `nanodlm.cli.console.Console` is one, the pages of a flow another."""
+    """Whoever shows the stages to a person; `nanodlm.cli.console.Console` is one, the log of a flow another."""
 
     def showing(self, stage: str) -> AbstractContextManager[Any]: ...
     def emit(self, kind: str, **fields: Any) -> None: ...
@@ -44,6 +44,7 @@ class Pace:
 
     def __init__(self) -> None:
         self._first: tuple[float | None, float, float] | None = None  # total, done and time of a count's first event
+        self._told = time.monotonic()
 
     def describe(self, fields: dict[str, Any]) -> str:
         """Return words for the fields of a `progress` event."""
@@ -61,6 +62,14 @@ class Pace:
             left = (total - done) * (now - self._first[2]) / (done - self._first[1])
             parts.append(f"{int(left) // 60}:{int(left) % 60:02d} left")
         return ", ".join(parts)
+
+    def due(self, seconds: float) -> bool:
+        """Say if so much time has passed since the beginning, or since the last time that this was true."""
+        now = time.monotonic()
+        if now - self._told < seconds:
+            return False
+        self._told = now
+        return True
 
 
 SUMMARIES = {

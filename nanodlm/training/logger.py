@@ -21,17 +21,15 @@ class Logger:
     """Continues the records of a run; new ones are emitted as `progress`, in bits per byte, and given to the tracker.
 
     Scalars are fetched an update late, so that the device always has work. Progress is the mean of ten records, for one
-    batch is noisy. Two records in a row whose bounds are above the limit end the run.
+    batch is noisy.
     """
 
     config: Config
     records: list[dict[str, Any]]
     emit: Emit
     tracker: Tracker | None
-    limit: float  # in nats per token
     bits: float  # so many per byte are a nat per token
     last_good: Callable[[int], str]  # the address of the newest checkpoint before an update
-    _exceeded: int = 0  # the first update of those whose bound is above the limit now
     _waiting: tuple[int, dict[str, Array]] | None = None
     since: int = 0  # the update from which on the speed is measured
     began: float = field(default_factory=time.monotonic)  # when it was done; later by what was no training
@@ -70,20 +68,13 @@ class Logger:
         smoothed = self.bits * sum(bounds) / len(bounds) if bounds else None
         shown = {"bits_per_byte": smoothed, **record}
         self.emit("progress", done=step, total=train.max_steps, unit="updates", **shown)
-        self._judge(step, values["nats_per_token"])
 
     def check(self, step: int, scalars: dict[str, Array], state: State) -> None:
         """Make sure that the state after an update is worth saving."""
         self.flush()
-        self._judge(step, self._fetch(step, scalars)["nats_per_token"])
+        self._fetch(step, scalars)
         if not all_finite(state):
             raise self._diverged(f"parameters or optimizer are not finite after update {step}", step)
-
-    def mean_bound(self, after: int, until: int) -> dict[str, float]:
-        """Return the mean training bound of the records in a range of updates, if there are any."""
-        bounds = [r["nats_per_token"] for r in self.records if after < r["step"] <= until]
-        bounds = [bound for bound in bounds if bound is not None]
-        return {"train_nats_per_token": sum(bounds) / len(bounds)} if bounds else {}
 
     def _fetch(self, step: int, scalars: dict[str, Array]) -> dict[str, float | None]:
         values = {name: float(value) for name, value in scalars.items()}
@@ -95,16 +86,8 @@ class Logger:
             values["skipped"] = int(values["skipped"])
         return {name: None if name in bad else value for name, value in values.items()}
 
-    def _judge(self, step: int, bound: float | None) -> None:
-        """Call two bounds in a row above the limit, of records or of saves, an explosion."""
-        high = bound is not None and bound > self.limit
-        if high and self._exceeded and step > self._exceeded:
-            what = f"the loss has exploded at update {step}, to {bound:.0f} nats per token"
-            raise self._diverged(what, self._exceeded)
-        self._exceeded = (self._exceeded or step) if high else 0
-
-    def _diverged(self, what: str, before: int) -> NanodlmError:
-        good = self.last_good(before)
+    def _diverged(self, what: str, step: int) -> NanodlmError:
+        good = self.last_good(step)
         found = f"the last good checkpoint is {good}" if good else "no checkpoint was saved before"
         remedy = "lower --train.lr or --train.clip_grad_norm, or add --train.skip_nonfinite"
         resume = ", and go on from it with --exp.resume_path and --exp.allow_changed" if good else ""

@@ -50,7 +50,7 @@ def train(config: Config, inputs: dict[str, Artifact], attempt: Attempt | None, 
     Raises:
         Stopped: After SIGTERM or SIGUSR1: the update was finished and a checkpoint saved.
         UsageError: When the checkpoint to continue from is missing or of another run.
-        NanodlmError: When the loss is not a number or explodes; the last good checkpoint is named.
+        NanodlmError: When the loss is not a number; the last good checkpoint is named.
     """
     with catch_signals() as stop:
         _require_same_start(config, inputs)
@@ -84,9 +84,8 @@ def train(config: Config, inputs: dict[str, Artifact], attempt: Attempt | None, 
             stack.enter_context(checkpoints)
             batches = train_batches(config, shard.metrics, folder, first_row=rows_seen, share=my_share(mesh))
             stack.enter_context(contextlib.closing(batches))
-            limit = 10 * math.log(vocabulary.size)
             bits = shard.metrics["val_tokens"] / shard.metrics["val_bytes"] / math.log(2)
-            logger = Logger(config, list(past["logs"]), emit, tracker, limit, bits, checkpoints.last)
+            logger = Logger(config, list(past["logs"]), emit, tracker, bits, checkpoints.last)
             state = _Loop(program, key, checkpoints, logger, validate, stop).run(state, batches, rows_seen)
     new_rows = (config.train.max_steps - first) * config.train.batch_size * config.train.grad_acc_steps
     trained_tokens = (rows_seen + new_rows) * config.model.seq_len
@@ -107,7 +106,7 @@ class _Loop(NamedTuple):
     def run(self, state: State, batches: Iterator[np.ndarray], rows_seen: int) -> State:
         """Take updates until `max_steps` are done; log and save now and then."""
         train, exp, logger = self.logger.config.train, self.logger.config.exp, self.logger
-        first = saved = int(state["step"])
+        first = int(state["step"])
         if process_allgather(np.array([self.stop.is_set()])).any():
             raise Stopped(f"stopped by a signal after update {first}, before another: run again to continue")
         shall_stop = make_stop_vote(self.program.mesh, self.stop)
@@ -132,11 +131,8 @@ class _Loop(NamedTuple):
                 logger.add(step, scalars | scores)
             if saving:
                 logger.flush()  # this update is done, for its state has been checked
-                if not (self.validate or stopping):
-                    scores = logger.mean_bound(saved, step)
                 self.checkpoints.save(state, step, logs=list(logger.records), rows_seen=rows_seen, **scores)
                 logger.emit("checkpoint", step=step)
-                saved = step
             if stopping and not last:
                 self.checkpoints.finish()
                 raise Stopped(f"stopped by a signal after update {step}; a checkpoint is saved: run again to continue")

@@ -34,7 +34,6 @@ def test_a_plan_says_that_each_device_holds_its_share_of_the_matrices_and_all_of
     assert size["total"] == sum(size.values()) - size["gradients"] - size["total"]
     assert planned["tokens_per_update"] == 2 * 16 * 8
     assert planned["flops_per_update"] == flops.flops_per_update(TINY)
-    assert planned["collectives"]["all-gather"] > 1
     text = memory.table(planned)
     assert text.startswith("8 devices: data 2 x fsdp 2 x tensor 2\n")
     assert all(words in text for words in (f"{planned['parameters']:,} parameters", "an indication", "all-gather"))

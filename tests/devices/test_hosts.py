@@ -150,7 +150,6 @@ def test_an_error_of_the_first_process_alone_ends_the_others_too(store: Path) ->
         (("", None, None), {"JAX_COORDINATOR_ADDRESS": "127.0.0.1:1"}, "need all of"),
         (("127.0.0.1:1", 2, 2), {}, "from 0 to N - 1.*found 127.0.0.1:1, 2 processes and process 2"),
         (("127.0.0.1", 2, 0), {}, "HOST:PORT.*found 127.0.0.1,"),
-        (("", None, None), {"JAX_COORDINATOR_ADDRESS": "127.0.0.1:1", "JAX_NUM_PROCESSES": "two"}, "whole numbers"),
     ],
 )
 def test_processes_that_cannot_find_each_other_are_told_why(

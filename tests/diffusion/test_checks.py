@@ -50,7 +50,6 @@ def sample(denoise: Any = even, key: Any = KEY, **options: Any) -> jax.Array:
         (partial(nelbo, mask_id=4), "scores 3 ids cannot have 4 as its mask"),
         (partial(nelbo, mask_id=None), "pass mask_id: only a network of nanodlm.load carries its own"),
         (partial(nelbo, schedule="lineal"), "unknown schedule 'lineal': choose one of linear"),
-        (partial(nelbo, estimator="discrete", num_timesteps=10**6), "1000000 steps cancel in float32"),
         (partial(nanodlm.make_schedule, "poly", exponent=float("nan")), "must be positive, not nan"),
         (partial(sample, prompt=[0, 5]), "the prompt holds the id 5, which is beyond that of the mask, 2"),
         (partial(sample, prompt=[-1]), "the prompt holds the id -1"),
@@ -69,7 +68,6 @@ import jax, nanodlm
 even = lambda x_t, t: jax.numpy.zeros((*x_t.shape, 3))
 known = {"schedule": "linear", "mask_id": 2}
 for call in (
-    lambda: nanodlm.nelbo(even, [[0, 1]], "3", **known),
     lambda: nanodlm.nelbo(even, [[0, 1]], 3, num_timesteps=2.5, **known),
     lambda: nanodlm.sample(even, 3, shape=(1, 2), num_steps=2.5, **known),
     lambda: nanodlm.sample(even, 3, shape=(1, 2), top_k=1.5, **known),
@@ -82,7 +80,6 @@ for call in (
 """  # in a process of its own, in which annotations are not checked
     done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
     assert done.stdout.splitlines() == [
-        "the key must be jax.random.key(seed), or a seed, not str",
         "num_timesteps must be a whole number, not 2.5",
         "num_steps must be a whole number, not 2.5",
         "top_k must be a whole number, not 1.5",

@@ -1,9 +1,7 @@
-"""The server of one run, one that is away, and what Prefect reads from the environment."""
+"""The server of one run, and what Prefect reads from the environment."""
 
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -12,58 +10,9 @@ import pytest
 from prefect.client.orchestration import get_client
 from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
 
-from nanodlm.errors import NanodlmError, Stopped
-from nanodlm.flows import server
-from nanodlm.flows.server import ephemeral_server, wait_for_server_at_end
-from tests.flows.test_own_run import proxy
+from nanodlm.errors import NanodlmError
+from nanodlm.flows.server import check_server, ephemeral_server
 from tests.support.commands import environment
-from tests.support.servers import free_ports
-
-
-@pytest.fixture
-def silent() -> str:
-    """The address of a server that is away."""
-    return f"http://127.0.0.1:{free_ports(1)[0]}/api"
-
-
-@pytest.mark.parametrize("after", [0.3, 1.3])
-def test_whoever_waits_for_a_server_is_stopped_by_a_signal_at_any_moment(after: float, silent: str) -> None:
-    said: list[str] = []
-
-    def stop(*_: object) -> None:
-        raise Stopped("stopped by a signal")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    try:
-        with (
-            temporary_settings({PREFECT_API_URL: silent}),
-            pytest.raises(Stopped),
-            wait_for_server_at_end(lambda _, text: said.append(text)),
-        ):
-            signal.setitimer(signal.ITIMER_REAL, after)
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-    assert said == ["the Prefect server is away: waiting to tell it how the stage ended"]
-
-
-def test_a_server_that_stays_away_is_not_waited_for_for_ever(silent: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "AWAY_SECONDS", 0.5)
-    with (
-        temporary_settings({PREFECT_API_URL: silent}),
-        pytest.raises(ValueError, match="the stage's own error"),
-        wait_for_server_at_end(lambda *_, **__: None),
-    ):
-        raise ValueError("the stage's own error")
-
-
-def test_whatever_answers_with_no_error_of_its_own_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "AWAY_SECONDS", 30.0)
-    with proxy(401, b"who are you?") as url, temporary_settings({PREFECT_API_URL: url}):
-        began = time.monotonic()
-        with wait_for_server_at_end(lambda *_, **__: None):
-            pass
-        assert time.monotonic() - began < 15
 
 
 @pytest.mark.slow
@@ -88,24 +37,20 @@ def test_a_home_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_nobody_waits_for_a_server_of_their_own_that_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_has_ended_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PREFECT_SERVER_API_AUTH_STRING", "operator:word")  # of others
-    began = time.monotonic()
     with (
         pytest.raises(
             NanodlmError, match=r"the local Prefect server has failed in .*; what is finished is kept: run again"
         ),
         ephemeral_server() as url,
         temporary_settings({PREFECT_API_URL: url}),
-        wait_for_server_at_end(lambda *_, **__: None),
     ):
-        server.check_server()
-        child = server.OWN.get()
-        assert child is not None
+        check_server()
+        (child,) = psutil.Process().children()
         child.kill()
         child.wait()
         raise OSError("the request that this would have made fails")
-    assert time.monotonic() - began < server.AWAY_SECONDS / 2
 
 
 @pytest.mark.slow
@@ -118,9 +63,7 @@ def test_a_server_whose_disk_is_full_is_named_with_its_folder(tmp_path: Path, mo
         temporary_settings({PREFECT_API_URL: url}),
         get_client(sync_client=True) as client,
     ):
-        child = server.OWN.get()
-        assert child is not None
-        for process in (psutil.Process(child.pid), *psutil.Process(child.pid).children(recursive=True)):
+        for process in psutil.Process().children(recursive=True):
             process.rlimit(psutil.RLIMIT_FSIZE, (1000, psutil.RLIM_INFINITY))
         client.create_flow_from_name("full")
 

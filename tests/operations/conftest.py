@@ -153,10 +153,6 @@ class Site:
         saved = self.store.glob("train/*/attempts/*/parts/checkpoints/step_*.json")
         return max((int(path.stem.removeprefix("step_")) for path in saved), default=0)
 
-    def updates_shown(self, run: str) -> list[int]:
-        """Return the numbers of updates in a run's log."""
-        return [int(log["message"].split("/")[0].replace(",", "")) for log in self.lines(run, " bits per byte, ")]
-
 
 def below(pid: int) -> list[psutil.Process]:
     """Return all processes that one has started, and those that they have."""

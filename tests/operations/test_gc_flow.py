@@ -1,6 +1,5 @@
 """The gc flow on a real server: what it removes, what it records, what it refuses."""
 
-import json
 import os
 import time
 from collections.abc import Iterator
@@ -44,29 +43,19 @@ def store(tmp_path: Path) -> Store:
     return store
 
 
-def shown(client: SyncPrefectClient) -> tuple[str, list[dict[str, Any]]]:
-    """Return what the newest artifact of the flow says: its total and its rows."""
-    criteria = {"artifacts": {"key": {"any_": ["gc"]}}, "sort": "CREATED_DESC"}
-    newest = client.request("POST", "/artifacts/filter", json=criteria).json()[0]
-    return newest["description"], json.loads(newest["data"])
-
-
 def attempts(store: Store) -> set[str]:
     return {path.parts[-3] for path in Path(store.root).glob("train/*/attempts/*")}
 
 
 @pytest.mark.slow
-def test_an_abandoned_attempt_goes_then_an_old_result_and_the_artifact_lists_them(
-    client: SyncPrefectClient, store: Store
-) -> None:
+@pytest.mark.usefixtures("client")
+def test_an_abandoned_attempt_goes_then_an_old_result(store: Store) -> None:
     (row,) = gc(store.uri(), dry_run=True)
-    assert shown(client) == (f"would remove 1 of {store.uri()}, 500 B", [row])
+    assert (row["kind"], row["bytes"]) == ("attempt", 500)
     assert attempts(store) == {"old", "new", "killed"}
     assert gc(store.uri()) == [row]
-    assert shown(client) == (f"removed 1 of {store.uri()}, 500 B", [row])
     assert attempts(store) == {"old", "new"}
     assert gc(store.uri()) == []
-    assert shown(client) == (f"removed 0 of {store.uri()}, 0 B", [])
     removed = gc(store.uri(), keep_last=1, older_than="0s", grace="0s")
     assert [(row["kind"], row["bytes"]) for row in removed] == [("artifact", 1000)]
     assert len(list(store)) == 1
@@ -89,6 +78,7 @@ def test_the_run_is_logged_and_stops_at_what_it_cannot_read(client: SyncPrefectC
         return [row["message"] for row in client.request("POST", "/logs/filter", json=criteria).json()]
 
     wait_until(lambda: any(line.startswith("would remove attempt ") and line.endswith(", 500 B") for line in logged()))
+    wait_until(lambda: f"would remove 1 of {store.uri()}, 500 B" in logged())
 
 
 @pytest.mark.parametrize("bad", [{"keep_last": -1}, {"older_than": "soon"}, {"grace": "1 week"}, {"store": ""}])

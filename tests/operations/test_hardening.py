@@ -48,7 +48,7 @@ def test_a_server_with_authentication_answers_nobody_else_at_no_other_address(wh
 def test_a_run_with_the_password_in_its_environment_works_and_writes_it_nowhere(whole: Site, tmp_path: Path) -> None:
     arguments = ("run", "--store", str(tmp_path / "store"), "--until", "tokenizer", *tiny_flags())
     own = {**whole.environ, "HOME": str(tmp_path), "TMPDIR": str(tmp_path)}
-    done = nanodlm(*arguments, "--verbose", **own)
+    done = nanodlm(*arguments, **own, PREFECT_LOGGING_LEVEL="INFO")
     assert done.returncode == 0, done.stderr
     assert "tokenizer  built" in done.stdout
     own["PREFECT_API_AUTH_STRING"] = "a:bad-one"

@@ -104,12 +104,12 @@ def test_the_commands_and_the_orchestrator_leave_no_secret_anywhere(
     (home / "config.json").write_text(config.model_dump_json())
 
     def run(*words: str, code: int = 0) -> None:
-        done = commands.nanodlm(*words, cwd=home, PYTHONPATH=str(ROOT), **planted)
+        done = commands.nanodlm(*words, cwd=home, PYTHONPATH=str(ROOT), PREFECT_LOGGING_LEVEL="INFO", **planted)
         assert done.returncode == code, done.stderr
         outputs.extend((done.stdout, done.stderr))
 
     configured = ("config.json", "--store", store)
-    run("run", *configured, "--verbose", "--until", "shard")
+    run("run", *configured, "--until", "shard")
     for command in ("train", "evaluate", "sample"):
         run(command, *configured, "--events", f"{command}.jsonl")
     run("run", *configured, "--json")
@@ -117,7 +117,7 @@ def test_the_commands_and_the_orchestrator_leave_no_secret_anywhere(
         run(command, "--store", store)
     run("copy", store, str(home / "copy"))
     run("run", "config.json", "--store", "s3://no-such-bucket/runs", "--until", "split", "--debug", code=1)
-    run("run", *configured, "--model.seq_len", "10000000", "--debug", "--verbose", code=1)  # fails in a flow
+    run("run", *configured, "--model.seq_len", "10000000", "--debug", code=1)  # fails in a flow
     assert leaks(*outputs) == []
     kept = list(in_bucket(store))
     assert any(b"report.html" in text for text in kept)
