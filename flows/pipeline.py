@@ -32,6 +32,7 @@ from nanodlm.stages.run import default_store, enter_folder, record, run_stage
 from nanodlm.stages.table import STAGES, StageName, check_rebuild
 from nanodlm.store import Artifact, Store
 
+DataStageName = Literal["download", "tokenizer", "split", "shard"]
 Records = list[dict[str, Any]]  # of each stage, as `nanodlm.stages.run.record` gives it
 Inputs = dict[str, Artifact]
 Outcome = Records | State[Any]
@@ -161,26 +162,41 @@ def pipeline(
     return _run(preset, config, store, until, rebuild, gpu_limit=gpu_limit, train_on=train_on)
 
 
-def alone(stage: str, does: str) -> Flow[..., Any]:
-    """Make the flow that runs one stage and nothing else: what it reads must be in the store."""
-
-    def run(
-        preset: Preset = "demo",
-        config: Changes = NONE,
-        store: Where = None,
-        rebuild: bool = False,
-        gpu_limit: Limit = None,
-        train_on: Launch = HERE,
-    ) -> Outcome:
-        return _run(preset, config, store, stage, rebuild, alone=True, gpu_limit=gpu_limit, train_on=train_on)
-
-    run.__name__, run.__doc__ = stage, f"{does}, and nothing else. What it reads must be in the store."
-    return described_flow(run)
+@described_flow
+def prepare(
+    preset: Preset = "demo", config: Changes = NONE, store: Where = None, rebuild: DataStageName | None = None
+) -> Outcome:
+    """Prepare the data, up to the shards. It needs no accelerator."""
+    return _run(preset, config, store, "shard", rebuild)
 
 
-train = alone("train", "Train, from the last checkpoint on if there is one")
-evaluate = alone("evaluate", "Evaluate the trained model")
-sample = alone("sample", "Draw samples from the trained model")
+@described_flow
+def train(
+    preset: Preset = "demo",
+    config: Changes = NONE,
+    store: Where = None,
+    rebuild: bool = False,
+    gpu_limit: Limit = None,
+    train_on: Launch = HERE,
+) -> Outcome:
+    """Train, and nothing else: from the last checkpoint on, if there is one. The shards must be in the store."""
+    return _run(preset, config, store, "train", rebuild, alone=True, gpu_limit=gpu_limit, train_on=train_on)
+
+
+@described_flow
+def evaluate(
+    preset: Preset = "demo", config: Changes = NONE, store: Where = None, rebuild: bool = False, gpu_limit: Limit = None
+) -> Outcome:
+    """Evaluate, and nothing else. The trained model must be in the store."""
+    return _run(preset, config, store, "evaluate", rebuild, alone=True, gpu_limit=gpu_limit)
+
+
+@described_flow
+def sample(
+    preset: Preset = "demo", config: Changes = NONE, store: Where = None, rebuild: bool = False, gpu_limit: Limit = None
+) -> Outcome:
+    """Draw samples, and nothing else. The trained model must be in the store."""
+    return _run(preset, config, store, "sample", rebuild, alone=True, gpu_limit=gpu_limit)
 
 
 def run_pipeline(config: Config, store: str, until: str, rebuild: str | None, console: Watcher) -> Records:

@@ -61,7 +61,11 @@ def check_logits(logits: Float[Array, "... V"], ids: Int[Array, "B L"]) -> Float
 
 def random_key(key: Seed) -> Key[Array, ""] | UInt32[Array, "2"]:
     """Return a key of randomness, which an integer stands for as well."""
-    return jax.random.key(key) if isinstance(key, int) else key
+    if isinstance(key, int):
+        return jax.random.key(key)
+    typed = isinstance(key, jax.Array) and (jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.dtype == jnp.uint32)
+    require(typed, f"the key must be jax.random.key(seed), or a seed, not {type(key).__name__}")
+    return key
 
 
 def finite_tokens(tokens: Int[Array, "B L"]) -> Int[Array, "B L"]:

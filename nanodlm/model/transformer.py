@@ -75,6 +75,8 @@ class Transformer(nnx.Module):
         dtype: jnp.dtype | str = "float32",  # of matrix products; parameters and logits are float32
         rngs: nnx.Rngs,
     ):
+        if block_size < 0:
+            raise ValueError(f"block_size is {block_size}, but must be 0 (no blocks) or more")
         self.block_size, self.conv_width, self.n_layers, self.remat = block_size, conv_width, n_layers, remat
         compute = jnp.dtype(dtype)
         # As an output layer, a tied embedding must start with small logits.

@@ -68,6 +68,7 @@ import jax, nanodlm
 even = lambda x_t, t: jax.numpy.zeros((*x_t.shape, 3))
 known = {"schedule": "linear", "mask_id": 2}
 for call in (
+    lambda: nanodlm.nelbo(even, [[0, 1]], "3", **known),
     lambda: nanodlm.nelbo(even, [[0, 1]], 3, num_timesteps=2.5, **known),
     lambda: nanodlm.sample(even, 3, shape=(1, 2), num_steps=2.5, **known),
     lambda: nanodlm.sample(even, 3, shape=(1, 2), top_k=1.5, **known),
@@ -80,6 +81,7 @@ for call in (
 """  # in a process of its own, in which annotations are not checked
     done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
     assert done.stdout.splitlines() == [
+        "the key must be jax.random.key(seed), or a seed, not str",
         "num_timesteps must be a whole number, not 2.5",
         "num_steps must be a whole number, not 2.5",
         "top_k must be a whole number, not 1.5",

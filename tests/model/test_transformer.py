@@ -367,3 +367,5 @@ def test_misuse_is_refused() -> None:
         blocked.denoise_block(blocked.new_cache(2, 4), ROWS[:, :4], TIMES)
     with pytest.raises(ValueError, match="3 times for 8 positions in blocks of 2"):
         blocked(ROWS, jnp.ones((2, 3)))
+    with pytest.raises(ValueError, match="block_size is -1"):
+        Transformer(**SMALL, block_size=-1, rngs=nnx.Rngs(0))

@@ -69,7 +69,7 @@ def filled(pool: str, variables: dict[str, Any]) -> dict[str, Any]:
 
 def test_deployments_are_called_by_what_they_do() -> None:
     called = [f"{d['entrypoint'].split('.')[-1]}/{d['name']}" for d in deployments()]
-    names = "pipeline/demo pipeline/nightly pipeline/data train/gpu evaluate/bound sample/texts gc/weekly"
+    names = "pipeline/demo pipeline/nightly prepare/data train/gpu evaluate/bound sample/texts gc/weekly"
     assert called == names.split()
     assert [name for name in called if f"`{name}`" not in PAGE] == []
 

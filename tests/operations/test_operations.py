@@ -40,7 +40,7 @@ def test_prefect_deploys_everything_from_a_clone_without_a_remote(deployed: Site
     assert {name for name, d in found.items() if d["work_pool_name"] == "default"} == {
         "pipeline/demo",
         "pipeline/nightly",
-        "pipeline/data",
+        "prepare/data",
         "train/gpu",
         "evaluate/bound",
         "sample/texts",
