@@ -3,17 +3,23 @@
     nanodlm bench data owt                        # ten million tokens in rows of 1,024 ids, and as many as texts
     nanodlm bench data owt --tokens 100000000
 
-Speeds are in tokens per second of CPU time, of all threads. In its process each stage prepares a small corpus before,
-so that loading code is not measured.
+Speeds are in tokens per second of CPU time, of all threads, beside plain references on the same corpus. In its process
+each stage prepares a small corpus before, so that loading code is not measured.
 """
 
+import hashlib
 import os
 import resource
 import sys
 import tempfile
 import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
 
 import fsspec
 import numpy as np
@@ -21,22 +27,28 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nanodlm.config import Config, DataConfig
+from nanodlm.data import rows
 from nanodlm.data.sources import source_files
+from nanodlm.data.tokenizer import load
 from nanodlm.errors import Emit, UsageError, silent
 from nanodlm.stages.run import run_stage
 from nanodlm.store import Json, Store
 
-ROWS, ROW = 250, 1024  # rows or texts that are written together, and tokens in each: a text has about as many
+ROWS, ROW = 250, 1024  # rows or texts that are written and read together, and tokens in each: a text has about as many
 STAGES = ("download", "tokenizer", "split", "shard")
 WHOLE = ("download", "split", "shard")  # a tokenizer is trained on a sample, however large the corpus is
 KINDS = {"ids": pa.list_(pa.uint16()), "text": pa.string()}
+REFERENCES = {  # what each is compared with
+    "ids": {"download": "parquet read", "split": "blake2b", "shard": "ArrayRecord write"},
+    "text": {"download": "parquet read", "end to end": "encode_ordinary_batch"},
+}
 
 
 def data(config: Config, *, tokens: int = 10_000_000, emit: Emit = silent) -> dict[str, dict[str, Json]]:
     """Prepare about so many tokens as `ids` and as `text`, with the settings of a configuration but for its source.
 
-    Returns by kind, and by stage or `end to end`: `tokens_per_second_per_core`, and of stages `seconds` by the clock
-    and `peak_bytes`, the process's largest memory.
+    Returns by kind, and by stage, `end to end` or name of a reference: `tokens_per_second_per_core`, `of_reference`
+    where `REFERENCES` names one, and of stages `seconds` by the clock and `peak_bytes`, the process's largest memory.
     """
     if tokens <= ROWS * ROW:
         raise UsageError(f"too little is measured in {tokens} tokens: raise --tokens to a million or more")
@@ -44,43 +56,87 @@ def data(config: Config, *, tokens: int = 10_000_000, emit: Emit = silent) -> di
 
 
 def _measure(config: Config, kind: str, batches: int, emit: Emit) -> dict[str, Json]:
-    spent, found, made = {}, {}, {}
-    apart = ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1)
-    with tempfile.TemporaryDirectory() as folder, apart:
-        # Apart as well, for the largest memory of a process is at first that of the one that starts it.
-        small, large = (apart.submit(_corpus, config, kind, size, folder).result() for size in (1, batches))
+    found: dict[str, Json] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        small, large = _alone(_make_corpora, config, kind, (1, batches), Path(folder))
+        metrics, spent = {}, {}
         for done, stage in enumerate(STAGES, 1):
-            made, spent[stage], found[stage] = apart.submit(_run, stage, small, large, folder).result()
+            metrics, spent[stage], found[stage] = _alone(_run, stage, small, large, Path(folder))
             emit("progress", done=done, total=len(STAGES), unit=f"stages, {kind}")
-    tokens = made["train_tokens"] + made["val_tokens"] + made["dropped_tokens"]
-    spent["end to end"] = sum(spent[stage] for stage in WHOLE)
-    return {name: {"tokens_per_second_per_core": tokens / cpu, **found.get(name, {})} for name, cpu in spent.items()}
+        spent["end to end"] = sum(spent[stage] for stage in WHOLE)
+        spent |= _alone(_references, kind, large, Path(folder))
+    tokens = metrics["train_tokens"] + metrics["val_tokens"] + metrics["dropped_tokens"]
+    speeds = {name: tokens / seconds for name, seconds in spent.items()}
+    for name, speed in speeds.items():
+        found[name] = {"tokens_per_second_per_core": speed, **found.get(name, {})}
+        if reference := REFERENCES[kind].get(name):
+            found[name] |= {"reference": reference, "of_reference": speed / speeds[reference]}
+    return found
 
 
-def _corpus(config: Config, kind: str, batches: int, folder: str) -> Config:
-    """Write a file of random ids, or of paragraphs of the built-in corpus in any order; return what prepares it."""
+def _alone(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function in a process of its own."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def _make_corpora(config: Config, kind: str, sizes: tuple[int, ...], folder: Path) -> list[Config]:
+    """Write files of random ids, or of paragraphs of the built-in corpus in any order; return what prepares each."""
     tokenizer = config.data.tokenizer if kind == "text" or config.data.tokenizer == "bytes" else "gpt2"
+    data = {"revision": "", "column": kind, "pretokenized": kind == "ids", "tokenizer": tokenizer, "val_tokens": None}
     speeches = fsspec.filesystem("file").cat(source_files(DataConfig())).values()
     paragraphs = np.array(b"\n\n".join(speeches).decode().split("\n\n"), object)
-    rng, path = np.random.default_rng(0), f"{folder}/{batches}.parquet"
-    with pq.ParquetWriter(path, pa.schema([(kind, KINDS[kind])])) as writer:
-        for _ in range(batches):
-            if kind == "ids":
-                values = list(rng.integers(0, 256 if tokenizer == "bytes" else 50_257, (ROWS, ROW), np.uint16))
-            else:
-                values = ["\n\n".join(chosen) for chosen in rng.choice(paragraphs, (ROWS, 10))]
-            writer.write_table(pa.table({kind: pa.array(values, KINDS[kind])}))
-    source = {"source": (path,), "revision": "", "column": kind, "pretokenized": kind == "ids"}
-    return config.replace(data={**source, "tokenizer": tokenizer, "val_tokens": None})
+    rng, configs = np.random.default_rng(0), []
+    for batches in sizes:
+        path = folder / f"{batches}.parquet"
+        with pq.ParquetWriter(path, pa.schema([(kind, KINDS[kind])])) as writer:
+            for _ in range(batches):
+                if kind == "ids":
+                    values = list(rng.integers(0, 256 if tokenizer == "bytes" else 50_257, (ROWS, ROW), np.uint16))
+                else:
+                    values = ["\n\n".join(chosen) for chosen in rng.choice(paragraphs, (ROWS, 10))]
+                writer.write_table(pa.table({kind: pa.array(values, KINDS[kind])}))
+        configs.append(config.replace(data={**data, "source": (str(path),)}))
+    return configs
 
 
-def _run(stage: str, small: Config, large: Config, folder: str) -> tuple[Json, float, Json]:
+def _run(stage: str, small: Config, large: Config, folder: Path) -> tuple[Json, float, Json]:
     """Run a stage on both corpora; return of the large one its metrics, its CPU time, and what else was measured."""
-    os.environ["NANODLM_CACHE"] = f"{folder}/cache"  # which remembers sources
-    store = Store(f"{folder}/store")
+    os.environ["NANODLM_CACHE"] = str(folder / "cache")  # which remembers sources
+    store = Store(str(folder / "store"))
     run_stage(stage, small, store)
     began, cpu_began = time.perf_counter(), time.process_time()
     artifact, _ = run_stage(stage, large, store)
     cpu, seconds = time.process_time() - cpu_began, time.perf_counter() - began
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return artifact.metrics, cpu, {"seconds": seconds, "peak_bytes": peak}
+
+
+def _references(kind: str, config: Config, folder: Path) -> dict[str, float]:
+    """Return the CPU time that libraries alone take for a corpus."""
+    spent: dict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def clock(name: str) -> Iterator[None]:
+        began = time.process_time()
+        yield
+        spent[name] += time.process_time() - began
+
+    encoding = load(run_stage("tokenizer", config, Store(str(folder / "store")))[0].local())
+    batches = pq.ParquetFile(config.data.source[0]).iter_batches(ROWS)
+    while True:
+        with clock("parquet read"):
+            batch = next(batches, None)
+        if batch is None:
+            return spent
+        if kind == "ids":
+            ids = batch.column(0).flatten().to_numpy().reshape(-1, ROW)
+            with clock("blake2b"):
+                for row in ids:
+                    hashlib.blake2b(row, digest_size=16).digest()
+            with clock("ArrayRecord write"):
+                rows.write(folder / "rows", ids)
+        else:
+            texts = batch.column(0).to_pylist()
+            with clock("encode_ordinary_batch"):
+                encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count() or 1)

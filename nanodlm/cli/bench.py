@@ -29,17 +29,18 @@ def loader(config: Settings, *, batches: Annotated[int, Doc("Batches to time.")]
 def data(
     config: Settings, *, tokens: Annotated[int, Doc("Tokens of each corpus, about.")] = 10_000_000, out: Output
 ) -> None:
-    """Time preparing ids and texts, stage by stage."""
+    """Time preparing ids and texts, stage by stage, beside libraries alone."""
     from nanodlm.bench.data import data as measure
 
     with out.showing("bench") as emit, full_disk_named(f"the temporary folder {gettempdir()}"):
         found = measure(config, tokens=tokens, emit=emit)
-    out.text(f"{'':<28} {'M tokens/s per core':>20} {'MB':>7}")
+    out.text(f"{'':<28} {'M tokens/s per core':>20} {'MB':>7}  of the reference")
     for kind, names in found.items():
         for name, m in names.items():
             speed = m["tokens_per_second_per_core"] / 1e6
             memory = f"{m['peak_bytes'] / 1e6:,.0f}" if "peak_bytes" in m else ""
-            out.text(f"{kind:<5} {name:<22} {speed:>20,.2f} {memory:>7}".rstrip())
+            ratio = f"{m['of_reference']:.2f} of {m['reference']}" if "reference" in m else ""
+            out.text(f"{kind:<5} {name:<22} {speed:>20,.2f} {memory:>7}  {ratio}".rstrip())
     out.json(**found)
 
 

@@ -64,6 +64,7 @@ def main(argv: list[str] | None = None) -> NoReturn:
     try:
         with full_disk_named("the file of standard output"):
             try:
+                _have_home()
                 _run([word for word in argv if word != "--debug"])
             except SystemExit as ended:  # after --help
                 code = int(ended.code or 0)
@@ -90,6 +91,17 @@ def main(argv: list[str] | None = None) -> NoReturn:
         sys.stderr.flush()
         os._exit(code)  # not waiting for the others, which then end as well
     sys.exit(code)
+
+
+def _have_home() -> None:
+    """Name a home folder where there is none: without, libraries stop, or make a folder named `~`."""
+    if os.path.expanduser("~") == "~":
+        home = f"{import_module('tempfile').gettempdir()}/nanodlm-{os.getuid()}"
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(home, 0o700)
+        if os.lstat(home).st_uid != os.getuid():
+            raise UsageError(f"there is no home folder, and {home} is somebody else's: set HOME")
+        os.environ["HOME"] = home
 
 
 def _run(words: list[str]) -> None:

@@ -1,10 +1,12 @@
 """The command line: its exit codes, and the one line it says when something is wrong."""
 
 import os
+import pwd
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -329,6 +331,42 @@ def test_a_training_that_fills_the_disk_says_one_line(trained: Artifact, tmp_pat
     assert done.returncode == 1
     assert re.fullmatch(rf"nanodlm: nothing more fits into {tmp_path}/store: .*; make room .*\n", done.stderr)
     assert nanodlm(*given).returncode == 0
+
+
+@pytest.fixture
+def homeless(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A folder for temporary files, in a process of a user who has no home and is in no table of users."""
+    monkeypatch.delenv("HOME")
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "temporary").mkdir()
+    return tmp_path / "temporary"
+
+
+def test_without_a_home_there_is_one_below_the_temporary_folder_unless_it_is_somebody_elses(
+    command: Command, homeless: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert command("plan", *PREPARED).returncode == 0
+    assert Path.home() == homeless / f"nanodlm-{os.getuid()}"
+    assert Path.home().stat().st_mode & 0o777 == 0o700
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(os, "getuid", lambda: 12345)
+    _fails(command, 2, "plan", says=(f"there is no home folder, and {homeless}/nanodlm-12345 is somebody else's",))
+
+
+@pytest.mark.slow
+def test_a_whole_run_needs_no_home(homeless: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sitecustomize.py").write_text("import pwd\npwd.getpwuid = {}.__getitem__\n")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(Path(__file__).parents[2])]))
+    for name in ("NANODLM_CACHE", "PREFECT_HOME", "PREFECT_API_URL", "HF_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "config.json").write_text(tiny().model_dump_json())
+    done = nanodlm("run", "config.json", "--json", cwd=tmp_path)
+    assert len(result_of(done)["stages"]) == 7
+    assert (homeless / f"nanodlm-{os.getuid()}" / ".prefect" / "prefect.db").is_file()
+    assert not list(tmp_path.rglob("~"))
 
 
 @pytest.mark.parametrize("mask", [0o077, 0o002])
