@@ -241,7 +241,7 @@ class ExpConfig(Group):
     keep_best: int = Field(default=1, ge=0)
     """Best checkpoints that are kept besides: those with the lowest bound on `val_rows`."""
     val_rows: int = Field(default=64, ge=0)
-    """Evenly spaced validation rows that are scored with each checkpoint; with 0 the training bound ranks them."""
+    """Evenly spaced validation rows that are scored with each checkpoint; with 0 none is the best."""
     resume: Switch = True
     """Whether an interrupted run continues from its last checkpoint; False starts it anew."""
     resume_path: Url = ""

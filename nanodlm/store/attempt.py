@@ -19,12 +19,12 @@ from nanodlm.errors import Damaged, Emit, NanodlmError, silent
 from nanodlm.store.cache import hold
 from nanodlm.store.disk import Found, describe, flush_folders, link, list_files
 from nanodlm.store.files import show_transfer
-from nanodlm.store.manifest import FLOW_RUN, MANIFEST, PACKAGES, Json, digest_of, safe, sealed, utc_now
+from nanodlm.store.manifest import FLOW_RUN, MANIFEST, PACKAGES, RECORDS, Json, digest_of, safe, sealed, utc_now
 from nanodlm.store.part import Part, parts_in
 from nanodlm.store.store import Artifact, Store
 
-# The store's records, and files that systems leave in folders.
-NOBODYS = re.compile(r"parts/.*|(.*/)?(\.DS_Store|\._.*|Thumbs\.db|desktop\.ini|\.nfs[0-9a-f]+)", re.DOTALL)
+# Files that systems leave in folders.
+NOBODYS = re.compile(r"(.*/)?(\.DS_Store|\._.*|Thumbs\.db|desktop\.ini|\.nfs[0-9a-f]+)", re.DOTALL)
 
 
 class Attempt:
@@ -40,6 +40,7 @@ class Attempt:
             artifact = store.find(stage, fingerprint)
             self._over = f"-over-{artifact.manifest['attempt'].split('-')[1] if artifact else self.id[-8:]}"
         self.id += self._over
+        self.restores = restore is not None  # so that it must not begin anew what took days
         self._goes_on_from = made_it(restore) if restore else lambda attempt: attempt.endswith(self._over)
         self.started = time.monotonic()
         self._parts: dict[str, Part] = {}  # those in the folder of another attempt were taken over where they lie
@@ -168,18 +169,17 @@ class Attempt:
         differs. `restore` (a repair) is the manifest of what is damaged, as far as it is known: where its digest is not
         that of the files this raises and leaves what is there; what else it says is kept.
         """
-        known = {file["path"]: file for part in self._parts.values() for file in part.files()}
-        elsewhere = [part for part in self._parts.values() if part.place != self._remote()]
-        adopted = [{**file, "attempt": Path(part.place).name} for part in elsewhere for file in part.files()]
-        there = [name for name in list_files(str(self.path)) if not NOBODYS.fullmatch(name)]
-        made, _ = self._publish(sorted(set(there) - known.keys()), self.store.emit)
-        files = sorted([*made, *adopted, *(known[name] for name in there if name in known)], key=itemgetter("path"))
-        records = [{"path": f"parts/{name}.json"} for name in self._parts]
-        self._flush([*records, *files], Path(self.store.root).parent)
-        volatile = sorted(volatile)
+        finished = {}
+        for part in self._parts.values():
+            lies = {} if part.place == self._remote() else {"attempt": Path(part.place).name}
+            finished |= {file["path"]: {**file, **lies} for file in (*part.files(), part.record)}
+        there = {name for name in list_files(str(self.path)) if not NOBODYS.fullmatch(name)}
+        made, _ = self._publish(sorted(there - finished.keys()), self.store.emit)
+        files = sorted([*made, *finished.values()], key=itemgetter("path"))
+        self._flush(files, Path(self.store.root).parent)
+        volatile = sorted({*volatile, RECORDS})
         digest = digest_of(files, volatile)
         if restore and restore["digest"] != digest:
-            self._give_up()
             remedy = f"`nanodlm run --rebuild {self.stage}` puts them in the place of"
             other = f"built again here it has other bytes, so nothing was changed: {remedy}"
             raise NanodlmError(f"{other} {self.store.uri(self.stage, self.fingerprint)}")
@@ -188,7 +188,6 @@ class Attempt:
             "fingerprint": self.fingerprint,
             "attempt": self.id,
             "files": files,
-            "parts": {name: Path(part.place).name for name, part in self._parts.items()},
             "volatile": volatile,
             "digest": digest,
             "metrics": metrics,
@@ -198,11 +197,12 @@ class Attempt:
             "packages": {package: version(package) for package in PACKAGES},
             "created": utc_now(),
             "seconds": round(time.monotonic() - self.started, 3),
-            **{key: value for key, value in (restore or {}).items() if key not in ("attempt", "files", "parts")},
+            **{key: value for key, value in (restore or {}).items() if key not in ("attempt", "files", "volatile")},
         })  # fmt: skip
         return self._write_manifest(manifest, replace or bool(restore))
 
-    def _give_up(self) -> None:
+    def give_up(self) -> None:
+        """Remove all that it has in the store."""
         with contextlib.suppress(OSError, NanodlmError):
             self.store.remove_folder(self._remote())
 
@@ -220,8 +220,8 @@ class Attempt:
                     return existing
                 codes = [(made.get("code") or {}).get("digest") for made in (existing.manifest, manifest)]
                 same = existing.digest == manifest["digest"] and codes[0] == codes[1]
-                if not replace or (same and not existing.damage()):
-                    self._give_up()  # nobody needs the same twice
+                if not replace or (same and not existing.problems(deep=True)):
+                    self.give_up()  # nobody needs the same twice
                     return existing
             self.store.write_json(target, manifest)
             break
@@ -230,7 +230,7 @@ class Attempt:
 
 def made_it(manifest: Json) -> Callable[[str], bool]:
     """Return which attempts made what a manifest tells of, as far as it is known; others may hold other bytes."""
-    named = {manifest["attempt"], *manifest.get("parts", {}).values()} if "attempt" in manifest else set()
+    named = {file.get("attempt", manifest["attempt"]) for file in manifest.get("files", ())}
     return lambda attempt: attempt in named if named else "-over-" not in attempt
 
 
@@ -249,6 +249,10 @@ def new_attempt(
         raise cannot_write(store, error) from error
     try:
         yield attempt
+    except BaseException:
+        if restore:  # nothing goes on from what is in nobody's place
+            attempt.give_up()
+        raise
     finally:
         if not store.is_local:
             shutil.rmtree(attempt.path, ignore_errors=True)

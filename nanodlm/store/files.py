@@ -20,7 +20,7 @@ from nanodlm.config.addresses import single_slashes
 from nanodlm.errors import Damaged, Emit, NanodlmError, UsageError, silent
 from nanodlm.store.bucket import Bucket, Driver
 from nanodlm.store.disk import Disk, Found
-from nanodlm.store.manifest import Json
+from nanodlm.store.manifest import Json, record_text
 from nanodlm.store.retry import ask, one_line
 
 S = TypeVar("S")
@@ -133,7 +133,7 @@ class Storage:
         A creation whose acknowledgement was lost counts as one, whoever repeats it: the file then holds what was to be
         written. So no two writers may create the same content at one path.
         """
-        data = json.dumps(value, indent=1, sort_keys=True).encode()
+        data = record_text(value)
 
         def call() -> bool:
             try:

@@ -79,12 +79,6 @@ class Logger:
         if not all_finite(state):
             raise self._diverged(f"parameters or optimizer are not finite after update {step}", step)
 
-    def mean_bound(self, after: int, until: int) -> dict[str, float]:
-        """Return the mean training bound of the records in a range of updates, if there are any."""
-        bounds = [r["nats_per_token"] for r in self.records if after < r["step"] <= until]
-        bounds = [bound for bound in bounds if bound is not None]
-        return {"train_nats_per_token": sum(bounds) / len(bounds)} if bounds else {}
-
     def _fetch(self, step: int, scalars: dict[str, Array]) -> dict[str, float | None]:
         values = {name: float(value) for name, value in scalars.items()}
         bad = [name for name, value in values.items() if not math.isfinite(value)]

@@ -107,7 +107,7 @@ class _Loop(NamedTuple):
     def run(self, state: State, batches: Iterator[np.ndarray], rows_seen: int) -> State:
         """Take updates until `max_steps` are done; log and save now and then."""
         train, exp, logger = self.logger.config.train, self.logger.config.exp, self.logger
-        first = saved = int(state["step"])
+        first = int(state["step"])
         if process_allgather(np.array([self.stop.is_set()])).any():
             raise Stopped(f"stopped by a signal after update {first}, before another: run again to continue")
         shall_stop = make_stop_vote(self.program.mesh, self.stop)
@@ -132,11 +132,8 @@ class _Loop(NamedTuple):
                 logger.add(step, scalars | scores)
             if saving:
                 logger.flush()  # this update is done, for its state has been checked
-                if not (self.validate or stopping):
-                    scores = logger.mean_bound(saved, step)
                 self.checkpoints.save(state, step, logs=list(logger.records), rows_seen=rows_seen, **scores)
                 logger.emit("checkpoint", step=step)
-                saved = step
             if stopping and not last:
                 self.checkpoints.finish()
                 raise Stopped(f"stopped by a signal after update {step}; a checkpoint is saved: run again to continue")

@@ -116,14 +116,6 @@ def test_scoring_checkpoints_leaves_the_bits_alone_and_is_recorded(trained: Arti
     assert {record["step"]: record["val_nats_per_token"] for record in logs} == scores
 
 
-def test_without_validation_rows_the_training_bound_ranks_checkpoints(trained: Artifact) -> None:
-    infos = {step: find_checkpoint(f"{trained.uri}/step_{step}").info for step in (4, 8, 12)}
-    logs = {record["step"]: record["nats_per_token"] for record in infos[12]["logs"]}
-    expected = {4: logs[3], 8: logs[6], 12: (logs[9] + logs[12]) / 2}
-    assert {step: info["train_nats_per_token"] for step, info in infos.items()} == pytest.approx(expected)
-    assert trained.metrics["best_update"] == min(expected, key=lambda step: expected[step])
-
-
 def test_a_loss_that_is_not_a_number_stops_the_run_before_it_is_saved(store: Store, fourth: str) -> None:
     train = {"lr": 1e30, "clip_grad_norm": 1.0}
     exp = {"resume_path": fourth, "allow_changed": ["train.lr"], "log_every": 100, "save_every": 1}

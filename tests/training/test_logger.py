@@ -44,7 +44,6 @@ def test_records_that_are_not_finite_are_written_as_null_when_updates_are_skippe
     log.flush()
     found = [(r["loss"], r["nats_per_token"], r["grad_norm"], r["skipped"]) for r in log.records]
     assert found == [(None, None, 1.0, 1), (2.0, 2.0, 1.0, 1)]
-    assert log.mean_bound(0, 2) == {"train_nats_per_token": 2.0}
     assert json.loads(json.dumps(said, allow_nan=False))[0]["loss"] is None
 
 
