@@ -52,12 +52,12 @@ class Attempt:
 
     def finish(self, name: str, files: Iterable[str], **info: Any) -> None:
         """Record files (relative paths), which will not change any more, as a finished part, with JSON as `info`."""
-        described, e_tags = self._publish(sorted(name for name in files if not NOBODYS.fullmatch(name)), silent)
+        described = self._publish(sorted(name for name in files if not NOBODYS.fullmatch(name)), silent)
         self._flush(described, self.path)
-        self._record(name, described, info, e_tags)
+        self._record(name, described, info)
 
-    def _record(self, name: str, files: list[Json], info: Json, e_tags: dict[str, str]) -> None:
-        record = sealed({**self._of, "part": name, "files": files, "info": info, "e_tags": e_tags})
+    def _record(self, name: str, files: list[Json], info: Json) -> None:
+        record = sealed({**self._of, "part": name, "files": files, "info": info})
         self.store.write_json(self._remote("parts", f"{name}.json"), record)
         self._parts[name] = Part(self.store, self._remote(), record)
 
@@ -65,14 +65,13 @@ class Attempt:
         if self.store.is_local:
             flush_folders((self.path / file["path"] for file in files), root)
 
-    def _publish(self, names: list[str], emit: Emit) -> tuple[list[Json], dict[str, str]]:
-        """Hash files, and copy them to the store unless they are in it; return what they are, and their e-tags."""
+    def _publish(self, names: list[str], emit: Emit) -> list[Json]:
+        """Hash files, and copy them to the store unless they are in it; return what they are."""
         if self.store.is_local:
-            return list(self.store.together(lambda name: describe(self.path, name), names)), {}
+            return list(self.store.together(lambda name: describe(self.path, name), names))
         arrived = show_transfer(emit, "MB published", [{"size": (self.path / name).stat().st_size} for name in names])
         sent = self.store.put([(self.path / name, self._remote(name)) for name in names], arrived)
-        described = [{"path": name, **file} for name, (file, _) in zip(names, sent, strict=True)]
-        return described, {name: e_tag for name, (_, e_tag) in zip(names, sent, strict=True)}
+        return [{"path": name, **file} for name, file in zip(names, sent, strict=True)]
 
     def forget(self, name: str) -> None:
         """Drop a finished part and its files, here and in the store; what lies in another attempt's folder stays."""
@@ -105,12 +104,18 @@ class Attempt:
         """Return what a part that an earlier attempt finished was finished with; its files are not looked at."""
         return next((part.info for part, _ in self._earlier_parts(name)), None)
 
-    def adopt(self, name: str) -> Json | None:
+    def adopt(self, name: str, *, in_place: bool = False) -> Json | None:
         """Take over a part that an earlier attempt finished and that is whole; return its `info`, or None: build it.
 
-        Its files are here then, and `forget` may drop them.
+        Its files are here then, and `forget` may drop them. With `in_place` those in a bucket whose e-tags are those
+        recorded stay where they are instead, and the manifest will name where they lie.
         """
         for part, listed in self._earlier_parts(name):
+            e_tags = {file["path"]: file.get("e_tag") for file in part.files()}
+            there = {path: found.e_tag for path, found in listed.items()}
+            if in_place and e_tags and e_tags == there and all(there.values()):
+                self._parts[name] = part
+                return part.info
             if part.problems(deep=self.store.is_local, listed=listed):
                 continue
             with contextlib.suppress(Damaged):
@@ -120,27 +125,15 @@ class Attempt:
                 if self.store.is_local:
                     self._parts[name] = dataclasses.replace(part, place=self._remote())
                 else:
-                    self._record(name, part.files(), part.info, self._publish(paths, silent)[1])
+                    self._record(name, self._publish(paths, silent), part.info)
                 return part.info
         return None
 
     def adopt_finished(self, names: Iterable[str]) -> dict[str, Json]:
-        """Take over those of these parts that are whole, and return the `info` of each; none may be dropped then.
-
-        From a bucket nothing is fetched whose e-tags are those recorded: the manifest will name where it lies.
-        """
-
-        def take(name: str) -> Json | None:
-            for part, listed in self._earlier_parts(name):
-                e_tags = {path: found.e_tag for path, found in listed.items()}
-                if e_tags and all(e_tags.values()) and e_tags == part.manifest.get("e_tags"):
-                    self._parts[name] = part
-                    return part.info
-            return self.adopt(name)
-
+        """Take over those of these parts that are whole, in place, and return the `info` of each."""
         wanted = [name for name in names if name in self.earlier]
-        taken = zip(wanted, self.store.together(take, wanted), strict=True)
-        return {name: info for name, info in taken if info is not None}
+        taken = self.store.together(lambda name: self.adopt(name, in_place=True), wanted)
+        return {name: info for name, info in zip(wanted, taken, strict=True) if info is not None}
 
     def _earlier_parts(self, name: str) -> Iterator[tuple[Part, dict[str, Found]]]:
         """Yield the records of a part that earlier attempts finished, and those of its files that are there."""
@@ -174,7 +167,7 @@ class Attempt:
             lies = {} if part.place == self._remote() else {"attempt": Path(part.place).name}
             finished |= {file["path"]: {**file, **lies} for file in (*part.files(), part.record)}
         there = {name for name in list_files(str(self.path)) if not NOBODYS.fullmatch(name)}
-        made, _ = self._publish(sorted(there - finished.keys()), self.store.emit)
+        made = self._publish(sorted(there - finished.keys()), self.store.emit)
         files = sorted([*made, *finished.values()], key=itemgetter("path"))
         self._flush(files, Path(self.store.root).parent)
         volatile = sorted({*volatile, RECORDS})

@@ -115,8 +115,8 @@ class Storage:
         """Copy a file of this size to a local path, and return the sha256 of what arrived, to be compared."""
         return self.ask(lambda: self.driver.get(path, target, size))
 
-    def put(self, pairs: list[tuple[Path, str]], done: Callable[[int], None]) -> list[tuple[Json, str]]:
-        """Copy local files to paths here, several at a time; return the size and sha256 of each, and its e-tag here.
+    def put(self, pairs: list[tuple[Path, str]], done: Callable[[int], None]) -> list[Json]:
+        """Copy local files to paths here, several at a time; return the size, the sha256 and the e-tag here of each.
 
         `done` is called with numbers of bytes that arrived.
         """
@@ -124,7 +124,7 @@ class Storage:
         for (source, _), (sha256, e_tag) in zip(pairs, put, strict=True):
             size = source.stat().st_size
             done(size)
-            sent.append(({"size": size, "sha256": sha256}, e_tag))
+            sent.append({"size": size, "sha256": sha256, "e_tag": e_tag})
         return sent
 
     def write_json(self, path: str, value: Any, *, create_only: bool = False) -> bool:

@@ -25,11 +25,7 @@ def ask(uri: str, call: Callable[[], T]) -> T:
 
     What does not pass in that time is raised as `Unreachable`, and what is refused is one line at once.
     """
-    text = os.environ.get("NANODLM_RETRY_SECONDS") or "300"
-    try:
-        patience = float(text)
-    except ValueError:
-        raise UsageError(f"NANODLM_RETRY_SECONDS must be a number of seconds, not {text!r}") from None
+    patience = number("NANODLM_RETRY_SECONDS", 300)
 
     def warn(state: RetryCallState) -> None:
         if state.attempt_number == 4 and state.outcome:
@@ -57,6 +53,15 @@ def ask(uri: str, call: Callable[[], T]) -> T:
             which = f" {error.filename}" if isinstance(error, OSError) and error.filename else ""
             raise NanodlmError(f"{uri} refuses access: {one_line(error)}{which}; {remedy}") from error
         raise
+
+
+def number(name: str, default: float) -> float:
+    """Return what a variable of the environment gives as a number above 0."""
+    text = os.environ.get(name) or str(default)
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < 1e9:  # neither nan nor inf
+            return float(text)
+    raise UsageError(f"{name} must be a number above 0, not {text!r}")
 
 
 @contextlib.contextmanager

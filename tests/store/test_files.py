@@ -152,11 +152,11 @@ def test_transfers_are_tried_again(faulty: type[Faulty], tmp_path: Path, pauses:
 
 def test_a_time_or_a_size_that_is_no_number_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NANODLM_RETRY_SECONDS", "soon")
-    with pytest.raises(UsageError, match="NANODLM_RETRY_SECONDS must be a number of seconds, not 'soon'"):
+    with pytest.raises(UsageError, match="NANODLM_RETRY_SECONDS must be a number above 0, not 'soon'"):
         Storage("memory://place").files("/x")
     for text in ("0", "-1", "many", "nan", "inf"):
         monkeypatch.setenv("NANODLM_CACHE_GB", text)
-        with pytest.raises(NanodlmError, match=f"NANODLM_CACHE_GB must be a number of gigabytes above 0, not '{text}'"):
+        with pytest.raises(NanodlmError, match=f"NANODLM_CACHE_GB must be a number above 0, not '{text}'"):
             cache.limit()
 
 
