@@ -133,7 +133,7 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
         steps = sorted((step_of(name) for name in attempt.earlier if name.startswith("checkpoints/")), reverse=True)
         whole = ((step, info) for step in steps if (info := attempt.adopt(step_name(step))) is not None)
         if (newest := next(whole, None)) is None:
-            if attempt.restores:
+            if attempt.restore:
                 train = "`nanodlm run --rebuild train` would have to train it from the beginning"
                 raise NanodlmError(f"no checkpoint of it is whole, so {train}")
             return None

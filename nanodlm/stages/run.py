@@ -88,7 +88,6 @@ def build(
                 metrics=metrics,
                 volatile=stage.volatile,
                 replace=rebuild,
-                restore=restore,
             )
             return artifact, True
 

@@ -40,7 +40,7 @@ class Attempt:
             artifact = store.find(stage, fingerprint)
             self._over = f"-over-{artifact.manifest['attempt'].split('-')[1] if artifact else self.id[-8:]}"
         self.id += self._over
-        self.restores = restore is not None  # so that it must not begin anew what took days
+        self.restore = restore  # a manifest, as far as it is known, of what is to be made again to the same bytes
         self._goes_on_from = made_it(restore) if restore else lambda attempt: attempt.endswith(self._over)
         self.started = time.monotonic()
         self._parts: dict[str, Part] = {}  # those in the folder of another attempt were taken over where they lie
@@ -152,15 +152,13 @@ class Attempt:
         code: Json | None = None,
         volatile: Iterable[str] = (),
         replace: bool = False,
-        restore: Json | None = None,
     ) -> Artifact:
         """Publish every file of the folder, write the manifest, and return the artifact, or that of who was first.
 
         The fingerprint was made of the `identity`; from `config` `verify --repair` builds it again, and `code` is what
         `code_record` says. Files whose paths begin as one of `volatile` (times, logs) are verified like all others, but
         left out of the digest. `replace` (a rebuild) puts this in the place of an existing manifest whose digest
-        differs. `restore` (a repair) is the manifest of what is damaged, as far as it is known: where its digest is not
-        that of the files this raises and leaves what is there; what else it says is kept.
+        differs. With a manifest to `restore` another digest is an error, and what else that says is kept.
         """
         finished = {}
         for part in self._parts.values():
@@ -172,7 +170,7 @@ class Attempt:
         self._flush(files, Path(self.store.root).parent)
         volatile = sorted({*volatile, RECORDS})
         digest = digest_of(files, volatile)
-        if restore and restore["digest"] != digest:
+        if self.restore and self.restore["digest"] != digest:
             remedy = f"`nanodlm run --rebuild {self.stage}` puts them in the place of"
             other = f"built again here it has other bytes, so nothing was changed: {remedy}"
             raise NanodlmError(f"{other} {self.store.uri(self.stage, self.fingerprint)}")
@@ -190,9 +188,9 @@ class Attempt:
             "packages": {package: version(package) for package in PACKAGES},
             "created": utc_now(),
             "seconds": round(time.monotonic() - self.started, 3),
-            **{key: value for key, value in (restore or {}).items() if key not in ("attempt", "files", "volatile")},
+            **{key: said for key, said in (self.restore or {}).items() if key not in ("attempt", "files", "volatile")},
         })  # fmt: skip
-        return self._write_manifest(manifest, replace or bool(restore))
+        return self._write_manifest(manifest, replace)
 
     def give_up(self) -> None:
         """Remove all that it has in the store."""
