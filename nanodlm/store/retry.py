@@ -4,6 +4,7 @@ import contextlib
 import errno
 import logging
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import TypeVar
@@ -44,11 +45,9 @@ def ask(uri: str, call: Callable[[], T]) -> T:
         if may_pass(error):
             remedy = "what is finished is kept, run again to continue"
             raise Unreachable(f"{uri} does not answer: {one_line(error)}; {remedy}") from error
-        denied = isinstance(error, PermissionError) or type(error).__name__ in (
-            "RefreshError",
-            "DefaultCredentialsError",
-        )
-        if denied or _code(error) in (401, 403) or str(error).startswith("Forbidden"):  # gcsfs says it in words
+        denied = isinstance(error, PermissionError) or _code(error) in (401, 403)
+        words = f"{type(error).__name__} {error}"  # as Google's libraries put it
+        if denied or re.match("RefreshError|DefaultCredentialsError|.* Forbidden", words):
             remedy = "mend the credentials in the environment, or the permissions, or choose another --store"
             which = f" {error.filename}" if isinstance(error, OSError) and error.filename else ""
             raise NanodlmError(f"{uri} refuses access: {one_line(error)}{which}; {remedy}") from error
