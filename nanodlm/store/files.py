@@ -5,7 +5,6 @@ again for `$NANODLM_RETRY_SECONDS`, what will not (no access, no such bucket, di
 """
 
 import contextlib
-import json
 import secrets
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
