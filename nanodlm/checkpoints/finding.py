@@ -5,8 +5,7 @@ import re
 
 from nanodlm.config import parse_address
 from nanodlm.errors import Damaged, NanodlmError, UsageError
-from nanodlm.store import Artifact, Json, Part, Store
-from nanodlm.store.attempt import made_it
+from nanodlm.store import Artifact, Part, Store
 from nanodlm.store.manifest import MANIFEST, NAME
 
 
@@ -63,18 +62,3 @@ def find_model(model: str, store: Store) -> str:
         return store.open(model).uri
     what = f"no model {model!r} in {store.uri()}" if model else f"{store.uri()} holds no trained model"
     raise NanodlmError(f"{what}: name a run, an address as `nanodlm ls` prints it, or a checkpoint's folder")
-
-
-def goes_on_after(store: Store, fingerprint: str, manifest: Json) -> int:
-    """Return the update after which a repair of a training would go on: that of its newest whole checkpoint.
-
-    Of the manifest there may be as much as is known. Without a whole checkpoint it is 0.
-    """
-    found, is_its = store.finished_parts("train", fingerprint), made_it(manifest)
-    for name in sorted(found, key=step_of, reverse=True):
-        for attempt in filter(is_its, found[name]):
-            folder = store.path("train", fingerprint, "attempts", attempt)
-            part = store.part(folder, name, stage="train", fingerprint=fingerprint)
-            if part and not part.problems(deep=True):
-                return step_of(name)
-    return 0

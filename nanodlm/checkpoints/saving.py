@@ -26,6 +26,7 @@ from nanodlm.devices.hosts import from_leader
 from nanodlm.errors import NanodlmError, UsageError
 from nanodlm.store import Attempt, Json
 
+BOUND = "val_nats_per_token"  # which ranks checkpoints
 QUEUE = 4  # saves that may wait to be published
 
 
@@ -98,7 +99,7 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
         if self._attempt:
             found = [path for path in (self._folder / step_name(step)).rglob("*") if path.is_file()]
             self._attempt.finish(step_name(step), (path.relative_to(self._folder).as_posix() for path in found), **info)
-        self._scores[step] = _score_of(info)
+        self._scores[step] = info.get(BOUND)
         for old in self._scores.keys() - retained(self._scores, self._keep, self._keep_best):
             if self._attempt:
                 self._attempt.forget(step_name(old))
@@ -132,10 +133,13 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
         steps = sorted((step_of(name) for name in attempt.earlier if name.startswith("checkpoints/")), reverse=True)
         whole = ((step, info) for step in steps if (info := attempt.adopt(step_name(step))) is not None)
         if (newest := next(whole, None)) is None:
+            if attempt.restore:
+                train = "`nanodlm run --rebuild train` would have to train it from the beginning"
+                raise NanodlmError(f"no checkpoint of it is whole, so {train}")
             return None
         step, info = newest
         infos = {earlier: attempt.info(step_name(earlier)) for earlier in steps if earlier < step}
-        scores = {earlier: _score_of(found) for earlier, found in infos.items() if found} | {step: _score_of(info)}
+        scores = {earlier: found.get(BOUND) for earlier, found in infos.items() if found} | {step: info.get(BOUND)}
         kept = retained(scores, self._keep, self._keep_best)
         return step, info, [(k, scores[k]) for k in kept if k == step or attempt.adopt(step_name(k))]
 
@@ -151,11 +155,6 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
         except (ValueError, KeyError, TypeError) as error:
             fixed = f"one of these cannot change in mid-training: {', '.join(allowed)}"
             raise UsageError(f"the arrays of {part.uri} do not fit this configuration: {fixed}") from error
-
-
-def _score_of(info: Json) -> float | None:
-    """Return the bound that ranks a checkpoint: on validation rows, else on those trained on, else none."""
-    return info.get("val_nats_per_token", info.get("train_nats_per_token"))
 
 
 def _items(state: State) -> State:

@@ -33,8 +33,6 @@ def jobset(work: Work) -> dict[str, Any]:
             {"name": "JAX_PROCESS_ID", "valueFrom": index},
         ]
     gpus = {"nvidia.com/gpu": str(launch.gpus_per_node)} if launch.gpus_per_node else {}
-    cpu = {"cpu": str(launch.cpus_per_task)} if launch.cpus_per_task else {}
-    memory = {"memory": f"{launch.memory_gb}G"} if launch.memory_gb else {}
     shared = {"name": "shm", "emptyDir": {"medium": "Memory"}}  # through which the GPUs of a host talk
     volumes: dict[str, Any] = {"/dev/shm": shared}
     if launch.store_volume:
@@ -47,7 +45,7 @@ def jobset(work: Work) -> dict[str, Any]:
         "args": [settings, *work.flags()],
         "env": env,
         **({"envFrom": [{"secretRef": {"name": launch.secret}}]} if launch.secret else {}),
-        "resources": {"requests": {**cpu, **memory, **gpus}, "limits": {**memory, **gpus}},
+        "resources": {"limits": gpus},
         "volumeMounts": [{"name": volume["name"], "mountPath": path} for path, volume in volumes.items()],
         "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
     }

@@ -26,10 +26,6 @@ class Launch(Group):
     """Hosts that train together; other stages take one."""
     gpus_per_node: int = Field(default=1, ge=0, le=64)
     """GPUs of each host: a Slurm task for each of them, or all for one pod; 0 is CPUs only."""
-    cpus_per_task: int | None = Field(default=None, ge=1, le=4096)
-    """CPU cores of each Slurm task or pod; none leaves it to the cluster."""
-    memory_gb: int | None = Field(default=None, ge=1)
-    """Memory of each host in GB; none leaves it to the cluster."""
     grace_seconds: int = Field(default=120, ge=60, le=3600)
     """Seconds from the signal that ends a job until it is killed, for saving a checkpoint."""
     image: str = ""

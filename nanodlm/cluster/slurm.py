@@ -24,8 +24,6 @@ def job_text(work: Work) -> str:
         "nodes": work.nodes,
         "ntasks-per-node": max(1, launch.gpus_per_node) if stage == "train" else 1,
         "gpus-per-node": launch.gpus_per_node or None,
-        "cpus-per-task": launch.cpus_per_task,
-        "mem": launch.memory_gb and f"{launch.memory_gb}G",
         "signal": f"TERM@{launch.grace_seconds}",  # to the tasks, not to this script
         "dependency": "singleton",  # it waits for one of its name that is still ending
         "output": f"nanodlm-{stage}-%j.out",
@@ -34,8 +32,6 @@ def job_text(work: Work) -> str:
     }
     lines = [f"#SBATCH --{n}{'' if v is True else f'={v}'}\n" for n, v in options.items() if v is not None]
     srun = ["srun", "--kill-on-bad-exit=0", "--wait=600"]  # seconds for other tasks to end after the first has
-    if launch.cpus_per_task:
-        srun.append(f"--cpus-per-task={launch.cpus_per_task}")  # which it does not take from the job
     command = shlex.join([*srun, sys.executable, "-P", "-m", "nanodlm", stage])
     return f"""#!/usr/bin/env bash
 {"".join(lines)}set -uo pipefail

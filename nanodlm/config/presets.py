@@ -23,42 +23,36 @@ _DEMO = Config().replace(
     sample={"temperature": 0.6},
 )
 
+_LARGE = {"n_layers": 12, "n_heads": 12, "d_model": 768, "d_ff": 3072, "dtype": "bfloat16"}
+_LONG = {"warmup_steps": 2000, "ema_decay": 0.9999}
+_RARELY = {"log_every": 50, "save_every": 1000}
+
 # The original project's data and sizes: 9B GPT-2 tokens of OpenWebText, for one or many GPUs.
 _TOKENS = {"source": ("hf://NeelNanda/openwebtext-tokenized-9b",), "column": "tokens", "pretokenized": True}
 _TOKENS["revision"] = "5a711cc"  # the upload of the last of its 37 files
-_UPDATES = {"batch_size": 64, "grad_acc_steps": 8, "max_steps": 50_000, "warmup_steps": 2000}
+_UPDATES = {"batch_size": 64, "grad_acc_steps": 8, "max_steps": 50_000}
 _OWT = Config().replace(
     data={**_TOKENS, "tokenizer": "gpt2", "part_mb": 512.0},
-    model={"seq_len": 1024, "n_layers": 12, "n_heads": 12, "d_model": 768, "d_ff": 3072, "dtype": "bfloat16"},
-    train={**_UPDATES, "lr": 6e-4, "min_lr": 6e-5, "ema_decay": 0.9999},
+    model={**_LARGE, "seq_len": 1024},
+    train={**_UPDATES, **_LONG, "lr": 6e-4, "min_lr": 6e-5},
     eval={"batch_size": 32},
     sample={"num_steps": 1000},
-    exp={"log_every": 50, "save_every": 1000},
+    exp=_RARELY,
 )
 
 # Characters, held out as published: see data/README.md.
-_CHARACTERS = {"tokenizer": "chars", "split": "last"}
+_PLAYS = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 _SHAKESPEARE = Config().replace(
-    data={
-        **_CHARACTERS,
-        "source": "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
-    },
+    data={"source": _PLAYS, "tokenizer": "chars", "split": "last"},
     model={"seq_len": 256, "n_layers": 6, "n_heads": 6, "d_model": 384, "d_ff": 1536},
     train={"batch_size": 64, "max_steps": 5000, "lr": 1e-3, "min_lr": 1e-4, "warmup_steps": 100},
     sample={"num_steps": 256},
 )
 _TEXT8 = _SHAKESPEARE.replace(
     data={"source": "zip://text8::http://mattmahoney.net/dc/text8.zip", "val_share": 0.05},
-    model={"n_layers": 12, "n_heads": 12, "d_model": 768, "d_ff": 3072, "dtype": "bfloat16"},
-    train={
-        "batch_size": 512,
-        "max_steps": 500_000,
-        "lr": 3e-4,
-        "min_lr": 3e-5,
-        "warmup_steps": 2000,
-        "ema_decay": 0.9999,
-    },
-    exp={"log_every": 50, "save_every": 1000},
+    model=_LARGE,
+    train={**_LONG, "batch_size": 512, "max_steps": 500_000, "lr": 3e-4, "min_lr": 3e-5},
+    exp=_RARELY,
 )
 
 Preset = Literal["demo", "owt", "owt-1b", "shakespeare", "text8", "enwik8"]

@@ -241,7 +241,7 @@ class ExpConfig(Group):
     keep_best: int = Field(default=1, ge=0)
     """Best checkpoints that are kept besides: those with the lowest bound on `val_rows`."""
     val_rows: int = Field(default=64, ge=0)
-    """Evenly spaced validation rows that are scored with each checkpoint; with 0 the training bound ranks them."""
+    """Evenly spaced validation rows that are scored with each checkpoint; with 0 none is the best."""
     resume: Switch = True
     """Whether an interrupted run continues from its last checkpoint; False starts it anew."""
     resume_path: Url = ""
@@ -292,24 +292,20 @@ class Config(Group):
                 data.validation and (data.split or data.val_tokens),
             f"d_model ({width}) must be divisible by n_heads ({heads}) with an even quotient: try --model.d_model "
             f"{2 * heads * max(1, round(width / 2 / heads))}": width % (2 * heads),
-            f"conv_width ({model.conv_width}) must be odd: try {model.conv_width + 1}":
-                model.conv_width and model.conv_width % 2 == 0,
-            f"{name} has no {objective.estimator} estimator: leave --objective.estimator out":
-                objective.estimator and objective.estimator not in kind.estimators,
+            f"model.conv_width ({model.conv_width}) must be odd": model.conv_width and model.conv_width % 2 == 0,
+            f"{name} has no {objective.estimator} estimator": objective.estimator not in (None, *kind.estimators),
             f"objective.block_size ({block}) is larger than model.seq_len ({length})": block > length,
             f"{name} noise needs a schedule from 0 to 1, not {schedule}: try linear":
                 kind.random_tokens and schedule in get_args(JumpingSchedule),
             f"min_lr ({train.min_lr}) is larger than lr ({train.lr}): a decay must not rise": train.min_lr > train.lr,
             f"{name} models have no {sampler} sampler: leave --sample.sampler out": sampler not in kind.samplers,
-            f"{name} models are sampled without guidance: leave --sample.guidance out":
-                sample.guidance and not kind.guidance,
+            f"{name} models are sampled without guidance": sample.guidance and not kind.guidance,
             f"{name} models write at most model.seq_len ({length}) tokens: lower sample.length, or set "
             "--objective.kind block": longer and not kind.any_length,
             f"in rows of {length} tokens no whole block of {block} comes before another, so texts cannot be longer: "
             "lower objective.block_size or sample.length": longer and kind.any_length and 2 * block > length,
             f"exp.allow_changed names {unknown}, which is no setting: say dataset, key or train.lr": unknown,
-            "exp.resume_path names a checkpoint and exp.resume is False: leave one of them out":
-                self.exp.resume_path and not self.exp.resume,
+            "exp.resume is False beside exp.resume_path": self.exp.resume_path and not self.exp.resume,
         }  # fmt: skip
         if found := "; ".join(message for message, is_so in wrong.items() if is_so):
             raise ValueError(found)

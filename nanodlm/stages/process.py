@@ -55,8 +55,6 @@ def run_in_process(lookup: Lookup, config: Config, store: Store, *, rebuild: boo
                 if stop(child, GRACE_SECONDS) == Stopped.exit_code:
                     raise Stopped(last_line(errors.read_text(errors="replace"))) from interruption
                 raise
-            finally:
-                stop(child, GRACE_SECONDS)
         if child.returncode:
             kind = {Stopped.exit_code: Stopped, UsageError.exit_code: UsageError}.get(child.returncode, NanodlmError)
             ending = f"signal {-child.returncode}" if child.returncode < 0 else f"exit code {child.returncode}"

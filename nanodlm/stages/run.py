@@ -63,7 +63,7 @@ def build(
 
         store.emit = publish
         existing = lookup.find_in(store, may_be_damaged=rebuild).artifact
-        if existing and (not rebuild or (restore and not existing.damage())):  # another may have been quicker
+        if existing and (not rebuild or (restore and not existing.problems(deep=True))):  # another was quicker
             return existing, False
         afresh = existing is not None and restore is None
         if afresh:
@@ -88,7 +88,6 @@ def build(
                 metrics=metrics,
                 volatile=stage.volatile,
                 replace=rebuild,
-                restore=restore,
             )
             return artifact, True
 

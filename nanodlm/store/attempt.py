@@ -19,12 +19,12 @@ from nanodlm.errors import Damaged, Emit, NanodlmError, silent
 from nanodlm.store.cache import hold
 from nanodlm.store.disk import Found, describe, flush_folders, link, list_files
 from nanodlm.store.files import show_transfer
-from nanodlm.store.manifest import FLOW_RUN, MANIFEST, PACKAGES, Json, digest_of, safe, sealed, utc_now
+from nanodlm.store.manifest import FLOW_RUN, MANIFEST, PACKAGES, RECORDS, Json, digest_of, safe, sealed, utc_now
 from nanodlm.store.part import Part, parts_in
 from nanodlm.store.store import Artifact, Store
 
-# The store's records, and files that systems leave in folders.
-NOBODYS = re.compile(r"parts/.*|(.*/)?(\.DS_Store|\._.*|Thumbs\.db|desktop\.ini|\.nfs[0-9a-f]+)", re.DOTALL)
+# Files that systems leave in folders.
+NOBODYS = re.compile(r"(.*/)?(\.DS_Store|\._.*|Thumbs\.db|desktop\.ini|\.nfs[0-9a-f]+)", re.DOTALL)
 
 
 class Attempt:
@@ -40,6 +40,7 @@ class Attempt:
             artifact = store.find(stage, fingerprint)
             self._over = f"-over-{artifact.manifest['attempt'].split('-')[1] if artifact else self.id[-8:]}"
         self.id += self._over
+        self.restore = restore  # a manifest, as far as it is known, of what is to be made again to the same bytes
         self._goes_on_from = made_it(restore) if restore else lambda attempt: attempt.endswith(self._over)
         self.started = time.monotonic()
         self._parts: dict[str, Part] = {}  # those in the folder of another attempt were taken over where they lie
@@ -51,12 +52,12 @@ class Attempt:
 
     def finish(self, name: str, files: Iterable[str], **info: Any) -> None:
         """Record files (relative paths), which will not change any more, as a finished part, with JSON as `info`."""
-        described, e_tags = self._publish(sorted(name for name in files if not NOBODYS.fullmatch(name)), silent)
+        described = self._publish(sorted(name for name in files if not NOBODYS.fullmatch(name)), silent)
         self._flush(described, self.path)
-        self._record(name, described, info, e_tags)
+        self._record(name, described, info)
 
-    def _record(self, name: str, files: list[Json], info: Json, e_tags: dict[str, str]) -> None:
-        record = sealed({**self._of, "part": name, "files": files, "info": info, "e_tags": e_tags})
+    def _record(self, name: str, files: list[Json], info: Json) -> None:
+        record = sealed({**self._of, "part": name, "files": files, "info": info})
         self.store.write_json(self._remote("parts", f"{name}.json"), record)
         self._parts[name] = Part(self.store, self._remote(), record)
 
@@ -64,14 +65,13 @@ class Attempt:
         if self.store.is_local:
             flush_folders((self.path / file["path"] for file in files), root)
 
-    def _publish(self, names: list[str], emit: Emit) -> tuple[list[Json], dict[str, str]]:
-        """Hash files, and copy them to the store unless they are in it; return what they are, and their e-tags."""
+    def _publish(self, names: list[str], emit: Emit) -> list[Json]:
+        """Hash files, and copy them to the store unless they are in it; return what they are."""
         if self.store.is_local:
-            return list(self.store.together(lambda name: describe(self.path, name), names)), {}
+            return list(self.store.together(lambda name: describe(self.path, name), names))
         arrived = show_transfer(emit, "MB published", [{"size": (self.path / name).stat().st_size} for name in names])
         sent = self.store.put([(self.path / name, self._remote(name)) for name in names], arrived)
-        described = [{"path": name, **file} for name, (file, _) in zip(names, sent, strict=True)]
-        return described, {name: e_tag for name, (_, e_tag) in zip(names, sent, strict=True)}
+        return [{"path": name, **file} for name, file in zip(names, sent, strict=True)]
 
     def forget(self, name: str) -> None:
         """Drop a finished part and its files, here and in the store; what lies in another attempt's folder stays."""
@@ -104,12 +104,18 @@ class Attempt:
         """Return what a part that an earlier attempt finished was finished with; its files are not looked at."""
         return next((part.info for part, _ in self._earlier_parts(name)), None)
 
-    def adopt(self, name: str) -> Json | None:
+    def adopt(self, name: str, *, in_place: bool = False) -> Json | None:
         """Take over a part that an earlier attempt finished and that is whole; return its `info`, or None: build it.
 
-        Its files are here then, and `forget` may drop them.
+        Its files are here then, and `forget` may drop them. With `in_place` those in a bucket whose e-tags are those
+        recorded stay where they are instead, and the manifest will name where they lie.
         """
         for part, listed in self._earlier_parts(name):
+            e_tags = {file["path"]: file.get("e_tag") for file in part.files()}
+            there = {path: found.e_tag for path, found in listed.items()}
+            if in_place and e_tags and e_tags == there and all(there.values()):
+                self._parts[name] = part
+                return part.info
             if part.problems(deep=self.store.is_local, listed=listed):
                 continue
             with contextlib.suppress(Damaged):
@@ -119,27 +125,15 @@ class Attempt:
                 if self.store.is_local:
                     self._parts[name] = dataclasses.replace(part, place=self._remote())
                 else:
-                    self._record(name, part.files(), part.info, self._publish(paths, silent)[1])
+                    self._record(name, self._publish(paths, silent), part.info)
                 return part.info
         return None
 
     def adopt_finished(self, names: Iterable[str]) -> dict[str, Json]:
-        """Take over those of these parts that are whole, and return the `info` of each; none may be dropped then.
-
-        From a bucket nothing is fetched whose e-tags are those recorded: the manifest will name where it lies.
-        """
-
-        def take(name: str) -> Json | None:
-            for part, listed in self._earlier_parts(name):
-                e_tags = {path: found.e_tag for path, found in listed.items()}
-                if e_tags and all(e_tags.values()) and e_tags == part.manifest.get("e_tags"):
-                    self._parts[name] = part
-                    return part.info
-            return self.adopt(name)
-
+        """Take over those of these parts that are whole, in place, and return the `info` of each."""
         wanted = [name for name in names if name in self.earlier]
-        taken = zip(wanted, self.store.together(take, wanted), strict=True)
-        return {name: info for name, info in taken if info is not None}
+        taken = self.store.together(lambda name: self.adopt(name, in_place=True), wanted)
+        return {name: info for name, info in zip(wanted, taken, strict=True) if info is not None}
 
     def _earlier_parts(self, name: str) -> Iterator[tuple[Part, dict[str, Found]]]:
         """Yield the records of a part that earlier attempts finished, and those of its files that are there."""
@@ -158,28 +152,25 @@ class Attempt:
         code: Json | None = None,
         volatile: Iterable[str] = (),
         replace: bool = False,
-        restore: Json | None = None,
     ) -> Artifact:
         """Publish every file of the folder, write the manifest, and return the artifact, or that of who was first.
 
         The fingerprint was made of the `identity`; from `config` `verify --repair` builds it again, and `code` is what
         `code_record` says. Files whose paths begin as one of `volatile` (times, logs) are verified like all others, but
         left out of the digest. `replace` (a rebuild) puts this in the place of an existing manifest whose digest
-        differs. `restore` (a repair) is the manifest of what is damaged, as far as it is known: where its digest is not
-        that of the files this raises and leaves what is there; what else it says is kept.
+        differs. With a manifest to `restore` another digest is an error, and what else that says is kept.
         """
-        known = {file["path"]: file for part in self._parts.values() for file in part.files()}
-        elsewhere = [part for part in self._parts.values() if part.place != self._remote()]
-        adopted = [{**file, "attempt": Path(part.place).name} for part in elsewhere for file in part.files()]
-        there = [name for name in list_files(str(self.path)) if not NOBODYS.fullmatch(name)]
-        made, _ = self._publish(sorted(set(there) - known.keys()), self.store.emit)
-        files = sorted([*made, *adopted, *(known[name] for name in there if name in known)], key=itemgetter("path"))
-        records = [{"path": f"parts/{name}.json"} for name in self._parts]
-        self._flush([*records, *files], Path(self.store.root).parent)
-        volatile = sorted(volatile)
+        finished = {}
+        for part in self._parts.values():
+            lies = {} if part.place == self._remote() else {"attempt": Path(part.place).name}
+            finished |= {file["path"]: {**file, **lies} for file in (*part.files(), part.record)}
+        there = {name for name in list_files(str(self.path)) if not NOBODYS.fullmatch(name)}
+        made = self._publish(sorted(there - finished.keys()), self.store.emit)
+        files = sorted([*made, *finished.values()], key=itemgetter("path"))
+        self._flush(files, Path(self.store.root).parent)
+        volatile = sorted({*volatile, RECORDS})
         digest = digest_of(files, volatile)
-        if restore and restore["digest"] != digest:
-            self._give_up()
+        if self.restore and self.restore["digest"] != digest:
             remedy = f"`nanodlm run --rebuild {self.stage}` puts them in the place of"
             other = f"built again here it has other bytes, so nothing was changed: {remedy}"
             raise NanodlmError(f"{other} {self.store.uri(self.stage, self.fingerprint)}")
@@ -188,7 +179,6 @@ class Attempt:
             "fingerprint": self.fingerprint,
             "attempt": self.id,
             "files": files,
-            "parts": {name: Path(part.place).name for name, part in self._parts.items()},
             "volatile": volatile,
             "digest": digest,
             "metrics": metrics,
@@ -198,11 +188,12 @@ class Attempt:
             "packages": {package: version(package) for package in PACKAGES},
             "created": utc_now(),
             "seconds": round(time.monotonic() - self.started, 3),
-            **{key: value for key, value in (restore or {}).items() if key not in ("attempt", "files", "parts")},
+            **{key: said for key, said in (self.restore or {}).items() if key not in ("attempt", "files", "volatile")},
         })  # fmt: skip
-        return self._write_manifest(manifest, replace or bool(restore))
+        return self._write_manifest(manifest, replace)
 
-    def _give_up(self) -> None:
+    def give_up(self) -> None:
+        """Remove all that it has in the store."""
         with contextlib.suppress(OSError, NanodlmError):
             self.store.remove_folder(self._remote())
 
@@ -220,8 +211,8 @@ class Attempt:
                     return existing
                 codes = [(made.get("code") or {}).get("digest") for made in (existing.manifest, manifest)]
                 same = existing.digest == manifest["digest"] and codes[0] == codes[1]
-                if not replace or (same and not existing.damage()):
-                    self._give_up()  # nobody needs the same twice
+                if not replace or (same and not existing.problems(deep=True)):
+                    self.give_up()  # nobody needs the same twice
                     return existing
             self.store.write_json(target, manifest)
             break
@@ -230,7 +221,7 @@ class Attempt:
 
 def made_it(manifest: Json) -> Callable[[str], bool]:
     """Return which attempts made what a manifest tells of, as far as it is known; others may hold other bytes."""
-    named = {manifest["attempt"], *manifest.get("parts", {}).values()} if "attempt" in manifest else set()
+    named = {file.get("attempt", manifest["attempt"]) for file in manifest.get("files", ())}
     return lambda attempt: attempt in named if named else "-over-" not in attempt
 
 
@@ -249,6 +240,10 @@ def new_attempt(
         raise cannot_write(store, error) from error
     try:
         yield attempt
+    except BaseException:
+        if restore:  # nothing goes on from what is in nobody's place
+            attempt.give_up()
+        raise
     finally:
         if not store.is_local:
             shutil.rmtree(attempt.path, ignore_errors=True)

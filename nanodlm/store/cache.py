@@ -22,7 +22,7 @@ from nanodlm.errors import Damaged, NanodlmError
 from nanodlm.store.disk import beside, is_whole, link, list_files
 from nanodlm.store.manifest import Json
 from nanodlm.store.owner import has_ended, this_process
-from nanodlm.store.retry import one_line
+from nanodlm.store.retry import number, one_line
 
 LOCK_SECONDS = 60.0  # that another may take to fetch the same, before this process fetches it too
 OLD_SECONDS = 30 * 86400.0  # what a process of another machine has left is in use no more
@@ -40,11 +40,7 @@ def cache_dir() -> Path:
 
 def limit() -> int:
     """Return the bytes that copies may take together: `$NANODLM_CACHE_GB`, else 100 GB."""
-    text = os.environ.get("NANODLM_CACHE_GB") or "100"
-    with contextlib.suppress(ValueError):
-        if 0 < float(text) < 1e9:  # neither nan nor inf
-            return int(float(text) * 1e9)
-    raise NanodlmError(f"NANODLM_CACHE_GB must be a number of gigabytes above 0, not {text!r}")
+    return int(number("NANODLM_CACHE_GB", 100) * 1e9)
 
 
 def cannot_write_cache(error: OSError) -> NanodlmError:

@@ -76,9 +76,7 @@ def remark(changed: list[str]) -> str:
     """Return a remark on changed files, empty without any.
 
     >>> remark(["model/layers.py", "model/views.py", "training/step.py"])
-    'made before model/layers.py and 2 other files changed'
+    'made before model/layers.py and 2 more changed'
     """
-    if not changed:
-        return ""
-    others = f" and {len(changed) - 1} other file{'s' * (len(changed) > 2)}" if len(changed) > 1 else ""
-    return f"made before {changed[0]}{others} changed"
+    more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+    return f"made before {changed[0]}{more} changed" if changed else ""

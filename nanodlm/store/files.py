@@ -5,7 +5,6 @@ again for `$NANODLM_RETRY_SECONDS`, what will not (no access, no such bucket, di
 """
 
 import contextlib
-import json
 import secrets
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +19,7 @@ from nanodlm.config.addresses import single_slashes
 from nanodlm.errors import Damaged, Emit, NanodlmError, UsageError, silent
 from nanodlm.store.bucket import Bucket, Driver
 from nanodlm.store.disk import Disk, Found
-from nanodlm.store.manifest import Json
+from nanodlm.store.manifest import Json, record_text
 from nanodlm.store.retry import ask, one_line
 
 S = TypeVar("S")
@@ -115,8 +114,8 @@ class Storage:
         """Copy a file of this size to a local path, and return the sha256 of what arrived, to be compared."""
         return self.ask(lambda: self.driver.get(path, target, size))
 
-    def put(self, pairs: list[tuple[Path, str]], done: Callable[[int], None]) -> list[tuple[Json, str]]:
-        """Copy local files to paths here, several at a time; return the size and sha256 of each, and its e-tag here.
+    def put(self, pairs: list[tuple[Path, str]], done: Callable[[int], None]) -> list[Json]:
+        """Copy local files to paths here, several at a time; return the size, the sha256 and the e-tag here of each.
 
         `done` is called with numbers of bytes that arrived.
         """
@@ -124,7 +123,7 @@ class Storage:
         for (source, _), (sha256, e_tag) in zip(pairs, put, strict=True):
             size = source.stat().st_size
             done(size)
-            sent.append(({"size": size, "sha256": sha256}, e_tag))
+            sent.append({"size": size, "sha256": sha256, "e_tag": e_tag})
         return sent
 
     def write_json(self, path: str, value: Any, *, create_only: bool = False) -> bool:
@@ -133,7 +132,7 @@ class Storage:
         A creation whose acknowledgement was lost counts as one, whoever repeats it: the file then holds what was to be
         written. So no two writers may create the same content at one path.
         """
-        data = json.dumps(value, indent=1, sort_keys=True).encode()
+        data = record_text(value)
 
         def call() -> bool:
             try:

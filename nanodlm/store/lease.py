@@ -89,7 +89,7 @@ def _wait_for_lease(store: Store, path: str, emit: Emit) -> bool:
     if seen:
         emit("message", text=f"process {seen.get('pid')} on {seen.get('host')} is building it; waiting")
     while seen:
-        if not seen.get("process") or has_ended(str(seen["process"])):  # of an earlier version, or of nobody any more
+        if has_ended(str(seen.get("process"))):
             return True
         time.sleep(0.2 if store.is_local else 0.5)
         now = read_lease(store, path)

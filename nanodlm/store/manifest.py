@@ -13,27 +13,17 @@ Item = tuple[str, str]  # the stage and the fingerprint of an artifact
 MANIFEST = "manifest.json"
 FLOW_RUN = "NANODLM_FLOW_RUN"  # the variable in which an orchestrator names the run that artifacts are made for
 SCHEMA = 1
+RECORDS = "parts/"  # the folder, within that of an attempt, of the records of its finished parts
 PACKAGES = ("nanodlm", "jax", "flax", "optax", "orbax-checkpoint", "grain", "array-record", "tiktoken", "rustbpe")
 NAME = re.compile(r"[0-9A-Za-z_-]+")  # of an attempt, a stage or a fingerprint in a manifest
 
 
 def canonical_json(value: Any) -> str:
-    """Return the one JSON text of a value: sorted keys, no spaces; no NaN, no types that JSON lacks, no other keys.
+    """Return the one JSON text of a value: sorted keys, no spaces; NaN and types that JSON lacks raise.
 
     >>> canonical_json({"b": (1, 2.5), "a": None})
     '{"a":null,"b":[1,2.5]}'
     """
-
-    def check(v: Any) -> None:
-        if isinstance(v, dict | list | tuple):
-            for item in v.values() if isinstance(v, dict) else v:
-                check(item)
-        elif v is not None and type(v) not in (str, int, float, bool):
-            raise TypeError(f"a fingerprint takes no {type(v).__name__}: {v!r}")
-        if isinstance(v, dict) and not all(isinstance(key, str) for key in v):
-            raise TypeError(f"a fingerprint takes string keys, not those of {v!r}")
-
-    check(value)
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
 
 
@@ -44,6 +34,11 @@ def fingerprint_of(identity: Json) -> str:
     'a8c0b4ff'
     """
     return hashlib.sha256(canonical_json(identity).encode()).hexdigest()
+
+
+def record_text(value: Any) -> bytes:
+    """Return the JSON of a record as it lies in a store."""
+    return json.dumps(value, indent=1, sort_keys=True).encode()
 
 
 def sealed(value: Json) -> Json:
@@ -87,7 +82,7 @@ def problem_with(manifest: Any, stage: str, fingerprint: str) -> str:
             return f"belongs to {manifest.get('stage')}/{manifest.get('fingerprint')}"
         "".join([*manifest["volatile"], *(file["path"] for file in manifest["files"])])  # all are texts
         adopted = [file["attempt"] for file in manifest["files"] if "attempt" in file]
-        if not all(map(NAME.fullmatch, {manifest["attempt"], *adopted, *manifest.get("parts", {}).values()})):
+        if not all(map(NAME.fullmatch, (manifest["attempt"], *adopted))):
             return "names an attempt that leaves its artifact"
         inputs = [name for pair in manifest["inputs"].items() for name in (pair[0], pair[1]["fingerprint"])]
         return "" if all(map(NAME.fullmatch, inputs)) else "names an input that leaves the store"

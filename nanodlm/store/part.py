@@ -1,5 +1,6 @@
 """Finished parts of attempts (shards, checkpoints): a later attempt adopts them, for what they hold is recorded."""
 
+import hashlib
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -11,7 +12,7 @@ from nanodlm.errors import Damaged, Emit, silent
 from nanodlm.store import cache
 from nanodlm.store.disk import Found
 from nanodlm.store.files import Storage, show_transfer
-from nanodlm.store.manifest import Json, digest_of, safe
+from nanodlm.store.manifest import RECORDS, Json, digest_of, record_text, safe
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,12 @@ class Part:
     def info(self) -> Json:
         """What it was finished with."""
         return self.manifest["info"]
+
+    @property
+    def record(self) -> Json:
+        """Its record as a file, as the manifest of its artifact names it."""
+        text, path = record_text(self.manifest), f"{RECORDS}{self.manifest['part']}.json"
+        return {"path": path, "size": len(text), "sha256": hashlib.sha256(text).hexdigest()}
 
     def _lies(self, path: str) -> str:
         return safe(path)
@@ -109,7 +116,8 @@ class Part:
         """Return a local folder with its files: of a local store, those there; remote ones are copied and compared."""
         if self.store.is_local:
             return Path(self.folder)
-        files = self.files(*only)
+        # Nobody but another attempt needs the records of parts, of which there may be thousands.
+        files = [file for file in self.files(*only) if only or not file["path"].startswith(RECORDS)]
         copies = cache.cache_dir() / "files"
         lacking = sum(file["size"] for file in files if not (copies / file["sha256"]).is_file())
         folder = cache.hold(f"{self.stage}-{self.fingerprint[:16]}-{Path(self.folder).name}", lacking)

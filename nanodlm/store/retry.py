@@ -4,6 +4,7 @@ import contextlib
 import errno
 import logging
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import TypeVar
@@ -27,11 +28,7 @@ def ask(uri: str, call: Callable[[], T]) -> T:
     A server that asks for longer pauses (Retry-After) is given them. What does not pass in that time is raised as
     `Unreachable`, and what is refused is one line at once.
     """
-    text = os.environ.get("NANODLM_RETRY_SECONDS") or "300"
-    try:
-        patience = float(text)
-    except ValueError:
-        raise UsageError(f"NANODLM_RETRY_SECONDS must be a number of seconds, not {text!r}") from None
+    patience = number("NANODLM_RETRY_SECONDS", 300)
 
     pause = wait_random_exponential(multiplier=FIRST_PAUSE, max=LONGEST_PAUSE)
 
@@ -57,15 +54,22 @@ def ask(uri: str, call: Callable[[], T]) -> T:
         if may_pass(error):
             remedy = "what is finished is kept, run again to continue"
             raise Unreachable(f"{uri} does not answer: {one_line(error)}; {remedy}") from error
-        denied = isinstance(error, PermissionError) or type(error).__name__ in (
-            "RefreshError",
-            "DefaultCredentialsError",
-        )
-        if denied or code_of(error) in (401, 403) or str(error).startswith("Forbidden"):  # gcsfs says it in words
+        denied = isinstance(error, PermissionError) or code_of(error) in (401, 403)
+        words = f"{type(error).__name__} {error}"  # as Google's libraries put it
+        if denied or re.match("RefreshError|DefaultCredentialsError|.* Forbidden", words):
             remedy = "mend the credentials in the environment, or the permissions, or choose another --store"
             which = f" {error.filename}" if isinstance(error, OSError) and error.filename else ""
             raise NanodlmError(f"{uri} refuses access: {one_line(error)}{which}; {remedy}") from error
         raise
+
+
+def number(name: str, default: float) -> float:
+    """Return what a variable of the environment gives as a number above 0."""
+    text = os.environ.get(name) or str(default)
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < 1e9:  # neither nan nor inf
+            return float(text)
+    raise UsageError(f"{name} must be a number above 0, not {text!r}")
 
 
 @contextlib.contextmanager

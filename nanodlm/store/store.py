@@ -2,18 +2,17 @@
 
 import contextlib
 import os
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from nanodlm.config import parse_address
-from nanodlm.errors import Damaged, Emit, NanodlmError, silent
+from nanodlm.errors import Damaged, NanodlmError
 from nanodlm.store.disk import Found
 from nanodlm.store.files import Storage
-from nanodlm.store.manifest import MANIFEST, Item, Json, is_sealed, problem_with, safe
-from nanodlm.store.part import Part, parts_in
+from nanodlm.store.manifest import MANIFEST, RECORDS, Item, Json, is_sealed, problem_with, safe
+from nanodlm.store.part import Part
 
 LATEST = "latest"  # the folder of links to what was made last
 
@@ -67,28 +66,7 @@ class Artifact(Part):
         """Return the files among its own, of those that a listing shows, that its manifest does not name."""
         own, named = f"attempts/{self.manifest['attempt']}/", {file["path"] for file in self.manifest["files"]}
         found = {path.removeprefix(own) for path in listed if path.startswith(own)}
-        return sorted(path for path in found - named if not path.startswith("parts/"))
-
-    @cached_property
-    def parts(self) -> dict[str, str]:
-        """The folder in its store of the attempt that finished each of its parts, by the part's name."""
-        own = self.manifest["attempt"]
-        if (finished := self.manifest.get("parts")) is None:  # which earlier versions did not list
-            paths = "\n".join([*self.store.files(self.folder), *(file["path"] for file in self.files())])
-            names = re.findall(r"^parts/(.*)\.json$|^(checkpoints/step_[0-9]+)/", paths, re.MULTILINE)
-            finished = dict.fromkeys((record or checkpoint for record, checkpoint in names), own)
-        here = self.store.is_local
-        return {name: f"{self.place}/attempts/{own if here else there}" for name, there in finished.items()}
-
-    def part(self, name: str) -> Part | None:
-        """Return one of its parts; None when its record, from which a repair or a training goes on, is damaged."""
-        return self.store.part(self.parts[name], name, stage=self.stage, fingerprint=self.fingerprint)
-
-    def damage(self, listed: dict[str, Found] | None = None, emit: Emit = silent) -> dict[str, str]:
-        """Return all that is wrong with its files and its parts' records, by path; every file is read."""
-        found = zip(self.parts, self.store.together(self.part, self.parts), strict=True)
-        lost = {f"parts/{name}.json": "is not what was recorded" for name, part in found if part is None}
-        return self.problems(deep=True, listed=listed, emit=emit) | lost
+        return sorted(path for path in found - named if not path.startswith(RECORDS))  # earlier versions named none
 
     def remedy(self, problem: str, *, deep: bool = False) -> str:
         """Return the line that says what is wrong with it and what to do."""
@@ -124,10 +102,6 @@ class Store(Storage):
             if isinstance(record, dict) and is_sealed(record) and {"part": name, **of}.items() <= record.items():
                 return Part(self, folder, record)
         return None
-
-    def finished_parts(self, stage: str, fingerprint: str) -> dict[str, list[str]]:
-        """Return the names of finished parts, each with the attempts that finished it."""
-        return parts_in(self.files(self.path(stage, fingerprint, "attempts")))
 
     def artifacts(self, items: Iterable[Item]) -> Iterator[tuple[Item, Artifact | Damaged | None]]:
         """Yield what `find` finds of each, or the `Damaged` that it raises; a bucket is asked for several at once."""

@@ -133,10 +133,9 @@ def remove(store: Store, item: Item, recursive: bool = False, dry_run: bool = Fa
     if item not in listed:
         raise NanodlmError(f"there is nothing at {store.uri(*item)}: `nanodlm ls` shows what is there")
     doomed = _reached({item}, lambda source: (other for other, made in artifacts if source in made.inputs))
-    names = ", ".join(f"{stage}/{fingerprint[:12]}" for stage, fingerprint in sorted(doomed - {item})[:4])
-    if names and not recursive:
-        others = " and others" if len(doomed) > 5 else ""
-        raise NanodlmError(f"{names}{others} would lack it: --recursive removes them as well")
+    if len(doomed) > 1 and not recursive:
+        names = ", ".join(f"{stage}/{fingerprint[:12]}" for stage, fingerprint in sorted(doomed - {item}))
+        raise NanodlmError(f"{names} would lack it: --recursive removes them as well")
     building, read = _in_use(store, listed, _now(store, listed, dry_run) - LEASE_GRACE)
     if busy := sorted(doomed & (building | read)):
         raise NanodlmError(f"{store.uri(*busy[0])} is being built or read by a run: wait for it, or stop it first")

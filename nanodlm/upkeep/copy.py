@@ -3,9 +3,9 @@
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from nanodlm.errors import Damaged, Emit, NanodlmError
+from nanodlm.errors import Emit, NanodlmError
 from nanodlm.stages.run import full_disk_in_one_line
-from nanodlm.store import Artifact, Item, Store, hold_lease, sealed
+from nanodlm.store import Artifact, Item, Store, hold_lease
 from nanodlm.store.attempt import cannot_write
 from nanodlm.store.disk import flush_folders
 from nanodlm.store.files import show_transfer
@@ -55,10 +55,6 @@ def _send(artifact: Artifact, target: Store, emit: Emit) -> Artifact:
         pairs = [(folder / file["path"], copied.remote(file["path"])) for file in wanted]
         target.put(pairs, show_transfer(emit, "MB copied", wanted))
     copied.check(deep=True)
-    for name, folder in copied.parts.items():  # a repair keeps them, a training starts from them
-        if (part := artifact.part(name)) is None:
-            raise Damaged(artifact.remedy(f"parts/{name}.json is not what was recorded", deep=True))
-        target.write_json(f"{folder}/parts/{name}.json", sealed({**part.manifest, "e_tags": {}}))
     if target.is_local:
         flush_folders(Path(copied.folder).rglob("*"), Path(target.root).parent)
     target.write_json(target.path(stage, fingerprint, MANIFEST), artifact.manifest, create_only=True)

@@ -4,7 +4,6 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from nanodlm.checkpoints.finding import goes_on_after
 from nanodlm.config import Config
 from nanodlm.errors import Damaged, Emit, NanodlmError, silent
 from nanodlm.stages.lookup import ready
@@ -63,7 +62,7 @@ def check(
         problems, strays = [str(artifact) if artifact else "its manifest is missing"], []
         if isinstance(artifact, Artifact):
             listed = listings.get(item) or store.files(store.path(*item))
-            bad = artifact.damage(listed, emit) if deep else artifact.problems(listed=listed)
+            bad = artifact.problems(deep=deep, listed=listed, emit=emit)
             problems = [*(f"{path} {problem}" for path, problem in bad.items()), *_other_inputs(artifact, found)]
             strays = artifact.strays(listed)
         obstacle = _repair(store, item, found, emit) if problems and repair else None
@@ -95,14 +94,11 @@ def _repair(store: Store, item: Item, found: Chain, emit: Emit) -> str:
     if isinstance(artifact, Artifact) and list(_other_inputs(artifact, found)):
         remedy = f"`nanodlm run` makes one anew, `nanodlm rm {artifact.uri}` removes this"
         return f"not repaired, for it is of an input that was rebuilt since: {remedy}"
-    known, again = _known(item, found), f"`nanodlm run --rebuild {stage}`"
+    known = _known(item, found)
     try:
         if not known.get("config"):
-            remedy = f"{again} with those builds it, `nanodlm rm {store.uri(*item)}` removes it"
+            remedy = f"`nanodlm run --rebuild {stage}` with those builds it, `nanodlm rm {store.uri(*item)}` removes it"
             raise NanodlmError(f"the settings that it was made with are not known: {remedy}")
-        if stage == "train" and not goes_on_after(store, fingerprint, known):
-            train = f"{again} would have to train it from the beginning"
-            raise NanodlmError(f"no checkpoint of it is whole, so {train}")
         config, inputs = Config(**known["config"]), None
         if isinstance(artifact, Artifact):  # then the source need not be there, unless it is the download that is bad
             inputs = {name: store.open(f"{name}/{made}").check() for name, made in artifact.inputs}

@@ -18,8 +18,8 @@ CONFIG = PRESETS["demo"].replace(
 )
 NASTY = PRESETS["demo"].replace(sample={"prompt": 'it\'s $(HOME) `id` $PATH \\ "é"\nCONFIG\n$$'})
 SLURM = Launch(target="slurm", nodes=2, gpus_per_node=0)
-GPUS = Launch(target="slurm", nodes=4, gpus_per_node=8, cpus_per_task=6, memory_gb=512, grace_seconds=300)
-PODS = Launch(target="k8s", nodes=4, gpus_per_node=8, cpus_per_task=96, memory_gb=512, image="registry.local/nanodlm:1",
+GPUS = Launch(target="slurm", nodes=4, gpus_per_node=8, grace_seconds=300)
+PODS = Launch(target="k8s", nodes=4, gpus_per_node=8, image="registry.local/nanodlm:1",
               store_volume="shared", secret="bucket", grace_seconds=300)  # fmt: skip
 BUCKET = Launch(target="k8s", image="registry.local/nanodlm:1")
 INPUTS = {"shard": "ab12", "tokenizer": "cd34"}

@@ -34,7 +34,7 @@ def options(script: str) -> dict[str, str]:
 def test_a_script_asks_slurm_for_a_task_for_each_gpu_and_for_a_signal_before_the_end() -> None:
     asked = options(job_text(Work(CONFIG, "/shared/store", GPUS)))
     assert {k: v for k, v in asked.items() if k not in ("job-name", "output")} == {
-        "nodes": "4", "ntasks-per-node": "8", "gpus-per-node": "8", "cpus-per-task": "6", "mem": "512G",
+        "nodes": "4", "ntasks-per-node": "8", "gpus-per-node": "8",
         "dependency": "singleton", "signal": "TERM@300", "open-mode": "append", "requeue": "",
     }  # fmt: skip
     alone = options(job_text(Work(CONFIG, "/shared/store", GPUS, stage="sample")))

@@ -174,7 +174,7 @@ def test_a_job_that_fails_is_one_line_that_says_why(two_nodes: Path) -> None:
 
 def test_slurm_itself_accepts_every_option_of_a_script(two_nodes: Path) -> None:
     """`--test-only` parses all of them; that for GPUs, which these nodes do not have, is in its help."""
-    launch = Launch(target="slurm", nodes=2, gpus_per_node=0, cpus_per_task=1, memory_gb=1)
+    launch = Launch(target="slurm", nodes=2, gpus_per_node=0)
     script = job_text(Work(CONFIG, str(two_nodes), launch))
     done = subprocess.run(["sbatch", "--test-only"], input=script, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

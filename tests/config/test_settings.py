@@ -138,7 +138,7 @@ def test_what_is_no_config_is_a_usage_error_that_names_it(
         ({"data": {"source": ["a.txt", "hf://a/b"], "revision": "0123456"}}, "must be the only source"),
         ({"data": {"source": "hf://a/b"}}, "needs a pinned commit: set --data.revision"),
         ({"data": {"pretokenized": True}}, "need the tokenizer that made them: set --data.tokenizer gpt2 or bytes"),
-        ({"model": {"conv_width": 4}}, "conv_width (4) must be odd: try 5"),
+        ({"model": {"conv_width": 4}}, "model.conv_width (4) must be odd"),
         ({"train": {"lr": 0.1, "min_lr": 0.5}}, "min_lr (0.5) is larger than lr (0.1): a decay must not rise"),
         ({"train": {"lr": -1}, "data": {"val_tokens": -1}}, "; train.lr: Input should be greater than 0"),
         ({"objective": {"kind": "uniform", "estimator": "discrete"}}, "uniform has no discrete estimator"),

@@ -221,11 +221,11 @@ def test_gc_says_what_goes_and_when(store: Store, capsys: pytest.CaptureFixture[
     made_from(store, "train", "new", ago=8000)
     command = ["gc", "--store", store.uri(), "--keep-last", "1"]
     out, _ = said(capsys, *command, "--dry-run")
-    assert out.splitlines()[0] == f"would remove        3 B  artifact {store.uri('train', 'old')}"
-    row = {"kind": "artifact", "uri": store.uri("train", "old"), "bytes": 3}
+    assert out.splitlines()[0] == f"would remove      293 B  artifact {store.uri('train', 'old')}"
+    row = {"kind": "artifact", "uri": store.uri("train", "old"), "bytes": 293}
     assert told(capsys, *command, "--dry-run") == {"removed": [row], "dry_run": True}
     out, _ = said(capsys, *command, "--older-than", "1h")
-    assert out.startswith("removed        3 B  artifact")
+    assert out.startswith("removed      293 B  artifact")
     assert "the first collection after 1h" in out
     assert said(capsys, *command)[0] == "nothing to remove\n"
     _, error = said(capsys, "gc", "--store", store.uri(), "--older-than", "soon", code=2)
