@@ -75,6 +75,8 @@ class Snapshot:
             write_whole(self.own / f"{self.commit}.json", json.dumps({"files": names}).encode())
         names = sorted(name for name in names if name.endswith(SUFFIXES))
         self.arrived = dict.fromkeys(names, 0.0)  # the share of each
+        if outside := [name for name in names if name.startswith("/") or ".." in name.split("/")]:
+            raise NanodlmError(f"hf://{self.name} names {outside[0]!r}, which leaves its folder: do not use it")
         if not names:
             raise NanodlmError(f"hf://{self.name} holds no {', '.join(SUFFIXES)} files")
 
@@ -133,7 +135,7 @@ class Snapshot:
         url = hf_hub_url(self.name, name, repo_type="dataset", revision=self.commit)
         told = self._asked(name, lambda: get_hf_file_metadata(url))
         etag, size = told.etag, told.size
-        if not etag or size is None:
+        if not etag or not re.fullmatch(r"[\w-]+", etag) or size is None:  # which will be the name of a file
             raise NanodlmError(f"{url} has no ETag or no size, as a hub tells them: check HF_ENDPOINT")
         blob, part = self.home / "blobs" / etag, self.own / etag
         self.own.mkdir(parents=True, exist_ok=True)

@@ -298,3 +298,9 @@ def test_the_preset_owt_runs_as_it_is(tmp_path: Path, hub: Hub) -> None:
     assert made["shard"]["train_rows"] > 50
     written = [path.read_bytes() for path in (tmp_path / "store").rglob("*") if path.is_file()]
     assert not any(TOKEN.encode() in text for text in [*written, done.stdout.encode(), done.stderr.encode()])
+
+
+def test_a_name_that_leaves_the_folder_is_refused(tmp_path: Path, hub: Hub) -> None:
+    hub.files["../../outside.parquet"] = b""
+    (said,) = fetch(hub, tmp_path, SHA)
+    assert "names '../../outside.parquet', which leaves its folder" in said
