@@ -56,7 +56,7 @@ PARTS = {
 OTHERS = {
     "tokenizer": ["ranks.tiktoken", "tokenizer.json"],
     "split": ["split.json", "validation.npy"],
-    "shard": ["counts.npy", "validation.arrayrecord"],
+    "shard": ["card.json", "counts.npy", "validation.arrayrecord"],
     "train": ["config.json", "logs.json", "logs.jsonl", "parameters.json", "tokenizer/ranks.tiktoken"],
     "evaluate": ["metrics.json"],
     "sample": ["samples.jsonl", "samples.txt", "tokens.npy"],

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from nanodlm.config import Config
+from nanodlm.data.card import CARD, described
 from nanodlm.data.tokenizer import END_OF_TEXT
 from nanodlm.errors import Emit
 from nanodlm.store import Artifact, Attempt
@@ -57,16 +58,40 @@ def build(config: Config, inputs: dict[str, Artifact], attempt: Attempt, emit: E
     (attempt.path / "results.json").write_text(json.dumps(results, indent=1, sort_keys=True))
     title = html.escape(config.exp.run_name or "nanodlm")
     curve = loss_curve(logs_of(train), m["val_unigram_nats_per_token"])
-    table = "\n".join(f"<tr><th>{name}<td>{html.escape(value)}" for name, value in rows)
-    quotes = "\n".join(f"<blockquote>{html.escape(text)}</blockquote>" for text in texts)
     page = f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title><style>{STYLE}</style>\n"
-    page += f"<h1>{title}</h1><table>\n{table}\n</table><h2>Training</h2>\n{curve}\n<h2>Samples</h2>\n{quotes}</html>\n"
-    (attempt.path / "report.html").write_text(page)
-    # Indented, which Markdown takes for code: no markup of theirs.
-    numbers = [f"    {name:<18} {value}" for name, value in rows]
-    quoted = ["\n".join(f"    {line}" for line in ["", *text.splitlines()]) for text in texts]
-    (attempt.path / "report.md").write_text("\n".join(["# Report", "", *numbers, "", "## Samples", *quoted, ""]))
+    page += f"<h1>{title}</h1>{_table(rows)}<h2>Training</h2>\n{curve}\n<h2>Samples</h2>\n{_quotes(texts)}"
+    plain = ["# Report", "", *_numbers(rows), "", "## Samples", *_quoted(texts), ""]
+    if card := card_of(evaluate):
+        page += f"\n<h2>Data</h2>{_table(described(card))}\n{_quotes(card['examples'])}"
+        plain += ["## Data", "", *_numbers(described(card)), *_quoted(card["examples"]), ""]
+    (attempt.path / "report.html").write_text(page + "</html>\n")
+    (attempt.path / "report.md").write_text("\n".join(plain))
     return {"below_unigram_percent": round(100 * (1 - m["val_bits_per_byte"] / m["val_unigram_bits_per_byte"]), 2)}
+
+
+def _table(rows: list[tuple[str, str]]) -> str:
+    lines = "\n".join(f"<tr><th>{name}<td>{html.escape(value)}" for name, value in rows)
+    return f"<table>\n{lines}\n</table>"
+
+
+def _quotes(texts: list[str]) -> str:
+    return "\n".join(f"<blockquote>{html.escape(text)}</blockquote>" for text in texts)
+
+
+def _numbers(rows: list[tuple[str, str]]) -> list[str]:
+    return [f"    {name:<19} {value}" for name, value in rows]  # what is indented has no markup
+
+
+def _quoted(texts: list[str]) -> list[str]:
+    return ["\n".join(f"    {line}" for line in ["", *text.splitlines()]) for text in texts]
+
+
+def card_of(evaluate: Artifact) -> dict[str, Any] | None:
+    """Return the data card of the shards that were evaluated on, if they have one and are there."""
+    shard = next(evaluate.store.find(*item) for item in evaluate.inputs if item[0] == "shard")
+    if shard is None or all(file["path"] != CARD for file in shard.manifest["files"]):
+        return None
+    return json.loads(shard.file(CARD).read_text())
 
 
 def against_unigram(metrics: dict[str, Any]) -> str:
