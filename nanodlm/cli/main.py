@@ -44,10 +44,11 @@ Diffusion language models, from text to samples.
 commands:
 {chr(10).join(f"  {name:<12}  {text}" for name, (_, text) in COMMANDS.items())}
 
-PRESET is demo (the default), owt, owt-1b, shakespeare, text8, enwik8, or a
-file: what `config` prints, or a config.json that a run has written. `nanodlm
-COMMAND --help` lists a command's flags. The store is --store, else
-$NANODLM_STORE, else data/store. --debug adds the traceback to an error.
+PRESET is demo (the default), owt, owt-1b, shakespeare, text8, enwik8,
+wikitext103, tinystories, lm1b, fineweb-edu, or a file: what `config` prints, or
+a config.json that a run has written. `nanodlm COMMAND --help` lists a command's
+flags. The store is --store, else $NANODLM_STORE, else data/store. --debug adds
+the traceback to an error.
 """
 
 
