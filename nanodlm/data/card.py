@@ -57,7 +57,7 @@ def card(encoding: Encoding, inputs: dict[str, Artifact], shards: list[Json], fr
     bad = download.get("bad_rows", {"counts": {}, "first": []})
     left_out = {f"rows, {why}": count for why, count in bad["counts"].items()}
     left_out |= {f"documents, {why}": count for why, count in download.get("cleaned", {}).items()}
-    left_out["tokens, after the last whole row of each part"] = dropped
+    left_out["tokens, in no row"] = dropped
     left_out["tokens, where the validation ends"] = held_out.get("val_dropped_tokens", 0)
     chosen = first(beginning for shard in shards for beginning in shard.get("beginnings", ()))
     examples = [encoding.decode(np.frombuffer(bytes.fromhex(one), "<u4").tolist()) for one in chosen]

@@ -14,7 +14,7 @@ from nanodlm.config import Config
 from nanodlm.data import rows as data_rows
 from nanodlm.data.card import CARD, Glance, card
 from nanodlm.data.documents import Documents
-from nanodlm.data.held_out import Place, halves, in_units
+from nanodlm.data.held_out import Place, check_rows, halves, in_units
 from nanodlm.data.parts import parts, read
 from nanodlm.data.tokenizer import load, tokenise_all
 from nanodlm.errors import Emit, NanodlmError
@@ -52,10 +52,7 @@ def build_shards(config: Config, inputs: dict[str, Artifact], attempt: Attempt, 
     first_key = min(info["first_key"] for info in shards)
     assert isinstance(cut, list) or first_key > cut, "a held-out document is among the training documents"
     validation = np.load(inputs["split"].local() / "validation.npy", allow_pickle=False)
-    if len(validation) <= length:  # nobody should learn it after the training
-        few = f"{len(validation):,} validation tokens are one row of seq_len ({length}), which has no standard error"
-        remedy = "raise --data.val_tokens" if isinstance(cut, str) else "add text"
-        raise NanodlmError(f"{few}; {remedy}, or lower --model.seq_len")
+    check_rows(config.data, len(validation), length)
     if totals["dropped_tokens"]:
         share = totals["dropped_tokens"] / (totals["dropped_tokens"] + totals["train_tokens"])
         what = f"{totals['dropped_tokens']:,} tokens ({share:.2%}) after the last whole row of each part are dropped"

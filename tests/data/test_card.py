@@ -45,7 +45,7 @@ def test_the_card_counts_what_is_trained_on_and_what_is_left_out(tmp_path: Path)
         "rows, null": 3,
         "rows, empty": 1,
         "documents, too short": 12,
-        "tokens, after the last whole row of each part": len(text) - len(kept),
+        "tokens, in no row": len(text) - len(kept),
     }
     lines = described(card)
     assert ("left out", "3 rows, null") in lines
