@@ -93,37 +93,34 @@ def plan(
         reason = "asked for" if stage == rebuild else reason
         rows.append({"stage": stage, "action": action, "fingerprint": fingerprint, "why": reason, "changed": changed})
         out.text(f"{stage:<10} {action:<6} {(fingerprint or '')[:12]:<12}  {reason}".rstrip())
-    lacking = [row["stage"] for row in rows if row["action"] == "build"]
-    seconds, told = _expected(config, lacking, lookups[0].artifact, store)
-    for line in told:
+    expected = _expected(config, [row["stage"] for row in rows if row["action"] == "build"], lookups[0].artifact, store)
+    for line in expected:
         out.text(line)
-    out.json(stages=rows, seconds=seconds)
+    out.json(stages=rows, expected=expected)
 
 
-def _expected(config: Config, lacking: list[str], download: Artifact | None, store: Store) -> tuple[dict, list[str]]:
-    """Return how long stages will take, in seconds and in lines: none of small sources, which take no time."""
+def _expected(config: Config, lacking: list[str], download: Artifact | None, store: Store) -> list[str]:
+    """Return lines on how long stages will take; preparing a small source takes no time that needs telling."""
     from nanodlm.bench import data as bench
 
-    seconds, lines = {}, []
+    lines = []
     unit, each = ("billion tokens", 2e9) if config.data.pretokenized else ("GB of text", 1e9)
     size = download.metrics["bytes"] if download else bench.size_of(config.data)
     names = [name for name in bench.WHOLE if name in lacking]
     if names and (size is None or size > SHORT):
         speeds, made_up = bench.rates(config)
-        seconds = {name: (size or each) / speeds[name] for name in names}
         about = f"about {size / each:.2g} {unit}" if size else f"each {unit} of a source that does not tell its size"
-        spent = ", ".join(f"{name} {_duration(seconds[name])}" for name in names)
+        spent = ", ".join(f"{name} {_duration((size or each) / speeds[name])}" for name in names)
         lines.append(f"{about}: {spent} on {os.cpu_count()} cores, as {made_up / 1e6:.2g} made-up MB took just now")
     stored = store.artifacts(item for item in store if "train" in lacking and item[0] == "train")
     trained, model = [one for _, one in stored if isinstance(one, Artifact)], config.model.model_dump(mode="json")
-    like = [one for one in trained if (one.manifest.get("config") or {}).get("model") == model]
-    if like:
+    if like := [one for one in trained if (one.manifest.get("config") or {}).get("model") == model]:
         last, t = max(like, key=lambda one: one.manifest["created"]), config.train
         m, tokens = last.metrics, t.max_steps * t.batch_size * t.grad_acc_steps * config.model.seq_len
-        seconds["train"] = tokens / m["train_tokens_per_second"]
         speed = f"{m['train_tokens_per_second']:,.0f} tokens/s of {last.name} on {m['devices']} {m['device']}"
-        lines.append(f"training on {tokens:,} tokens: {_duration(seconds['train'])} at the {speed}")
-    return seconds, lines
+        spent = _duration(tokens / m["train_tokens_per_second"])
+        lines.append(f"training on {tokens:,} tokens: {spent} at the {speed}")
+    return lines
 
 
 def _duration(seconds: float) -> str:

@@ -143,6 +143,6 @@ def _write_shard(
     tokens = int(counts.sum())
     info = {"train_rows": tokens // length, "train_tokens": tokens, "train_documents": documents}
     info |= {"dropped_tokens": len(rest), "first_key": smallest, "counts": counts.tolist()}
-    info |= {"lengths": glance.lengths.tolist(), "beginnings": glance.beginnings}
+    info |= glance.info()
     attempt.finish(name, [name], **info)
     return info

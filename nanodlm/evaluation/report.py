@@ -7,6 +7,7 @@ devices and the curve of the logs besides, which are no part of what a run is.
 import base64
 import html
 import json
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -59,31 +60,25 @@ def build(config: Config, inputs: dict[str, Artifact], attempt: Attempt, emit: E
     title = html.escape(config.exp.run_name or "nanodlm")
     curve = loss_curve(logs_of(train), m["val_unigram_nats_per_token"])
     page = f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title><style>{STYLE}</style>\n"
-    page += f"<h1>{title}</h1>{_table(rows)}<h2>Training</h2>\n{curve}\n<h2>Samples</h2>\n{_quotes(texts)}"
-    plain = ["# Report", "", *_numbers(rows), "", "## Samples", *_quoted(texts), ""]
+    page += f"<h1>{title}</h1>{_html(rows)}<h2>Training</h2>\n{curve}\n<h2>Samples</h2>\n{_html([], texts)}"
+    plain = ["# Report", "", *_markdown(rows), "", "## Samples", *_markdown([], texts), ""]
     if card := card_of(evaluate):
-        page += f"\n<h2>Data</h2>{_table(described(card))}\n{_quotes(card['examples'])}"
-        plain += ["## Data", "", *_numbers(described(card)), *_quoted(card["examples"]), ""]
+        page += f"\n<h2>Data</h2>\n{_html(described(card), card['examples'])}"
+        plain += ["## Data", "", *_markdown(described(card), card["examples"]), ""]
     (attempt.path / "report.html").write_text(page + "</html>\n")
     (attempt.path / "report.md").write_text("\n".join(plain))
     return {"below_unigram_percent": round(100 * (1 - m["val_bits_per_byte"] / m["val_unigram_bits_per_byte"]), 2)}
 
 
-def _table(rows: list[tuple[str, str]]) -> str:
-    lines = "\n".join(f"<tr><th>{name}<td>{html.escape(value)}" for name, value in rows)
-    return f"<table>\n{lines}\n</table>"
+def _html(rows: list[tuple[str, str]], texts: Iterable[str] = ()) -> str:
+    table = "\n".join(f"<tr><th>{name}<td>{html.escape(value)}" for name, value in rows)
+    return f"<table>\n{table}\n</table>" + "\n".join(f"<blockquote>{html.escape(text)}</blockquote>" for text in texts)
 
 
-def _quotes(texts: list[str]) -> str:
-    return "\n".join(f"<blockquote>{html.escape(text)}</blockquote>" for text in texts)
-
-
-def _numbers(rows: list[tuple[str, str]]) -> list[str]:
-    return [f"    {name:<19} {value}" for name, value in rows]  # what is indented has no markup
-
-
-def _quoted(texts: list[str]) -> list[str]:
-    return ["\n".join(f"    {line}" for line in ["", *text.splitlines()]) for text in texts]
+def _markdown(rows: list[tuple[str, str]], texts: Iterable[str] = ()) -> list[str]:
+    """Return indented lines, which Markdown takes for code: no markup of theirs."""
+    numbers = [f"    {name:<19} {value}" for name, value in rows]
+    return numbers + ["\n".join(f"    {line}" for line in ["", *text.splitlines()]) for text in texts]
 
 
 def card_of(evaluate: Artifact) -> dict[str, Any] | None:
