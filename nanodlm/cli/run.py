@@ -3,6 +3,7 @@
 import contextlib
 import os
 import time
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -20,7 +21,7 @@ from nanodlm.config import Config, Group, unread
 from nanodlm.errors import NanodlmError, UsageError
 from nanodlm.flows import quiet_prefect
 from nanodlm.stages import table
-from nanodlm.stages.lookup import look_up, ready, why
+from nanodlm.stages.lookup import look_up, of_stage, ready, why
 from nanodlm.stages.process import end_with_parent
 from nanodlm.stages.progress import event_log
 from nanodlm.stages.run import record, run_stage
@@ -85,35 +86,38 @@ def plan(
         return
     for name, value in unread(config).items():
         out.text(f"{name} {value} is read by nothing beside the other settings, and builds nothing again")
-    rows, lookups = [], list(look_up(config, store, until, rebuild))
+    rows, lookups, stored = [], list(look_up(config, store, until, rebuild)), cache(partial(of_stage, store=store))
     for lookup in lookups:
         stage, fingerprint, changed = lookup.stage.name, lookup.fingerprint or None, lookup.changed
         action = "reuse" if lookup.artifact and not lookup.is_again(rebuild) else "build"
-        reason = "; ".join(filter(None, [lookup.note, remark(changed)])) if lookup.artifact else why(lookup, store)
+        reason = "; ".join(filter(None, [lookup.note, remark(changed)])) if lookup.artifact else why(lookup, stored)
         reason = "asked for" if stage == rebuild else reason
         rows.append({"stage": stage, "action": action, "fingerprint": fingerprint, "why": reason, "changed": changed})
         out.text(f"{stage:<10} {action:<6} {(fingerprint or '')[:12]:<12}  {reason}".rstrip())
-    expected = _expected(config, [row["stage"] for row in rows if row["action"] == "build"], lookups[0].artifact, store)
+    lacking = [row["stage"] for row in rows if row["action"] == "build"]
+    trained = stored("train") if "train" in lacking else []
+    expected = _expected(config, lacking, lookups[0].artifact, trained)
     for line in expected:
         out.text(line)
     out.json(stages=rows, expected=expected)
 
 
-def _expected(config: Config, lacking: list[str], download: Artifact | None, store: Store) -> list[str]:
+def _expected(config: Config, lacking: list[str], download: Artifact | None, trained: list[Artifact]) -> list[str]:
     """Return lines on how long stages will take; preparing a small source takes no time that needs telling."""
-    from nanodlm.bench import data as bench
-
-    lines = []
+    lines, names = [], [name for name in ("download", "split", "shard") if name in lacking]
     unit, each = ("billion tokens", 2e9) if config.data.pretokenized else ("GB of text", 1e9)
-    size = download.metrics["bytes"] if download else bench.size_of(config.data)
-    names = [name for name in bench.WHOLE if name in lacking]
-    if names and (size is None or size > SHORT):
-        speeds, made_up = bench.rates(config)
-        about = f"about {size / each:.2g} {unit}" if size else f"each {unit} of a source that does not tell its size"
-        spent = ", ".join(f"{name} {_duration((size or each) / speeds[name])}" for name in names)
-        lines.append(f"{about}: {spent} on {os.cpu_count()} cores, as {made_up / 1e6:.2g} made-up MB took just now")
-    stored = store.artifacts(item for item in store if "train" in lacking and item[0] == "train")
-    trained, model = [one for _, one in stored if isinstance(one, Artifact)], config.model.model_dump(mode="json")
+    if names:
+        from nanodlm.bench.data import rates, size_of
+
+        size = download.metrics["bytes"] if download else size_of(config.data)
+        if size is None or size > SHORT:
+            speeds, made_up = rates(config)
+            about = (
+                f"about {size / each:.2g} {unit}" if size else f"each {unit} of a source that does not tell its size"
+            )
+            spent = ", ".join(f"{name} {_duration((size or each) / speeds[name])}" for name in names)
+            lines.append(f"{about}: {spent} on {os.cpu_count()} cores, as {made_up / 1e6:.2g} made-up MB took just now")
+    model = config.model.model_dump(mode="json")
     if like := [one for one in trained if (one.manifest.get("config") or {}).get("model") == model]:
         last, t = max(like, key=lambda one: one.manifest["created"]), config.train
         m, tokens = last.metrics, t.max_steps * t.batch_size * t.grad_acc_steps * config.model.seq_len
