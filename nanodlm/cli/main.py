@@ -19,7 +19,7 @@ from nanodlm.errors import NanodlmError, Stopped, UsageError, full_disk_named, r
 
 COMMANDS = {  # the file that holds it, and what it does
     "run": ("run", "text to samples: build what the store lacks, stage by stage"),
-    "plan": ("run", "say what `run` would build or reuse, and why"),
+    "plan": ("run", "what `run` would build or reuse, why, and how long it takes"),
     "config": ("run", "the whole configuration, to be edited and given as PRESET"),
     "train": ("run", "the train stage alone, without Prefect"),
     "evaluate": ("run", "the evaluate stage alone"),

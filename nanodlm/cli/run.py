@@ -77,7 +77,7 @@ def plan(
     devices: Annotated[int | None, Doc("Instead, say what each of so many devices would hold; none is needed.")] = None,
     out: Output,
 ) -> None:
-    """Say what `nanodlm run` would build or reuse, why, and about how long it takes. Nothing is built."""
+    """Say what `run` would build or reuse, why, and about how long it takes."""
     table.check_rebuild(rebuild, until)
     if devices is not None:
         planned = memory.plan(config, devices)
