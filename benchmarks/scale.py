@@ -56,7 +56,7 @@ PARTS = {
 OTHERS = {
     "tokenizer": ["ranks.tiktoken", "tokenizer.json"],
     "split": ["split.json", "validation.npy"],
-    "shard": ["counts.npy", "validation.arrayrecord"],
+    "shard": ["card.json", "counts.npy", "validation.arrayrecord"],
     "train": ["config.json", "logs.json", "logs.jsonl", "parameters.json", "tokenizer/ranks.tiktoken"],
     "evaluate": ["metrics.json"],
     "sample": ["samples.jsonl", "samples.txt", "tokens.npy"],
@@ -67,7 +67,8 @@ METRICS: dict[str, dict[str, Any]] = {
     "tokenizer": {"n_vocab": 4095},
     "split": {"documents": 249, "val_documents": 82, "val_tokens": 1000000},
     "shard": {"train_rows": 28925, "seq_len": 64, "val_rows": 15625, "rows_per_shard": [4820] * 6},
-    "train": {"updates": 1200, "trained_tokens": 614400, "train_tokens_per_second": 5376.3, "parameters": 919680},
+    "train": {"updates": 1200, "trained_tokens": 614400, "train_tokens_per_second": 5376.3, "parameters": 919680}
+    | {"devices": 2, "device": "cpu"},
     "evaluate": {"val_bits_per_byte": 2.0332, "val_bits_per_byte_stderr": 0.0267},
     "sample": {"samples": 2, "first_sample": "for the country " * 16},
     "report": {"below_unigram_percent": 10.13},

@@ -28,9 +28,10 @@ import pyarrow.parquet as pq
 
 from nanodlm.config import Config, DataConfig
 from nanodlm.data import rows
-from nanodlm.data.sources import source_files
+from nanodlm.data.sources import PLAIN, format_of, source_files
 from nanodlm.data.tokenizer import load
 from nanodlm.errors import Emit, UsageError, silent
+from nanodlm.stages import table
 from nanodlm.stages.run import run_stage
 from nanodlm.store import Json, Store
 
@@ -140,3 +141,43 @@ def _references(kind: str, config: Config, folder: Path) -> dict[str, float]:
             texts = batch.column(0).to_pylist()
             with clock("encode_ordinary_batch"):
                 encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count() or 1)
+
+
+def rates(config: Config) -> tuple[dict[str, float], int]:
+    """Return the bytes of text, or of ids, that each stage prepares in a second here, and how many were made up for it.
+
+    It takes a second or two. An encoding that loads slowly is stood in for by one that is trained on a megabyte.
+    """
+    kind, sizes, found = "ids" if config.data.pretokenized else "text", [], {}
+    spent: dict[str, list[float]] = defaultdict(list)
+    tokenizer = "bytes" if kind == "ids" else config.data.tokenizer.replace("gpt2", "bpe")
+    with tempfile.TemporaryDirectory() as folder:
+        batches = (1, 2, 16 if kind == "ids" else 4 + min(8, os.cpu_count() or 1))  # the first loads the code
+        for one in _make_corpora(Config().replace(data={"tokenizer": tokenizer}), kind, batches, Path(folder)):
+            one = one.replace(data={"val_tokens": 10_000})
+            for stage in [name for name in STAGES if (name, tokenizer) != ("tokenizer", "bpe") or name not in found]:
+                inputs, began = {name: found[name] for name in table.STAGES[stage].inputs(one)}, time.perf_counter()
+                found[stage], _ = run_stage(stage, one, Store(f"{folder}/store"), inputs=inputs)
+                spent[stage].append(time.perf_counter() - began)
+            sizes.append(found["download"].metrics["bytes"])
+    # What a stage takes whatever the size is left out: at most half, for clocks are noisy.
+    speeds = {name: (sizes[2] - sizes[1]) / max(spent[name][2] - spent[name][1], spent[name][2] / 2) for name in WHOLE}
+    return speeds, sizes[2]
+
+
+def size_of(data: DataConfig) -> int | None:
+    """Return the bytes of a source's texts, or of its ids, about, if its files are here, and plain or parquet."""
+    size = 0
+    for path in ["hf://"] if data.revision else [url.removeprefix("file://") for url in source_files(data)]:
+        if os.path.exists(path) and format_of(path) == (".parquet", ""):
+            found = pq.read_metadata(path)
+            chunks = [
+                found.row_group(i).column(j) for i in range(found.num_row_groups) for j in range(found.num_columns)
+            ]
+            of_column = [chunk for chunk in chunks if chunk.path_in_schema.split(".list.")[0] == data.column]
+            size += sum(2 * c.num_values if data.pretokenized else c.total_uncompressed_size for c in of_column)
+        elif os.path.exists(path) and format_of(path) in PLAIN and not data.pretokenized:
+            size += os.path.getsize(path)
+        else:
+            return None
+    return min(size, (data.limit_tokens or size) * (2 if data.pretokenized else 4))

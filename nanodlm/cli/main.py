@@ -19,7 +19,7 @@ from nanodlm.errors import NanodlmError, Stopped, UsageError, full_disk_named, r
 
 COMMANDS = {  # the file that holds it, and what it does
     "run": ("run", "text to samples: build what the store lacks, stage by stage"),
-    "plan": ("run", "say what `run` would build or reuse, and why"),
+    "plan": ("run", "what `run` would build or reuse, why, and how long it takes"),
     "config": ("run", "the whole configuration, to be edited and given as PRESET"),
     "train": ("run", "the train stage alone, without Prefect"),
     "evaluate": ("run", "the evaluate stage alone"),
@@ -44,10 +44,11 @@ Diffusion language models, from text to samples.
 commands:
 {chr(10).join(f"  {name:<12}  {text}" for name, (_, text) in COMMANDS.items())}
 
-PRESET is demo (the default), owt, owt-1b, shakespeare, text8, enwik8, or a
-file: what `config` prints, or a config.json that a run has written. `nanodlm
-COMMAND --help` lists a command's flags. The store is --store, else
-$NANODLM_STORE, else data/store. --debug adds the traceback to an error.
+PRESET is demo (the default), owt, owt-1b, shakespeare, text8, enwik8,
+wikitext103, tinystories, lm1b, fineweb-edu, or a file: what `config` prints, or
+a config.json that a run has written. `nanodlm COMMAND --help` lists a command's
+flags. The store is --store, else $NANODLM_STORE, else data/store. --debug adds
+the traceback to an error.
 """
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import time
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -20,12 +21,12 @@ from nanodlm.config import Config, Group, unread
 from nanodlm.errors import NanodlmError, UsageError
 from nanodlm.flows import quiet_prefect
 from nanodlm.stages import table
-from nanodlm.stages.lookup import look_up, ready, why
+from nanodlm.stages.lookup import look_up, of_stage, ready, why
 from nanodlm.stages.process import end_with_parent
 from nanodlm.stages.progress import event_log
 from nanodlm.stages.run import record, run_stage
 from nanodlm.stages.table import StageName
-from nanodlm.store import Store, remark
+from nanodlm.store import Artifact, Store, remark
 from nanodlm.store.cache import cache_dir
 
 Until = Annotated[StageName, Doc("Last stage to go through.")]
@@ -34,6 +35,7 @@ Rebuild = Annotated[
     Doc("A stage to build again even though it is stored, or all that were made before their code was `changed`."),
 ]
 Again = Annotated[bool, Doc("Build again even though the store holds it.")]
+SHORT = 100e6  # bytes of a source that nobody waits for
 
 
 def run(
@@ -74,7 +76,7 @@ def plan(
     devices: Annotated[int | None, Doc("Instead, say what each of so many devices would hold; none is needed.")] = None,
     out: Output,
 ) -> None:
-    """Say what `nanodlm run` would build or reuse, and why. Nothing is built."""
+    """Say what `run` would build or reuse, why, and about how long it takes."""
     table.check_rebuild(rebuild, until)
     if devices is not None:
         planned = memory.plan(config, devices)
@@ -83,15 +85,52 @@ def plan(
         return
     for name, value in unread(config).items():
         out.text(f"{name} {value} is read by nothing beside the other settings, and builds nothing again")
-    rows = []
-    for lookup in look_up(config, store, until, rebuild):
+    rows, lookups, stored = [], list(look_up(config, store, until, rebuild)), cache(partial(of_stage, store=store))
+    for lookup in lookups:
         stage, fingerprint, changed = lookup.stage.name, lookup.fingerprint or None, lookup.changed
         action = "reuse" if lookup.artifact and not lookup.is_again(rebuild) else "build"
-        reason = "; ".join(filter(None, [lookup.note, remark(changed)])) if lookup.artifact else why(lookup, store)
+        reason = "; ".join(filter(None, [lookup.note, remark(changed)])) if lookup.artifact else why(lookup, stored)
         reason = "asked for" if stage == rebuild else reason
         rows.append({"stage": stage, "action": action, "fingerprint": fingerprint, "why": reason, "changed": changed})
         out.text(f"{stage:<10} {action:<6} {(fingerprint or '')[:12]:<12}  {reason}".rstrip())
-    out.json(stages=rows)
+    lacking = [row["stage"] for row in rows if row["action"] == "build"]
+    trained = stored("train") if "train" in lacking else []
+    expected = _expected(config, lacking, lookups[0].artifact, trained)
+    for line in expected:
+        out.text(line)
+    out.json(stages=rows, expected=expected)
+
+
+def _expected(config: Config, lacking: list[str], download: Artifact | None, trained: list[Artifact]) -> list[str]:
+    """Return lines on how long stages will take; preparing a small source takes no time that needs telling."""
+    lines, names = [], [name for name in ("download", "split", "shard") if name in lacking]
+    unit, each = ("billion tokens", 2e9) if config.data.pretokenized else ("GB of text", 1e9)
+    if names:
+        from nanodlm.bench.data import rates, size_of
+
+        size = download.metrics["bytes"] if download else size_of(config.data)
+        if size is None or size > SHORT:
+            speeds, made_up = rates(config)
+            about = (
+                f"about {size / each:.2g} {unit}" if size else f"each {unit} of a source that does not tell its size"
+            )
+            spent = ", ".join(f"{name} {_duration((size or each) / speeds[name])}" for name in names)
+            lines.append(f"{about}: {spent} on {os.cpu_count()} cores, as {made_up / 1e6:.2g} made-up MB took just now")
+    model = config.model.model_dump(mode="json")
+    if like := [one for one in trained if (one.manifest.get("config") or {}).get("model") == model]:
+        last, t = max(like, key=lambda one: one.manifest["created"]), config.train
+        m, tokens = last.metrics, t.max_steps * t.batch_size * t.grad_acc_steps * config.model.seq_len
+        speed = f"{m['train_tokens_per_second']:,.0f} tokens/s of {last.name} on {m['devices']} {m['device']}"
+        spent = _duration(tokens / m["train_tokens_per_second"])
+        lines.append(f"training on {tokens:,} tokens: {spent} at the {speed}")
+    return lines
+
+
+def _duration(seconds: float) -> str:
+    for unit, length in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.2g} {unit}"
+    return f"{max(1, seconds):.0f} s"
 
 
 def config(config: Settings, *, out: Output) -> None:

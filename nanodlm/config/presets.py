@@ -55,7 +55,21 @@ _TEXT8 = _SHAKESPEARE.replace(
     exp=_RARELY,
 )
 
-Preset = Literal["demo", "owt", "owt-1b", "shakespeare", "text8", "enwik8"]
+# Files of the hub at a commit, in GPT-2 ids: what each is and is held against is told in data/README.md.
+_FILES = "https://huggingface.co/datasets/{}.parquet".format
+_WIKITEXT = "Salesforce/wikitext/resolve/b08601e04326c79dfdd32d625aee71d232d685c3/wikitext-103-raw-v1/"
+_STORIES = "roneneldan/TinyStories/resolve/f54c09fd23315a6f9c86f9dc80f725de7d8f9c64/data/"
+_STORIES_PARTS = ("0-of-00004-2d5a1467fff1081b", "1-of-00004-5852b56a2bd28fd9")
+_STORIES_PARTS += ("2-of-00004-a26307300439e943", "3-of-00004-d243063613e5a057")
+_FINEWEB = "HuggingFaceFW/fineweb-edu/resolve/87f09149ef4734204d70ed1d046ddc9ca3f2b8f9/sample/10BT/"
+_WEB = _OWT.replace(
+    data={"source": [_FILES(f"{_FINEWEB}{i:03}_00000") for i in range(14)], "column": "text", "pretokenized": False}
+)
+_SENTENCES = {"batch_size": 512, "grad_acc_steps": 1, "max_steps": 1_000_000, "lr_schedule": "warmup_constant"}
+
+Preset = Literal[
+    "demo", "owt", "owt-1b", "shakespeare", "text8", "enwik8", "wikitext103", "tinystories", "lm1b", "fineweb-edu"
+]
 PRESETS: dict[str, Config] = {
     "demo": _DEMO,
     "owt": _OWT,
@@ -69,6 +83,31 @@ PRESETS: dict[str, Config] = {
     "shakespeare": _SHAKESPEARE,
     "text8": _TEXT8,
     "enwik8": _TEXT8.replace(data={"tokenizer": "bytes", "source": "zip://enwik8::http://mattmahoney.net/dc/enwik8.zip"}),
+    "wikitext103": _WEB.replace(
+        data={
+            "source": [_FILES(f"{_WIKITEXT}train-0000{i}-of-00002") for i in range(2)],
+            "validation": _FILES(f"{_WIKITEXT}validation-00000-of-00001"),
+            "part_mb": 64.0,
+        },
+        train={"grad_acc_steps": 1},
+    ),
+    "tinystories": _WEB.replace(
+        data={
+            "source": [_FILES(f"{_STORIES}train-0000{part}") for part in _STORIES_PARTS],
+            "validation": _FILES(f"{_STORIES}validation-00000-of-00001-869c898b519ad725"),
+            "part_mb": 64.0,
+        },
+        model={"seq_len": 512, "n_layers": 8, "n_heads": 8, "d_model": 512, "d_ff": 2048},
+        train={"grad_acc_steps": 1, "lr": 1e-3, "min_lr": 1e-4},
+        sample={"num_steps": 512},
+    ),
+    "lm1b": _WEB.replace(
+        data={"source": "hf://billion-word-benchmark/lm1b", "revision": "8d52bfd3cc2819fc1166dbb8144c328e2690de3e"},
+        model={"seq_len": 128},
+        train={**_SENTENCES, "warmup_steps": 2500, "lr": 3e-4, "beta2": 0.999, "weight_decay": 0.0},
+        sample={"num_steps": 128},
+    ),
+    "fineweb-edu": _WEB,
 }  # fmt: skip
 _KNOWN = " or ".join(", ".join(PRESETS).rsplit(", ", 1))
 

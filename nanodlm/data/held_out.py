@@ -38,6 +38,15 @@ def check_size(data: DataConfig) -> None:
             raise too_small(data, f"{size:,} bytes", one=one)
 
 
+def check_rows(data: DataConfig, tokens: int, length: int) -> None:
+    """Refuse validation tokens that are one row of so many: nobody should learn after the training what that lacks."""
+    if tokens <= length:
+        few = f"{tokens:,} validation tokens are one row of seq_len ({length}), which has no standard error"
+        raise NanodlmError(
+            f"{few}; {'raise --data.val_tokens' if data.val_tokens else 'add text'}, or lower --model.seq_len"
+        )
+
+
 class Unit(NamedTuple):
     """A document, or a run of rows that were cut from a stream: its key and its values."""
 

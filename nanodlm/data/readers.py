@@ -1,5 +1,6 @@
 """The documents of files, whatever their format. Rows that are none are left out, and counted by the reason."""
 
+import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import NoneType
@@ -12,6 +13,7 @@ import pyarrow.compute as pc
 from nanodlm.config import DataConfig
 from nanodlm.data.formats import Fault, batches, no_column
 from nanodlm.data.sources import format_of, reason
+from nanodlm.data.tokenizer import SIZES
 from nanodlm.errors import NanodlmError
 
 SHOWN = 5  # bad rows that are named
@@ -75,7 +77,7 @@ def _documents(data: DataConfig, url: str, numbers: Sequence[int], rows: Any, ba
     """Make documents of rows, and add those that are none to `bad`."""
     if not bad.rows and isinstance(rows, list) and all(isinstance(v, Fault) and v.names is not None for v in rows):
         raise no_column(url, data.column, rows[0].names)
-    array, faults = (_tokens if data.pretokenized else _texts)(rows, url, data.column)
+    array, faults = _tokens(rows, url, numbers, data) if data.pretokenized else _texts(rows, url, data.column)
     lengths = pc.call_function("list_value_length" if data.pretokenized else "binary_length", [array])
     keep = pc.fill_null(lengths, 0).to_numpy(zero_copy_only=False) > 0
     keep[[*faults]] = False
@@ -118,7 +120,7 @@ def _no_text(value: Any) -> str:
     return ""
 
 
-def _tokens(rows: Any, url: str, column: str) -> tuple[pa.Array, dict[int, str]]:
+def _tokens(rows: Any, url: str, numbers: Sequence[int], data: DataConfig) -> tuple[pa.Array, dict[int, str]]:
     """Make lists of token ids of rows, and say of each that is none why."""
     faults: dict[int, str] = {}
     if isinstance(rows, list):
@@ -128,12 +130,15 @@ def _tokens(rows: Any, url: str, column: str) -> tuple[pa.Array, dict[int, str]]
     holds = rows.type.value_type if any(is_a(rows.type) for is_a in lists) else rows.type
     if not (pa.types.is_null(holds) or (pa.types.is_integer(holds) and holds != rows.type)):
         remedy = "set --data.column, or leave out --data.pretokenized"
-        raise NanodlmError(f"cannot read {url}: {column!r} holds {rows.type}, not lists of token ids; {remedy}")
-    try:
+        raise NanodlmError(f"cannot read {url}: {data.column!r} holds {rows.type}, not lists of token ids; {remedy}")
+    size, array = SIZES.get(data.tokenizer, 2**16), None
+    with contextlib.suppress(pa.ArrowInvalid):
         array = rows.cast(TOKENS)
-    except pa.ArrowInvalid as error:
-        remedy = "check --data.tokenizer and --data.column"
-        raise NanodlmError(f"a row of {url} holds a token id that is none: {error}; {remedy}") from error
+    if array is None or (pc.call_function("max", [array.flatten()]).as_py() or 0) >= size:
+        ids = ((number, i) for number, row in zip(numbers, rows.to_pylist(), strict=True) for i in row or () if i)
+        number, wrong = next((number, i) for number, i in ids if not 0 <= i < size)
+        has = f"holds token id {wrong}, but {data.tokenizer} has ids 0 to {size - 1}"
+        raise NanodlmError(f"{url}:{number} {has}: check --data.tokenizer and --data.column")
     if array.flatten().null_count:
         there, present = np.flatnonzero(array.is_valid()), array.drop_null()
         gaps = pc.call_function("list_parent_indices", [present]).filter(present.flatten().is_null()).unique()

@@ -1,5 +1,6 @@
 """The shard stage: documents become rows of token ids in ArrayRecord files."""
 
+import json
 from collections.abc import Iterator
 from itertools import chain, pairwise
 from pathlib import Path
@@ -11,8 +12,9 @@ from tiktoken import Encoding
 
 from nanodlm.config import Config
 from nanodlm.data import rows as data_rows
+from nanodlm.data.card import CARD, Glance, card
 from nanodlm.data.documents import Documents
-from nanodlm.data.held_out import Place, halves, in_units
+from nanodlm.data.held_out import Place, check_rows, halves, in_units
 from nanodlm.data.parts import parts, read
 from nanodlm.data.tokenizer import load, tokenise_all
 from nanodlm.errors import Emit, NanodlmError
@@ -50,10 +52,7 @@ def build_shards(config: Config, inputs: dict[str, Artifact], attempt: Attempt, 
     first_key = min(info["first_key"] for info in shards)
     assert isinstance(cut, list) or first_key > cut, "a held-out document is among the training documents"
     validation = np.load(inputs["split"].local() / "validation.npy", allow_pickle=False)
-    if len(validation) <= length:  # nobody should learn it after the training
-        few = f"{len(validation):,} validation tokens are one row of seq_len ({length}), which has no standard error"
-        remedy = "raise --data.val_tokens" if isinstance(cut, str) else "add text"
-        raise NanodlmError(f"{few}; {remedy}, or lower --model.seq_len")
+    check_rows(config.data, len(validation), length)
     if totals["dropped_tokens"]:
         share = totals["dropped_tokens"] / (totals["dropped_tokens"] + totals["train_tokens"])
         what = f"{totals['dropped_tokens']:,} tokens ({share:.2%}) after the last whole row of each part are dropped"
@@ -62,6 +61,7 @@ def build_shards(config: Config, inputs: dict[str, Artifact], attempt: Attempt, 
     data_rows.write(attempt.path / "validation.arrayrecord", val_rows)
     frequencies = np.sum([info["counts"] for info in shards], axis=0)
     np.save(attempt.path / COUNTS, frequencies)
+    (attempt.path / CARD).write_text(json.dumps(card(encoding, inputs, shards, frequencies), indent=1))
     return {
         **totals,
         "rows_per_shard": [info["train_rows"] for info in shards],
@@ -108,6 +108,7 @@ def _write_shard(
     goes_on = False  # whether the last document does, in what is held out
     cut: str | Place = held_out["cut"]
     rest = np.zeros(0, data_rows.dtype_for(encoding.n_vocab + 1))
+    glance = Glance()
 
     def kept() -> Iterator[Documents]:
         nonlocal documents, smallest, goes_on
@@ -129,7 +130,7 @@ def _write_shard(
 
     def whole_rows() -> Iterator[np.ndarray]:
         nonlocal rest, counts
-        for tokens, after in pairwise(chain(tokenise_all(encoding, kept()), [None])):
+        for tokens, after in pairwise(chain(glance.at(tokenise_all(encoding, kept())), [None])):
             assert tokens
             made_up = after is None and goes_on and not config.data.pretokenized  # the mark of a document that goes on
             stream = np.concatenate([rest, tokens.flat[: len(tokens.flat) - made_up]])
@@ -142,5 +143,6 @@ def _write_shard(
     tokens = int(counts.sum())
     info = {"train_rows": tokens // length, "train_tokens": tokens, "train_documents": documents}
     info |= {"dropped_tokens": len(rest), "first_key": smallest, "counts": counts.tolist()}
+    info |= glance.info()
     attempt.finish(name, [name], **info)
     return info

@@ -84,7 +84,7 @@ def reason(error: BaseException) -> str:
     """Return what went wrong with a file, in at most 200 letters; libraries hide a server's answer in the cause."""
     cause = (isinstance(error, FileNotFoundError) and error.__cause__) or error
     text = f"HTTP {status} {getattr(cause, 'message', '')}" if (status := getattr(cause, "status", 0)) else str(cause)
-    return " ".join(text.split())[:200] or type(cause).__name__
+    return " ".join(re.sub(" ssl:[a-zA-Z]+", "", text).split())[:200] or type(cause).__name__
 
 
 def _found(pattern: str) -> list[str]:

@@ -23,6 +23,7 @@ from nanodlm.data.documents import Documents
 from nanodlm.errors import NanodlmError
 
 END_OF_TEXT = "<|endoftext|>"
+SIZES = {"gpt2": 50_257, "bytes": 257}  # of encodings that are fixed
 # GPT-2's pattern: contractions, words, numbers, punctuation, spaces.
 PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 

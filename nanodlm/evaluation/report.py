@@ -7,12 +7,14 @@ devices and the curve of the logs besides, which are no part of what a run is.
 import base64
 import html
 import json
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
 import numpy as np
 
 from nanodlm.config import Config
+from nanodlm.data.card import CARD, described
 from nanodlm.data.tokenizer import END_OF_TEXT
 from nanodlm.errors import Emit
 from nanodlm.store import Artifact, Attempt
@@ -57,16 +59,34 @@ def build(config: Config, inputs: dict[str, Artifact], attempt: Attempt, emit: E
     (attempt.path / "results.json").write_text(json.dumps(results, indent=1, sort_keys=True))
     title = html.escape(config.exp.run_name or "nanodlm")
     curve = loss_curve(logs_of(train), m["val_unigram_nats_per_token"])
-    table = "\n".join(f"<tr><th>{name}<td>{html.escape(value)}" for name, value in rows)
-    quotes = "\n".join(f"<blockquote>{html.escape(text)}</blockquote>" for text in texts)
     page = f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title><style>{STYLE}</style>\n"
-    page += f"<h1>{title}</h1><table>\n{table}\n</table><h2>Training</h2>\n{curve}\n<h2>Samples</h2>\n{quotes}</html>\n"
-    (attempt.path / "report.html").write_text(page)
-    # Indented, which Markdown takes for code: no markup of theirs.
-    numbers = [f"    {name:<18} {value}" for name, value in rows]
-    quoted = ["\n".join(f"    {line}" for line in ["", *text.splitlines()]) for text in texts]
-    (attempt.path / "report.md").write_text("\n".join(["# Report", "", *numbers, "", "## Samples", *quoted, ""]))
+    page += f"<h1>{title}</h1>{_html(rows)}<h2>Training</h2>\n{curve}\n<h2>Samples</h2>\n{_html([], texts)}"
+    plain = ["# Report", "", *_markdown(rows), "", "## Samples", *_markdown([], texts), ""]
+    if card := card_of(evaluate):
+        page += f"\n<h2>Data</h2>\n{_html(described(card), card['examples'])}"
+        plain += ["## Data", "", *_markdown(described(card), card["examples"]), ""]
+    (attempt.path / "report.html").write_text(page + "</html>\n")
+    (attempt.path / "report.md").write_text("\n".join(plain))
     return {"below_unigram_percent": round(100 * (1 - m["val_bits_per_byte"] / m["val_unigram_bits_per_byte"]), 2)}
+
+
+def _html(rows: list[tuple[str, str]], texts: Iterable[str] = ()) -> str:
+    table = "\n".join(f"<tr><th>{name}<td>{html.escape(value)}" for name, value in rows)
+    return f"<table>\n{table}\n</table>" + "\n".join(f"<blockquote>{html.escape(text)}</blockquote>" for text in texts)
+
+
+def _markdown(rows: list[tuple[str, str]], texts: Iterable[str] = ()) -> list[str]:
+    """Return indented lines, which Markdown takes for code: no markup of theirs."""
+    numbers = [f"    {name:<19} {value}" for name, value in rows]
+    return numbers + ["\n".join(f"    {line}" for line in ["", *text.splitlines()]) for text in texts]
+
+
+def card_of(evaluate: Artifact) -> dict[str, Any] | None:
+    """Return the data card of the shards that were evaluated on, if they have one and are there."""
+    shard = next(evaluate.store.find(*item) for item in evaluate.inputs if item[0] == "shard")
+    if shard is None or all(file["path"] != CARD for file in shard.manifest["files"]):
+        return None
+    return json.loads(shard.file(CARD).read_text())
 
 
 def against_unigram(metrics: dict[str, Any]) -> str:

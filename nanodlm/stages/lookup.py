@@ -1,6 +1,6 @@
 """What the store holds of each stage of a configuration, and why a stage would be built, field by field."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -76,7 +76,7 @@ def _downloaded_before(stage: Stage, config: Config, store: Store, gone: SourceG
     """Return the lookup of the one download that a store holds of a source whose files are gone."""
     wanted = {**config.data.model_dump(mode="json"), "version": stage.version, "schema": SCHEMA}
     found: dict[str, Artifact] = {}  # by digest: the same documents may have come from files of several kinds
-    for artifact in _of_stage(stage.name, store):
+    for artifact in of_stage(stage.name, store):
         source = (artifact.manifest.get("config") or {}).get("data", {}).get("source")
         has = {**comparable(artifact.manifest), "source": source}
         if all(wanted.get(name, value) == value for name, value in has.items()):  # all but what the files held
@@ -93,7 +93,7 @@ def _downloaded_before(stage: Stage, config: Config, store: Store, gone: SourceG
     return Lookup(stage, {}, identity, artifact.fingerprint, note=note)
 
 
-def _of_stage(name: str, store: Store) -> list[Artifact]:
+def of_stage(name: str, store: Store) -> list[Artifact]:
     """Return the artifacts of one stage whose records are whole."""
     found = store.artifacts(item for item in store if item[0] == name)
     return [artifact for _, artifact in found if isinstance(artifact, Artifact)]
@@ -134,12 +134,12 @@ def comparable(identity: dict[str, Any]) -> dict[str, Any]:
     return {**identity["parameters"], "input": inputs, "version": identity["version"], "schema": identity["schema"]}
 
 
-def why(lookup: Lookup, store: Store) -> str:
+def why(lookup: Lookup, stored: Callable[[str], list[Artifact]]) -> str:
     """Say why a stage would be built: which settings and inputs differ from the most similar artifact there is."""
     if lookup.lacking:
         return "an input is not built yet"
-    wanted, stored = comparable(lookup.identity), _of_stage(lookup.stage.name, store)
-    others = {other.fingerprint[:12]: differences(comparable(other.manifest), wanted) for other in stored}
+    wanted, there = comparable(lookup.identity), stored(lookup.stage.name)
+    others = {other.fingerprint[:12]: differences(comparable(other.manifest), wanted) for other in there}
     if not others:
         return "nothing like it has been built yet"
     nearest = min(others, key=lambda name: len(others[name]))

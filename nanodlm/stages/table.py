@@ -67,7 +67,7 @@ StageName = Literal["download", "tokenizer", "split", "shard", "train", "evaluat
 HELD_OUT = ("split", "val_tokens", "val_share", "split_seed")  # the settings that decide it
 DOCUMENTS = ("download", "tokenizer")
 LOGS = ("checkpoints/", "config.json", "logs.json")
-COUNTS = ("counts.npy",)
+COUNTS = ("counts.npy", "card.json")
 RESULTS = ("train", "evaluate", "sample")
 PAGES = ("report.html", "report.md")
 ALL = (
@@ -114,10 +114,12 @@ def check_rebuild(rebuild: str | None, last: str) -> None:
 
 def check(config: Config, stages: Iterable[str]) -> None:
     """Refuse settings that would stop one of these stages, as far as they tell before anything is started or built."""
-    from nanodlm.data.held_out import check_size
+    from nanodlm.data.held_out import check_rows, check_size
     from nanodlm.training.trackers import check_packages
 
     if "split" in stages:
         check_size(config.data)
+    if "shard" in stages and config.data.val_tokens:
+        check_rows(config.data, config.data.val_tokens, config.model.seq_len)
     if "train" in stages:
         check_packages(config)

@@ -1,5 +1,6 @@
 """Changes of a preset, as flows and files give them: taken as the command line takes its flags, or refused by name."""
 
+import re
 from pathlib import Path
 from typing import Any, get_args
 
@@ -10,10 +11,13 @@ from prefect.utilities.callables import parameter_schema
 from prefect.utilities.schema_tools.validation import ValidationError, validate
 from pydantic import TypeAdapter
 
+import nanodlm
+from nanodlm.cli.main import HELP
 from nanodlm.config import PRESETS, Changes, Config, Preset, as_changes, changed, load_config
 from nanodlm.config.differences import flat
 from nanodlm.errors import UsageError
 
+ROOT = Path(nanodlm.__file__).parents[1]
 SETTINGS = sorted(flat(Config().model_dump()))
 
 
@@ -23,6 +27,18 @@ def accepts(config: Changes) -> None:
 
 def test_each_preset_has_a_name_that_forms_offer() -> None:
     assert set(get_args(Preset)) == set(PRESETS)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_are_pinned_where_a_commit_can_be_and_documented(preset: str) -> None:
+    data = PRESETS[preset].data
+    on_hub = [url for url in (*data.source, *data.validation) if "huggingface.co" in url]
+    assert all(
+        re.fullmatch(r"https://[^/]+/datasets/[^/]+/[^/]+/resolve/[0-9a-f]{40}/.+\.parquet", url) for url in on_hub
+    )
+    assert len(set(on_hub)) == len(on_hub)
+    assert f"`{preset}`: " in (ROOT / "data/README.md").read_text() or preset == "owt-1b"
+    assert f" {preset}" in HELP.replace("\n", " ")
 
 
 @pytest.mark.parametrize("changes", [{"train": {"max_steps": 20}, "data": None}, {"train.max_steps": 20}])

@@ -112,7 +112,7 @@ def test_a_config_that_a_run_has_written_is_read_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("dmeo", None, r"unknown preset 'dmeo': choose demo, .* or enwik8, or name a config\.json"),
+        ("dmeo", None, r"unknown preset 'dmeo': choose demo, .* or fineweb-edu, or name a config\.json"),
         ("absent.json", None, r"cannot read config absent\.json: No such file"),
         ("mine.json", "", r"mine\.json is not a valid config: Expecting value"),
         ("mine.yaml", "train: {lr: [}", r"mine\.yaml is not a valid config: while parsing"),

@@ -117,12 +117,12 @@ def test_empty_documents_are_left_out(tmp_path: Path) -> None:
 
 
 def test_token_ids_of_any_integer_type_and_in_jsonl_are_the_same_bytes(tmp_path: Path) -> None:
-    rows = [[0, 1, 50256], [65535] * 3, [*range(1000)]]
+    rows = [[0, 1, 50256], [50255] * 3, [*range(1000)]]
     kinds = [pa.uint16(), pa.int32(), pa.int64(), pa.uint32()]
     files = [write_tokens(tmp_path / f"{kind}.parquet", rows, pa.list_(kind)) for kind in kinds]
     files.append(tmp_path / "a.jsonl")
     files[-1].write_text("".join(json.dumps({"tokens": row}) + "\n" for row in rows))
-    options = {"column": "tokens", "pretokenized": True}
+    options = {"column": "tokens", "pretokenized": True, "tokenizer": "gpt2"}
     found = [download(tmp_path / "store", f"d{i}", source=file, **options) for i, file in enumerate(files)]
     assert documents(found[0]) == rows
     assert len({artifact.digest for artifact in found}) == 1
@@ -145,6 +145,13 @@ def test_a_pattern_or_folder_that_gives_nothing_is_named(tmp_path: Path) -> None
             f"no file matches '{tmp_path / pattern}': check --data.source, or --data.validation (folders give .txt, .md"
         )
         assert says in message
+
+
+def test_a_server_that_is_not_there_is_named_in_plain_words() -> None:
+    with pytest.raises(
+        NanodlmError, match=r"^cannot list http://127\.0\.0\.1:9/a\.txt: Cannot connect to host 127\.0\.0\.1:9 \["
+    ):
+        data_sources.source_files(tiny_config("http://127.0.0.1:9/a.txt").data)
 
 
 def parquet(texts: list[str]) -> bytes:

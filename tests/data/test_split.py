@@ -16,10 +16,12 @@ from nanodlm.data import held_out as held_out_module
 from nanodlm.data import rows as data_rows
 from nanodlm.data import shard, split, tokenizer
 from nanodlm.data.documents import Documents
+from nanodlm.data.held_out import check_rows
 from nanodlm.errors import NanodlmError
 from nanodlm.stages import table
 from nanodlm.stages.run import run_stage
 from nanodlm.store import Artifact, Store, new_attempt
+from tests.support.commands import speeches
 from tests.support.helpers import downloaded, identity, prose, tiny_config
 
 
@@ -468,6 +470,17 @@ def test_a_number_that_local_files_cannot_give_is_refused_before_they_are_read(
     with pytest.raises(NanodlmError, match=says) if says else contextlib.nullcontext():
         table.check(config, table.until("split"))
     table.check(config, ("download", "train"))
+
+
+def test_validation_tokens_of_one_row_are_refused_before_anything_is_built() -> None:
+    for until, tokens in (("shard", 33), ("split", 32)):
+        table.check(tiny_config(speeches(2), val_tokens=tokens), table.until(until))
+    with pytest.raises(
+        NanodlmError, match=r"32 validation tokens are one row of seq_len \(32\).*raise --data\.val_tokens, or"
+    ):
+        table.check(tiny_config(val_tokens=32), ("shard",))
+    with pytest.raises(NanodlmError, match=r"4 validation tokens are one row .*; add text, or lower --model\.seq_len"):
+        check_rows(tiny_config(val_tokens=None).data, 4, 4)
 
 
 def test_rows_that_no_split_can_mend_are_refused_with_what_does(tmp_path: Path) -> None:

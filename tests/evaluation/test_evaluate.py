@@ -1,8 +1,10 @@
 """The bound of held-out text, its units and its standard error, and the report."""
 
+import dataclasses
 import html
 import json
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -100,6 +102,7 @@ def test_the_report_shows_numbers_curve_and_escaped_samples(trained: Artifact, m
         artifact, _ = stages_run.run_stage(name, config, models)
     page = (artifact.local() / "report.html").read_text()  # type: ignore[possibly-unbound]
     assert all(text in page for text in ("<svg", "&lt;b&gt;&amp;", "bits per byte", "of the time waiting for rows"))
+    assert re.search(r"<h2>Data</h2>(.|\n)*never trained on(.|\n)*<blockquote>", page)
     assert "<b>&" not in page
 
 
@@ -141,11 +144,22 @@ def test_names_and_samples_break_nothing_in_the_markdown_report(trained: Artifac
     config = tiny(exp={"run_name": HOSTILE}, sample={"prompt": "<b>&"})
     inputs = {"train": trained} | {n: stages_run.run_stage(n, config, models)[0] for n in ("evaluate", "sample")}
     inputs["sample"] = committed(store, {"samples.jsonl": json.dumps({"text": HOSTILE}).encode()}, "sample")
-    report, _ = stages_run.run_stage("report", config, store, inputs=inputs)
+    made = models.open(f"shard/{trained.manifest['inputs']['shard']['fingerprint']}")
+    card = {**json.loads(made.file("card.json").read_text()), "examples": [HOSTILE], "frequent": [[HOSTILE, 1]]}
+    for files in ({"card.json": json.dumps(card).encode()}, {}):  # the second as earlier versions made it
+        shard = committed(store, files, "shard", f"f{len(files)}")
+        lineage = {"shard": {"digest": shard.digest, "fingerprint": shard.fingerprint}}
+        manifest = {**inputs["evaluate"].manifest, "inputs": lineage, "digest": shard.fingerprint}
+        inputs["evaluate"] = dataclasses.replace(inputs["evaluate"], store=store, manifest=manifest)
+        report, _ = stages_run.run_stage("report", config, store, inputs=inputs)
+        check_markdown(report, ["Report", "Samples", *(["Data"] if files else [])])
+
+
+def check_markdown(report: Artifact, headings: list[str]) -> None:
     text = report.file("report.md").read_text()
     tokens = list(MarkdownIt("gfm-like", {"linkify": False}).parse(text))
     assert {token.type for token in tokens} == {"heading_open", "inline", "heading_close", "code_block"}
-    assert [token.content for token in tokens if token.type == "inline"] == ["Report", "Samples"]
-    assert tokens[-1].content.strip("\n") == HOSTILE
+    assert [token.content for token in tokens if token.type == "inline"] == headings
+    assert f"\n{tokens[-1].content}".endswith(f"\n{HOSTILE}\n")
     assert text.index("## Samples") < text.index("    # heading")
     assert html.escape(HOSTILE) in report.file("report.html").read_text()

@@ -17,6 +17,7 @@ import pytest
 from prefect.exceptions import PrefectHTTPStatusError
 from prefect.states import Suspended
 
+from nanodlm.config import PRESETS
 from nanodlm.stages.table import NAMES
 from tests.operations.conftest import LONG, ROOT, SHORT, Site, config_of, wait_until
 from tests.support import servers
@@ -57,7 +58,7 @@ def test_prefect_deploys_everything_from_a_clone_without_a_remote(deployed: Site
 def test_the_form_of_a_run_shows_groups_descriptions_bounds_and_choices(deployed: Site) -> None:
     schema = deployed.ask("/deployments/name/train/gpu")["parameter_openapi_schema"]
     assert all(len(schema["properties"][name]["description"]) > 20 for name in schema["properties"])
-    assert schema["properties"]["preset"]["enum"] == ["demo", "owt", "owt-1b", "shakespeare", "text8", "enwik8"]
+    assert schema["properties"]["preset"]["enum"] == list(PRESETS)
     groups = schema["properties"]["config"]["properties"]
     assert set(groups) == {"data", "model", "schedule", "objective", "train", "eval", "sample", "exp"}
     lr = schema["definitions"]["TrainConfig"]["properties"]["lr"]

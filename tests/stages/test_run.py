@@ -5,6 +5,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,11 @@ def manifests(store: Store) -> dict[str, bytes]:
 def why(config: Config, store: Store) -> dict[str, str]:
     """For each data stage that would be built, why."""
     lookups = stages_lookup.look_up(config, store, until="shard")
-    return {lookup.stage.name: stages_lookup.why(lookup, store) for lookup in lookups if lookup.artifact is None}
+    return {
+        lookup.stage.name: stages_lookup.why(lookup, partial(stages_lookup.of_stage, store=store))
+        for lookup in lookups
+        if lookup.artifact is None
+    }
 
 
 # Building and reusing
