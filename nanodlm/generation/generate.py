@@ -30,7 +30,9 @@ def generate(config: Config, inputs: dict[str, "Artifact"], attempt: "Attempt", 
     tokens = np.asarray(make_draw(options, encoding, model, schedule)(nnx.state(model), jax.random.key(options.seed)))
     if tokens.min() < 0:
         raise NanodlmError("the network gave logits that are not finite: its training has diverged")
-    texts = [encoding.decode(row.tolist()) for row in tokens]
+    ends = [[*row, encoding.eot_token].index(encoding.eot_token) for row in tokens.tolist()]
+    cut = config.data.rows != "stream"  # where a text is one document, and what follows its mark means nothing
+    texts = [encoding.decode(row[: end if cut else None].tolist()) for row, end in zip(tokens, ends, strict=True)]
     emit("progress", done=len(texts), total=len(texts), unit="samples")
     np.save(attempt.path / "tokens.npy", tokens)
     (attempt.path / "samples.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
