@@ -117,9 +117,8 @@ def _losses(config: Config, totals: Json, val_tokens: int) -> str:
     train, held_out = (f"{lost:,} tokens ({lost / max(1, lost + kept):.2%})" for lost, kept in sides)
     if config.data.rows == "stream":
         return f"{train} after the last whole row of each part are dropped" if totals["dropped_tokens"] else ""
-    longer = f"{totals['cut_documents']:,} documents are longer than their rows"
-    dropped = f"which drops {train}, and {held_out} of what is held out"
-    return f"{totals['padding_share']:.2%} of the training rows is padding; {longer}, {dropped}"
+    cut = f"{totals['cut_documents']:,} documents are cut, of which {train} are dropped"
+    return f"{totals['padding_share']:.2%} of the training rows is padding; {cut}, and {held_out} of what is held out"
 
 
 def _write_shard(
