@@ -46,7 +46,7 @@ def lay_out(
         documents = cut_up(documents, length)
         if not held_out:
             return Laid([packed(documents, length, end_of_text)], end, longer)
-    limit, drawn = limits(documents, length, 0.0 if held_out else data.variable_share, data.split_seed)
+    limit, drawn = limits(documents, length, 0.0 if held_out else data.variable_share)
     beyond = np.maximum(documents.sizes - limit, 0)
     longer = max(longer, int((beyond > 0).sum()))
     return Laid(one_a_row(documents, limit, drawn, length, end_of_text), end, longer, int(beyond.sum()))
@@ -64,17 +64,17 @@ def cut_up(documents: Documents, length: int) -> Documents:
 
 
 def limits(
-    documents: Documents, length: int, variable_share: float, seed: int
+    documents: Documents, length: int, variable_share: float
 ) -> tuple[Int[np.ndarray, "N"], Bool[np.ndarray, "N"]]:
-    """Return how many ids each document's row has, and whether that was drawn, by the document's content and the seed.
+    """Return how many ids each document's row has, and whether that was drawn, by the document's content.
 
     Of a share of the documents it is: half of these have whole rows, as samples have, the others any length.
     """
     if not variable_share:
         return np.full(len(documents), length), np.zeros(len(documents), bool)
-    keys = np.frombuffer(b"".join(documents.keys(seed)), "<u4").reshape(-1, 4)
-    drawn = keys[:, 2] < variable_share * 2**32  # the split is by what comes first in keys like these
-    return np.where(drawn, np.minimum(1 + keys[:, 3] % (2 * length), length), length), drawn
+    hashes = np.frombuffer(b"".join(documents.hashed()), "<u4").reshape(-1, 4)
+    drawn = hashes[:, 2] < variable_share * 2**32  # the split may be by what comes first in them
+    return np.where(drawn, np.minimum(1 + hashes[:, 3] % (2 * length), length), length), drawn
 
 
 def one_a_row(
