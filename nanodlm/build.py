@@ -17,7 +17,10 @@ def make_model(config: Config, vocabulary: Vocabulary) -> Transformer:
     rngs = nnx.Rngs(config.model.init_seed)
     model = Transformer(vocab_size=vocabulary.padded_size, block_size=block_size, **shape, rngs=rngs)
     model.objective, model.seq_len = make_objective(config, vocabulary), config.model.seq_len
-    model.document_end = vocabulary.end_of_text if config.data.isolate_documents else None
+    rows = config.data.rows
+    apart = rows == "packed" or (rows == "stream" and config.data.isolate_documents)
+    model.document_end = vocabulary.end_of_text if apart else None
+    model.padding = None if rows == "stream" else vocabulary.mask_id
     return model
 
 

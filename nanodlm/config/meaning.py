@@ -21,6 +21,8 @@ def unread(config: Config) -> dict[str, Any]:
     of_noise = ("schedule.kind", "objective.times", "objective.weighting", "eval.repeats", "eval.seed")
     read = {
         **dict.fromkeys(of_noise, noisy),
+        "data.variable_share": config.data.rows == "document",
+        "data.isolate_documents": config.data.rows == "stream",
         "schedule.exponent": noisy and schedule.kind == "poly",
         "schedule.eps": noisy and (schedule.kind == "loglinear" or schedule.kind.endswith("_clipped")),
         "objective.estimator": estimator != kind.estimators[0],

@@ -60,8 +60,14 @@ class DataConfig(Group):
     """Seed of the order in which training rows are visited."""
     part_mb: float = Field(default=64.0, gt=0)
     """Megabytes of source text (or token ids) per file of the prepared corpus, and so per training shard."""
+    rows: Literal["stream", "document", "packed"] = "stream"
+    """What rows are: `stream` cuts documents that follow each other, `document` has one in each row, cut or padded, and
+    `packed` whole ones that are read apart. Documents end with end-of-text marks, and padding is never scored."""
+    variable_share: float = Field(default=0.0, ge=0, le=1)
+    """Share of the rows of `document` whose length is drawn, half of them whole rows: longer texts are cut there, and
+    end-of-text marks follow shorter ones, so that a model of whole rows learns to end texts: with 1, as often."""
     isolate_documents: Switch = False
-    """Whether attention and convolution stop at the document edges inside a row while training. Training then reports
+    """Whether attention and convolution stop at the document edges inside a `stream` row in training, which reports
     the bound of rows whose edges are known; evaluation and sampling do not know them, `autoregressive` apart."""
 
     @field_validator("revision")

@@ -38,13 +38,12 @@ def check_size(data: DataConfig) -> None:
             raise too_small(data, f"{size:,} bytes", one=one)
 
 
-def check_rows(data: DataConfig, tokens: int, length: int) -> None:
-    """Refuse validation tokens that are one row of so many: nobody should learn after the training what that lacks."""
-    if tokens <= length:
+def check_rows(data: DataConfig, rows: int, tokens: int, length: int) -> None:
+    """Refuse validation tokens that are one row: nobody should learn after the training what that lacks."""
+    if rows < 2:
         few = f"{tokens:,} validation tokens are one row of seq_len ({length}), which has no standard error"
-        raise NanodlmError(
-            f"{few}; {'raise --data.val_tokens' if data.val_tokens else 'add text'}, or lower --model.seq_len"
-        )
+        remedy = "raise --data.val_tokens" if data.val_tokens else "add text"
+        raise NanodlmError(f"{few}; {remedy}, or lower --model.seq_len")
 
 
 class Unit(NamedTuple):

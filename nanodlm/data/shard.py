@@ -15,8 +15,9 @@ from nanodlm.data import rows as data_rows
 from nanodlm.data.card import CARD, Glance, card
 from nanodlm.data.documents import Documents
 from nanodlm.data.held_out import Place, check_rows, halves, in_units
+from nanodlm.data.layout import lay_out
 from nanodlm.data.parts import parts, read
-from nanodlm.data.tokenizer import load, tokenise_all
+from nanodlm.data.tokenizer import load, token_sizes, tokenise_all
 from nanodlm.errors import Emit, NanodlmError
 from nanodlm.store import Artifact, Attempt, Json
 
@@ -27,7 +28,8 @@ def build_shards(config: Config, inputs: dict[str, Artifact], attempt: Attempt, 
     """Write rows of `seq_len` tokens as ArrayRecord, one training shard for each corpus part, and the validation.
 
     Documents follow each other, texts with an end-of-text mark after each, and are cut into rows; what is left of a
-    part after its last whole row is dropped. The validation's last row may be shorter.
+    part after its last whole row is dropped. The validation's last row may be shorter. Or rows hold whole documents
+    and padding, as `layout` says.
     """
     length = config.model.seq_len
     encoding = load(inputs["tokenizer"].local())
@@ -43,21 +45,21 @@ def build_shards(config: Config, inputs: dict[str, Artifact], attempt: Attempt, 
             infos[i] = _write_shard(config, encoding, held_out, folder / names[i], attempt, i)
             emit("progress", done=len(infos), total=len(names), unit="shards")
     shards = [infos[i] for i in range(len(names))]
-    fields = ("train_rows", "train_tokens", "train_documents", "dropped_tokens")
-    totals = {field: sum(info[field] for info in shards) for field in fields}
+    fields = ("train_rows", "train_tokens", "train_documents", "dropped_tokens", "cut_documents")
+    # An attempt that an earlier version began has cut no documents.
+    totals: dict[str, Any] = {field: sum(info.get(field, 0) for info in shards) for field in fields}
     if totals["train_rows"] == 0:
         few = f"what is left for training has fewer than seq_len ({length}) tokens"
         remedy = "add text, or lower --model.seq_len" + (" or --data.val_tokens" if isinstance(cut, str) else "")
         raise NanodlmError(f"no training row: {few}; {remedy}")
     first_key = min(info["first_key"] for info in shards)
     assert isinstance(cut, list) or first_key > cut, "a held-out document is among the training documents"
-    validation = np.load(inputs["split"].local() / "validation.npy", allow_pickle=False)
-    check_rows(config.data, len(validation), length)
-    if totals["dropped_tokens"]:
-        share = totals["dropped_tokens"] / (totals["dropped_tokens"] + totals["train_tokens"])
-        what = f"{totals['dropped_tokens']:,} tokens ({share:.2%}) after the last whole row of each part are dropped"
-        emit("message", text=what)
-    val_rows = [validation[i : i + length] for i in range(0, len(validation), length)]
+    val_rows, validation, lost = _validation(config, encoding, inputs["split"])
+    check_rows(config.data, len(val_rows), len(validation), length)
+    padding = totals["train_rows"] * length - totals["train_tokens"]
+    totals |= {"padding_share": padding / (totals["train_rows"] * length), "val_dropped_tokens": lost}
+    if said := _losses(config, totals, len(validation)):
+        emit("message", text=said)
     data_rows.write(attempt.path / "validation.arrayrecord", val_rows)
     frequencies = np.sum([info["counts"] for info in shards], axis=0)
     np.save(attempt.path / COUNTS, frequencies)
@@ -67,7 +69,7 @@ def build_shards(config: Config, inputs: dict[str, Artifact], attempt: Attempt, 
         "rows_per_shard": [info["train_rows"] for info in shards],
         "val_tokens": len(validation),
         "val_rows": len(val_rows),
-        "val_bytes": held_out["val_bytes"],
+        "val_bytes": int(token_sizes(encoding)[validation, 0].sum()),
         "val_unigram_nats_per_token": unigram_nats(validation, frequencies),
         "seq_len": length,
         "n_vocab": encoding.n_vocab,
@@ -99,12 +101,33 @@ def unigram_nats(tokens: Int[np.ndarray, "N"], counts: Int[np.ndarray, "V"]) -> 
     return float(np.log(counts.sum() + len(counts)) - np.log(counts[tokens] + 1).mean())
 
 
+def _validation(config: Config, encoding: Encoding, split: Artifact) -> tuple[list[np.ndarray], np.ndarray, int]:
+    """Return the rows of what is held out, the tokens in them, and how many tokens are in none."""
+    tokens, length = np.load(split.file("validation.npy"), allow_pickle=False), config.model.seq_len
+    if config.data.rows == "stream":
+        return [tokens[i : i + length] for i in range(0, len(tokens), length)], tokens, 0
+    laid = lay_out(config, tokens, encoding.eot_token, last=True, held_out=True)
+    rows = np.concatenate(list(laid.rows))
+    return list(rows), rows[rows < encoding.n_vocab], laid.dropped
+
+
+def _losses(config: Config, totals: Json, val_tokens: int) -> str:
+    """Say how much of the rows is padding, and which tokens lie in no row."""
+    sides = ((totals["dropped_tokens"], totals["train_tokens"]), (totals["val_dropped_tokens"], val_tokens))
+    train, held_out = (f"{lost:,} tokens ({lost / max(1, lost + kept):.2%})" for lost, kept in sides)
+    if config.data.rows == "stream":
+        return f"{train} after the last whole row of each part are dropped" if totals["dropped_tokens"] else ""
+    cut = f"{totals['cut_documents']:,} documents are cut, of which {train} are dropped"
+    return f"{totals['padding_share']:.2%} of the training rows is padding; {cut}, and {held_out} of what is held out"
+
+
 def _write_shard(
     config: Config, encoding: Encoding, held_out: Json, part: Path, attempt: Attempt, index: int
 ) -> dict[str, Any]:
     """Make one training shard, a finished part of the attempt, and return what it was finished with."""
     length, seed, name = config.model.seq_len, config.data.split_seed, data_rows.name(index)
-    counts, documents, smallest = np.zeros(encoding.n_vocab, np.int64), 0, "g"  # which is above all keys
+    counts = np.zeros(encoding.n_vocab + 1, np.int64)  # the last is that of padding
+    documents, longer, dropped, smallest = 0, 0, 0, "g"  # which is above all keys
     goes_on = False  # whether the last document does, in what is held out
     cut: str | Place = held_out["cut"]
     rest = np.zeros(0, data_rows.dtype_for(encoding.n_vocab + 1))
@@ -129,20 +152,21 @@ def _write_shard(
                 yield batch
 
     def whole_rows() -> Iterator[np.ndarray]:
-        nonlocal rest, counts
+        nonlocal rest, counts, longer, dropped
         for tokens, after in pairwise(chain(glance.at(tokenise_all(encoding, kept())), [None])):
             assert tokens
             made_up = after is None and goes_on and not config.data.pretokenized  # the mark of a document that goes on
             stream = np.concatenate([rest, tokens.flat[: len(tokens.flat) - made_up]])
-            end = len(stream) // length * length
-            counts += np.bincount(stream[:end], minlength=len(counts))
-            rest = stream[end:].copy()
-            yield stream[:end].reshape(-1, length)
+            laid = lay_out(config, stream, encoding.eot_token, last=after is None)
+            rest, longer, dropped = stream[laid.end :].copy(), longer + laid.longer, dropped + laid.dropped
+            for rows in laid.rows:
+                counts += np.bincount(rows.ravel(), minlength=len(counts))
+                yield rows
 
     data_rows.write(attempt.path / name, whole_rows())
-    tokens = int(counts.sum())
-    info = {"train_rows": tokens // length, "train_tokens": tokens, "train_documents": documents}
-    info |= {"dropped_tokens": len(rest), "first_key": smallest, "counts": counts.tolist()}
+    info = {"train_rows": int(counts.sum()) // length, "train_tokens": int(counts[:-1].sum())}
+    info |= {"train_documents": documents, "cut_documents": longer, "dropped_tokens": dropped + len(rest)}
+    info |= {"first_key": smallest, "counts": counts[:-1].tolist()}
     info |= glance.info()
     attempt.finish(name, [name], **info)
     return info

@@ -123,8 +123,10 @@ class Objective:
         """Return loss and bound of each row from the network's logits, in nats per sequence."""
         if self.mixed:
             options = {"mask_id": self.mask_id, "uniform_share": self.noise_share}
-            rate, nats = mixed_divergence(logits, x_0, noised.x_t, noised.mask_rate, **options)
-            weight, nats = noised.weight * rate, jnp.where(x_0 < self.mask_id, nats, 0.0).sum(axis=1)
+            real = x_0 < self.mask_id
+            tokens, noisy = (jnp.where(real, ids, 0) for ids in (x_0, noised.x_t))  # others have no finite gradient
+            rate, nats = mixed_divergence(logits, tokens, noisy, noised.mask_rate, **options)
+            weight, nats = noised.weight * rate, jnp.where(real, nats, 0.0).sum(axis=1)
             return RowNats(self._reweigh(weight, noised.ratio) * nats, weight * nats)
         scored, weight = self._position_weights(x_0, noised)
         nats = cross_entropy(logits, x_0, scored, mask_id=self.mask_id)

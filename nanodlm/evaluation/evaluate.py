@@ -29,7 +29,9 @@ def evaluate(config: Config, inputs: dict[str, Artifact], attempt: Attempt, emit
     shard = inputs["shard"]
     rows = read(shard.file("validation.arrayrecord"), shard.metrics["dtype"])
     chosen = evenly_spaced(len(rows), config.eval.max_rows)
-    documents = documents_in(rows, encoding.eot_token)[chosen]
+    documents = documents_in([row[row < encoding.n_vocab] for row in rows], encoding.eot_token)[chosen]
+    if config.data.rows == "document":  # also where its mark was cut off
+        documents = np.stack([chosen, chosen], axis=1)
     rows, counts = [rows[i] for i in chosen], token_counts(shard)
     metrics = score(model, encoding, rows, config.eval, documents=documents, counts=counts, emit=emit)
     metrics["pretokenized"] = config.data.pretokenized  # only their end-of-text marks tell documents
@@ -49,10 +51,10 @@ def score(
 ) -> dict[str, Any]:
     """Return the bound of rows under the objective that a network carries, whatever weights it was trained on.
 
-    Rows are of equal length but for the last, which may be shorter. Every row is scored by itself: its bound is on
-    -log p of its tokens without the text before it. Each row gets `repeats` draws of noise. The standard error is for
-    other documents: rows share `documents`, from `documents_in`, unless there is one document, when they are taken as
-    independent. `counts` are those of the training tokens.
+    Rows are of equal length but for the last, which may be shorter; ids beyond the encoding's are padding. Every row is
+    scored by itself: its bound is on -log p of its tokens without the text before it. Each row gets
+    `repeats` draws of noise. The standard error is for other documents: rows share `documents`, from `documents_in`,
+    unless there is one document, when they are taken as independent. `counts` are those of the training tokens.
 
     Bits per byte divide by the bytes of the text; end-of-text marks add nats but no bytes. `val_stderr_over` says
     whether the standard error is one over `documents` or over `rows`.
@@ -68,6 +70,7 @@ def score(
             done += len(scored)
             if done // options.batch_size % 20 == 0 or done == len(rows):
                 emit("progress", done=done + repeat * len(rows), total=len(rows) * options.repeats, unit="rows")
+    rows = [row[row < encoding.n_vocab] for row in rows]
     tokens, row_tokens = np.concatenate(rows), np.array([len(row) for row in rows])
     sizes = token_sizes(encoding)
     n_bytes, n_characters = (int(n) for n in sizes[tokens].sum(axis=0))

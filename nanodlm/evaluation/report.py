@@ -16,6 +16,7 @@ import numpy as np
 from nanodlm.config import Config
 from nanodlm.data.card import CARD, described
 from nanodlm.data.tokenizer import END_OF_TEXT
+from nanodlm.diffusion.kinds import KINDS
 from nanodlm.errors import Emit
 from nanodlm.store import Artifact, Attempt
 
@@ -35,6 +36,7 @@ def build(config: Config, inputs: dict[str, Artifact], attempt: Attempt, emit: E
     m, t = evaluate.metrics, train.metrics
     by_document, unigram = m["val_stderr_over"] == "documents", m["val_unigram_bits_per_byte"]
     over = f"{m['scored_documents']:,} documents" if by_document else "rows of one document, taken as independent"
+    told = config.data.rows != "stream" and not KINDS[config.objective.kind].edges_known
     assumed = ", as end-of-text marks tell them in neighbouring pre-tokenised rows" if m["pretokenized"] else ""
     speed = f"{t['train_tokens_per_second']:,.0f} tokens/s on {t['devices']} {t['device']}"
     if "waiting_share" in t:  # which earlier versions did not measure
@@ -46,7 +48,7 @@ def build(config: Config, inputs: dict[str, Artifact], attempt: Attempt, emit: E
         ("unigram entropy", f"{unigram:.4f} bits per byte: the bound is {against_unigram(m)} it"),
         ("standard error", f"over {over}{assumed}"),
         ("validation text", f"{m['scored_tokens']:,} tokens, {m['scored_bytes']:,} bytes"),
-        ("", f"{m['scored_characters']:,} characters"),
+        ("", f"{m['scored_characters']:,} characters" + ", given how long each text is" * told),
         ("objective", f"{config.objective.kind}, trained with {config.objective.weighting} weights"),
         ("trained on", f"{t['trained_tokens']:,} tokens in {t['updates']:,} updates"),
         ("speed", speed),

@@ -21,7 +21,8 @@ def make_scorer(network: Transformer) -> Scorer:
 
     Noise takes the count form, which has the least variance and no schedule in it; the autoregressive likelihood has no
     noise. A network that was told in training where documents end is told so from left to right only, where a mark that
-    was read ends a document. Edges would tell others where masked end-of-text marks are.
+    was read ends a document. Edges would tell others where masked end-of-text marks are. Padding is never read or
+    scored: the bound of a padded row is that of its tokens alone, given how many there are.
     """
     graphdef, objective = nnx.graphdef(network), network.objective
     document_end = network.document_end if objective.traits.edges_known else None
@@ -29,7 +30,7 @@ def make_scorer(network: Transformer) -> Scorer:
 
     @jax.jit
     def nats_per_row(params: Any, x_0: Int[Array, "B L"], key: Key[Array, ""]) -> Float[Array, "B"]:
-        segment_ids = None if document_end is None else segments(x_0, document_end)
+        segment_ids = segments(x_0, document_end, network.padding)
         noised = objective.corrupt(x_0, key, segment_ids)
         model = nnx.merge(graphdef, params)
         if objective.mixed:

@@ -30,7 +30,10 @@ def generate(config: Config, inputs: dict[str, "Artifact"], attempt: "Attempt", 
     tokens = np.asarray(make_draw(options, encoding, model, schedule)(nnx.state(model), jax.random.key(options.seed)))
     if tokens.min() < 0:
         raise NanodlmError("the network gave logits that are not finite: its training has diverged")
-    texts = [encoding.decode(row.tolist()) for row in tokens]
+    rows, end = tokens.tolist(), encoding.eot_token
+    if config.data.rows != "stream":  # a text is one document: what follows its mark means nothing
+        rows = [row[: [*row, end].index(end)] for row in rows]
+    texts = [encoding.decode(row) for row in rows]
     emit("progress", done=len(texts), total=len(texts), unit="samples")
     np.save(attempt.path / "tokens.npy", tokens)
     (attempt.path / "samples.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))

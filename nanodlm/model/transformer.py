@@ -56,6 +56,7 @@ class Transformer(nnx.Module):
     objective: Any = None  # what it is trained on, a `diffusion.objective.Objective`, where it was made from settings
     seq_len: int = 0  # tokens in the rows it is trained on, likewise
     document_end: int | None = None  # the id that ends a document, where it is told
+    padding: int | None = None  # the id that fills up rows, where they are, and which nothing else then reads
 
     def __init__(
         self,
@@ -206,14 +207,19 @@ class Transformer(nnx.Module):
         return flat.astype(jnp.float32).reshape(*features.shape[:2], -1)
 
 
-def segments(x_0: Int[Array, "B L"], end_of_text: int) -> Int[Array, "B L"]:
+def segments(x_0: Ids, end_of_text: int | None, padding: int | None = None) -> Ids | None:
     """Number the documents of each row from 0, for each token; an end-of-text mark belongs to the one it ends.
 
-    >>> segments(jnp.array([[5, 9, 6, 7]]), end_of_text=9).tolist()
-    [[0, 0, 1, 1]]
+    Padding has the number L. Without the id of marks a row is one document, without either there is nothing to tell.
+
+    >>> segments(jnp.array([[5, 9, 6, 10]]), end_of_text=9, padding=10).tolist()
+    [[0, 0, 1, 4]]
     """
-    ends = (x_0 == end_of_text).astype(jnp.int32)
-    return jnp.cumsum(ends, axis=1) - ends
+    if end_of_text is None and padding is None:
+        return None
+    ends = (x_0 == (-1 if end_of_text is None else end_of_text)).astype(jnp.int32)
+    numbers = jnp.cumsum(ends, axis=1) - ends
+    return numbers if padding is None else jnp.where(x_0 == padding, x_0.shape[1], numbers)
 
 
 def count_parameters(model: nnx.Module) -> int:

@@ -57,6 +57,13 @@ def _tokenizer(config: Config) -> dict[str, Any]:
     return config.data.model_dump(include=fields)
 
 
+def _shard(config: Config) -> dict[str, Any]:
+    data, fields = config.data, {"seq_len": config.model.seq_len}
+    if data.rows == "stream":
+        return fields
+    return {**fields, "rows": data.rows, "variable_share": data.variable_share * (data.rows == "document")}
+
+
 def _training(config: Config) -> dict[str, Any]:
     if not config.exp.resume_path:
         return training_settings(config)
@@ -76,7 +83,7 @@ ALL = (
     Stage("tokenizer", "data.split:build_tokenizer", ("download",), _tokenizer, 3),
     Stage("split", "data.split:build_split", DOCUMENTS, _settings("data", *HELD_OUT), 3),
     # Since version 3, rows of ids are joined before they are cut.
-    Stage("shard", "data.shard:build_shards", (*DOCUMENTS, "split"), _settings("model", "seq_len"), 3, volatile=COUNTS),
+    Stage("shard", "data.shard:build_shards", (*DOCUMENTS, "split"), _shard, 3, volatile=COUNTS),
     Stage("train", "training.loop:train", ("shard", "tokenizer"), _training, own_process=True, volatile=LOGS),
     # Since version 3, it counts characters.
     Stage("evaluate", "evaluation.evaluate:evaluate", ("shard", "train"), evaluation_settings, 3, own_process=True),
@@ -119,7 +126,8 @@ def check(config: Config, stages: Iterable[str]) -> None:
 
     if "split" in stages:
         check_size(config.data)
-    if "shard" in stages and config.data.val_tokens:
-        check_rows(config.data, config.data.val_tokens, config.model.seq_len)
+    tokens, length = config.data.val_tokens, config.model.seq_len
+    if "shard" in stages and tokens and config.data.rows == "stream":
+        check_rows(config.data, -(-tokens // length), tokens, length)
     if "train" in stages:
         check_packages(config)

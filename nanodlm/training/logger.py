@@ -30,6 +30,7 @@ class Logger:
     tracker: Tracker | None
     bits: float  # so many per byte are a nat per token
     last_good: Callable[[int], str]  # the address of the newest checkpoint before an update
+    row_tokens: float  # those of a row, without padding, on average
     _waiting: tuple[int, dict[str, Array]] | None = None
     since: int = 0  # the update from which on the speed is measured
     began: float = field(default_factory=time.monotonic)  # when it was done; later by what was no training
@@ -55,7 +56,7 @@ class Logger:
         values, train = self._fetch(step, scalars), self.config.train
         speed = {"tokens_per_second": 0.0, "waiting_share": 0.0}
         if step > self.since:
-            tokens = (step - self.since) * train.batch_size * train.grad_acc_steps * self.config.model.seq_len
+            tokens = (step - self.since) * train.batch_size * train.grad_acc_steps * self.row_tokens
             seconds = time.monotonic() - self.began
             speed = {"tokens_per_second": round(tokens / seconds, 1), "waiting_share": round(self.waited / seconds, 4)}
         elif self.records:

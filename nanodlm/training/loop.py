@@ -85,10 +85,11 @@ def train(config: Config, inputs: dict[str, Artifact], attempt: Attempt | None, 
             batches = train_batches(config, shard.metrics, folder, first_row=rows_seen, share=my_share(mesh))
             stack.enter_context(contextlib.closing(batches))
             bits = shard.metrics["val_tokens"] / shard.metrics["val_bytes"] / math.log(2)
-            logger = Logger(config, list(past["logs"]), emit, tracker, bits, checkpoints.last)
+            row_tokens = shard.metrics["train_tokens"] / shard.metrics["train_rows"]
+            logger = Logger(config, list(past["logs"]), emit, tracker, bits, checkpoints.last, row_tokens)
             state = _Loop(program, key, checkpoints, logger, validate, stop).run(state, batches, rows_seen)
     new_rows = (config.train.max_steps - first) * config.train.batch_size * config.train.grad_acc_steps
-    trained_tokens = (rows_seen + new_rows) * config.model.seq_len
+    trained_tokens = round((rows_seen + new_rows) * row_tokens)
     found = {"resumed_from_update": first, "best_update": checkpoints.best(), "trained_tokens": trained_tokens}
     return _finish(config, attempt, state, logger) | {"parameters": program.n_parameters, **found}
 
@@ -191,7 +192,9 @@ def _validation(
     def validate(state: State) -> dict[str, float]:
         params = state.get("ema_state", state["model_state"])
         nats = score_rows(scorer, params, rows, key, mesh=mesh, batch_size=config.train.batch_size)
-        bound = float(sum(batch.sum() for batch in nats)) / (len(rows) * config.model.seq_len)
+        bound = float(sum(batch.sum() for batch in nats)) / sum(
+            int((row < network.objective.mask_id).sum()) for row in rows
+        )
         return {"val_nats_per_token": bound} if math.isfinite(bound) else {}
 
     return validate

@@ -33,7 +33,7 @@ def train_step(
 ) -> tuple[State, dict[str, Array]]:
     """Take one update from A micro-batches of B rows.
 
-    The loss is the objective's in nats per token: summed over a row's tokens, divided by all of them. The noise of all
+    The loss is the objective's in nats per token: summed over tokens, divided by all but padding. The noise of all
     micro-batches is drawn at once, so that its times are spread evenly over the whole update. The network is told where
     documents end if it carries the mark that ends them; only its structure is read.
 
@@ -45,7 +45,9 @@ def train_step(
     n_micro, n_rows, length = rows.shape
     chunks = logit_chunks(n_rows * length, objective.mask_id)
     flat = rows.reshape(-1, length)
-    segment_ids = None if network.document_end is None else segments(flat, network.document_end)
+    segment_ids = segments(flat, network.document_end, network.padding)
+    # Tokens of a micro-batch: their mean, for all tokens of an update weigh the same.
+    size = n_rows * length if network.padding is None else (flat != network.padding).sum() / n_micro
     noised = objective.corrupt(flat, jax.random.fold_in(key, state["step"]), segment_ids)
     micro = jax.tree.map(lambda a: a.reshape(n_micro, n_rows, *a.shape[1:]), (flat, noised, segment_ids))
 
@@ -55,10 +57,10 @@ def train_step(
         model = nnx.merge(graphdef, params)
         if objective.mixed:
             nats = objective.row_nats(objective.logits(model, x_0, noised, segment_ids), x_0, noised)
-            return jnp.mean(nats.loss) / length, jnp.mean(nats.bound) / length
+            return jnp.mean(nats.loss) / (size / n_rows), jnp.mean(nats.bound) / (size / n_rows)
         features = objective.logits(model.features, x_0, noised, segment_ids)
         loss, bound = objective.fused_nats(features, model.table, x_0, noised, chunks=chunks)
-        return loss / x_0.size, bound.sum() / x_0.size
+        return loss / size, bound.sum() / size
 
     evaluate = jax.value_and_grad(loss_fn, has_aux=True)
 

@@ -20,6 +20,9 @@ DEMO = PRESETS["demo"]
         ]),
         ({"objective": {"estimator": "discrete", "num_timesteps": 50, "weighting": "clipped", "max_weight": 3.0}}, []),
         ({"objective": {"estimator": "constant_count"}}, ["objective.estimator"]),
+        ({"data": {"variable_share": 0.5, "isolate_documents": True}}, ["data.variable_share"]),
+        ({"data": {"rows": "packed", "isolate_documents": True}}, ["data.isolate_documents"]),
+        ({"data": {"rows": "document", "variable_share": 0.5}}, []),
         ({"objective": {"kind": "autoregressive"}, "schedule": {"kind": "cosine"}, "sample": {"num_steps": 9}}, [
             "schedule.kind", "objective.weighting", "sample.num_steps",
         ]),

@@ -20,6 +20,7 @@ from nanodlm.diffusion.noise import Denoise, q_sample, unmask_probability
 from nanodlm.diffusion.objective import Objective, RowNats
 from nanodlm.diffusion.plain import plain_nelbo
 from nanodlm.diffusion.schedules import make_schedule
+from nanodlm.model.transformer import segments
 from tests.model.test_transformer import randomised
 from tests.support.laws import (
     MASK_ID,
@@ -284,9 +285,9 @@ OBJECTIVES: list[dict[str, Any]] = [
 every_objective = pytest.mark.parametrize("options", OBJECTIVES, ids=lambda o: o["kind"])
 
 
-@every_objective
-def test_padding_is_never_noised_nor_scored(options: dict[str, Any]) -> None:
-    padding = MASK_ID + 1
+@pytest.mark.parametrize("padding", [MASK_ID, MASK_ID + 1])
+@pytest.mark.parametrize("options", [*OBJECTIVES, {"kind": "uniform"}], ids=lambda o: o["kind"])
+def test_padding_is_never_noised_nor_scored(options: dict[str, Any], padding: int) -> None:
     x_0 = jax.random.randint(jax.random.key(1), (8, 7), 0, TOKENS)
     filled = jnp.concatenate([x_0, jnp.full((8, 4), padding)], axis=1).at[5].set(padding)
     objective = Objective(make_schedule("cosine"), MASK_ID, **options)
@@ -312,6 +313,29 @@ def test_a_padded_rows_bound_is_that_of_its_tokens_alone() -> None:
             uniform, x_0, jax.random.key(0), schedule=make_schedule("linear"), mask_id=MASK_ID, estimator=estimator
         )
         np.testing.assert_allclose(nats, length * np.log(TOKENS), rtol=1e-5)
+
+
+@pytest.mark.parametrize("options", [*OBJECTIVES, {"kind": "uniform"}], ids=lambda o: o["kind"])
+def test_a_networks_bound_of_a_padded_row_is_that_of_the_row_cut_short_given_the_same_noise(
+    options: dict[str, Any],
+) -> None:
+    objective, length = Objective(make_schedule("linear"), MASK_ID, **options), 5
+    size = objective.traits.block_size(objective.block_size)
+    model = randomised(vocab_size=VOCAB, conv_width=3, time_conditioning=True, block_size=size)
+    cut = jax.random.randint(jax.random.key(1), (8, length), 0, TOKENS)
+    x_0 = jnp.pad(cut, ((0, 0), (0, 4)), constant_values=MASK_ID)
+    edges = segments(x_0, None, padding=MASK_ID)
+    x_t, *of_rows = noised = objective.corrupt(x_0, jax.random.key(2), edges)
+    blocks = -(-length // size) if of_rows[0].ndim == 2 else None
+    short = Corruption(x_t[:, :length], *(value[:, :blocks] if blocks else value for value in of_rows))
+    padded, alone = (
+        objective.row_nats(objective.logits(model, ids, noise, of), ids, noise).bound
+        for ids, noise, of in ((x_0, noised, edges), (cut, short, None))
+    )
+    np.testing.assert_allclose(padded, alone, rtol=1e-4)
+    if not objective.mixed:
+        fused = objective.fused_nats(objective.logits(model.features, x_0, noised, edges), model.table, x_0, noised)[1]
+        np.testing.assert_allclose(fused.sum(), alone.sum(), rtol=1e-4)
 
 
 @pytest.mark.parametrize(

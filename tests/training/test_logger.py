@@ -17,7 +17,7 @@ from tests.support.training import tiny
 
 def logger(said: list[dict[str, Any]], **train: Any) -> Logger:
     tracker: Any = SimpleNamespace(log=lambda record: None)
-    options: Any = {"bits": 2.0, "last_good": lambda before: f"/before/{before}"}
+    options: Any = {"bits": 2.0, "last_good": lambda before: f"/before/{before}", "row_tokens": 32}
     return Logger(tiny(train=train), [], lambda _, **fields: said.append(fields), tracker, **options)
 
 

@@ -143,3 +143,20 @@ def test_every_objective_trains_evaluates_and_writes_after_a_prompt(store: Store
     assert tokens.shape == (2, length)
     assert tokens.max() < 257
     assert all(bytes(row[: len(prompt)].tolist()) == prompt.encode() for row in tokens)
+
+
+def test_documents_in_rows_are_trained_on_scored_and_written_up_to_their_end(store: Store) -> None:
+    data = {"rows": "document", "variable_share": 0.5, "sample_by": "line", "source": speeches(6), "val_tokens": 5000}
+    config = tiny(data=data, sample={"num_samples": 64}, exp={"val_rows": 4}, eval={"max_rows": None})
+    run = nanodlm.train(config, store.uri())
+    shard = store.open(f"shard/{run.manifest['inputs']['shard']['fingerprint']}").metrics
+    assert run.metrics["trained_tokens"] == round(48 * shard["train_tokens"] / shard["train_rows"]) < 48 * 32
+    found = {name: stages_run.run_stage(name, config, store)[0] for name in ("evaluate", "sample", "report")}
+    m = found["evaluate"].metrics
+    assert (m["scored_tokens"], m["scored_bytes"]) == (shard["val_tokens"], shard["val_bytes"])
+    assert m["scored_documents"] == m["scored_rows"] == shard["val_rows"]
+    drawn = np.load(found["sample"].file("tokens.npy")).tolist()
+    texts = [json.loads(line)["text"] for line in found["sample"].file("samples.jsonl").read_text().splitlines()]
+    assert texts == [bytes(row[: [*row, 256].index(256)]).decode(errors="replace") for row in drawn]
+    assert any(256 in row for row in drawn)
+    assert "given how long each text is" in found["report"].file("report.md").read_text()

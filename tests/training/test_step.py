@@ -55,17 +55,31 @@ def run_step(
     return state, records
 
 
+PADDED = np.where(np.arange(8) < np.array([[8], [2], [1], [5], [8], [3], [4], [2]]), ROWS, MASK_ID)
+
+
+@pytest.mark.parametrize("rows", [ROWS, PADDED], ids=["whole", "padded"])
 @pytest.mark.parametrize("kind", ["absorbing", pytest.param("hybrid", marks=pytest.mark.slow)])
-def test_micro_batches_give_the_update_of_one_batch_of_their_rows(kind: str) -> None:
+def test_micro_batches_give_the_update_of_one_batch_of_their_rows(kind: str, rows: np.ndarray) -> None:
     # Plain gradient descent shows the gradient itself, of which Adam would show little more than the signs.
     descent = optax.sgd(0.5)
-    config = TINY.replace(objective={"kind": kind})
-    whole, of_whole = run_step(config, ROWS[None], descent, updates=2)
-    parts, of_parts = run_step(config, ROWS.reshape(4, 2, 8), descent, updates=2)
+    config = TINY.replace(objective={"kind": kind}, data={"rows": "stream" if rows is ROWS else "document"})
+    whole, of_whole = run_step(config, rows[None], descent, updates=2)
+    parts, of_parts = run_step(config, rows.reshape(4, 2, 8), descent, updates=2)
     for one, four in zip(of_whole, of_parts, strict=True):
         assert four == pytest.approx(one, rel=1e-3)
         assert one["grad_norm"] > 1e-2
     assert_trees_close(parts["model_state"], whole["model_state"], rtol=1e-3, atol=1e-4)
+
+
+def test_the_loss_of_padded_rows_is_the_mean_over_their_tokens_which_read_no_padding() -> None:
+    config, rows = TINY.replace(objective={"kind": "autoregressive", "estimator": "count"}), PADDED[:4]
+    _, [record] = run_step(config.replace(data={"rows": "document"}), rows.reshape(2, 2, 8), STILL)
+    network = nnx.eval_shape(lambda: make_model(config, Vocabulary.of(ENCODING)))
+    model = nnx.merge(nnx.graphdef(network), start_of(TINY)[1])
+    alone = [jnp.asarray(row[row != MASK_ID])[None] for row in rows]
+    total = sum(float(nelbo.nelbo(model, row, KEY)[0]) for row in alone)
+    assert record["loss"] == pytest.approx(total / sum(row.size for row in alone), rel=1e-4)
 
 
 def test_the_learning_rate_advances_by_updates_and_not_by_micro_batches() -> None:
