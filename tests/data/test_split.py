@@ -480,7 +480,7 @@ def test_validation_tokens_of_one_row_are_refused_before_anything_is_built() -> 
     ):
         table.check(tiny_config(val_tokens=32), ("shard",))
     with pytest.raises(NanodlmError, match=r"4 validation tokens are one row .*; add text, or lower --model\.seq_len"):
-        check_rows(tiny_config(val_tokens=None).data, 4, 4)
+        check_rows(tiny_config(val_tokens=None).data, 1, 4, 4)
 
 
 def test_rows_that_no_split_can_mend_are_refused_with_what_does(tmp_path: Path) -> None:
