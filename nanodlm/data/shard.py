@@ -11,6 +11,7 @@ from tiktoken import Encoding
 
 from nanodlm.config import Config
 from nanodlm.data import rows as data_rows
+from nanodlm.data.clean import CONTAMINATED, Chosen, held_out_runs
 from nanodlm.data.documents import Documents
 from nanodlm.data.held_out import Place, halves, in_units
 from nanodlm.data.parts import parts, read
@@ -25,12 +26,15 @@ def build_shards(config: Config, inputs: dict[str, Artifact], attempt: Attempt, 
     """Write rows of `seq_len` tokens as ArrayRecord, one training shard for each corpus part, and the validation.
 
     Documents follow each other, texts with an end-of-text mark after each, and are cut into rows; what is left of a
-    part after its last whole row is dropped. The validation's last row may be shorter.
+    part after its last whole row is dropped. The validation's last row may be shorter. With `data.weights`, a part is
+    gone through as often as its source's weight says.
     """
     length = config.model.seq_len
     encoding = load(inputs["tokenizer"].local())
     held_out = inputs["split"].metrics
     cut = held_out["cut"]
+    validation = np.load(inputs["split"].local() / "validation.npy", allow_pickle=False)
+    shared, sources = held_out_runs(config.data, encoding, validation), inputs["download"].metrics.get("part_sources")
     names = parts(inputs["download"])
     finished = attempt.adopt_finished(map(data_rows.name, range(len(names))))
     infos = {i: finished[name] for i in range(len(names)) if (name := data_rows.name(i)) in finished}
@@ -38,10 +42,13 @@ def build_shards(config: Config, inputs: dict[str, Artifact], attempt: Attempt, 
     if missing:
         folder = inputs["download"].local(*(names[i] for i in missing))
         for i in missing:
-            infos[i] = _write_shard(config, encoding, held_out, folder / names[i], attempt, i)
+            weight = (config.data.weights or (1,))[sources[i] if sources else 0]  # of the hub there is one source
+            chosen = Chosen(config.data, shared, weight)
+            infos[i] = _write_shard(config, encoding, held_out, folder / names[i], attempt, i, chosen)
             emit("progress", done=len(infos), total=len(names), unit="shards")
     shards = [infos[i] for i in range(len(names))]
-    fields = ("train_rows", "train_tokens", "train_documents", "dropped_tokens")
+    fields = ["train_rows", "train_tokens", "train_documents", "dropped_tokens"]
+    fields += CONTAMINATED if config.data.decontaminate else ()
     totals = {field: sum(info[field] for info in shards) for field in fields}
     if totals["train_rows"] == 0:
         few = f"what is left for training has fewer than seq_len ({length}) tokens"
@@ -49,7 +56,6 @@ def build_shards(config: Config, inputs: dict[str, Artifact], attempt: Attempt, 
         raise NanodlmError(f"no training row: {few}; {remedy}")
     first_key = min(info["first_key"] for info in shards)
     assert isinstance(cut, list) or first_key > cut, "a held-out document is among the training documents"
-    validation = np.load(inputs["split"].local() / "validation.npy", allow_pickle=False)
     if len(validation) <= length:  # nobody should learn it after the training
         few = f"{len(validation):,} validation tokens are one row of seq_len ({length}), which has no standard error"
         remedy = "raise --data.val_tokens" if isinstance(cut, str) else "add text"
@@ -58,10 +64,15 @@ def build_shards(config: Config, inputs: dict[str, Artifact], attempt: Attempt, 
         share = totals["dropped_tokens"] / (totals["dropped_tokens"] + totals["train_tokens"])
         what = f"{totals['dropped_tokens']:,} tokens ({share:.2%}) after the last whole row of each part are dropped"
         emit("message", text=what)
+    if config.data.decontaminate:
+        left_out = f"{totals['contaminated_documents']:,} documents of {totals['contaminated_bytes']:,} bytes"
+        emit("message", text=f"{left_out} share words with what is held out, and are not trained on")
     val_rows = [validation[i : i + length] for i in range(0, len(validation), length)]
     data_rows.write(attempt.path / "validation.arrayrecord", val_rows)
     frequencies = np.sum([info["counts"] for info in shards], axis=0)
     np.save(attempt.path / COUNTS, frequencies)
+    if sources:
+        totals["source_tokens"] = np.bincount(sources, [info["train_tokens"] for info in shards]).astype(int).tolist()
     return {
         **totals,
         "rows_per_shard": [info["train_rows"] for info in shards],
@@ -100,36 +111,31 @@ def unigram_nats(tokens: Int[np.ndarray, "N"], counts: Int[np.ndarray, "V"]) -> 
 
 
 def _write_shard(
-    config: Config, encoding: Encoding, held_out: Json, part: Path, attempt: Attempt, index: int
+    config: Config, encoding: Encoding, held_out: Json, part: Path, attempt: Attempt, index: int, chosen: Chosen
 ) -> dict[str, Any]:
     """Make one training shard, a finished part of the attempt, and return what it was finished with."""
     length, seed, name = config.model.seq_len, config.data.split_seed, data_rows.name(index)
-    counts, documents, smallest = np.zeros(encoding.n_vocab, np.int64), 0, "g"  # which is above all keys
+    counts, smallest = np.zeros(encoding.n_vocab, np.int64), "g"  # which is above all keys
     goes_on = False  # whether the last document does, in what is held out
     cut: str | Place = held_out["cut"]
     rest = np.zeros(0, data_rows.dtype_for(encoding.n_vocab + 1))
 
     def kept() -> Iterator[Documents]:
-        nonlocal documents, smallest, goes_on
+        nonlocal smallest, goes_on
         if isinstance(cut, list):
             for before, _, goes_on in halves(read(part), index, cut):
-                documents += len(before)
-                if len(before):
-                    yield before
+                yield before
                 if goes_on:
                     return
             return
         for batch in in_units(read(part), held_out.get("unit_rows", 1)):
             keys = [key.hex() for key in batch.keys(seed)]
             smallest = min([smallest, *(key for key in keys if key > cut)])
-            batch = batch.only(np.array([key > cut for key in keys]))
-            documents += len(batch)
-            if len(batch):
-                yield batch
+            yield batch.only(np.array([key > cut for key in keys]))
 
-    def whole_rows() -> Iterator[np.ndarray]:
+    def whole_rows(turn: int) -> Iterator[np.ndarray]:
         nonlocal rest, counts
-        for tokens, after in pairwise(chain(tokenise_all(encoding, kept()), [None])):
+        for tokens, after in pairwise(chain(tokenise_all(encoding, chosen.of(kept(), turn)), [None])):
             assert tokens
             made_up = after is None and goes_on and not config.data.pretokenized  # the mark of a document that goes on
             stream = np.concatenate([rest, tokens.flat[: len(tokens.flat) - made_up]])
@@ -138,9 +144,9 @@ def _write_shard(
             rest = stream[end:].copy()
             yield stream[:end].reshape(-1, length)
 
-    data_rows.write(attempt.path / name, whole_rows())
+    data_rows.write(attempt.path / name, chain.from_iterable(map(whole_rows, range(chosen.turns))))
     tokens = int(counts.sum())
-    info = {"train_rows": tokens // length, "train_tokens": tokens, "train_documents": documents}
-    info |= {"dropped_tokens": len(rest), "first_key": smallest, "counts": counts.tolist()}
+    info = {"train_rows": tokens // length, "train_tokens": tokens, "train_documents": chosen.documents}
+    info |= {"dropped_tokens": len(rest), "first_key": smallest, "counts": counts.tolist(), **chosen.counts}
     attempt.finish(name, [name], **info)
     return info

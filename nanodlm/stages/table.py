@@ -57,6 +57,11 @@ def _tokenizer(config: Config) -> dict[str, Any]:
     return config.data.model_dump(include=fields)
 
 
+def _rows(config: Config) -> dict[str, Any]:
+    chosen = config.data.model_dump(mode="json", include={"decontaminate", "weights"}, exclude_defaults=True)
+    return {"seq_len": config.model.seq_len, **chosen}
+
+
 def _training(config: Config) -> dict[str, Any]:
     if not config.exp.resume_path:
         return training_settings(config)
@@ -76,7 +81,7 @@ ALL = (
     Stage("tokenizer", "data.split:build_tokenizer", ("download",), _tokenizer, 3),
     Stage("split", "data.split:build_split", DOCUMENTS, _settings("data", *HELD_OUT), 3),
     # Since version 3, rows of ids are joined before they are cut.
-    Stage("shard", "data.shard:build_shards", (*DOCUMENTS, "split"), _settings("model", "seq_len"), 3, volatile=COUNTS),
+    Stage("shard", "data.shard:build_shards", (*DOCUMENTS, "split"), _rows, 3, volatile=COUNTS),
     Stage("train", "training.loop:train", ("shard", "tokenizer"), _training, own_process=True, volatile=LOGS),
     # Since version 3, it counts characters.
     Stage("evaluate", "evaluation.evaluate:evaluate", ("shard", "train"), evaluation_settings, 3, own_process=True),
@@ -114,9 +119,12 @@ def check_rebuild(rebuild: str | None, last: str) -> None:
 
 def check(config: Config, stages: Iterable[str]) -> None:
     """Refuse settings that would stop one of these stages, as far as they tell before anything is started or built."""
+    from nanodlm.data import clean
     from nanodlm.data.held_out import check_size
     from nanodlm.training.trackers import check_packages
 
+    if "download" in stages:
+        clean.check(config.data)
     if "split" in stages:
         check_size(config.data)
     if "train" in stages:
