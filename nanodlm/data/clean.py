@@ -122,7 +122,7 @@ def held_out_runs(data: DataConfig, encoding: Encoding, tokens: np.ndarray) -> n
     if not data.decontaminate:
         return None
     values = tokens if data.pretokenized else np.frombuffer(encoding.decode_bytes(tokens.tolist()), np.uint8)
-    return np.unique(runs(Documents(values, np.array([0, len(values)])), data.decontaminate)[0])
+    return np.sort(runs(Documents(values, np.array([0, len(values)])), data.decontaminate)[0])
 
 
 class Chosen:
@@ -134,13 +134,18 @@ class Chosen:
         self.documents = 0
         self.counts = {} if held_out is None else dict.fromkeys(CONTAMINATED, 0)
         self._held_out, self._weight, self._data = held_out, weight, data
+        self._perhaps = np.zeros(2**24, bool)  # by the first 24 bits of a hash, for few need be looked for
+        if held_out is not None:
+            self._perhaps[held_out >> np.uint64(40)] = True
 
     def of(self, batches: Iterable[Documents], turn: int) -> Iterator[Documents]:
         """Yield the documents of one turn: all, or in the last a share that their keys decide."""
         for batch in batches:
             if self._held_out is not None and len(batch):
                 hashes, owner = runs(batch, self._data.decontaminate or 0)
-                alike = np.bincount(owner[contains(self._held_out, hashes)], minlength=len(batch)) > 0
+                at = np.flatnonzero(self._perhaps[hashes >> np.uint64(40)])
+                at = at[contains(self._held_out, hashes[at])]
+                alike = np.bincount(owner[at], minlength=len(batch)) > 0
                 if turn == 0:
                     self.counts[CONTAMINATED[0]] += int(alike.sum())
                     self.counts[CONTAMINATED[1]] += batch.only(alike).flat.nbytes

@@ -18,6 +18,7 @@ from nanodlm.data import clean, rows, shingles
 from nanodlm.data.documents import Documents
 from nanodlm.data.parts import SCHEMAS
 from nanodlm.data.sources import source_files
+from nanodlm.data.tokenizer import plain_bytes
 from nanodlm.errors import UsageError
 from nanodlm.stages.run import run_stage
 from nanodlm.stages.table import STAGES
@@ -237,6 +238,16 @@ def test_what_shares_a_run_of_words_with_what_is_held_out_is_not_trained_on(tmp_
     metrics = made["shard"].metrics
     assert (metrics["contaminated_documents"], metrics["contaminated_bytes"]) == (1, len(texts[1].encode()))
     assert texts[0] in trained_on(made) and texts[1] not in trained_on(made)
+
+
+def test_runs_of_ids_that_are_held_out_are_not_trained_on() -> None:
+    data = tiny_config(pretokenized=True, decontaminate=3).data
+    held_out = clean.held_out_runs(data, plain_bytes(), np.arange(100, 110, dtype=np.uint32))
+    chosen = clean.Chosen(data, held_out, weight=2)
+    ids = Documents(np.array([1, 105, 106, 107, 5, 105, 106, 105, 106, 107], np.uint16), np.array([0, 5, 8, 10]))
+    kept = [document.tolist() for turn in range(chosen.turns) for batch in chosen.of([ids], turn) for document in batch]
+    assert kept == [[105, 106, 105], [106, 107]] * 2
+    assert (chosen.documents, chosen.counts) == (4, {"contaminated_documents": 1, "contaminated_bytes": 10})
 
 
 def written(path: Path, texts: list[str]) -> str:
