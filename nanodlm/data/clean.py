@@ -87,13 +87,13 @@ def _tests(data: DataConfig) -> dict[str, Callable[[pa.Array], np.ndarray]]:
         )
     if data.duplicates:
         seen = Seen()
-        tests["exact duplicates"] = lambda array: seen.first(_numbers(Documents.of(array), 0)[:, 0])
+        tests["exact duplicates"] = lambda array: seen.first(_numbers(Documents.of(array).hashed())[:, 0])
     return tests
 
 
-def _numbers(documents: Documents, seed: int) -> np.ndarray:
-    """Return two numbers for each content that are uniform and independent, (N, 2), uint64."""
-    return np.frombuffer(b"".join(documents.keys(seed)), "<u8").reshape(-1, 2)
+def _numbers(keys: list[bytes]) -> np.ndarray:
+    """Return the two numbers of each key, which are uniform and independent, (N, 2), uint64."""
+    return np.frombuffer(b"".join(keys), "<u8").reshape(-1, 2)
 
 
 def _language(text: memoryview) -> str:
@@ -151,7 +151,7 @@ class Chosen:
                     self.counts[CONTAMINATED[1]] += batch.only(alike).flat.nbytes
                 batch = batch.only(~alike)
             if (share := self._weight - turn) < 1:
-                batch = batch.only(_numbers(batch, self._data.split_seed)[:, 1] < share * 2**64)
+                batch = batch.only(_numbers(batch.keys(self._data.split_seed))[:, 1] < share * 2**64)
             self.documents += len(batch)
             if len(batch):
                 yield batch

@@ -91,14 +91,11 @@ class Seen:
 
 def signatures(documents: Documents) -> np.ndarray:
     """Return the MinHash of documents, (N, 128), uint8; those of fewer than five words are like equal ones only."""
-    result = np.empty((len(documents), len(FACTORS)), np.uint8)
+    result = np.tile(np.frombuffer(b"".join(documents.hashed()), np.uint8).reshape(-1, 16), len(FACTORS) // 16)
     hashes, owner = runs(documents, RUN)
-    few = np.bincount(owner, minlength=len(documents)) == 0
-    keys = b"".join(key * (len(FACTORS) // len(key)) for key in documents.only(few).keys(0))
-    result[few] = np.frombuffer(keys, np.uint8).reshape(-1, len(FACTORS))
     if len(first := np.flatnonzero(np.diff(owner, prepend=-1))):
         for column, factor in enumerate(FACTORS):
-            result[~few, column] = _mixed(np.minimum.reduceat(hashes * factor, first)) >> np.uint64(56)
+            result[owner[first], column] = _mixed(np.minimum.reduceat(hashes * factor, first)) >> np.uint64(56)
     return result
 
 

@@ -244,7 +244,11 @@ def test_runs_of_ids_that_are_held_out_are_not_trained_on() -> None:
     data = tiny_config(pretokenized=True, decontaminate=3).data
     held_out = clean.held_out_runs(data, plain_bytes(), np.arange(100, 110, dtype=np.uint32))
     chosen = clean.Chosen(data, held_out, weight=2)
-    ids = Documents(np.array([1, 105, 106, 107, 5, 105, 106, 105, 106, 107], np.uint16), np.array([0, 5, 8, 10]))
+    ids = Documents(
+        np.array([1, 105, 106, 107, 5, 105, 106, 105, 106, 107], np.uint16),
+        np.array([0, 5, 8, 10]),
+        np.zeros((3, 16), np.uint8),
+    )
     kept = [document.tolist() for turn in range(chosen.turns) for batch in chosen.of([ids], turn) for document in batch]
     assert kept == [[105, 106, 105], [106, 107]] * 2
     assert (chosen.documents, chosen.counts) == (4, {"contaminated_documents": 1, "contaminated_bytes": 10})
