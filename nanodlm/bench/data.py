@@ -85,6 +85,7 @@ def _make_corpora(config: Config, kind: str, sizes: tuple[int, ...], folder: Pat
     """Write files of random ids, or of paragraphs of the built-in corpus in any order; return what prepares each."""
     tokenizer = config.data.tokenizer if kind == "text" or config.data.tokenizer == "bytes" else "gpt2"
     data = {"revision": "", "column": kind, "pretokenized": kind == "ids", "tokenizer": tokenizer, "val_tokens": None}
+    data |= {"languages": (), "repair": False} if kind == "ids" else {}
     speeches = fsspec.filesystem("file").cat(source_files(DataConfig())).values()
     paragraphs = np.array(b"\n\n".join(speeches).decode().split("\n\n"), object)
     rng, configs = np.random.default_rng(0), []

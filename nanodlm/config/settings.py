@@ -41,6 +41,22 @@ class DataConfig(Group):
     """Tokens after which no more of the source is read, in its order, text being counted as four bytes a token."""
     max_bad: float = Field(default=0.01, ge=0, le=1)
     """Share of the source's rows that may be bad (no text, null, invalid UTF-8); above it, the run stops."""
+    repair: Switch = False
+    """Whether texts that were decoded by a wrong table (mojibake) are mended."""
+    min_length: int | None = Field(default=None, gt=0)
+    """Characters, or ids, below which documents are left out."""
+    max_length: int | None = Field(default=None, gt=0)
+    """Characters, or ids, above which documents are left out."""
+    languages: tuple[str, ...] = ()
+    """Languages, such as `en de`, whose documents alone are kept; none is all."""
+    duplicates: float | None = Field(default=None, ge=0.5, le=1)
+    """Share of runs of five words in common (Jaccard) from which on a document is left out as a near duplicate of one
+    before it; 1 leaves out equal ones only, none keeps all."""
+    decontaminate: int | None = Field(default=None, ge=2)
+    """Words (or ids) in a row that a document may not share with what is held out, if it is to be trained on; 13 is
+    usual, none keeps all."""
+    weights: tuple[Annotated[float, Field(ge=0)], ...] = ()
+    """How often the documents of each source are trained on in an epoch, such as `1 0.5 3`; none is once."""
     tokenizer: Literal["bpe", "gpt2", "bytes", "chars"] = "bpe"
     """`bpe` is trained on training documents; `gpt2` and `bytes` are fixed; `chars` has the corpus's own characters."""
     vocab_size: int = Field(default=4095, ge=257)
@@ -292,6 +308,10 @@ class Config(Group):
             "a hf:// source needs a pinned commit: set --data.revision": on_hub and not data.revision,
             "pretokenized rows need the tokenizer that made them: set --data.tokenizer gpt2 or bytes":
                 data.pretokenized and data.tokenizer in ("bpe", "chars"),
+            "data.weights needs a number for each of data.source, and one above 0":
+                data.weights and (len(data.weights) != len(data.source) or not any(data.weights)),
+            "token ids have no language and nothing to mend: leave --data.languages and --data.repair out":
+                data.pretokenized and (data.languages or data.repair),
             "val_share is one of the source's end: set --data.split last, and leave val_tokens out":
                 data.val_share and (data.split != "last" or data.val_tokens),
             "data.validation names all that is held out: leave --data.split and val_tokens out":

@@ -2,35 +2,38 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator
 from importlib import import_module
 from typing import Any
 
-import pyarrow as pa
-
-from nanodlm.config import Config
+from nanodlm.config import Config, DataConfig
+from nanodlm.data.clean import Stream, cleaned
 from nanodlm.data.documents import Documents
 from nanodlm.data.parts import VALIDATION, Writer, filling
 from nanodlm.data.readers import Bad, read_documents
-from nanodlm.data.sources import identity, source_files, validation_of
+from nanodlm.data.sources import files_apart, identity, source_files, validation_of
 from nanodlm.errors import Emit, NanodlmError
 from nanodlm.store import Artifact, Attempt, fingerprint_of
 
 
 def download(config: Config, inputs: dict[str, Artifact], attempt: Attempt, emit: Emit) -> dict[str, Any]:
-    """Copy the source's documents into parts: each ends with the document that fills `data.part_mb` megabytes."""
+    """Copy the source's documents into parts: each ends with the document that fills `data.part_mb` megabytes.
+
+    With `data.weights`, it also ends where another source begins.
+    """
     data = config.data
     before = identity(data)
     source = fingerprint_of(before)  # parts of what was read from other files are not gone on from
     column, bytes_each = ("tokens", 2) if data.pretokenized else ("text", 1)
     sizes: list[int] = []  # values of each part
     row_sizes: set[int] = set()
+    of, sources = 0, list[int]()  # the number of the source that is being read, and that of each part
     finished = attempt.adopt_finished(name for name in attempt.earlier if name.startswith("part-"))
     documents = 0
     while (info := finished.get(_part(len(sizes)), {})).get("source") == source:
         documents += info["documents"]
         sizes.append(info["size"])
         row_sizes.update(info["row_sizes"])
+        sources.append(info.get("of", 0))
     for name in finished.keys() - {_part(i) for i in range(len(sizes))}:
         attempt.forget(name)
     writer = None
@@ -40,14 +43,19 @@ def download(config: Config, inputs: dict[str, Artifact], attempt: Attempt, emit
         name = _part(len(sizes))
         row_sizes.update(writer.sizes)
         about = {"documents": writer.rows, "size": writer.size, "row_sizes": sorted(writer.sizes)}
-        attempt.finish(name, [name], **about, source=source)
+        attempt.finish(name, [name], **about, source=source, of=of)
+        sources.append(of)
         sizes.append(writer.size)
         emit("progress", done=sum(sizes) * bytes_each / 1e6, unit="MB")
 
     bad, bad_held_out = Bad(), Bad()
     skip, full = documents, data.part_mb * 1e6 / bytes_each
-    files = import_module("nanodlm.data.hub").hub_files(data, emit) if data.revision else source_files(data)
-    for array in _first(read_documents(data, files, bad), data.limit_tokens, bytes_each):
+    counts: dict[str, int] = {}
+    apart = [import_module("nanodlm.data.hub").hub_files(data, emit)] if data.revision else files_apart(data)
+    for number, array in cleaned(data, _first(data, apart, bytes_each, bad), attempt.path, counts):
+        if writer and number != of:
+            writer = finish(writer)
+        of = number
         array, skip = array[skip:], max(0, skip - len(array))
         while len(array):
             writer = writer or Writer(attempt.path / _part(len(sizes)), column)
@@ -68,25 +76,30 @@ def download(config: Config, inputs: dict[str, Artifact], attempt: Attempt, emit
             attempt.forget(_part(part))
         raise NanodlmError("the source's files changed while they were read: run again")
     if not sizes:
-        raise NanodlmError(f"{data.source[0]} holds no documents: every one is empty")
+        all_are = "empty or left out by cleaning" if counts else "empty"
+        raise NanodlmError(f"{data.source[0]} holds no documents: every one is {all_are}")
     for rows in (bad, bad_held_out):
         if rows.counts:
             emit("message", text=f"left out {rows}")
+    if counts:
+        emit("message", text="cleaned: " + ", ".join(f"{count:,} {what}" for what, count in counts.items()))
     # Rows of one size were cut from a stream, and are no documents.
     packed = {"row_size": row_sizes.pop()} if data.pretokenized and len(row_sizes) == 1 else {}
     found = {"parts": len(sizes), "documents": documents, "bytes": sum(sizes) * bytes_each}
     found |= {"bad_rows": dataclasses.asdict(bad)}
+    found |= ({"cleaned": counts} if counts else {}) | ({"part_sources": sources} if data.weights else {})
     return {**found, **packed, "part_sizes": sizes}
 
 
-def _first(arrays: Iterable[pa.Array], tokens: int | None, bytes_each: int) -> Iterator[pa.Array]:
-    """Yield the first documents that have so many tokens together, or all; text has one in four bytes."""
-    left = math.inf if tokens is None else tokens * (4 if bytes_each == 1 else 1)
-    for array in arrays:
-        yield (taken := array[: filling(array, left)])
-        left -= len(Documents.of(taken).flat)
-        if left <= 0:
-            return
+def _first(data: DataConfig, apart: list[list[str]], bytes_each: int, bad: Bad) -> Stream:
+    """Yield the first documents that have `data.limit_tokens` together, or all; text has one in four bytes."""
+    left = math.inf if data.limit_tokens is None else data.limit_tokens * (4 if bytes_each == 1 else 1)
+    for number, files in enumerate(apart):
+        for array in read_documents(data, files, bad):
+            yield number, (taken := array[: filling(array, left)])
+            left -= len(Documents.of(taken).flat)
+            if left <= 0:
+                return
 
 
 def _part(index: int) -> str:

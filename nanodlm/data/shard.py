@@ -13,6 +13,7 @@ from tiktoken import Encoding
 from nanodlm.config import Config
 from nanodlm.data import rows as data_rows
 from nanodlm.data.card import CARD, Glance, card
+from nanodlm.data.clean import CONTAMINATED, Chosen, held_out_runs
 from nanodlm.data.documents import Documents
 from nanodlm.data.held_out import Place, check_rows, halves, in_units
 from nanodlm.data.layout import lay_out
@@ -29,12 +30,14 @@ def build_shards(config: Config, inputs: dict[str, Artifact], attempt: Attempt, 
 
     Documents follow each other, texts with an end-of-text mark after each, and are cut into rows; what is left of a
     part after its last whole row is dropped. The validation's last row may be shorter. Or rows hold whole documents
-    and padding, as `layout` says.
+    and padding, as `layout` says. With `data.weights`, a part is gone through as often as its source's weight says.
     """
     length = config.model.seq_len
     encoding = load(inputs["tokenizer"].local())
     held_out = inputs["split"].metrics
     cut = held_out["cut"]
+    validation = np.load(inputs["split"].file("validation.npy"), allow_pickle=False)
+    shared, sources = held_out_runs(config.data, encoding, validation), inputs["download"].metrics.get("part_sources")
     names = parts(inputs["download"])
     finished = attempt.adopt_finished(map(data_rows.name, range(len(names))))
     infos = {i: finished[name] for i in range(len(names)) if (name := data_rows.name(i)) in finished}
@@ -42,10 +45,13 @@ def build_shards(config: Config, inputs: dict[str, Artifact], attempt: Attempt, 
     if missing:
         folder = inputs["download"].local(*(names[i] for i in missing))
         for i in missing:
-            infos[i] = _write_shard(config, encoding, held_out, folder / names[i], attempt, i)
+            weight = (config.data.weights or (1,))[sources[i] if sources else 0]  # of the hub there is one source
+            chosen = Chosen(config.data, shared, weight)
+            infos[i] = _write_shard(config, encoding, held_out, folder / names[i], attempt, i, chosen)
             emit("progress", done=len(infos), total=len(names), unit="shards")
     shards = [infos[i] for i in range(len(names))]
-    fields = ("train_rows", "train_tokens", "train_documents", "dropped_tokens", "cut_documents")
+    fields = ["train_rows", "train_tokens", "train_documents", "dropped_tokens", "cut_documents"]
+    fields += CONTAMINATED if config.data.decontaminate else ()
     # An attempt that an earlier version began has cut no documents.
     totals: dict[str, Any] = {field: sum(info.get(field, 0) for info in shards) for field in fields}
     if totals["train_rows"] == 0:
@@ -54,16 +60,18 @@ def build_shards(config: Config, inputs: dict[str, Artifact], attempt: Attempt, 
         raise NanodlmError(f"no training row: {few}; {remedy}")
     first_key = min(info["first_key"] for info in shards)
     assert isinstance(cut, list) or first_key > cut, "a held-out document is among the training documents"
-    val_rows, validation, lost = _validation(config, encoding, inputs["split"])
+    val_rows, validation, lost = _validation(config, encoding, validation)
     check_rows(config.data, len(val_rows), len(validation), length)
     padding = totals["train_rows"] * length - totals["train_tokens"]
     totals |= {"padding_share": padding / (totals["train_rows"] * length), "val_dropped_tokens": lost}
-    if said := _losses(config, totals, len(validation)):
+    for said in _losses(config, totals, len(validation)):
         emit("message", text=said)
     data_rows.write(attempt.path / "validation.arrayrecord", val_rows)
     frequencies = np.sum([info["counts"] for info in shards], axis=0)
     np.save(attempt.path / COUNTS, frequencies)
     (attempt.path / CARD).write_text(json.dumps(card(encoding, inputs, shards, frequencies), indent=1))
+    if sources:
+        totals["source_tokens"] = np.bincount(sources, [info["train_tokens"] for info in shards]).astype(int).tolist()
     return {
         **totals,
         "rows_per_shard": [info["train_rows"] for info in shards],
@@ -101,9 +109,9 @@ def unigram_nats(tokens: Int[np.ndarray, "N"], counts: Int[np.ndarray, "V"]) -> 
     return float(np.log(counts.sum() + len(counts)) - np.log(counts[tokens] + 1).mean())
 
 
-def _validation(config: Config, encoding: Encoding, split: Artifact) -> tuple[list[np.ndarray], np.ndarray, int]:
+def _validation(config: Config, encoding: Encoding, tokens: np.ndarray) -> tuple[list[np.ndarray], np.ndarray, int]:
     """Return the rows of what is held out, the tokens in them, and how many tokens are in none."""
-    tokens, length = np.load(split.file("validation.npy"), allow_pickle=False), config.model.seq_len
+    length = config.model.seq_len
     if config.data.rows == "stream":
         return [tokens[i : i + length] for i in range(0, len(tokens), length)], tokens, 0
     laid = lay_out(config, tokens, encoding.eot_token, last=True, held_out=True)
@@ -111,49 +119,49 @@ def _validation(config: Config, encoding: Encoding, split: Artifact) -> tuple[li
     return list(rows), rows[rows < encoding.n_vocab], laid.dropped
 
 
-def _losses(config: Config, totals: Json, val_tokens: int) -> str:
-    """Say how much of the rows is padding, and which tokens lie in no row."""
+def _losses(config: Config, totals: Json, val_tokens: int) -> Iterator[str]:
+    """Say how much of the rows is padding, which tokens lie in no row, and what is not trained on."""
+    if config.data.decontaminate:
+        left_out = f"{totals['contaminated_documents']:,} documents of {totals['contaminated_bytes']:,} bytes"
+        yield f"{left_out} share words with what is held out, and are not trained on"
     sides = ((totals["dropped_tokens"], totals["train_tokens"]), (totals["val_dropped_tokens"], val_tokens))
     train, held_out = (f"{lost:,} tokens ({lost / max(1, lost + kept):.2%})" for lost, kept in sides)
-    if config.data.rows == "stream":
-        return f"{train} after the last whole row of each part are dropped" if totals["dropped_tokens"] else ""
-    cut = f"{totals['cut_documents']:,} documents are cut, of which {train} are dropped"
-    return f"{totals['padding_share']:.2%} of the training rows is padding; {cut}, and {held_out} of what is held out"
+    if config.data.rows != "stream":
+        padding = f"{totals['padding_share']:.2%} of the training rows is padding"
+        cut = f"{totals['cut_documents']:,} documents are cut, of which {train} are dropped"
+        yield f"{padding}; {cut}, and {held_out} of what is held out"
+    elif totals["dropped_tokens"]:
+        yield f"{train} after the last whole row of each part are dropped"
 
 
 def _write_shard(
-    config: Config, encoding: Encoding, held_out: Json, part: Path, attempt: Attempt, index: int
+    config: Config, encoding: Encoding, held_out: Json, part: Path, attempt: Attempt, index: int, chosen: Chosen
 ) -> dict[str, Any]:
     """Make one training shard, a finished part of the attempt, and return what it was finished with."""
     length, seed, name = config.model.seq_len, config.data.split_seed, data_rows.name(index)
     counts = np.zeros(encoding.n_vocab + 1, np.int64)  # the last is that of padding
-    documents, longer, dropped, smallest = 0, 0, 0, "g"  # which is above all keys
+    longer, dropped, smallest = 0, 0, "g"  # which is above all keys
     goes_on = False  # whether the last document does, in what is held out
     cut: str | Place = held_out["cut"]
     rest = np.zeros(0, data_rows.dtype_for(encoding.n_vocab + 1))
     glance = Glance()
 
     def kept() -> Iterator[Documents]:
-        nonlocal documents, smallest, goes_on
+        nonlocal smallest, goes_on
         if isinstance(cut, list):
             for before, _, goes_on in halves(read(part), index, cut):
-                documents += len(before)
-                if len(before):
-                    yield before
+                yield before
                 if goes_on:
                     return
             return
         for batch in in_units(read(part), held_out.get("unit_rows", 1)):
             keys = [key.hex() for key in batch.keys(seed)]
             smallest = min([smallest, *(key for key in keys if key > cut)])
-            batch = batch.only(np.array([key > cut for key in keys]))
-            documents += len(batch)
-            if len(batch):
-                yield batch
+            yield batch.only(np.array([key > cut for key in keys]))
 
-    def whole_rows() -> Iterator[np.ndarray]:
+    def whole_rows(turn: int) -> Iterator[np.ndarray]:
         nonlocal rest, counts, longer, dropped
-        for tokens, after in pairwise(chain(glance.at(tokenise_all(encoding, kept())), [None])):
+        for tokens, after in pairwise(chain(glance.at(tokenise_all(encoding, chosen.of(kept(), turn))), [None])):
             assert tokens
             made_up = after is None and goes_on and not config.data.pretokenized  # the mark of a document that goes on
             stream = np.concatenate([rest, tokens.flat[: len(tokens.flat) - made_up]])
@@ -163,10 +171,9 @@ def _write_shard(
                 counts += np.bincount(rows.ravel(), minlength=len(counts))
                 yield rows
 
-    data_rows.write(attempt.path / name, whole_rows())
+    data_rows.write(attempt.path / name, chain.from_iterable(map(whole_rows, range(chosen.turns))))
     info = {"train_rows": int(counts.sum()) // length, "train_tokens": int(counts[:-1].sum())}
-    info |= {"train_documents": documents, "cut_documents": longer, "dropped_tokens": dropped + len(rest)}
-    info |= {"first_key": smallest, "counts": counts[:-1].tolist()}
-    info |= glance.info()
+    info |= {"train_documents": chosen.documents, "cut_documents": longer, "dropped_tokens": dropped + len(rest)}
+    info |= {"first_key": smallest, "counts": counts[:-1].tolist(), **chosen.counts, **glance.info()}
     attempt.finish(name, [name], **info)
     return info

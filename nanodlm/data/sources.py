@@ -7,6 +7,7 @@ import re
 import time
 from collections.abc import Iterator
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ READERS |= {".parquet": "parquet", ".arrow": "arrow"}
 PLAIN = {(suffix, "") for suffix in READERS if suffix not in (".parquet", ".arrow")}  # as large as their text
 PACKED = (".gz", ".zst", ".bz2", ".xz")  # what may follow each of them
 FOLDERS = "folders give .txt, .md, .jsonl, .ndjson, .csv, .parquet and .arrow"
+CLEANING = {"repair", "min_length", "max_length", "languages", "duplicates"}
 SETTLED_SECONDS = 2.0  # after which a further change of a file is sure to give it another time
 Hashed = tuple[int, int, int, int, str]  # a file's size, times of change of content and of anything, inode; its sha256
 MEMORY = TypeAdapter(dict[str, Hashed])  # by path: what `sources.json` in the cache holds
@@ -40,6 +42,15 @@ def source_files(data: DataConfig) -> list[str]:
     else:
         patterns = list(data.source)
     return _matching(patterns)
+
+
+def files_apart(data: DataConfig) -> list[list[str]]:
+    """List the source's files: in one list, or with `data.weights` in one for each source, the first that names it."""
+    files = source_files(data)
+    if not data.weights:
+        return [files]
+    named = [{*source_files(data.model_copy(update={"source": (source,)}))} for source in data.source]
+    return [[f for f in files if f in those and not any(f in a for a in named[:i])] for i, those in enumerate(named)]
 
 
 def format_of(url: str) -> tuple[str, str]:
@@ -142,11 +153,15 @@ def identity(data: DataConfig) -> dict[str, Any]:
     fields: dict[str, Any] = {"column": data.column, "pretokenized": data.pretokenized, "part_mb": data.part_mb}
     if data.limit_tokens:
         fields["limit_tokens"] = data.limit_tokens
+    fields |= data.model_dump(mode="json", include=CLEANING, exclude_defaults=True)
     if data.revision:
         return {**fields, "dataset": data.source[0].removeprefix("hf://"), "revision": data.revision}
     if data.validation:
         fields["validation"] = identity(validation_of(data))["files"]
-    files = source_files(data)
+    apart = files_apart(data)
+    if data.weights:
+        fields["files_of_each"] = [len(files) for files in apart]
+    files = list(chain.from_iterable(apart))
     if any(READERS[format_of(f)[0]] == "text" for f in files):
         fields["sample_by"] = data.sample_by
     memory = cache_dir() / "sources.json"

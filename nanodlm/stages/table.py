@@ -58,10 +58,9 @@ def _tokenizer(config: Config) -> dict[str, Any]:
 
 
 def _shard(config: Config) -> dict[str, Any]:
-    data, fields = config.data, {"seq_len": config.model.seq_len}
-    if data.rows == "stream":
-        return fields
-    return {**fields, "rows": data.rows, "variable_share": data.variable_share * (data.rows == "document")}
+    names = {"decontaminate", "weights", "rows", *(["variable_share"] if config.data.rows == "document" else ())}
+    chosen = config.data.model_dump(mode="json", include=names, exclude_defaults=True)
+    return {"seq_len": config.model.seq_len, **chosen}
 
 
 def _training(config: Config) -> dict[str, Any]:
@@ -121,9 +120,12 @@ def check_rebuild(rebuild: str | None, last: str) -> None:
 
 def check(config: Config, stages: Iterable[str]) -> None:
     """Refuse settings that would stop one of these stages, as far as they tell before anything is started or built."""
+    from nanodlm.data import clean
     from nanodlm.data.held_out import check_rows, check_size
     from nanodlm.training.trackers import check_packages
 
+    if "download" in stages:
+        clean.check(config.data)
     if "split" in stages:
         check_size(config.data)
     tokens, length = config.data.val_tokens, config.model.seq_len

@@ -37,7 +37,7 @@ def test_documents_of_other_files_are_not_gone_on_from(
         pq.write_table(pa.table({column: [f"wrong {n}" for n in range(200)]}), path)
     with monkeypatch.context() as meanwhile:
         meanwhile.setattr(download, "identity", lambda _: {"files": wrong})
-        meanwhile.setattr(download, "source_files", lambda _: wrong)
+        meanwhile.setattr(download, "files_apart", lambda _: [wrong])
         with pytest.raises(NanodlmError, match="has no column 'text'"):
             run.run_stage("download", config, store)
     assert list(Path(store.root).glob("download/*/attempts/*/parts/*")), "it had finished parts"

@@ -1,0 +1,157 @@
+"""Cleaning: documents that are mended, or left out for what they are or because another one has their text."""
+
+import math
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from tiktoken import Encoding
+
+from nanodlm.config import DataConfig
+from nanodlm.data.documents import Documents
+from nanodlm.data.shingles import Seen, apart, contains, runs, signatures
+from nanodlm.errors import UsageError
+
+Stream = Iterator[tuple[int, pa.Array]]  # documents, and the number of the source that they are from
+CONTAMINATED = ("contaminated_documents", "contaminated_bytes")
+LOOKED_AT = 2000  # bytes that tell a document's language
+
+
+def check(data: DataConfig) -> None:
+    """Refuse cleaning that needs a package which is not installed, and languages that cannot be told."""
+    for setting, package in (("repair", "ftfy"), ("languages", "eldc")):
+        if getattr(data, setting) and find_spec(package) is None:
+            raise UsageError(f"--data.{setting} needs {package}: pip install 'nanodlm[clean]'")
+    if data.languages:
+        from eldc import LANGUAGES
+
+        if unknown := {*data.languages} - {*LANGUAGES}:
+            raise UsageError(f"--data.languages has {min(unknown)!r}, which is none of {', '.join(LANGUAGES)}")
+
+
+def cleaned(data: DataConfig, stream: Stream, folder: Path, counts: dict[str, int]) -> Stream:
+    """Yield the documents that the settings want, in order, and count in `counts` what becomes of the others.
+
+    Which ones are near duplicates is known when all have been read: until then they wait in a file of `folder` that
+    has no name.
+    """
+    tests = _tests(data)
+    counts |= dict.fromkeys(["repaired"] * data.repair + [*tests], 0)
+
+    def one_by_one() -> Stream:
+        for source, array in stream:
+            array = _repaired(array, counts) if data.repair else array
+            for why, test in tests.items():
+                array = _filtered(array, test(array), why, counts)
+            if len(array):
+                yield source, array
+
+    if data.duplicates is None or data.duplicates == 1:
+        yield from one_by_one()
+        return
+    sources, found = [], bytearray()
+    with tempfile.TemporaryFile(dir=folder) as file:
+        column = pa.list_(pa.uint16()) if data.pretokenized else pa.large_string()
+        with pa.ipc.new_stream(file, pa.schema({"documents": column})) as writer:
+            for source, array in one_by_one():
+                found += signatures(Documents.of(array)).tobytes()
+                sources.append(source)
+                writer.write_batch(pa.record_batch([array], ["documents"]))
+        keep = apart(np.frombuffer(found, np.uint8).reshape(-1, 128), data.duplicates)
+        file.seek(0)
+        for source, batch in zip(sources, pa.ipc.open_stream(file), strict=True):
+            yield source, _filtered(batch.column(0), keep[: len(batch)], "near duplicates", counts)
+            keep = keep[len(batch) :]
+
+
+def _filtered(array: pa.Array, keep: np.ndarray, why: str, counts: dict[str, int]) -> pa.Array:
+    counts[why] = counts.get(why, 0) + int((~keep).sum())
+    return array if keep.all() else array.filter(pa.array(keep))
+
+
+def _tests(data: DataConfig) -> dict[str, Callable[[pa.Array], np.ndarray]]:
+    """Return what must be true of documents, by the reason for which the others are left out."""
+    tests: dict[str, Callable[[pa.Array], np.ndarray]] = {}
+    lengths = "list_value_length" if data.pretokenized else "utf8_length"
+    if least := data.min_length:
+        tests["too short"] = lambda array: pc.call_function(lengths, [array]).to_numpy() >= least
+    if most := data.max_length:
+        tests["too long"] = lambda array: pc.call_function(lengths, [array]).to_numpy() <= most
+    if data.languages:
+        tests["in other languages"] = lambda array: np.array(
+            [_language(text) in data.languages for text in Documents.of(array)]
+        )
+    if data.duplicates:
+        seen = Seen()
+        tests["exact duplicates"] = lambda array: seen.first(_numbers(Documents.of(array).hashed())[:, 0])
+    return tests
+
+
+def _numbers(keys: list[bytes]) -> np.ndarray:
+    """Return the two numbers of each key, which are uniform and independent, (N, 2), uint64."""
+    return np.frombuffer(b"".join(keys), "<u8").reshape(-1, 2)
+
+
+def _language(text: memoryview) -> str:
+    import eldc
+
+    eldc.init()
+    return eldc.detect(str(text[:LOOKED_AT], "utf-8", "ignore").replace("\0", " "))
+
+
+def _repaired(array: pa.Array, counts: dict[str, int]) -> pa.Array:
+    """Undo what decoding by a wrong table did to texts ("schÃ¶n"), and change nothing else."""
+    from ftfy import TextFixerConfig, fix_text
+
+    config = TextFixerConfig(
+        unescape_html=False, remove_terminal_escapes=False, fix_latin_ligatures=False, fix_character_width=False,
+        uncurl_quotes=False, fix_line_breaks=False, remove_control_chars=False, normalization=None,
+    )  # fmt: skip
+    texts = array.to_pylist()
+    fixed = [text if text.isascii() else fix_text(text, config) for text in texts]
+    counts["repaired"] += sum(map(str.__ne__, texts, fixed))
+    return pa.array(fixed, array.type)
+
+
+def held_out_runs(data: DataConfig, encoding: Encoding, tokens: np.ndarray) -> np.ndarray | None:
+    """Return the runs of words, or ids, in what is held out, as sorted hashes; None when they do not matter."""
+    if not data.decontaminate:
+        return None
+    values = tokens if data.pretokenized else np.frombuffer(encoding.decode_bytes(tokens.tolist()), np.uint8)
+    return np.sort(runs(Documents(values, np.array([0, len(values)])), data.decontaminate)[0])
+
+
+class Chosen:
+    """Which documents of a part, of those that are not held out, are trained on, and how many those are."""
+
+    def __init__(self, data: DataConfig, held_out: np.ndarray | None, weight: float):
+        """Take each `weight` times, in so many turns, but none that shares a run of words with what is held out."""
+        self.turns = math.ceil(weight)
+        self.documents = 0
+        self.counts = {} if held_out is None else dict.fromkeys(CONTAMINATED, 0)
+        self._held_out, self._weight, self._data = held_out, weight, data
+        self._perhaps = np.zeros(2**24, bool)  # by the first 24 bits of a hash, for few need be looked for
+        if held_out is not None:
+            self._perhaps[held_out >> np.uint64(40)] = True
+
+    def of(self, batches: Iterable[Documents], turn: int) -> Iterator[Documents]:
+        """Yield the documents of one turn: all, or in the last a share that their keys decide."""
+        for batch in batches:
+            if self._held_out is not None and len(batch):
+                hashes, owner = runs(batch, self._data.decontaminate or 0)
+                at = np.flatnonzero(self._perhaps[hashes >> np.uint64(40)])
+                at = at[contains(self._held_out, hashes[at])]
+                alike = np.bincount(owner[at], minlength=len(batch)) > 0
+                if turn == 0:
+                    self.counts[CONTAMINATED[0]] += int(alike.sum())
+                    self.counts[CONTAMINATED[1]] += batch.only(alike).flat.nbytes
+                batch = batch.only(~alike)
+            if (share := self._weight - turn) < 1:
+                batch = batch.only(_numbers(batch.keys(self._data.split_seed))[:, 1] < share * 2**64)
+            self.documents += len(batch)
+            if len(batch):
+                yield batch
