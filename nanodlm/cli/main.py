@@ -25,6 +25,8 @@ COMMANDS = {  # the file that holds it, and what it does
     "evaluate": ("run", "the evaluate stage alone"),
     "sample": ("run", "the sample stage alone"),
     "launch": ("run", "a stage on a cluster: a Slurm job or a Kubernetes JobSet"),
+    "score": ("score", "the bound of any text under a trained model"),
+    "compare": ("score", "in what runs differ, and whether their bounds do"),
     "bench train": ("bench", "speed and memory of updates, on random tokens"),
     "bench sample": ("bench", "speed of the sampler, with an untrained network"),
     "bench loader": ("bench", "speed of reading training rows"),
@@ -56,6 +58,7 @@ def main(argv: list[str] | None = None) -> NoReturn:
     """Run one command and exit: 0 done, 1 failed, 2 bad usage, 75 stopped by a signal after saving."""
     argv = sys.argv[1:] if argv is None else argv
     debug, code = "--debug" in argv, 0
+    warnings.formatwarning = lambda message, *_, **__: f"nanodlm: {message}\n"
     if not debug:  # the error that ends the command says in one line what threads of libraries would say of it
         if sys.unraisablehook is sys.__unraisablehook__:
             sys.unraisablehook = lambda _: None  # Orbax closes loops that its writes still report to

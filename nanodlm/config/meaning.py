@@ -18,7 +18,14 @@ def unread(config: Config) -> dict[str, Any]:
     noisy = kind.masks or kind.random_tokens
     estimator = objective.estimator or kind.estimators[0]
     steps = noisy and sample.sampler != "first_hitting"
-    of_noise = ("schedule.kind", "objective.times", "objective.weighting", "eval.repeats", "eval.seed")
+    of_noise = (
+        "schedule.kind",
+        "objective.times",
+        "objective.weighting",
+        "eval.repeats",
+        "eval.seed",
+        "eval.precision",
+    )
     read = {
         **dict.fromkeys(of_noise, noisy),
         "data.variable_share": config.data.rows == "document",
@@ -74,8 +81,8 @@ def training_settings(config: Config) -> dict[str, Any]:
 
 
 def evaluation_settings(config: Config) -> dict[str, Any]:
-    """Return the settings that determine what a network's bound is measured as."""
-    return as_read(config).eval.model_dump()
+    """Return the settings that determine what a network's bound is measured as, but for the sets."""
+    return as_read(config).eval.model_dump(exclude={"sets"})
 
 
 def sampling_settings(config: Config) -> dict[str, Any]:

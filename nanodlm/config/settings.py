@@ -203,17 +203,31 @@ class TrainConfig(Group):
     neither parameters nor the optimizer, its learning-rate schedule included."""
 
 
-class EvalConfig(Group):
-    """How the validation bound is measured."""
+class ScoreConfig(Group):
+    """How the bound of a text is measured."""
 
     batch_size: int = Field(default=64, ge=1)
     """Rows per forward pass, over all devices."""
     repeats: int = Field(default=1, ge=1)
     """Noise draws per row."""
+    precision: float | None = Field(default=None, gt=0)
+    """Bits per byte within which the noise's standard error is brought by further draws, of which there are at most
+    200."""
     max_rows: int | None = Field(default=None, ge=2)
-    """Rows to score, evenly spaced over the validation split; none scores all of it."""
+    """Rows to score, evenly spaced over the text; none scores all of it."""
+    stride: int | None = Field(default=None, ge=1)
+    """Tokens that are scored in each row, its last ones; those before are their context, given and scored before. None
+    scores every row by itself."""
     seed: int = Field(default=0, ge=0, lt=2**31)
     """Seed of the noise."""
+
+
+class EvalConfig(ScoreConfig):
+    """How the validation bound is measured, and that of other texts."""
+
+    sets: Sources = ()
+    """Further texts to score: files of any kind, or RECIPE=FILE, such as `lambada=test.jsonl`, which is read and
+    detokenised as published (evaluation/sets.py)."""
 
 
 class SampleConfig(Group):
@@ -320,6 +334,9 @@ class Config(Group):
             f"{2 * heads * max(1, round(width / 2 / heads))}": width % (2 * heads),
             f"model.conv_width ({model.conv_width}) must be odd": model.conv_width and model.conv_width % 2 == 0,
             f"{name} has no {objective.estimator} estimator": objective.estimator not in (None, *kind.estimators),
+            f"eval.stride ({self.eval.stride}) leaves out tokens of rows of {length}": (self.eval.stride or 0) > length,
+            "eval.stride is for rows of a stream: leave it out":
+                self.eval.stride and data.rows != "stream",
             f"objective.block_size ({block}) is larger than model.seq_len ({length})": block > length,
             f"{name} noise needs a schedule from 0 to 1, not {schedule}: try linear":
                 kind.random_tokens and schedule in get_args(JumpingSchedule),

@@ -122,15 +122,22 @@ class Objective:
     def row_nats(self, logits: Logits, x_0: Tokens, noised: Corruption) -> RowNats:
         """Return loss and bound of each row from the network's logits, in nats per sequence."""
         if self.mixed:
-            options = {"mask_id": self.mask_id, "uniform_share": self.noise_share}
-            real = x_0 < self.mask_id
-            tokens, noisy = (jnp.where(real, ids, 0) for ids in (x_0, noised.x_t))  # others have no finite gradient
-            rate, nats = mixed_divergence(logits, tokens, noisy, noised.mask_rate, **options)
-            weight, nats = noised.weight * rate, jnp.where(real, nats, 0.0).sum(axis=1)
+            weight, nats = self.mixed_terms(logits, x_0, noised)
+            nats = nats.sum(axis=1)
             return RowNats(self._reweigh(weight, noised.ratio) * nats, weight * nats)
         scored, weight = self._position_weights(x_0, noised)
         nats = cross_entropy(logits, x_0, scored, mask_id=self.mask_id)
         return RowNats((weight.loss * nats).sum(axis=1), (weight.bound * nats).sum(axis=1))
+
+    def mixed_terms(
+        self, logits: Logits, x_0: Tokens, noised: Corruption
+    ) -> tuple[Float[Array, "B"], Float[Array, "B L"]]:
+        """Return, for random tokens, each row's weight and each position's nats, whose products are the bound."""
+        options = {"mask_id": self.mask_id, "uniform_share": self.noise_share}
+        real = x_0 < self.mask_id
+        tokens, noisy = (jnp.where(real, ids, 0) for ids in (x_0, noised.x_t))  # others have no finite gradient
+        rate, nats = mixed_divergence(logits, tokens, noisy, noised.mask_rate, **options)
+        return noised.weight * rate, jnp.where(real, nats, 0.0)
 
     def fused_nats(
         self, features: Features, table: Table, x_0: Tokens, noised: Corruption, *, chunks: int = 1

@@ -1,95 +1,145 @@
-"""The evaluate stage: the bound on held-out text, with its standard error, beside the unigram entropy."""
+"""The evaluate stage: the bound on held-out text and on further sets, with its standard error."""
 
 import json
 import math
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
-import jax
 import numpy as np
 import tiktoken
-from flax import nnx
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from nanodlm.checkpoints.loading import load_artifact
-from nanodlm.config import Config, EvalConfig
+from nanodlm.config import Config, ScoreConfig
 from nanodlm.data.rows import evenly_spaced, read
 from nanodlm.data.shard import token_counts, unigram_nats
 from nanodlm.data.tokenizer import token_sizes
-from nanodlm.devices.mesh import cut, make_mesh
-from nanodlm.errors import Emit, silent
-from nanodlm.evaluation.scoring import make_scorer, score_rows
-from nanodlm.evaluation.uncertainty import count_documents, documents_in, ratio_stderr
+from nanodlm.errors import Emit, NanodlmError, silent
+from nanodlm.evaluation import sets
+from nanodlm.evaluation.scoring import draw
+from nanodlm.evaluation.uncertainty import count_documents, documents_in, interval, ratio_stderr
 from nanodlm.model.transformer import Transformer
 from nanodlm.store import Artifact, Attempt
 
+ROW = [("set", "<i4"), ("nats", "<f8"), ("tokens", "<i4"), ("bytes", "<i4"), ("first", "<i8"), ("last", "<i8")]
+COUNTS = ("tokens", "bytes", "characters", "rows", "documents")
+
+
+@dataclass(frozen=True)
+class Text:
+    """A stream of documents in rows, of each of which so many tokens at the beginning are given.
+
+    Rows are of equal length but for the last, which may be shorter; ids beyond the encoding's are padding. What is
+    scored of them follows each other.
+    """
+
+    rows: list[np.ndarray]
+    given: Int[np.ndarray, "N"]
+    scored: list[np.ndarray]  # the other tokens of each
+    documents: Int[np.ndarray, "N 2"]  # the first and the last that is scored in each, see `documents_in`
+
+    @classmethod
+    def cut(cls, tokens: Int[np.ndarray, "T"], length: int, end_of_text: int, options: ScoreConfig) -> Self:
+        """Cut tokens into rows, or for a stride into rows that overlap, each token being scored once."""
+        stride = options.stride or length
+        if stride > length:
+            raise NanodlmError(f"a stride of {stride} leaves out tokens: rows have {length}")
+        if stride == length or len(tokens) <= length:
+            starts, given = np.arange(0, len(tokens), length), np.zeros(-(-len(tokens) // length), int)
+        else:
+            ends = np.array([*range(length, len(tokens), stride), len(tokens)])
+            starts, given = ends - length, np.concatenate([[0], length - np.diff(ends)])
+        rows = [tokens[start : start + length] for start in starts]
+        scored = [row[n:][row[n:] <= end_of_text] for row, n in zip(rows, given, strict=True)]
+        documents, chosen = documents_in(scored, end_of_text), evenly_spaced(len(rows), options.max_rows)
+        return cls([rows[i] for i in chosen], given[chosen], [scored[i] for i in chosen], documents[chosen])
+
+    def of_tokens(self, end_of_text: int) -> Int[np.ndarray, "T"]:
+        """Return the document of each scored token."""
+        parts = zip(self.scored, self.documents[:, 0], strict=True)
+        return np.concatenate([first + np.cumsum(part == end_of_text) - (part == end_of_text) for part, first in parts])
+
 
 def evaluate(config: Config, inputs: dict[str, Artifact], attempt: Attempt, emit: Emit) -> dict[str, Any]:
-    """Stage: `score` the validation rows with the bound of the objective they were trained on; write `metrics.json`."""
+    """Stage: `score` the validation rows, and every set of `eval.sets`, with the bound of the objective trained on.
+
+    It writes `metrics.json` and `rows.npy`, the nats of every row, by which two models can be compared in pairs.
+    """
     model, encoding = load_artifact(inputs["train"])
-    shard = inputs["shard"]
-    rows = read(shard.file("validation.arrayrecord"), shard.metrics["dtype"])
-    chosen = evenly_spaced(len(rows), config.eval.max_rows)
-    documents = documents_in([row[row < encoding.n_vocab] for row in rows], encoding.eot_token)[chosen]
-    if config.data.rows == "document":  # also where its mark was cut off
-        documents = np.stack([chosen, chosen], axis=1)
-    rows, counts = [rows[i] for i in chosen], token_counts(shard)
-    metrics = score(model, encoding, rows, config.eval, documents=documents, counts=counts, emit=emit)
-    metrics["pretokenized"] = config.data.pretokenized  # only their end-of-text marks tell documents
+    shard, length, end = inputs["shard"], config.model.seq_len, encoding.eot_token
+    counts = token_counts(shard)
+    held_out = np.concatenate(read(shard.file("validation.arrayrecord"), shard.metrics["dtype"]))
+    streams = {"": held_out} | {word: sets.tokens(word, config.data, encoding) for word in config.eval.sets}
+    found, tables = [], []
+    for number, (word, tokens) in enumerate(streams.items()):
+        text = Text.cut(tokens, length, end, config.eval)
+        if not word and config.data.rows == "document":  # also where its mark was cut off
+            text = replace(text, documents=np.arange(len(text.rows))[:, None].repeat(2, axis=1))
+        metrics, nats = score(model, encoding, text, config.eval, counts=counts, emit=emit)
+        found.append({"file": sets.name_of(word), **metrics} if word else metrics)
+        tables.append(by_row(text, nats, encoding, number))
+    # Of pre-tokenised rows only their end-of-text marks tell documents.
+    metrics = {f"{'scored' if k in COUNTS else 'val'}_{k}": v for k, v in found[0].items()}
+    metrics |= {"pretokenized": config.data.pretokenized, "sets": found[1:]}
     (attempt.path / "metrics.json").write_text(json.dumps(metrics, indent=1))
+    np.save(attempt.path / "rows.npy", np.concatenate(tables))
     return metrics
+
+
+def by_row(text: Text, nats: Float[np.ndarray, "T"], encoding: tiktoken.Encoding, number: int = 0) -> np.ndarray:
+    """Return a table of rows: the number of their set, nats, tokens and bytes, first and last document."""
+    sizes, table = token_sizes(encoding)[:, 0], np.zeros(len(text.rows), ROW)
+    lengths = np.array([len(part) for part in text.scored])
+    table["set"], table["tokens"], table["bytes"] = number, lengths, [sizes[part].sum() for part in text.scored]
+    table["nats"] = np.add.reduceat(nats, np.cumsum(lengths) - lengths)
+    table["first"], table["last"] = text.documents.T
+    return table
 
 
 def score(
     model: Transformer,
     encoding: tiktoken.Encoding,
-    rows: list[np.ndarray],
-    options: EvalConfig,
+    text: Text,
+    options: ScoreConfig,
     *,
-    documents: Int[np.ndarray, "N 2"],
-    counts: Int[np.ndarray, "V"],
+    counts: Int[np.ndarray, "V"] | None = None,
     emit: Emit = silent,
-) -> dict[str, Any]:
-    """Return the bound of rows under the objective that a network carries, whatever weights it was trained on.
+) -> tuple[dict[str, Any], Float[np.ndarray, "T"]]:
+    """Return the bound of a text under the objective that a network carries, and what each scored token has of it.
 
-    Rows are of equal length but for the last, which may be shorter; ids beyond the encoding's are padding. Every row is
-    scored by itself: its bound is on -log p of its tokens without the text before it. Each row gets
-    `repeats` draws of noise. The standard error is for other documents: rows share `documents`, from `documents_in`,
-    unless there is one document, when they are taken as independent. `counts` are those of the training tokens.
+    The bound is on -log p of each row's scored tokens given those before them in the row, whatever weights it was
+    trained on. The standard error, and the 95% interval, are for other documents of the kind, with this noise; where
+    there is one document, rows are taken as independent, as `stderr_over` says, and of one row there is none.
+    `noise_stderr` is the share of the noise in it, in bits per byte; after one draw there is none.
 
-    Bits per byte divide by the bytes of the text; end-of-text marks add nats but no bytes. `val_stderr_over` says
-    whether the standard error is one over `documents` or over `rows`.
+    Bits per byte divide by the bytes of the text; end-of-text marks add nats but no bytes. The unigram entropy is that
+    of the `counts` of training tokens.
     """
-    scorer, mesh = make_scorer(model), make_mesh(options.batch_size)
-    params = jax.device_put(nnx.state(model), jax.NamedSharding(mesh, cut()))
-    nats = np.zeros(len(rows))
-    for repeat in range(options.repeats):
-        done = 0
-        noise = jax.random.fold_in(jax.random.key(options.seed), repeat)
-        for scored in score_rows(scorer, params, rows, noise, mesh=mesh, batch_size=options.batch_size):
-            nats[done : done + len(scored)] += scored / options.repeats
-            done += len(scored)
-            if done // options.batch_size % 20 == 0 or done == len(rows):
-                emit("progress", done=done + repeat * len(rows), total=len(rows) * options.repeats, unit="rows")
-    rows = [row[row < encoding.n_vocab] for row in rows]
-    tokens, row_tokens = np.concatenate(rows), np.array([len(row) for row in rows])
-    sizes = token_sizes(encoding)
+    tokens, sizes = np.concatenate(text.scored), token_sizes(encoding)
     n_bytes, n_characters = (int(n) for n in sizes[tokens].sum(axis=0))
-    row_bytes = np.array([sizes[row, 0].sum() for row in rows])
-    n_documents = count_documents(documents)
-    shared = documents if n_documents > 1 else None
-    unigram = unigram_nats(tokens, counts)
-    return {
-        "val_nats_per_token": float(nats.sum()) / len(tokens),
-        "val_nats_per_token_stderr": ratio_stderr(nats, row_tokens, shared),
-        "val_bits_per_byte": float(nats.sum()) / math.log(2) / n_bytes,
-        "val_bits_per_byte_stderr": ratio_stderr(nats, row_bytes, shared) / math.log(2),
-        "val_bits_per_character": float(nats.sum()) / math.log(2) / n_characters,
-        "val_stderr_over": "rows" if shared is None else "documents",
-        "val_unigram_nats_per_token": unigram,
-        "val_unigram_bits_per_byte": unigram * len(tokens) / math.log(2) / n_bytes,
-        "scored_tokens": len(tokens),
-        "scored_bytes": n_bytes,
-        "scored_characters": n_characters,
-        "scored_rows": len(rows),
-        "scored_documents": n_documents,
+    bits = math.log(2) * n_bytes
+    drawn = draw(model, text.rows, text.given, options, within=(options.precision or 0.0) * bits, emit=emit)
+    total, rows = float(drawn.nats.sum()), by_row(text, drawn.nats, encoding)
+    n_documents = count_documents(text.documents)
+    shared, n = (text.documents, min(len(rows), n_documents)) if n_documents > 1 else (None, len(rows))
+    errors = {of: ratio_stderr(rows["nats"], rows[of], shared) if n > 1 else None for of in ("tokens", "bytes")}
+    error = errors["bytes"] and errors["bytes"] / math.log(2)
+    context = f"the last {options.stride} given those before" if text.given.any() else "each by itself"
+    metrics = {
+        "nats_per_token": total / len(tokens),
+        "nats_per_token_stderr": errors["tokens"],
+        "perplexity": math.exp(total / len(tokens)),
+        "bits_per_byte": total / bits,
+        "bits_per_byte_stderr": error,
+        "bits_per_byte_interval": error and interval(total / bits, error, n),
+        "bits_per_character": total / math.log(2) / n_characters,
+        "stderr_over": "rows" if shared is None else "documents",
+        "noise_stderr": drawn.noise_stderr and drawn.noise_stderr / bits,
+        "draws": drawn.draws,
+        "protocol": f"{model.objective.kind}, rows of {len(text.rows[0])} tokens, {context}",
+        **dict(zip(COUNTS, (len(tokens), n_bytes, n_characters, len(rows), n_documents), strict=True)),
     }
+    if counts is not None:
+        unigram = unigram_nats(tokens, counts)
+        metrics |= {"unigram_nats_per_token": unigram, "unigram_bits_per_byte": unigram * len(tokens) / bits}
+    return metrics, drawn.nats

@@ -7,6 +7,7 @@ devices and the curve of the logs besides, which are no part of what a run is.
 import base64
 import html
 import json
+import math
 from collections.abc import Iterable
 from functools import partial
 from typing import Any
@@ -41,14 +42,20 @@ def build(config: Config, inputs: dict[str, Artifact], attempt: Attempt, emit: E
     speed = f"{t['train_tokens_per_second']:,.0f} tokens/s on {t['devices']} {t['device']}"
     if "waiting_share" in t:  # which earlier versions did not measure
         speed += f", {t['waiting_share']:.1%} of the time waiting for rows"
+    sets = m.get("sets", [])  # earlier versions had none
     rows = [
         ("validation bound", f"{m['val_bits_per_byte']:.4f} ± {m['val_bits_per_byte_stderr']:.4f} bits per byte"),
         ("", f"{m['val_nats_per_token']:.4f} ± {m['val_nats_per_token_stderr']:.4f} nats per token"),
+        ("", f"perplexity {math.exp(m['val_nats_per_token']):.2f} a token"),
         ("", f"{m['val_bits_per_character']:.4f} bits per character"),
         ("unigram entropy", f"{unigram:.4f} bits per byte: the bound is {against_unigram(m)} it"),
         ("standard error", f"over {over}{assumed}"),
         ("validation text", f"{m['scored_tokens']:,} tokens, {m['scored_bytes']:,} bytes"),
         ("", f"{m['scored_characters']:,} characters" + ", given how long each text is" * told),
+        *(
+            (s["file"], f"{s['bits_per_byte']:.4f} ± {s['bits_per_byte_stderr'] or math.nan:.4f} bits per byte")
+            for s in sets
+        ),
         ("objective", f"{config.objective.kind}, trained with {config.objective.weighting} weights"),
         ("trained on", f"{t['trained_tokens']:,} tokens in {t['updates']:,} updates"),
         ("speed", speed),

@@ -1,24 +1,41 @@
-"""The bound of rows under a model: what evaluation reports, and what ranks checkpoints while training."""
+"""The bound of rows under a model, token by token: what evaluation reports, and what ranks checkpoints in training."""
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key
 
-from nanodlm.devices.mesh import batch_sharding, constrain, logit_chunks
-from nanodlm.model.transformer import Transformer, segments
+from nanodlm.config import ScoreConfig
+from nanodlm.devices.mesh import batch_sharding, constrain, cut, logit_chunks, make_mesh
+from nanodlm.errors import Emit, silent
+from nanodlm.model.transformer import Ids, Transformer, segments
 
-Scorer = Callable[[Any, Int[Array, "B L"], Key[Array, ""]], Float[Array, "B"]]
+Scorer = Callable[[Any, Int[Array, "B L"], Int[np.ndarray, "B"], Key[Array, ""]], Float[Array, "B L"]]
+MOST_DRAWS = 200  # of noise, however precise a bound is to be
+
+
+class Drawn(NamedTuple):
+    """What each scored token costs, in nats: the mean over draws of noise; and the standard error of that of the sum.
+
+    The tokens' shares of the bound add up to it. Without noise the error is 0, and after one draw nothing tells it.
+    """
+
+    nats: Float[np.ndarray, "T"]
+    draws: int
+    noise_stderr: float | None
 
 
 def make_scorer(network: Transformer) -> Scorer:
-    """Return a function of (parameters, rows, key): the bound of each row in nats, whatever weights were trained on.
+    """Return a function of (parameters, rows, given, key): the bound in nats by token, whatever the trained weights.
 
+    So many first tokens of each row are given: the bound is on -log p of the others after them, and they cost nothing.
     Noise takes the count form, which has the least variance and no schedule in it; the autoregressive likelihood has no
     noise. A network that was told in training where documents end is told so from left to right only, where a mark that
     was read ends a document. Edges would tell others where masked end-of-text marks are. Padding is never read or
@@ -29,33 +46,85 @@ def make_scorer(network: Transformer) -> Scorer:
     objective = replace(objective, estimator="count", times="systematic", weighting="bound")
 
     @jax.jit
-    def nats_per_row(params: Any, x_0: Int[Array, "B L"], key: Key[Array, ""]) -> Float[Array, "B"]:
+    def nats_per_token(params: Any, x_0: Ids, given: Int[Array, "B"], key: Key[Array, ""]) -> Float[Array, "B L"]:
         segment_ids = segments(x_0, document_end, network.padding)
-        noised = objective.corrupt(x_0, key, segment_ids)
+        is_given = jnp.arange(x_0.shape[1]) < given[:, None]
+        target = jnp.where(is_given, objective.mask_id + 1, x_0)  # as padding, which is neither noised nor scored
+        if objective.traits.reads == "before":
+            noised = objective.corrupt(x_0, key, segment_ids)
+        else:
+            noised = objective.corrupt(target, key, segment_ids)
+            noised = noised._replace(x_t=jnp.where(is_given, x_0, noised.x_t))
         model = nnx.merge(graphdef, params)
         if objective.mixed:
-            bound = objective.row_nats(objective.logits(model, x_0, noised, segment_ids), x_0, noised).bound
+            weight, nats = objective.mixed_terms(objective.logits(model, x_0, noised, segment_ids), target, noised)
+            nats = weight[:, None] * nats
         else:
             chunks = logit_chunks(x_0.size, objective.mask_id)
             features = objective.logits(model.features, x_0, noised, segment_ids)
-            bound = objective.fused_nats(features, model.table, x_0, noised, chunks=chunks)[1].sum(axis=1)
-        return constrain(bound, None)  # on all devices, so that every process can read it
+            nats = objective.fused_nats(features, model.table, target, noised, chunks=chunks)[1]
+        return constrain(nats, None)  # on all devices, so that every process can read it
 
-    return nats_per_row
+    return nats_per_token
 
 
 def score_rows(
-    scorer: Scorer, params: Any, rows: list[np.ndarray], key: Key[Array, ""], *, mesh: Mesh, batch_size: int
-) -> Iterator[Float[np.ndarray, "B"]]:
-    """Yield the nats of each row, a batch at a time: equal keys give equal noise.
+    scorer: Scorer,
+    params: Any,
+    rows: list[np.ndarray],
+    key: Key[Array, ""],
+    *,
+    mesh: Mesh,
+    batch_size: int,
+    given: Int[np.ndarray, "N"] | None = None,
+) -> Iterator[Float[np.ndarray, "B L"]]:
+    """Yield the nats of each row by token, a batch at a time: equal keys give equal noise.
 
     All rows are of one length but for the last, which may be shorter and then is a batch of its own.
     """
+    given = np.zeros(len(rows), int) if given is None else given
     whole = len(rows) - (len(rows[-1]) != len(rows[0]))
     starts = [*range(0, whole, batch_size), *range(whole, len(rows))]
     for start, end in zip(starts, [*starts[1:], len(rows)], strict=True):
         # A short batch is filled up by repeating its rows; the copies' results are not used.
         filled = np.resize(np.stack(rows[start:end]), (batch_size, len(rows[start])))
         sent = jax.make_array_from_callback(filled.shape, batch_sharding(mesh), filled.__getitem__)
-        scored = scorer(params, sent, jax.random.fold_in(key, start))
+        scored = scorer(params, sent, np.resize(given[start:end], batch_size), jax.random.fold_in(key, start))
         yield np.asarray(scored)[: end - start]
+
+
+def draw(
+    network: Transformer,
+    rows: list[np.ndarray],
+    given: Int[np.ndarray, "N"],
+    options: ScoreConfig,
+    *,
+    within: float | None = None,
+    emit: Emit = silent,
+) -> Drawn:
+    """Return the bound of rows, of each of which so many tokens are given, by scored token.
+
+    There are `options.repeats` draws of noise, or as many as bring its standard error within so many nats, of all rows
+    together; at most `MOST_DRAWS`. Batches have noise of their own, so their spread over draws tells how many.
+    """
+    scorer, mesh = make_scorer(network), make_mesh(options.batch_size)
+    params = jax.device_put(nnx.state(network), jax.NamedSharding(mesh, cut()))
+    noisy = network.objective.traits.reads != "before"
+    nats, sums, wanted, error = np.zeros(1), [], options.repeats if noisy else 1, None if noisy else 0.0
+    while len(sums) < wanted:
+        key, done, tokens = jax.random.fold_in(jax.random.key(options.seed), len(sums)), 0, []
+        sums.append([])
+        for scored in score_rows(scorer, params, rows, key, mesh=mesh, batch_size=options.batch_size, given=given):
+            real = (row < network.objective.mask_id for row in rows[done:])  # and no padding
+            tokens += [of[n:][is_token[n:]] for of, n, is_token in zip(scored, given[done:], real, strict=False)]
+            sums[-1].append(float(scored.sum(dtype=np.float64)))
+            done += len(scored)
+            if len(sums[-1]) % 20 == 0 or done == len(rows):
+                emit("progress", done=done + (len(sums) - 1) * len(rows), total=len(rows) * wanted, unit="rows")
+        nats = nats + np.concatenate(tokens, dtype=np.float64)
+        spread = np.var(sums, axis=0, ddof=1).sum() if len(sums) > 1 else math.inf
+        error = math.sqrt(spread / len(sums)) if noisy and len(sums) > 1 else error
+        if noisy and within and len(sums) == wanted:
+            enough = math.ceil(min(spread / within**2, MOST_DRAWS)) if len(sums) > 1 else 0
+            wanted = max(2 + 8 // len(sums[0]), enough)  # a spread of few numbers is no measure
+    return Drawn(nats / len(sums), len(sums), error)

@@ -6,6 +6,7 @@ What is reported is the ratio of two sums over rows, such as nats over bytes.
 
 import numpy as np
 from jaxtyping import Float, Int
+from scipy.special import stdtrit
 
 
 def documents_in(rows: list[np.ndarray], end_of_text: int) -> Int[np.ndarray, "N 2"]:
@@ -57,3 +58,13 @@ def ratio_stderr(
     pairs = np.square(np.bincount(numbers, shares)) - np.bincount(numbers, np.square(shares))
     variance = (np.square(errors).sum() + max(pairs.sum(), 0.0)) * n / (n - 1)
     return float(np.sqrt(variance) / sizes.sum())
+
+
+def interval(value: float, stderr: float, n: int, share: float = 0.95) -> list[float]:
+    """Return the interval that covers the true value so often, of n documents, or rows: Student's, with n - 1 degrees.
+
+    >>> [round(end, 2) for end in interval(2.0, 0.1, 10)]
+    [1.77, 2.23]
+    """
+    reach = stderr * float(stdtrit(n - 1, (1 + share) / 2))
+    return [value - reach, value + reach]

@@ -77,7 +77,10 @@ def build(
         ):
             code = code_record(stage.module)  # as it is now, before anybody edits it
             metrics = stage.run(config, lookup.inputs, attempt, publish)
-            if stage.name == "download" and identify(stage, config, {}).fingerprint != fingerprint:
+            if (
+                stage.name in ("download", "evaluate")
+                and identify(stage, config, lookup.inputs).fingerprint != fingerprint
+            ):
                 raise NanodlmError("the source's files changed since they were looked up: run again")
             # Beside the digests that are part of the identity, the fingerprints tell where the inputs lie.
             lineage = {n: {"digest": a.digest, "fingerprint": a.fingerprint} for n, a in lookup.inputs.items()}

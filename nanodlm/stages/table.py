@@ -69,6 +69,13 @@ def _training(config: Config) -> dict[str, Any]:
     return {**training_settings(config), "started_from": find_checkpoint(config.exp.resume_path).digest}
 
 
+def _evaluation(config: Config) -> dict[str, Any]:
+    from nanodlm.evaluation.sets import identity
+
+    sets = [identity(word, config.data) for word in config.eval.sets]
+    return {**evaluation_settings(config), "sets": sets} if sets else evaluation_settings(config)
+
+
 StageName = Literal["download", "tokenizer", "split", "shard", "train", "evaluate", "sample"]
 HELD_OUT = ("split", "val_tokens", "val_share", "split_seed")  # the settings that decide it
 DOCUMENTS = ("download", "tokenizer")
@@ -84,8 +91,8 @@ ALL = (
     # Since version 3, rows of ids are joined before they are cut.
     Stage("shard", "data.shard:build_shards", (*DOCUMENTS, "split"), _shard, 3, volatile=COUNTS),
     Stage("train", "training.loop:train", ("shard", "tokenizer"), _training, own_process=True, volatile=LOGS),
-    # Since version 3, it counts characters.
-    Stage("evaluate", "evaluation.evaluate:evaluate", ("shard", "train"), evaluation_settings, 3, own_process=True),
+    # Since version 4, it keeps the nats of every row, and says the interval and the draws.
+    Stage("evaluate", "evaluation.evaluate:evaluate", ("shard", "train"), _evaluation, 4, own_process=True),
     Stage("sample", "generation.generate:generate", ("train",), sampling_settings, own_process=True),
     # Since version 2, its digest is that of its results alone.
     Stage("report", "evaluation.report:build", RESULTS, _settings("exp", "run_name"), 2, volatile=PAGES),
@@ -133,3 +140,5 @@ def check(config: Config, stages: Iterable[str]) -> None:
         check_rows(config.data, -(-tokens // length), tokens, length)
     if "train" in stages:
         check_packages(config)
+    if "evaluate" in stages:
+        _evaluation(config)  # which finds every set

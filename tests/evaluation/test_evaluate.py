@@ -5,6 +5,7 @@ import html
 import json
 import math
 import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -34,12 +35,14 @@ def test_evaluation_of_a_model_that_scores_all_tokens_alike_is_the_uniform_bound
     rows = list(np.random.default_rng(0).integers(0, 257, (20, 32)))
     # The output layer starts at zero: log 257 nats per token, whatever the noise.
     untrained = make_model(config, Vocabulary.of(encoding))
-    documents, counts = np.zeros((20, 2), int), np.ones(257, int)
-    metrics = evaluate.score(untrained, encoding, rows, config.eval, documents=documents, counts=counts)
-    assert math.isclose(metrics["val_nats_per_token"], math.log(257), rel_tol=1e-4)
-    assert (metrics["scored_rows"], metrics["scored_tokens"]) == (20, 640)
-    assert (metrics["scored_documents"], metrics["val_stderr_over"]) == (1, "rows")
-    assert math.isclose(metrics["val_unigram_nats_per_token"], math.log(257))
+    text = evaluate.Text(rows, np.zeros(20, int), rows, np.zeros((20, 2), int))
+    metrics, nats = evaluate.score(untrained, encoding, text, config.eval, counts=np.ones(257, int))
+    assert math.isclose(metrics["nats_per_token"], math.log(257), rel_tol=1e-4)
+    assert metrics["nats_per_token"] == pytest.approx(nats.mean())
+    assert metrics["perplexity"] == pytest.approx(257, rel=1e-3)
+    assert (metrics["rows"], metrics["tokens"]) == (20, 640)
+    assert (metrics["documents"], metrics["stderr_over"]) == (1, "rows")
+    assert math.isclose(metrics["unigram_nats_per_token"], math.log(257))
 
 
 def test_units_are_converted_by_the_bytes_of_the_same_tokens(trained: Artifact, models: Store) -> None:
@@ -79,6 +82,29 @@ def test_an_autoregressive_models_evaluated_number_is_minus_log_p_of_all_rows(mo
         edges = segments(x_0, encoding.n_vocab - 1) if isolated else None
         total += nanodlm.nelbo(model, x_0, jax.random.key(0), **options, segment_ids=edges).sum()
     assert result.metrics["val_nats_per_token"] == pytest.approx(float(total) / 1010, rel=1e-5)
+
+
+def test_further_sets_are_scored_and_count_by_content_and_every_row_is_kept(
+    trained: Artifact, models: Store, tmp_path: Path
+) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "test.jsonl").write_text('{"text": "“One two,” he said "}\n{"text": "three"}\n' * 20)
+    held_out, _ = stages_run.run_stage("evaluate", tiny(), models)
+    made = [
+        stages_run.run_stage("evaluate", tiny(eval={"sets": f"lambada={tmp_path}/{name}/test.jsonl"}), models)[0]
+        for name in ("a", "b")
+    ]
+    assert made[0].fingerprint == made[1].fingerprint != held_out.fingerprint
+    (found,) = made[0].metrics["sets"]
+    assert (found["file"], found["documents"], found["rows"]) == ("lambada", 40, 17)
+    assert found["bits_per_byte_interval"][0] < found["bits_per_byte"] < found["bits_per_byte_interval"][1]
+    table = np.load(made[0].file("rows.npy"))
+    assert {**made[0].metrics, "sets": []} == held_out.metrics
+    for number, m in enumerate([{k[4:]: v for k, v in made[0].metrics.items()}, found]):
+        rows = table[table["set"] == number]
+        assert rows["nats"].sum() / rows["tokens"].sum() == pytest.approx(m["nats_per_token"])
+        assert len(rows) == (20, 17)[number]
 
 
 def test_fewer_rows_are_spread_over_the_whole_split(trained: Artifact, models: Store) -> None:

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from nanodlm.evaluation.uncertainty import documents_in, ratio_stderr
+from nanodlm.evaluation.uncertainty import count_documents, documents_in, interval, ratio_stderr
 
 END = 9
 
@@ -74,3 +74,15 @@ def test_few_rows_that_share_documents_have_no_less_than_the_error_of_independen
 def test_one_document_has_no_standard_error() -> None:
     with pytest.raises(ValueError, match="one document"):
         ratio_stderr(np.array([1.0, 2.0]), np.ones(2), np.zeros((2, 2), int))
+
+
+@pytest.mark.parametrize("documents", [6, 40])
+def test_intervals_cover_the_truth_at_the_stated_rate(documents: int) -> None:
+    rng, covered = np.random.default_rng(4), 0
+    for _ in range(200):
+        rows, nats = stream(rng, documents=documents, mean_length=30, row=16)
+        sizes, shared = np.array([len(r) for r in rows]), documents_in(rows, END)
+        n = min(len(rows), count_documents(shared))
+        low, high = interval(nats.sum() / sizes.sum(), ratio_stderr(nats, sizes, shared), n)
+        covered += low <= 3.0 <= high
+    assert 0.9 * 200 <= covered <= 0.99 * 200

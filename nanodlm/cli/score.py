@@ -1,0 +1,118 @@
+"""Commands that put numbers on trained models: the bound of any text under one, and what sets two apart."""
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from typing_extensions import Doc
+from tyro.conf import arg
+
+from nanodlm.checkpoints.finding import find_model
+from nanodlm.cli.arguments import Output
+from nanodlm.cli.store import OpenStore
+from nanodlm.config import DataConfig, ScoreConfig, parse_address
+from nanodlm.data.sources import READERS, format_of
+from nanodlm.data.tokenizer import token_sizes
+from nanodlm.errors import UsageError, full_disk_named
+from nanodlm.store import Store
+
+Words = Annotated[tuple[str, ...], Doc("Model, else the newest, and texts."), arg(metavar="[MODEL] FILE ...")]
+Column = Annotated[str, Doc("Field of a row that holds the text.")]
+Unit = Annotated[Literal["document", "paragraph", "line"], Doc("What one document is in .txt files.")]
+Runs = Annotated[tuple[str, ...], Doc("Trained models, by run or address."), arg(metavar="RUN RUN ...")]
+Lines = Annotated[str, Doc("File for the bound of each document, as JSON lines."), arg(metavar="FILE.jsonl")]
+
+
+def score(
+    words: Words,
+    /,
+    how: Annotated[ScoreConfig, arg(name="")],
+    *,
+    column: Column = "text",
+    sample_by: Unit = "document",
+    per_document: Lines = "",
+    store: OpenStore,
+    out: Output,
+) -> None:
+    """Bound any texts under a trained model: files, or RECIPE=FILE."""
+    from nanodlm.checkpoints.loading import load
+    from nanodlm.evaluation import sets
+    from nanodlm.evaluation.evaluate import Text
+    from nanodlm.evaluation.evaluate import score as bound
+
+    model, *files = words if words and not _is_text(words[0]) else ("", *words)
+    if not files:
+        raise UsageError("name a file to score: nanodlm score [MODEL] FILE...")
+    data, found, lines = DataConfig(column=column, sample_by=sample_by), [], []
+    for word in files:
+        sets.identity(word, data)  # which says what is wrong with it before a model is loaded
+    network, encoding = load(find_model(model, store))
+    for word in files:
+        stream = sets.tokens(word, data, encoding)
+        text = Text.cut(stream, network.seq_len, encoding.eot_token, how)
+        with out.showing("score") as emit:
+            metrics, nats = bound(network, encoding, text, how, emit=emit)
+        recipe, _ = sets.recipe_of(word, data)
+        found.append({"file": word, **metrics, "published": (recipe and recipe.published) or None})
+        out.text(*described(found[-1]))
+        if per_document:
+            documents, parts = text.of_tokens(encoding.eot_token), np.concatenate(text.scored)
+            of_each = [np.bincount(documents, of) for of in (nats, np.ones(len(nats)), token_sizes(encoding)[parts, 0])]
+            for number in np.unique(documents).tolist():
+                cost, n_tokens, n_bytes = (float(values[number]) for values in of_each)
+                per_byte = cost / np.log(2) / n_bytes if n_bytes else None
+                line = {"nats": cost, "tokens": int(n_tokens), "bytes": int(n_bytes), "bits_per_byte": per_byte}
+                lines.append(json.dumps({"file": word, "document": number, **line}) + "\n")
+    if per_document:
+        with full_disk_named(per_document):
+            Path(per_document).write_text("".join(lines))
+    out.json(sets=found)
+
+
+def _is_text(word: str) -> bool:
+    """Say if a word names a text to score, and not a model."""
+    return os.path.isfile(word) or "=" in word or format_of(word)[0] in READERS
+
+
+def described(m: dict[str, Any]) -> list[str]:
+    """Return lines on a set's bound for people, with the units."""
+    known = m["bits_per_byte_stderr"] is not None
+    error, per_token = (
+        f" ± {m[f'{name}_stderr']:.4f}" if known else "" for name in ("bits_per_byte", "nats_per_token")
+    )
+    low, high = m["bits_per_byte_interval"] or (0, 0)
+    within = f" (95%: {low:.4f} to {high:.4f}, over {m['stderr_over']})" if known else " (one row: no standard error)"
+    noise = "" if not m["noise_stderr"] else f", its noise ± {m['noise_stderr']:.4f} bits per byte"
+    size = ", ".join(f"{m[name]:,} {name}" for name in ("tokens", "bytes", "documents", "rows"))
+    return [
+        f"{m['file']}: {m['bits_per_byte']:.4f}{error} bits per byte{within}",
+        f"  {m['nats_per_token']:.4f}{per_token} nats per token, perplexity {m['perplexity']:.2f} a token",
+        f"  {size}, {m['draws']} draw{'s' * (m['draws'] > 1)}{noise}",
+        f"  {m['protocol']}",
+        *([f"  published, in other units: {m['published']}"] if m["published"] else []),
+    ]
+
+
+def compare(runs: Runs, /, *, store: OpenStore, out: Output) -> None:
+    """Say in what trained runs differ from the first."""
+    from nanodlm.evaluation import compare as comparing
+
+    if len(runs) < 2:
+        raise UsageError("name two runs or more: nanodlm compare RUN RUN...")
+    found, opened = [], [parse_address(find_model(run, store)) for run in runs]
+    made = [comparing.made_from(Store(at.store).open(f"train/{at.fingerprint}")) for at in opened]
+    for run, artifacts in zip(runs[1:], made[1:], strict=True):
+        of = comparing.compare(made[0], artifacts)
+        found.append({"runs": [runs[0], run], **of})
+        out.text(f"{runs[0]} -> {run}", *(f"  {name}: {values}" for name, values in of["settings"].items()))
+        out.text(f"  data: {', '.join(of['data']) or 'nothing'} differs", f"  code: {len(of['code'])} files differ")
+        for m in of["bounds"]:
+            values = " -> ".join(f"{bits:.4f}" for bits in m["bits_per_byte"])
+            how = "rows in pairs" if m["paired"] else "other rows: as two samples"
+            error = f"{m['difference']:+.4f} ± {m['difference_stderr']:.4f}, p = {m['p']:.2g}, {how}"
+            out.text(f"  {m['set']}: {values} bits per byte: {error}")
+        for name, text in zip((runs[0], run), of["samples"], strict=bool(of["samples"])):
+            out.text(f"  a sample of {name}: {' '.join(text.split())}")
+    out.json(comparisons=found)

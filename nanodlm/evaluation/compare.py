@@ -1,0 +1,63 @@
+"""What sets runs apart: settings, data, code, and bounds with the significance of their difference."""
+
+import math
+from typing import Any
+
+import numpy as np
+from scipy.special import stdtr
+
+from nanodlm.config import differences
+from nanodlm.evaluation.report import texts_of
+from nanodlm.evaluation.uncertainty import count_documents, ratio_stderr
+from nanodlm.store import Artifact
+
+
+def made_from(train: Artifact) -> dict[str, Artifact]:
+    """Return the newest evaluation and samples of a training, as far as there are any, and itself, by stage."""
+    found = [one for _, one in train.store.artifacts(item for item in train.store if item[0] in ("evaluate", "sample"))]
+    mine = [one for one in found if isinstance(one, Artifact) and ("train", train.fingerprint) in one.inputs]
+    mine = [one for one in mine if one.stage == "sample" or "sets" in one.metrics]  # earlier versions kept no rows
+    return {"train": train} | {one.stage: one for one in sorted(mine, key=lambda one: one.manifest["created"])}
+
+
+def compare(first: dict[str, Artifact], second: dict[str, Artifact]) -> dict[str, Any]:
+    """Return how the second of two runs differs from the first; see `made_from`."""
+    trained = first["train"].manifest, second["train"].manifest
+    settings = differences(*({k: v for k, v in m["config"].items() if k != "exp"} for m in trained))
+    data = [name for name in trained[0]["inputs"] if len({m["inputs"][name]["digest"] for m in trained}) > 1]
+    files = [(m.get("code") or {}).get("files", {}) for m in trained]
+    code = sorted(name for name in files[0].keys() | files[1].keys() if files[0].get(name) != files[1].get(name))
+    found: dict[str, Any] = {"settings": settings, "data": data, "code": code, "bounds": []}
+    if "evaluate" in first and "evaluate" in second:
+        tables = [np.load(run["evaluate"].file("rows.npy"), allow_pickle=False) for run in (first, second)]
+        sets = [["held out", *(m["file"] for m in run["evaluate"].metrics["sets"])] for run in (first, second)]
+        for name in filter(sets[1].__contains__, sets[0]):
+            rows = [t[t["set"] == of.index(name)] for t, of in zip(tables, sets, strict=True)]
+            found["bounds"] += [{"set": name, **bounds(*rows)}] if min(map(len, rows)) > 1 else []
+    both = "sample" in first and "sample" in second
+    found["samples"] = [texts_of(run["sample"])[0] for run in (first, second)] if both else []
+    return found
+
+
+def bounds(first: np.ndarray, second: np.ndarray) -> dict[str, Any]:
+    """Return the bounds of two tables of rows in bits per byte, how they differ, and the p-value of no difference.
+
+    Rows that are the same text are compared in pairs, so that what makes a text hard to both counts as no difference
+    between them; others, as of two tokenizers, as samples of their own. By Student's t, for other documents.
+    """
+    tables = first, second
+    bits = [float(rows["nats"].sum() / rows["bytes"].sum()) / math.log(2) for rows in tables]
+    documents = [np.stack([rows["first"], rows["last"]], axis=1) for rows in tables]
+    counts = [count_documents(of) for of in documents]
+    shared = [of if count > 1 else None for of, count in zip(documents, counts, strict=True)]
+    names = [name for name in first.dtype.names or () if name not in ("nats", "set")]
+    paired = len(first) == len(second) and all((first[name] == second[name]).all() for name in names)
+    if paired:
+        error = ratio_stderr(second["nats"] - first["nats"], first["bytes"], shared[0])
+    else:
+        error = math.hypot(*(ratio_stderr(t["nats"], t["bytes"], of) for t, of in zip(tables, shared, strict=True)))
+    n = min(min(len(rows), count) if count > 1 else len(rows) for rows, count in zip(tables, counts, strict=True))
+    error /= math.log(2)
+    change = bits[1] - bits[0]
+    p = 2 * float(stdtr(n - 1, -abs(change) / error)) if error else float(change == 0)
+    return {"bits_per_byte": bits, "difference": change, "difference_stderr": error, "p": p, "paired": paired}
