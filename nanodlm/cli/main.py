@@ -24,6 +24,7 @@ COMMANDS = {  # the file that holds it, and what it does
     "train": ("run", "the train stage alone, without Prefect"),
     "evaluate": ("run", "the evaluate stage alone"),
     "sample": ("run", "the sample stage alone"),
+    "certify": ("certify", "prove the bound of a text by compression"),
     "launch": ("run", "a stage on a cluster: a Slurm job or a Kubernetes JobSet"),
     "bench train": ("bench", "speed and memory of updates, on random tokens"),
     "bench sample": ("bench", "speed of the sampler, with an untrained network"),

@@ -16,16 +16,17 @@ from nanodlm.model.transformer import Transformer, segments
 Scorer = Callable[[Any, Int[Array, "B L"], Key[Array, ""]], Float[Array, "B"]]
 
 
-def make_scorer(network: Transformer) -> Scorer:
+def make_scorer(network: Transformer, group: int = 1) -> Scorer:
     """Return a function of (parameters, rows, key): the bound of each row in nats, whatever weights were trained on.
 
     Noise takes the count form, which has the least variance and no schedule in it; the autoregressive likelihood has no
     noise. A network that was told in training where documents end is told so from left to right only, where a mark that
-    was read ends a document. Edges would tell others where masked end-of-text marks are.
+    was read ends a document. Edges would tell others where masked end-of-text marks are. With a `group` it is the bound
+    for telling so many tokens at once, none of which knows the others.
     """
     graphdef, objective = nnx.graphdef(network), network.objective
     document_end = network.document_end if objective.traits.edges_known else None
-    objective = replace(objective, estimator="count", times="systematic", weighting="bound")
+    objective = replace(objective, estimator="count", times="systematic", weighting="bound", group=group)
 
     @jax.jit
     def nats_per_row(params: Any, x_0: Int[Array, "B L"], key: Key[Array, ""]) -> Float[Array, "B"]:
