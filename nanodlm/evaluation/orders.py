@@ -69,7 +69,7 @@ def walk(
                 logits = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
                 log_p = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
                 np.put_along_axis(x, chosen, tell(row + chosen, log_p), axis=1)
-        emit("progress", done=start + x.size, total=n_tokens, unit="tokens")
+                emit("progress", done=start + len(x) * min(step + group, last), total=n_tokens, unit="tokens")
     return told
 
 
