@@ -18,7 +18,7 @@ from nanodlm.checkpoints.loading import load_artifact
 from nanodlm.config import PRESETS, Config
 from nanodlm.data.rows import evenly_spaced, read
 from nanodlm.data.tokenizer import token_sizes
-from nanodlm.evaluation.orders import bound_nats, order_nats, random_order
+from nanodlm.evaluation.orders import bound_nats, random_order, walk
 from nanodlm.evaluation.uncertainty import documents_in, ratio_stderr
 from nanodlm.stages.run import default_store
 from nanodlm.store import Store
@@ -59,7 +59,9 @@ def orders(
         print(f"| {order} | {calls:,} | {nats.sum() / x_0.size:.4f} | {bits:.4f} ± {stderr:.4f} |")
 
     def of_rows(tokens: np.ndarray, order: Any) -> np.ndarray:
-        return order_nats(model, tokens.ravel(), order).reshape(-1, *x_0.shape).sum(axis=2)
+        told = tokens.ravel()
+        nats = walk(model, len(told), lambda places, log_p: told[places], order)[1]
+        return nats.reshape(-1, *x_0.shape).sum(axis=2)
 
     print("| order | network calls a row | nats per token | bits per byte |")
     print("|---|---|---|---|")

@@ -9,6 +9,7 @@ from typing import Annotated
 from typing_extensions import Doc
 from tyro.conf import arg
 
+from nanodlm.checkpoints.finding import find_model
 from nanodlm.cli.arguments import Output
 from nanodlm.cli.store import OpenStore
 from nanodlm.errors import UsageError, full_disk_named
@@ -31,7 +32,6 @@ def certify(
     out: Out = "",
     steps: Steps = 0,
     seed: Annotated[int, Doc("Seed of the orders and of the bound's noise.")] = 0,
-    draws: Annotated[int, Doc("Draws of the bound's noise.")] = 16,
     console: Output,
 ) -> None:
     """Prove the bound of a text: code it with a model, in as many bits, and decode it again."""
@@ -40,10 +40,9 @@ def certify(
         given = Path(decode or file).read_bytes() if decode or file else b""
     except OSError as error:
         raise UsageError(f"cannot read {decode or file}: {error.strerror}") from error
-    if min(seed, steps, draws - 1) < 0 or seed >= 2**32:
-        raise UsageError("--draws must be at least 1, --steps and --seed 0, and --seed below 4294967296")
+    if steps < 0 or not 0 <= seed < 2**31:
+        raise UsageError("--steps and --seed must not be negative, nor --seed above 2147483647")
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_dir() / "compiled"))  # for the decoder
-    from nanodlm.checkpoints.finding import find_model
     from nanodlm.checkpoints.loading import load
     from nanodlm.evaluation import certificate
 
@@ -55,7 +54,7 @@ def certify(
             found = {"bytes": len(written)}
         else:
             tokens = certificate.tokens_of(encoding, given) if file else certificate.held_out(encoding, address)
-            options = {"group": math.ceil(network.seq_len / (steps or network.seq_len)), "seed": seed, "draws": draws}
+            options = {"group": math.ceil(network.seq_len / (steps or network.seq_len)), "seed": seed}
             written, found = certificate.compress(network, encoding, tokens, **options, emit=emit)
     if out:
         with full_disk_named(out):

@@ -21,7 +21,7 @@ from nanodlm.data.documents import Documents
 from nanodlm.data.rows import read
 from nanodlm.data.tokenizer import token_sizes, tokenise
 from nanodlm.errors import Emit, NanodlmError, UsageError
-from nanodlm.evaluation.orders import Tokens, bound_nats, order_nats, random_order, walk
+from nanodlm.evaluation.orders import Tokens, bound_nats, random_order, walk
 from nanodlm.model.transformer import Transformer
 from nanodlm.store import Store
 
@@ -33,6 +33,7 @@ except ImportError as error:
 HEADER = struct.Struct("<8s32s32sIIQ")  # magic, sha256 of parameters and of the text, seed, group, number of tokens
 MAGIC = b"nanodlm\x01"
 HELD_OUT = 100_000  # bytes of the held-out text that are coded
+DRAWS = 16  # of noise, for the bound
 FAMILY = stream.model.Categorical(perfect=False)  # each token has at least one of 2^24 parts
 
 
@@ -60,12 +61,12 @@ def held_out(encoding: tiktoken.Encoding, address: str) -> Tokens:
 
 
 def compress(
-    network: Transformer, encoding: tiktoken.Encoding, tokens: Tokens, *, group: int, seed: int, draws: int, emit: Emit
+    network: Transformer, encoding: tiktoken.Encoding, tokens: Tokens, *, group: int, seed: int, emit: Emit
 ) -> tuple[bytes, dict[str, Any]]:
-    """Return the file of a text, and how its length compares with the bound, from so many draws of noise.
+    """Return the file of a text, and how its length compares with the bound, drawn for the same rows.
 
-    Both are of the same rows, and equal but for the order and the noise that were drawn. So their difference in a row
-    is 0 on average, and the standard error of its sum is the root of the sum of its squares.
+    Only the order and the noise that were drawn set them apart. So a row's difference is 0 on average, and
+    the standard error of its sum is the root of the sum of its squares.
     """
     coder = stream.queue.RangeEncoder()
 
@@ -73,12 +74,12 @@ def compress(
         coder.encode(tokens[places].ravel().astype(np.int32), FAMILY, np.exp(log_p).reshape(places.size, -1))
         return tokens[places]
 
-    nats = order_nats(network, tokens, random_order(network, seed), tell, group=group, emit=emit)
+    _, nats = walk(network, len(tokens), tell, random_order(network, seed), group=group, emit=emit)
     text = text_of(encoding, tokens)
     sha256 = bytes.fromhex(parameters_sha256(nnx.state(network))), hashlib.sha256(text).digest()
     data = HEADER.pack(MAGIC, *sha256, seed, group, len(tokens)) + coder.get_compressed().astype("<u4").tobytes()
     data += zlib.crc32(data).to_bytes(4, "little")
-    bound = bound_nats(network, tokens, group=group, draws=draws, seed=seed)
+    bound = bound_nats(network, tokens, group=group, draws=DRAWS, seed=seed)
     difference = np.add.reduceat(nats, np.arange(0, len(tokens), network.seq_len)) - bound
     bits_per_byte = 1 / math.log(2) / len(text)
     return data, {
@@ -107,7 +108,7 @@ def decompress(network: Transformer, encoding: tiktoken.Encoding, data: bytes, e
     def tell(places: np.ndarray, log_p: np.ndarray) -> np.ndarray:
         return coder.decode(FAMILY, np.exp(log_p).reshape(places.size, -1)).reshape(places.shape)
 
-    tokens = walk(network, n_tokens, tell, random_order(network, seed), group=group, emit=emit)
+    tokens, _ = walk(network, n_tokens, tell, random_order(network, seed), group=group, emit=emit)
     if hashlib.sha256(text := text_of(encoding, tokens)).digest() != sha256:
         raise NanodlmError("another text came out: decode where it was coded, with the same packages and processors")
     return text

@@ -32,57 +32,41 @@ Tell = Callable[[Int[np.ndarray, "B n"], Float[np.ndarray, "B n V"]], Int[np.nda
 
 def random_order(network: Transformer, seed: int) -> Order:
     """Return what draws an order for each row: uniformly random within a block, of blocks from left to right."""
-    rng, objective = np.random.default_rng(seed), network.objective
-
-    def order(shape: tuple[int, int]) -> Int[np.ndarray, "B L"]:
-        block = np.arange(shape[1]) // (objective.traits.block_size(objective.block_size) or shape[1])
-        return np.argsort(block + rng.random(shape), axis=1)
-
-    return order
+    rng, size = np.random.default_rng(seed), _block(network)
+    return lambda shape: np.argsort(np.arange(shape[1]) // (size or shape[1]) + rng.random(shape), axis=1)
 
 
 def walk(
     network: Transformer, n_tokens: int, tell: Tell, order: Order | None, *, group: int = 1, emit: Emit = silent
-) -> Tokens:
-    """Go through the rows of a text in an order that draws on nothing but what was told; return the tokens told.
+) -> tuple[Tokens, Float[np.ndarray, "T"]]:
+    """Go through the rows of a text in an order, being told its tokens; return them, and the -log p of each in nats.
 
     All rows of a batch go in step, a `group` of tokens at a time, of which none knows the others. Without an order, the
-    next token of a row is the one that is surest, given those told before. Left to right, only an autoregressive
-    network reads all that was told. Random tokens as noise have no such conditionals, and are a UsageError.
+    next token of a row is the one that is surest, given those told before. In groups of one, a row's sum is its exact
+    -log p, by the chain rule. Random tokens as noise have no such conditionals, and are a UsageError.
     """
-    objective, ask, params = network.objective, _make_ask(network), nnx.state(network)
-    if objective.mixed:
-        why = f"no token of {objective.kind} noise is known before the last step"
+    if network.objective.mixed:
+        why = f"{network.objective.kind} noise never says which tokens are known"
         raise UsageError(f"{why}: certify takes absorbing, block and autoregressive models")
-    told = np.full(n_tokens, objective.mask_id, np.int32)
-    for start, shape in batches(n_tokens, network.seq_len):
-        x = told[start : start + math.prod(shape)].reshape(shape)  # a view
-        size = objective.traits.block_size(objective.block_size) or shape[1]
-        orders, row = order and order(shape), start + np.arange(shape[0])[:, None] * shape[1]
-        for first in range(0, shape[1], size):
-            last = min(first + size, shape[1])
-            everywhere = np.broadcast_to(np.arange(first, last), (shape[0], last - first))
+    ask, params = _make_ask(network), nnx.state(network)
+    tokens, nats = np.full(n_tokens, network.objective.mask_id, np.int32), np.zeros(n_tokens)
+    for start, (n_rows, length) in batches(n_tokens, network.seq_len):
+        x = tokens[start : start + n_rows * length].reshape(n_rows, length)  # a view
+        orders, row = order and order(x.shape), start + np.arange(0, x.size, length)[:, None]
+        size = _block(network) or length
+        for first in range(0, length, size):
+            last = min(first + size, length)
+            everywhere = np.tile(np.arange(first, last), (n_rows, 1))
             for step in range(first, last, group):
-                chosen = everywhere if orders is None else orders[:, step : min(step + group, last)]
+                next_ = everywhere if orders is None else orders[:, step : min(step + group, last)]
                 rate = np.float32((last - step) / (last - first))
-                chosen, logits = map(np.asarray, ask(params, x, rate, chosen, surest=orders is None))
+                next_, logits = map(np.asarray, ask(params, x, rate, next_, surest=orders is None))
                 logits = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
                 log_p = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
-                np.put_along_axis(x, chosen, tell(row + chosen, log_p), axis=1)
-                emit("progress", done=start + len(x) * min(step + group, last), total=n_tokens, unit="tokens")
-    return told
-
-
-def order_nats(network: Transformer, tokens: Tokens, order: Order | None, tell: Tell | None = None, **how: Any) -> Any:
-    """Return -log p of each token given those before it in an order, (T,), by the chain rule; see `walk`."""
-    nats = np.zeros(len(tokens))
-
-    def look_up(places: np.ndarray, log_p: np.ndarray) -> np.ndarray:
-        nats[places] = -np.take_along_axis(log_p, tokens[places][..., None], axis=2)[..., 0]
-        return tokens[places] if tell is None else tell(places, log_p)
-
-    walk(network, len(tokens), look_up, order, **how)
-    return nats
+                tokens[row + next_] = told = tell(row + next_, log_p)
+                nats[row + next_] = -np.take_along_axis(log_p, told[..., None], axis=2)[..., 0]
+                emit("progress", done=start + n_rows * min(step + group, last), total=n_tokens, unit="tokens")
+    return tokens, nats
 
 
 def bound_nats(network: Transformer, tokens: Tokens, *, group: int, draws: int, seed: int) -> Float[np.ndarray, "N"]:
@@ -106,6 +90,10 @@ def batches(n_tokens: int, length: int) -> Iterator[tuple[int, tuple[int, int]]]
         n_rows = min(max(1, AT_ONCE // length), (n_tokens - start) // length)
         yield start, (shape := (n_rows, length) if n_rows else (1, n_tokens - start))
         start += math.prod(shape)
+
+
+def _block(network: Transformer) -> int:
+    return network.objective.traits.block_size(network.objective.block_size)
 
 
 def _make_ask(network: Transformer) -> Any:
