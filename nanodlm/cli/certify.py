@@ -34,7 +34,7 @@ def certify(
     seed: Annotated[int, Doc("Seed of the orders and of the bound's noise.")] = 0,
     console: Output,
 ) -> None:
-    """Prove the bound of a text: code it with a model, in as many bits, and decode it again."""
+    """Prove the bound of a text by coding it with a model, or decode it again."""
     began, given = time.monotonic(), b""
     try:
         given = Path(decode or file).read_bytes() if decode or file else b""
