@@ -27,8 +27,8 @@ from nanodlm.store import Store
 def orders(
     config: Annotated[Config, tyro.conf.arg(name="")] = PRESETS["demo"],
     store: str = default_store(),
-    rows: int = 128,
-    most: int = 64,
+    rows: int = 64,
+    most: int = 16,
 ) -> list[dict[str, Any]]:
     """Score the same held-out rows in several orders, and by the bound.
 
