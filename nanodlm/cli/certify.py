@@ -63,11 +63,11 @@ def certify(
     if decode:
         console.text(f"{len(written):,} bytes, whose sha256 is that of what was coded")
     else:
-        header, ideal = 8 * found["header_bytes"] / found["bytes"], found["model_bits_per_byte"]
+        bits, ideal = found["bits_per_byte"], found["model_bits_per_byte"]
         console.text(
             f"text   {found['bytes']:,} bytes, {found['tokens']:,} tokens in {found['rows']:,} rows",
-            f"file   {found['file_bytes']:,} bytes: {found['bits_per_byte']:.4f} bits per byte, of tokens {ideal:.4f}, "
-            f"header {header:.4f}, coder {found['bits_per_byte'] - header - ideal:.4f}",
+            f"file   {found['file_bytes']:,} bytes: {bits:.4f} bits per byte, of which header and coder {bits - ideal:.4f}",
+            f"code   {ideal:.4f} bits per byte, -log p in the order that was drawn",
             f"bound  {found['bound_bits_per_byte']:.4f} ± {found['bound_bits_per_byte_stderr']:.4f} bits per byte",
         )
     console.json(**found)
