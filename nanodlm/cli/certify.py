@@ -66,7 +66,7 @@ def certify(
         bits, ideal = found["bits_per_byte"], found["model_bits_per_byte"]
         console.text(
             f"text   {found['bytes']:,} bytes, {found['tokens']:,} tokens in {found['rows']:,} rows",
-            f"file   {found['file_bytes']:,} bytes: {bits:.4f} bits per byte, of which header and coder {bits - ideal:.4f}",
+            f"file   {found['file_bytes']:,} bytes: {bits:.4f} bits per byte, header and coder {bits - ideal:.4f}",
             f"code   {ideal:.4f} bits per byte, -log p in the order that was drawn",
             f"bound  {found['bound_bits_per_byte']:.4f} ± {found['bound_bits_per_byte_stderr']:.4f} bits per byte",
         )
