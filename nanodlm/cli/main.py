@@ -24,6 +24,7 @@ COMMANDS = {  # the file that holds it, and what it does
     "train": ("run", "the train stage alone, without Prefect"),
     "evaluate": ("run", "the evaluate stage alone"),
     "sample": ("run", "the sample stage alone"),
+    "certify": ("certify", "prove the bound of a text by compression"),
     "launch": ("run", "a stage on a cluster: a Slurm job or a Kubernetes JobSet"),
     "score": ("score", "the bound of any text under a trained model"),
     "compare": ("score", "in what runs differ, and whether their bounds do"),

@@ -34,10 +34,12 @@ def mask_rows(
     estimator: Estimator,
     times: Times,
     num_timesteps: int,
+    group: int = 1,
 ) -> Corruption:
     """Mask rows; one that is all padding gets weight 0. The arguments are those of `Objective`.
 
-    Counts are of masked tokens, at least one, and what is masked is weighed by L / count.
+    Counts are of masked tokens, at least one, and what is masked is weighed by L / count. Where a `group`
+    of several is told at once, counts are rounded up to L, L - group and so on. The bound of that is larger.
 
     Sources: MD4, arXiv:2406.04329, equations 4 (continuous) and 6 (discrete); LLaDA, arXiv:2502.09992, equation 6, and
     RADD, arXiv:2406.03736, appendix C (count).
@@ -50,6 +52,7 @@ def mask_rows(
         if estimator == "constant_count":
             count = _paired_counts(length, order_key, time_key, times)
         count = jnp.clip(count, jnp.minimum(1, length), length)
+        count = length - (length - count) // group * group
         mask_rate = count / jnp.maximum(length, 1)
         t, weight = schedule.time_of(mask_rate), jnp.where(count > 0, 1 / mask_rate, 0.0)
         x_t = mask_subset(x_0, count, mask_key, mask_id=mask_id)

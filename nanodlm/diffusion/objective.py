@@ -56,6 +56,7 @@ class Objective:
     num_timesteps: int = 1000  # T of the discrete estimator
     times: Times = "systematic"  # how times or counts are spread over a batch's rows; see `noise.low_discrepancy`
     block_size: int = 1  # tokens per block, for `block`; the last one may be shorter
+    group: int = 1  # tokens told at once, from all masked to none: counts are of masks before such a step
     uniform_share: float = 0.1  # share of uniform noise at m = 1/2, for `hybrid`; see `mixed.shares`
     weighting: Weighting = "bound"
     max_weight: float = 10.0
@@ -101,9 +102,10 @@ class Objective:
         noise = {name: getattr(self, name) for name in ("schedule", "mask_id", "estimator", "times")}
         if self.mixed:
             return mix_rows(x_0, key, uniform_share=self.noise_share, **noise)
+        noise |= {"num_timesteps": self.num_timesteps, "group": self.group}
         if self.traits.reads == "block":
-            return mask_blocks(x_0, key, block_size=self.block_size, num_timesteps=self.num_timesteps, **noise)
-        return mask_rows(x_0, key, num_timesteps=self.num_timesteps, **noise)
+            return mask_blocks(x_0, key, block_size=self.block_size, **noise)
+        return mask_rows(x_0, key, **noise)
 
     def logits(self, denoise: Denoise, x_0: Tokens, noised: Corruption, segment_ids: Tokens | None = None) -> Logits:
         """Call the network on noised rows; only a block network is given x_0, of which it may read earlier blocks.

@@ -32,18 +32,19 @@ class Drawn(NamedTuple):
     noise_stderr: float | None
 
 
-def make_scorer(network: Transformer) -> Scorer:
+def make_scorer(network: Transformer, group: int = 1) -> Scorer:
     """Return a function of (parameters, rows, given, key): the bound in nats by token, whatever the trained weights.
 
     So many first tokens of each row are given: the bound is on -log p of the others after them, and they cost nothing.
     Noise takes the count form, which has the least variance and no schedule in it; the autoregressive likelihood has no
     noise. A network that was told in training where documents end is told so from left to right only, where a mark that
     was read ends a document. Edges would tell others where masked end-of-text marks are. Padding is never read or
-    scored: the bound of a padded row is that of its tokens alone, given how many there are.
+    scored: the bound of a padded row is that of its tokens alone, given how many there are. With a `group` it is the bound
+    for telling so many tokens at once, none of which knows the others.
     """
     graphdef, objective = nnx.graphdef(network), network.objective
     document_end = network.document_end if objective.traits.edges_known else None
-    objective = replace(objective, estimator="count", times="systematic", weighting="bound")
+    objective = replace(objective, estimator="count", times="systematic", weighting="bound", group=group)
 
     @jax.jit
     def nats_per_token(params: Any, x_0: Ids, given: Int[Array, "B"], key: Key[Array, ""]) -> Float[Array, "B L"]:

@@ -10,6 +10,7 @@ import tyro
 from benchmarks.ablation import ablation, compare, variants
 from benchmarks.bucket import bucket
 from benchmarks.orchestration import orchestration
+from benchmarks.orders import orders
 from benchmarks.plain import plain
 from benchmarks.race import race
 from benchmarks.runs import measure
@@ -62,7 +63,7 @@ def test_plain_updates_are_timed_beside_ours(config: Config) -> None:
     assert found["speedup"] == pytest.approx(found["plain_step_seconds"] / found["step_seconds"])
 
 
-@pytest.mark.parametrize("script", [race, ablation, variance, bucket, orchestration, plain])
+@pytest.mark.parametrize("script", [race, ablation, variance, bucket, orchestration, orders, plain])
 def test_every_script_lists_its_flags(script: Any, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         tyro.cli(script, args=["--help"])
@@ -123,6 +124,15 @@ def test_the_estimators_of_a_trained_models_bound_agree_and_vary_less_the_better
     for row in rows.values():  # the same number, whatever estimates it
         assert row["gradient_noise"] > 0
         assert abs(row["bound"] - count["bound"]) < 4 * math.hypot(row["bound_error"], count["bound_error"])
+
+
+@pytest.mark.slow
+def test_more_orders_are_a_tighter_bound_and_the_bound_is_their_mean(config: Config, store: str) -> None:
+    rows = {row["order"]: row for row in orders(config, store, rows=24, most=16)}
+    bound, *several = (row["nats_per_token"] for name, row in rows.items() if "16 draws" in name or "random" in name)
+    assert several == sorted(several, reverse=True)
+    assert bound == pytest.approx(several[0], rel=0.02)
+    assert rows["surest first"]["calls"] == 16
 
 
 @pytest.mark.slow
