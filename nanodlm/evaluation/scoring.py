@@ -39,8 +39,8 @@ def make_scorer(network: Transformer, group: int = 1) -> Scorer:
     Noise takes the count form, which has the least variance and no schedule in it; the autoregressive likelihood has no
     noise. A network that was told in training where documents end is told so from left to right only, where a mark that
     was read ends a document. Edges would tell others where masked end-of-text marks are. Padding is never read or
-    scored: the bound of a padded row is that of its tokens alone, given how many there are. With a `group` it is the bound
-    for telling so many tokens at once, none of which knows the others.
+    scored: the bound of a padded row is that of its tokens alone, given how many there are. With a `group` it is
+    the bound for telling so many tokens at once, none of which knows the others.
     """
     graphdef, objective = nnx.graphdef(network), network.objective
     document_end = network.document_end if objective.traits.edges_known else None
