@@ -46,8 +46,9 @@ def build_shards(config: Config, inputs: dict[str, Artifact], attempt: Attempt, 
         folder = inputs["download"].local(*(names[i] for i in missing))
         for i in missing:
             weight = (config.data.weights or (1,))[sources[i] if sources else 0]  # of the hub there is one source
-            chosen = Chosen(config.data, shared, weight)
-            infos[i] = _write_shard(config, encoding, held_out, folder / names[i], attempt, i, chosen)
+            infos[i] = _write_shard(
+                config, encoding, held_out, folder / names[i], attempt, i, Chosen(config.data, shared, weight)
+            )
             emit("progress", done=len(infos), total=len(names), unit="shards")
     shards = [infos[i] for i in range(len(names))]
     fields = ["train_rows", "train_tokens", "train_documents", "dropped_tokens", "cut_documents"]
@@ -55,9 +56,10 @@ def build_shards(config: Config, inputs: dict[str, Artifact], attempt: Attempt, 
     # An attempt that an earlier version began has cut no documents.
     totals: dict[str, Any] = {field: sum(info.get(field, 0) for info in shards) for field in fields}
     if totals["train_rows"] == 0:
-        few = f"what is left for training has fewer than seq_len ({length}) tokens"
         remedy = "add text, or lower --model.seq_len" + (" or --data.val_tokens" if isinstance(cut, str) else "")
-        raise NanodlmError(f"no training row: {few}; {remedy}")
+        raise NanodlmError(
+            f"no training row: what is left for training has fewer than seq_len ({length}) tokens; {remedy}"
+        )
     first_key = min(info["first_key"] for info in shards)
     assert isinstance(cut, list) or first_key > cut, "a held-out document is among the training documents"
     val_rows, validation, lost = _validation(config, encoding, validation)
