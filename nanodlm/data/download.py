@@ -24,71 +24,72 @@ def download(config: Config, inputs: dict[str, Artifact], attempt: Attempt, emit
     before = identity(data)
     source = fingerprint_of(before)  # parts of what was read from other files are not gone on from
     column, bytes_each = ("tokens", 2) if data.pretokenized else ("text", 1)
-    sizes: list[int] = []  # values of each part
-    row_sizes: set[int] = set()
-    of, sources = 0, list[int]()  # the number of the source that is being read, and that of each part
-    finished = attempt.adopt_finished(name for name in attempt.earlier if name.startswith("part-"))
-    documents = 0
-    while (info := finished.get(_part(len(sizes)), {})).get("source") == source:
-        documents += info["documents"]
-        sizes.append(info["size"])
-        row_sizes.update(info["row_sizes"])
-        sources.append(info.get("of", 0))
-    for name in finished.keys() - {_part(i) for i in range(len(sizes))}:
-        attempt.forget(name)
-    writer = None
+    made = _earlier(attempt, source)  # what is known of each part
+    writer, of = None, 0  # the number of the source that is being read
 
     def finish(writer: Writer) -> None:
         writer.close()
-        name = _part(len(sizes))
-        row_sizes.update(writer.sizes)
         about = {"documents": writer.rows, "size": writer.size, "row_sizes": sorted(writer.sizes)}
-        attempt.finish(name, [name], **about, source=source, of=of)
-        sources.append(of)
-        sizes.append(writer.size)
-        emit("progress", done=sum(sizes) * bytes_each / 1e6, unit="MB")
+        attempt.finish(name := _part(len(made)), [name], **about, source=source, of=of)
+        made.append({**about, "of": of})
+        emit("progress", done=sum(part["size"] for part in made) * bytes_each / 1e6, unit="MB")
 
-    bad, bad_held_out = Bad(), Bad()
-    skip, full = documents, data.part_mb * 1e6 / bytes_each
-    counts: dict[str, int] = {}
+    bad, counts = [Bad()], dict[str, int]()
+    skip, full = sum(part["documents"] for part in made), data.part_mb * 1e6 / bytes_each
     apart = [import_module("nanodlm.data.hub").hub_files(data, emit)] if data.revision else files_apart(data)
-    for number, array in cleaned(data, _first(data, apart, bytes_each, bad), attempt.path, counts):
+    for number, array in cleaned(data, _first(data, apart, bytes_each, bad[0]), attempt.path, counts):
         if writer and number != of:
             writer = finish(writer)
         of = number
         array, skip = array[skip:], max(0, skip - len(array))
         while len(array):
-            writer = writer or Writer(attempt.path / _part(len(sizes)), column)
+            writer = writer or Writer(attempt.path / _part(len(made)), column)
             fits = filling(array, full - writer.size)
             writer.write(array[:fits])
-            documents, array = documents + min(fits, len(array)), array[fits:]
+            array = array[fits:]
             if writer.size >= full:
                 writer = finish(writer)
     if writer:
         finish(writer)
     if data.validation:
-        writer = Writer(attempt.path / VALIDATION, column)
-        for array in read_documents(data, source_files(validation_of(data)), bad_held_out):
-            writer.write(array)
-        writer.close()
+        bad.append(_write_validation(data, attempt, column))
     if identity(data) != before:
-        for part in range(len(sizes)):
+        for part in range(len(made)):
             attempt.forget(_part(part))
         raise NanodlmError("the source's files changed while they were read: run again")
-    if not sizes:
+    if not made:
         all_are = "empty or left out by cleaning" if counts else "empty"
         raise NanodlmError(f"{data.source[0]} holds no documents: every one is {all_are}")
-    for rows in (bad, bad_held_out):
+    for rows in bad:
         if rows.counts:
             emit("message", text=f"left out {rows}")
     if counts:
         emit("message", text="cleaned: " + ", ".join(f"{count:,} {what}" for what, count in counts.items()))
+    sizes, row_sizes = [part["size"] for part in made], {size for part in made for size in part["row_sizes"]}
+    found = {"parts": len(made), "documents": sum(part["documents"] for part in made), "bytes": sum(sizes) * bytes_each}
+    found |= {"bad_rows": dataclasses.asdict(bad[0]), "part_sizes": sizes} | ({"cleaned": counts} if counts else {})
+    found |= {"part_sources": [part.get("of", 0) for part in made]} if data.weights else {}
     # Rows of one size were cut from a stream, and are no documents.
-    packed = {"row_size": row_sizes.pop()} if data.pretokenized and len(row_sizes) == 1 else {}
-    found = {"parts": len(sizes), "documents": documents, "bytes": sum(sizes) * bytes_each}
-    found |= {"bad_rows": dataclasses.asdict(bad)}
-    found |= ({"cleaned": counts} if counts else {}) | ({"part_sources": sources} if data.weights else {})
-    return {**found, **packed, "part_sizes": sizes}
+    return found | ({"row_size": row_sizes.pop()} if data.pretokenized and len(row_sizes) == 1 else {})
+
+
+def _earlier(attempt: Attempt, source: str) -> list[dict[str, Any]]:
+    """Take over the first parts that an earlier attempt has made of the same source, and drop others."""
+    finished, made = attempt.adopt_finished(name for name in attempt.earlier if name.startswith("part-")), []
+    while (info := finished.get(_part(len(made)), {})).get("source") == source:
+        made.append(info)
+    for name in finished.keys() - {_part(i) for i in range(len(made))}:
+        attempt.forget(name)
+    return made
+
+
+def _write_validation(data: DataConfig, attempt: Attempt, column: str) -> Bad:
+    """Write the validation set of its own, and return what was left out of it."""
+    writer, bad = Writer(attempt.path / VALIDATION, column), Bad()
+    for array in read_documents(data, source_files(validation_of(data)), bad):
+        writer.write(array)
+    writer.close()
+    return bad
 
 
 def _first(data: DataConfig, apart: list[list[str]], bytes_each: int, bad: Bad) -> Stream:

@@ -37,8 +37,8 @@ def build_shards(config: Config, inputs: dict[str, Artifact], attempt: Attempt, 
     held_out = inputs["split"].metrics
     cut = held_out["cut"]
     validation = np.load(inputs["split"].file("validation.npy"), allow_pickle=False)
-    shared, sources = held_out_runs(config.data, encoding, validation), inputs["download"].metrics.get("part_sources")
-    names = parts(inputs["download"])
+    shared, names = held_out_runs(config.data, encoding, validation), parts(inputs["download"])
+    sources = inputs["download"].metrics.get("part_sources")
     finished = attempt.adopt_finished(map(data_rows.name, range(len(names))))
     infos = {i: finished[name] for i in range(len(names)) if (name := data_rows.name(i)) in finished}
     missing = [i for i in range(len(names)) if i not in infos]
@@ -46,9 +46,8 @@ def build_shards(config: Config, inputs: dict[str, Artifact], attempt: Attempt, 
         folder = inputs["download"].local(*(names[i] for i in missing))
         for i in missing:
             weight = (config.data.weights or (1,))[sources[i] if sources else 0]  # of the hub there is one source
-            infos[i] = _write_shard(
-                config, encoding, held_out, folder / names[i], attempt, i, Chosen(config.data, shared, weight)
-            )
+            chosen = Chosen(config.data, shared, weight)
+            infos[i] = _write_shard(config, encoding, held_out, folder / names[i], attempt, i, chosen)
             emit("progress", done=len(infos), total=len(names), unit="shards")
     shards = [infos[i] for i in range(len(names))]
     fields = ["train_rows", "train_tokens", "train_documents", "dropped_tokens", "cut_documents"]
@@ -57,9 +56,8 @@ def build_shards(config: Config, inputs: dict[str, Artifact], attempt: Attempt, 
     totals: dict[str, Any] = {field: sum(info.get(field, 0) for info in shards) for field in fields}
     if totals["train_rows"] == 0:
         remedy = "add text, or lower --model.seq_len" + (" or --data.val_tokens" if isinstance(cut, str) else "")
-        raise NanodlmError(
-            f"no training row: what is left for training has fewer than seq_len ({length}) tokens; {remedy}"
-        )
+        few = f"what is left for training has fewer than seq_len ({length}) tokens"
+        raise NanodlmError(f"no training row: {few}; {remedy}")
     first_key = min(info["first_key"] for info in shards)
     assert isinstance(cut, list) or first_key > cut, "a held-out document is among the training documents"
     val_rows, validation, lost = _validation(config, encoding, validation)
