@@ -1,6 +1,7 @@
 """What sets runs apart: settings, data, code, and bounds with the significance of their difference."""
 
 import math
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -12,30 +13,37 @@ from nanodlm.evaluation.uncertainty import count_documents, ratio_stderr
 from nanodlm.store import Artifact
 
 
-def made_from(train: Artifact) -> dict[str, Artifact]:
-    """Return the newest evaluation and samples of a training, as far as there are any, and itself, by stage."""
+def made_from(train: Artifact) -> dict[str, list[Artifact]]:
+    """Return a training and its evaluations and samples, as far as there are any, by stage; the newest come last."""
     found = [one for _, one in train.store.artifacts(item for item in train.store if item[0] in ("evaluate", "sample"))]
     mine = [one for one in found if isinstance(one, Artifact) and ("train", train.fingerprint) in one.inputs]
     mine = [one for one in mine if one.stage == "sample" or "sets" in one.metrics]  # earlier versions kept no rows
-    return {"train": train} | {one.stage: one for one in sorted(mine, key=lambda one: one.manifest["created"])}
+    mine.sort(key=lambda one: one.manifest["created"])
+    of_stage = {stage: [one for one in mine if one.stage == stage] for stage in ("evaluate", "sample")}
+    return {"train": [train], **of_stage}
 
 
-def compare(first: dict[str, Artifact], second: dict[str, Artifact]) -> dict[str, Any]:
-    """Return how the second of two runs differs from the first; see `made_from`."""
-    trained = first["train"].manifest, second["train"].manifest
+def compare(first: dict[str, list[Artifact]], second: dict[str, list[Artifact]]) -> dict[str, Any]:
+    """Return how the second of two runs differs from the first; see `made_from`.
+
+    Of several evaluations the newest two of equal settings are compared, for only then are rows the same.
+    """
+    trained = first["train"][0].manifest, second["train"][0].manifest
     settings = differences(*({k: v for k, v in m["config"].items() if k != "exp"} for m in trained))
     data = [name for name in trained[0]["inputs"] if len({m["inputs"][name]["digest"] for m in trained}) > 1]
     files = [(m.get("code") or {}).get("files", {}) for m in trained]
     code = sorted(name for name in files[0].keys() | files[1].keys() if files[0].get(name) != files[1].get(name))
     found: dict[str, Any] = {"settings": settings, "data": data, "code": code, "bounds": []}
-    if "evaluate" in first and "evaluate" in second:
-        tables = [np.load(run["evaluate"].file("rows.npy"), allow_pickle=False) for run in (first, second)]
-        sets = [["held out", *(m["file"] for m in run["evaluate"].metrics["sets"])] for run in (first, second)]
+    pairs = list(product(first["evaluate"], second["evaluate"]))
+    equal = [(one, other) for one, other in pairs if one.manifest["parameters"] == other.manifest["parameters"]]
+    if pair := (equal or pairs)[-1:]:
+        tables = [np.load(one.file("rows.npy"), allow_pickle=False) for one in pair[0]]
+        sets = [["held out", *(m["file"] for m in one.metrics["sets"])] for one in pair[0]]
         for name in filter(sets[1].__contains__, sets[0]):
             rows = [t[t["set"] == of.index(name)] for t, of in zip(tables, sets, strict=True)]
             found["bounds"] += [{"set": name, **bounds(*rows)}] if min(map(len, rows)) > 1 else []
-    both = "sample" in first and "sample" in second
-    found["samples"] = [texts_of(run["sample"])[0] for run in (first, second)] if both else []
+    both = first["sample"] and second["sample"]
+    found["samples"] = [texts_of(run["sample"][-1])[0] for run in (first, second)] if both else []
     return found
 
 

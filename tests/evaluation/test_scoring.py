@@ -168,6 +168,7 @@ def test_compare_says_what_two_runs_differ_in(
     other = nanodlm.train(tiny(**longer), models.uri())
     for config in (tiny(), tiny(**longer)):
         stages_run.run_stage("evaluate", config, models)
+    stages_run.run_stage("evaluate", tiny(eval={"seed": 5}), models)  # the newest, which the other run has not
     for words in (["--json"], []):
         with pytest.raises(SystemExit):
             main(["compare", trained.uri, "longer", "--store", models.uri(), *words])
@@ -175,7 +176,7 @@ def test_compare_says_what_two_runs_differ_in(
     (found,) = json.loads(said[0])["comparisons"]
     assert (found["settings"], found["data"], found["code"]) == ({"train.max_steps": "12 -> 14"}, [], [])
     (bound,) = found["bounds"]
-    metrics = compare.made_from(other)["evaluate"].metrics
+    metrics = compare.made_from(other)["evaluate"][-1].metrics
     assert (bound["paired"], bound["set"]) == (True, "held out")
     assert bound["bits_per_byte"][1] == pytest.approx(metrics["val_bits_per_byte"])
     assert "rows in pairs" in last
