@@ -11,6 +11,7 @@ from tyro.conf import arg
 
 from nanodlm.checkpoints.finding import find_model
 from nanodlm.cli.arguments import Output
+from nanodlm.cli.score import check_folder, is_text
 from nanodlm.cli.store import OpenStore
 from nanodlm.errors import UsageError, full_disk_named
 from nanodlm.store.cache import cache_dir
@@ -35,6 +36,11 @@ def certify(
     console: Output,
 ) -> None:
     """Prove the bound of a text by coding it with a model, or decode it again."""
+    if model and not file and is_text(model):
+        model, file = "", model
+    if file and decode:
+        raise UsageError(f"name a text to code, or --decode a file, not both: {file} and {decode}")
+    check_folder(out)
     began, given = time.monotonic(), b""
     try:
         given = Path(decode or file).read_bytes() if decode or file else b""

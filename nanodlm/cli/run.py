@@ -107,6 +107,7 @@ def _expected(config: Config, lacking: list[str], download: Artifact | None, tra
     unit, each = ("billion tokens", 2e9) if config.data.pretokenized else ("GB of text", 1e9)
     if names:
         from nanodlm.bench.data import rates, size_of
+        from nanodlm.data.sources import CLEANING
 
         size = download.metrics["bytes"] if download else size_of(config.data)
         if size is None or size > SHORT:
@@ -115,7 +116,11 @@ def _expected(config: Config, lacking: list[str], download: Artifact | None, tra
                 f"about {size / each:.2g} {unit}" if size else f"each {unit} of a source that does not tell its size"
             )
             spent = ", ".join(f"{name} {_duration((size or each) / speeds[name])}" for name in names)
-            lines.append(f"{about}: {spent} on {os.cpu_count()} cores, as {made_up / 1e6:.2g} made-up MB took just now")
+            cleaning = config.data.model_dump(include=CLEANING, exclude_defaults=True)
+            more = f", without {' and '.join(cleaning)}" if cleaning else ""
+            lines.append(
+                f"{about}: {spent} on {os.cpu_count()} cores, as {made_up / 1e6:.2g} made-up MB took just now{more}"
+            )
     model = config.model.model_dump(mode="json")
     if like := [one for one in trained if (one.manifest.get("config") or {}).get("model") == model]:
         last, t = max(like, key=lambda one: one.manifest["created"]), config.train

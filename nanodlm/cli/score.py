@@ -42,9 +42,10 @@ def score(
     from nanodlm.evaluation.evaluate import Text
     from nanodlm.evaluation.evaluate import score as bound
 
-    model, *files = words if words and not _is_text(words[0]) else ("", *words)
+    model, *files = words if words and not is_text(words[0]) else ("", *words)
     if not files:
         raise UsageError("name a file to score: nanodlm score [MODEL] FILE...")
+    check_folder(per_document)
     data, found, lines = DataConfig(column=column, sample_by=sample_by), [], []
     for word in files:
         sets.identity(word, data)  # which says what is wrong with it before a model is loaded
@@ -71,7 +72,13 @@ def score(
     out.json(sets=found)
 
 
-def _is_text(word: str) -> bool:
+def check_folder(file: str) -> None:
+    """Refuse a file to write whose folder is not there, before any work."""
+    if file and not Path(file).parent.is_dir():
+        raise UsageError(f"cannot write {file}: there is no folder {Path(file).parent}")
+
+
+def is_text(word: str) -> bool:
     """Say if a word names a text to score, and not a model."""
     return os.path.isfile(word) or "=" in word or format_of(word)[0] in READERS
 
@@ -107,12 +114,14 @@ def compare(runs: Runs, /, *, store: OpenStore, out: Output) -> None:
         of = comparing.compare(made[0], artifacts)
         found.append({"runs": [runs[0], run], **of})
         out.text(f"{runs[0]} -> {run}", *(f"  {name}: {values}" for name, values in of["settings"].items()))
-        out.text(f"  data: {', '.join(of['data']) or 'nothing'} differs", f"  code: {len(of['code'])} files differ")
+        out.text(f"  other data: {', '.join(of['data']) or 'none'}", f"  other code: {len(of['code'])} files")
         for m in of["bounds"]:
             values = " -> ".join(f"{bits:.4f}" for bits in m["bits_per_byte"])
             how = "rows in pairs" if m["paired"] else "other rows: as two samples"
             error = f"{m['difference']:+.4f} ± {m['difference_stderr']:.4f}, p = {m['p']:.2g}, {how}"
             out.text(f"  {m['set']}: {values} bits per byte: {error}")
+        if of["not_compared"]:
+            out.text(f"  bounds are not compared: {of['not_compared']}")
         for name, text in zip((runs[0], run), of["samples"], strict=bool(of["samples"])):
             out.text(f"  a sample of {name}: {' '.join(text.split())}")
     out.json(comparisons=found)

@@ -3,6 +3,7 @@
 A flag such as `--train.lr 1e-3`, or `PRESETS["demo"].replace(train={"lr": 1e-3})`, changes one and validates all again.
 """
 
+import math
 from typing import Annotated, Any, Literal, Self, get_args
 
 import tyro
@@ -324,6 +325,9 @@ class Config(Group):
                 data.pretokenized and data.tokenizer in ("bpe", "chars"),
             "data.weights needs a number for each of data.source, and one above 0":
                 data.weights and (len(data.weights) != len(data.source) or not any(data.weights)),
+            "data.weights needs each source once": data.weights and len({*data.source}) < len(data.source),
+            f"data.min_length ({data.min_length}) is above max_length ({data.max_length})":
+                (data.min_length or 0) > (data.max_length or math.inf),
             "token ids have no language and nothing to mend: leave --data.languages and --data.repair out":
                 data.pretokenized and (data.languages or data.repair),
             "val_share is one of the source's end: set --data.split last, and leave val_tokens out":

@@ -57,7 +57,9 @@ def card(encoding: Encoding, inputs: dict[str, Artifact], shards: list[Json], fr
     lengths = np.sum([shard.get("lengths", [0]) for shard in shards], axis=0) * ("row_size" not in download)
     bad = download.get("bad_rows", {"counts": {}, "first": []})
     left_out = {f"rows, {why}": count for why, count in bad["counts"].items()}
-    left_out |= {f"documents, {why}": count for why, count in download.get("cleaned", {}).items()}
+    cleaned = dict(download.get("cleaned", {}))
+    mended = cleaned.pop("repaired", 0)
+    left_out |= {f"documents, {why}": count for why, count in cleaned.items()}
     left_out |= {"tokens, in no row": dropped, "tokens, where the validation ends": held_out.get("val_dropped_tokens")}
     chosen = first({bytes.fromhex(beginning) for shard in shards for beginning in shard.get("beginnings", ())})
     texts = [encoding.decode(np.frombuffer(one, "<u4").tolist())[:LETTERS] for one in chosen]
@@ -70,6 +72,7 @@ def card(encoding: Encoding, inputs: dict[str, Artifact], shards: list[Json], fr
         "never_trained_on": int((frequencies == 0).sum()),
         "left_out": {what: count for what, count in left_out.items() if count},
         "first_left_out": bad["first"],
+        "mended": mended,
         "examples": [text.removesuffix(END_OF_TEXT) for text in texts],
     }
 
@@ -83,6 +86,8 @@ def described(card: Json) -> list[tuple[str, str]]:
     groups |= {"documents by tokens": bars}
     groups |= {"frequent tokens": [", ".join(f"{text!r} {n / total:.2%}" for text, n in card["frequent"])]}
     groups |= {"vocabulary": [f"{card['vocabulary']:,} tokens, {card['never_trained_on']:,} never trained on"]}
+    if card["mended"]:
+        groups |= {"mended": [f"{card['mended']:,} documents"]}
     left_out = [f"{count:,} {what}" for what, count in card["left_out"].items()]
     groups |= {"left out": [*left_out, *(" ".join(text.split()) for text in card["first_left_out"])] or ["nothing"]}
     return [(name if i == 0 else "", text) for name, texts in groups.items() for i, text in enumerate(texts)]

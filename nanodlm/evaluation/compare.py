@@ -27,16 +27,23 @@ def compare(first: dict[str, list[Artifact]], second: dict[str, list[Artifact]])
     """Return how the second of two runs differs from the first; see `made_from`.
 
     Of several evaluations the newest two of equal settings are compared, for only then are rows the same.
+    `not_compared` says why there are no bounds.
     """
     trained = first["train"][0].manifest, second["train"][0].manifest
     settings = differences(*({k: v for k, v in m["config"].items() if k != "exp"} for m in trained))
     data = [name for name in trained[0]["inputs"] if len({m["inputs"][name]["digest"] for m in trained}) > 1]
     files = [(m.get("code") or {}).get("files", {}) for m in trained]
     code = sorted(name for name in files[0].keys() | files[1].keys() if files[0].get(name) != files[1].get(name))
-    found: dict[str, Any] = {"settings": settings, "data": data, "code": code, "bounds": []}
+    found: dict[str, Any] = {"settings": settings, "data": data, "code": code, "bounds": [], "not_compared": ""}
     pairs = list(product(first["evaluate"], second["evaluate"]))
     equal = [(one, other) for one, other in pairs if one.manifest["parameters"] == other.manifest["parameters"]]
-    if pair := (equal or pairs)[-1:]:
+    layouts = {m["config"]["data"].get("rows", "stream") for m in trained}
+    if len(layouts) > 1:  # one of them is told how long each text is
+        found["not_compared"] = f"rows are {' and '.join(sorted(layouts))}: bounds of other questions"
+    elif not pairs:
+        lacking = " and ".join(run["train"][0].name for run in (first, second) if not run["evaluate"])
+        found["not_compared"] = f"there is no whole evaluation of {lacking}: `nanodlm evaluate` makes it"
+    elif pair := (equal or pairs)[-1:]:
         tables = [np.load(one.file("rows.npy"), allow_pickle=False) for one in pair[0]]
         sets = [["held out", *(m["file"] for m in one.metrics["sets"])] for one in pair[0]]
         for name in filter(sets[1].__contains__, sets[0]):

@@ -124,6 +124,9 @@ def score(
     shared, n = (text.documents, min(len(rows), n_documents)) if n_documents > 1 else (None, len(rows))
     errors = {of: ratio_stderr(rows["nats"], rows[of], shared) if n > 1 else None for of in ("tokens", "bytes")}
     error = errors["bytes"] and errors["bytes"] / math.log(2)
+    layout = "" if model.padding is None else ", of a stream, in which it was not trained"
+    if any(row[-1] > encoding.eot_token for row in text.rows):
+        layout = ", padded" + ": given how long each text is" * (not model.objective.traits.edges_known)
     context = f"the last {options.stride} given those before" if text.given.any() else "each by itself"
     metrics = {
         "nats_per_token": total / len(tokens),
@@ -136,7 +139,7 @@ def score(
         "stderr_over": "rows" if shared is None else "documents",
         "noise_stderr": drawn.noise_stderr and drawn.noise_stderr / bits,
         "draws": drawn.draws,
-        "protocol": f"{model.objective.kind}, rows of {len(text.rows[0])} tokens, {context}",
+        "protocol": f"{model.objective.kind}, rows of {len(text.rows[0])} tokens, {context}{layout}",
         **dict(zip(COUNTS, (len(tokens), n_bytes, n_characters, len(rows), n_documents), strict=True)),
     }
     if counts is not None:

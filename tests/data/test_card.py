@@ -30,7 +30,10 @@ def card_of(folder: Path, parts: list[list[Any]], found: dict[str, Any] | None =
 
 
 def test_the_card_counts_what_is_trained_on_and_what_is_left_out(tmp_path: Path) -> None:
-    bad = {"bad_rows": dataclasses.asdict(Bad({"null": 3}, ["a.jsonl:7: null"], 300)), "cleaned": {"too short": 12}}
+    bad = {
+        "bad_rows": dataclasses.asdict(Bad({"null": 3}, ["a.jsonl:7: null"], 300)),
+        "cleaned": {"repaired": 5, "too short": 12},
+    }
     card = card_of(tmp_path, [DOCUMENTS], bad, split="last")
     text = "".join(f"{text}\0" for text in DOCUMENTS).encode()[:-1000]
     kept = text[: len(text) // 32 * 32]
@@ -42,7 +45,8 @@ def test_the_card_counts_what_is_trained_on_and_what_is_left_out(tmp_path: Path)
     assert card["never_trained_on"] == 256 - len(counts)
     left_out = {"rows, null": 3, "documents, too short": 12, "tokens, in no row": len(text) - len(kept)}
     assert card["left_out"] == left_out
-    assert {("left out", "3 rows, null"), ("", "a.jsonl:7: null")} <= set(described(card))
+    said = {("left out", "3 rows, null"), ("", "a.jsonl:7: null"), ("mended", "5 documents")}
+    assert said <= set(described(card))
 
 
 @pytest.mark.parametrize(("documents", "data"), [(DOCUMENTS, {}), (RAGGED, {**IDS, "val_tokens": 100})])

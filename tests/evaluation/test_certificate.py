@@ -12,6 +12,7 @@ import pytest
 from tiktoken import Encoding
 
 from nanodlm.build import make_model
+from nanodlm.cli.main import main
 from nanodlm.config import PRESETS
 from nanodlm.data import tokenizer
 from nanodlm.data.documents import Documents
@@ -150,3 +151,22 @@ def test_the_command_codes_a_text_in_as_many_bits_as_the_bound_and_another_proce
     assert back.read_bytes() == text.read_bytes()
     held_out = commands.result_of(commands.nanodlm("certify", "--steps", "4", *where))
     assert held_out["tokens"] == 5000  # all that there is
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["certify", "TEXT", "--out", "none/here"], "cannot write none/here: there is no folder none"),
+        (["score", "TEXT", "--per_document", "none/here"], "cannot write none/here: there is no folder none"),
+        (["certify", "a-run", "TEXT", "--decode", "TEXT"], "name a text to code, or --decode a file, not both"),
+        (["certify", "TEXT"], "holds no trained model"),
+    ],
+)
+def test_what_cannot_be_done_is_said_before_any_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], says: str
+) -> None:
+    (tmp_path / "text.txt").write_text(TEXT)
+    words = [str(tmp_path / "text.txt") if word == "TEXT" else word for word in words]
+    with pytest.raises(SystemExit):
+        main([*words, "--store", str(tmp_path / "store")])
+    assert says in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """The bound by token: context that is given, noise drawn to a precision, and the commands that score texts."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -180,3 +181,13 @@ def test_compare_says_what_two_runs_differ_in(
     assert (bound["paired"], bound["set"]) == (True, "held out")
     assert bound["bits_per_byte"][1] == pytest.approx(metrics["val_bits_per_byte"])
     assert "rows in pairs" in last
+
+
+def test_bounds_of_other_layouts_or_missing_ones_are_not_compared(trained: Artifact, models: Store) -> None:
+    alone = {"train": [trained], "evaluate": [], "sample": []}
+    assert f"no whole evaluation of {trained.name} and {trained.name}" in compare.compare(alone, alone)["not_compared"]
+    data = {**trained.manifest["config"]["data"], "rows": "document"}
+    manifest = {**trained.manifest, "config": {**trained.manifest["config"], "data": data}}
+    other = {**alone, "train": [dataclasses.replace(trained, manifest=manifest)]}
+    found = compare.compare(alone, other)
+    assert (found["bounds"], found["not_compared"]) == ([], "rows are document and stream: bounds of other questions")
