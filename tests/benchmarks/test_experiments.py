@@ -143,4 +143,4 @@ def test_the_pipeline_runs_both_ways_and_again_from_the_store(config: Config) ->
     assert len(result["train_ratios"]) == 1
     # The clock of a process ticks every hundredth of a second: one that waits may have used none of it.
     assert 0 <= result["train_beside_direct"] < 4
-    assert 0 < result["train_beside_flow"] < 4
+    assert 0 <= result["train_beside_flow"] < 4
