@@ -5,7 +5,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,7 +98,7 @@ class Site:
             command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", "default", "--type", "process"]
             running = servers.running(command, log=self.home / "worker.log", **environment(**self.environ))
             self.worker = self.stack.enter_context(running)
-            self.stack.callback(lambda pid=self.worker.pid: [process.kill() for process in below(pid)])
+            self.stack.callback(kill_below, self.worker.pid)
         return self.worker
 
     def start(self, deployment: str, **parameters: Any) -> str:
@@ -152,6 +152,13 @@ class Site:
         """Return how many updates are saved."""
         saved = self.store.glob("train/*/attempts/*/parts/checkpoints/step_*.json")
         return max((int(path.stem.removeprefix("step_")) for path in saved), default=0)
+
+
+def kill_below(pid: int) -> None:
+    """Kill all that a process has started and that has not ended."""
+    for process in below(pid):
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def below(pid: int) -> list[psutil.Process]:
