@@ -16,13 +16,13 @@ The first three have one law, that of the model's reverse process. The next thre
 from inspect import signature
 from typing import Any
 
-from nanodlm.diffusion.blocks import decoder_of, sample_autoregressive, sample_blocks
+from nanodlm.diffusion.blocks import decoder_of, reverse_blocks, reverse_tokens
 from nanodlm.diffusion.checks import Rows, Seed, finite_tokens, random_key, require, require_whole
 from nanodlm.diffusion.noise import Denoise, Tokens
 from nanodlm.diffusion.objective import own_objective, settle
 from nanodlm.diffusion.schedules import Schedule
-from nanodlm.diffusion.steps import draw_rows
-from nanodlm.diffusion.tokens import _start
+from nanodlm.diffusion.steps import reverse_rows
+from nanodlm.diffusion.walks import Walk, to_end
 
 
 def sample(
@@ -55,7 +55,7 @@ def sample(
         schedule: The noise schedule or its name.
         num_steps: Number of steps, at least 1, of each block for a network of blocks; by default one for each position.
             `first_hitting` has its own.
-        **options: Those of `steps.draw_rows`, which follow but for the prompt.
+        **options: Those of `steps.reverse_rows`, which follow but for the prompt.
         sampler: One of `kinds.SAMPLERS`; see the module's table.
         temperature: Divides the logits; 0 takes the most likely token.
         top_k: Draw from the k most likely tokens only; 0 is off.
@@ -85,10 +85,39 @@ def sample(
     ...        num_steps=2, prompt=jnp.array([0])).tolist()
     [[0, 1, 1, 1]]
     """
+    options |= {"mask_id": mask_id, "schedule": schedule, "num_steps": num_steps, "prompt": prompt}
+    options |= {"uniform_share": uniform_share, "guidance": guidance}
+    return finite_tokens(to_end(reverse_process(denoise, key, shape=shape, **options)).tokens)
+
+
+def reverse_process(
+    denoise: Denoise,
+    key: Seed,
+    *,
+    shape: tuple[int, int],
+    mask_id: int | None = None,
+    schedule: Schedule | str | None = None,
+    num_steps: int | None = None,
+    prompt: Rows | None = None,
+    uniform_share: float | None = None,
+    guidance: float = 0.0,
+    **options: Any,
+) -> Walk:
+    """Return the walk from noise to text that `sample` takes to its end; arguments are the same, any kind of network goes.
+
+    Each step is one call of the network (two when guided), besides those that read blocks which are done. Only samplers
+    that mask again, and uniform and hybrid noise, change a token that is decided; the prompt never changes. To watch
+    the walk of a network, compiled once for all parameters, keys and prompts, with masks where to fill in:
+
+        def walk_of(params, key, prompt):
+            return reverse_process(nnx.merge(graphdef, params), key, shape=prompt.shape, prompt=prompt)
+
+        for state in step_by_step(walk_of)(params, key, prompt): ...
+    """
     own, key = own_objective(denoise), random_key(key)
     blocks = own is None and getattr(denoise, "block_size", 0)
     require(not blocks, "this network writes left to right: choose sample_blocks, or sample_autoregressive as trained")
-    unknown = sorted(options.keys() - signature(draw_rows).parameters.keys())
+    unknown = sorted(options.keys() - signature(reverse_rows).parameters.keys())
     require(not unknown, f"sample has no option {' and '.join(unknown)}")
     require_whole("num_steps", 1 if num_steps is None else num_steps)
     require(len(shape) == 2, f"the shape must be (rows, length), not {shape}")
@@ -100,12 +129,10 @@ def sample(
         if own.traits.reads == "before":
             given |= {name: options[name] for name in ("temperature", "top_k", "top_p") if name in options}
             given["document_end"] = getattr(denoise, "document_end", None)
-            return sample_autoregressive(decoder_of(denoise), key, shape=shape, **given)
-        _start(prompt, shape, own.mask_id)  # a prompt must fit the text, not only its blocks
-        length = -(-shape[1] // own.block_size) * own.block_size  # the text may end within the last block
+            return reverse_tokens(decoder_of(denoise), key, shape=shape, **given)
         options |= {"schedule": schedule, "num_steps": own.block_size if num_steps is None else num_steps}
-        return sample_blocks(decoder_of(denoise), key, shape=(shape[0], length), **given, **options)[:, : shape[1]]
+        return reverse_blocks(decoder_of(denoise), key, shape=shape, **given, **options)
     known = settle(denoise, schedule=schedule, mask_id=mask_id, noise_share=uniform_share)
     options |= {"num_steps": shape[1] if num_steps is None else num_steps, "guidance": guidance, "prompt": prompt}
     options |= {"uniform_share": known.pop("noise_share") or 0.0, **known}
-    return finite_tokens(draw_rows(denoise, key, shape=shape, **options))
+    return reverse_rows(denoise, key, shape=shape, **options)

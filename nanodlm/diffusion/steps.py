@@ -1,4 +1,4 @@
-"""The loops of the samplers: how masks become tokens as time runs from 1 to 0."""
+"""The steps of the samplers: how masks become tokens as time runs from 1 to 0."""
 
 import math
 from collections.abc import Callable
@@ -15,12 +15,22 @@ from nanodlm.diffusion.kinds import SAMPLERS, ByScore, InOrder
 from nanodlm.diffusion.mixed import shares
 from nanodlm.diffusion.noise import Denoise, Logits, Tokens, rank
 from nanodlm.diffusion.schedules import Schedule
-from nanodlm.diffusion.tokens import TINY, _categorical, _start, limited
+from nanodlm.diffusion.tokens import TINY, _categorical, _start, limited, probability
+from nanodlm.diffusion.walks import State, Walk, any_sound, end_rows, start_of
 
-State = tuple[Int[Array, ""], Tokens]  # number of the step, and tokens before it
+Step = Int[Array, ""]
+Psi = Float[Array, "B L"]  # the confidence of each token
 
 
-class _Walk(NamedTuple):
+class _Way(NamedTuple):
+    """Hold what makes one sampler: x_1, whether it goes on from x_t at a step, and the move from there to x_s."""
+
+    start: Tokens
+    more: Callable[[Step, Tokens], Bool[Array, ""]]
+    move: Callable[[Step, Tokens, Psi], tuple[Logits, Tokens]]  # to the model's logits at x_t, and x_s
+
+
+class _Shared(NamedTuple):
     """Hold what the samplers share: the start, the grid of times, the model, the distribution to draw from, a key."""
 
     start: Tokens
@@ -38,7 +48,7 @@ class _Walk(NamedTuple):
         return jnp.full(len(self.start), value)
 
 
-def draw_rows(
+def reverse_rows(
     denoise: Denoise,
     key: Key[Array, ""],
     *,
@@ -57,8 +67,8 @@ def draw_rows(
     entropy_bound: float = 0.1,
     remask: float = 0.02,
     loop_time: float = 0.1,
-) -> Tokens:
-    """Draw whole rows at a time, as `sampling.sample` says."""
+) -> Walk:
+    """Return the walk that draws whole rows at a time, as `sampling.sample` says."""
     require(sampler in SAMPLERS, f"unknown sampler {sampler!r}: choose one of {', '.join(SAMPLERS)}")
     require(grid in ("uniform", "cosine"), f"unknown grid {grid!r}: choose uniform or cosine")
     require_whole("num_steps", num_steps)
@@ -70,27 +80,49 @@ def draw_rows(
     require(0 <= remask <= 1, f"remask must be between 0 and 1, not {remask}")
     require(0 < loop_time < 1, f"loop_time must be above 0 and below 1, not {loop_time}")
     start = _start(prompt, shape, mask_id)
-    given = start != mask_id
+    guided = guidance > 0 and prompt is not None and jnp.asarray(prompt).size > 0
     start_key, token_key = jax.random.split(key)
 
     def predict(x_t: Tokens, t: Float[Array, "B"]) -> Logits:
         logits = predictable(check_logits(denoise(x_t, t), x_t), mask_id=mask_id)
-        if guidance == 0 or prompt is None or jnp.asarray(prompt).size == 0:
+        if not guided:
             return logits
-        without = predictable(denoise(jnp.where(given, mask_id, x_t), t), mask_id=mask_id)
-        return jnp.where(logits > -jnp.inf, (1 + guidance) * logits - guidance * without, -jnp.inf)
+        without = predictable(denoise(jnp.where(start != mask_id, mask_id, x_t), t), mask_id=mask_id)
+        return jnp.where(logits == -jnp.inf, -jnp.inf, (1 + guidance) * logits - guidance * without)
 
     times = _times(num_steps, grid, loop_time if sampler == "remdm_loop" else None)
     rates = schedule.mask_rate(times).at[0].set(1.0).at[-1].set(0.0)  # whatever the schedule does at its ends
     limit = partial(limited, temperature=temperature, top_k=top_k, top_p=top_p)
-    walk = _Walk(start, times, rates, mask_id, predict, limit, token_key)
+    shared = _Shared(start, times, rates, mask_id, predict, limit, token_key)
     if uniform_share > 0:
-        return _denoise_mixed(walk, start_key, uniform_share)
-    if sampler in get_args(InOrder):
-        return _unmask_in_order(walk, start_key, schedule, sampler)
-    if sampler in get_args(ByScore):
-        return _unmask_by_score(walk, schedule, sampler, entropy_bound)
-    return _remask(walk, start_key, sampler, remask)
+        way = _denoise_mixed(shared, start_key, uniform_share)
+    elif sampler in get_args(InOrder):
+        way = _unmask_in_order(shared, start_key, schedule, sampler)
+    elif sampler in get_args(ByScore):
+        way = _unmask_by_score(shared, schedule, sampler, entropy_bound)
+    else:
+        way = _remask(shared, start_key, sampler, remask)
+    return _walk(shared, way, redraws=uniform_share > 0, calls=1 + guided)
+
+
+def _walk(shared: _Shared, way: _Way, *, redraws: bool, calls: int) -> Walk:
+    """Make a sampler's moves a walk, in which a row ends where nothing can be drawn from its logits."""
+    given = shared.start != shared.mask_id
+
+    def more(state: State) -> Bool[Array, ""]:
+        return ~given.all() & any_sound(state.tokens) & way.more(state.step, state.tokens)
+
+    def body(state: State) -> State:
+        x_t = state.tokens
+        logits, x_s = way.move(state.step, x_t, state.confidence)
+        drawn = ~given if redraws else x_t == shared.mask_id
+        bad = (drawn & ~jnp.isfinite(logits.max(axis=-1))).any(axis=1, keepdims=True)
+        x_s = jnp.where(given | (x_t < 0).any(axis=1, keepdims=True), x_t, jnp.where(drawn & bad, -1, x_s))
+        confidence = jnp.where(drawn, probability(logits, x_s), state.confidence)
+        confidence = jnp.where(x_s == shared.mask_id, 0.0, confidence)
+        return State(state.step + 1, x_s, confidence, state.calls + calls)
+
+    return Walk(start_of(end_rows(way.start, shared.mask_id), given), more, body)
 
 
 def _times(num_steps: int, grid: str, loop_time: float | None = None) -> Float[Array, "T"]:
@@ -111,7 +143,7 @@ def _times(num_steps: int, grid: str, loop_time: float | None = None) -> Float[A
     return jnp.array([1.0, *times[1:-1], 0.0], jnp.float32)
 
 
-def _unmask_in_order(walk: _Walk, key: Key[Array, ""], schedule: Schedule, sampler: str) -> Tokens:
+def _unmask_in_order(shared: _Shared, key: Key[Array, ""], schedule: Schedule, sampler: str) -> _Way:
     """Unmask each position in a step drawn for it beforehand, with a token drawn in that step.
 
     A position with u ~ U(0, 1] unmasks in step i where m_{i+1} < u <= m_i, m being the mask rate. A position that is
@@ -120,32 +152,31 @@ def _unmask_in_order(walk: _Walk, key: Key[Array, ""], schedule: Schedule, sampl
     a row's steps in which none of its positions unmasks. `first_hitting` is the same for a grid without end, where
     each has a step of its own at the time with m(t) = u (arXiv:2409.02908, section 4).
     """
-    masked = walk.start == walk.mask_id
+    masked = shared.start == shared.mask_id
     u = 1.0 - jax.random.uniform(key, masked.shape)
     if sampler == "first_hitting":
         u = jnp.where(masked, u, 0.0)
         step = rank(-u)
         times = schedule.time_of(-jnp.sort(-u, axis=1))
     else:
-        step = len(walk.rates) - 1 - jnp.searchsorted(walk.rates[::-1], u, side="left")
-        times = jnp.broadcast_to(walk.times[:-1], (len(u), len(walk.times) - 1))
+        step = len(shared.rates) - 1 - jnp.searchsorted(shared.rates[::-1], u, side="left")
+        times = jnp.broadcast_to(shared.times[:-1], (len(u), len(shared.times) - 1))
     n, skip = times.shape[1], sampler != "ancestral"
 
-    def more(state: State) -> Bool[Array, ""]:
-        return (state[1] == walk.mask_id).any() if skip else state[0] < n
+    def more(i: Step, x_t: Tokens) -> Bool[Array, ""]:
+        return (x_t == shared.mask_id).any() if skip else i < n
 
-    def body(state: State) -> State:
-        i, x_t = state
-        masked = x_t == walk.mask_id
+    def move(i: Step, x_t: Tokens, _: Psi) -> tuple[Logits, Tokens]:
+        masked = x_t == shared.mask_id
         now = jnp.where(masked, step, n).min(axis=1) if skip else jnp.full(len(x_t), i)
         t = jnp.take_along_axis(times, jnp.minimum(now, n - 1)[:, None], axis=1)[:, 0]
-        tokens = walk.tokens(walk.predict(x_t, t), now)
-        return i + 1, jnp.where(masked & (step == now[:, None]), tokens, x_t)
+        logits = shared.predict(x_t, t)
+        return logits, jnp.where(masked & (step == now[:, None]), shared.tokens(logits, now), x_t)
 
-    return jax.lax.while_loop(more, body, (jnp.int32(0), walk.start))[1]
+    return _Way(shared.start, more, move)
 
 
-def _unmask_by_score(walk: _Walk, schedule: Schedule, sampler: str, entropy_bound: float) -> Tokens:
+def _unmask_by_score(shared: _Shared, schedule: Schedule, sampler: str, entropy_bound: float) -> _Way:
     """Draw a token for each masked position, keep those with the best score, mask the others again.
 
     The score is, of the model's distribution at temperature 1, the probability of the drawn token (`confidence`:
@@ -155,16 +186,15 @@ def _unmask_by_score(walk: _Walk, schedule: Schedule, sampler: str, entropy_boun
     as have sum(H) - max(H) <= entropy_bound, which bounds how dependent they are; it tells the model the time at
     which as much is masked, and unmasks all that is left in its last step.
     """
-    total = (walk.start == walk.mask_id).sum(axis=1)
+    total = (shared.start == shared.mask_id).sum(axis=1)
 
-    def body(state: State) -> State:
-        i, x_t = state
-        masked = x_t == walk.mask_id
+    def move(i: Step, x_t: Tokens, _: Psi) -> tuple[Logits, Tokens]:
+        masked = x_t == shared.mask_id
         left = masked.sum(axis=1)
         by_time = sampler != "entropy"
-        t = walk.everywhere(walk.times[i]) if by_time else schedule.time_of(left / jnp.maximum(total, 1))
-        logits = walk.predict(x_t, t)
-        tokens = walk.tokens(logits, i)
+        t = shared.everywhere(shared.times[i]) if by_time else schedule.time_of(left / jnp.maximum(total, 1))
+        logits = shared.predict(x_t, t)
+        tokens = shared.tokens(logits, i)
         log_p = jax.nn.log_softmax(logits, axis=-1)
         if sampler == "confidence":
             score = jnp.take_along_axis(log_p, tokens[..., None], axis=-1)[..., 0]
@@ -175,17 +205,17 @@ def _unmask_by_score(walk: _Walk, schedule: Schedule, sampler: str, entropy_boun
             score = (jnp.exp(log_p) * jnp.maximum(log_p, -1e30)).sum(axis=-1)
         score = jnp.where(masked, jnp.nan_to_num(score, nan=0.0), -jnp.inf)
         if by_time:
-            count = left - jnp.round(total * walk.rates[i + 1]).astype(jnp.int32)
+            count = left - jnp.round(total * shared.rates[i + 1]).astype(jnp.int32)
         else:
             entropies = jnp.sort(-score, axis=1)  # infinite where nothing is masked
             others = jnp.cumsum(jnp.pad(entropies[:, :-1], ((0, 0), (1, 0))), axis=1)
-            count = jnp.where(i == len(walk.rates) - 2, left, (others <= entropy_bound).sum(axis=1))
-        return i + 1, jnp.where(masked & (rank(-score) < count[:, None]), tokens, x_t)
+            count = jnp.where(i == len(shared.rates) - 2, left, (others <= entropy_bound).sum(axis=1))
+        return logits, jnp.where(masked & (rank(-score) < count[:, None]), tokens, x_t)
 
-    def more(state: State) -> Bool[Array, ""]:
-        return (state[1] == walk.mask_id).any() & (state[0] < len(walk.rates) - 1)
+    def more(i: Step, x_t: Tokens) -> Bool[Array, ""]:
+        return (x_t == shared.mask_id).any() & (i < len(shared.rates) - 1)
 
-    return jax.lax.while_loop(more, body, (jnp.int32(0), walk.start))[1]
+    return _Way(shared.start, more, move)
 
 
 def remask_probability(
@@ -213,7 +243,7 @@ def remask_probability(
     return jnp.full(psi.shape, remask * limit if sampler == "remdm_rescale" else jnp.minimum(remask, limit))
 
 
-def _remask(walk: _Walk, key: Key[Array, ""], sampler: str, remask: float) -> Tokens:
+def _remask(shared: _Shared, key: Key[Array, ""], sampler: str, remask: float) -> _Way:
     """Sample as ReMDM does: tokens are masked again on the way, to draw them anew when more is known.
 
     From t to s, a token is masked again with probability sigma, and a mask becomes a token with probability
@@ -221,27 +251,23 @@ def _remask(walk: _Walk, key: Key[Array, ""], sampler: str, remask: float) -> To
     sigma = 0 at masks, as in the paper, and so keeps about sigma_max more masks per row. `remdm_loop` masks again in
     the middle third of its steps alone, where time stands still. Source: arXiv:2503.00307, equation 6, section 4.
     """
-    given = walk.start != walk.mask_id
+    given = shared.start != shared.mask_id
 
-    def body(i: Int[Array, ""], state: tuple[Tokens, Float[Array, "B L"]]) -> tuple[Tokens, Float[Array, "B L"]]:
-        x_t, psi = state
-        masked = x_t == walk.mask_id
-        m_t, m_s = walk.rates[i], walk.rates[i + 1]
+    def move(i: Step, x_t: Tokens, psi: Psi) -> tuple[Logits, Tokens]:
+        masked = x_t == shared.mask_id
+        m_t, m_s = shared.rates[i], shared.rates[i + 1]
         sigma = remask_probability(sampler, remask, (m_t, m_s), psi, ~masked & ~given)
         if sampler == "remdm_loop":
-            sigma = jnp.where(walk.times[i] == walk.times[i + 1], sigma, 0.0)
+            sigma = jnp.where(shared.times[i] == shared.times[i + 1], sigma, 0.0)
         stays = jnp.where(m_t > 0, (m_s - sigma * (1 - m_t)) / jnp.maximum(m_t, TINY), 0.0)
         to_mask = jax.random.uniform(jax.random.fold_in(key, i), x_t.shape) < jnp.where(masked, stays, sigma)
-        logits = walk.predict(x_t, walk.everywhere(walk.times[i]))
-        tokens = walk.tokens(logits, i)
-        p = jnp.take_along_axis(jax.nn.softmax(logits, axis=-1), tokens[..., None], axis=-1)[..., 0]
-        x_s = jnp.where(to_mask, walk.mask_id, jnp.where(masked, tokens, x_t))
-        return jnp.where(given | (x_t < 0), x_t, x_s), jnp.where(masked, p, psi)
+        logits = shared.predict(x_t, shared.everywhere(shared.times[i]))
+        return logits, jnp.where(to_mask, shared.mask_id, jnp.where(masked, shared.tokens(logits, i), x_t))
 
-    return jax.lax.fori_loop(0, len(walk.rates) - 1, body, (walk.start, jnp.zeros(given.shape)))[0]
+    return _Way(shared.start, lambda i, _: i < len(shared.rates) - 1, move)
 
 
-def _denoise_mixed(walk: _Walk, key: Key[Array, ""], uniform_share: float) -> Tokens:
+def _denoise_mixed(shared: _Shared, key: Key[Array, ""], uniform_share: float) -> _Way:
     """Take the reverse steps of the uniform process, or of one between it and masking; see `mixed.shares`.
 
     With z the token at t, p the model's distribution, N = mask_id, and, for j the mask or a token at s,
@@ -254,21 +280,20 @@ def _denoise_mixed(walk: _Walk, key: Key[Array, ""], uniform_share: float) -> To
     has its optimum there. At s = 0, no mask is left. The prompt is set back in each step, the usual approximation.
     Sources: D3PM, arXiv:2107.03006, equations 3 and 4; UDLM, arXiv:2412.10193, section 3; GIDD, arXiv:2503.04482.
     """
-    given = walk.start != walk.mask_id
-    prior = walk.start
+    given = shared.start != shared.mask_id
+    prior = shared.start
     if uniform_share == 1:
-        prior = jnp.where(given, prior, jax.random.randint(key, given.shape, 0, walk.mask_id, jnp.int32))
+        prior = jnp.where(given, prior, jax.random.randint(key, given.shape, 0, shared.mask_id, jnp.int32))
 
-    def body(i: Int[Array, ""], x_t: Tokens) -> Tokens:
-        t, s = shares(walk.rates[i], uniform_share), shares(walk.rates[i + 1], uniform_share)
-        logits = walk.limit(walk.predict(x_t, walk.everywhere(walk.times[i])))
-        q_s = s.kept * jax.nn.softmax(logits, axis=-1)[..., : walk.mask_id] + s.uniform / walk.mask_id
+    def move(i: Step, x_t: Tokens, _: Psi) -> tuple[Logits, Tokens]:
+        t, s = shares(shared.rates[i], uniform_share), shares(shared.rates[i + 1], uniform_share)
+        logits = shared.predict(x_t, shared.everywhere(shared.times[i]))
+        q_s = s.kept * jax.nn.softmax(shared.limit(logits), axis=-1)[..., : shared.mask_id] + s.uniform / shared.mask_id
         q_s = jnp.concatenate([q_s, jnp.full((*x_t.shape, 1), s.masked)], axis=-1)
         a = t.kept / jnp.maximum(s.kept, TINY)
-        noise = jnp.where(x_t == walk.mask_id, t.masked - a * s.masked, (t.uniform - a * s.uniform) / walk.mask_id)
+        noise = jnp.where(x_t == shared.mask_id, t.masked - a * s.masked, (t.uniform - a * s.uniform) / shared.mask_id)
         # Rounding must not make noise negative; a little of it leaves something to draw where rates underflow.
-        back = jnp.maximum(noise, TINY)[..., None] + a * jax.nn.one_hot(x_t, walk.mask_id + 1)
-        x_s = _categorical(walk.key, i, jnp.log(q_s) + jnp.log(back))
-        return jnp.where(given | (x_t < 0), x_t, x_s)
+        back = jnp.maximum(noise, TINY)[..., None] + a * jax.nn.one_hot(x_t, shared.mask_id + 1)
+        return logits, _categorical(shared.key, i, jnp.log(q_s) + jnp.log(back))
 
-    return jax.lax.fori_loop(0, len(walk.rates) - 1, body, prior)
+    return _Way(prior, lambda i, _: i < len(shared.rates) - 1, move)

@@ -5,7 +5,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int, Key
+from jaxtyping import Array, Float, Int, Key
 
 from nanodlm.diffusion.checks import Rows, require, require_whole, token_ids
 from nanodlm.diffusion.noise import Logits, Tokens
@@ -21,7 +21,7 @@ def _start(prompt: Rows | None, shape: tuple[int, int], mask_id: int) -> Tokens:
     given = jnp.atleast_2d(token_ids("the prompt", prompt, mask_id))
     fits = given.shape[1] <= shape[1] and given.shape[0] in (1, shape[0])
     require(fits, f"a prompt of shape {given.shape} does not fit sequences of shape {shape}")
-    return x_1.at[:, : given.shape[1]].set(given)
+    return x_1.at[:, : given.shape[1]].set(jnp.where(given > mask_id, -1, given))  # which ends a row, when traced
 
 
 def limited(logits: Logits, temperature: float, top_k: int, top_p: float) -> Logits:
@@ -63,3 +63,13 @@ def _categorical(key: Key[Array, ""], step: Int[Array, "B"] | Int[Array, ""], lo
     keys = jax.vmap(partial(jax.random.fold_in, key))(step * len(rows) + rows)
     drawn = jax.vmap(partial(jax.random.categorical, mode="high"))(keys, logits).astype(jnp.int32)
     return jnp.where(jnp.isfinite(logits.max(axis=-1)), drawn, -1)
+
+
+def probability(logits: Logits, tokens: Tokens) -> Float[Array, "B L"]:
+    """Return what the softmax of logits gives tokens, of which -1 stands for none.
+
+    >>> probability(jnp.log(jnp.array([[[0.25, 0.75]]])), jnp.array([[1]])).tolist()
+    [[0.75]]
+    """
+    p = jax.nn.softmax(logits, axis=-1)
+    return jnp.take_along_axis(p, jnp.maximum(tokens, 0)[..., None], axis=-1)[..., 0]

@@ -1,0 +1,105 @@
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import nanodlm
+from nanodlm.build import make_model
+from nanodlm.config import PRESETS
+from nanodlm.data.vocabulary import Vocabulary
+from nanodlm.diffusion.kinds import KINDS, KindName
+from nanodlm.diffusion.sampling import reverse_process
+from nanodlm.diffusion.walks import State, Walk, step_by_step, to_end
+from nanodlm.model.transformer import Transformer
+
+LENGTH, MASK = 10, 9
+WAYS = [(kind, sampler) for kind, traits in KINDS.items() for sampler in traits.samplers]
+PROMPT = np.full((3, LENGTH), MASK, np.int32)
+PROMPT[1, :5], PROMPT[2, ::2] = [1, 2, 3, 4, 5], 6  # in the front, beyond a first block; and here and there
+
+
+def network(kind: KindName, seed: int = 0) -> Transformer:
+    shape = {"seq_len": 12, "n_layers": 1, "n_heads": 2, "d_model": 8, "d_ff": 8, "zero_init": False}
+    settings = PRESETS["demo"].replace(objective={"kind": kind, "block_size": 4}, model={**shape, "init_seed": seed})
+    return make_model(settings, Vocabulary(MASK, MASK - 1))
+
+
+def options_of(kind: KindName, sampler: str) -> dict[str, Any]:
+    return {} if kind == "autoregressive" else {"sampler": sampler, "num_steps": 4, "remask": 0.3}
+
+
+@pytest.mark.parametrize(("kind", "sampler"), WAYS)
+def test_a_text_that_is_watched_ends_as_the_one_that_is_drawn(kind: KindName, sampler: str) -> None:
+    model, how = network(kind), options_of(kind, sampler)
+    walk_of = lambda key, prompt: reverse_process(model, key, shape=PROMPT.shape, prompt=prompt, **how)  # noqa: E731
+    seen = list(step_by_step(walk_of)(jax.random.key(3), PROMPT))
+    drawn = nanodlm.sample(model, 3, shape=PROMPT.shape, prompt=PROMPT, **how)
+    np.testing.assert_array_equal(seen[-1].tokens, drawn)
+    assert [int(state.step) for state in seen] == list(range(len(seen)))
+    for state in seen:
+        tokens, confidence = np.asarray(state.tokens), np.asarray(state.confidence)
+        np.testing.assert_array_equal(tokens[PROMPT != MASK], PROMPT[PROMPT != MASK])
+        assert (confidence[PROMPT != MASK] == 1).all()
+        assert ((confidence == 0) == (tokens == MASK)).all() or (kind == "uniform" and state.step == 0)
+        assert (confidence <= 1).all()
+    if sampler.startswith("remdm") or KINDS[kind].random_tokens:
+        return
+    for before, after in pairwise(seen):
+        known = np.asarray(before.tokens) != MASK
+        np.testing.assert_array_equal(after.tokens[known], before.tokens[known])
+        np.testing.assert_array_equal(after.confidence[known], before.confidence[known])
+        assert after.calls > before.calls
+
+
+def test_a_step_is_compiled_once_for_other_parameters_keys_and_prompts() -> None:
+    traced: list[int] = []
+    graphdef = nnx.graphdef(network("absorbing"))
+
+    def walk_of(params: Any, key: jax.Array, prompt: jax.Array) -> Walk:
+        traced.append(1)
+        return reverse_process(nnx.merge(graphdef, params), key, shape=PROMPT.shape, prompt=prompt, num_steps=3)
+
+    steps, draw = step_by_step(walk_of), jax.jit(lambda *given: to_end(walk_of(*given)))
+    for seed, prompt in ((0, PROMPT), (1, PROMPT[::-1])):
+        params = nnx.state(network("absorbing", seed))
+        *_, last = steps(params, jax.random.key(seed), prompt)
+        jax.tree.map(np.testing.assert_array_equal, last, draw(params, jax.random.key(seed), prompt))
+    assert len(traced) == 3  # the start, the step, and the loop
+
+
+def test_the_confidence_of_a_token_is_its_probability_when_it_was_drawn() -> None:
+    p = jnp.array([[0.7, 0.2, 0.1], [0.1, 0.3, 0.6]])
+    for how in ({"sampler": "first_hitting"}, {"sampler": "confidence"}, {"temperature": 0.5}, {"uniform_share": 1.0}):
+        walk = reverse_process(
+            lambda x_t, t: jnp.log(jnp.broadcast_to(p, (len(x_t), 2, 3))), 0, shape=(50, 2), mask_id=3,
+            schedule="linear", **how,
+        )  # fmt: skip
+        end = jax.jit(partial(to_end, walk))()
+        np.testing.assert_allclose(end.confidence, np.asarray(p)[[0, 1], end.tokens], rtol=1e-5)
+        assert end.calls == 2
+
+
+def states_of(model: Transformer, prompt: np.ndarray, **how: Any) -> list[State]:
+    return list(step_by_step(lambda: reverse_process(model, 0, shape=prompt.shape, prompt=prompt, **how))())
+
+
+def test_calls_are_counted_those_with_guidance_and_those_that_read_blocks() -> None:
+    guided = states_of(network("absorbing"), PROMPT, num_steps=3, guidance=1.0)
+    assert [int(state.calls) for state in guided] == [0, 2, 4, 6]
+    block = np.full((1, LENGTH), MASK, np.int32)
+    block[0, :6] = 1  # a block that is given is read, the next has two masks, the last is not read
+    states = states_of(network("block"), block, sampler="first_hitting")
+    assert [int(state.calls) for state in states] == [1, 2, 4, 5, 6]
+    assert [int((state.tokens == MASK).sum()) for state in states] == [4, 3, 2, 1, 0]
+    assert [int(state.calls) for state in states_of(network("autoregressive"), block)] == list(range(LENGTH + 1))
+
+
+def test_a_prompt_without_masks_takes_no_step() -> None:
+    for kind in KINDS:
+        states = states_of(network(kind), np.ones((2, 4), np.int32), num_steps=3)
+        assert [state.tokens.tolist() for state in states] == [[[1] * 4] * 2]
