@@ -103,7 +103,7 @@ def reverse_process(
     guidance: float = 0.0,
     **options: Any,
 ) -> Walk:
-    """Return the walk from noise to text that `sample` takes to its end; arguments are the same, any kind of network goes.
+    """Return the walk from noise to text that `sample` takes to its end, of the same arguments, for every kind.
 
     Each step is one call of the network (two when guided), besides those that read blocks which are done. Only samplers
     that mask again, and uniform and hybrid noise, change a token that is decided; the prompt never changes. To watch
