@@ -42,11 +42,12 @@ def unread(config: Config) -> dict[str, Any]:
         "train.warmup_steps": train.lr_schedule != "none",
         "train.cooldown_steps": train.lr_schedule == "warmup_stable_decay",
         "sample.num_steps": steps,
-        "sample.grid": steps and sample.sampler != "entropy",
+        "sample.grid": steps and sample.sampler not in ("entropy", "threshold"),
         "sample.top_k": sample.temperature > 0,
         "sample.top_p": sample.temperature > 0,
         "sample.guidance": bool(sample.prompt),
         "sample.entropy_bound": sample.sampler == "entropy",
+        "sample.threshold": sample.sampler == "threshold",
         "sample.remask": sample.sampler in ("remdm_cap", "remdm_rescale", "remdm_loop"),
         "sample.loop_time": sample.sampler == "remdm_loop",
     }

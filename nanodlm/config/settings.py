@@ -243,7 +243,7 @@ class SampleConfig(Group):
     sampler: Sampler = "ancestral"
     """Algorithm (diffusion/sampling.py); uniform, hybrid and autoregressive models have their own `ancestral` only."""
     grid: Literal["uniform", "cosine"] = "uniform"
-    """Spacing of the steps' times; `entropy` and `first_hitting` have no grid."""
+    """Spacing of the steps' times; `entropy`, `threshold` and `first_hitting` have no grid."""
     temperature: float = Field(default=1.0, ge=0)
     """Divides the logits; 0 takes the most likely token."""
     top_k: int = Field(default=0, ge=0)
@@ -254,6 +254,8 @@ class SampleConfig(Group):
     """Weight of guidance against the same text without its prompt, for absorbing and hybrid models; 0 is off."""
     entropy_bound: float = Field(default=0.1, ge=0)
     """Nats that the tokens unmasked in one step of `entropy` may share at most."""
+    threshold: float = Field(default=0.9, ge=0, le=1)
+    """Probability above which `threshold` keeps tokens; the likeliest one is always kept."""
     remask: float = Field(default=0.02, ge=0, le=1)
     """Remasking probability (`remdm_cap`, `remdm_loop`), or its share of the largest one (`remdm_rescale`)."""
     loop_time: float = Field(default=0.1, gt=0, lt=1)

@@ -53,9 +53,12 @@ def token_ids(name: str, rows: Rows, mask_id: int, *, padding: bool = False) -> 
 
 
 def check_logits(logits: Float[Array, "... V"], ids: Int[Array, "B L"]) -> Float[Array, "B L V"]:
-    """Return a network's logits, which must have the shape of its ids and one more axis: nothing is broadcast."""
+    """Return a network's logits, which must have the shape of its ids and one more axis, of all ids."""
     fits = logits.ndim == 3 and logits.shape[:2] == ids.shape
     require(fits, f"the network gave logits of shape {logits.shape} for ids of shape {ids.shape}: V must follow these")
+    if not isinstance(ids, Tracer):
+        high, scored = int(ids.max()), logits.shape[2]
+        require(high < scored, f"x_0 holds the id {high}: the network scores ids up to {scored - 1}")
     return logits
 
 

@@ -14,6 +14,7 @@ from nanodlm.diffusion.schedules import Schedule
 
 Tokens = Int[Array, "B L"]
 Logits = Float[Array, "B L V"]
+TINY = 1e-30
 Denoise = Callable[..., Logits]  # of x_t (B, L) and t (B,); for blocks t is (B, K)
 
 
@@ -70,3 +71,28 @@ def unmask_probability(schedule: Schedule, t: Float[Array, "..."], s: Float[Arra
     masked_t = jnp.where(t >= 1, 1.0, schedule.mask_rate(t))
     # The rates of a steep schedule underflow to 0 while t and s are not; flat, clipped ones change nothing.
     return 1.0 - jnp.where(masked_s > 0, masked_s / masked_t, 0.0)
+
+
+def remask_probability(
+    sampler: str,
+    remask: float,
+    rates: tuple[Float[Array, ""], Float[Array, ""]],
+    psi: Float[Array, "B L"],
+    tokens: Bool[Array, "B L"],
+) -> Float[Array, "B L"]:
+    """Return ReMDM's sigma: the probability that a token is masked again from t to s, given the mask rates at both.
+
+    With sigma_max = min(1, (1 - alpha_s) / alpha_t), above which more than 1 - alpha_s would be masked at s:
+
+        remdm_cap, remdm_loop   min(remask, sigma_max)
+        remdm_rescale           remask sigma_max
+        remdm_conf              sigma_max softmax(-psi) over `tokens`, psi their probabilities when they were drawn
+
+    Source: arXiv:2503.00307, section 4.
+    """
+    m_t, m_s = rates
+    limit = jnp.where(m_s > 0, jnp.minimum(1.0, m_s / jnp.maximum(1 - m_t, TINY)), 0.0)
+    if sampler == "remdm_conf":
+        weight = jnp.where(tokens, jnp.exp(-psi), 0.0)
+        return limit * weight / jnp.maximum(weight.sum(axis=1, keepdims=True), TINY)
+    return jnp.full(psi.shape, remask * limit if sampler == "remdm_rescale" else jnp.minimum(remask, limit))

@@ -7,9 +7,10 @@
     confidence      where the drawn token is likeliest; as many as the schedule    at most num_steps
     margin          where the best token leads by most; as many                    at most num_steps
     entropy         as many as are nearly independent of each other                at most num_steps
+    threshold       where the drawn token is likelier than a threshold             at most num_steps
     remdm_cap, ...  as in ancestral, and tokens are masked again; see `_remask`    num_steps
 
-The first three have one law, that of the model's reverse process. The next three go where the model is sure, and the
+The first three have one law, that of the model's reverse process. The next four go where the model is sure, and the
 `remdm` ones correct themselves. `sample_blocks` fills a row block by block, `sample_autoregressive` token by token.
 """
 
@@ -69,6 +70,7 @@ def sample(
         uniform_share: That of the process the model was trained on (`mixed.shares`). Above 0, `ancestral` takes
             the reverse steps of that process; see `_denoise_mixed`.
         entropy_bound: For `entropy`, in nats: how dependent tokens that appear together may be.
+        threshold: For `threshold`: tokens likelier than that are kept, and the likeliest one; 1 keeps one per call.
         remask: For `remdm_cap`, `_rescale` and `_loop`: how often a token is masked again, in [0, 1].
         loop_time: For `remdm_loop`: where time stands still, in (0, 1).
 

@@ -13,9 +13,9 @@ from nanodlm.diffusion.checks import Rows, check_logits, require, require_whole
 from nanodlm.diffusion.cross_entropy import predictable
 from nanodlm.diffusion.kinds import SAMPLERS, ByScore, InOrder
 from nanodlm.diffusion.mixed import shares
-from nanodlm.diffusion.noise import Denoise, Logits, Tokens, rank
+from nanodlm.diffusion.noise import TINY, Denoise, Logits, Tokens, rank, remask_probability
 from nanodlm.diffusion.schedules import Schedule
-from nanodlm.diffusion.tokens import TINY, _categorical, _start, limited, probability
+from nanodlm.diffusion.tokens import _categorical, _start, limited, probability
 from nanodlm.diffusion.walks import State, Walk, any_sound, end_rows, start_of
 
 Step = Int[Array, ""]
@@ -65,6 +65,7 @@ def reverse_rows(
     guidance: float = 0.0,
     uniform_share: float = 0.0,
     entropy_bound: float = 0.1,
+    threshold: float = 0.9,
     remask: float = 0.02,
     loop_time: float = 0.1,
 ) -> Walk:
@@ -77,6 +78,7 @@ def reverse_rows(
     require(sampler == "ancestral" or uniform_share == 0, f"{sampler} is for masks alone: choose ancestral")
     require(guidance == 0 or uniform_share < 1, "uniform noise has no mask to hide a prompt with: choose guidance 0")
     require(entropy_bound >= 0, f"entropy_bound must not be negative, not {entropy_bound}")
+    require(0 <= threshold <= 1, f"threshold must be between 0 and 1, not {threshold}")
     require(0 <= remask <= 1, f"remask must be between 0 and 1, not {remask}")
     require(0 < loop_time < 1, f"loop_time must be above 0 and below 1, not {loop_time}")
     start = _start(prompt, shape, mask_id)
@@ -99,7 +101,7 @@ def reverse_rows(
     elif sampler in get_args(InOrder):
         way = _unmask_in_order(shared, start_key, schedule, sampler)
     elif sampler in get_args(ByScore):
-        way = _unmask_by_score(shared, schedule, sampler, entropy_bound)
+        way = _unmask_by_score(shared, schedule, sampler, entropy_bound, threshold)
     else:
         way = _remask(shared, start_key, sampler, remask)
     return _walk(shared, way, redraws=uniform_share > 0, calls=1 + guided)
@@ -176,27 +178,28 @@ def _unmask_in_order(shared: _Shared, key: Key[Array, ""], schedule: Schedule, s
     return _Way(shared.start, more, move)
 
 
-def _unmask_by_score(shared: _Shared, schedule: Schedule, sampler: str, entropy_bound: float) -> _Way:
+def _unmask_by_score(shared: _Shared, schedule: Schedule, sampler: str, entropy_bound: float, threshold: float) -> _Way:
     """Draw a token for each masked position, keep those with the best score, mask the others again.
 
     The score is, of the model's distribution at temperature 1, the probability of the drawn token (`confidence`:
     MaskGIT, arXiv:2202.04200, section 3.2; LLaDA, arXiv:2502.09992, appendix), the lead of the best token
     (`margin`: arXiv:2502.06768), or minus the entropy H (`entropy`: EB-sampler, arXiv:2505.24857). The first two
     leave round(N m_{i+1}) of a row's N masks after step i. `entropy` keeps as many positions, from the least H on,
-    as have sum(H) - max(H) <= entropy_bound, which bounds how dependent they are; it tells the model the time at
-    which as much is masked, and unmasks all that is left in its last step.
+    as have sum(H) - max(H) <= entropy_bound, which bounds how dependent they are. `threshold` scores as `confidence`
+    does, and keeps what is above the threshold, the best at least (Fast-dLLM, arXiv:2505.22618, section 3.3). These two
+    tell the model the time at which as much is masked, and unmask all that is left in their last step.
     """
     total = (shared.start == shared.mask_id).sum(axis=1)
 
     def move(i: Step, x_t: Tokens, _: Psi) -> tuple[Logits, Tokens]:
         masked = x_t == shared.mask_id
         left = masked.sum(axis=1)
-        by_time = sampler != "entropy"
+        by_time = sampler in ("confidence", "margin")
         t = shared.everywhere(shared.times[i]) if by_time else schedule.time_of(left / jnp.maximum(total, 1))
         logits = shared.predict(x_t, t)
         tokens = shared.tokens(logits, i)
         log_p = jax.nn.log_softmax(logits, axis=-1)
-        if sampler == "confidence":
+        if sampler in ("confidence", "threshold"):
             score = jnp.take_along_axis(log_p, tokens[..., None], axis=-1)[..., 0]
         elif sampler == "margin":
             best = jax.lax.top_k(jnp.exp(log_p), 2)[0]
@@ -206,41 +209,19 @@ def _unmask_by_score(shared: _Shared, schedule: Schedule, sampler: str, entropy_
         score = jnp.where(masked, jnp.nan_to_num(score, nan=0.0), -jnp.inf)
         if by_time:
             count = left - jnp.round(total * shared.rates[i + 1]).astype(jnp.int32)
+        elif sampler == "threshold":
+            count = jnp.maximum(1, (jnp.exp(score) > threshold).sum(axis=1))
         else:
             entropies = jnp.sort(-score, axis=1)  # infinite where nothing is masked
             others = jnp.cumsum(jnp.pad(entropies[:, :-1], ((0, 0), (1, 0))), axis=1)
-            count = jnp.where(i == len(shared.rates) - 2, left, (others <= entropy_bound).sum(axis=1))
+            count = (others <= entropy_bound).sum(axis=1)
+        count = jnp.where(i == len(shared.rates) - 2, left, count)
         return logits, jnp.where(masked & (rank(-score) < count[:, None]), tokens, x_t)
 
     def more(i: Step, x_t: Tokens) -> Bool[Array, ""]:
         return (x_t == shared.mask_id).any() & (i < len(shared.rates) - 1)
 
     return _Way(shared.start, more, move)
-
-
-def remask_probability(
-    sampler: str,
-    remask: float,
-    rates: tuple[Float[Array, ""], Float[Array, ""]],
-    psi: Float[Array, "B L"],
-    tokens: Bool[Array, "B L"],
-) -> Float[Array, "B L"]:
-    """Return ReMDM's sigma: the probability that a token is masked again from t to s, given the mask rates at both.
-
-    With sigma_max = min(1, (1 - alpha_s) / alpha_t), above which more than 1 - alpha_s would be masked at s:
-
-        remdm_cap, remdm_loop   min(remask, sigma_max)
-        remdm_rescale           remask sigma_max
-        remdm_conf              sigma_max softmax(-psi) over `tokens`, psi their probabilities when they were drawn
-
-    Source: arXiv:2503.00307, section 4.
-    """
-    m_t, m_s = rates
-    limit = jnp.where(m_s > 0, jnp.minimum(1.0, m_s / jnp.maximum(1 - m_t, TINY)), 0.0)
-    if sampler == "remdm_conf":
-        weight = jnp.where(tokens, jnp.exp(-psi), 0.0)
-        return limit * weight / jnp.maximum(weight.sum(axis=1, keepdims=True), TINY)
-    return jnp.full(psi.shape, remask * limit if sampler == "remdm_rescale" else jnp.minimum(remask, limit))
 
 
 def _remask(shared: _Shared, key: Key[Array, ""], sampler: str, remask: float) -> _Way:

@@ -10,8 +10,6 @@ from jaxtyping import Array, Float, Int, Key
 from nanodlm.diffusion.checks import Rows, require, require_whole, token_ids
 from nanodlm.diffusion.noise import Logits, Tokens
 
-TINY = 1e-30
-
 
 def _start(prompt: Rows | None, shape: tuple[int, int], mask_id: int) -> Tokens:
     """Return the prompt with masks behind it."""

@@ -15,7 +15,10 @@ import nanodlm
 from nanodlm.build import make_model
 from nanodlm.config import PRESETS
 from nanodlm.data.vocabulary import Vocabulary
+from nanodlm.diffusion.blocks import reverse_blocks, reverse_tokens
 from nanodlm.diffusion.kinds import KINDS, SAMPLERS, KindName
+from nanodlm.diffusion.sampling import reverse_process
+from nanodlm.diffusion.walks import Walk, step_by_step, to_end
 from nanodlm.model.transformer import Transformer
 
 KEY, X_0 = jax.random.key(0), jnp.zeros((3, 4), int)
@@ -24,6 +27,11 @@ KEY, X_0 = jax.random.key(0), jnp.zeros((3, 4), int)
 def even(x_t: jax.Array, t: jax.Array) -> jax.Array:
     """Two tokens and a mask, all alike."""
     return jnp.zeros((*x_t.shape, 3))
+
+
+DECODER = nanodlm.Decoder(lambda rows: 0, lambda cache, x: (even(x, x), cache), lambda cache, x, t: even(x, t))
+SHORT: dict[str, Any] = {"shape": (2, 4), "mask_id": 2}
+LONG: dict[str, Any] = {**SHORT, "block_size": 2, "schedule": "linear"}
 
 
 def nelbo(denoise: Any = even, x_0: Any = X_0, key: Any = KEY, **options: Any) -> jax.Array:
@@ -53,6 +61,11 @@ def sample(denoise: Any = even, key: Any = KEY, **options: Any) -> jax.Array:
         (partial(nanodlm.make_schedule, "poly", exponent=float("nan")), "must be positive, not nan"),
         (partial(sample, prompt=[0, 5]), "the prompt holds the id 5, which is beyond that of the mask, 2"),
         (partial(sample, prompt=[-1]), "the prompt holds the id -1"),
+        (partial(nelbo, x_0=[[1, 3]]), "x_0 holds the id 3: the network scores ids up to 2"),
+        (partial(nanodlm.sample_blocks, DECODER, KEY, **LONG, num_steps=1, prompt=[3]), "the prompt holds the id 3"),
+        (partial(nanodlm.sample_blocks, DECODER, KEY, **LONG, num_steps=1, prompt=[-1]), "the prompt holds the id -1"),
+        (partial(nanodlm.sample_autoregressive, DECODER, KEY, **SHORT, prompt=[3]), "the prompt holds the id 3"),
+        (partial(nanodlm.sample_autoregressive, DECODER, KEY, **SHORT, prompt=[-1]), "the prompt holds the id -1"),
         (partial(sample, temperature=float("nan")), "temperature must be finite and not negative, not nan"),
         (partial(sample, shape=(0, 4)), "the rows of the shape must be at least 1, not 0"),
     ],
@@ -109,6 +122,47 @@ def test_logits_that_are_not_finite_end_every_sampler_and_are_told(sampler: str,
     drawn = jax.jit(lambda key: sample(broken, key, sampler=sampler, num_steps=3))(KEY)
     assert drawn[0, 0] == -1
     assert ((drawn[1:] >= 0) & (drawn[1:] < 2)).all()
+
+
+@pytest.mark.parametrize("sampler", [*SAMPLERS, "uniform", "hybrid", "guided"])
+def test_logits_that_are_not_finite_end_a_text_at_once(sampler: str) -> None:
+    mixed: dict[str, Any] = {"uniform": {"uniform_share": 1.0}, "hybrid": {"uniform_share": 0.5}}
+    how = mixed.get(sampler, {"guidance": 1.0, "prompt": [0]} if sampler == "guided" else {"sampler": sampler})
+
+    def walk_of(bad: jax.Array, since: jax.Array) -> Walk:
+        def broken(x_t: jax.Array, t: jax.Array) -> jax.Array:
+            return even(x_t, t).at[:, :, 0].set(jnp.where(t.max() <= since, bad, 0.0))  # of one token
+
+        return reverse_process(broken, KEY, shape=(3, 4), mask_id=2, schedule="linear", num_steps=6, **how)
+
+    steps, draw = step_by_step(walk_of), jax.jit(lambda *given: to_end(walk_of(*given)))
+    for bad in (jnp.nan, jnp.inf):
+        for since in (1.0, 0.6):  # from the first call on, and from within
+            seen = []
+            with pytest.raises(ValueError, match="logits that are not finite"):
+                for state in steps(bad, since):
+                    seen.append(state)
+            assert (len(seen) == 1) == (since == 1)
+            ended = draw(bad, since)
+            assert ended.step == len(seen)
+            assert ((ended.tokens == -1).any(axis=1) & (ended.tokens != 2).all(axis=1)).all()
+
+
+@pytest.mark.parametrize("since", [0, 2])
+def test_decoders_with_logits_that_are_not_finite_end_a_text_at_once(since: int) -> None:
+    logits = lambda n, x: even(x, x) + jnp.where(n >= since, jnp.nan, 0.0)  # noqa: E731
+    decoder = nanodlm.Decoder(lambda rows: 0, lambda n, x: (logits(n, x), n + 1), lambda n, x, t: logits(n, x))
+    text = to_end(reverse_tokens(decoder, KEY, shape=(2, 6), mask_id=2))
+    assert (text.tokens[:, since:] == -1).all()
+    assert text.calls == since + 1
+    text = to_end(reverse_blocks(decoder, KEY, shape=(2, 8), block_size=2, num_steps=1, mask_id=2, schedule="linear"))
+    assert (text.tokens[:, 2 * since :] == -1).all()
+    assert text.calls == 2 * since + 1
+
+
+def test_a_prompt_that_is_out_of_range_when_compiled_ends_its_row() -> None:
+    drawn = jax.jit(lambda prompt: sample(prompt=prompt, num_steps=3))(jnp.array([[0, 3], [-5, 1], [1, 1]]))
+    assert (drawn < 0).any(axis=1).tolist() == [True, True, False]
 
 
 def test_where_no_token_is_possible_the_caller_is_told() -> None:

@@ -13,11 +13,10 @@ from nanodlm.diffusion import tokens as diffusion_tokens
 from nanodlm.diffusion.cross_entropy import predictable
 from nanodlm.diffusion.kinds import SAMPLERS, ByScore, Remasking
 from nanodlm.diffusion.mixed import shares
-from nanodlm.diffusion.noise import Denoise
+from nanodlm.diffusion.noise import Denoise, remask_probability
 from nanodlm.diffusion.plain import plain_sample
 from nanodlm.diffusion.sampling import sample
 from nanodlm.diffusion.schedules import make_schedule
-from nanodlm.diffusion.steps import remask_probability
 from nanodlm.diffusion.tokens import limited
 from tests.support.laws import (
     FORBIDDEN_LOGIT,
@@ -48,7 +47,7 @@ SCHEDULES = {kind: make_schedule(kind) for kind in ("linear", "cosine", "sqrt", 
     "jumps": make_schedule("linear_clipped", eps=0.2),
 }
 STATIC = ("denoise", "shape", "mask_id", "schedule", "num_steps", "sampler", "temperature", "top_k", "top_p", "grid")
-STATIC += ("guidance", "uniform_share", "entropy_bound", "remask", "loop_time")
+STATIC += ("guidance", "uniform_share", "entropy_bound", "threshold", "remask", "loop_time")
 compiled = jax.jit(sample, static_argnames=STATIC)
 
 
@@ -241,7 +240,7 @@ def by_position(table: list[list[float]]) -> Denoise:
 
 UNSURE_P = np.array([[0.6, 0.39, 0.01], [0.55, 0.225, 0.225], [0.52, 0.478, 0.002], [0.98, 0.01, 0.01]])
 UNSURE = by_position(UNSURE_P.tolist())
-UNSURE_ORDER = {"confidence": [3, 0, 1, 2], "margin": [3, 1, 0, 2], "entropy": [3, 2, 0, 1]}
+UNSURE_ORDER = {"confidence": [3, 0, 1, 2], "margin": [3, 1, 0, 2], "entropy": [3, 2, 0, 1], "threshold": [3, 0, 1, 2]}
 
 
 @pytest.mark.parametrize("sampler", get_args(ByScore))
@@ -288,6 +287,46 @@ def test_entropy_tells_the_model_what_share_is_masked_and_ends_in_its_last_step(
     rows = draw(watched, 2, sampler="entropy", num_steps=3, entropy_bound=0.0, kind="sqrt")
     np.testing.assert_allclose([t[0] for t in watched.t], np.array([1, 3 / 4, 2 / 4]) ** 2, rtol=1e-6)
     assert rows.max() < MASK_ID
+
+
+def law_of_threshold(table: np.ndarray, threshold: float) -> np.ndarray:
+    """The law of `threshold`, from all that can be drawn in each step."""
+    result = np.zeros_like(table)
+
+    def go_on(known: dict[int, int], chance: float) -> None:
+        free = [i for i in range(table.ndim) if i not in known]
+        if not free:
+            result[tuple(known[i] for i in range(table.ndim))] += chance
+            return
+        rest = table[tuple(known.get(i, slice(None)) for i in range(table.ndim))]
+        p = [rest.sum(axis=tuple({*range(rest.ndim)} - {k})) / rest.sum() for k in range(rest.ndim)]
+        for drawn in product(range(TOKENS), repeat=len(free)):
+            likely = [float(p[k][token]) for k, token in enumerate(drawn)]
+            kept = [k for k, value in enumerate(likely) if value > threshold] or [int(np.argmax(likely))]
+            go_on(known | {free[k]: drawn[k] for k in kept}, chance * float(np.prod(likely)))
+
+    go_on({}, 1.0)
+    return result
+
+
+@pytest.mark.parametrize("threshold", [0.5, 1.0])
+def test_the_threshold_draws_from_the_law_that_enumeration_gives(threshold: float) -> None:
+    table = rough_table(3)
+    expected = law_of_threshold(table, threshold)
+    assert expected.sum() == pytest.approx(1)
+    drawn = draw(exact_denoiser(table), ROWS, 3, sampler="threshold", threshold=threshold)
+    assert_drawn_from(expected, drawn)
+    assert total_variation(expected, table) > 2 * sampling_error(table, ROWS)
+
+
+def test_the_threshold_says_which_tokens_appear_at_once_and_the_last_step_takes_all() -> None:
+    for threshold, num_steps, masks in ((0.0, 9, [4]), (0.53, 9, [4, 1]), (0.99, 9, [4, 3, 2, 1]), (0.99, 2, [4, 3])):
+        watched = Watched(UNSURE)
+        options = {"threshold": threshold, "temperature": 0.0, "kind": "sqrt", "num_steps": num_steps}
+        rows = draw(watched, 2, sampler="threshold", **options)
+        assert rows.max() < MASK_ID
+        assert [int((x[0] == MASK_ID).sum()) for x in watched.x] == masks
+        np.testing.assert_allclose([t[0] for t in watched.t], (np.array(masks) / 4) ** 2, rtol=1e-6)
 
 
 def masks_left(watched: Watched) -> np.ndarray:
@@ -418,6 +457,7 @@ def test_guidance_without_a_prompt_changes_nothing_and_calls_nothing() -> None:
         ({"uniform_share": 0.5, "sampler": "confidence"}, "confidence is for masks alone: choose ancestral"),
         ({"uniform_share": 1.0, "guidance": 1.0}, "no mask to hide a prompt with: choose guidance 0"),
         ({"entropy_bound": -0.1}, "entropy_bound must not be negative, not -0.1"),
+        ({"threshold": 1.1}, "threshold must be between 0 and 1, not 1.1"),
         ({"remask": 2.0}, "remask must be between 0 and 1, not 2.0"),
         ({"loop_time": 1.0}, "loop_time must be above 0 and below 1, not 1.0"),
         ({"num_steps": 0}, "num_steps must be at least 1, not 0"),
