@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 from rich.console import Console as RichConsole
@@ -12,10 +13,12 @@ from rich.markup import escape
 from typing_extensions import Doc
 from tyro.conf import Suppress
 
+from nanodlm.data.tokenizer import END_OF_TEXT
 from nanodlm.errors import Emit
 from nanodlm.stages.progress import Pace, summary
 
 if TYPE_CHECKING:
+    from nanodlm.generation.texts import Written
     from nanodlm.store import Artifact
 
 Json = Annotated[bool, Doc("Print one JSON object as the last line of standard output.")]
@@ -28,7 +31,7 @@ class Console:
     def __init__(self, stream: Suppress[TextIO | None] = None, *, json: Json = False):
         """Show events on a stream, and print results, or with `json` one JSON object, on standard output."""
         shown = stream or (sys.stderr if json else sys.stdout)
-        self._rich, self._json = RichConsole(file=shown, highlight=False, soft_wrap=True, emoji=False), json
+        self._rich, self.is_json = RichConsole(file=shown, highlight=False, soft_wrap=True, emoji=False), json
         self.line = self._rich.print  # one, in which `[bold]` and the like mean what they do to rich
         self._stage, self._pace = "", Pace()
         self.artifacts: dict[str, Artifact] = {}  # of finished stages, by stage
@@ -36,12 +39,12 @@ class Console:
 
     def text(self, *lines: str) -> None:
         """Print lines of a result, unless it is to be JSON."""
-        if not self._json:
+        if not self.is_json:
             print(*lines, sep="\n")
 
     def json(self, **result: Any) -> None:
         """Print a result as one line of JSON, if that is asked for."""
-        if self._json:
+        if self.is_json:
             print(json_module.dumps(result, sort_keys=True))
 
     @contextmanager
@@ -74,6 +77,17 @@ class Console:
         if changed := changed_since(artifact):
             self.line(f"{'':<28}[yellow]{remark(changed)}: --rebuild changed builds it again[/yellow]")
 
+    def written(self, text: "Written", *, watch: bool, first: bool = True) -> None:
+        """Print a text, or let it appear out of masks; what several lengths were compared by comes with it."""
+        if watch and text.recording:
+            from nanodlm.generation.watch import play
+
+            play(text.recording, self._rich)
+        else:
+            self.text(*["-" * 72] * (not first), text.text.replace(END_OF_TEXT, "\n\n"))
+        if text.nats_per_token is not None:
+            self.text(f"({text.nats_per_token:.2f} nats per token of the whole text)")
+
     def results(self) -> None:
         """Print the records and metrics of the finished stages as JSON, if that is asked for."""
         metrics = {name: value for artifact in self.artifacts.values() for name, value in artifact.metrics.items()}
@@ -82,10 +96,17 @@ class Console:
         self.json(stages=stages, metrics=metrics, report=report.uri if report else None)
 
     def finish(self) -> None:
-        """Print the results of the finished stages, and where everything lies."""
+        """Print the results of the finished stages, and where everything lies; a terminal shows how a text appeared."""
         from nanodlm.evaluation.report import against_unigram
 
         self.line("")
+        watch = self._rich.is_terminal and "report" in self.artifacts
+        if watch:
+            from nanodlm.generation.watch import Recording, play
+
+            first, *_ = json_module.loads(self.artifacts["sample"].file("steps.json").read_text())
+            play(Recording(**first), self._rich)
+            self.line("")
         if "evaluate" in self.artifacts:
             m = self.artifacts["evaluate"].metrics
             bound = f"[bold]{m['val_bits_per_byte']:.3f}[/bold] ± {m['val_bits_per_byte_stderr']:.3f} bits per byte"
@@ -93,15 +114,20 @@ class Console:
             self.line(f"validation bound {bound}, {unigram}")
             for one in m.get("sets", []):
                 self.line(escape(f"{one['file']:<16} {one['bits_per_byte']:.3f} bits per byte"))
-        if "sample" in self.artifacts:
+        if "sample" in self.artifacts and not watch:
             text = " ".join(self.artifacts["sample"].metrics["first_sample"].split())
             self.line(f"[dim]a sample:[/dim] {escape(text)}\n")
-        files = {"report": "report.html", "sample": "samples.txt", "train": "checkpoints"}
+        files = {"report": "report.html"} | ({} if watch else {"sample": "samples.txt", "train": "checkpoints"})
         for artifact in reversed(self.artifacts.values()):
             link = artifact.store.show_latest(artifact) if artifact.store.is_local else None
             if file := files.get(artifact.stage):
                 where = artifact.store.address(artifact.remote(file))
+                if watch:
+                    local = Path(link / file if link else where)
+                    self.line(f"open {escape(local.absolute().as_uri() if artifact.store.is_local else where)}")
+                    continue
                 where = min(str(link / file), os.path.relpath(link / file), key=len) if link else where
                 self.line(f"{file:<12} {escape(where)}")
-        self.line(f"{'store':<12} {escape(list(self.artifacts.values())[-1].store.uri())}")
+        if not watch:
+            self.line(f"{'store':<12} {escape(list(self.artifacts.values())[-1].store.uri())}")
         self.results()
