@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -62,6 +63,18 @@ def started(*args: str, **extra: str) -> Iterator[subprocess.Popen[str]]:
         if process.poll() is None:
             process.kill()
         process.communicate()
+
+
+@contextmanager
+def serving(model: str) -> Iterator[str]:
+    """The address of a model's page, while it is served."""
+    with started("serve", model, "--port", "0") as process:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        assert "http://127.0.0.1:" in line, line
+        yield line.split(" is at ")[1].split()[0]
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 0
 
 
 def statuses(result: dict[str, Any]) -> dict[str, str]:

@@ -1,0 +1,43 @@
+"""The command that gives a trained model a page on loopback."""
+
+import contextlib
+import os
+import socket
+from typing import Annotated
+
+from typing_extensions import Doc
+
+from nanodlm.checkpoints.finding import find_model
+from nanodlm.cli.arguments import Output
+from nanodlm.cli.store import OpenStore
+from nanodlm.errors import UsageError
+from nanodlm.store.cache import cache_dir
+
+Model = Annotated[str, Doc("A model, by its run's name or its address; by default the newest.")]
+Port = Annotated[int, Doc("Port on 127.0.0.1; 0 takes any that is free.")]
+
+
+def serve(model: Model = "", /, *, port: Port = 8000, store: OpenStore, console: Output) -> None:
+    """Write texts on a page in the browser, and for scripts at /v1/completions, until Ctrl-C."""
+    with socket.socket() as taken:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            taken.bind(("127.0.0.1", port))
+        except (OSError, OverflowError) as error:
+            said = getattr(error, "strerror", None) or "it must be between 0 and 65535"
+            raise UsageError(f"cannot listen on port {port}: {said}: choose another --port, or 0 for any") from error
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_dir() / "compiled"))
+        import uvicorn
+
+        from nanodlm.checkpoints.loading import load
+        from nanodlm.generation.service import make_app
+        from nanodlm.generation.texts import Writer
+
+        address = find_model(model, store)
+        name = model if model and "/" not in model else "/".join(address.rstrip("/").split("/")[-2:])[:18]
+        app = make_app(Writer(*load(address)), name)
+        taken.listen(128)
+        console.text(f"{name} is at http://127.0.0.1:{taken.getsockname()[1]} (Ctrl-C ends it)")
+        config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2, access_log=False)
+        with contextlib.suppress(KeyboardInterrupt):  # which is how it ends
+            uvicorn.Server(config).run(sockets=[taken])

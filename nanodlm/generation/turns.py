@@ -1,0 +1,67 @@
+"""One text at a time for many who ask: the queue, and the limits of what may be asked."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from nanodlm.config import TextRequest
+from nanodlm.errors import NanodlmError
+from nanodlm.generation.texts import Asked, Frame, Writer
+
+WAITING = 8  # texts that may wait for their turn
+SECONDS = 300  # that a text may take once it is its turn
+MOST_TEXTS, MOST_CHARACTERS, MOST_STEPS = 16, 20_000, 4096  # of one request
+MOST_ROWS = 8  # of the model, that a text may be long
+
+
+class Refused(NanodlmError):
+    """A request that is not answered, with the status of HTTP that says so."""
+
+    def __init__(self, message: str, status: int = 400):
+        super().__init__(message)
+        self.status = status
+
+
+class Turns:
+    """One text at a time, while others wait."""
+
+    def __init__(self) -> None:
+        self._lock, self.ahead = asyncio.Lock(), 0  # texts that come before a new one
+
+    @asynccontextmanager
+    async def one(self) -> AsyncIterator[None]:
+        """Hold the turn, from when it comes."""
+        self.ahead += 1
+        try:
+            async with self._lock:
+                yield
+        finally:
+            self.ahead -= 1
+
+    def check(self) -> None:
+        """Refuse what would come behind too many."""
+        if self.ahead > WAITING:
+            raise Refused(f"{WAITING} texts are waiting already: try again in a minute", 429)
+
+
+def bounded(asked: TextRequest, row: int) -> TextRequest:
+    """Return a request for texts of a model with rows of so many tokens, if it is not for too much."""
+    limits = {"num": (asked.num, MOST_TEXTS), "num_steps": (asked.num_steps, MOST_STEPS)}
+    limits |= {name: (len(getattr(asked, name)), MOST_CHARACTERS) for name in ("prompt", "infill")}
+    for name, (value, most) in {**limits, "length": (asked.length, MOST_ROWS * row)}.items():
+        if value is not None and value > most:
+            raise Refused(f"{name} is {value:,}, and here {most:,} at most")
+    return asked
+
+
+async def frames_of(writer: Writer, asked: Asked, batch: int) -> AsyncIterator[Frame]:
+    """Yield the frames of a batch, each made in a thread; one that takes too long is `Refused`."""
+    frames, end = writer.frames(asked, batch), time.monotonic() + SECONDS
+    try:
+        while (frame := await asyncio.to_thread(next, frames, None)) is not None:
+            yield frame
+            if time.monotonic() > end:
+                raise Refused(f"it took longer than {SECONDS} s: ask for fewer steps, or a shorter text", 504)
+    except ValueError as error:  # of logits that are not finite
+        raise Refused(str(error), 500) from error
