@@ -99,7 +99,7 @@ def page(runs: list[dict[str, list[Artifact]]], found: list[dict[str, Any]]) -> 
     ]
     return render(
         "compare.html",
-        title=" and ".join(names),
+        title=f"{', '.join(names[:-1])} and {names[-1]}",
         names=names,
         date=max(train.manifest["created"] for train in trained)[:10],
         runs=[(name, *_facts(run)) for name, run in zip(names, runs, strict=True)],
@@ -133,7 +133,12 @@ def _facts(run: dict[str, list[Artifact]]) -> list[str]:
 def _bound(m: dict[str, Any]) -> list[str]:
     how = "the same rows, in pairs" if m["paired"] else "other rows: two samples"
     values = [f"{bits:.4f}" for bits in m["bits_per_byte"]]
-    return [*values, f"{m['difference']:+.4f} ± {m['difference_stderr']:.4f}", f"{m['p']:.2g}", how]
+    change = f"{m['difference']:+.4f} ± {m['difference_stderr']:.4f}".replace("-", "−")
+    return [*values, change, _chance(m["p"]), how]
+
+
+def _chance(p: float) -> str:
+    return f"p = {p:.2g}" if p >= 0.001 else "p < 0.001"
 
 
 def _verdict(name: str, first: str, found: dict[str, Any]) -> str:
@@ -141,8 +146,9 @@ def _verdict(name: str, first: str, found: dict[str, Any]) -> str:
     if not found["bounds"]:
         return f"{name} and {first} have no set of texts in common."
     m = found["bounds"][0]
+    chance = _chance(m["p"])
     if m["p"] >= SIGNIFICANT:
-        return f"On {m['set']} text, {name} and {first} do not differ significantly (p = {m['p']:.2g})."
+        return f"On {m['set']} text, {name} and {first} do not differ significantly ({chance})."
     better = "better" if m["difference"] < 0 else "worse"
     size = f"{abs(m['difference']):.4f} ± {m['difference_stderr']:.4f} bits per byte"
-    return f"On {m['set']} text, {name} is {size} {better} than {first} (p = {m['p']:.2g})."
+    return f"On {m['set']} text, {name} is {size} {better} than {first} ({chance})."

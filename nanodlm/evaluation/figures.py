@@ -154,7 +154,7 @@ def curve(runs: dict[str, Records], over: str = "step", unigram: float | None = 
         line = smoothed(records, "nats_per_token", over, colour=colour, label="training" if one else name)
         if line is None:
             continue
-        drawn.append(line)
+        drawn.append(line if one else line._replace(band=None))
         said.append(f"{name}: {line.y[0]:.2f} to {line.y[-1]:.2f}")
         scored = [r for r in records if r.get("val_nats_per_token") is not None and r.get(over) is not None]
         if scored:
