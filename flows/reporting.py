@@ -58,7 +58,7 @@ def show_run(artifacts: dict[str, Artifact]) -> None:
             lines.append(f"![loss curve]({figures.as_url(picture)})")
     if report := artifacts.get("report"):
         where = f"{'file://' * store.is_local}{store.address(report.remote('report.html'))}"
-        lines += [report.file("report.md").read_text(), f"The page with all figures: `{where}`"]
+        lines += [f"The page with all figures:\n\n    {where}", report.file("report.md").read_text()]
     try:
         with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}):
             page = "\n\n".join([*lines, f"Store: `{store.uri()}`"])

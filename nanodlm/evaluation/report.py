@@ -9,6 +9,7 @@ import math
 import shlex
 from collections.abc import Iterable
 from datetime import datetime
+from textwrap import TextWrapper
 from typing import Any
 
 from nanodlm.config import Config, as_changes
@@ -278,9 +279,16 @@ def _fact(artifact: Artifact) -> str:
 
 
 def _markdown(rows: list[tuple[str, str]], texts: Iterable[str] = ()) -> list[str]:
-    """Return indented lines, which Markdown takes for code: no markup of theirs."""
-    numbers = [f"    {name:<19} {value}" for name, value in rows]
-    return numbers + ["\n".join(f"    {line}" for line in ["", *text.splitlines()]) for text in texts]
+    """Return indented lines, which Markdown takes for code: no markup of theirs. They are as wide as pages show."""
+    wrapped = TextWrapper(80, replace_whitespace=False, drop_whitespace=False, break_on_hyphens=False)
+    shown = [f"{name:<19} {value}" for name, value in rows]
+    for number, text in enumerate(texts):
+        shown += [
+            "",
+            *(["···", ""] if number else []),
+            *(of for line in text.splitlines() for of in wrapped.wrap(line) or [""]),
+        ]
+    return [f"    {line}" for line in shown]
 
 
 def card_of(evaluate: Artifact) -> dict[str, Any] | None:

@@ -111,7 +111,7 @@ def test_a_run_on_a_server_without_limits_shows_a_report(site: Site) -> None:
         "bits per byte",
         "unigram entropy",
         words,
-        "report.html`",
+        "/report.html\n",
         f"Store: `{site.store}`",
     ):
         assert text in shown["report"]["data"]
