@@ -38,51 +38,36 @@ FACTS = {
 def build(config: Config, inputs: dict[str, Artifact], attempt: Attempt, emit: Emit) -> dict[str, Any]:
     """Gather the results of train, evaluate and sample into `results.json`, `report.html` and `report.md`."""
     train, evaluate, sample = (inputs[name] for name in ("train", "evaluate", "sample"))
-    m, t, texts, card = evaluate.metrics, train.metrics, texts_of(sample), card_of(evaluate)
+    m, t, card = evaluate.metrics, train.metrics, card_of(evaluate)
     results = {"run_name": config.exp.run_name, "train": {name: t[name] for name in RESULTS}, "evaluate": m}
-    results |= {"samples": texts, "made_from": {name: artifact.digest for name, artifact in inputs.items()}}
+    results |= {"samples": texts_of(sample), "made_from": {name: one.digest for name, one in inputs.items()}}
     (attempt.path / "results.json").write_text(json.dumps(results, indent=1, sort_keys=True))
-    plain = ["# Report", "", *_markdown(_rows(config, train, evaluate, sample))]
-    plain += ["", "## Samples", *_markdown([], texts), ""]
+    made = {one.stage: one for one in lineage(train, evaluate, sample)}
+    said = _head(config, made) | _numbers(config, evaluate) | _texts(config, sample) | _origin(config, made)
+    pictures = _pictures(config, train, evaluate)
+    page = render("report.html", card=card and _data(card), **said, **pictures)
+    (attempt.path / "report.html").write_text(page)
+    plain = ["# Report", "", *_markdown(_rows(said)), "", "## Samples", *_markdown([], said["samples"]), ""]
     if card:
         plain += ["## Data", "", *_markdown(described(card), card["examples"]), ""]
     (attempt.path / "report.md").write_text("\n".join(plain))
-    made = {artifact.stage: artifact for artifact in lineage(train, evaluate, sample)}
-    parts = _head(config, made) | _numbers(evaluate) | _curves(config, train, evaluate) | _texts(config, sample)
-    page = render("report.html", card=card and _data(card), **parts, **_origin(config, made))
-    (attempt.path / "report.html").write_text(page)
     return {"below_unigram_percent": round(100 * (1 - m["val_bits_per_byte"] / m["val_unigram_bits_per_byte"]), 2)}
 
 
-def _rows(config: Config, train: Artifact, evaluate: Artifact, sample: Artifact) -> list[tuple[str, str]]:
-    """Return the numbers of a run by name, for `report.md`; a name that goes on is empty."""
-    m, t = evaluate.metrics, train.metrics
-    told = config.data.rows != "stream" and not KINDS[config.objective.kind].edges_known
-    speed = f"{t['train_tokens_per_second']:,.0f} tokens/s on {t['devices']} {t['device']}"
-    if "waiting_share" in t:  # which earlier versions did not measure
-        speed += f", {t['waiting_share']:.1%} of the time waiting for rows"
-    sets = m.get("sets", [])  # earlier versions had none
+def _rows(said: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return the numbers of the page by name, for `report.md`."""
+    (_, bound, within), *others = said["measures"]
     return [
-        ("validation bound", f"{m['val_bits_per_byte']:.4f} ± {m['val_bits_per_byte_stderr']:.4f} bits per byte"),
-        ("", f"{m['val_nats_per_token']:.4f} ± {m['val_nats_per_token_stderr']:.4f} nats per token"),
-        ("", f"perplexity {math.exp(m['val_nats_per_token']):.2f} a token"),
-        ("", f"{m['val_bits_per_character']:.4f} bits per character"),
-        (
-            "unigram entropy",
-            f"{m['val_unigram_bits_per_byte']:.4f} bits per byte: the bound is {against_unigram(m)} it",
-        ),
-        ("standard error", f"over {over(m)}"),
-        ("validation text", f"{m['scored_tokens']:,} tokens, {m['scored_bytes']:,} bytes"),
-        ("", f"{m['scored_characters']:,} characters" + ", given how long each text is" * told),
-        *(
-            (s["file"], f"{s['bits_per_byte']:.4f} ± {s['bits_per_byte_stderr'] or math.nan:.4f} bits per byte")
-            for s in sets
-        ),
-        ("objective", f"{config.objective.kind}, trained with {config.objective.weighting} weights"),
-        ("trained on", f"{t['trained_tokens']:,} tokens in {t['updates']:,} updates"),
-        ("speed", speed),
-        ("parameters", f"{t['parameters']:,}, sha256 {t['parameters_sha256'][:16]}…"),
-        *((artifact.stage, artifact.fingerprint) for artifact in (train, evaluate, sample)),
+        ("validation bound", f"{bound} bits per byte" + f", 95% interval {within}" * bool(within)),
+        *said["units"].items(),
+        *((name, f"{value} bits per byte" + f", {within}" * bool(within)) for name, value, within in others),
+        ("", said["against"]),
+        ("interval over", said["over"]),
+        ("scored", said["scored"]),
+        ("model", said["what"]),
+        *((name, value) for name, value in said["speed"].items() if value),
+        ("parameters", f"sha256 {said['parameters']}"),
+        *((stage, fingerprint) for stage, fingerprint, *_ in said["hashes"]),
     ]
 
 
@@ -106,28 +91,29 @@ def _words(value: Any) -> list[str]:
     return [str(one) for one in (value if isinstance(value, list) else [value])]
 
 
-def _numbers(evaluate: Artifact) -> dict[str, Any]:
+def _numbers(config: Config, evaluate: Artifact) -> dict[str, Any]:
     """Return the bound in every unit, beside the unigram entropy, an autoregressive model's number and other sets."""
     m, other = evaluate.metrics, twin(evaluate)
     measures = [("this model", m["val_bits_per_byte"], interval(m))]
     if other:
-        of = (other.manifest["config"]["exp"]["run_name"] or other.name, other.metrics["val_bits_per_byte"])
-        measures.append((f"autoregressive: {of[0]}", of[1], interval(other.metrics)))
+        name = other.manifest["config"]["exp"]["run_name"] or other.name
+        measures.append((f"autoregressive: {name}", other.metrics["val_bits_per_byte"], interval(other.metrics)))
     measures.append(("unigram entropy", m["val_unigram_bits_per_byte"], ""))
     measures += [(s["file"], s["bits_per_byte"], interval(s, "")) for s in m.get("sets", [])]
-    text = f"{m['scored_tokens']:,} tokens, {m['scored_bytes']:,} bytes"
+    sizes = ", ".join(f"{m[f'scored_{name}']:,} {name}" for name in ("tokens", "bytes", "characters"))
+    told = config.data.rows != "stream" and not KINDS[config.objective.kind].edges_known
     return {
         "number": f"{m['val_bits_per_byte']:.3f}",
         "interval": interval(m),
         "over": over(m),
         "measures": [(name, f"{value:.4f}", within) for name, value, within in measures],
         "against": f"The bound is {against_unigram(m)} the unigram entropy.",
-        "protocol": f"Scored: {text}; {m.get('val_protocol', '')}.",
+        "scored": f"{sizes}{', given how long each text is' * told}; {m.get('val_protocol', '')}",
         "units": {
             "nats per token": f"{m['val_nats_per_token']:.4f} ± {m['val_nats_per_token_stderr'] or math.nan:.4f}",
             "perplexity a token": f"{math.exp(m['val_nats_per_token']):,.2f}",
             "bits per character": f"{m['val_bits_per_character']:.4f}",
-            "standard error, bits per byte": f"{m['val_bits_per_byte_stderr'] or math.nan:.4f}",
+            "standard error": f"{m['val_bits_per_byte_stderr'] or math.nan:.4f} bits per byte",
         },
     }
 
@@ -161,23 +147,20 @@ def twin(evaluate: Artifact) -> Artifact | None:
     return max(same, key=lambda one: one.manifest["created"], default=None)
 
 
-def _curves(config: Config, train: Artifact, evaluate: Artifact) -> dict[str, Any]:
+def _pictures(config: Config, train: Artifact, evaluate: Artifact) -> dict[str, Any]:
     """Return pictures of the training, and of where the bound comes from."""
     logs, unigram, ema = logs_of(train), evaluate.metrics["val_unigram_nats_per_token"], config.train.ema_decay
-    timed = bool(logs and logs[-1].get("seconds"))  # which earlier versions did not record
-    shown = {"lr": ("The learning rate", "violet"), "grad_norm": ("The norm of the gradient", "teal")}
-    pictures = {}
-    for name, (what, colour) in shown.items():
-        line = figures.smoothed(logs, name, colour=colour)
-        label = name.replace("lr", "learning rate").replace("grad_norm", "gradient norm")
-        alt = line and f"{what} goes from {line.y[0]:.3g} to {line.y[-1]:.3g}, at most {max(line.y):.3g}."
-        pictures[name] = figures.lines(alt, [line], "updates", label) if line and alt else ""
     average = f" of the parameters' average (decay {ema:g})" if ema else ""
     caption = "The training bound is the mean of neighbouring records, and the band holds four fifths of them. "
     caption += f"Points are the bound{average} on {config.exp.val_rows} validation rows at each save."
-    curves = {"updates": figures.curve({"the bound": logs}, unigram=unigram), "caption": caption, **pictures}
-    curves["seconds"] = figures.curve({"the bound": logs}, "seconds", unigram) if timed else ""
-    return {"curves": curves, "profile": _profile(evaluate) if has(evaluate, PROFILE) else {}}
+    pictures = {"updates": figures.curve({"the bound": logs}, unigram=unigram), "caption": caption}
+    timed = logs and logs[-1].get("seconds")  # which earlier versions did not record
+    pictures["seconds"] = figures.curve({"the bound": logs}, "seconds", unigram) if timed else ""
+    for name, label, colour in (("lr", "learning rate", "violet"), ("grad_norm", "gradient norm", "teal")):
+        line = figures.smoothed(logs, name, colour=colour)
+        alt = line and f"The {label} goes from {line.y[0]:.3g} to {line.y[-1]:.3g}, at most {max(line.y):.3g}."
+        pictures[name] = figures.lines(alt, [line], "updates", label) if line and alt else ""
+    return {"curves": pictures, "profile": _profile(evaluate) if has(evaluate, PROFILE) else {}}
 
 
 def _profile(evaluate: Artifact) -> dict[str, str]:
@@ -280,14 +263,11 @@ def _fact(artifact: Artifact) -> str:
 
 def _markdown(rows: list[tuple[str, str]], texts: Iterable[str] = ()) -> list[str]:
     """Return indented lines, which Markdown takes for code: no markup of theirs. They are as wide as pages show."""
-    wrapped = TextWrapper(80, replace_whitespace=False, drop_whitespace=False, break_on_hyphens=False)
-    shown = [f"{name:<19} {value}" for name, value in rows]
+    wrapper = TextWrapper(80, replace_whitespace=False, break_on_hyphens=False)
+    shown = [f"{name * (i == 0):<19} {part}" for name, text in rows for i, part in enumerate(wrapper.wrap(text))]
     for number, text in enumerate(texts):
-        shown += [
-            "",
-            *(["···", ""] if number else []),
-            *(of for line in text.splitlines() for of in wrapped.wrap(line) or [""]),
-        ]
+        wrapped = [part for line in text.splitlines() for part in wrapper.wrap(line) or [""]]
+        shown += ["", *["···", ""] * (number > 0), *wrapped]
     return [f"    {line}" for line in shown]
 
 
