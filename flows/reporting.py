@@ -10,7 +10,7 @@ from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
 from nanodlm.errors import Stopped
 from nanodlm.evaluation import figures
-from nanodlm.evaluation.report import logs_of
+from nanodlm.evaluation.artifacts import logs_of
 from nanodlm.stages.progress import Pace, Watcher, summary
 from nanodlm.store import Artifact
 

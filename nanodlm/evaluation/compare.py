@@ -10,8 +10,9 @@ from scipy.special import stdtr
 from nanodlm.config import differences
 from nanodlm.config.differences import flat
 from nanodlm.evaluation import figures
+from nanodlm.evaluation.artifacts import logs_of, texts_of
 from nanodlm.evaluation.page import render
-from nanodlm.evaluation.report import interval, logs_of, texts_of
+from nanodlm.evaluation.report import interval
 from nanodlm.evaluation.uncertainty import count_documents, ratio_stderr
 from nanodlm.store import Artifact
 

@@ -14,11 +14,11 @@ from typing import Any
 
 from nanodlm.config import Config, as_changes
 from nanodlm.config.differences import flat
-from nanodlm.data.card import CARD, described, groups
-from nanodlm.data.tokenizer import END_OF_TEXT
+from nanodlm.data.card import described, groups
 from nanodlm.diffusion.kinds import KINDS
 from nanodlm.errors import Emit
 from nanodlm.evaluation import figures
+from nanodlm.evaluation.artifacts import card_of, has, lineage, logs_of, texts_of, twin
 from nanodlm.evaluation.page import render
 from nanodlm.store import Artifact, Attempt
 
@@ -93,7 +93,7 @@ def _words(value: Any) -> list[str]:
 
 def _numbers(config: Config, evaluate: Artifact) -> dict[str, Any]:
     """Return the bound in every unit, beside the unigram entropy, an autoregressive model's number and other sets."""
-    m, other = evaluate.metrics, twin(evaluate)
+    m, other = evaluate.metrics, twin(evaluate) if config.objective.kind != "autoregressive" else None
     measures = [("this model", m["val_bits_per_byte"], interval(m))]
     if other:
         name = other.manifest["config"]["exp"]["run_name"] or other.name
@@ -129,22 +129,6 @@ def over(metrics: dict[str, Any]) -> str:
         return "rows of one document, taken as independent"
     assumed = ", as end-of-text marks tell them in neighbouring pre-tokenised rows" if metrics["pretokenized"] else ""
     return f"{metrics['scored_documents']:,} documents{assumed}"
-
-
-def twin(evaluate: Artifact) -> Artifact | None:
-    """Return the newest evaluation of an autoregressive model of the same shards on the same rows, if one is there."""
-    store, m = evaluate.store, evaluate.metrics
-    there = {path.split("/")[0] for path in store.files(store.path("evaluate"))} - {evaluate.fingerprint}
-    found = [one for _, one in store.artifacts(("evaluate", fingerprint) for fingerprint in sorted(there))]
-    same = [
-        one
-        for one in found
-        if isinstance(one, Artifact)
-        and one.manifest["config"]["objective"]["kind"] == "autoregressive"
-        and one.manifest["inputs"]["shard"] == evaluate.manifest["inputs"]["shard"]
-        and all(one.metrics.get(name) == m[name] for name in ("scored_tokens", "scored_bytes"))
-    ]
-    return max(same, key=lambda one: one.manifest["created"], default=None)
 
 
 def _pictures(config: Config, train: Artifact, evaluate: Artifact) -> dict[str, Any]:
@@ -237,22 +221,6 @@ def _origin(config: Config, made: dict[str, Artifact]) -> dict[str, Any]:
     }
 
 
-def lineage(*last: Artifact) -> list[Artifact]:
-    """Return artifacts and all that they were made from, as far as it is still there: what is read comes first."""
-    found: dict[str, Artifact] = {}
-
-    def add(artifact: Artifact) -> None:
-        items = [item for item in artifact.inputs if item[0] not in found]
-        for _, read in artifact.store.artifacts(items):
-            if isinstance(read, Artifact) and read.stage not in found:
-                add(read)
-        found[artifact.stage] = artifact
-
-    for artifact in last:
-        add(artifact)
-    return list(found.values())
-
-
 def _fact(artifact: Artifact) -> str:
     """Return the one number of an artifact that says most; earlier versions may not have counted it."""
     try:
@@ -271,29 +239,7 @@ def _markdown(rows: list[tuple[str, str]], texts: Iterable[str] = ()) -> list[st
     return [f"    {line}" for line in shown]
 
 
-def card_of(evaluate: Artifact) -> dict[str, Any] | None:
-    """Return the data card of the shards that were evaluated on, if they have one and are there."""
-    shard = next(evaluate.store.find(*item) for item in evaluate.inputs if item[0] == "shard")
-    return json.loads(shard.file(CARD).read_text()) if shard and has(shard, CARD) else None
-
-
-def has(artifact: Artifact, file: str) -> bool:
-    """Say if an artifact has a file, which earlier versions may not have made."""
-    return any(made["path"] == file for made in artifact.manifest["files"])
-
-
 def against_unigram(metrics: dict[str, Any]) -> str:
     """Return how a bound compares with the unigram entropy, such as `25.0% below`."""
     percent = 100 * (metrics["val_bits_per_byte"] / metrics["val_unigram_bits_per_byte"] - 1)
     return f"{abs(percent):.1f}% {'above' if percent > 0 else 'below'}"
-
-
-def texts_of(sample: Artifact) -> list[str]:
-    """Return the sampled texts for people, with an empty line where a document ends."""
-    lines = sample.file("samples.jsonl").read_text().splitlines()
-    return [json.loads(line)["text"].replace(END_OF_TEXT, "\n\n") for line in lines]
-
-
-def logs_of(train: Artifact) -> list[dict[str, Any]]:
-    """Return the records of a training, as `logs.json` holds them."""
-    return json.loads(train.file("logs.json").read_text())

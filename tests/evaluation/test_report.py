@@ -17,7 +17,7 @@ from nanodlm.cli.arguments import parse
 from nanodlm.cli.run import run
 from nanodlm.data import tokenizer
 from nanodlm.evaluation import figures
-from nanodlm.evaluation.report import texts_of
+from nanodlm.evaluation.artifacts import texts_of
 from nanodlm.stages import run as stages_run
 from nanodlm.store import Artifact, Store, new_attempt
 from tests.support.helpers import committed, fill
