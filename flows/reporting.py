@@ -9,7 +9,8 @@ from prefect.logging import get_run_logger
 from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
 from nanodlm.errors import Stopped
-from nanodlm.evaluation.report import logs_of, loss_curve_url
+from nanodlm.evaluation import figures
+from nanodlm.evaluation.artifacts import logs_of
 from nanodlm.stages.progress import Pace, Watcher, summary
 from nanodlm.store import Artifact
 
@@ -46,16 +47,18 @@ WATCHER: ContextVar[Watcher | None] = ContextVar("watcher", default=None)  # of 
 
 
 def show_run(artifacts: dict[str, Artifact]) -> None:
-    """Show all of a run in one place, under the key `report`: numbers, samples, loss curve, and where it all lies.
+    """Show all of a run in one place, under the key `report`: numbers, curves, samples, and where it all lies.
 
     When the server does not take it, the log says so, and no run fails.
     """
     store, lines = next(iter(artifacts.values())).store, []
-    if "report" in artifacts:
-        lines.append(artifacts["report"].file("report.md").read_text())
     if "train" in artifacts:
-        unigram = artifacts["shard"].metrics.get("val_unigram_nats_per_token")
-        lines.append(f"![loss curve]({loss_curve_url(logs_of(artifacts['train']), unigram)})")
+        logs, unigram = logs_of(artifacts["train"]), artifacts["shard"].metrics.get("val_unigram_nats_per_token")
+        if picture := figures.curve({"the bound": logs}, unigram=unigram):
+            lines.append(f"![loss curve]({figures.as_url(picture)})")
+    if report := artifacts.get("report"):
+        where = f"{'file://' * store.is_local}{store.address(report.remote('report.html'))}"
+        lines += [f"The page with all figures:\n\n    {where}", report.file("report.md").read_text()]
     try:
         with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}):
             page = "\n\n".join([*lines, f"Store: `{store.uri()}`"])

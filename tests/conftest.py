@@ -19,6 +19,8 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # workers and child processes
     atexit.register(shutil.rmtree, compiled, ignore_errors=True)
     os.environ.update(JAX_COMPILATION_CACHE_DIR=compiled, JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0.2")
 
+os.environ.setdefault("MPLCONFIGDIR", os.environ["JAX_COMPILATION_CACHE_DIR"])  # of matplotlib's list of fonts
+
 from jaxtyping import install_import_hook
 
 import nanodlm

@@ -22,6 +22,7 @@ Words = Annotated[tuple[str, ...], Doc("Model, else the newest, and texts."), ar
 Column = Annotated[str, Doc("Field of a row that holds the text.")]
 Unit = Annotated[Literal["document", "paragraph", "line"], Doc("What one document is in .txt files.")]
 Runs = Annotated[tuple[str, ...], Doc("Trained models, by run or address."), arg(metavar="RUN RUN ...")]
+Html = Annotated[str, Doc("File for the comparison as a page with pictures."), arg(metavar="FILE.html")]
 Lines = Annotated[str, Doc("File for the bound of each document, as JSON lines."), arg(metavar="FILE.jsonl")]
 
 
@@ -102,12 +103,13 @@ def described(m: dict[str, Any]) -> list[str]:
     ]
 
 
-def compare(runs: Runs, /, *, store: OpenStore, out: Output) -> None:
+def compare(runs: Runs, /, *, html: Html = "", store: OpenStore, out: Output) -> None:
     """Say in what trained runs differ from the first."""
     from nanodlm.evaluation import compare as comparing
 
     if len(runs) < 2:
         raise UsageError("name two runs or more: nanodlm compare RUN RUN...")
+    check_folder(html)
     found, opened = [], [parse_address(find_model(run, store)) for run in runs]
     made = [comparing.made_from(Store(at.store).open(f"train/{at.fingerprint}")) for at in opened]
     for run, artifacts in zip(runs[1:], made[1:], strict=True):
@@ -124,4 +126,8 @@ def compare(runs: Runs, /, *, store: OpenStore, out: Output) -> None:
             out.text(f"  bounds are not compared: {of['not_compared']}")
         for name, text in zip((runs[0], run), of["samples"], strict=bool(of["samples"])):
             out.text(f"  a sample of {name}: {' '.join(text.split())}")
+    if html:
+        with full_disk_named(html):
+            Path(html).write_text(comparing.page(made, found))
+        out.text(f"the page is {html}")
     out.json(comparisons=found)

@@ -77,17 +77,21 @@ def card(encoding: Encoding, inputs: dict[str, Artifact], shards: list[Json], fr
     }
 
 
-def described(card: Json) -> list[tuple[str, str]]:
-    """Return a card without its examples as names and values, for people; a name that goes on is empty."""
+def groups(card: Json) -> dict[str, list[str]]:
+    """Return a card without its examples in words, by name, for people."""
     most, total = max(card["lengths"].values(), default=0), card["training"]["tokens"]
     sides = ("training", "validation")
-    groups = {side: [", ".join(f"{n:,} {what}" for what, n in card[side].items() if n)] for side in sides}
+    said = {side: [", ".join(f"{n:,} {what}" for what, n in card[side].items() if n)] for side in sides}
     bars = [f"{n:>12,} of {int(low):,} or more {'▇' * -(-24 * n // most)}" for low, n in card["lengths"].items()]
-    groups |= {"documents by tokens": bars}
-    groups |= {"frequent tokens": [", ".join(f"{text!r} {n / total:.2%}" for text, n in card["frequent"])]}
-    groups |= {"vocabulary": [f"{card['vocabulary']:,} tokens, {card['never_trained_on']:,} never trained on"]}
+    said |= {"documents by tokens": bars}
+    said |= {"frequent tokens": [", ".join(f"{text!r} {n / total:.2%}" for text, n in card["frequent"])]}
+    said |= {"vocabulary": [f"{card['vocabulary']:,} tokens, {card['never_trained_on']:,} never trained on"]}
     if card["mended"]:
-        groups |= {"mended": [f"{card['mended']:,} documents"]}
+        said |= {"mended": [f"{card['mended']:,} documents"]}
     left_out = [f"{count:,} {what}" for what, count in card["left_out"].items()]
-    groups |= {"left out": [*left_out, *(" ".join(text.split()) for text in card["first_left_out"])] or ["nothing"]}
-    return [(name if i == 0 else "", text) for name, texts in groups.items() for i, text in enumerate(texts)]
+    return said | {"left out": [*left_out, *(" ".join(text.split()) for text in card["first_left_out"])] or ["nothing"]}
+
+
+def described(card: Json) -> list[tuple[str, str]]:
+    """Return a card without its examples as names and values, for plain text; a name that goes on is empty."""
+    return [(name if i == 0 else "", text) for name, texts in groups(card).items() for i, text in enumerate(texts)]

@@ -1,157 +1,245 @@
-"""The report: one HTML page and one Markdown file with a run's numbers, its loss curve and its samples.
+"""The report: one HTML page and one Markdown file with a run's numbers, its curves, its data and its samples.
 
 What equal runs have in common lies in `results.json`, which alone makes the report's digest. The pages show speeds,
-devices and the curve of the logs besides, which are no part of what a run is.
+devices and the curves of the logs besides, which are no part of what a run is.
 """
 
-import base64
-import html
 import json
 import math
+import shlex
 from collections.abc import Iterable
-from functools import partial
+from datetime import datetime
+from textwrap import TextWrapper
 from typing import Any
 
-import numpy as np
-
-from nanodlm.config import Config
-from nanodlm.data.card import CARD, described
-from nanodlm.data.tokenizer import END_OF_TEXT
+from nanodlm.config import Config, as_changes
+from nanodlm.config.differences import flat
+from nanodlm.data.card import described, groups
 from nanodlm.diffusion.kinds import KINDS
 from nanodlm.errors import Emit
+from nanodlm.evaluation import figures
+from nanodlm.evaluation.artifacts import card_of, has, lineage, logs_of, texts_of, twin
+from nanodlm.evaluation.page import render
 from nanodlm.store import Artifact, Attempt
 
 RESULTS = ("updates", "trained_tokens", "parameters", "parameters_sha256")  # of training, that depend on no machine
-STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 52rem; margin: 2rem auto; padding: 0 1rem; color: #1c2430 }
-table { border-collapse: collapse; margin: 1rem 0 } th { white-space: nowrap; vertical-align: top }
-td, th { text-align: left; padding: .25rem 1.5rem .25rem 0; overflow-wrap: anywhere }
-tr { border-bottom: 1px solid #e3e7ec } blockquote { background: #f5f7f9; margin: .8rem 0; padding: .8rem 1rem;
-border-left: 3px solid #3b73c4; white-space: pre-wrap } svg { width: 100%; height: auto }
-"""
+PROFILE, SLIDER = "bound_profile.json", "slider.html"  # of evaluate and of sample, which earlier versions lack
+FACTS = {
+    "download": "{documents:,} documents",
+    "tokenizer": "{n_vocab:,} entries",
+    "split": "{val_tokens:,} tokens held out",
+    "shard": "{train_rows:,} rows",
+    "train": "{updates:,} updates",
+    "evaluate": "{val_bits_per_byte:.3f} bits per byte",
+    "sample": "{samples} texts",
+}
 
 
 def build(config: Config, inputs: dict[str, Artifact], attempt: Attempt, emit: Emit) -> dict[str, Any]:
     """Gather the results of train, evaluate and sample into `results.json`, `report.html` and `report.md`."""
     train, evaluate, sample = (inputs[name] for name in ("train", "evaluate", "sample"))
-    m, t = evaluate.metrics, train.metrics
-    by_document, unigram = m["val_stderr_over"] == "documents", m["val_unigram_bits_per_byte"]
-    over = f"{m['scored_documents']:,} documents" if by_document else "rows of one document, taken as independent"
-    told = config.data.rows != "stream" and not KINDS[config.objective.kind].edges_known
-    assumed = ", as end-of-text marks tell them in neighbouring pre-tokenised rows" if m["pretokenized"] else ""
-    speed = f"{t['train_tokens_per_second']:,.0f} tokens/s on {t['devices']} {t['device']}"
-    if "waiting_share" in t:  # which earlier versions did not measure
-        speed += f", {t['waiting_share']:.1%} of the time waiting for rows"
-    sets = m.get("sets", [])  # earlier versions had none
-    rows = [
-        ("validation bound", f"{m['val_bits_per_byte']:.4f} ± {m['val_bits_per_byte_stderr']:.4f} bits per byte"),
-        ("", f"{m['val_nats_per_token']:.4f} ± {m['val_nats_per_token_stderr']:.4f} nats per token"),
-        ("", f"perplexity {math.exp(m['val_nats_per_token']):.2f} a token"),
-        ("", f"{m['val_bits_per_character']:.4f} bits per character"),
-        ("unigram entropy", f"{unigram:.4f} bits per byte: the bound is {against_unigram(m)} it"),
-        ("standard error", f"over {over}{assumed}"),
-        ("validation text", f"{m['scored_tokens']:,} tokens, {m['scored_bytes']:,} bytes"),
-        ("", f"{m['scored_characters']:,} characters" + ", given how long each text is" * told),
-        *(
-            (s["file"], f"{s['bits_per_byte']:.4f} ± {s['bits_per_byte_stderr'] or math.nan:.4f} bits per byte")
-            for s in sets
-        ),
-        ("objective", f"{config.objective.kind}, trained with {config.objective.weighting} weights"),
-        ("trained on", f"{t['trained_tokens']:,} tokens in {t['updates']:,} updates"),
-        ("speed", speed),
-        ("parameters", f"{t['parameters']:,}, sha256 {t['parameters_sha256'][:16]}…"),
-        *((artifact.stage, artifact.fingerprint) for artifact in (train, evaluate, sample)),
-    ]
-    texts = texts_of(sample)
+    m, t, card = evaluate.metrics, train.metrics, card_of(evaluate)
     results = {"run_name": config.exp.run_name, "train": {name: t[name] for name in RESULTS}, "evaluate": m}
-    results |= {"samples": texts, "made_from": {name: artifact.digest for name, artifact in inputs.items()}}
+    results |= {"samples": texts_of(sample), "made_from": {name: one.digest for name, one in inputs.items()}}
     (attempt.path / "results.json").write_text(json.dumps(results, indent=1, sort_keys=True))
-    title = html.escape(config.exp.run_name or "nanodlm")
-    curve = loss_curve(logs_of(train), m["val_unigram_nats_per_token"])
-    page = f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title><style>{STYLE}</style>\n"
-    page += f"<h1>{title}</h1>{_html(rows)}<h2>Training</h2>\n{curve}\n<h2>Samples</h2>\n{_html([], texts)}"
-    plain = ["# Report", "", *_markdown(rows), "", "## Samples", *_markdown([], texts), ""]
-    if card := card_of(evaluate):
-        page += f"\n<h2>Data</h2>\n{_html(described(card), card['examples'])}"
+    made = {one.stage: one for one in lineage(train, evaluate, sample)}
+    said = _head(config, made) | _numbers(config, evaluate) | _texts(config, sample) | _origin(config, made)
+    pictures = _pictures(config, train, evaluate)
+    page = render("report.html", card=card and _data(card), **said, **pictures)
+    (attempt.path / "report.html").write_text(page)
+    plain = ["# Report", "", *_markdown(_rows(said)), "", "## Samples", *_markdown([], said["samples"]), ""]
+    if card:
         plain += ["## Data", "", *_markdown(described(card), card["examples"]), ""]
-    (attempt.path / "report.html").write_text(page + "</html>\n")
     (attempt.path / "report.md").write_text("\n".join(plain))
     return {"below_unigram_percent": round(100 * (1 - m["val_bits_per_byte"] / m["val_unigram_bits_per_byte"]), 2)}
 
 
-def _html(rows: list[tuple[str, str]], texts: Iterable[str] = ()) -> str:
-    table = "\n".join(f"<tr><th>{name}<td>{html.escape(value)}" for name, value in rows)
-    return f"<table>\n{table}\n</table>" + "\n".join(f"<blockquote>{html.escape(text)}</blockquote>" for text in texts)
+def _rows(said: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return the numbers of the page by name, for `report.md`."""
+    (_, bound, within), *others = said["measures"]
+    return [
+        ("validation bound", f"{bound} bits per byte" + f", 95% interval {within}" * bool(within)),
+        *said["units"].items(),
+        *((name, f"{value} bits per byte" + f", {within}" * bool(within)) for name, value, within in others),
+        ("", said["against"]),
+        ("interval over", said["over"]),
+        ("scored", said["scored"]),
+        ("model", said["what"]),
+        *((name, value) for name, value in said["speed"].items() if value),
+        ("parameters", f"sha256 {said['parameters']}"),
+        *((stage, fingerprint) for stage, fingerprint, *_ in said["hashes"]),
+    ]
+
+
+def _head(config: Config, made: dict[str, Artifact]) -> dict[str, Any]:
+    """Return what was run, when, and by which command."""
+    kind, t, (preset, changes) = config.objective.kind, made["train"].metrics, as_changes(config)
+    flags = [shlex.join([f"--{name}", *_words(value)]) for name, value in changes.items()]
+    when = datetime.fromisoformat(max(artifact.manifest["created"] for artifact in made.values()))
+    a = "An" if kind[0] in "aeiou" else "A"
+    what = f"{a} {kind} model of {t['parameters']:,} parameters, trained with {config.objective.weighting} weights "
+    what += f"for {t['updates']:,} updates on {t['trained_tokens']:,} tokens of {', '.join(config.data.source)}."
+    return {
+        "title": config.exp.run_name or f"{a} {kind} model",
+        "date": f"{when:%-d %B %Y, %H:%M} UTC",
+        "what": what,
+        "command": [f"nanodlm run {preset}", *flags],
+    }
+
+
+def _words(value: Any) -> list[str]:
+    return [str(one) for one in (value if isinstance(value, list) else [value])]
+
+
+def _numbers(config: Config, evaluate: Artifact) -> dict[str, Any]:
+    """Return the bound in every unit, beside the unigram entropy, an autoregressive model's number and other sets."""
+    m, other = evaluate.metrics, twin(evaluate) if config.objective.kind != "autoregressive" else None
+    measures = [("this model", m["val_bits_per_byte"], interval(m))]
+    if other:
+        name = other.manifest["config"]["exp"]["run_name"] or other.name
+        measures.append((f"autoregressive: {name}", other.metrics["val_bits_per_byte"], interval(other.metrics)))
+    measures.append(("unigram entropy", m["val_unigram_bits_per_byte"], ""))
+    measures += [(s["file"], s["bits_per_byte"], interval(s, "")) for s in m.get("sets", [])]
+    sizes = ", ".join(f"{m[f'scored_{name}']:,} {name}" for name in ("tokens", "bytes", "characters"))
+    told = config.data.rows != "stream" and not KINDS[config.objective.kind].edges_known
+    return {
+        "number": f"{m['val_bits_per_byte']:.3f}",
+        "interval": interval(m),
+        "over": over(m),
+        "measures": [(name, f"{value:.4f}", within) for name, value, within in measures],
+        "against": f"The bound is {against_unigram(m)} the unigram entropy.",
+        "scored": f"{sizes}{', given how long each text is' * told}; {m.get('val_protocol', '')}",
+        "units": {
+            "nats per token": f"{m['val_nats_per_token']:.4f} ± {m['val_nats_per_token_stderr'] or math.nan:.4f}",
+            "perplexity a token": f"{math.exp(m['val_nats_per_token']):,.2f}",
+            "bits per character": f"{m['val_bits_per_character']:.4f}",
+            "standard error": f"{m['val_bits_per_byte_stderr'] or math.nan:.4f} bits per byte",
+        },
+    }
+
+
+def interval(metrics: dict[str, Any], of: str = "val_") -> str:
+    """Return the 95% interval of a bound in bits per byte, or an empty text where there is none."""
+    return " to ".join(f"{end:.3f}" for end in metrics.get(f"{of}bits_per_byte_interval") or ())
+
+
+def over(metrics: dict[str, Any]) -> str:
+    """Return what the standard error of a bound is over."""
+    if metrics["val_stderr_over"] != "documents":
+        return "rows of one document, taken as independent"
+    assumed = ", as end-of-text marks tell them in neighbouring pre-tokenised rows" if metrics["pretokenized"] else ""
+    return f"{metrics['scored_documents']:,} documents{assumed}"
+
+
+def _pictures(config: Config, train: Artifact, evaluate: Artifact) -> dict[str, Any]:
+    """Return pictures of the training, and of where the bound comes from."""
+    logs, unigram, ema = logs_of(train), evaluate.metrics["val_unigram_nats_per_token"], config.train.ema_decay
+    average = f" of the parameters' average (decay {ema:g})" if ema else ""
+    caption = "The training bound is the mean of neighbouring records, and the band holds four fifths of them. "
+    caption += f"Points are the bound{average} on {config.exp.val_rows} validation rows at each save."
+    pictures = {"updates": figures.curve({"the bound": logs}, unigram=unigram), "caption": caption}
+    timed = logs and logs[-1].get("seconds")  # which earlier versions did not record
+    pictures["seconds"] = figures.curve({"the bound": logs}, "seconds", unigram) if timed else ""
+    for name, label, colour in (("lr", "learning rate", "violet"), ("grad_norm", "gradient norm", "teal")):
+        line = figures.smoothed(logs, name, colour=colour)
+        alt = line and f"The {label} goes from {line.y[0]:.3g} to {line.y[-1]:.3g}, at most {max(line.y):.3g}."
+        pictures[name] = figures.lines(alt, [line], "updates", label) if line and alt else ""
+    return {"curves": pictures, "profile": _profile(evaluate) if has(evaluate, PROFILE) else {}}
+
+
+def _profile(evaluate: Artifact) -> dict[str, str]:
+    """Return pictures of the bound by the level of noise and by place in the row."""
+    found = json.loads(evaluate.file(PROFILE).read_text())
+    share, nats, places = found["by_noise"]["masked_share"], found["by_noise"]["nats_per_token"], found["by_position"]
+    of = "A token costs {:.2f} nats {} and {:.2f} {}.".format
+    noise = of(nats[0], f"where {share[0]:.0%} of the row is noise", nats[-1], f"where {share[-1]:.0%} is")
+    place = of(places[0], "at the first place of the row", places[-1], "at the last")
+    levels = [figures.Line("", share, nats, "blue", "o-")]
+    along = [figures.Line("", range(1, len(places) + 1), places, "green")]
+    return {
+        "noise": figures.lines(noise, levels, "share of the row that is noise", "nats per token"),
+        "position": figures.lines(place, along, "place in the row", "nats per token"),
+    }
+
+
+def _texts(config: Config, sample: Artifact) -> dict[str, Any]:
+    """Return the samples, how they were drawn, and how they measure beside held-out text."""
+    how, texts, quality = config.sample, texts_of(sample), sample.metrics.get("quality", {})
+    begun = f", each begun with “{how.prompt}”" if how.prompt else ""
+    said = f"{len(texts)} texts, not picked, of the sampler {how.sampler} at temperature {how.temperature:g}{begun}."
+    measured = [
+        (n.replace("_", " "), [quality.get(of, {}).get(n) for of in ("samples", "held_out")])
+        for n in quality.get("samples", ())
+    ]
+    table = [
+        (name, *(f"{v:.4g}" if isinstance(v, int | float) else v or "–" for v in values)) for name, values in measured
+    ]
+    slider = sample.file(SLIDER).read_text() if has(sample, SLIDER) else ""
+    return {"samples": texts, "sampling": said, "quality": table, "slider": slider}
+
+
+def _data(card: dict[str, Any]) -> dict[str, Any]:
+    """Return a data card as tables, lists and a picture."""
+    said, total, lengths = groups(card), card["training"]["tokens"], card["lengths"]
+    spans = {f"{int(low):,} to {2 * int(low) - 1:,}": count for low, count in lengths.items()}
+    alt = f"Training documents by length: {'; '.join(f'{n:,} of {span} tokens' for span, n in spans.items())}."
+    sides = {side: card[side] for side in ("training", "validation")}
+    return {
+        "sizes": [(side, *("–" if n is None else f"{n:,}" for n in of.values())) for side, of in sides.items()],
+        "lengths": figures.bars(alt, spans, "documents", "green", "{:,.0f}") if spans else "",
+        "frequent": [(repr(text), f"{n / total:.2%}") for text, n in card["frequent"]],
+        "vocabulary": "; ".join(said["vocabulary"]),
+        "left_out": [*said["left out"], *(f"mended: {text}" for text in said.get("mended", ()))],
+        "examples": card["examples"],
+    }
+
+
+def _origin(config: Config, made: dict[str, Artifact]) -> dict[str, Any]:
+    """Return how long the stages took, on what, and what was made from what."""
+    t, seconds = made["train"].metrics, {name: artifact.manifest["seconds"] for name, artifact in made.items()}
+    alt = f"Seconds that each stage took: {', '.join(f'{name} {spent:.1f}' for name, spent in seconds.items())}."
+    boxes = {n: (_fact(a), tuple(stage for stage, _ in a.inputs if stage in made)) for n, a in made.items()}
+    code = made["train"].manifest.get("code") or {}
+    commit = f"commit {code['commit'][:12]}{', modified since' * code['modified']}" if "commit" in code else "no commit"
+    waiting = (
+        f"{t['waiting_share']:.1%} of the time" if "waiting_share" in t else None
+    )  # not measured by earlier versions
+    return {
+        "speed": {
+            "training": f"{t['train_tokens_per_second']:,.0f} tokens/s",
+            "devices": f"{t['devices']} × {t['device']}",
+            "waiting for rows": waiting,
+            "all stages": f"{sum(seconds.values()):,.0f} s",
+        },
+        "times": figures.bars(alt, seconds, "seconds", "blue", "{:,.1f}"),
+        "lineage": figures.lineage({**boxes, "report": ("this page", ("train", "evaluate", "sample"))}),
+        "hashes": [(n, a.fingerprint, a.digest, a.uri) for n, a in made.items()],
+        "parameters": t["parameters_sha256"],
+        "code": commit,
+        "packages": ", ".join(f"{name} {version}" for name, version in made["train"].manifest["packages"].items()),
+        "settings": [(name, json.dumps(v)) for name, v in flat(config.model_dump(mode="json")).items()],
+    }
+
+
+def _fact(artifact: Artifact) -> str:
+    """Return the one number of an artifact that says most; earlier versions may not have counted it."""
+    try:
+        return FACTS.get(artifact.stage, "").format(**artifact.metrics)
+    except (KeyError, TypeError):
+        return ""
 
 
 def _markdown(rows: list[tuple[str, str]], texts: Iterable[str] = ()) -> list[str]:
-    """Return indented lines, which Markdown takes for code: no markup of theirs."""
-    numbers = [f"    {name:<19} {value}" for name, value in rows]
-    return numbers + ["\n".join(f"    {line}" for line in ["", *text.splitlines()]) for text in texts]
-
-
-def card_of(evaluate: Artifact) -> dict[str, Any] | None:
-    """Return the data card of the shards that were evaluated on, if they have one and are there."""
-    shard = next(evaluate.store.find(*item) for item in evaluate.inputs if item[0] == "shard")
-    if shard is None or all(file["path"] != CARD for file in shard.manifest["files"]):
-        return None
-    return json.loads(shard.file(CARD).read_text())
+    """Return indented lines, which Markdown takes for code: no markup of theirs. They are as wide as pages show."""
+    wrapper = TextWrapper(80, replace_whitespace=False, break_on_hyphens=False)
+    shown = [f"{name * (i == 0):<19} {part}" for name, text in rows for i, part in enumerate(wrapper.wrap(text))]
+    for number, text in enumerate(texts):
+        wrapped = [part for line in text.splitlines() for part in wrapper.wrap(line) or [""]]
+        shown += ["", *["···", ""] * (number > 0), *wrapped]
+    return [f"    {line}" for line in shown]
 
 
 def against_unigram(metrics: dict[str, Any]) -> str:
     """Return how a bound compares with the unigram entropy, such as `25.0% below`."""
     percent = 100 * (metrics["val_bits_per_byte"] / metrics["val_unigram_bits_per_byte"] - 1)
     return f"{abs(percent):.1f}% {'above' if percent > 0 else 'below'}"
-
-
-def texts_of(sample: Artifact) -> list[str]:
-    """Return the sampled texts for people, with an empty line where a document ends."""
-    lines = sample.file("samples.jsonl").read_text().splitlines()
-    return [json.loads(line)["text"].replace(END_OF_TEXT, "\n\n") for line in lines]
-
-
-def logs_of(train: Artifact) -> list[dict[str, Any]]:
-    """Return the records of a training, as `logs.json` holds them."""
-    return json.loads(train.file("logs.json").read_text())
-
-
-def loss_curve_url(logs: list[dict[str, Any]], unigram: float | None) -> str:
-    """Return the `loss_curve` as an address that holds the picture; an empty one before the first record."""
-    curve = loss_curve(logs, unigram)
-    return curve and f"data:image/svg+xml;base64,{base64.b64encode(curve.encode()).decode()}"
-
-
-def loss_curve(logs: list[dict[str, Any]], unigram: float | None = None) -> str:
-    """Return an SVG of the training bound over updates, with points of the validation bound, in nats per token.
-
-    Each point of the line is the mean of about 1/50 of the records, because the bound of one batch is noisy. A dashed
-    line is the unigram entropy. Without a record the text is empty. It has a ground of its own, for pages may be dark.
-    """
-    names = ("nats_per_token", "val_nats_per_token")
-    points, scored = ([(r["step"], r[name]) for r in logs if r.get(name) is not None] for name in names)
-    if not points:
-        return ""
-    means = [part.mean(axis=0) for part in np.array_split(points, min(len(points), 50))]
-    flat, last = [] if unigram is None else [unigram], points[-1][0]
-    values = [value for _, value in (*means, *scored)] + flat
-    low, high = 0.97 * min(values), 1.02 * max(values)
-    x, y = partial(np.interp, xp=(0, last), fp=(56, 700)), partial(np.interp, xp=(low, high), fp=(240, 30))
-    line = " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in means)
-    shapes = []
-    for value in np.linspace(low, high, 5):
-        shapes.append(f'<path d="M56 {y(value):.1f}H700" stroke="#e3e7ec"/>')
-        shapes.append(f'<text x="48" y="{y(value) + 4:.1f}" text-anchor="end">{value:.2f}</text>')
-    shapes += [f'<path d="M56 {y(value):.1f}H700" stroke="#c2571a" stroke-dasharray="5 4"/>' for value in flat]
-    shapes.append(f'<polyline points="{line}" fill="none" stroke="#3b73c4" stroke-width="2"/>')
-    shapes += [f'<circle cx="{x(step):.1f}" cy="{y(value):.1f}" r="3.5" fill="#1f7a4d"/>' for step, value in scored]
-    legend = '<tspan fill="#3b73c4">training bound</tspan>'
-    legend += '<tspan fill="#1f7a4d" dx="14">validation bound</tspan>' if scored else ""
-    legend += '<tspan fill="#c2571a" dx="14">unigram entropy</tspan>' if flat else ""
-    return (
-        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 290" width="720" height="290" font-size="12" '
-        'font-family="system-ui, sans-serif" fill="#5b6776" role="img" aria-label="training bound">'
-        f'<rect width="720" height="290" rx="6" fill="#fff"/>{"".join(shapes)}'
-        f'<text x="56" y="18" font-weight="600">{legend}</text>'
-        f'<text x="56" y="260">0</text><text x="700" y="260" text-anchor="end">{last:,.0f}</text>'
-        '<text x="378" y="278" text-anchor="middle">update; bounds in nats per token</text></svg>'
-    )

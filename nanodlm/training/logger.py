@@ -35,6 +35,10 @@ class Logger:
     since: int = 0  # the update from which on the speed is measured
     began: float = field(default_factory=time.monotonic)  # when it was done; later by what was no training
     waited: float = 0.0  # seconds since then in which there were no rows
+    _before: float = field(init=False)  # seconds of updates in runs that this one continues
+
+    def __post_init__(self) -> None:
+        self._before = self.records[-1].get("seconds", 0.0) if self.records else 0.0
 
     def wait(self, batches: Iterator[np.ndarray]) -> np.ndarray:
         """Return the rows of the next update, and count the time until they are there."""
@@ -54,14 +58,14 @@ class Logger:
             return
         (step, scalars), self._waiting = self._waiting, None
         values, train = self._fetch(step, scalars), self.config.train
-        speed = {"tokens_per_second": 0.0, "waiting_share": 0.0}
+        speed, seconds = {"tokens_per_second": 0.0, "waiting_share": 0.0}, 0.0
         if step > self.since:
             tokens = (step - self.since) * train.batch_size * train.grad_acc_steps * self.row_tokens
             seconds = time.monotonic() - self.began
             speed = {"tokens_per_second": round(tokens / seconds, 1), "waiting_share": round(self.waited / seconds, 4)}
         elif self.records:
             speed = {name: self.records[-1].get(name, 0.0) for name in speed}
-        record = {"step": step, **values, **speed}
+        record = {"step": step, **values, **speed, "seconds": round(self._before + seconds, 3)}
         self.records.append(record)
         if self.tracker:
             self.tracker.log(record)

@@ -1,17 +1,12 @@
-"""The bound of held-out text, its units and its standard error, and the report."""
+"""The bound of held-out text, its units and its standard error."""
 
-import dataclasses
-import html
-import json
 import math
-import re
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from markdown_it import MarkdownIt
 
 import nanodlm
 from nanodlm.build import make_model
@@ -21,12 +16,10 @@ from nanodlm.data.shard import token_counts
 from nanodlm.data.vocabulary import Vocabulary
 from nanodlm.diffusion.schedules import make_schedule
 from nanodlm.evaluation import evaluate
-from nanodlm.evaluation.report import texts_of
 from nanodlm.model.transformer import segments
 from nanodlm.stages import run as stages_run
 from nanodlm.store import Artifact, Store
 from tests.support.commands import speeches
-from tests.support.helpers import committed
 from tests.support.training import tiny
 
 
@@ -115,77 +108,3 @@ def test_fewer_rows_are_spread_over_the_whole_split(trained: Artifact, models: S
     unigram = evaluate.unigram_nats(tokens, token_counts(shard))
     assert artifact.metrics["scored_rows"] == 3
     assert artifact.metrics["val_unigram_nats_per_token"] == pytest.approx(unigram)
-
-
-def test_people_are_shown_no_end_of_text_marks(store: Store) -> None:
-    line = json.dumps({"text": f"one{tokenizer.END_OF_TEXT}two"})
-    assert texts_of(committed(store, {"samples.jsonl": line.encode()}, "sample")) == ["one\n\ntwo"]
-
-
-def test_the_report_shows_numbers_curve_and_escaped_samples(trained: Artifact, models: Store) -> None:
-    config = tiny(sample={"prompt": "<b>&"})
-    for name in ("evaluate", "sample", "report"):
-        artifact, _ = stages_run.run_stage(name, config, models)
-    page = (artifact.local() / "report.html").read_text()  # type: ignore[possibly-unbound]
-    assert all(text in page for text in ("<svg", "&lt;b&gt;&amp;", "bits per byte", "of the time waiting for rows"))
-    assert re.search(r"<h2>Data</h2>(.|\n)*never trained on(.|\n)*<blockquote>", page)
-    assert "<b>&" not in page
-
-
-def test_equal_runs_have_equal_digests_whatever_is_logged_or_read_by_nothing(
-    trained: Artifact, models: Store, store: Store
-) -> None:
-    digests: list[dict[str, str]] = []
-    other = tiny(exp={"log_every": 4, "save_every": 6}, schedule={"exponent": 3.0})
-    for config, where in ((tiny(), models), (other, store)):
-        made = {"train": nanodlm.train(config, where.uri())}
-        for name in ("evaluate", "sample"):
-            made[name], _ = stages_run.run_stage(name, config, where)
-        inputs = made if where is models else dict(reversed(made.items()))
-        made["report"], _ = stages_run.run_stage("report", config, where, inputs=dict(inputs))
-        digests.append({name: artifact.digest for name, artifact in made.items()})
-        digests[-1] |= {f"of {stage}": where.open(f"{stage}/{fingerprint}").digest for stage, fingerprint in where}
-        page = made["report"].file("report.md").read_text()
-        assert page.index("    train ") < page.index("    evaluate ") < page.index("    sample ")
-    assert {name: digest for name, digest in digests[0].items() if not name.startswith("of ")}.items() <= digests[
-        1
-    ].items()
-
-
-HOSTILE = """# heading
-<img src=x onerror=alert(1)> ![image](https://example.org/x.png) [link](https://example.org)
-| a | b |
----
-===
-- item
-7. item
-    code
-```
-~~~
-*bold* _it_ `code` &amp; $x$ \\ https://example.org www.example.org <https://example.org> ## Samples
-[a]: https://example.org"""
-
-
-def test_names_and_samples_break_nothing_in_the_markdown_report(trained: Artifact, models: Store, store: Store) -> None:
-    config = tiny(exp={"run_name": HOSTILE}, sample={"prompt": "<b>&"})
-    inputs = {"train": trained} | {n: stages_run.run_stage(n, config, models)[0] for n in ("evaluate", "sample")}
-    inputs["sample"] = committed(store, {"samples.jsonl": json.dumps({"text": HOSTILE}).encode()}, "sample")
-    made = models.open(f"shard/{trained.manifest['inputs']['shard']['fingerprint']}")
-    card = {**json.loads(made.file("card.json").read_text()), "examples": [HOSTILE], "frequent": [[HOSTILE, 1]]}
-    for files in ({"card.json": json.dumps(card).encode()}, {}):  # the second as earlier versions made it
-        shard = committed(store, files, "shard", f"f{len(files)}")
-        lineage = {"shard": {"digest": shard.digest, "fingerprint": shard.fingerprint}}
-        manifest = {**inputs["evaluate"].manifest, "inputs": lineage, "digest": shard.fingerprint}
-        inputs["evaluate"] = dataclasses.replace(inputs["evaluate"], store=store, manifest=manifest)
-        report, _ = stages_run.run_stage("report", config, store, inputs=inputs)
-        check_markdown(report, ["Report", "Samples", *(["Data"] if files else [])])
-
-
-def check_markdown(report: Artifact, headings: list[str]) -> None:
-    text = report.file("report.md").read_text()
-    tokens = list(MarkdownIt("gfm-like", {"linkify": False}).parse(text))
-    assert {token.type for token in tokens} == {"heading_open", "inline", "heading_close", "code_block"}
-    assert [token.content for token in tokens if token.type == "inline"] == headings
-    assert f"\n{tokens[-1].content}".endswith(f"\n{HOSTILE}\n")
-    assert text.index("## Samples") < text.index("    # heading")
-    assert html.escape(HOSTILE) in report.file("report.html").read_text()

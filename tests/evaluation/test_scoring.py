@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -163,14 +164,15 @@ def test_differences_of_paired_rows_are_called_significant_at_the_stated_rate_an
 
 
 def test_compare_says_what_two_runs_differ_in(
-    trained: Artifact, models: Store, capsys: pytest.CaptureFixture[str]
+    trained: Artifact, models: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     longer = {"train": {"max_steps": 14}, "exp": {"run_name": "longer"}}
     other = nanodlm.train(tiny(**longer), models.uri())
     for config in (tiny(), tiny(**longer)):
         stages_run.run_stage("evaluate", config, models)
     stages_run.run_stage("evaluate", tiny(eval={"seed": 5}), models)  # the newest, which the other run has not
-    for words in (["--json"], []):
+    page = tmp_path / "page.html"
+    for words in (["--json"], ["--html", str(page)]):
         with pytest.raises(SystemExit):
             main(["compare", trained.uri, "longer", "--store", models.uri(), *words])
     *_, last = said = capsys.readouterr().out.splitlines()
@@ -180,7 +182,16 @@ def test_compare_says_what_two_runs_differ_in(
     metrics = compare.made_from(other)["evaluate"][-1].metrics
     assert (bound["paired"], bound["set"]) == (True, "held out")
     assert bound["bits_per_byte"][1] == pytest.approx(metrics["val_bits_per_byte"])
-    assert "rows in pairs" in last
+    assert "rows in pairs" in said[-2]
+    assert last == f"the page is {page}"
+    shown = page.read_text()
+    for text in ("On held out text, longer", "train.max_steps", f'<th scope="col">{trained.name}</th>'):
+        assert text in shown
+    assert shown.count("<svg") == 2
+    assert not re.search(r"https?://|\bsrc=", shown)
+    with pytest.raises(SystemExit):
+        main(["compare", trained.uri, "longer", "--store", models.uri(), "--html", str(tmp_path / "no" / "page.html")])
+    assert "there is no folder" in capsys.readouterr().err
 
 
 def test_bounds_of_other_layouts_or_missing_ones_are_not_compared(trained: Artifact, models: Store) -> None:

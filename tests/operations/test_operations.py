@@ -104,9 +104,16 @@ def test_a_run_on_a_server_without_limits_shows_a_report(site: Site) -> None:
     assert shown["report"]["task_run_id"] is None, "the one place to look is the run itself"
     (curve,) = re.findall(r"!\[loss curve\]\((data:image/svg[^)]*)\)", shown["report"]["data"])
     drawn = base64.b64decode(curve.partition(",")[2]).decode()
-    for text in ("training bound", "validation bound", "unigram entropy"):
-        assert text in drawn
-    for text in ("validation bound", "bits per byte", "unigram entropy", words, f"Store: `{site.store}`"):
+    for text in ("training", "validation", "unigram entropy"):
+        assert f">{text}</text>" in drawn
+    for text in (
+        "validation bound",
+        "bits per byte",
+        "unigram entropy",
+        words,
+        "/report.html\n",
+        f"Store: `{site.store}`",
+    ):
         assert text in shown["report"]["data"]
     assert wait_until(lambda: site.lines(run, "± "), 20), "the bound is in the log"
     made = json.loads(next(site.store.glob("train/*/manifest.json")).read_text())

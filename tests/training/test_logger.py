@@ -15,10 +15,10 @@ from nanodlm.training.logger import Logger
 from tests.support.training import tiny
 
 
-def logger(said: list[dict[str, Any]], **train: Any) -> Logger:
+def logger(said: list[dict[str, Any]], records: Any = (), **train: Any) -> Logger:
     tracker: Any = SimpleNamespace(log=lambda record: None)
     options: Any = {"bits": 2.0, "last_good": lambda before: f"/before/{before}", "row_tokens": 32}
-    return Logger(tiny(train=train), [], lambda _, **fields: said.append(fields), tracker, **options)
+    return Logger(tiny(train=train), [*records], lambda _, **fields: said.append(fields), tracker, **options)
 
 
 def scalars(bound: float) -> dict[str, Any]:
@@ -64,4 +64,10 @@ def test_the_share_of_the_time_without_rows_is_recorded(monkeypatch: pytest.Monk
     now += 3.0
     log.add(2, scalars(2.0))
     log.flush()
-    assert [(fields["step"], fields["waiting_share"]) for fields in said] == [(2, 0.25)]
+    assert [(fields["step"], fields["waiting_share"], fields["seconds"]) for fields in said] == [(2, 0.25, 4.0)]
+    again = logger(said, log.records)  # a run that goes on from there
+    again.since, again.began = 2, now
+    now += 5.0
+    again.add(3, scalars(2.0))
+    again.flush()
+    assert said[-1]["seconds"] == 9.0

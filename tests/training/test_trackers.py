@@ -212,7 +212,7 @@ def test_an_interrupted_training_leaves_whole_records_everywhere_and_none_but_js
     records = lines(run.local() / "logs.jsonl")
     assert records == json.loads((run.local() / "logs.json").read_text())
     assert records[:3] == seen[-1][:3]
-    timed = {"tokens_per_second": 0, "waiting_share": 0}
+    timed = {"tokens_per_second": 0, "waiting_share": 0, "seconds": 0}
     assert {**records[3], **timed} == {**seen[-1][3], **timed}
     run_id = run.fingerprint[:16]
     first, second = sorted(cache_dir().glob(f"wandb/offline-run-*/run-{run_id}.wandb"))

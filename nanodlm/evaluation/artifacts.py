@@ -1,0 +1,62 @@
+"""What pages read of a run's artifacts: those before them, the data card, texts, and records of the training."""
+
+import json
+from typing import Any
+
+from nanodlm.data.card import CARD
+from nanodlm.data.tokenizer import END_OF_TEXT
+from nanodlm.store import Artifact
+
+
+def lineage(*last: Artifact) -> list[Artifact]:
+    """Return artifacts and all that they were made from, as far as it is still there: what is read comes first."""
+    found: dict[str, Artifact] = {}
+
+    def add(artifact: Artifact) -> None:
+        items = [item for item in artifact.inputs if item[0] not in found]
+        for _, read in artifact.store.artifacts(items):
+            if isinstance(read, Artifact) and read.stage not in found:
+                add(read)
+        found[artifact.stage] = artifact
+
+    for artifact in last:
+        add(artifact)
+    return list(found.values())
+
+
+def twin(evaluate: Artifact) -> Artifact | None:
+    """Return the newest evaluation of an autoregressive model of the same shards on the same rows, if one is there."""
+    store, m = evaluate.store, evaluate.metrics
+    there = {path.split("/")[0] for path in store.files(store.path("evaluate"))} - {evaluate.fingerprint}
+    found = [one for _, one in store.artifacts(("evaluate", fingerprint) for fingerprint in sorted(there))]
+    same = [
+        one
+        for one in found
+        if isinstance(one, Artifact)
+        and one.manifest["config"]["objective"]["kind"] == "autoregressive"
+        and one.manifest["inputs"]["shard"] == evaluate.manifest["inputs"]["shard"]
+        and all(one.metrics.get(name) == m[name] for name in ("scored_tokens", "scored_bytes"))
+    ]
+    return max(same, key=lambda one: one.manifest["created"], default=None)
+
+
+def card_of(evaluate: Artifact) -> dict[str, Any] | None:
+    """Return the data card of the shards that were evaluated on, if they have one and are there."""
+    shard = next(evaluate.store.find(*item) for item in evaluate.inputs if item[0] == "shard")
+    return json.loads(shard.file(CARD).read_text()) if shard and has(shard, CARD) else None
+
+
+def has(artifact: Artifact, file: str) -> bool:
+    """Say if an artifact has a file, which earlier versions may not have made."""
+    return any(made["path"] == file for made in artifact.manifest["files"])
+
+
+def texts_of(sample: Artifact) -> list[str]:
+    """Return the sampled texts for people, with an empty line where a document ends."""
+    lines = sample.file("samples.jsonl").read_text().splitlines()
+    return [json.loads(line)["text"].replace(END_OF_TEXT, "\n\n") for line in lines]
+
+
+def logs_of(train: Artifact) -> list[dict[str, Any]]:
+    """Return the records of a training, as `logs.json` holds them."""
+    return json.loads(train.file("logs.json").read_text())
