@@ -54,13 +54,13 @@ def score(
         stream = sets.tokens(word, data, encoding)
         text = Text.cut(stream, network.seq_len, encoding.eot_token, how)
         with out.showing("score") as emit:
-            metrics, nats = bound(network, encoding, text, how, emit=emit)
+            metrics, drawn = bound(network, encoding, text, how, emit=emit)
         recipe, _ = sets.recipe_of(word, data)
         found.append({"file": word, **metrics, "published": (recipe and recipe.published) or None})
         out.text(*described(found[-1]))
         if per_document:
             documents, parts = text.of_tokens(encoding.eot_token), np.concatenate(text.scored)
-            of_each = [np.bincount(documents, of) for of in (nats, np.ones(len(nats)), token_sizes(encoding)[parts, 0])]
+            of_each = [np.bincount(documents, of) for of in (drawn.nats, np.ones(len(parts)), token_sizes(encoding)[parts, 0])]
             for number in np.unique(documents).tolist():
                 cost, n_tokens, n_bytes = (float(values[number]) for values in of_each)
                 per_byte = cost / np.log(2) / n_bytes if n_bytes else None
