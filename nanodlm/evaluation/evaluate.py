@@ -37,6 +37,7 @@ class Text:
     given: Int[np.ndarray, "N"]
     scored: list[np.ndarray]  # the other tokens of each
     documents: Int[np.ndarray, "N 2"]  # the first and the last that is scored in each, see `documents_in`
+    context: str = "each by itself"  # what of each row is given, for people
 
     @classmethod
     def cut(cls, tokens: Int[np.ndarray, "T"], length: int, end_of_text: int, options: ScoreConfig) -> Self:
@@ -46,13 +47,15 @@ class Text:
             raise NanodlmError(f"a stride of {stride} leaves out tokens: rows have {length}")
         if stride == length or len(tokens) <= length:
             starts, given = np.arange(0, len(tokens), length), np.zeros(-(-len(tokens) // length), int)
+            context = cls.context
         else:
+            context = f"the last {stride} given those before"
             ends = np.array([*range(length, len(tokens), stride), len(tokens)])
             starts, given = ends - length, np.concatenate([[0], length - np.diff(ends)])
         rows = [tokens[start : start + length] for start in starts]
         scored = [row[n:][row[n:] <= end_of_text] for row, n in zip(rows, given, strict=True)]
         documents, chosen = documents_in(scored, end_of_text), evenly_spaced(len(rows), options.max_rows)
-        return cls([rows[i] for i in chosen], given[chosen], [scored[i] for i in chosen], documents[chosen])
+        return cls([rows[i] for i in chosen], given[chosen], [scored[i] for i in chosen], documents[chosen], context)
 
     def of_tokens(self, end_of_text: int) -> Int[np.ndarray, "T"]:
         """Return the document of each scored token."""
@@ -128,9 +131,10 @@ def score(
     errors = {of: ratio_stderr(rows["nats"], rows[of], shared) if n > 1 else None for of in ("tokens", "bytes")}
     error = errors["bytes"] and errors["bytes"] / math.log(2)
     layout = "" if model.padding is None else ", of a stream, in which it was not trained"
+    kind = model.objective.traits
     if any(row[-1] > encoding.eot_token for row in text.rows):
-        layout = ", padded" + ": given how long each text is" * (not model.objective.traits.edges_known)
-    context = f"the last {options.stride} given those before" if text.given.any() else "each by itself"
+        told = ", padded" + ": given how long each text is" * (not kind.edges_known)
+        layout = ", what follows masked" if model.padding is None and kind.masks else told
     metrics = {
         "nats_per_token": total / len(tokens),
         "nats_per_token_stderr": errors["tokens"],
@@ -142,7 +146,7 @@ def score(
         "stderr_over": "rows" if shared is None else "documents",
         "noise_stderr": drawn.noise_stderr and drawn.noise_stderr / bits,
         "draws": len(drawn.by_row),
-        "protocol": f"{model.objective.kind}, rows of {len(text.rows[0])} tokens, {context}{layout}",
+        "protocol": f"{model.objective.kind}, rows of {len(text.rows[0])} tokens, {text.context}{layout}",
         **dict(zip(COUNTS, (len(tokens), n_bytes, n_characters, len(rows), n_documents), strict=True)),
     }
     if counts is not None:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from nanodlm.config import ScoreConfig
 from nanodlm.devices.mesh import batch_sharding, constrain, cut, logit_chunks, make_mesh
@@ -25,8 +25,8 @@ MOST_DRAWS = 200  # of noise, however precise a bound is to be
 class Scored(NamedTuple):
     """What rows cost by token, in nats, and the share of each row, or of each of its blocks, that was noise."""
 
-    nats: Float[Array | np.ndarray, "B L"]
-    noise: Float[Array | np.ndarray, "B K"]
+    nats: Float[Array, "B L"]
+    noise: Float[Array, "B K"]
 
 
 Scorer = Callable[[Any, Int[Array, "B L"], Int[np.ndarray, "B"], Key[Array, ""]], Scored]
@@ -43,6 +43,12 @@ class Drawn(NamedTuple):
     noise_stderr: float | None
     profile: dict[str, Any]  # by position and by noise, see `Profile`
 
+    def stderr_of(self, rows: Bool[np.ndarray, "N"]) -> float | None:
+        """Return the standard error of the noise in the sum of some rows, in nats, for draws are independent."""
+        if len(self.by_row) < 2:
+            return self.noise_stderr
+        return float(np.std(self.by_row[:, rows].sum(axis=1), ddof=1)) / math.sqrt(len(self.by_row))
+
 
 def make_scorer(network: Transformer, group: int = 1) -> Scorer:
     """Return a function of (parameters, rows, given, key): the bound by token, whatever the trained weights.
@@ -54,16 +60,17 @@ def make_scorer(network: Transformer, group: int = 1) -> Scorer:
     scored: the bound of a padded row is that of its tokens alone, given how many there are. With a `group` it is
     the bound for telling so many tokens at once, none of which knows the others.
     """
-    graphdef, objective = nnx.graphdef(network), network.objective
-    document_end = network.document_end if objective.traits.edges_known else None
+    graphdef, objective, kind = nnx.graphdef(network), network.objective, network.objective.traits
+    padding = objective.mask_id if kind.random_tokens and not kind.masks else network.padding  # it never saw a mask
+    document_end = network.document_end if kind.edges_known else None
     objective = replace(objective, estimator="count", times="systematic", weighting="bound", group=group)
 
     @jax.jit
     def nats_per_token(params: Any, x_0: Ids, given: Int[Array, "B"], key: Key[Array, ""]) -> Scored:
-        segment_ids = segments(x_0, document_end, network.padding)
+        segment_ids = segments(x_0, document_end, padding)
         is_given = jnp.arange(x_0.shape[1]) < given[:, None]
         target = jnp.where(is_given, objective.mask_id + 1, x_0)  # as padding, which is neither noised nor scored
-        if objective.traits.reads == "before":
+        if kind.reads == "before":
             noised = objective.corrupt(x_0, key, segment_ids)
         else:
             noised = objective.corrupt(target, key, segment_ids)
@@ -91,8 +98,8 @@ def score_rows(
     mesh: Mesh,
     batch_size: int,
     given: Int[np.ndarray, "N"] | None = None,
-) -> Iterator[Scored]:
-    """Yield what each row costs, a batch at a time, as NumPy arrays: equal keys give equal noise.
+) -> Iterator[tuple[Float[np.ndarray, "B L"], Float[np.ndarray, "B K"]]]:
+    """Yield the nats of each row by token, and the noise, as in `Scored`, a batch at a time: equal keys, equal noise.
 
     All rows are of one length but for the last, which may be shorter and then is a batch of its own.
     """
@@ -103,8 +110,8 @@ def score_rows(
         # A short batch is filled up by repeating its rows; the copies' results are not used.
         filled = np.resize(np.stack(rows[start:end]), (batch_size, len(rows[start])))
         sent = jax.make_array_from_callback(filled.shape, batch_sharding(mesh), filled.__getitem__)
-        scored = scorer(params, sent, np.resize(given[start:end], batch_size), jax.random.fold_in(key, start))
-        yield Scored(*(np.asarray(of)[: end - start] for of in scored))
+        nats, noise = scorer(params, sent, np.resize(given[start:end], batch_size), jax.random.fold_in(key, start))
+        yield np.asarray(nats)[: end - start], np.asarray(noise)[: end - start]
 
 
 def draw(
