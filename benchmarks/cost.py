@@ -33,7 +33,7 @@ def cost(
         dtype: Precision of matrix products.
 
     Returns:
-        Rows with `preset`, `tokens` and `flops` of an update of it, `flops_per_second`, and `seconds` of each of `updates`.
+        Rows with `preset`, `tokens` and `flops` of its update, `flops_per_second`, and `seconds` of so many `updates`.
     """
     found = []
     print(f"| preset | tokens an update | TFLOP | GFLOP/s | {' | '.join(f'{n:,} updates' for n in updates)} |")

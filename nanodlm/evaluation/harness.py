@@ -25,14 +25,16 @@ from nanodlm.evaluation.evaluate import Text
 from nanodlm.evaluation.scoring import draw
 
 try:
-    from lm_eval.api.instance import Instance
     from lm_eval.api.model import LM
 except ImportError as error:
     raise UsageError("the harness is a package of its own: pip install 'nanodlm[harness]'") from error
 
 
 class Harness(LM):
-    """What the harness asks of a model: likelihoods of answers and of texts, and texts."""
+    """What the harness asks of a model: likelihoods of answers and of texts, and texts.
+
+    A request is an `Instance` of the harness, whose `args` say what is asked.
+    """
 
     def __init__(self, model: str, *, draws: int = 32, batch_size: int = 64, seed: int = 0):
         """Load a model by what `nanodlm.load` takes."""
@@ -44,11 +46,11 @@ class Harness(LM):
 
         def fill(params: Any, rows: Int[Array, "B L"], key: Key[Array, ""], temperature: float) -> Int[Array, "B L"]:
             how: dict[str, Any] = {"temperature": temperature, "sampler": sampler}
-            return sample(nnx.merge(graphdef, params), key, shape=rows.shape, prompt=rows, **how)
+            return sample(nnx.merge(graphdef, params), key, shape=(len(rows), rows.shape[1]), prompt=rows, **how)
 
         self._fill_batch = jax.jit(fill, static_argnames="temperature")
 
-    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
         """Return for each (prompt, answer) the bound on log p of the answer, and if `generate_until` begins with it."""
         text, log_p = self._score([request.args for request in requests])
         rows = np.stack(text.rows)
@@ -58,11 +60,11 @@ class Harness(LM):
         greedy = np.bincount(text.documents[:, 0], missed, len(requests)) == 0
         return list(zip(log_p.tolist(), greedy.tolist(), strict=True))
 
-    def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
+    def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
         """Return the bound on log p of each text, in rows of which the last alone is given some of what is before."""
         return self._score([("", *request.args) for request in requests])[1].tolist()
 
-    def generate_until(self, requests: list[Instance]) -> list[str]:
+    def generate_until(self, requests: list[Any]) -> list[str]:
         """Return what each (prompt, options) goes on with, up to `max_gen_toks` or one of the texts in `until`.
 
         The surest token comes first, or with `do_sample` what is drawn at a `temperature`. A prompt that leaves too

@@ -3,7 +3,7 @@
 import json
 import warnings
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -16,12 +16,8 @@ from nanodlm.evaluation.scoring import draw
 from nanodlm.store import Artifact, Store
 from tests.support.training import tiny
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # what its many packages say of each other
-    import lm_eval
+if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
-
-    from nanodlm.evaluation.harness import Harness
 
 ROWS = [{"asked": f"{n} and one is", "answers": [f" {n + 1}", " the people"], "right": n % 2} for n in range(6)]
 NEXT: list[Any] = [SimpleNamespace(args=(row["asked"], {"max_gen_toks": 2})) for row in ROWS]
@@ -56,7 +52,11 @@ TASKS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def tasks(tmp_path_factory: pytest.TempPathFactory) -> TaskManager:
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> "TaskManager":
+    """The tasks as the harness reads them, which is imported only here, for it takes seconds."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what its many packages say of each other
+        from lm_eval.tasks import TaskManager
     folder = tmp_path_factory.mktemp("tasks")
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     source = {"data_files": {"test": str(folder / "rows.jsonl")}, "cache_dir": str(folder / "cache")}
@@ -76,7 +76,11 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> TaskManager:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", ["absorbing", "autoregressive", "hybrid", "block"])
-def test_the_harness_scores_tasks_of_every_sort_by_the_bound(tasks: TaskManager, models: Store, kind: str) -> None:
+def test_the_harness_scores_tasks_of_every_sort_by_the_bound(tasks: "TaskManager", models: Store, kind: str) -> None:
+    import lm_eval
+
+    from nanodlm.evaluation.harness import Harness
+
     trained = nanodlm.train(tiny(objective={"kind": kind}), models.uri())
     model = Harness(trained.uri, draws=8)
     exact = kind == "autoregressive"  # likelihoods of several tasks are asked for at once, and so share their noise
@@ -104,6 +108,8 @@ def test_the_harness_scores_tasks_of_every_sort_by_the_bound(tasks: TaskManager,
 
 @pytest.mark.slow
 def test_an_answer_is_greedy_when_it_is_what_the_model_goes_on_with(trained: Artifact) -> None:
+    from nanodlm.evaluation.harness import Harness
+
     model = Harness(trained.uri, draws=2)
 
     def asked(*arguments: Any) -> Any:
