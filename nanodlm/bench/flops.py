@@ -75,7 +75,9 @@ def synthetic_encoding(config: Config) -> tiktoken.Encoding:
     >>> encoding.n_vocab, encoding.encode_ordinary("Hi")
     (4095, [72, 105])
     """
-    entries = {"gpt2": 50257, "bytes": 257, "bpe": config.data.vocab_size}[config.data.tokenizer] - 1
+    # Characters are those of tiny Shakespeare: all alphabets of letters fit into as many ids, when they are filled up.
+    sizes = {"gpt2": 50257, "bytes": 257, "bpe": config.data.vocab_size, "chars": 66}
+    entries = sizes[config.data.tokenizer] - 1
     ranks = {bytes([i]) if i < 256 else i.to_bytes(4, "big"): i for i in range(entries)}
     return make_encoding("synthetic", ranks)
 

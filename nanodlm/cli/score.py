@@ -3,9 +3,10 @@
 import json
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
+from tiktoken import Encoding
 from typing_extensions import Doc
 from tyro.conf import arg
 
@@ -18,11 +19,16 @@ from nanodlm.data.tokenizer import token_sizes
 from nanodlm.errors import UsageError, full_disk_named
 from nanodlm.store import Store
 
+if TYPE_CHECKING:
+    from nanodlm.evaluation.evaluate import Text
+    from nanodlm.evaluation.scoring import Drawn
+
 Words = Annotated[tuple[str, ...], Doc("Model, else the newest, and texts."), arg(metavar="[MODEL] FILE ...")]
 Column = Annotated[str, Doc("Field of a row that holds the text.")]
 Unit = Annotated[Literal["document", "paragraph", "line"], Doc("What one document is in .txt files.")]
 Runs = Annotated[tuple[str, ...], Doc("Trained models, by run or address."), arg(metavar="RUN RUN ...")]
 Html = Annotated[str, Doc("File for the comparison as a page with pictures."), arg(metavar="FILE.html")]
+Given = Annotated[str, Doc("Score .jsonl files' `--column` given this field.")]
 Lines = Annotated[str, Doc("File for the bound of each document, as JSON lines."), arg(metavar="FILE.jsonl")]
 
 
@@ -33,44 +39,58 @@ def score(
     *,
     column: Column = "text",
     sample_by: Unit = "document",
+    given: Given = "",
     per_document: Lines = "",
     store: OpenStore,
     out: Output,
 ) -> None:
     """Bound any texts under a trained model: files, or RECIPE=FILE."""
     from nanodlm.checkpoints.loading import load
-    from nanodlm.evaluation import sets
+    from nanodlm.evaluation import answers, sets
     from nanodlm.evaluation.evaluate import Text
     from nanodlm.evaluation.evaluate import score as bound
 
     model, *files = words if words and not is_text(words[0]) else ("", *words)
     if not files:
         raise UsageError("name a file to score: nanodlm score [MODEL] FILE...")
+    if given and how.stride:
+        raise UsageError("--stride cuts texts into rows, where --given has a row for each: leave one of them out")
     check_folder(per_document)
     data, found, lines = DataConfig(column=column, sample_by=sample_by), [], []
     for word in files:
         sets.identity(word, data)  # which says what is wrong with it before a model is loaded
+    pairs = {word: answers.read_pairs(word, given, column, how.max_rows) for word in files if given}
     network, encoding = load(find_model(model, store))
     for word in files:
-        stream = sets.tokens(word, data, encoding)
-        text = Text.cut(stream, network.seq_len, encoding.eot_token, how)
+        if given:
+            text = answers.text_of(pairs[word], encoding, network.seq_len)
+        else:
+            text = Text.cut(sets.tokens(word, data, encoding), network.seq_len, encoding.eot_token, how)
         with out.showing("score") as emit:
-            metrics, nats = bound(network, encoding, text, how, emit=emit)
+            metrics, drawn = bound(network, encoding, text, how, emit=emit)
         recipe, _ = sets.recipe_of(word, data)
         found.append({"file": word, **metrics, "published": (recipe and recipe.published) or None})
         out.text(*described(found[-1]))
         if per_document:
-            documents, parts = text.of_tokens(encoding.eot_token), np.concatenate(text.scored)
-            of_each = [np.bincount(documents, of) for of in (nats, np.ones(len(nats)), token_sizes(encoding)[parts, 0])]
-            for number in np.unique(documents).tolist():
-                cost, n_tokens, n_bytes = (float(values[number]) for values in of_each)
-                per_byte = cost / np.log(2) / n_bytes if n_bytes else None
-                line = {"nats": cost, "tokens": int(n_tokens), "bytes": int(n_bytes), "bits_per_byte": per_byte}
-                lines.append(json.dumps({"file": word, "document": number, **line}) + "\n")
+            lines += [{"file": word, **one} for one in by_document(text, drawn, encoding, whole=bool(given))]
     if per_document:
         with full_disk_named(per_document):
-            Path(per_document).write_text("".join(lines))
+            Path(per_document).write_text("".join(json.dumps(line) + "\n" for line in lines))
     out.json(sets=found)
+
+
+def by_document(text: "Text", drawn: "Drawn", encoding: Encoding, *, whole: bool) -> list[dict[str, Any]]:
+    """Return the bound of each document, and where they have `whole` rows, the standard error of its noise, in nats."""
+    documents, parts, lines = text.of_tokens(encoding.eot_token), np.concatenate(text.scored), []
+    sizes = token_sizes(encoding)[parts, 0]
+    nats, tokens, bytes_ = (np.bincount(documents, of) for of in (drawn.nats, np.ones(len(parts)), sizes))
+    for number in np.unique(documents).tolist():
+        per_byte = nats[number] / np.log(2) / bytes_[number] if bytes_[number] else None
+        lines.append({"document": number, "nats": nats[number], "tokens": int(tokens[number])})
+        lines[-1] |= {"bytes": int(bytes_[number]), "bits_per_byte": per_byte}
+        if whole:
+            lines[-1]["noise_stderr"] = drawn.stderr_of(text.documents[:, 0] == number)
+    return lines
 
 
 def check_folder(file: str) -> None:

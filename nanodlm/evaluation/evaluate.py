@@ -16,7 +16,7 @@ from nanodlm.data.shard import token_counts, unigram_nats
 from nanodlm.data.tokenizer import token_sizes
 from nanodlm.errors import Emit, NanodlmError, silent
 from nanodlm.evaluation import sets
-from nanodlm.evaluation.scoring import draw
+from nanodlm.evaluation.scoring import Drawn, draw
 from nanodlm.evaluation.uncertainty import count_documents, documents_in, interval, ratio_stderr
 from nanodlm.model.transformer import Transformer
 from nanodlm.store import Artifact, Attempt
@@ -37,6 +37,7 @@ class Text:
     given: Int[np.ndarray, "N"]
     scored: list[np.ndarray]  # the other tokens of each
     documents: Int[np.ndarray, "N 2"]  # the first and the last that is scored in each, see `documents_in`
+    context: str = "each by itself"  # what of each row is given, for people
 
     @classmethod
     def cut(cls, tokens: Int[np.ndarray, "T"], length: int, end_of_text: int, options: ScoreConfig) -> Self:
@@ -46,13 +47,15 @@ class Text:
             raise NanodlmError(f"a stride of {stride} leaves out tokens: rows have {length}")
         if stride == length or len(tokens) <= length:
             starts, given = np.arange(0, len(tokens), length), np.zeros(-(-len(tokens) // length), int)
+            context = cls.context
         else:
+            context = f"the last {stride} given those before"
             ends = np.array([*range(length, len(tokens), stride), len(tokens)])
             starts, given = ends - length, np.concatenate([[0], length - np.diff(ends)])
         rows = [tokens[start : start + length] for start in starts]
         scored = [row[n:][row[n:] <= end_of_text] for row, n in zip(rows, given, strict=True)]
         documents, chosen = documents_in(scored, end_of_text), evenly_spaced(len(rows), options.max_rows)
-        return cls([rows[i] for i in chosen], given[chosen], [scored[i] for i in chosen], documents[chosen])
+        return cls([rows[i] for i in chosen], given[chosen], [scored[i] for i in chosen], documents[chosen], context)
 
     def of_tokens(self, end_of_text: int) -> Int[np.ndarray, "T"]:
         """Return the document of each scored token."""
@@ -63,7 +66,8 @@ class Text:
 def evaluate(config: Config, inputs: dict[str, Artifact], attempt: Attempt, emit: Emit) -> dict[str, Any]:
     """Stage: `score` the validation rows, and every set of `eval.sets`, with the bound of the objective trained on.
 
-    It writes `metrics.json` and `rows.npy`, the nats of every row, by which two models can be compared in pairs.
+    It writes `metrics.json`; `rows.npy`, the nats of every row, by which two models can be compared in pairs; and
+    `bound_profile.json`, the validation bound by position and by noise.
     """
     model, encoding = load_artifact(inputs["train"])
     shard, length, end = inputs["shard"], config.model.seq_len, encoding.eot_token
@@ -75,9 +79,11 @@ def evaluate(config: Config, inputs: dict[str, Artifact], attempt: Attempt, emit
         text = Text.cut(tokens, length, end, config.eval)
         if not word and config.data.rows == "document":  # also where its mark was cut off
             text = replace(text, documents=np.arange(len(text.rows))[:, None].repeat(2, axis=1))
-        metrics, nats = score(model, encoding, text, config.eval, counts=counts, emit=emit)
+        metrics, drawn = score(model, encoding, text, config.eval, counts=counts, emit=emit)
         found.append({"file": sets.name_of(word), **metrics} if word else metrics)
-        tables.append(by_row(text, nats, encoding, number))
+        tables.append(by_row(text, drawn.nats, encoding, number))
+        if not word:
+            (attempt.path / "bound_profile.json").write_text(json.dumps(drawn.profile, indent=1))
     # Of pre-tokenised rows only their end-of-text marks tell documents.
     metrics = {f"{'scored' if k in COUNTS else 'val'}_{k}": v for k, v in found[0].items()}
     metrics |= {"pretokenized": config.data.pretokenized, "sets": found[1:]}
@@ -104,7 +110,7 @@ def score(
     *,
     counts: Int[np.ndarray, "V"] | None = None,
     emit: Emit = silent,
-) -> tuple[dict[str, Any], Float[np.ndarray, "T"]]:
+) -> tuple[dict[str, Any], Drawn]:
     """Return the bound of a text under the objective that a network carries, and what each scored token has of it.
 
     The bound is on -log p of each row's scored tokens given those before them in the row, whatever weights it was
@@ -125,9 +131,10 @@ def score(
     errors = {of: ratio_stderr(rows["nats"], rows[of], shared) if n > 1 else None for of in ("tokens", "bytes")}
     error = errors["bytes"] and errors["bytes"] / math.log(2)
     layout = "" if model.padding is None else ", of a stream, in which it was not trained"
+    kind = model.objective.traits
     if any(row[-1] > encoding.eot_token for row in text.rows):
-        layout = ", padded" + ": given how long each text is" * (not model.objective.traits.edges_known)
-    context = f"the last {options.stride} given those before" if text.given.any() else "each by itself"
+        told = ", padded" + ": given how long each text is" * (not kind.edges_known)
+        layout = ", what follows masked" if model.padding is None and kind.masks else told
     metrics = {
         "nats_per_token": total / len(tokens),
         "nats_per_token_stderr": errors["tokens"],
@@ -138,11 +145,11 @@ def score(
         "bits_per_character": total / math.log(2) / n_characters,
         "stderr_over": "rows" if shared is None else "documents",
         "noise_stderr": drawn.noise_stderr and drawn.noise_stderr / bits,
-        "draws": drawn.draws,
-        "protocol": f"{model.objective.kind}, rows of {len(text.rows[0])} tokens, {context}{layout}",
+        "draws": len(drawn.by_row),
+        "protocol": f"{model.objective.kind}, rows of {len(text.rows[0])} tokens, {text.context}{layout}",
         **dict(zip(COUNTS, (len(tokens), n_bytes, n_characters, len(rows), n_documents), strict=True)),
     }
     if counts is not None:
         unigram = unigram_nats(tokens, counts)
         metrics |= {"unigram_nats_per_token": unigram, "unigram_bits_per_byte": unigram * len(tokens) / bits}
-    return metrics, drawn.nats
+    return metrics, drawn

@@ -75,7 +75,7 @@ def bound_nats(network: Transformer, tokens: Tokens, *, group: int, draws: int, 
     for start, shape in batches(len(tokens), network.seq_len):
         rows = jnp.asarray(tokens[start : start + math.prod(shape)].reshape(shape), jnp.int32)
         keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), start), draws)
-        scored = [scorer(params, rows, np.zeros(len(rows), int), key) for key in keys]
+        scored = [scorer(params, rows, np.zeros(len(rows), int), key).nats for key in keys]
         nats.append(np.mean(scored, axis=0, dtype=np.float64).sum(axis=1))
     return np.concatenate(nats)
 

@@ -10,15 +10,26 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from nanodlm.config import ScoreConfig
 from nanodlm.devices.mesh import batch_sharding, constrain, cut, logit_chunks, make_mesh
+from nanodlm.diffusion.mixed import shares
 from nanodlm.errors import Emit, silent
+from nanodlm.evaluation.profile import Profile
 from nanodlm.model.transformer import Ids, Transformer, segments
 
-Scorer = Callable[[Any, Int[Array, "B L"], Int[np.ndarray, "B"], Key[Array, ""]], Float[Array, "B L"]]
 MOST_DRAWS = 200  # of noise, however precise a bound is to be
+
+
+class Scored(NamedTuple):
+    """What rows cost by token, in nats, and the share of each row, or of each of its blocks, that was noise."""
+
+    nats: Float[Array, "B L"]
+    noise: Float[Array, "B K"]
+
+
+Scorer = Callable[[Any, Int[Array, "B L"], Int[np.ndarray, "B"], Key[Array, ""]], Scored]
 
 
 class Drawn(NamedTuple):
@@ -28,12 +39,19 @@ class Drawn(NamedTuple):
     """
 
     nats: Float[np.ndarray, "T"]
-    draws: int
+    by_row: Float[np.ndarray, "D N"]  # of each draw
     noise_stderr: float | None
+    profile: dict[str, Any]  # by position and by noise, see `Profile`
+
+    def stderr_of(self, rows: Bool[np.ndarray, "N"]) -> float | None:
+        """Return the standard error of the noise in the sum of some rows, in nats, for draws are independent."""
+        if len(self.by_row) < 2:
+            return self.noise_stderr
+        return float(np.std(self.by_row[:, rows].sum(axis=1), ddof=1)) / math.sqrt(len(self.by_row))
 
 
 def make_scorer(network: Transformer, group: int = 1) -> Scorer:
-    """Return a function of (parameters, rows, given, key): the bound in nats by token, whatever the trained weights.
+    """Return a function of (parameters, rows, given, key): the bound by token, whatever the trained weights.
 
     So many first tokens of each row are given: the bound is on -log p of the others after them, and they cost nothing.
     Noise takes the count form, which has the least variance and no schedule in it; the autoregressive likelihood has no
@@ -42,29 +60,31 @@ def make_scorer(network: Transformer, group: int = 1) -> Scorer:
     scored: the bound of a padded row is that of its tokens alone, given how many there are. With a `group` it is
     the bound for telling so many tokens at once, none of which knows the others.
     """
-    graphdef, objective = nnx.graphdef(network), network.objective
-    document_end = network.document_end if objective.traits.edges_known else None
+    graphdef, objective, kind = nnx.graphdef(network), network.objective, network.objective.traits
+    padding = objective.mask_id if kind.random_tokens and not kind.masks else network.padding  # it never saw a mask
+    document_end = network.document_end if kind.edges_known else None
     objective = replace(objective, estimator="count", times="systematic", weighting="bound", group=group)
 
     @jax.jit
-    def nats_per_token(params: Any, x_0: Ids, given: Int[Array, "B"], key: Key[Array, ""]) -> Float[Array, "B L"]:
-        segment_ids = segments(x_0, document_end, network.padding)
+    def nats_per_token(params: Any, x_0: Ids, given: Int[Array, "B"], key: Key[Array, ""]) -> Scored:
+        segment_ids = segments(x_0, document_end, padding)
         is_given = jnp.arange(x_0.shape[1]) < given[:, None]
         target = jnp.where(is_given, objective.mask_id + 1, x_0)  # as padding, which is neither noised nor scored
-        if objective.traits.reads == "before":
+        if kind.reads == "before":
             noised = objective.corrupt(x_0, key, segment_ids)
         else:
             noised = objective.corrupt(target, key, segment_ids)
             noised = noised._replace(x_t=jnp.where(is_given, x_0, noised.x_t))
-        model = nnx.merge(graphdef, params)
+        model, noise = nnx.merge(graphdef, params), noised.mask_rate
         if objective.mixed:
+            noise = 1 - shares(noise, objective.noise_share).kept
             weight, nats = objective.mixed_terms(objective.logits(model, x_0, noised, segment_ids), target, noised)
             nats = weight[:, None] * nats
         else:
             chunks = logit_chunks(x_0.size, objective.mask_id)
             features = objective.logits(model.features, x_0, noised, segment_ids)
             nats = objective.fused_nats(features, model.table, target, noised, chunks=chunks)[1]
-        return constrain(nats, None)  # on all devices, so that every process can read it
+        return Scored(constrain(nats, None), constrain(noise.reshape(len(x_0), -1), None))  # for every process to read
 
     return nats_per_token
 
@@ -78,8 +98,8 @@ def score_rows(
     mesh: Mesh,
     batch_size: int,
     given: Int[np.ndarray, "N"] | None = None,
-) -> Iterator[Float[np.ndarray, "B L"]]:
-    """Yield the nats of each row by token, a batch at a time: equal keys give equal noise.
+) -> Iterator[tuple[Float[np.ndarray, "B L"], Float[np.ndarray, "B K"]]]:
+    """Yield the nats of each row by token, and the noise, as in `Scored`, a batch at a time: equal keys, equal noise.
 
     All rows are of one length but for the last, which may be shorter and then is a batch of its own.
     """
@@ -90,8 +110,8 @@ def score_rows(
         # A short batch is filled up by repeating its rows; the copies' results are not used.
         filled = np.resize(np.stack(rows[start:end]), (batch_size, len(rows[start])))
         sent = jax.make_array_from_callback(filled.shape, batch_sharding(mesh), filled.__getitem__)
-        scored = scorer(params, sent, np.resize(given[start:end], batch_size), jax.random.fold_in(key, start))
-        yield np.asarray(scored)[: end - start]
+        nats, noise = scorer(params, sent, np.resize(given[start:end], batch_size), jax.random.fold_in(key, start))
+        yield np.asarray(nats)[: end - start], np.asarray(noise)[: end - start]
 
 
 def draw(
@@ -110,22 +130,28 @@ def draw(
     """
     scorer, mesh = make_scorer(network), make_mesh(options.batch_size)
     params = jax.device_put(nnx.state(network), jax.NamedSharding(mesh, cut()))
-    noisy = network.objective.traits.reads != "before"
-    nats, sums, wanted, error = np.zeros(1), [], options.repeats if noisy else 1, None if noisy else 0.0
-    while len(sums) < wanted:
-        key, done, tokens = jax.random.fold_in(jax.random.key(options.seed), len(sums)), 0, []
-        sums.append([])
-        for scored in score_rows(scorer, params, rows, key, mesh=mesh, batch_size=options.batch_size, given=given):
-            real = (row < network.objective.mask_id for row in rows[done:])  # and no padding
-            tokens += [of[n:][is_token[n:]] for of, n, is_token in zip(scored, given[done:], real, strict=False)]
-            sums[-1].append(float(scored.sum(dtype=np.float64)))
-            done += len(scored)
-            if len(sums[-1]) % 20 == 0 or done == len(rows):
-                emit("progress", done=done + (len(sums) - 1) * len(rows), total=len(rows) * wanted, unit="rows")
-        nats = nats + np.concatenate(tokens, dtype=np.float64)
-        spread = np.var(sums, axis=0, ddof=1).sum() if len(sums) > 1 else math.inf
-        error = math.sqrt(spread / len(sums)) if noisy and len(sums) > 1 else error
-        if noisy and within and len(sums) == wanted:
-            enough = math.ceil(min(spread / within**2, MOST_DRAWS)) if len(sums) > 1 else 0
-            wanted = max(2 + 8 // len(sums[0]), enough)  # a spread of few numbers is no measure
-    return Drawn(nats / len(sums), len(sums), error)
+    kind = network.objective.traits
+    noisy, length = kind.reads != "before", len(rows[0])
+    profile = Profile(length, network.objective.block_size if kind.reads == "block" else length)
+    nats, by_row, wanted, error = np.zeros(1), [], options.repeats if noisy else 1, None if noisy else 0.0
+    while len(by_row) < wanted:
+        key, done, tokens, sums = jax.random.fold_in(jax.random.key(options.seed), len(by_row)), 0, [], []
+        for of, noise in score_rows(scorer, params, rows, key, mesh=mesh, batch_size=options.batch_size, given=given):
+            end = done + len(of)
+            asked = np.arange(of.shape[1]) >= given[done:end, None]
+            asked &= np.stack(rows[done:end]) < network.objective.mask_id  # and no padding
+            profile.add(of, asked, noise)
+            tokens.append(of[asked])
+            sums.append(of.sum(axis=1, dtype=np.float64))
+            done = end
+            if len(sums) % 20 == 0 or done == len(rows):
+                emit("progress", done=done + len(by_row) * len(rows), total=len(rows) * wanted, unit="rows")
+        nats, starts = nats + np.concatenate(tokens, dtype=np.float64), np.cumsum([0, *map(len, sums)])[:-1]
+        by_row.append(np.concatenate(sums))
+        batches = np.add.reduceat(by_row, starts, axis=1)
+        spread = np.var(batches, axis=0, ddof=1).sum() if len(by_row) > 1 else math.inf
+        error = math.sqrt(spread / len(by_row)) if noisy and len(by_row) > 1 else error
+        if noisy and within and len(by_row) == wanted:
+            enough = math.ceil(min(spread / within**2, MOST_DRAWS)) if len(by_row) > 1 else 0
+            wanted = max(2 + 8 // len(starts), enough)  # a spread of few numbers is no measure
+    return Drawn(nats / len(by_row), np.stack(by_row), error, profile.described(noisy=noisy))

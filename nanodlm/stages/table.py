@@ -91,8 +91,8 @@ ALL = (
     # Since version 3, rows of ids are joined before they are cut.
     Stage("shard", "data.shard:build_shards", (*DOCUMENTS, "split"), _shard, 3, volatile=COUNTS),
     Stage("train", "training.loop:train", ("shard", "tokenizer"), _training, own_process=True, volatile=LOGS),
-    # Since version 4, it keeps the nats of every row, and says the interval and the draws.
-    Stage("evaluate", "evaluation.evaluate:evaluate", ("shard", "train"), _evaluation, 4, own_process=True),
+    # Since version 4, it keeps the nats of every row, and says the interval and the draws; since 5, its profile.
+    Stage("evaluate", "evaluation.evaluate:evaluate", ("shard", "train"), _evaluation, 5, own_process=True),
     # Since version 2, it keeps the steps of the first texts.
     Stage("sample", "generation.generate:generate", ("train",), sampling_settings, 2, own_process=True),
     # Since version 2, its digest is that of its results alone.

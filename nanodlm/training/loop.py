@@ -191,8 +191,8 @@ def _validation(
 
     def validate(state: State) -> dict[str, float]:
         params = state.get("ema_state", state["model_state"])
-        nats = score_rows(scorer, params, rows, key, mesh=mesh, batch_size=config.train.batch_size)
-        bound = float(sum(batch.sum() for batch in nats)) / sum(
+        scored = score_rows(scorer, params, rows, key, mesh=mesh, batch_size=config.train.batch_size)
+        bound = float(sum(nats.sum() for nats, _ in scored)) / sum(
             int((row < network.objective.mask_id).sum()) for row in rows
         )
         return {"val_nats_per_token": bound} if math.isfinite(bound) else {}

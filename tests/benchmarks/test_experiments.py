@@ -8,7 +8,9 @@ import pytest
 import tyro
 
 from benchmarks.ablation import ablation, compare, variants
+from benchmarks.anchors import anchors
 from benchmarks.bucket import bucket
+from benchmarks.cost import cost
 from benchmarks.orchestration import orchestration
 from benchmarks.orders import orders
 from benchmarks.plain import plain
@@ -63,11 +65,28 @@ def test_plain_updates_are_timed_beside_ours(config: Config) -> None:
     assert found["speedup"] == pytest.approx(found["plain_step_seconds"] / found["step_seconds"])
 
 
-@pytest.mark.parametrize("script", [race, ablation, variance, bucket, orchestration, orders, plain])
+@pytest.mark.slow
+def test_an_anchor_in_small_has_rows_of_every_objective_and_recipe(
+    config: Config, store: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = anchors(config.data.source[0], "chars", store, updates=2, recipes=("own",))
+    assert [(row["objective"], row["recipe"]) for row in found] == [("autoregressive", "own"), ("absorbing", "own")]
+    assert len(capsys.readouterr().out.splitlines()) == 4
+
+
+@pytest.mark.slow
+def test_the_cost_of_updates_is_told_by_the_rate_of_a_few_rows(capsys: pytest.CaptureFixture[str]) -> None:
+    (row,) = cost(("shakespeare",), rows=2, steps=1, updates=(10, 20))
+    assert row["tokens"] == 64 * 256
+    assert row["seconds"][1] == 2 * row["seconds"][0] == pytest.approx(20 * row["flops"] / row["flops_per_second"])
+    assert "| shakespeare | 16,384 |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("script", [race, ablation, variance, bucket, orchestration, orders, plain, cost, anchors])
 def test_every_script_lists_its_flags(script: Any, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         tyro.cli(script, args=["--help"])
-    assert ("--train.max-steps" in capsys.readouterr().out) == (script is not bucket)
+    assert ("--train.max-steps" in capsys.readouterr().out) == (script not in (bucket, cost, anchors))
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -29,9 +29,9 @@ def test_evaluation_of_a_model_that_scores_all_tokens_alike_is_the_uniform_bound
     # The output layer starts at zero: log 257 nats per token, whatever the noise.
     untrained = make_model(config, Vocabulary.of(encoding))
     text = evaluate.Text(rows, np.zeros(20, int), rows, np.zeros((20, 2), int))
-    metrics, nats = evaluate.score(untrained, encoding, text, config.eval, counts=np.ones(257, int))
+    metrics, drawn = evaluate.score(untrained, encoding, text, config.eval, counts=np.ones(257, int))
     assert math.isclose(metrics["nats_per_token"], math.log(257), rel_tol=1e-4)
-    assert metrics["nats_per_token"] == pytest.approx(nats.mean())
+    assert metrics["nats_per_token"] == pytest.approx(drawn.nats.mean())
     assert metrics["perplexity"] == pytest.approx(257, rel=1e-3)
     assert (metrics["rows"], metrics["tokens"]) == (20, 640)
     assert (metrics["documents"], metrics["stderr_over"]) == (1, "rows")

@@ -48,8 +48,9 @@ def test_what_is_given_is_context_and_the_bound_is_on_the_rest(objective: dict[s
             log_p = jax.nn.log_softmax(model(x_t, jnp.zeros((1, 1)), **options)[0, :, :MASK])
             expected -= sum(float(log_p[i, row[i]]) for i in masked) / n / len(subsets)
     copies, options = [row] * 64, ScoreConfig(batch_size=64, repeats=40)
-    nats, draws, error = draw(model, copies, np.full(64, 2), options)
-    assert (nats.shape, draws) == ((128,), 40)
+    nats, by_row, error, _ = draw(model, copies, np.full(64, 2), options)
+    assert (nats.shape, by_row.shape) == ((128,), (40, 64))
+    assert nats.sum() == pytest.approx(by_row.sum(axis=1).mean())
     assert error is not None
     assert abs(nats.sum() - 64 * expected) < 4 * error + 1e-3
     assert 0 < error < 0.1 * nats.sum()
@@ -58,7 +59,7 @@ def test_what_is_given_is_context_and_the_bound_is_on_the_rest(objective: dict[s
 @pytest.mark.parametrize("kind", ["absorbing", "uniform", "hybrid", "block", "autoregressive"])
 def test_every_kind_charges_nothing_for_what_is_given(kind: str) -> None:
     rows, given = list(np.random.default_rng(0).integers(0, 257, (6, 8), dtype=np.int32)), np.array([0, 3, 5, 7, 2, 1])
-    nats, _, error = draw(network(kind=kind, block_size=3), rows, given, ScoreConfig(batch_size=4))
+    nats, _, error, _ = draw(network(kind=kind, block_size=3), rows, given, ScoreConfig(batch_size=4))
     assert len(nats) == 48 - given.sum()
     assert np.isfinite(nats).all()
     assert error == (0.0 if kind == "autoregressive" else None)

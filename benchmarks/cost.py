@@ -1,0 +1,54 @@
+"""Tell what updates of a large preset cost on this machine, by the rate at which it computes a few rows of them.
+
+    python -m benchmarks.cost text8 owt --rows 2 --model.dtype float32      # two CPU cores, which convert bfloat16
+    python -m benchmarks.cost text8 owt --rows 64                           # an accelerator
+
+An update of the preset may be hours here; one of a few rows is seconds, and by the formula of `nanodlm/bench/flops.py`
+costs as many FLOPs for each token.
+"""
+
+from typing import Any, Literal
+
+import tyro
+
+from nanodlm.bench.flops import flops_per_update
+from nanodlm.bench.speed import train
+from nanodlm.config import PRESETS
+
+
+def cost(
+    presets: tyro.conf.Positional[tuple[str, ...]] = ("text8", "owt"),
+    rows: int = 2,
+    steps: int = 3,
+    updates: tuple[int, ...] = (1000, 100_000, 500_000),
+    dtype: Literal["float32", "bfloat16"] = "float32",
+) -> list[dict[str, Any]]:
+    """Time updates of a few rows, and print what updates of the preset's own size would take.
+
+    Args:
+        presets: Names of presets.
+        rows: Of an update that is timed, an even number.
+        steps: Updates that are timed, after one that is not.
+        updates: How many are told the time of.
+        dtype: Precision of matrix products.
+
+    Returns:
+        Rows with `preset`, `tokens` and `flops` of its update, `flops_per_second`, and `seconds` of so many `updates`.
+    """
+    found = []
+    print(f"| preset | tokens an update | TFLOP | GFLOP/s | {' | '.join(f'{n:,} updates' for n in updates)} |")
+    print("|---" * (4 + len(updates)) + "|")
+    for name in presets:
+        config, few = PRESETS[name], {"batch_size": rows, "grad_acc_steps": 1}
+        measured = train(config.replace(train=few, model={"dtype": dtype}), steps=steps)
+        flops, rate = flops_per_update(config), measured["flops_per_second"]
+        tokens = config.train.batch_size * config.train.grad_acc_steps * config.model.seq_len
+        seconds = [flops * n / rate for n in updates]
+        found.append({"preset": name, "tokens": tokens, "flops": flops, "flops_per_second": rate, "seconds": seconds})
+        days = " | ".join(f"{each / 86400:,.3g} days" for each in seconds)
+        print(f"| {name} | {tokens:,} | {flops / 1e12:,.1f} | {rate / 1e9:,.1f} | {days} |")
+    return found
+
+
+if __name__ == "__main__":
+    tyro.cli(cost, use_underscores=True)
