@@ -1,7 +1,9 @@
 """Commands that put numbers on trained models: the bound of any text under one, and what sets two apart."""
 
+import contextlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,12 +17,13 @@ from nanodlm.cli.store import OpenStore
 from nanodlm.config import DataConfig, ScoreConfig, parse_address
 from nanodlm.data.sources import READERS, format_of
 from nanodlm.data.tokenizer import token_sizes
-from nanodlm.errors import UsageError, full_disk_named
+from nanodlm.errors import NanodlmError, UsageError, counted, full_disk_named
 from nanodlm.store import Store
 
 Words = Annotated[tuple[str, ...], Doc("Model, else the newest, and texts."), arg(metavar="[MODEL] FILE ...")]
 Column = Annotated[str, Doc("Field of a row that holds the text.")]
 Unit = Annotated[Literal["document", "paragraph", "line"], Doc("What one document is in .txt files.")]
+Share = Annotated[float, Doc("Share of a file's rows that may be bad (no text, null, invalid UTF-8).")]
 Runs = Annotated[tuple[str, ...], Doc("Trained models, by run or address."), arg(metavar="RUN RUN ...")]
 Lines = Annotated[str, Doc("File for the bound of each document, as JSON lines."), arg(metavar="FILE.jsonl")]
 
@@ -32,13 +35,14 @@ def score(
     *,
     column: Column = "text",
     sample_by: Unit = "document",
+    max_bad: Share = 0.01,
     per_document: Lines = "",
     store: OpenStore,
     out: Output,
 ) -> None:
     """Bound any texts under a trained model: files, or RECIPE=FILE."""
     from nanodlm.checkpoints.loading import load
-    from nanodlm.evaluation import sets
+    from nanodlm.data import sets
     from nanodlm.evaluation.evaluate import Text
     from nanodlm.evaluation.evaluate import score as bound
 
@@ -46,12 +50,14 @@ def score(
     if not files:
         raise UsageError("name a file to score: nanodlm score [MODEL] FILE...")
     check_folder(per_document)
-    data, found, lines = DataConfig(column=column, sample_by=sample_by), [], []
+    data, found, lines = DataConfig(column=column, sample_by=sample_by, max_bad=max_bad), [], []
     for word in files:
-        sets.identity(word, data)  # which says what is wrong with it before a model is loaded
+        with _own_flags():
+            sets.find(word, data)  # before a model is loaded
     network, encoding = load(find_model(model, store))
     for word in files:
-        stream = sets.tokens(word, data, encoding)
+        with _own_flags():
+            stream = sets.tokens(word, data, encoding)
         text = Text.cut(stream, network.seq_len, encoding.eot_token, how)
         with out.showing("score") as emit:
             metrics, nats = bound(network, encoding, text, how, emit=emit)
@@ -70,6 +76,16 @@ def score(
         with full_disk_named(per_document):
             Path(per_document).write_text("".join(lines))
     out.json(sets=found)
+
+
+@contextlib.contextmanager
+def _own_flags() -> Iterator[None]:
+    """Let an error's advice name the flags of this command."""
+    try:
+        yield
+    except NanodlmError as error:
+        told = str(error).replace(", or --data.pretokenized True", "").replace("--data.", "--")
+        raise type(error)(told) from error
 
 
 def check_folder(file: str) -> None:
@@ -92,7 +108,7 @@ def described(m: dict[str, Any]) -> list[str]:
     low, high = m["bits_per_byte_interval"] or (0, 0)
     within = f" (95%: {low:.4f} to {high:.4f}, over {m['stderr_over']})" if known else " (one row: no standard error)"
     noise = "" if not m["noise_stderr"] else f", its noise ± {m['noise_stderr']:.4f} bits per byte"
-    size = ", ".join(f"{m[name]:,} {name}" for name in ("tokens", "bytes", "documents", "rows"))
+    size = ", ".join(counted(m[name], name) for name in ("tokens", "bytes", "documents", "rows"))
     return [
         f"{m['file']}: {m['bits_per_byte']:.4f}{error} bits per byte{within}",
         f"  {m['nats_per_token']:.4f}{per_token} nats per token, perplexity {m['perplexity']:.2f} a token",

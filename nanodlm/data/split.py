@@ -16,9 +16,9 @@ import tiktoken
 from nanodlm.config import Config, DataConfig
 from nanodlm.data.documents import Documents
 from nanodlm.data.held_out import Zone, at_place, front, place_at, too_few, too_small, unit_rows, wanted, zone
-from nanodlm.data.parts import corpus
+from nanodlm.data.parts import VALIDATION, corpus, read
 from nanodlm.data.tokenizer import characters, gpt2, load, plain_bytes, save, tokenise_all, train_bpe
-from nanodlm.errors import Emit
+from nanodlm.errors import Emit, counted
 from nanodlm.store import Artifact, Attempt
 
 BPE_BYTES = 100_000_000  # of the documents that a tokenizer is trained on
@@ -48,7 +48,7 @@ def _train_bpe(data: DataConfig, download: Artifact, emit: Emit) -> tuple[tiktok
         aside = zone(kind, data, download, size)
         if aside.whole:
             size, documents = download.metrics["bytes"], download.metrics["documents"]
-            raise too_small(data, f"{size:,} bytes in {documents:,} documents", one=documents == 1)
+            raise too_small(data, f"{size:,} bytes in {counted(documents, 'documents')}", one=documents == 1)
         if kind == "hash":
             sample = front(corpus(download), data.split_seed, aside.size + BPE_BYTES)[len(aside.documents) :]
         elif kind == "last":
@@ -111,6 +111,11 @@ def build_split(config: Config, inputs: dict[str, Artifact], attempt: Attempt, e
         shared = {"unit_rows": unit_rows(data, download), "val_shared_share": _shared(encoding, found, documents)}
         share = f"{shared['val_shared_share']:.1%} of what is held out"
         emit("message", text=f"{share} belongs to documents that go on in training rows, as end-of-text marks tell")
+    if kind == "files":
+        shared = {"val_twins": (twins := _twins(download))}
+        if twins:
+            said = f"{counted(twins, 'documents')} of the source are in --data.validation but for white space and case"
+            emit("message", text=f"{said}, and are trained on; --data.decontaminate 13 leaves such documents out")
     np.save(attempt.path / "validation.npy", validation)
     (attempt.path / "split.json").write_text(json.dumps({"kind": kind, "cut": cut, "seed": data.split_seed}, indent=1))
     text = _text(encoding, validation)
@@ -127,6 +132,12 @@ def _shared(encoding: tiktoken.Encoding, found: Documents, units: int) -> float:
         marks = np.flatnonzero(np.asarray(tokens) == encoding.eot_token)
         shared += len(tokens) - (int(marks[-1] - marks[0]) if len(marks) else 0)
     return shared / int(found.offsets[units])
+
+
+def _twins(download: Artifact) -> int:
+    """Count the documents of the source that have the hash of one of the validation set of its own."""
+    held_out = {key for batch in read(download.file(VALIDATION)) for key in batch.keys(0)}
+    return sum(key in held_out for batch in corpus(download) for key in batch.keys(0))
 
 
 def _text(encoding: tiktoken.Encoding, tokens: np.ndarray) -> bytes:
