@@ -71,7 +71,7 @@ def build_shards(config: Config, inputs: dict[str, Artifact], attempt: Attempt, 
     for said in _losses(config, totals, len(validation)):
         emit("message", text=said)
     data_rows.write(attempt.path / "validation.arrayrecord", val_rows)
-    frequencies = np.sum([info["counts"] for info in shards], axis=0)
+    frequencies = np.sum([_counts(info) for info in shards], axis=0)
     np.save(attempt.path / COUNTS, frequencies)
     (attempt.path / CARD).write_text(json.dumps(card(encoding, inputs, shards, frequencies), indent=1))
     if sources:
@@ -111,6 +111,12 @@ def unigram_nats(tokens: Int[np.ndarray, "N"], counts: Int[np.ndarray, "V"]) -> 
     0.837
     """
     return float(np.log(counts.sum() + len(counts)) - np.log(counts[tokens] + 1).mean())
+
+
+def _counts(info: Json) -> np.ndarray:
+    """Return how often each token is in a shard, (V,), which an earlier version has finished with a list of it."""
+    counts = info["counts"]
+    return np.array(counts) if isinstance(counts, list) else np.frombuffer(bytes.fromhex(counts), np.int64)
 
 
 def _validation(config: Config, encoding: Encoding, tokens: np.ndarray) -> tuple[list[np.ndarray], np.ndarray, int]:
@@ -181,7 +187,7 @@ def _write_shard(
     data_rows.write(attempt.path / name, chain.from_iterable(map(whole_rows, range(chosen.turns))))
     info = {"train_rows": int(counts.sum()) // length, "train_tokens": int(counts[:-1].sum())}
     info |= {"train_documents": chosen.documents, "cut_documents": longer, "dropped_tokens": dropped + len(rest)}
-    info |= {"first_key": smallest, "counts": counts[:-1].tolist(), **chosen.counts, **glance.info()}
+    info |= {"first_key": smallest, "counts": counts[:-1].tobytes().hex(), **chosen.counts, **glance.info()}
     info |= {"contaminated": chosen.alike}
     attempt.finish(name, [name], **info)
     return info

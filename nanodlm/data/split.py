@@ -17,7 +17,7 @@ from nanodlm.config import Config, DataConfig
 from nanodlm.data.documents import Documents
 from nanodlm.data.held_out import Zone, at_place, front, place_at, too_few, too_small, unit_rows, wanted, zone
 from nanodlm.data.parts import VALIDATION, corpus, read
-from nanodlm.data.tokenizer import characters, gpt2, load, plain_bytes, save, tokenise_all, train_bpe
+from nanodlm.data.tokenizer import characters, gpt2, load, plain_bytes, save, token_sizes, tokenise_all, train_bpe
 from nanodlm.errors import Emit, counted
 from nanodlm.store import Artifact, Attempt
 
@@ -80,6 +80,7 @@ def build_split(config: Config, inputs: dict[str, Artifact], attempt: Attempt, e
     """Choose what is held out, and write its tokens (`validation.npy`) and the cut (`split.json`)."""
     data, download = config.data, inputs["download"]
     encoding = load(inputs["tokenizer"].local())
+    sizes = token_sizes(encoding)
     kind, tokens, size = wanted(data, download)
     while True:
         held = zone(kind, data, download, size)
@@ -98,7 +99,7 @@ def build_split(config: Config, inputs: dict[str, Artifact], attempt: Attempt, e
         validation = found.flat[:tokens]
     elif kind == "last" and tokens:
         first = len(validation) - tokens
-        passed = first if data.pretokenized else len(_text(encoding, validation[:first]))
+        passed = first if data.pretokenized else int(sizes[validation[:first], 0].sum())
         cut = place_at(download, sum(download.metrics["part_sizes"]) - held.size + passed)
         documents, validation = documents - int(np.searchsorted(found.offsets, first, "right")) + 1, validation[first:]
     if data.split is None and kind == "last":
@@ -118,9 +119,8 @@ def build_split(config: Config, inputs: dict[str, Artifact], attempt: Attempt, e
             emit("message", text=f"{said}, and are trained on; --data.decontaminate 13 leaves such documents out")
     np.save(attempt.path / "validation.npy", validation)
     (attempt.path / "split.json").write_text(json.dumps({"kind": kind, "cut": cut, "seed": data.split_seed}, indent=1))
-    text = _text(encoding, validation)
-    held_out = {"val_tokens": len(validation), "val_documents": documents, "val_bytes": len(text)}
-    held_out["val_characters"] = int(((np.frombuffer(text, np.uint8) & 0xC0) != 0x80).sum())
+    held_out = {"val_tokens": len(validation), "val_documents": documents}
+    held_out |= dict(zip(("val_bytes", "val_characters"), sizes[validation].sum(0).tolist(), strict=True))
     held_out["val_dropped_tokens"] = int(found.offsets[documents]) - len(validation) if kind == "hash" else 0
     return {"split": kind, **held_out, **shared, "documents": download.metrics["documents"], "cut": cut}
 
@@ -138,7 +138,3 @@ def _twins(download: Artifact) -> int:
     """Count the documents of the source that have the hash of one of the validation set of its own."""
     held_out = {key for batch in read(download.file(VALIDATION)) for key in batch.keys(0)}
     return sum(key in held_out for batch in corpus(download) for key in batch.keys(0))
-
-
-def _text(encoding: tiktoken.Encoding, tokens: np.ndarray) -> bytes:
-    return encoding.decode_bytes(tokens[tokens != encoding.eot_token].tolist())

@@ -88,9 +88,6 @@ SUMMARIES = {
 def summary(artifact: "Artifact") -> str:
     """Return one phrase on what an artifact holds."""
     m = artifact.metrics
-    inexact = {
-        "counted": counted(m.get("documents", 0), "documents"),
-        "megabytes": m.get("bytes", 0) / 1e6,
-        "millions": m.get("parameters", 0) / 1e6,
-    }
-    return SUMMARIES.get(artifact.stage, "").format(**m, **inexact)
+    inexact = {"megabytes": m.get("bytes", 0) / 1e6, "millions": m.get("parameters", 0) / 1e6}
+    documents = counted(m.get("documents", 0), "documents")
+    return SUMMARIES.get(artifact.stage, "").format(**m, **inexact, counted=documents)
