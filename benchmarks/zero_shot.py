@@ -2,7 +2,7 @@
 
     python -m benchmarks.zero_shot demo --eval.sets lambada=test.jsonl wikitext2=wiki.txt --eval.max_rows 2048
 
-Texts are read by recipe (nanodlm/evaluation/sets.py). The models are trained where the store lacks them: the demo's on
+Texts are read by recipe (nanodlm/data/sets.py). The models are trained where the store lacks them: the demo's on
 two CPU cores in two minutes each.
 """
 

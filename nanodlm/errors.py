@@ -19,6 +19,15 @@ def silent(kind: str, **fields: Any) -> None:
     """Tell nobody of an event."""
 
 
+def counted(number: int, things: str) -> str:
+    """Return a number of things in words.
+
+    >>> counted(1, "documents"), counted(2000, "rows")
+    ('1 document', '2,000 rows')
+    """
+    return f"{number:,} {things.removesuffix('s') if number == 1 else things}"
+
+
 # In names of what holds a secret: environment variables, and what follows `?`, `;` or `#` in an address.
 SECRETS = re.compile(
     r"secret|pass(w|phrase|code)|credential|signature|webhook|bearer|jwt|hmac|saml|sess(ion)?_?id"

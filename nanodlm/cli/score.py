@@ -1,7 +1,9 @@
 """Commands that put numbers on trained models: the bound of any text under one, and what sets two apart."""
 
+import contextlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -16,7 +18,7 @@ from nanodlm.cli.store import OpenStore
 from nanodlm.config import DataConfig, ScoreConfig, parse_address
 from nanodlm.data.sources import READERS, format_of
 from nanodlm.data.tokenizer import token_sizes
-from nanodlm.errors import UsageError, full_disk_named
+from nanodlm.errors import NanodlmError, UsageError, counted, full_disk_named
 from nanodlm.store import Store
 
 if TYPE_CHECKING:
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 Words = Annotated[tuple[str, ...], Doc("Model, else the newest, and texts."), arg(metavar="[MODEL] FILE ...")]
 Column = Annotated[str, Doc("Field of a row that holds the text.")]
 Unit = Annotated[Literal["document", "paragraph", "line"], Doc("What one document is in .txt files.")]
+Share = Annotated[float, Doc("Share of a file's rows that may be bad (no text, null, invalid UTF-8).")]
 Runs = Annotated[tuple[str, ...], Doc("Trained models, by run or address."), arg(metavar="RUN RUN ...")]
 Html = Annotated[str, Doc("File for the comparison as a page with pictures."), arg(metavar="FILE.html")]
 Given = Annotated[str, Doc("Score .jsonl files' `--column` given this field.")]
@@ -40,13 +43,15 @@ def score(
     column: Column = "text",
     sample_by: Unit = "document",
     given: Given = "",
+    max_bad: Share = 0.01,
     per_document: Lines = "",
     store: OpenStore,
     out: Output,
 ) -> None:
     """Bound any texts under a trained model: files, or RECIPE=FILE."""
     from nanodlm.checkpoints.loading import load
-    from nanodlm.evaluation import answers, sets
+    from nanodlm.data import sets
+    from nanodlm.evaluation import answers
     from nanodlm.evaluation.evaluate import Text
     from nanodlm.evaluation.evaluate import score as bound
 
@@ -56,16 +61,19 @@ def score(
     if given and how.stride:
         raise UsageError("--stride cuts texts into rows, where --given has a row for each: leave one of them out")
     check_folder(per_document)
-    data, found, lines = DataConfig(column=column, sample_by=sample_by), [], []
+    data, found, lines = DataConfig(column=column, sample_by=sample_by, max_bad=max_bad), [], []
     for word in files:
-        sets.identity(word, data)  # which says what is wrong with it before a model is loaded
+        with _own_flags():
+            sets.find(word, data)  # before a model is loaded
     pairs = {word: answers.read_pairs(word, given, column, how.max_rows) for word in files if given}
     network, encoding = load(find_model(model, store))
     for word in files:
         if given:
             text = answers.text_of(pairs[word], encoding, network.seq_len)
         else:
-            text = Text.cut(sets.tokens(word, data, encoding), network.seq_len, encoding.eot_token, how)
+            with _own_flags():
+                stream = sets.tokens(word, data, encoding)
+            text = Text.cut(stream, network.seq_len, encoding.eot_token, how)
         with out.showing("score") as emit:
             metrics, drawn = bound(network, encoding, text, how, emit=emit)
         recipe, _ = sets.recipe_of(word, data)
@@ -93,6 +101,16 @@ def by_document(text: "Text", drawn: "Drawn", encoding: Encoding, *, whole: bool
     return lines
 
 
+@contextlib.contextmanager
+def _own_flags() -> Iterator[None]:
+    """Let an error's advice name the flags of this command."""
+    try:
+        yield
+    except NanodlmError as error:
+        told = str(error).replace(", or --data.pretokenized True", "").replace("--data.", "--")
+        raise type(error)(told) from error
+
+
 def check_folder(file: str) -> None:
     """Refuse a file to write whose folder is not there, before any work."""
     if file and not Path(file).parent.is_dir():
@@ -113,7 +131,7 @@ def described(m: dict[str, Any]) -> list[str]:
     low, high = m["bits_per_byte_interval"] or (0, 0)
     within = f" (95%: {low:.4f} to {high:.4f}, over {m['stderr_over']})" if known else " (one row: no standard error)"
     noise = "" if not m["noise_stderr"] else f", its noise ± {m['noise_stderr']:.4f} bits per byte"
-    size = ", ".join(f"{m[name]:,} {name}" for name in ("tokens", "bytes", "documents", "rows"))
+    size = ", ".join(counted(m[name], name) for name in ("tokens", "bytes", "documents", "rows"))
     return [
         f"{m['file']}: {m['bits_per_byte']:.4f}{error} bits per byte{within}",
         f"  {m['nats_per_token']:.4f}{per_token} nats per token, perplexity {m['perplexity']:.2f} a token",

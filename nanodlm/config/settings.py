@@ -237,7 +237,7 @@ class EvalConfig(ScoreConfig):
 
     sets: Sources = ()
     """Further texts to score: files of any kind, or RECIPE=FILE, such as `lambada=test.jsonl`, which is read and
-    detokenised as published (evaluation/sets.py)."""
+    detokenised as published (data/sets.py)."""
 
 
 class SamplerConfig(Group):

@@ -1,5 +1,6 @@
 """The data card: what is trained on and held out, how long and how frequent it is, what was left out, and examples."""
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from hashlib import blake2b
 from itertools import pairwise
@@ -9,6 +10,7 @@ from tiktoken import Encoding
 
 from nanodlm.data.documents import Documents
 from nanodlm.data.tokenizer import END_OF_TEXT, token_sizes
+from nanodlm.errors import counted
 from nanodlm.store import Artifact, Json
 
 CARD = "card.json"
@@ -61,6 +63,8 @@ def card(encoding: Encoding, inputs: dict[str, Artifact], shards: list[Json], fr
     mended = cleaned.pop("repaired", 0)
     left_out |= {f"documents, {why}": count for why, count in cleaned.items()}
     left_out |= {"tokens, in no row": dropped, "tokens, where the validation ends": held_out.get("val_dropped_tokens")}
+    alike = sum((Counter(shard.get("contaminated")) for shard in shards), Counter())
+    left_out |= {f"documents, with words of {name}": count for name, count in alike.items()}
     chosen = first({bytes.fromhex(beginning) for shard in shards for beginning in shard.get("beginnings", ())})
     texts = [encoding.decode(np.frombuffer(one, "<u4").tolist())[:LETTERS] for one in chosen]
     return {
@@ -81,13 +85,13 @@ def groups(card: Json) -> dict[str, list[str]]:
     """Return a card without its examples in words, by name, for people."""
     most, total = max(card["lengths"].values(), default=0), card["training"]["tokens"]
     sides = ("training", "validation")
-    said = {side: [", ".join(f"{n:,} {what}" for what, n in card[side].items() if n)] for side in sides}
+    said = {side: [", ".join(counted(n, what) for what, n in card[side].items() if n)] for side in sides}
     bars = [f"{n:>12,} of {int(low):,} or more {'▇' * -(-24 * n // most)}" for low, n in card["lengths"].items()]
     said |= {"documents by tokens": bars}
     said |= {"frequent tokens": [", ".join(f"{text!r} {n / total:.2%}" for text, n in card["frequent"])]}
     said |= {"vocabulary": [f"{card['vocabulary']:,} tokens, {card['never_trained_on']:,} never trained on"]}
     if card["mended"]:
-        said |= {"mended": [f"{card['mended']:,} documents"]}
+        said |= {"mended": [counted(card["mended"], "documents")]}
     left_out = [f"{count:,} {what}" for what, count in card["left_out"].items()]
     return said | {"left out": [*left_out, *(" ".join(text.split()) for text in card["first_left_out"])] or ["nothing"]}
 

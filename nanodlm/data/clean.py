@@ -11,9 +11,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from tiktoken import Encoding
 
-from nanodlm.config import DataConfig
+from nanodlm.config import Config, DataConfig
+from nanodlm.data import sets
 from nanodlm.data.documents import Documents
 from nanodlm.data.shingles import Seen, apart, contains, runs, signatures
+from nanodlm.data.tokenizer import tokenise_all
 from nanodlm.errors import UsageError
 
 Stream = Iterator[tuple[int, pa.Array]]  # documents, and the number of the source that they are from
@@ -117,41 +119,54 @@ def _repaired(array: pa.Array, counts: dict[str, int]) -> pa.Array:
     return pa.array(fixed, array.type)
 
 
-def held_out_runs(data: DataConfig, encoding: Encoding, tokens: np.ndarray) -> np.ndarray | None:
-    """Return the runs of words, or ids, in what is held out, as sorted hashes; None when they do not matter."""
-    if not data.decontaminate:
-        return None
+def scored_runs(config: Config, encoding: Encoding, tokens: np.ndarray) -> dict[str, np.ndarray]:
+    """Return the runs of words, or ids, in what is held out and in each set of `eval.sets`, as sorted hashes.
+
+    There are none when they do not matter.
+    """
+    data, size = config.data, config.data.decontaminate
+    if not size:
+        return {}
     values = tokens if data.pretokenized else np.frombuffer(encoding.decode_bytes(tokens.tolist()), np.uint8)
-    return np.sort(runs(Documents(values, np.array([0, len(values)])), data.decontaminate)[0])
+    found = {"validation": [Documents(values, np.array([0, len(values)]))]}
+    for word in config.eval.sets:
+        texts = sets.texts(word, data)
+        found.setdefault(sets.name_of(word), []).extend(tokenise_all(encoding, texts) if data.pretokenized else texts)
+    return {name: np.unique(np.concatenate([runs(some, size)[0] for some in of])) for name, of in found.items()}
 
 
 class Chosen:
     """Which documents of a part, of those that are not held out, are trained on, and how many those are."""
 
-    def __init__(self, data: DataConfig, held_out: np.ndarray | None, weight: float):
-        """Take each `weight` times, in so many turns, but none that shares a run of words with what is held out."""
+    def __init__(self, data: DataConfig, scored: dict[str, np.ndarray], weight: float):
+        """Take each `weight` times, in so many turns, but none that shares a run of words with what is `scored`."""
         self.turns = math.ceil(weight)
         self.documents = 0
-        self.counts = {} if held_out is None else dict.fromkeys(CONTAMINATED, 0)
-        self._held_out, self._weight, self._data = held_out, weight, data
+        self.has_last = True  # whether the last document so far is trained on
+        self.counts = dict.fromkeys(CONTAMINATED, 0) if scored else {}
+        self.alike = dict.fromkeys(scored, 0)  # documents that share words with each
+        self._scored, self._weight, self._data = scored, weight, data
         self._perhaps = np.zeros(2**24, bool)  # by the first 24 bits of a hash, for few need be looked for
-        if held_out is not None:
-            self._perhaps[held_out >> np.uint64(40)] = True
+        for hashes in scored.values():
+            self._perhaps[hashes >> np.uint64(40)] = True
 
     def of(self, batches: Iterable[Documents], turn: int) -> Iterator[Documents]:
         """Yield the documents of one turn: all, or in the last a share that their keys decide."""
         for batch in batches:
-            if self._held_out is not None and len(batch):
+            keep = np.ones(len(batch), bool)
+            if self._scored and len(batch):
                 hashes, owner = runs(batch, self._data.decontaminate or 0)
                 at = np.flatnonzero(self._perhaps[hashes >> np.uint64(40)])
-                at = at[contains(self._held_out, hashes[at])]
-                alike = np.bincount(owner[at], minlength=len(batch)) > 0
+                for name, those in self._scored.items():
+                    alike = np.bincount(owner[at[contains(those, hashes[at])]], minlength=len(batch)) > 0
+                    self.alike[name] += int(alike.sum()) if turn == 0 else 0
+                    keep &= ~alike
                 if turn == 0:
-                    self.counts[CONTAMINATED[0]] += int(alike.sum())
-                    self.counts[CONTAMINATED[1]] += batch.only(alike).flat.nbytes
-                batch = batch.only(~alike)
+                    self.counts[CONTAMINATED[0]] += int((~keep).sum())
+                    self.counts[CONTAMINATED[1]] += batch.only(~keep).flat.nbytes
             if (share := self._weight - turn) < 1:
-                batch = batch.only(_numbers(batch.keys(self._data.split_seed))[:, 1] < share * 2**64)
-            self.documents += len(batch)
-            if len(batch):
-                yield batch
+                keep &= _numbers(batch.keys(self._data.split_seed))[:, 1] < share * 2**64
+            self.documents += int(keep.sum())
+            self.has_last = bool(keep[-1]) if len(keep) else self.has_last
+            if keep.any():
+                yield batch.only(keep)

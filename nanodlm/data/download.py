@@ -9,7 +9,7 @@ from nanodlm.config import Config, DataConfig
 from nanodlm.data.clean import Stream, cleaned
 from nanodlm.data.documents import Documents
 from nanodlm.data.parts import VALIDATION, Writer, filling
-from nanodlm.data.readers import Bad, read_documents
+from nanodlm.data.readers import Bad, check_share, read_documents
 from nanodlm.data.sources import files_apart, identity, source_files, validation_of
 from nanodlm.errors import Emit, NanodlmError
 from nanodlm.store import Artifact, Attempt, fingerprint_of
@@ -51,6 +51,7 @@ def download(config: Config, inputs: dict[str, Artifact], attempt: Attempt, emit
                 writer = finish(writer)
     if writer:
         finish(writer)
+    check_share(data, bad[0])  # all of it, whatever was finished before
     if data.validation:
         bad.append(_write_validation(data, attempt, column))
     if identity(data) != before:
@@ -89,6 +90,7 @@ def _write_validation(data: DataConfig, attempt: Attempt, column: str) -> Bad:
     for array in read_documents(data, source_files(validation_of(data)), bad):
         writer.write(array)
     writer.close()
+    check_share(data, bad)
     return bad
 
 

@@ -12,7 +12,7 @@ from nanodlm.config import DataConfig
 from nanodlm.data.documents import Documents
 from nanodlm.data.parts import VALIDATION, corpus, parts, read
 from nanodlm.data.sources import PLAIN, READERS, format_of, source_files
-from nanodlm.errors import NanodlmError, SourceGone
+from nanodlm.errors import NanodlmError, SourceGone, counted
 from nanodlm.store import Artifact
 
 VAL_TOKENS = 1_000_000
@@ -174,7 +174,7 @@ def halves(batches: Iterable[Documents], part: int, place: Place) -> Iterator[tu
 
 def too_few(data: DataConfig, tokens: Documents) -> NanodlmError:
     """Return the error of a corpus whose tokens, all of them, are too few."""
-    has, most = f"{len(tokens.flat):,} tokens in {len(tokens):,} documents", int(tokens.offsets[-2])
+    has, most = f"{counted(len(tokens.flat), 'tokens')} in {counted(len(tokens), 'documents')}", int(tokens.offsets[-2])
     return too_small(data, has, one=len(tokens) == 1, most=most)
 
 

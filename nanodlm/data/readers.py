@@ -49,8 +49,8 @@ class Bad:
 def read_documents(data: DataConfig, files: Iterable[str], bad: Bad) -> Iterator[pa.Array]:
     """Read the files' documents as arrays of `large_string`, or of `list<uint16>`, a few megabytes at a time.
 
-    An array may be a slice. Rows that are no document are added to `bad`; when they are more than `data.max_bad` of
-    all, or half of the first few thousand, the error says which.
+    An array may be a slice. Rows that are no document are added to `bad`; when they are half of the first few thousand,
+    the error says which. What is read of all is for `check_share` to judge, at the end.
     """
     for url in files:
         try:
@@ -59,15 +59,15 @@ def read_documents(data: DataConfig, files: Iterable[str], bad: Bad) -> Iterator
                 if len(documents):
                     yield documents
                 if bad.total > max(HOPELESS, bad.rows / 2):
-                    _check(data, bad)
+                    check_share(data, bad)
         except NanodlmError:
             raise
         except Exception as error:  # each format and file system has its own
             raise NanodlmError(f"cannot read {url} as {format_of(url)[0][1:]}: {reason(error)}") from error
-    _check(data, bad)
 
 
-def _check(data: DataConfig, bad: Bad) -> None:
+def check_share(data: DataConfig, bad: Bad) -> None:
+    """Refuse rows of which more than `data.max_bad` are no documents, and say which."""
     if bad.total > data.max_bad * bad.rows:
         remedy = f"mend or leave out those, or raise --data.max_bad ({data.max_bad:g})"
         raise NanodlmError(f"too many rows are no documents: {bad}; {remedy}")

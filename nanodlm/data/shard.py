@@ -13,13 +13,13 @@ from tiktoken import Encoding
 from nanodlm.config import Config
 from nanodlm.data import rows as data_rows
 from nanodlm.data.card import CARD, Glance, card
-from nanodlm.data.clean import CONTAMINATED, Chosen, held_out_runs
+from nanodlm.data.clean import CONTAMINATED, Chosen, scored_runs
 from nanodlm.data.documents import Documents
 from nanodlm.data.held_out import Place, check_rows, halves, in_units
 from nanodlm.data.layout import lay_out
 from nanodlm.data.parts import parts, read
 from nanodlm.data.tokenizer import load, token_sizes, tokenise_all
-from nanodlm.errors import Emit, NanodlmError
+from nanodlm.errors import Emit, NanodlmError, counted
 from nanodlm.store import Artifact, Attempt, Json
 
 COUNTS = "counts.npy"  # how often each token is trained on; left out of the digest, for the shards determine it
@@ -37,7 +37,7 @@ def build_shards(config: Config, inputs: dict[str, Artifact], attempt: Attempt, 
     held_out = inputs["split"].metrics
     cut = held_out["cut"]
     validation = np.load(inputs["split"].file("validation.npy"), allow_pickle=False)
-    shared, names = held_out_runs(config.data, encoding, validation), parts(inputs["download"])
+    scored, names = scored_runs(config, encoding, validation), parts(inputs["download"])
     sources = inputs["download"].metrics.get("part_sources")
     finished = attempt.adopt_finished(map(data_rows.name, range(len(names))))
     infos = {i: finished[name] for i in range(len(names)) if (name := data_rows.name(i)) in finished}
@@ -46,7 +46,7 @@ def build_shards(config: Config, inputs: dict[str, Artifact], attempt: Attempt, 
         folder = inputs["download"].local(*(names[i] for i in missing))
         for i in missing:
             weight = (config.data.weights or (1,))[sources[i] if sources else 0]  # of the hub there is one source
-            chosen = Chosen(config.data, shared, weight)
+            chosen = Chosen(config.data, scored, weight)
             infos[i] = _write_shard(config, encoding, held_out, folder / names[i], attempt, i, chosen)
             emit("progress", done=len(infos), total=len(names), unit="shards")
     shards = [infos[i] for i in range(len(names))]
@@ -54,6 +54,10 @@ def build_shards(config: Config, inputs: dict[str, Artifact], attempt: Attempt, 
     fields += CONTAMINATED if config.data.decontaminate else ()
     # An attempt that an earlier version began has cut no documents.
     totals: dict[str, Any] = {field: sum(info.get(field, 0) for info in shards) for field in fields}
+    if scored:
+        totals["contaminated"] = {
+            name: sum(info.get("contaminated", {}).get(name, 0) for info in shards) for name in scored
+        }
     if totals["train_rows"] == 0:
         remedy = "add text, or lower --model.seq_len" + (" or --data.val_tokens" if isinstance(cut, str) else "")
         few = f"what is left for training has fewer than seq_len ({length}) tokens"
@@ -67,7 +71,7 @@ def build_shards(config: Config, inputs: dict[str, Artifact], attempt: Attempt, 
     for said in _losses(config, totals, len(validation)):
         emit("message", text=said)
     data_rows.write(attempt.path / "validation.arrayrecord", val_rows)
-    frequencies = np.sum([info["counts"] for info in shards], axis=0)
+    frequencies = np.sum([_counts(info) for info in shards], axis=0)
     np.save(attempt.path / COUNTS, frequencies)
     (attempt.path / CARD).write_text(json.dumps(card(encoding, inputs, shards, frequencies), indent=1))
     if sources:
@@ -109,6 +113,12 @@ def unigram_nats(tokens: Int[np.ndarray, "N"], counts: Int[np.ndarray, "V"]) -> 
     return float(np.log(counts.sum() + len(counts)) - np.log(counts[tokens] + 1).mean())
 
 
+def _counts(info: Json) -> np.ndarray:
+    """Return how often each token is in a shard, (V,), which an earlier version has finished with a list of it."""
+    counts = info["counts"]
+    return np.array(counts) if isinstance(counts, list) else np.frombuffer(bytes.fromhex(counts), np.int64)
+
+
 def _validation(config: Config, encoding: Encoding, tokens: np.ndarray) -> tuple[list[np.ndarray], np.ndarray, int]:
     """Return the rows of what is held out, the tokens in them, and how many tokens are in none."""
     length = config.model.seq_len
@@ -122,13 +132,15 @@ def _validation(config: Config, encoding: Encoding, tokens: np.ndarray) -> tuple
 def _losses(config: Config, totals: Json, val_tokens: int) -> Iterator[str]:
     """Say how much of the rows is padding, which tokens lie in no row, and what is not trained on."""
     if config.data.decontaminate:
-        left_out = f"{totals['contaminated_documents']:,} documents of {totals['contaminated_bytes']:,} bytes"
-        yield f"{left_out} share words with what is held out, and are not trained on"
+        documents = counted(totals["contaminated_documents"], "documents")
+        of_each = ", ".join(f"{count:,} with {name}" for name, count in totals["contaminated"].items())
+        bytes_ = counted(totals["contaminated_bytes"], "bytes")
+        yield f"not trained on, for words in common with what is scored: {documents} of {bytes_} ({of_each})"
     sides = ((totals["dropped_tokens"], totals["train_tokens"]), (totals["val_dropped_tokens"], val_tokens))
     train, held_out = (f"{lost:,} tokens ({lost / max(1, lost + kept):.2%})" for lost, kept in sides)
     if config.data.rows != "stream":
         padding = f"{totals['padding_share']:.2%} of the training rows is padding"
-        cut = f"{totals['cut_documents']:,} documents are cut, of which {train} are dropped"
+        cut = f"cut: {counted(totals['cut_documents'], 'documents')}, of which {train} are dropped"
         yield f"{padding}; {cut}, and {held_out} of what is held out"
     elif totals["dropped_tokens"]:
         yield f"{train} after the last whole row of each part are dropped"
@@ -163,7 +175,8 @@ def _write_shard(
         nonlocal rest, counts, longer, dropped
         for tokens, after in pairwise(chain(glance.at(tokenise_all(encoding, chosen.of(kept(), turn))), [None])):
             assert tokens
-            made_up = after is None and goes_on and not config.data.pretokenized  # the mark of a document that goes on
+            made_up = after is None and goes_on and chosen.has_last and not config.data.pretokenized
+            # It is the mark of a document that goes on.
             stream = np.concatenate([rest, tokens.flat[: len(tokens.flat) - made_up]])
             laid = lay_out(config, stream, encoding.eot_token, last=after is None)
             rest, longer, dropped = stream[laid.end :].copy(), longer + laid.longer, dropped + laid.dropped
@@ -174,6 +187,7 @@ def _write_shard(
     data_rows.write(attempt.path / name, chain.from_iterable(map(whole_rows, range(chosen.turns))))
     info = {"train_rows": int(counts.sum()) // length, "train_tokens": int(counts[:-1].sum())}
     info |= {"train_documents": chosen.documents, "cut_documents": longer, "dropped_tokens": dropped + len(rest)}
-    info |= {"first_key": smallest, "counts": counts[:-1].tolist(), **chosen.counts, **glance.info()}
+    info |= {"first_key": smallest, "counts": counts[:-1].tobytes().hex(), **chosen.counts, **glance.info()}
+    info |= {"contaminated": chosen.alike}
     attempt.finish(name, [name], **info)
     return info

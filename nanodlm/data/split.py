@@ -16,9 +16,9 @@ import tiktoken
 from nanodlm.config import Config, DataConfig
 from nanodlm.data.documents import Documents
 from nanodlm.data.held_out import Zone, at_place, front, place_at, too_few, too_small, unit_rows, wanted, zone
-from nanodlm.data.parts import corpus
-from nanodlm.data.tokenizer import characters, gpt2, load, plain_bytes, save, tokenise_all, train_bpe
-from nanodlm.errors import Emit
+from nanodlm.data.parts import VALIDATION, corpus, read
+from nanodlm.data.tokenizer import characters, gpt2, load, plain_bytes, save, token_sizes, tokenise_all, train_bpe
+from nanodlm.errors import Emit, counted
 from nanodlm.store import Artifact, Attempt
 
 BPE_BYTES = 100_000_000  # of the documents that a tokenizer is trained on
@@ -48,7 +48,7 @@ def _train_bpe(data: DataConfig, download: Artifact, emit: Emit) -> tuple[tiktok
         aside = zone(kind, data, download, size)
         if aside.whole:
             size, documents = download.metrics["bytes"], download.metrics["documents"]
-            raise too_small(data, f"{size:,} bytes in {documents:,} documents", one=documents == 1)
+            raise too_small(data, f"{size:,} bytes in {counted(documents, 'documents')}", one=documents == 1)
         if kind == "hash":
             sample = front(corpus(download), data.split_seed, aside.size + BPE_BYTES)[len(aside.documents) :]
         elif kind == "last":
@@ -80,6 +80,7 @@ def build_split(config: Config, inputs: dict[str, Artifact], attempt: Attempt, e
     """Choose what is held out, and write its tokens (`validation.npy`) and the cut (`split.json`)."""
     data, download = config.data, inputs["download"]
     encoding = load(inputs["tokenizer"].local())
+    sizes = token_sizes(encoding)
     kind, tokens, size = wanted(data, download)
     while True:
         held = zone(kind, data, download, size)
@@ -98,7 +99,7 @@ def build_split(config: Config, inputs: dict[str, Artifact], attempt: Attempt, e
         validation = found.flat[:tokens]
     elif kind == "last" and tokens:
         first = len(validation) - tokens
-        passed = first if data.pretokenized else len(_text(encoding, validation[:first]))
+        passed = first if data.pretokenized else int(sizes[validation[:first], 0].sum())
         cut = place_at(download, sum(download.metrics["part_sizes"]) - held.size + passed)
         documents, validation = documents - int(np.searchsorted(found.offsets, first, "right")) + 1, validation[first:]
     if data.split is None and kind == "last":
@@ -111,11 +112,15 @@ def build_split(config: Config, inputs: dict[str, Artifact], attempt: Attempt, e
         shared = {"unit_rows": unit_rows(data, download), "val_shared_share": _shared(encoding, found, documents)}
         share = f"{shared['val_shared_share']:.1%} of what is held out"
         emit("message", text=f"{share} belongs to documents that go on in training rows, as end-of-text marks tell")
+    if kind == "files":
+        shared = {"val_twins": (twins := _twins(download))}
+        if twins:
+            said = f"{counted(twins, 'documents')} of the source are in --data.validation but for white space and case"
+            emit("message", text=f"{said}, and are trained on; --data.decontaminate 13 leaves such documents out")
     np.save(attempt.path / "validation.npy", validation)
     (attempt.path / "split.json").write_text(json.dumps({"kind": kind, "cut": cut, "seed": data.split_seed}, indent=1))
-    text = _text(encoding, validation)
-    held_out = {"val_tokens": len(validation), "val_documents": documents, "val_bytes": len(text)}
-    held_out["val_characters"] = int(((np.frombuffer(text, np.uint8) & 0xC0) != 0x80).sum())
+    held_out = {"val_tokens": len(validation), "val_documents": documents}
+    held_out |= dict(zip(("val_bytes", "val_characters"), sizes[validation].sum(0).tolist(), strict=True))
     held_out["val_dropped_tokens"] = int(found.offsets[documents]) - len(validation) if kind == "hash" else 0
     return {"split": kind, **held_out, **shared, "documents": download.metrics["documents"], "cut": cut}
 
@@ -129,5 +134,7 @@ def _shared(encoding: tiktoken.Encoding, found: Documents, units: int) -> float:
     return shared / int(found.offsets[units])
 
 
-def _text(encoding: tiktoken.Encoding, tokens: np.ndarray) -> bytes:
-    return encoding.decode_bytes(tokens[tokens != encoding.eot_token].tolist())
+def _twins(download: Artifact) -> int:
+    """Count the documents of the source that have the hash of one of the validation set of its own."""
+    held_out = {key for batch in read(download.file(VALIDATION)) for key in batch.keys(0)}
+    return sum(key in held_out for batch in corpus(download) for key in batch.keys(0))

@@ -104,16 +104,17 @@ def save(encoding: tiktoken.Encoding, folder: Path) -> None:
 
 def load(folder: Path) -> tiktoken.Encoding:
     """Read an encoding that `save` wrote."""
-    lines = (folder / "ranks.tiktoken").read_text().splitlines()
-    ranks = {binascii.a2b_base64(token): int(rank) for token, rank in (line.split() for line in lines)}
+    words = (folder / "ranks.tiktoken").read_bytes().split()
+    ranks = dict(zip(map(binascii.a2b_base64, words[::2]), map(int, words[1::2]), strict=True))
     return make_encoding(json.loads((folder / "tokenizer.json").read_text())["name"], ranks)
 
 
 def token_sizes(encoding: tiktoken.Encoding) -> np.ndarray:
     """Return the bytes of each id's text, and the characters that begin in it, (V, 2); an end-of-text mark has none."""
-    texts = [encoding.decode_single_token_bytes(i) for i in range(encoding.n_vocab)]
-    texts[encoding.eot_token] = b""
-    return np.array([(len(text), sum(byte & 0xC0 != 0x80 for byte in text)) for text in texts])
+    texts = [*sorted(ranks := encoding._mergeable_ranks, key=ranks.__getitem__), b""]
+    begins = (np.frombuffer(b"".join(texts), np.uint8) & 0xC0) != 0x80
+    edges = np.cumsum([0, *map(len, texts)])
+    return np.stack([np.diff(edges), np.diff(np.append(0, np.cumsum(begins))[edges])], axis=1)
 
 
 def tokenise(encoding: tiktoken.Encoding, documents: Documents) -> Documents:

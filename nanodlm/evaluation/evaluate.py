@@ -11,11 +11,11 @@ from jaxtyping import Float, Int
 
 from nanodlm.checkpoints.loading import load_artifact
 from nanodlm.config import Config, ScoreConfig
+from nanodlm.data import sets
 from nanodlm.data.rows import evenly_spaced, read
 from nanodlm.data.shard import token_counts, unigram_nats
 from nanodlm.data.tokenizer import token_sizes
 from nanodlm.errors import Emit, NanodlmError, silent
-from nanodlm.evaluation import sets
 from nanodlm.evaluation.scoring import Drawn, draw
 from nanodlm.evaluation.uncertainty import count_documents, documents_in, interval, ratio_stderr
 from nanodlm.model.transformer import Transformer

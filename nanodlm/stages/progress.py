@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from nanodlm.errors import Emit, full_disk_named
+from nanodlm.errors import Emit, counted, full_disk_named
 
 if TYPE_CHECKING:  # what reads files is not there where only speed is measured
     from nanodlm.store import Artifact
@@ -73,9 +73,9 @@ class Pace:
 
 
 SUMMARIES = {
-    "download": "{documents:,} documents, {megabytes:.1f} MB",
+    "download": "{counted}, {megabytes:.1f} MB",
     "tokenizer": "{n_vocab:,} entries",
-    "split": "{val_tokens:,} validation tokens from {val_documents:,} of {documents:,} documents",
+    "split": "{val_tokens:,} validation tokens from {val_documents:,} of {counted}",
     "shard": "{train_rows:,} training rows of {seq_len} tokens, {val_rows:,} for validation",
     "train": "{updates:,} updates, {trained_tokens:,} tokens at {train_tokens_per_second:,.0f} tokens/s, "
     "{millions:.2f}M parameters",
@@ -89,4 +89,5 @@ def summary(artifact: "Artifact") -> str:
     """Return one phrase on what an artifact holds."""
     m = artifact.metrics
     inexact = {"megabytes": m.get("bytes", 0) / 1e6, "millions": m.get("parameters", 0) / 1e6}
-    return SUMMARIES.get(artifact.stage, "").format(**m, **inexact)
+    documents = counted(m.get("documents", 0), "documents")
+    return SUMMARIES.get(artifact.stage, "").format(**m, **inexact, counted=documents)

@@ -60,7 +60,16 @@ def _tokenizer(config: Config) -> dict[str, Any]:
 def _shard(config: Config) -> dict[str, Any]:
     names = {"decontaminate", "weights", "rows", *(["variable_share"] if config.data.rows == "document" else ())}
     chosen = config.data.model_dump(mode="json", include=names, exclude_defaults=True)
+    if config.data.decontaminate:
+        chosen |= _sets(config)
     return {"seq_len": config.model.seq_len, **chosen}
+
+
+def _sets(config: Config) -> dict[str, Any]:
+    from nanodlm.data.sets import identity
+
+    found = [identity(word, config.data) for word in config.eval.sets]
+    return {"sets": found} if found else {}
 
 
 def _training(config: Config) -> dict[str, Any]:
@@ -70,10 +79,7 @@ def _training(config: Config) -> dict[str, Any]:
 
 
 def _evaluation(config: Config) -> dict[str, Any]:
-    from nanodlm.evaluation.sets import identity
-
-    sets = [identity(word, config.data) for word in config.eval.sets]
-    return {**evaluation_settings(config), "sets": sets} if sets else evaluation_settings(config)
+    return evaluation_settings(config) | _sets(config)
 
 
 StageName = Literal["download", "tokenizer", "split", "shard", "train", "evaluate", "sample"]
@@ -128,7 +134,7 @@ def check_rebuild(rebuild: str | None, last: str) -> None:
 
 def check(config: Config, stages: Iterable[str]) -> None:
     """Refuse settings that would stop one of these stages, as far as they tell before anything is started or built."""
-    from nanodlm.data import clean
+    from nanodlm.data import clean, sets
     from nanodlm.data.held_out import check_rows, check_size
     from nanodlm.training.trackers import check_packages
 
@@ -142,4 +148,5 @@ def check(config: Config, stages: Iterable[str]) -> None:
     if "train" in stages:
         check_packages(config)
     if "evaluate" in stages:
-        _evaluation(config)  # which finds every set
+        for word in config.eval.sets:
+            sets.find(word, config.data)

@@ -5,8 +5,10 @@ import errno
 import logging
 import os
 import re
+import time
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
+from email.utils import parsedate_to_datetime
 from typing import TypeVar
 
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_before_delay, wait_random_exponential
@@ -34,8 +36,8 @@ def ask(uri: str, call: Callable[[], T]) -> T:
 
     def wait(state: RetryCallState) -> float:
         answer = getattr(state.outcome and state.outcome.exception(), "response", None)
-        seconds = getattr(answer, "headers", {}).get("Retry-After", "")
-        return max(pause(state), float(seconds) if seconds.isdecimal() else 0.0)
+        after = getattr(answer, "headers", {}).get("Retry-After", "")
+        return max(pause(state), seconds_until(after))
 
     def warn(state: RetryCallState) -> None:
         if state.attempt_number == 4 and state.outcome:
@@ -61,6 +63,13 @@ def ask(uri: str, call: Callable[[], T]) -> T:
             which = f" {error.filename}" if isinstance(error, OSError) and error.filename else ""
             raise NanodlmError(f"{uri} refuses access: {one_line(error)}{which}; {remedy}") from error
         raise
+
+
+def seconds_until(after: str) -> float:
+    """Return the seconds that a Retry-After asks for, by their number or by a date; of anything else none."""
+    with contextlib.suppress(ValueError):
+        return float(after) if after.isdecimal() else parsedate_to_datetime(after).timestamp() - time.time()
+    return 0.0
 
 
 def number(name: str, default: float) -> float:

@@ -240,10 +240,49 @@ def test_what_shares_a_run_of_words_with_what_is_held_out_is_not_trained_on(tmp_
     assert texts[0] in trained_on(made) and texts[1] not in trained_on(made)
 
 
+def test_the_mark_of_the_last_document_stays_when_the_one_that_the_split_cuts_is_left_out(tmp_path: Path) -> None:
+    texts = prose(40)
+    words = [f"word{i}" for i in range(400)]
+    texts.append(" ".join(words[:20] + words[200:] + words[:20]))  # what is held out begins in it, and repeats it
+    data = {"split": "last", "val_tokens": 300, "part_mb": 1, "model": {"seq_len": 2}}
+    made = shards(tmp_path / "b", source=written(tmp_path / "a.jsonl", texts), decontaminate=13, **data)
+    metrics, stream = made["shard"].metrics, "".join(f"{text}\0" for text in texts[:40])
+    assert metrics["contaminated_documents"] == 1
+    assert metrics["train_tokens"] + metrics["dropped_tokens"] == len(stream), "each of the others has its mark"
+
+
+@pytest.mark.parametrize("pretokenized", [False, True])
+def test_what_shares_words_with_a_set_that_is_scored_is_not_trained_on_and_counted_by_set(
+    tmp_path: Path, pretokenized: bool
+) -> None:
+    texts, one, other = prose(200), prose(3, seed=7), prose(3, seed=8)
+    (tmp_path / "lines.txt").write_text("".join(text.replace(",", " ,") for text in one))
+    written(tmp_path / "other.jsonl", other)
+    texts[:4] = [f"{i} {text.lower()}" for i, text in enumerate([one[0], one[1], other[2], one[2] + other[0]])]
+    rows = [list(text.encode()) for text in texts] if pretokenized else texts
+    sets = [f"lm1b={tmp_path}/lines.txt", f"{tmp_path}/other.jsonl"]
+    data: dict[str, Any] = {"source": written(tmp_path / "a.jsonl", rows), "pretokenized": pretokenized}
+    config = tiny_config(**data, decontaminate=80 if pretokenized else 13).replace(eval={"sets": sets})
+    store, said = Store(str(tmp_path / "store")), []
+    for stage in ("download", "tokenizer", "split", "shard"):
+        made, _ = run_stage(stage, config, store, emit=lambda kind, **told: said.append(told.get("text", "")))
+    counts = made.metrics["contaminated"]
+    card = json.loads((made.local() / "card.json").read_text())["left_out"]
+    assert (counts["lm1b"], counts["other.jsonl"], made.metrics["contaminated_documents"]) == (3, 2, 4)
+    assert (card["documents, with words of lm1b"], card["documents, with words of other.jsonl"]) == (3, 2)
+    assert any("4 documents of" in text and "3 with lm1b, 2 with other.jsonl" in text for text in said)
+    before = STAGES["shard"].parameters(config)
+    assert before == STAGES["shard"].parameters(config) != STAGES["shard"].parameters(config.replace(eval={"sets": []}))
+    written(tmp_path / "other.jsonl", other[:1])
+    assert before != STAGES["shard"].parameters(config), "sets count by content"
+    without = tiny_config(**data).replace(eval={"sets": sets})
+    assert STAGES["shard"].parameters(without) == {"seq_len": 32}
+
+
 def test_runs_of_ids_that_are_held_out_are_not_trained_on() -> None:
-    data = tiny_config(pretokenized=True, decontaminate=3).data
-    held_out = clean.held_out_runs(data, plain_bytes(), np.arange(100, 110, dtype=np.uint32))
-    chosen = clean.Chosen(data, held_out, weight=2)
+    data = tiny_config(pretokenized=True, decontaminate=3)
+    held_out = clean.scored_runs(data, plain_bytes(), np.arange(100, 110, dtype=np.uint32))
+    chosen = clean.Chosen(data.data, held_out, weight=2)
     ids = Documents(
         np.array([1, 105, 106, 107, 5, 105, 106, 105, 106, 107], np.uint16),
         np.array([0, 5, 8, 10]),

@@ -73,3 +73,30 @@ def test_documents_of_files_that_changed_before_they_were_read_are_not_committed
     with pytest.raises(NanodlmError, match="changed since they were looked up: run again"):
         run.build(lookup, config, store, False, silent)
     assert store.find("download", lookup.fingerprint) is None
+
+
+@pytest.mark.parametrize("data", [{}, {"limit_tokens": 1000}])
+def test_max_bad_is_asked_of_all_that_is_read_whoever_has_read_it_before(
+    store: Store, tmp_path: Path, data: dict[str, int]
+) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(f'{{"text": "{text.strip()}"}}\n{"bad" * (i < 5)}\n' for i, text in enumerate(prose(200))))
+
+    def stopped(kind: str, **fields: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run.run_stage("download", tiny_config(path, part_mb=0.001, max_bad=1, **data), store, emit=stopped)
+    with pytest.raises(NanodlmError, match=r"too many rows are no documents: 5 not JSON .*raise --data.max_bad \(0.01"):
+        run.run_stage("download", tiny_config(path, part_mb=0.001, **data), store)
+    done, _ = run.run_stage("download", tiny_config(path, part_mb=0.001, max_bad=0.5, **data), store)
+    assert done.metrics["bad_rows"]["counts"] == {"not JSON": 5}
+
+
+def test_the_bad_rows_of_all_sources_count_together(store: Store, tmp_path: Path) -> None:
+    good = '{"text": "good"}\n'
+    for name, text in (("a.jsonl", good * 2 + "bad\n"), ("b.jsonl", good * 200)):
+        (tmp_path / name).write_text(text)
+    sources = [str(tmp_path / name) for name in ("a.jsonl", "b.jsonl")]
+    done, _ = run.run_stage("download", tiny_config(sources, weights=[1, 2]), store)
+    assert done.metrics["documents"] == 202

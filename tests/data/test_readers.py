@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from nanodlm.data import formats
-from nanodlm.data.readers import Bad, read_documents
+from nanodlm.data.readers import Bad, check_share, read_documents
 from nanodlm.data.sources import identity, source_files
 from nanodlm.errors import NanodlmError
 from tests.support.helpers import tiny_config
@@ -48,6 +48,7 @@ def read(source: Path | str, **data: Any) -> tuple[list[Any], Bad]:
     """The documents of a source, and what was left out."""
     config = tiny_config(source, **{"part_mb": 64.0, **data}).data
     arrays = [*read_documents(config, source_files(config), bad := Bad())]
+    check_share(config, bad)
     kind = pa.list_(pa.uint16()) if config.pretokenized else pa.large_string()
     assert all(array.type == kind and 0 < len(array) <= 2 * formats.BATCH_ROWS for array in arrays)
     return [document for array in arrays for document in array.to_pylist()], bad

@@ -395,6 +395,21 @@ def test_of_few_rows_of_ids_the_last_tenth_is_held_out_within_a_row_if_need_be(t
     assert training_rows(artifacts) == [row[i : i + 16] for row in rows for i in (0, 16, 32, 48)][:-2]
 
 
+@pytest.mark.parametrize("pretokenized", [False, True])
+def test_documents_of_a_validation_set_that_the_source_has_too_are_counted(tmp_path: Path, pretokenized: bool) -> None:
+    twins, said = [" " + CORPUS[3].upper(), CORPUS[4]], []
+    for name, documents in {"train": [*prose(60, seed=5), *twins], "valid": CORPUS[:10]}.items():
+        rows = [{"text": list(text.encode()) if pretokenized else text} for text in documents]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"validation": str(tmp_path / "valid.jsonl"), "pretokenized": pretokenized, "val_tokens": None}
+    config, store = tiny_config(tmp_path / "train.jsonl", **data), Store(str(tmp_path / "store"))
+    for stage in ("download", "tokenizer", "split"):
+        made, _ = run_stage(stage, config, store, emit=lambda kind, **told: said.append(told.get("text", "")))
+    count = 1 if pretokenized else 2  # ids have no white space and no case
+    assert made.metrics["val_twins"] == count
+    assert any(text.startswith(f"{count} document") and "are trained on" in text for text in said)
+
+
 SMALL = (
     r"holding out the last tenth \(0.* MB\) of a small corpus; --data\.val_tokens N takes N tokens of documents chosen"
 )

@@ -136,6 +136,10 @@ def test_score_prints_units_and_errors_and_the_documents_add_up(
     assert "name a file to score" in run(trained.uri)
     assert "no recipe 'nothing': choose lambada" in run(f"nothing={text}")
     assert "there is no missing.txt to score" in run("missing.txt")
+    text.with_suffix(".jsonl").write_text('{"text": "one"}\n{"body": "two"}\n')
+    assert run(f"{tmp_path}/some.jsonl").rstrip().endswith("or raise --max_bad (0.01)")
+    assert "1 document, 1 row, 1 draw" in run(f"{tmp_path}/some.jsonl", "--max_bad", "0.5")
+    assert "set --column" in run(f"{tmp_path}/some.jsonl", "--column", "title")
     assert "a stride of 33 leaves out tokens: rows have 32" in run(str(text), "--stride", "33")
 
 

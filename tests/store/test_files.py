@@ -13,6 +13,7 @@ from typing import Any
 
 import aiohttp
 import fsspec
+import httpx
 import pytest
 from fsspec.exceptions import FSTimeoutError
 from obstore import exceptions
@@ -573,3 +574,19 @@ def test_leases_are_taken_over_on_remote_storage(
     with hold_lease(store, "shard", "f0") as mine:
         assert store.read_json(path)["holder"] == mine["holder"]
     assert store.files(store.root) == {}
+
+
+@pytest.mark.parametrize("after", ["7", "Wed, 21 Oct 2015 07:28:07 GMT", "", "soon"])
+def test_a_server_that_asks_for_a_pause_by_seconds_or_by_a_date_is_given_it(
+    monkeypatch: pytest.MonkeyPatch, pauses: list[float], after: str
+) -> None:
+    monkeypatch.setattr(time, "time", lambda: 1445412480.0)
+    answers = iter([httpx.Response(429, headers={"Retry-After": after}), httpx.Response(200)])
+
+    def call() -> int:
+        answer = next(answers)
+        answer.request = httpx.Request("GET", "http://127.0.0.1")
+        return answer.raise_for_status().status_code
+
+    assert retry.ask("x", call) == 200
+    assert pauses == [7.0] if "7" in after else pauses[0] < 1

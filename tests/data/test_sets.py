@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from nanodlm.config import DataConfig
-from nanodlm.data import tokenizer
+from nanodlm.config import Config, DataConfig
+from nanodlm.data import sets, tokenizer
 from nanodlm.errors import NanodlmError
-from nanodlm.evaluation import sets
+from nanodlm.stages import table
 
 
 @pytest.mark.parametrize(
@@ -41,3 +41,11 @@ def test_a_set_is_read_by_recipe_line_by_line_or_as_files_are(tmp_path: Path) ->
     path.write_text("\n")
     with pytest.raises(NanodlmError, match="holds no text"):
         sets.tokens(f"lm1b={path}", DataConfig(), encoding)
+
+
+def test_a_set_without_text_is_refused_before_anything_is_built(tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text("")
+    config = Config().replace(eval={"sets": str(tmp_path / "empty.txt")})
+    with pytest.raises(NanodlmError, match=r"empty\.txt holds no text to score: check the file, or leave it out"):
+        table.check(config, table.until("sample"))
+    table.check(config, table.until("train"))

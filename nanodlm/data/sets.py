@@ -16,7 +16,7 @@ import tiktoken
 
 from nanodlm.config import DataConfig
 from nanodlm.data.documents import Documents
-from nanodlm.data.readers import Bad, read_documents
+from nanodlm.data.readers import Bad, check_share, read_documents
 from nanodlm.data.sources import identity as identity_of_source
 from nanodlm.data.sources import source_files
 from nanodlm.data.tokenizer import tokenise_all
@@ -113,20 +113,27 @@ def identity(word: str, data: DataConfig) -> dict[str, Any]:
         raise NanodlmError(f"there is no {word} to score: {remedy}") from gone
 
 
+def find(word: str, data: DataConfig) -> None:
+    """Say what is wrong with a set before anything is built: it is not there, cannot be read, or has no text."""
+    identity(word, data)
+    next(texts(word, data))
+
+
+def texts(word: str, data: DataConfig) -> Iterator[Documents]:
+    """Yield a set's documents, of which there is one or more, a few megabytes at a time."""
+    recipe, reading = recipe_of(word, data)
+    documents, bad = None, Bad()
+    for array in read_documents(reading, source_files(reading), bad):
+        documents = Documents.of(array)
+        if recipe:
+            changed = [detokenised(str(text, "utf-8"), recipe.changes).encode() for text in documents]
+            documents = Documents(np.frombuffer(b"".join(changed), np.uint8), np.cumsum([0, *map(len, changed)]))
+        yield documents
+    check_share(reading, bad)
+    if documents is None:
+        raise NanodlmError(f"{word} holds no text to score: check the file, or leave it out")
+
+
 def tokens(word: str, data: DataConfig, encoding: tiktoken.Encoding) -> np.ndarray:
     """Return the ids of a set's texts, one after another with an end-of-text mark after each, (T,)."""
-    recipe, reading = recipe_of(word, data)
-
-    def texts() -> Iterator[Documents]:
-        for array in read_documents(reading, source_files(reading), Bad()):
-            documents = Documents.of(array)
-            if recipe:
-                changed = [detokenised(str(text, "utf-8"), recipe.changes).encode() for text in documents]
-                values = np.frombuffer(b"".join(changed), np.uint8)
-                documents = Documents(values, np.cumsum([0, *map(len, changed)]))
-            yield documents
-
-    found = [documents.flat for documents in tokenise_all(encoding, texts())]
-    if not found:
-        raise NanodlmError(f"{word} holds no text")
-    return np.concatenate(found).astype(np.int32)
+    return np.concatenate([some.flat for some in tokenise_all(encoding, texts(word, data))]).astype(np.int32)
