@@ -1,18 +1,15 @@
 """The network of an exported folder in PyTorch, for `transformers`; it stands by itself and imports nothing of nanodlm.
 
     model = transformers.AutoModel.from_pretrained(FOLDER, trust_remote_code=True)
-    logits = model(x_t, t).logits    # (B, L) ids, (B,) times in [0, 1] -> (B, L, V) of x_0; V > config.mask_token_id
+    logits = model(x_t, t).logits    # (B, L) ids, (B,) times in [0, 1] -> (B, L, V) of x_0
 
-A mask is the id `mask_token_id`; ids from it on are never tokens of a text, so leave them out of the softmax. Times are
-read only with `time_conditioning`. What positions read depends on `block_size`:
-
-    0     the whole row
-    b     the blocks of b positions up to their own: block diffusion takes `model(x_t, t, context=x_0)`, in which each
-          block of x_t reads itself and the blocks of x_0 before it
-    1     themselves and those before: autoregression, whose logits at a position are of the next token
+Ids from `config.mask_token_id` on, the mask and padding, are no tokens of texts: leave them out of the softmax. What
+positions read depends on `config.block_size`: with 0 the whole row, with b the blocks of b positions up to their own.
+With 1 that is autoregression, whose logits are of the next token. Block diffusion is `model(x_t, t, context=x_0)`.
 """
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,8 +18,8 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import MaskedLMOutput
 
-Reads = Tensor | None  # (1 or B, L, L), whether each position reads each; None is everything
-Kept = tuple[Tensor, Tensor, Tensor]  # keys, values and the convolution's inputs of a layer
+Norm = partial(nn.RMSNorm, eps=1e-6)
+Linear = partial(nn.Linear, bias=False)
 
 
 class NanodlmConfig(PretrainedConfig):
@@ -43,31 +40,30 @@ class NanodlmConfig(PretrainedConfig):
     nanodlm: Any = None
 
 
-def rope(x: Tensor) -> Tensor:
-    """Rotate pairs of channels of (B, L, H, E) by angles proportional to the position. Source: arXiv:2104.09864."""
-    half = x.shape[-1] // 2
-    rates = 10_000 ** (torch.arange(half, device=x.device) / half)
-    angles = torch.arange(x.shape[1], device=x.device)[:, None, None] / rates
-    a, b = x.float().split(half, dim=-1)
+def rope(x: Tensor, places: Tensor) -> Tensor:
+    """Rotate pairs of channels of (B, S, H, E) by angles proportional to the place. Source: arXiv:2104.09864."""
+    a, b = x.float().chunk(2, dim=-1)
+    angles = places[:, None, None] / 10_000 ** (torch.arange(a.shape[-1], device=x.device) / a.shape[-1])
     cos, sin = angles.cos(), angles.sin()
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).to(x.dtype)
 
 
 class ShortConvolution(nn.Module):
-    """A depthwise convolution over neighbouring positions."""
+    """A depthwise convolution over neighbouring places, of those that a position reads, in each stream."""
 
     def __init__(self, width: int, dim: int):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(dim, width))
 
-    def forward(self, x: Tensor, reads: Reads) -> Tensor:
-        """For each position i, sum over offsets o of weight[:, o] * x[i + o], of those that it reads."""
-        places, out = torch.arange(x.shape[1], device=x.device), torch.zeros_like(x)
+    def forward(self, x: Tensor, reads: Tensor, places: Tensor) -> Tensor:
+        """Sum weight[:, o] * x[place + o] over offsets o and streams."""
+        out, rows, length = torch.zeros_like(x), torch.arange(len(places), device=x.device), int(places.max()) + 1
         for offset, weight in enumerate(self.weight.T):
             beside = places + offset - self.weight.shape[1] // 2
-            inside, beside = (beside >= 0) & (beside < len(places)), beside.clamp(0, len(places) - 1)
-            near = inside[None] if reads is None else inside & reads[:, places, beside]
-            out = out + x[:, beside] * weight * near[..., None]
+            inside, beside = (beside >= 0) & (beside < length), beside.clamp(0, length - 1)
+            for start in range(0, len(places), length):
+                near = inside & reads[:, rows, start + beside]
+                out = out + x[:, start + beside] * weight * near[..., None]
         return out
 
 
@@ -76,41 +72,32 @@ class Block(nn.Module):
 
     def __init__(self, config: NanodlmConfig):
         super().__init__()
-        d, head = config.d_model, config.d_model // config.n_heads
-        self.n_heads = config.n_heads
+        d, self.n_heads = config.d_model, config.n_heads
         self.conv = ShortConvolution(config.conv_width, d) if config.conv_width else None
-        self.conv_norm = nn.RMSNorm(d, eps=1e-6) if config.conv_width else None
-        self.attention_norm, self.mlp_norm = nn.RMSNorm(d, eps=1e-6), nn.RMSNorm(d, eps=1e-6)
-        self.qkv = nn.Linear(d, 3 * d, bias=False)
-        self.query_norm = nn.RMSNorm(head, eps=1e-6) if config.qk_norm else None
-        self.key_norm = nn.RMSNorm(head, eps=1e-6) if config.qk_norm else None
-        self.attention_out = nn.Linear(d, d, bias=False)
-        self.mlp_in, self.mlp_out = nn.Linear(d, config.d_ff, bias=False), nn.Linear(config.d_ff, d, bias=False)
-        self.modulation = nn.Linear(d, 6 * d, bias=False) if config.time_conditioning else None
+        self.conv_norm = Norm(d) if config.conv_width else None
+        self.attention_norm, self.mlp_norm = Norm(d), Norm(d)
+        self.qkv, self.attention_out = Linear(d, 3 * d), Linear(d, d)
+        self.query_norm = Norm(d // config.n_heads) if config.qk_norm else None
+        self.key_norm = Norm(d // config.n_heads) if config.qk_norm else None
+        self.mlp_in, self.mlp_out = Linear(d, config.d_ff), Linear(config.d_ff, d)
+        self.modulation = Linear(d, 6 * d) if config.time_conditioning else None
 
-    def forward(self, x: Tensor, c: Tensor | None, own: Reads, past: Kept | None, before: Reads) -> tuple[Tensor, Kept]:
-        """Return the stream, whose positions read `own` of it and `before` of the past, and what others may read."""
-        inputs = x[..., :0]
-        if self.conv is not None and self.conv_norm is not None:
-            inputs = self.conv_norm(x)
-            x = x + self.conv(inputs, own)
-            x = x if past is None else x + self.conv(past[2], before)
+    def forward(self, x: Tensor, condition: Tensor | None, reads: Tensor, places: Tensor) -> Tensor:
+        """Run one block over (B, S, D), in which each position reads what (1 or B, S, S) says."""
         zeros = [torch.zeros((), device=x.device, dtype=x.dtype)] * 6
-        shifts = zeros if self.modulation is None else self.modulation(c).chunk(6, dim=-1)
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = shifts
+        modulation = zeros if self.modulation is None else self.modulation(condition).chunk(6, dim=-1)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation
+        if self.conv is not None and self.conv_norm is not None:
+            x = x + self.conv(self.conv_norm(x), reads, places)
         h = self.attention_norm(x) * (1 + scale_a) + shift_a
         q, k, v = self.qkv(h).unflatten(-1, (self.n_heads, 3, -1)).unbind(dim=3)
         if self.query_norm is not None and self.key_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
-        q, k = rope(q), rope(k)
-        kept, reads = (k, v, inputs), own
-        if past is not None and own is not None and before is not None:
-            k, v, reads = torch.cat([past[0], k], 1), torch.cat([past[1], v], 1), torch.cat([before, own], 2)
-        q, k, v = (each.transpose(1, 2) for each in (q, k, v))
-        h = F.scaled_dot_product_attention(q, k, v, None if reads is None else reads[:, None]).transpose(1, 2)
-        x = x + self.attention_out(h.flatten(2)) * (1 + gate_a)
+        q, k, v = (each.transpose(1, 2) for each in (rope(q, places), rope(k, places), v))
+        h = F.scaled_dot_product_attention(q, k, v, reads[:, None]).transpose(1, 2).flatten(2)
+        x = x + self.attention_out(h) * (1 + gate_a)
         h = self.mlp_norm(x) * (1 + scale_m) + shift_m
-        return x + self.mlp_out(F.relu(self.mlp_in(h)).square()) * (1 + gate_m), kept
+        return x + self.mlp_out(F.relu(self.mlp_in(h)).square()) * (1 + gate_m)
 
 
 class NanodlmModel(PreTrainedModel):
@@ -121,12 +108,11 @@ class NanodlmModel(PreTrainedModel):
 
     def __init__(self, config: NanodlmConfig):
         super().__init__(config)
-        d = config.d_model
-        self.embedding = nn.Embedding(config.vocab_size, d)
-        self.time_in = nn.Linear(d, d) if config.time_conditioning else None
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.time_in = nn.Linear(config.d_model, config.d_model) if config.time_conditioning else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
-        self.norm = nn.RMSNorm(d, eps=1e-6)
-        self.head = None if config.tie_embeddings else nn.Linear(d, config.vocab_size, bias=False)
+        self.norm = Norm(config.d_model)
+        self.head = None if config.tie_embeddings else Linear(config.d_model, config.vocab_size)
         self.post_init()
 
     def forward(
@@ -134,45 +120,32 @@ class NanodlmModel(PreTrainedModel):
         input_ids: Tensor,  # (B, L)
         t: Tensor | None = None,  # (B,), or (B, K) of each row's blocks; None is 0
         segment_ids: Tensor | None = None,  # (B, L), the documents in each row, which do not read each other
-        context: Tensor | None = None,  # (B, L), clean tokens: see the module
+        context: Tensor | None = None,  # (B, L) clean tokens, of which each block reads those of the blocks before it
         **others: Any,
     ) -> MaskedLMOutput:
         """Return the logits of x_0 at every position."""
         if unknown := [name for name, value in others.items() if value is not None]:
             raise ValueError(f"this network takes input_ids, t, segment_ids and context, not {', '.join(unknown)}")
-        size, length = self.config.block_size, input_ids.shape[1]
-        if context is not None and not size:
+        if context is not None and not self.config.block_size:
             raise ValueError("a context needs a network with a block_size above 0")
-        t = torch.zeros(len(input_ids), device=input_ids.device) if t is None else t
-        reads, before, past = None, None, None
+        (rows, length), device = input_ids.shape, input_ids.device
+        size, t = self.config.block_size or length, torch.zeros(rows, device=device) if t is None else t
+        t = t[:, None].expand(-1, length) if t.ndim == 1 else t.repeat_interleave(size, dim=1)[:, :length]
+        if context is not None:  # one stream behind the other
+            input_ids, t = torch.cat([context, input_ids], dim=1), torch.cat([torch.zeros_like(t), t], dim=1)
+        order = torch.arange(input_ids.shape[1], device=device)
+        places, noisy = order % length, order >= length
+        back = places[:, None] // size - places // size
+        reads = torch.where(noisy, noisy[:, None] & (back == 0), back >= noisy[:, None].int())[None]
         if segment_ids is not None:
-            reads = segment_ids[:, :, None] == segment_ids[:, None, :]
-        if size:
-            block = torch.arange(length, device=input_ids.device) // size
-            back = (block[:, None] - block)[None]
-            same = torch.ones_like(back, dtype=torch.bool) if reads is None else reads
-            reads = same & (back >= 0)
-            if context is not None:
-                _, past = self._run(context, torch.zeros_like(t[:, :1] if t.ndim == 2 else t), reads)
-                reads, before = same & (back == 0), same & (back >= 1)
-        x, _ = self._run(input_ids, t, reads, past, before)
-        table = self.embedding.weight if self.head is None else self.head.weight
-        return MaskedLMOutput(logits=F.linear(self.norm(x), table).float())
-
-    def _run(
-        self, ids: Tensor, t: Tensor, own: Reads, past: list[Kept] | None = None, before: Reads = None
-    ) -> tuple[Tensor, list[Kept]]:
-        """Run all blocks over one stream; return it and what each keeps of it."""
-        x, condition, kept = self.embedding(ids), None, []
+            documents = segment_ids.repeat(1, len(order) // length)
+            reads = reads & (documents[:, :, None] == documents[:, None, :])
+        x, condition = self.embedding(input_ids), None
         if self.time_in is not None:
-            t = t.reshape(len(ids), -1)
-            if t.shape[1] > 1:
-                t = t.repeat_interleave(self.config.block_size or ids.shape[1], dim=1)[:, : ids.shape[1]]
-            half = self.config.d_model // 2
-            rates = torch.exp(-math.log(10_000) * torch.arange(half, device=ids.device) / half)
+            rates = torch.exp(-math.log(10_000) * torch.arange(x.shape[-1] // 2, device=device) / (x.shape[-1] // 2))
             angles = 1000 * t[..., None].float() * rates
             condition = F.silu(self.time_in(torch.cat([angles.sin(), angles.cos()], dim=-1).to(x.dtype)))
-        for i, block in enumerate(self.blocks):
-            x, layer = block(x, condition, own, past[i] if past else None, before)
-            kept.append(layer)
-        return x, kept
+        for block in self.blocks:
+            x = block(x, condition, reads, places)
+        table = self.embedding.weight if self.head is None else self.head.weight
+        return MaskedLMOutput(logits=F.linear(self.norm(x[:, -length:]), table).float())

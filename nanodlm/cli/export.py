@@ -18,18 +18,17 @@ def export(words: Words, /, *, store: OpenStore, out: Output) -> None:
     """Write a trained model into a folder: safetensors, settings, tokenizer, card, PyTorch code; `load` reads it."""
     if len(words) not in (1, 2):
         raise UsageError("name one new folder, after a model or none: nanodlm export [MODEL] FOLDER")
-    from nanodlm.checkpoints.exported import load_exported, read_record
-    from nanodlm.checkpoints.exporting import export as write
+    from nanodlm.checkpoints import exported
     from nanodlm.checkpoints.loading import load_folder, locate, read_config
     from nanodlm.evaluation.model_card import model_card
 
     folder, step, train = locate(find_model("".join(words[:-1]), store))
-    if step is None:
-        (_, config), (model, encoding) = read_record(folder), load_exported(folder)
-    else:
-        config, (model, encoding) = read_config(folder), load_folder(folder, step)
+    config = exported.read_record(folder)[1] if step is None else read_config(folder)
+    model, encoding = exported.load_exported(folder) if step is None else load_folder(folder, step)
     new = Path(words[-1])
-    write(model, encoding, config, new, model_card(config, model, train))
-    size, sha256 = sum(file.stat().st_size for file in new.iterdir()), read_record(new)[0]["parameters_sha256"]
-    out.text(f"{new}: {size:,} bytes in {len([*new.iterdir()])} files, parameters_sha256 {sha256}")
-    out.json(folder=str(new.absolute()), bytes=size, parameters_sha256=sha256)
+    exported.export(model, encoding, config, new, model_card(config, model, train))
+    size = sum(file.stat().st_size for file in new.iterdir())
+    out.text(
+        f"{new}: {size:,} bytes; `nanodlm.load({str(new)!r})` reads it, and its {exported.CARD} says how others do"
+    )
+    out.json(folder=str(new.absolute()), bytes=size)

@@ -17,7 +17,7 @@ import pytest
 from flax import nnx
 
 import nanodlm
-from nanodlm.checkpoints.exporting import export
+from nanodlm.checkpoints.exported import export
 from nanodlm.checkpoints.loading import parameters_sha256
 from nanodlm.config import PRESETS
 

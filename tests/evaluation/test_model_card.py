@@ -20,7 +20,7 @@ def test_a_card_tells_the_numbers_the_data_and_the_limits_of_the_model(trained: 
     assert row in card.splitlines()
     for part in ("bound, bits per byte", f"{m['val_unigram_bits_per_byte']:.4f}", "never trained on", "d_model 16"):
         assert part in card
-    assert "writes no more than 32 tokens" in card
+    assert "writes no more than 32 at a time" in card
     assert trained.metrics["parameters_sha256"] in card
 
 
@@ -28,7 +28,7 @@ def test_numbers_of_other_parameters_are_not_told(trained: Artifact, models: Sto
     run_stage("evaluate", tiny(), models)
     for model, artifact in ((nanodlm.load(f"{trained.uri}/step_10")[0], trained), (load_artifact(trained)[0], None)):
         card = model_card(tiny(), model, artifact)
-        assert "Not evaluated where it was exported." in card
+        assert "It was not evaluated where it was exported." in card
         assert "held out" not in card
 
 
