@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+from pathlib import Path
 
 from nanodlm.config import parse_address
 from nanodlm.errors import Damaged, NanodlmError, UsageError
@@ -46,11 +47,19 @@ def find_checkpoint(address: str) -> Part:
     return part
 
 
+def is_exported(address: str) -> bool:
+    """Say if an address is a folder that `nanodlm export` wrote."""
+    return all((Path(address) / name).is_file() for name in ("config.json", "model.safetensors"))
+
+
 def find_model(model: str, store: Store) -> str:
-    """Return the address that `load` takes of a model, named by its run, or by an address or the beginning of one.
+    """Return the address that `load` takes of a model: named by its run, by an address or the beginning of one, or an
+    exported folder.
 
     Of several runs of one name, and where nothing is said, it is the one that was made last.
     """
+    if is_exported(model):
+        return model
     if "/" in model:
         return store.open(model).uri if re.fullmatch("[a-z]+/[0-9a-f]{4,64}", model) else model
     found = [artifact for _, artifact in store.artifacts(item for item in store if item[0] == "train")]
@@ -61,4 +70,5 @@ def find_model(model: str, store: Store) -> str:
     if re.fullmatch("[0-9a-f]{4,64}", model):
         return store.open(model).uri
     what = f"no model {model!r} in {store.uri()}" if model else f"{store.uri()} holds no trained model"
-    raise NanodlmError(f"{what}: name a run, an address as `nanodlm ls` prints it, or a checkpoint's folder")
+    known = "a run, an address as `nanodlm ls` prints it, a checkpoint's folder or an exported one"
+    raise NanodlmError(f"{what}: name {known}")

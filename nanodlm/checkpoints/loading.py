@@ -15,7 +15,8 @@ from flax import nnx
 from jax.experimental.multihost_utils import process_allgather
 
 from nanodlm.build import make_model
-from nanodlm.checkpoints.finding import step_name, step_of
+from nanodlm.checkpoints.exported import load_exported
+from nanodlm.checkpoints.finding import is_exported, step_name, step_of
 from nanodlm.config import Config, SamplerConfig, differences, explain, parse_address, training_settings
 from nanodlm.data import tokenizer
 from nanodlm.data.vocabulary import Vocabulary
@@ -28,13 +29,26 @@ def load(uri: str) -> tuple[Transformer, tiktoken.Encoding]:
     """Load a trained model and its tokenizer.
 
     Args:
-        uri: A train artifact's URI, that of an artifact made from it, or a checkpoint's folder. When the run kept
-            an average of the parameters, that is what is loaded.
+        uri: A train artifact's URI, that of an artifact made from it, a checkpoint's folder, or an exported folder.
+            When the run kept an average of the parameters, that is what is loaded.
 
     Example:
         model, tokenizer = nanodlm.load("data/store/train/3f2a…")
         logits = model(x_t, t)
     """
+    folder, step, artifact = locate(uri)
+    if artifact and (changed := changed_since(artifact)):
+        warnings.warn(f"{artifact.uri} was {remark(changed)}", stacklevel=2)
+    return load_exported(folder) if step is None else load_folder(folder, step)
+
+
+def locate(uri: str) -> tuple[Path, int | None, Artifact | None]:
+    """Return the local folder with a model's files, verified, the checkpoint there, and the train artifact it is of.
+
+    An exported folder has no checkpoint, and a folder that lies outside of a store no artifact.
+    """
+    if is_exported(uri):
+        return Path(uri), None, None
     folder, store, stage, fingerprint, step = parse_address(uri)
     is_artifact = store and re.fullmatch(r"[0-9a-f]{4,64}", fingerprint)
     artifact = Store(store).find(stage, fingerprint) if is_artifact else None
@@ -42,20 +56,24 @@ def load(uri: str) -> tuple[Transformer, tiktoken.Encoding]:
         artifact = Store(store).open(f"{stage}/{fingerprint}")
     if artifact is None:
         if step is not None and Path(folder).is_dir():  # of a run under way, or a copy of a run's folder
-            return load_folder(Path(folder), step)
-        raise NanodlmError(f"no model at {uri!r}: name an artifact, as data/store/train/3f2a, or a checkpoint's folder")
+            return Path(folder), step, None
+        known = "an artifact, as data/store/train/3f2a, a checkpoint's folder or an exported one"
+        raise NanodlmError(f"no model at {uri!r}: name {known}")
     if artifact.stage != "train":
         inputs = dict(artifact.inputs)
         if "train" not in inputs:
             raise NanodlmError(f"{uri} is a {artifact.stage} artifact, made before any model")
         artifact = artifact.store.open(f"train/{inputs['train']}")
-    if changed := changed_since(artifact):
-        warnings.warn(f"{artifact.uri} was {remark(changed)}", stacklevel=2)
-    return load_artifact(artifact, step)
+    return *fetch(artifact, step), artifact
 
 
 def load_artifact(artifact: Artifact, step: int | None = None) -> tuple[Transformer, tiktoken.Encoding]:
     """Load one checkpoint (the last by default) of a train artifact; no more of it is read than that."""
+    return load_folder(*fetch(artifact, step))
+
+
+def fetch(artifact: Artifact, step: int | None = None) -> tuple[Path, int]:
+    """Return the folder with the verified files of one checkpoint (the last by default), and which one it is."""
     paths = [file["path"] for file in artifact.files("checkpoints/")]
     steps = sorted({step_of(path.split("/")[1]) for path in paths})
     step = steps[-1] if step is None else step
@@ -64,15 +82,20 @@ def load_artifact(artifact: Artifact, step: int | None = None) -> tuple[Transfor
         raise NanodlmError(f"no checkpoint step_{step} in {artifact.uri}: there are {have}")
     folder = step_name(step)
     item = "ema_state" if any(path.startswith(f"{folder}/ema_state/") for path in paths) else "model_state"
-    return load_folder(artifact.local("config.json", "tokenizer/", f"{folder}/{item}/", f"{folder}/_"), step)
+    return artifact.local("config.json", "tokenizer/", f"{folder}/{item}/", f"{folder}/_"), step
+
+
+def read_config(folder: Path) -> Config:
+    """Read the settings that lie beside a run's checkpoints; what an earlier version has not written is as it was."""
+    try:
+        return Config.model_validate_json((folder / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{folder / 'config.json'} is not a valid config: {explain(error)}") from error
 
 
 def load_folder(folder: Path, step: int) -> tuple[Transformer, tiktoken.Encoding]:
     """Load one checkpoint in a run's folder, beside its config and tokenizer."""
-    try:  # what an earlier version has not written is as it was then
-        config = Config.model_validate_json((folder / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{folder / 'config.json'} is not a valid config: {explain(error)}") from error
+    config = read_config(folder)
     encoding = tokenizer.load(folder / "tokenizer")
     checkpoint = (folder / step_name(step)).absolute()
     if not checkpoint.is_dir():

@@ -29,6 +29,7 @@ COMMANDS = {  # the file that holds it, and what it does
     "serve": ("serve", "the same on a page in the browser, and for scripts"),
     "score": ("score", "the bound of any text under a trained model"),
     "certify": ("certify", "prove the bound of a text by compression"),
+    "export": ("export", "a folder to share: safetensors, tokenizer, card, PyTorch"),
     "compare": ("score", "in what runs differ, and whether their bounds do"),
     "bench train": ("bench", "speed and memory of updates, on random tokens"),
     "bench sample": ("bench", "speed of the sampler, with an untrained network"),

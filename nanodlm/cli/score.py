@@ -149,6 +149,8 @@ def compare(runs: Runs, /, *, html: Html = "", store: OpenStore, out: Output) ->
         raise UsageError("name two runs or more: nanodlm compare RUN RUN...")
     check_folder(html)
     found, opened = [], [parse_address(find_model(run, store)) for run in runs]
+    if apart := [run for run, at in zip(runs, opened, strict=True) if not at.store]:
+        raise UsageError(f"{apart[0]} is no run of a store, with the settings and bounds that are compared")
     made = [comparing.made_from(Store(at.store).open(f"train/{at.fingerprint}")) for at in opened]
     for run, artifacts in zip(runs[1:], made[1:], strict=True):
         of = comparing.compare(made[0], artifacts)

@@ -94,19 +94,28 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> tiktoken.Encoding:
 
 
 def save(encoding: tiktoken.Encoding, folder: Path) -> None:
-    """Write `ranks.tiktoken` (tiktoken's own format) and `tokenizer.json`."""
-    ranks = sorted(encoding._mergeable_ranks.items(), key=lambda item: item[1])
-    lines = [f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks]
-    (folder / "ranks.tiktoken").write_text("".join(lines))
+    """Write `ranks.tiktoken` and `tokenizer.json`."""
+    write_ranks(encoding, folder / "ranks.tiktoken")
     description = {"name": encoding.name, "n_vocab": encoding.n_vocab, "end_of_text": encoding.eot_token}
     (folder / "tokenizer.json").write_text(json.dumps(description, indent=1))
 
 
 def load(folder: Path) -> tiktoken.Encoding:
     """Read an encoding that `save` wrote."""
-    words = (folder / "ranks.tiktoken").read_bytes().split()
-    ranks = dict(zip(map(binascii.a2b_base64, words[::2]), map(int, words[1::2]), strict=True))
-    return make_encoding(json.loads((folder / "tokenizer.json").read_text())["name"], ranks)
+    name = json.loads((folder / "tokenizer.json").read_text())["name"]
+    return make_encoding(name, read_ranks(folder / "ranks.tiktoken"))
+
+
+def write_ranks(encoding: tiktoken.Encoding, file: Path) -> None:
+    """Write the tokens of an encoding in tiktoken's own format: each in base64, and its id."""
+    ranks = sorted(encoding._mergeable_ranks.items(), key=lambda item: item[1])
+    file.write_text("".join(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks))
+
+
+def read_ranks(file: Path) -> dict[bytes, int]:
+    """Read the tokens that `write_ranks` wrote."""
+    words = file.read_bytes().split()
+    return dict(zip(map(binascii.a2b_base64, words[::2]), map(int, words[1::2]), strict=True))
 
 
 def token_sizes(encoding: tiktoken.Encoding) -> np.ndarray:

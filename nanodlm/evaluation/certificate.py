@@ -50,8 +50,9 @@ def tokens_of(encoding: tiktoken.Encoding, text: bytes) -> Tokens:
 
 def held_out(encoding: tiktoken.Encoding, address: str) -> Tokens:
     """Return the first rows, of about 100 kB, of what the run of a model held out."""
-    artifact = Store(parse_address(address).store).open(address)
-    if "shard" not in dict(artifact.inputs):
+    store = parse_address(address).store
+    artifact = Store(store).open(address) if store else None  # an exported folder is of none
+    if artifact is None or "shard" not in dict(artifact.inputs):
         raise UsageError(f"{address} names no held-out text: name a FILE")
     shard = artifact.store.open(f"shard/{dict(artifact.inputs)['shard']}")
     rows = read(shard.file("validation.arrayrecord"), shard.metrics["dtype"])

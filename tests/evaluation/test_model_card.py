@@ -1,0 +1,38 @@
+"""The card of a shared model: the numbers of its evaluation, with their units, and of no other's."""
+
+import nanodlm
+from nanodlm.checkpoints.loading import load_artifact
+from nanodlm.evaluation.model_card import licence_of, model_card
+from nanodlm.stages.run import run_stage
+from nanodlm.store import Artifact, Store
+from tests.support.training import tiny
+
+
+def test_a_card_tells_the_numbers_the_data_and_the_limits_of_the_model(trained: Artifact, models: Store) -> None:
+    config = tiny(exp={"run_name": "mine"})
+    m = run_stage("evaluate", tiny(), models)[0].metrics
+    card = model_card(config, load_artifact(trained)[0], trained)
+    low, high = m["val_bits_per_byte_interval"]
+    bound = f"{m['val_bits_per_byte']:.4f} ± {m['val_bits_per_byte_stderr']:.4f}"
+    interval = f"{low:.4f} to {high:.4f}, over {m['val_stderr_over']}"
+    row = f"| held out | {bound} | {interval} | {m['val_nats_per_token']:.4f} | {m['scored_tokens']} tokens |"
+    assert "# mine" in card.splitlines()
+    assert row in card.splitlines()
+    for part in ("bound, bits per byte", f"{m['val_unigram_bits_per_byte']:.4f}", "never trained on", "d_model 16"):
+        assert part in card
+    assert "writes no more than 32 at a time" in card
+    assert trained.metrics["parameters_sha256"] in card
+
+
+def test_numbers_of_other_parameters_are_not_told(trained: Artifact, models: Store) -> None:
+    run_stage("evaluate", tiny(), models)
+    for model, artifact in ((nanodlm.load(f"{trained.uri}/step_10")[0], trained), (load_artifact(trained)[0], None)):
+        card = model_card(tiny(), model, artifact)
+        assert "It was not evaluated where it was exported." in card
+        assert "held out" not in card
+
+
+def test_a_licence_is_told_only_where_it_is_that_of_every_source() -> None:
+    stories = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/1/data/train.parquet"
+    assert licence_of((stories, stories)) == "CDLA-Sharing 1.0"
+    assert licence_of((stories, "mine.txt")) == licence_of(("mine.txt",)) == "not recorded: ask its source"
