@@ -68,9 +68,8 @@ class Answer:
         choices = []
         async with turns.one():
             for batch in range(self.rows.batches):
-                async for frame in frames_of(self.writer, self.rows, batch):
-                    last = frame
-                choices += self._choices(last, batch)
+                frames = [frame async for frame in frames_of(self.writer, self.rows, batch)]
+                choices += self._choices(frames[-1], batch)
         counts = {"prompt_tokens": sum(self.given), "completion_tokens": sum(self.rows.ends) - sum(self.given)}
         return {**self._head, "choices": choices, "usage": {**counts, "total_tokens": sum(self.rows.ends)}}
 

@@ -37,7 +37,8 @@ def generate(config: Config, inputs: dict[str, "Artifact"], attempt: "Attempt", 
     model, encoding = load_artifact(inputs["train"])
     schedule = make_schedule(**config.schedule.model_dump())
     walk = step_by_step(make_walk(options, encoding, model, schedule))
-    frames, tokens = [], np.empty(0)
+    frames: list[tuple[np.ndarray, np.ndarray]] = []
+    tokens = np.empty((0, 0), np.int32)
     try:
         for state in walk(nnx.state(model), jax.random.key(options.seed)):
             tokens = np.asarray(state.tokens)
@@ -51,8 +52,9 @@ def generate(config: Config, inputs: dict[str, "Artifact"], attempt: "Attempt", 
     texts = [encoding.decode(row) for row in rows]
     recordings = []
     for number, row in enumerate(rows[:WATCHED]):
-        seen = (np.stack([one[number, : min(len(row), LONG)] for one in of]) for of in zip(*frames, strict=True))
-        recordings.append(record(*seen, encoding))
+        seen = np.s_[number, : min(len(row), LONG)]
+        steps, confidence = (np.stack([one[seen] for one in of]) for of in zip(*frames, strict=True))
+        recordings.append(record(steps, confidence, encoding))
     np.save(attempt.path / "tokens.npy", tokens)
     (attempt.path / "samples.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     shown = [text.replace(END_OF_TEXT, "\n\n") for text in texts]

@@ -47,9 +47,11 @@ class Turns:
 
 def bounded(asked: TextRequest, row: int) -> TextRequest:
     """Return a request for texts of a model with rows of so many tokens, if it is not for too much."""
-    limits = {"num": (asked.num, MOST_TEXTS), "num_steps": (asked.num_steps, MOST_STEPS)}
-    limits |= {name: (len(getattr(asked, name)), MOST_CHARACTERS) for name in ("prompt", "infill")}
-    for name, (value, most) in {**limits, "length": (asked.length, MOST_ROWS * row)}.items():
+    limits = {"num": MOST_TEXTS, "num_steps": MOST_STEPS, "length": MOST_ROWS * row}
+    limits |= dict.fromkeys(("prompt", "infill"), MOST_CHARACTERS)
+    for name, most in limits.items():
+        value = getattr(asked, name)
+        value = len(value) if isinstance(value, str) else value
         if value is not None and value > most:
             raise Refused(f"{name} is {value:,}, and here {most:,} at most")
     return asked
