@@ -29,7 +29,7 @@ ROOMS = {
     "training": {
         "build", "checkpoints", "config", "data", "devices", "diffusion", "errors", "evaluation", "model", "store",
     },
-    "generation": {"build", "checkpoints", "config", "data", "diffusion", "errors", "model", "store"},
+    "generation": {"build", "checkpoints", "config", "data", "diffusion", "errors", "evaluation", "model", "store"},
     "stages": {"checkpoints", "config", "data", "errors", "evaluation", "store", "training"},
     "upkeep": {"checkpoints", "config", "data", "errors", "stages", "store"},
     "cluster": {"config", "errors", "stages", "store"},
@@ -39,7 +39,7 @@ ROOMS = {
     },
     "flows": {"cluster", "config", "errors", "evaluation", "stages", "store", "upkeep"},
     "cli": {
-        "bench", "checkpoints", "cluster", "config", "data", "devices", "errors", "evaluation", "flows", "stages",
+        "bench", "checkpoints", "cluster", "config", "data", "devices", "errors", "evaluation", "flows", "generation", "stages",
         "store", "upkeep",
     },
     "__init__": {"checkpoints", "config", "diffusion", "stages"},
