@@ -11,7 +11,7 @@ import re
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import cached_property
+from functools import cached_property, lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -104,9 +104,14 @@ def save(encoding: tiktoken.Encoding, folder: Path) -> None:
 
 def load(folder: Path) -> tiktoken.Encoding:
     """Read an encoding that `save` wrote."""
-    words = (folder / "ranks.tiktoken").read_bytes().split()
-    ranks = dict(zip(map(binascii.a2b_base64, words[::2]), map(int, words[1::2]), strict=True))
-    return make_encoding(json.loads((folder / "tokenizer.json").read_text())["name"], ranks)
+    name = json.loads((folder / "tokenizer.json").read_text())["name"]
+    return _read(name, (folder / "ranks.tiktoken").read_bytes())
+
+
+@lru_cache(2)  # stage after stage needs the same
+def _read(name: str, ranks: bytes) -> tiktoken.Encoding:
+    words = ranks.split()
+    return make_encoding(name, dict(zip(map(binascii.a2b_base64, words[::2]), map(int, words[1::2]), strict=True)))
 
 
 def token_sizes(encoding: tiktoken.Encoding) -> np.ndarray:
