@@ -148,7 +148,7 @@ def _references(kind: str, config: Config, folder: Path) -> dict[str, float]:
             with clock("keys"):
                 documents.hashed()
             with clock("sha256"):
-                hashlib.sha256(documents.flat).digest()
+                hashlib.sha256(documents.flat.data).digest()
             ids = np.concatenate(ids).astype(np.uint16)
             with clock("ArrayRecord write"):
                 rows.write(folder / "rows", ids[: len(ids) // ROW * ROW].reshape(-1, ROW))
