@@ -11,7 +11,7 @@ import re
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import cached_property
+from functools import cached_property, lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -103,6 +103,7 @@ def save(encoding: tiktoken.Encoding, folder: Path) -> None:
 def load(folder: Path) -> tiktoken.Encoding:
     """Read an encoding that `save` wrote."""
     name = json.loads((folder / "tokenizer.json").read_text())["name"]
+<<<<<<< HEAD
     return make_encoding(name, read_ranks(folder / "ranks.tiktoken"))
 
 
@@ -116,6 +117,15 @@ def read_ranks(file: Path) -> dict[bytes, int]:
     """Read the tokens that `write_ranks` wrote."""
     words = file.read_bytes().split()
     return dict(zip(map(binascii.a2b_base64, words[::2]), map(int, words[1::2]), strict=True))
+=======
+    return _read(name, (folder / "ranks.tiktoken").read_bytes())
+
+
+@lru_cache(2)  # stage after stage needs the same
+def _read(name: str, ranks: bytes) -> tiktoken.Encoding:
+    words = ranks.split()
+    return make_encoding(name, dict(zip(map(binascii.a2b_base64, words[::2]), map(int, words[1::2]), strict=True)))
+>>>>>>> data
 
 
 def token_sizes(encoding: tiktoken.Encoding) -> np.ndarray:
