@@ -95,7 +95,7 @@ def load_exported(folder: Path) -> tuple[Transformer, tiktoken.Encoding]:
     for name, sha256 in record["files"].items():
         if not (folder / name).is_file() or sha256_of(folder / name) != sha256:
             raise Damaged(f"{folder / name} is not what was exported, by its sha256: copy the folder again")
-    encoding = tokenizer.make_encoding(config.data.tokenizer, tokenizer.read_ranks(folder / RANKS))
+    encoding = tokenizer.make_encoding(config.data.tokenizer, tokenizer.parse_ranks((folder / RANKS).read_bytes()))
     graphdef, abstract = nnx.split(nnx.eval_shape(lambda: make_model(config, Vocabulary.of(encoding))))
     return nnx.merge(graphdef, of_tensors(nnx.to_pure_dict(abstract), load_file(folder / WEIGHTS))), encoding
 

@@ -103,8 +103,12 @@ def save(encoding: tiktoken.Encoding, folder: Path) -> None:
 def load(folder: Path) -> tiktoken.Encoding:
     """Read an encoding that `save` wrote."""
     name = json.loads((folder / "tokenizer.json").read_text())["name"]
-<<<<<<< HEAD
-    return make_encoding(name, read_ranks(folder / "ranks.tiktoken"))
+    return _read(name, (folder / "ranks.tiktoken").read_bytes())
+
+
+@lru_cache(2)  # stage after stage needs the same
+def _read(name: str, ranks: bytes) -> tiktoken.Encoding:
+    return make_encoding(name, parse_ranks(ranks))
 
 
 def write_ranks(encoding: tiktoken.Encoding, file: Path) -> None:
@@ -113,19 +117,10 @@ def write_ranks(encoding: tiktoken.Encoding, file: Path) -> None:
     file.write_text("".join(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks))
 
 
-def read_ranks(file: Path) -> dict[bytes, int]:
-    """Read the tokens that `write_ranks` wrote."""
-    words = file.read_bytes().split()
+def parse_ranks(written: bytes) -> dict[bytes, int]:
+    """Return the tokens that `write_ranks` wrote."""
+    words = written.split()
     return dict(zip(map(binascii.a2b_base64, words[::2]), map(int, words[1::2]), strict=True))
-=======
-    return _read(name, (folder / "ranks.tiktoken").read_bytes())
-
-
-@lru_cache(2)  # stage after stage needs the same
-def _read(name: str, ranks: bytes) -> tiktoken.Encoding:
-    words = ranks.split()
-    return make_encoding(name, dict(zip(map(binascii.a2b_base64, words[::2]), map(int, words[1::2]), strict=True)))
->>>>>>> data
 
 
 def token_sizes(encoding: tiktoken.Encoding) -> np.ndarray:
