@@ -66,9 +66,9 @@ def export(model: Transformer, encoding: tiktoken.Encoding, config: Config, fold
         record = {"format": FORMAT, "config": config.model_dump(mode="json")}
         record["tokenizer"] = {"pattern": encoding._pat_str, "special_tokens": encoding._special_tokens}
         record["files"] = {name: sha256_of(new / name) for name in (WEIGHTS, RANKS)}
-        files = {"tokenizer.json": tokenizer_json(encoding), "tokenizer_config.json": tokenizer_config(model.seq_len)}
-        for name, value in (files | {CONFIG: settings | {"nanodlm": sealed(record)}}).items():
-            (new / name).write_text(json.dumps(value, indent=1, ensure_ascii=False))
+        (new / "tokenizer.json").write_text(json.dumps(tokenizer_json(encoding), ensure_ascii=False))
+        (new / "tokenizer_config.json").write_text(json.dumps(tokenizer_config(model.seq_len), indent=1))
+        (new / CONFIG).write_text(json.dumps(settings | {"nanodlm": sealed(record)}, indent=1))
 
 
 @contextmanager

@@ -58,7 +58,7 @@ def find_model(model: str, store: Store) -> str:
 
     Of several runs of one name, and where nothing is said, it is the one that was made last.
     """
-    if is_exported(model):
+    if model and is_exported(model):
         return model
     if "/" in model:
         return store.open(model).uri if re.fullmatch("[a-z]+/[0-9a-f]{4,64}", model) else model

@@ -39,7 +39,7 @@ def tokenizer_json(encoding: tiktoken.Encoding) -> Json:
 
 
 def tokenizer_config(length: int) -> Json:
-    """Return the `tokenizer_config.json` beside it, for `transformers.AutoTokenizer`, for rows of so many tokens."""
+    """Return the `tokenizer_config.json` beside it, for `transformers`, for rows of so many tokens."""
     marks = {"eos_token": END_OF_TEXT, "mask_token": MASK}
     options = {"clean_up_tokenization_spaces": False, "model_max_length": length}
     return {"tokenizer_class": "PreTrainedTokenizerFast", **marks, **options}

@@ -1,6 +1,14 @@
 """The card of a shared model: the numbers of its evaluation, with their units, and of no other's."""
 
+import re
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
 import nanodlm
+from nanodlm.checkpoints.exported import export
 from nanodlm.checkpoints.loading import load_artifact
 from nanodlm.evaluation.model_card import licence_of, model_card
 from nanodlm.stages.run import run_stage
@@ -30,6 +38,23 @@ def test_numbers_of_other_parameters_are_not_told(trained: Artifact, models: Sto
         card = model_card(tiny(), model, artifact)
         assert "It was not evaluated where it was exported." in card
         assert "held out" not in card
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+def test_the_snippets_of_a_card_run(trained: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "")
+    model, encoding = load_artifact(trained)
+    export(model, encoding, tiny(), tmp_path / "shared", model_card(tiny(), model, trained))
+    snippets = re.findall(r"```python\n(.*?)```", (tmp_path / "shared" / "README.md").read_text(), re.DOTALL)
+    ours, pytorch, tokens = ({} for _ in snippets)
+    for code, names in zip(snippets, (ours, pytorch, tokens), strict=True):
+        exec(code.replace("FOLDER", str(tmp_path / "shared")), names)
+    ids = ours["tokenizer"].encode_ordinary("We the people")
+    assert tokens["tokenizer"].encode_ordinary("We the people") == ids == pytorch["tokenizer"].encode("We the people")
+    expected = np.asarray(ours["model"](jnp.array([ids]), jnp.zeros(1)))
+    np.testing.assert_allclose(pytorch["logits"].detach(), expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
 def test_a_licence_is_told_only_where_it_is_that_of_every_source() -> None:
