@@ -355,7 +355,7 @@ class Config(Group):
             f"{name} models have no cache for parts of a row: leave sample.cache_block out":
                 sample.cache_block and not kind.row_cache,
             "guidance needs the whole row in each step: leave sample.cache_block out":
-                sample.cache_block and sample.guidance and sample.prompt,
+                sample.cache_block and sample.guidance,
             f"sample.cache_block ({sample.cache_block}) does not divide texts of {sample.length or length} tokens":
                 sample.cache_block and (sample.length or length) % sample.cache_block,
             f"{name} models write at most model.seq_len ({length}) tokens: lower sample.length, or set "

@@ -19,7 +19,12 @@ from nanodlm.diffusion.walks import State, Walk, step_by_step, to_end
 from nanodlm.model.transformer import Transformer
 
 LENGTH, MASK = 10, 9
-WAYS = [(kind, sampler) for kind, traits in KINDS.items() for sampler in traits.samplers]
+OFTEN = {"ancestral", "first_hitting", "threshold", "remdm_conf"}
+WAYS = [
+    pytest.param(kind, sampler, marks=() if sampler in OFTEN else pytest.mark.slow)
+    for kind, traits in KINDS.items()
+    for sampler in traits.samplers
+]
 PROMPT = np.full((3, LENGTH), MASK, np.int32)
 PROMPT[1, :5], PROMPT[2, ::2] = [1, 2, 3, 4, 5], 6  # in the front, beyond a first block; and here and there
 
