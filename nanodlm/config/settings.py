@@ -265,6 +265,9 @@ class SamplerConfig(Group):
     """Remasking probability (`remdm_cap`, `remdm_loop`), or its share of the largest one (`remdm_rescale`)."""
     loop_time: float = Field(default=0.1, gt=0, lt=1)
     """Time at which `remdm_loop` remasks."""
+    cache_block: int = Field(default=0, ge=0)
+    """Tokens that an absorbing model fills in before the next ones, keeping what it made of all others: fewer
+    computations, and not exactly the model's texts; 0 is off."""
 
 
 class SampleConfig(SamplerConfig):
@@ -388,6 +391,12 @@ class Config(Group):
             f"min_lr ({train.min_lr}) is larger than lr ({train.lr}): a decay must not rise": train.min_lr > train.lr,
             f"{name} models have no {sampler} sampler: leave --sample.sampler out": sampler not in kind.samplers,
             f"{name} models are sampled without guidance": sample.guidance and not kind.guidance,
+            f"{name} models have no cache for parts of a row: leave sample.cache_block out":
+                sample.cache_block and not kind.row_cache,
+            "guidance needs the whole row in each step: leave sample.cache_block out":
+                sample.cache_block and sample.guidance,
+            f"sample.cache_block ({sample.cache_block}) does not divide texts of {sample.length or length} tokens":
+                sample.cache_block and (sample.length or length) % sample.cache_block,
             f"{name} models write at most model.seq_len ({length}) tokens: lower sample.length, or set "
             "--objective.kind block": longer and not kind.any_length,
             f"in rows of {length} tokens no whole block of {block} comes before another, so texts cannot be longer: "

@@ -46,6 +46,33 @@ def decoder_of(network: Any) -> Decoder:
     return Decoder(partial(network.new_cache, window=window), network.extend, network.denoise_block)
 
 
+def row_decoder(network: Any, text: Tokens, block_size: int, mask_id: int, schedule: Schedule) -> Decoder:
+    """Return a decoder of a network that reads whole rows: of a text, its blocks are filled in in turn.
+
+    Its cache is the text so far, what the layers kept of it when it was read last, and the number of the next block.
+    The whole is read at the start and after each block; between, only the block is computed, of which those outside
+    know nothing new: that is near the network's own law, not equal to it (`benchmarks.cache` measures how near). Blocks
+    see later tokens of the prompt. The network is told the time at which as much of the text is masked.
+    """
+
+    def time(row: Tokens) -> Float[Array, "B"]:
+        return schedule.time_of((row == mask_id).mean(axis=1))
+
+    def put(row: Tokens, block: Int[Array, "B b"], index: Int[Array, ""]) -> Tokens:
+        return jax.lax.dynamic_update_slice(row, block, (0, index * block_size))
+
+    def read(row: Tokens, index: Int[Array, ""]) -> tuple[Array, Any]:
+        logits, past = network.read_row(row, time(row))
+        return logits, (row, past, index)
+
+    def denoise(cache: Any, block: Int[Array, "B b"], t: Float[Array, "B"]) -> Float[Array, "B b V"]:
+        row, past, index = cache
+        return network.denoise_within(past, block, time(put(row, block, index)), index * block_size)
+
+    extend = lambda cache, block: read(put(cache[0], block, cache[2]), cache[2] + 1)  # noqa: E731
+    return Decoder(lambda rows: read(text, jnp.int32(0))[1], extend, denoise)
+
+
 def sample_blocks(decoder: Decoder, key: Seed, *, shape: tuple[int, int], **options: Any) -> Tokens:
     """Draw sequences block by block, each by `sample` given the ones before; a block without masks costs no steps.
 

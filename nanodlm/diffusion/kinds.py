@@ -38,6 +38,7 @@ class Kind:
     estimators: tuple[Estimator, ...]  # those that its bound has, the one to train with first
     samplers: tuple[Sampler, ...] = ("ancestral",)  # those that write its texts
     guidance: bool = False  # whether they can be guided, which takes masks to hide the prompt with and no cache of it
+    row_cache: bool = False  # whether what it makes of a row can be kept while part of the row is filled in
     any_length: bool = False  # whether its texts can be longer than the rows it was trained on
     edges_known: bool = False  # whether what was read tells where documents end, so that scoring may tell it as well
 
@@ -50,7 +51,7 @@ _OF_MASKS: tuple[Estimator, ...] = ("constant_count", "count", "continuous", "di
 _OF_RANDOM_TOKENS: tuple[Estimator, ...] = ("count", "continuous")
 
 KINDS: dict[KindName, Kind] = {
-    "absorbing": Kind("row", True, False, _OF_MASKS, SAMPLERS, guidance=True),
+    "absorbing": Kind("row", True, False, _OF_MASKS, SAMPLERS, guidance=True, row_cache=True),
     "uniform": Kind("row", False, True, _OF_RANDOM_TOKENS),
     "hybrid": Kind("row", True, True, _OF_RANDOM_TOKENS, guidance=True),
     "block": Kind("block", True, False, _OF_MASKS, SAMPLERS, any_length=True),

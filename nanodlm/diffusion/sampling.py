@@ -17,12 +17,13 @@ The first three have one law, that of the model's reverse process. The next four
 from inspect import signature
 from typing import Any
 
-from nanodlm.diffusion.blocks import decoder_of, reverse_blocks, reverse_tokens
+from nanodlm.diffusion.blocks import decoder_of, reverse_blocks, reverse_tokens, row_decoder
 from nanodlm.diffusion.checks import Rows, Seed, finite_tokens, random_key, require, require_whole
 from nanodlm.diffusion.noise import Denoise, Tokens
 from nanodlm.diffusion.objective import own_objective, settle
 from nanodlm.diffusion.schedules import Schedule
 from nanodlm.diffusion.steps import reverse_rows
+from nanodlm.diffusion.tokens import _start
 from nanodlm.diffusion.walks import Walk, to_end
 
 
@@ -56,6 +57,9 @@ def sample(
         schedule: The noise schedule or its name.
         num_steps: Number of steps, at least 1, of each block for a network of blocks; by default one for each position.
             `first_hitting` has its own.
+        cache_block: For networks that read whole rows with masks: tokens that are filled in before the next ones, while
+            what the network made of all others is kept, an approximation (`blocks.row_decoder`); 0 computes all. The
+            blocks share the `num_steps`.
         **options: Those of `steps.reverse_rows`, which follow but for the prompt.
         sampler: One of `kinds.SAMPLERS`; see the module's table.
         temperature: Divides the logits; 0 takes the most likely token.
@@ -103,6 +107,7 @@ def reverse_process(
     prompt: Rows | None = None,
     uniform_share: float | None = None,
     guidance: float = 0.0,
+    cache_block: int = 0,
     **options: Any,
 ) -> Walk:
     """Return the walk from noise to text that `sample` takes to its end, of the same arguments, for every kind.
@@ -127,6 +132,7 @@ def reverse_process(
         require_whole(f"the {name} of the shape", size)
     if own and own.traits.reads != "row":
         require(guidance == 0 and not uniform_share, "a network of blocks is sampled without guidance or uniform noise")
+        require(cache_block == 0, "a network of blocks has a cache of its own: leave cache_block out")
         given = {"mask_id": mask_id, "prompt": prompt}
         if own.traits.reads == "before":
             given |= {name: options[name] for name in ("temperature", "top_k", "top_p") if name in options}
@@ -136,5 +142,25 @@ def reverse_process(
         return reverse_blocks(decoder_of(denoise), key, shape=shape, **given, **options)
     known = settle(denoise, schedule=schedule, mask_id=mask_id, noise_share=uniform_share)
     options |= {"num_steps": shape[1] if num_steps is None else num_steps, "guidance": guidance, "prompt": prompt}
-    options |= {"uniform_share": known.pop("noise_share") or 0.0, **known}
+    share = known.pop("noise_share") or 0.0
+    options |= known
+    if cache_block:
+        return _reverse_cached(denoise, key, shape, cache_block, mixed=share > 0, **options)
+    options["uniform_share"] = share
     return reverse_rows(denoise, key, shape=shape, **options)
+
+
+def _reverse_cached(
+    network: Any, key: Any, shape: tuple[int, int], size: int, *, guidance: float, mixed: bool, **options: Any
+) -> Walk:
+    """Return the walk of a network of whole rows that computes one block at a time; see `blocks.row_decoder`."""
+    require_whole("cache_block", size)
+    require(not mixed and guidance == 0, "the cache is for masks alone, and without guidance: choose cache_block 0")
+    require(hasattr(network, "read_row"), "only a network of nanodlm.load has a cache: choose cache_block 0")
+    whole = shape[1] % size == 0
+    require(whole, f"the length {shape[1]} is no multiple of cache_block {size}: choose one that divides it")
+    options["num_steps"] = -(-options["num_steps"] * size // shape[1])
+    text = _start(options["prompt"], shape, options["mask_id"])
+    decoder = row_decoder(network, text, size, options["mask_id"], options["schedule"])
+    walk = reverse_blocks(decoder, key, shape=shape, block_size=size, **options)
+    return walk._replace(start=walk.start._replace(calls=walk.start.calls + 1))  # which has read the whole

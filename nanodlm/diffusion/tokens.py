@@ -70,4 +70,4 @@ def probability(logits: Logits, tokens: Tokens) -> Float[Array, "B L"]:
     [[0.75]]
     """
     p = jax.nn.softmax(logits, axis=-1)
-    return jnp.take_along_axis(p, jnp.maximum(tokens, 0)[..., None], axis=-1)[..., 0]
+    return jnp.take_along_axis(p, jnp.maximum(tokens, 0)[..., None], axis=-1)[..., 0].astype(jnp.float32)

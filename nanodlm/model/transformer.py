@@ -6,7 +6,7 @@
 It knows nothing of diffusion: the mask is one more token. It reads the whole row, or with a `block_size` only the
 blocks up to a position's own, so that one network serves three kinds of language model:
 
-    diffusion            block_size=0    model(x_t, t)
+    diffusion            block_size=0    model(x_t, t); sampling, nearly: read_row, denoise_within
     block diffusion      block_size=b    model(x_t, t, context=x_0); sampling: new_cache, extend, denoise_block
     autoregression       block_size=1    model(x_0, t) scores the next token; sampling: new_cache, extend
 """
@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int
 
 from nanodlm.devices.mesh import constrain
 from nanodlm.model.layers import NORMAL, Block, time_embedding
-from nanodlm.model.views import Cache, Past, View, view_behind, view_of_row
+from nanodlm.model.views import Cache, Past, View, view_behind, view_of_row, view_within
 
 Ids = Int[Array, "B L"]
 Logits = Float[Array, "B L V"]
@@ -168,6 +168,26 @@ class Transformer(nnx.Module):
             raise ValueError(f"one block has {self.block_size} positions, not {x_t.shape[1]}")
         view = view_behind(cache, self.block_size, self.block_size, self.conv_width)
         return self._score(self.norm(self._run(x_t, t, view, cache.layers)[0]))
+
+    def read_row(self, x_t: Ids, t: Float[Array, "B"]) -> tuple[Logits, Past]:
+        """Return the logits of a whole noisy row, as `__call__` does, and what each layer keeps of it."""
+        x, past = self._run(x_t, t, view_of_row(x_t.shape[1], None, 0, self.conv_width), keep=True)
+        assert past is not None
+        return self._score(self.norm(x)), past
+
+    def denoise_within(
+        self, past: Past, x_t: Int[Array, "B N"], t: Float[Array, "B"], start: Int[Array, ""]
+    ) -> Float[Array, "B N V"]:
+        """Return logits of N positions of a row, from `start` on, beside what was kept of the others when it was read.
+
+        If nothing has changed since, they are those of the whole row. If some of the N tokens have, they are near them:
+        the others were read beside the former tokens. Source: Fast-dLLM, arXiv:2505.22618, section 3.2 (DualCache).
+        """
+        size, reach = x_t.shape[1], self.conv_width // 2
+        view = view_within(start, size, past.keys.shape[2], self.conv_width)
+        near = jnp.clip(start - reach + jnp.arange(size + 2 * reach), 0, past.keys.shape[2] - 1)
+        past = past._replace(inputs=past.inputs[:, :, near])
+        return self._score(self.norm(self._run(x_t, t, view, past)[0]))
 
     def _check_blocks(self, number: int, what: str) -> None:
         if not self.block_size:

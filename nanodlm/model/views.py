@@ -68,6 +68,20 @@ def view_behind(cache: Cache, length: int, block_size: int, conv_width: int) -> 
     return View(after, reads(queries, (0, most)), reads(keys, (1, most), start=window), window)
 
 
+def view_within(start: Int[Array, ""], size: int, length: int, conv_width: int) -> View:
+    """Return what `size` positions of a row from `start` on read: each other, and the past of all the row outside.
+
+    Inputs of the past's convolution are those of the positions and of their neighbours on both sides alone.
+    """
+    reach = conv_width // 2
+    row, near = jnp.arange(length), start - reach + jnp.arange(size + 2 * reach)
+    inside = (near >= 0) & (near < length) & ((near < start) | (near >= start + size))
+    outside = jnp.broadcast_to((row < start) | (row >= start + size), (1, size, length))
+    own = Reads(jnp.ones((1, size, size), bool), [jnp.ones((1, size), bool)] * conv_width)
+    past = Reads(outside, [inside[None, offset : offset + size] for offset in range(conv_width)])
+    return View(start + jnp.arange(size), own, past, reach)
+
+
 def _reads(
     queries: Places, keys: Places, blocks_back: tuple[int, int], *, block_size: int, conv_width: int, start: int = 0
 ) -> Reads:

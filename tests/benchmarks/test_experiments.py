@@ -10,12 +10,13 @@ import tyro
 from benchmarks.ablation import ablation, compare, variants
 from benchmarks.anchors import anchors
 from benchmarks.bucket import bucket
+from benchmarks.cache import cache
 from benchmarks.cost import cost
 from benchmarks.orchestration import orchestration
 from benchmarks.orders import orders
 from benchmarks.plain import plain
 from benchmarks.race import race
-from benchmarks.runs import measure
+from benchmarks.runs import build, measure
 from benchmarks.variance import variance
 from nanodlm.config import PRESETS, Config
 from nanodlm.errors import UsageError
@@ -163,3 +164,14 @@ def test_the_pipeline_runs_both_ways_and_again_from_the_store(config: Config) ->
     # The clock of a process ticks every hundredth of a second: one that waits may have used none of it.
     assert 0 <= result["train_beside_direct"] < 4
     assert 0 <= result["train_beside_flow"] < 4
+
+
+@pytest.mark.slow
+def test_a_cache_of_the_whole_text_gives_its_own_law_and_smaller_ones_are_near(config: Config, store: str) -> None:
+    model = build(config, Store(store), "train")["train"].uri
+    small, whole = cache(model, blocks=(4, 16), rows=2)
+    assert abs(whole["kl"]) < 1e-6
+    assert whole["agree"] == 1
+    assert 0 <= small["kl"] < 0.1 * small["entropy"]
+    with pytest.raises(UsageError, match="block models have no cache for parts of a row"):
+        cache(build(config.replace(objective={"kind": "block", "block_size": 4}), Store(store), "train")["train"].uri)

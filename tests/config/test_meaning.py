@@ -39,6 +39,8 @@ DEMO = PRESETS["demo"]
         ({"sample": {"temperature": 0.0, "top_k": 5, "guidance": 1.0, "remask": 0.5}}, [
             "sample.top_k", "sample.guidance", "sample.remask",
         ]),
+        ({"sample": {"sampler": "threshold", "threshold": 0.5, "grid": "cosine"}}, ["sample.grid"]),
+        ({"sample": {"threshold": 0.5, "cache_block": 16}}, ["sample.threshold"]),
         ({"sample": {"sampler": "remdm_loop", "remask": 0.5, "loop_time": 0.2, "prompt": "We", "guidance": 1.0}}, []),
     ],
 )  # fmt: skip

@@ -146,6 +146,12 @@ def test_what_is_no_config_is_a_usage_error_that_names_it(
         ({"objective": {"kind": "uniform"}, "schedule": {"kind": "loglinear"}}, "needs a schedule from 0 to 1"),
         ({"objective": {"kind": "hybrid"}, "sample": {"sampler": "margin"}}, "hybrid models have no margin sampler"),
         ({"objective": {"kind": "block"}, "sample": {"guidance": 1.0}}, "sampled without guidance"),
+        (
+            {"objective": {"kind": "hybrid"}, "sample": {"cache_block": 8}},
+            "hybrid models have no cache for parts of a row",
+        ),
+        ({"sample": {"guidance": 1.0, "cache_block": 8}}, "guidance needs the whole row in each step"),
+        ({"sample": {"cache_block": 9}}, "sample.cache_block (9) does not divide texts of 64 tokens"),
         ({"objective": {"kind": "block", "block_size": 40}, "sample": {"length": 99}}, "texts cannot be longer"),
         ({"sample": {"length": 65}}, "absorbing models write at most model.seq_len (64) tokens"),
     ],

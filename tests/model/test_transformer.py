@@ -353,6 +353,21 @@ def test_a_cache_has_the_precision_of_the_products() -> None:
     assert cache == jax.eval_shape(lambda: empty)
 
 
+@pytest.mark.parametrize("options", [{}, {"conv_width": 5, "time_conditioning": True, "qk_norm": False}])
+def test_a_part_of_a_row_scores_as_in_the_whole_while_nothing_changes_outside(options: dict[str, Any]) -> None:
+    model = randomised(**options)
+    whole, past = nnx.jit(Transformer.read_row)(model, ROWS, TIMES)
+    np.testing.assert_array_equal(whole, logits(model, ROWS))
+    within = nnx.jit(Transformer.denoise_within)
+    for start in (0, 1, 5):  # of three positions; the convolution reaches two beyond them
+        part = within(model, past, ROWS[:, start : start + 3], TIMES, jnp.int32(start))
+        np.testing.assert_allclose(part, whole[:, start : start + 3], rtol=1e-4, atol=1e-4)
+    other = within(model, past, NOISED[:, 5:], TIMES, jnp.int32(5))
+    mixed = jnp.concatenate([ROWS[:, :5], NOISED[:, 5:]], axis=1)
+    assert float(jnp.abs(other - logits(model, mixed)[:, 5:]).max()) > 1e-3  # the others were read beside the former
+    assert float(jnp.abs(other - whole[:, 5:]).max()) > 0.1
+
+
 def test_misuse_is_refused() -> None:
     plain, blocked = randomised(), randomised(block_size=2)
     with pytest.raises(ValueError, match="block_size above 0"):
