@@ -16,7 +16,7 @@ from jax.experimental.multihost_utils import process_allgather
 
 from nanodlm.build import make_model
 from nanodlm.checkpoints.finding import step_name, step_of
-from nanodlm.config import Config, differences, explain, parse_address, training_settings
+from nanodlm.config import Config, SamplerConfig, differences, explain, parse_address, training_settings
 from nanodlm.data import tokenizer
 from nanodlm.data.vocabulary import Vocabulary
 from nanodlm.errors import NanodlmError, UsageError
@@ -90,7 +90,9 @@ def load_folder(folder: Path, step: int) -> tuple[Transformer, tiktoken.Encoding
             raise NanodlmError(f"{what} ({fields}): put it right")
         args = ocp.args.Composite(**{item: ocp.args.StandardRestore(target)})  # type: ignore[call-arg]
         params = checkpointer.restore(checkpoint, args=args)[item]
-    return nnx.merge(graphdef, params), encoding
+    model = nnx.merge(graphdef, params)
+    model.sampling = SamplerConfig(**config.sample.model_dump(include=set(SamplerConfig.model_fields)))
+    return model, encoding
 
 
 def parameters_sha256(params: Any) -> str:

@@ -17,15 +17,16 @@ from tyro.conf import FlagConversionOff, FlagCreatePairsOff, PositionalMetavarFr
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from nanodlm.cli.console import Console
-from nanodlm.config import Config, ScoreConfig, explain, load_config
+from nanodlm.config import Config, ScoreConfig, TextRequest, explain, load_config
 from nanodlm.errors import UsageError
 
 Settings = Annotated[Config, arg(name="")]
 Output = Annotated[Console, arg(name="")]
 
 _registry, _flags = ConstructorRegistry(), []
-_groups: dict[str, Any] = {f"{_name}.": _field.annotation for _name, _field in Config.model_fields.items()}
-for _group, _settings in {**_groups, "": ScoreConfig}.items():
+_groups = [(f"{_name}.", _field.annotation) for _name, _field in Config.model_fields.items()]
+_settings: Any
+for _group, _settings in [*_groups, ("", ScoreConfig), ("", TextRequest)]:
     for _name, _field in _settings.model_fields.items():
         _flags.append(f"--{_group}{_name}")
         _field.description = " ".join((_field.description or "").split())  # --help breaks lines where the terminal ends

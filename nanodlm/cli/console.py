@@ -12,10 +12,12 @@ from rich.markup import escape
 from typing_extensions import Doc
 from tyro.conf import Suppress
 
+from nanodlm.data.tokenizer import END_OF_TEXT
 from nanodlm.errors import Emit
 from nanodlm.stages.progress import Pace, summary
 
 if TYPE_CHECKING:
+    from nanodlm.generation.texts import Written
     from nanodlm.store import Artifact
 
 Json = Annotated[bool, Doc("Print one JSON object as the last line of standard output.")]
@@ -28,7 +30,7 @@ class Console:
     def __init__(self, stream: Suppress[TextIO | None] = None, *, json: Json = False):
         """Show events on a stream, and print results, or with `json` one JSON object, on standard output."""
         shown = stream or (sys.stderr if json else sys.stdout)
-        self._rich, self._json = RichConsole(file=shown, highlight=False, soft_wrap=True, emoji=False), json
+        self._rich, self.is_json = RichConsole(file=shown, highlight=False, soft_wrap=True, emoji=False), json
         self.line = self._rich.print  # one, in which `[bold]` and the like mean what they do to rich
         self._stage, self._pace = "", Pace()
         self.artifacts: dict[str, Artifact] = {}  # of finished stages, by stage
@@ -36,12 +38,12 @@ class Console:
 
     def text(self, *lines: str) -> None:
         """Print lines of a result, unless it is to be JSON."""
-        if not self._json:
+        if not self.is_json:
             print(*lines, sep="\n")
 
     def json(self, **result: Any) -> None:
         """Print a result as one line of JSON, if that is asked for."""
-        if self._json:
+        if self.is_json:
             print(json_module.dumps(result, sort_keys=True))
 
     @contextmanager
@@ -73,6 +75,17 @@ class Console:
         self.line(f"[bold]{record['stage']:<10}[/bold] {status}  {escape(summary(artifact))}")
         if changed := changed_since(artifact):
             self.line(f"{'':<28}[yellow]{remark(changed)}: --rebuild changed builds it again[/yellow]")
+
+    def written(self, text: "Written", *, watch: bool, first: bool = True) -> None:
+        """Print a text, or let it appear out of masks; what several lengths were compared by comes with it."""
+        if watch and text.recording:
+            from nanodlm.generation.watch import play
+
+            play(text.recording, self._rich)
+        else:
+            self.text(*["-" * 72] * (not first), text.text.replace(END_OF_TEXT, "\n\n"))
+        if text.nats_per_token is not None:
+            self.text(f"({text.nats_per_token:.2f} nats per token of the whole text)")
 
     def results(self) -> None:
         """Print the records and metrics of the finished stages as JSON, if that is asked for."""

@@ -25,6 +25,7 @@ COMMANDS = {  # the file that holds it, and what it does
     "evaluate": ("run", "the evaluate stage alone"),
     "sample": ("run", "the sample stage alone"),
     "launch": ("run", "a stage on a cluster: a Slurm job or a Kubernetes JobSet"),
+    "generate": ("generate", "texts of a trained model: prompt it, fill in, watch"),
     "score": ("score", "the bound of any text under a trained model"),
     "certify": ("certify", "prove the bound of a text by compression"),
     "compare": ("score", "in what runs differ, and whether their bounds do"),

@@ -4,4 +4,14 @@ from nanodlm.config.addresses import Address, StoreUrl, parse_address, refuse_se
 from nanodlm.config.differences import differences, explain
 from nanodlm.config.meaning import evaluation_settings, sampling_settings, training_settings, unread
 from nanodlm.config.presets import FILES, PRESETS, Changes, Preset, as_changes, changed, load_config
-from nanodlm.config.settings import Config, DataConfig, Group, ModelConfig, SampleConfig, ScoreConfig, TrainConfig
+from nanodlm.config.settings import (
+    Config,
+    DataConfig,
+    Group,
+    ModelConfig,
+    SampleConfig,
+    SamplerConfig,
+    ScoreConfig,
+    TextRequest,
+    TrainConfig,
+)

@@ -7,7 +7,16 @@ import math
 from typing import Annotated, Any, Literal, Self, get_args
 
 import tyro
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    create_model,
+    field_validator,
+    model_validator,
+)
 
 from nanodlm.config.addresses import Url
 from nanodlm.diffusion.kinds import KINDS, Estimator, JumpingSchedule, KindName, Sampler, ScheduleName, Times, Weighting
@@ -231,13 +240,9 @@ class EvalConfig(ScoreConfig):
     detokenised as published (evaluation/sets.py)."""
 
 
-class SampleConfig(Group):
-    """What is generated at the end."""
+class SamplerConfig(Group):
+    """How texts are drawn."""
 
-    num_samples: int = Field(default=8, ge=1)
-    """Number of texts."""
-    length: int | None = Field(default=None, ge=2)
-    """Tokens per text; none is the model's seq_len. Only `block` and `autoregressive` models write more than that."""
     num_steps: int = Field(default=128, ge=1)
     """Denoising steps, of each block when there are blocks; `first_hitting` and `autoregressive` take one per token."""
     sampler: Sampler = "ancestral"
@@ -263,8 +268,42 @@ class SampleConfig(Group):
     cache_block: int = Field(default=0, ge=0)
     """Tokens that an absorbing model fills in before the next ones, keeping what it made of all others: fewer
     computations, and not exactly the model's texts; 0 is off."""
+
+
+class SampleConfig(SamplerConfig):
+    """What is generated at the end."""
+
+    num_samples: int = Field(default=8, ge=1)
+    """Number of texts."""
+    length: int | None = Field(default=None, ge=2)
+    """Tokens per text; none is the model's seq_len. Only `block` and `autoregressive` models write more than that."""
     prompt: str = ""
     """Text every sample begins with."""
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    """Seed of the draw."""
+
+
+def _or_as_before(settings: type[Group]) -> dict[str, Any]:
+    """Return fields for the same settings that may be left out, each being None then."""
+    hint = tyro.conf.arg(help_behavior_hint="(default: as in its run)")
+    return {
+        name: (Annotated[field.rebuild_annotation() | None, hint], Field(None, description=field.description))
+        for name, field in settings.model_fields.items()
+    }
+
+
+class TextRequest(create_model("Options", __base__=Group, **_or_as_before(SamplerConfig))):
+    """What is asked of a trained model; samplers and their options are those of its run where nothing is said."""
+
+    prompt: str = ""
+    """Text to go on from."""
+    infill: str = ""
+    """Text with gaps to fill in: `[MASK:6]` has six tokens; for `[MASK]` several lengths are tried, the best shown."""
+    length: int | None = Field(default=None, ge=2)
+    """Tokens of a text, prompt included; none is those of a row. Longer ones are written on from their last half row,
+    if not by a `block` or `autoregressive` model, which has no need to."""
+    num: int = Field(default=1, ge=1)
+    """Number of texts; each is the same however many there are."""
     seed: int = Field(default=0, ge=0, lt=2**31)
     """Seed of the draw."""
 

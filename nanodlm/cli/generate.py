@@ -1,0 +1,99 @@
+"""The command that writes texts with a trained model."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+from typing_extensions import Doc
+from tyro.conf import arg
+
+from nanodlm.checkpoints.finding import find_model
+from nanodlm.cli.arguments import Output
+from nanodlm.cli.console import Console
+from nanodlm.cli.score import check_folder
+from nanodlm.cli.store import OpenStore
+from nanodlm.config import TextRequest
+from nanodlm.errors import UsageError, full_disk_named
+from nanodlm.store.cache import cache_dir
+
+Model = Annotated[str, Doc("A model, by its run's name or its address; by default the newest.")]
+Prompts = Annotated[str, Doc("File of prompts: one a line, or .jsonl with a field `prompt`."), arg(metavar="FILE")]
+Lines = Annotated[str, Doc("File for the texts, as JSON lines."), arg(metavar="FILE.jsonl")]
+Watch = Annotated[bool, Doc("Let each text appear out of masks, in a terminal.")]
+Gif = Annotated[str, Doc("Draw the steps of the first text as an animated GIF."), arg(metavar="FILE")]
+Html = Annotated[str, Doc("Write a page with a slider through the steps of the texts."), arg(metavar="FILE")]
+
+
+def generate(
+    model: Model = "",
+    /,
+    how: Annotated[TextRequest, arg(name="")] = TextRequest(),  # noqa: B008  # frozen
+    *,
+    prompts: Prompts = "",
+    watch: Watch = False,
+    gif: Gif = "",
+    html: Html = "",
+    out: Lines = "",
+    store: OpenStore,
+    console: Output,
+) -> None:
+    """Write texts with a trained model; without a prompt, on a terminal, in a conversation."""
+    for file in (out, gif, html):
+        check_folder(file)
+    if prompts and (how.prompt or how.infill):
+        raise UsageError("--prompts says with what texts begin: leave --prompt and --infill out")
+    requests = [how.model_copy(update={"prompt": prompt}) for prompt in read_prompts(prompts)] if prompts else [how]
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_dir() / "compiled"))
+    from nanodlm.checkpoints.loading import load
+    from nanodlm.cli.conversation import Conversation
+    from nanodlm.generation import slider
+    from nanodlm.generation.texts import Writer
+    from nanodlm.generation.watch import gif as draw_gif
+
+    writer = Writer(*load(find_model(model, store)))
+    told, alone = (
+        Console(sys.stderr),
+        not (prompts or how.prompt or how.infill or out or gif or html or console.is_json),
+    )
+    if alone and sys.stdin.isatty() and sys.stdout.isatty():
+        Conversation(writer, how, console).go_on()
+        return
+    if note := writer.note(writer.asked(requests)):
+        told.emit("message", text=note)
+    with told.showing("generate") as emit:
+        written = list(writer.write(requests, recorded=bool(watch or gif or html), emit=emit))
+    lines = []
+    for number, text in enumerate(written):
+        console.written(text, watch=watch, first=number == 0)
+        begin = {"prompt": requests[number // how.num].prompt} if prompts else {}
+        bound = {} if text.nats_per_token is None else {"nats_per_token": text.nats_per_token}
+        lines.append(json.dumps({**begin, "text": text.text, **bound}) + "\n")
+    recordings = [text.recording for text in written if text.recording]
+    if gif:
+        with full_disk_named(gif):
+            draw_gif(recordings[0], Path(gif))
+    title = f"Texts of {model or 'the newest model'}"
+    for file, content in ((html, html and slider.page(recordings, title)), (out, "".join(lines))):
+        if file:
+            with full_disk_named(file):
+                Path(file).write_text(content)
+    console.json(texts=[text.text for text in written], calls=written[-1].calls)
+
+
+def read_prompts(file: str) -> list[str]:
+    """Return the prompts in a file."""
+    try:
+        lines = Path(file).read_text().splitlines()
+    except (OSError, ValueError) as error:
+        raise UsageError(f"cannot read {file}: {getattr(error, 'strerror', None) or 'it is not UTF-8'}") from error
+    prompts = []
+    for number, line in enumerate(lines, 1):
+        try:
+            prompts.append(str(json.loads(line)["prompt"]) if file.endswith(".jsonl") else line)
+        except (ValueError, KeyError, TypeError) as error:
+            raise UsageError(f"line {number} of {file} is no JSON object with a field `prompt`") from error
+    if not prompts:
+        raise UsageError(f"{file} holds no prompts")
+    return prompts
