@@ -95,10 +95,17 @@ class Console:
         self.json(stages=stages, metrics=metrics, report=report.uri if report else None)
 
     def finish(self) -> None:
-        """Print the results of the finished stages, and where everything lies."""
+        """Print the results of the finished stages, and where everything lies; a terminal shows how a text appeared."""
         from nanodlm.evaluation.report import against_unigram
 
         self.line("")
+        watch = self._rich.is_terminal and "report" in self.artifacts
+        if watch:
+            from nanodlm.generation.watch import Recording, play
+
+            first, *_ = json_module.loads(self.artifacts["sample"].file("steps.json").read_text())
+            play(Recording(**first), self._rich)
+            self.line("")
         if "evaluate" in self.artifacts:
             m = self.artifacts["evaluate"].metrics
             bound = f"[bold]{m['val_bits_per_byte']:.3f}[/bold] ± {m['val_bits_per_byte_stderr']:.3f} bits per byte"
@@ -106,7 +113,7 @@ class Console:
             self.line(f"validation bound {bound}, {unigram}")
             for one in m.get("sets", []):
                 self.line(escape(f"{one['file']:<16} {one['bits_per_byte']:.3f} bits per byte"))
-        if "sample" in self.artifacts:
+        if "sample" in self.artifacts and not watch:
             text = " ".join(self.artifacts["sample"].metrics["first_sample"].split())
             self.line(f"[dim]a sample:[/dim] {escape(text)}\n")
         files = {"report": "report.html", "sample": "samples.txt", "train": "checkpoints"}
@@ -114,6 +121,12 @@ class Console:
             link = artifact.store.show_latest(artifact) if artifact.store.is_local else None
             if file := files.get(artifact.stage):
                 where = artifact.store.address(artifact.remote(file))
+                if watch:
+                    place = (
+                        Path(link / file if link else where).absolute().as_uri() if artifact.store.is_local else where
+                    )
+                    self.line(f"open {escape(place)}" if file == "report.html" else "")
+                    continue
                 where = min(str(link / file), os.path.relpath(link / file), key=len) if link else where
                 self.line(f"{file:<12} {escape(where)}")
         self.line(f"{'store':<12} {escape(list(self.artifacts.values())[-1].store.uri())}")

@@ -1,51 +1,71 @@
 """The sample stage: texts from a trained model."""
 
 import json
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 import tiktoken
 from flax import nnx
-from jaxtyping import Array, Int, Key
+from jaxtyping import Array, Key
 
 from nanodlm.config import Config, SampleConfig
 from nanodlm.data.tokenizer import END_OF_TEXT
-from nanodlm.diffusion.sampling import sample
+from nanodlm.diffusion.sampling import reverse_process
 from nanodlm.diffusion.schedules import Schedule, make_schedule
+from nanodlm.diffusion.walks import Walk, step_by_step, to_end
 from nanodlm.errors import Emit, NanodlmError, UsageError
+from nanodlm.generation.slider import fragment
+from nanodlm.generation.watch import record
 from nanodlm.model.transformer import Transformer
 
 if TYPE_CHECKING:
     from nanodlm.store import Artifact, Attempt
 
+WATCHED, LONG = 3, 1024  # texts whose steps are kept, and tokens of each
+
 
 def generate(config: Config, inputs: dict[str, "Artifact"], attempt: "Attempt", emit: Emit) -> dict[str, Any]:
-    """Draw `sample.num_samples` texts and write them to `samples.txt`, `samples.jsonl` and `tokens.npy`."""
+    """Draw `sample.num_samples` texts and write them to `samples.txt`, `samples.jsonl` and `tokens.npy`.
+
+    The steps of the first ones are in `steps.json`, as `watch.Recording`s, and in `slider.html`, for a page to hold.
+    """
     from nanodlm.checkpoints.loading import load_artifact  # `make_draw` is timed where no store can be opened
 
     options = config.sample
     model, encoding = load_artifact(inputs["train"])
     schedule = make_schedule(**config.schedule.model_dump())
-    tokens = np.asarray(make_draw(options, encoding, model, schedule)(nnx.state(model), jax.random.key(options.seed)))
-    if tokens.min() < 0:
-        raise NanodlmError("the network gave logits that are not finite: its training has diverged")
+    walk = step_by_step(make_walk(options, encoding, model, schedule))
+    frames, tokens = [], np.empty(0)
+    try:
+        for state in walk(nnx.state(model), jax.random.key(options.seed)):
+            tokens = np.asarray(state.tokens)
+            frames.append((tokens[:WATCHED], np.asarray(state.confidence[:WATCHED])))
+            emit("progress", done=int(state.calls), unit="calls of the network")
+    except ValueError as error:
+        raise NanodlmError("the network gave logits that are not finite: its training has diverged") from error
     rows, end = tokens.tolist(), encoding.eot_token
     if config.data.rows != "stream":  # a text is one document: what follows its mark means nothing
         rows = [row[: [*row, end].index(end)] for row in rows]
     texts = [encoding.decode(row) for row in rows]
-    emit("progress", done=len(texts), total=len(texts), unit="samples")
+    recordings = []
+    for number, row in enumerate(rows[:WATCHED]):
+        seen = (np.stack([one[number, : min(len(row), LONG)] for one in of]) for of in zip(*frames, strict=True))
+        recordings.append(record(*seen, encoding))
     np.save(attempt.path / "tokens.npy", tokens)
     (attempt.path / "samples.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     shown = [text.replace(END_OF_TEXT, "\n\n") for text in texts]
     (attempt.path / "samples.txt").write_text(f"\n{'-' * 72}\n".join(shown))
+    (attempt.path / "steps.json").write_text(json.dumps([recording._asdict() for recording in recordings]))
+    (attempt.path / "slider.html").write_text(fragment(recordings))
     return {"samples": len(texts), "sample_tokens": int(tokens.size), "first_sample": shown[0]}
 
 
-def make_draw(
+def make_walk(
     options: SampleConfig, encoding: tiktoken.Encoding, model: Transformer, schedule: Schedule
-) -> jax.stages.Wrapped:
-    """Return a jitted function `(params, key) -> tokens` that draws texts, int32 of shape (num_samples, length).
+) -> Callable[[Any, Key[Array, ""]], Walk]:
+    """Return a function `(params, key) -> walk` whose end is texts, int32 of shape (num_samples, length).
 
     The parameters are what `nnx.state` gives of the model. The schedule must be its own if it is told the time.
     """
@@ -57,8 +77,16 @@ def make_draw(
     how: dict[str, Any] = options.model_dump(exclude={"prompt", "length", "num_samples", "seed"})
     graphdef = nnx.graphdef(model)
 
-    def draw(params: Any, key: Key[Array, ""]) -> Int[Array, "B L"]:
+    def walk(params: Any, key: Key[Array, ""]) -> Walk:
         model, shape = nnx.merge(graphdef, params), (options.num_samples, length)
-        return sample(model, key, shape=shape, schedule=schedule, prompt=prompt, **how)
+        return reverse_process(model, key, shape=shape, schedule=schedule, prompt=prompt, **how)
 
-    return jax.jit(draw)
+    return walk
+
+
+def make_draw(
+    options: SampleConfig, encoding: tiktoken.Encoding, model: Transformer, schedule: Schedule
+) -> jax.stages.Wrapped:
+    """Return a jitted function `(params, key) -> tokens` that takes the walk of `make_walk` to its end, in one loop."""
+    walk = make_walk(options, encoding, model, schedule)
+    return jax.jit(lambda params, key: to_end(walk(params, key)).tokens)

@@ -7,9 +7,8 @@ for frame in writer.frames(asked, 0):  # of the first batch; leaving the loop st
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -17,16 +16,17 @@ import jax
 import numpy as np
 import tiktoken
 from flax import nnx
-from jaxtyping import Float, Int
+from jaxtyping import Array, Float, Int, Key
 
 from nanodlm.config import SamplerConfig, ScoreConfig, TextRequest
 from nanodlm.data.tokenizer import encode
-from nanodlm.diffusion.sampling import sample
+from nanodlm.diffusion.sampling import reverse_process
+from nanodlm.diffusion.walks import State, Walk, step_by_step
 from nanodlm.errors import Emit, UsageError, silent
 from nanodlm.generation.watch import Recording, record
 from nanodlm.model.transformer import Transformer
 
-BATCH = 8  # rows that are drawn together, always: a row then depends on its number alone, not on how many are wanted
+BATCH = 8  # rows that are drawn together, but for the first, which is drawn alone and soon; see `Asked.of_batch`
 LONGEST, TRIES = 8, 32  # tokens in a gap without a number, and texts that are tried with such gaps
 DRAWS = 32  # of noise, to compare them
 GAP = re.compile(r"\[MASK(?::([0-9]+))?\]")
@@ -51,7 +51,15 @@ class Asked:
 
     @property
     def batches(self) -> int:
-        return -(-len(self.rows) // BATCH)
+        """How many batches they are drawn in."""
+        return 1 + -(-(len(self.rows) - 1) // BATCH)
+
+    def of_batch(self, batch: int) -> slice:
+        """Return which rows a batch has: the first one alone, then always `BATCH`, of which the last may lack some.
+
+        So what is drawn for a row depends on its number alone, and not on how many rows there are.
+        """
+        return slice(1 + (batch - 1) * BATCH, 1 + batch * BATCH) if batch else slice(0, 1)
 
 
 class Written(NamedTuple):
@@ -70,7 +78,7 @@ class Writer:
     def __init__(self, network: Transformer, encoding: tiktoken.Encoding):
         self.network, self.encoding = network, encoding
         self.mask_id, self.traits = network.objective.mask_id, network.objective.traits
-        self._params, self._compiled = nnx.state(network), cache(self._compile)
+        self._params, self._walks = nnx.state(network), {}
 
     def options(self, request: TextRequest) -> SamplerConfig:
         """Return how texts are drawn: as asked, and else as the model's run draws its samples."""
@@ -143,33 +151,35 @@ class Writer:
         A model of whole rows writes longer texts half a row at a time: it is given the half before as clean context.
         """
         options, length = self.options(asked.request), asked.rows.shape[1]
-        tokens = np.resize(asked.rows[batch * BATCH : (batch + 1) * BATCH], (BATCH, length))
+        tokens = np.resize(asked.rows[asked.of_batch(batch)], (BATCH if batch else 1, length))
         confidence, calls = np.zeros(tokens.shape, np.float32), 0
         window = min(length, self.network.seq_len) if self.traits.reads == "row" else length
-        key = jax.random.fold_in(jax.random.key(asked.request.seed), batch)
-        yield Frame(tokens, confidence, calls)
+        key, walk = jax.random.fold_in(jax.random.key(asked.request.seed), batch), self._walk(options)
         for start in [*range(0, length - window, max(1, window // 2)), length - window]:
-            seen, made = np.s_[:, start : start + window], 0
+            seen, state = np.s_[:, start : start + window], None
             if (tokens[seen] != self.mask_id).all():
                 continue
-            for x_t, probability, made in self._steps(tokens[seen], jax.random.fold_in(key, start), options):
+            for state in walk(self._params, jax.random.fold_in(key, start), tokens[seen]):
+                if start and state.step == 0:  # which the frame before has shown
+                    continue
                 tokens, confidence = tokens.copy(), confidence.copy()
-                tokens[seen], confidence[seen] = x_t, probability
-                yield Frame(tokens, confidence, calls + made)
-            calls += made
+                tokens[seen], confidence[seen] = state.tokens, state.confidence
+                yield Frame(tokens, confidence, calls + int(state.calls))
+            calls += int(state.calls) if state else 0
 
-    def _steps(self, rows: Int[np.ndarray, "B L"], key: Any, options: SamplerConfig) -> Iterator[tuple[Any, Any, int]]:
-        tokens = np.asarray(self._compiled(options)(self._params, rows, key))
-        yield tokens, np.ones(tokens.shape), options.num_steps
+    def _walk(self, options: SamplerConfig) -> Callable[..., Iterator[State]]:
+        """Return what yields the states of one window, given the parameters, a key and its ids."""
+        how, graphdef = options.model_dump_json(), nnx.graphdef(self.network)
+        if how not in self._walks:
 
-    def _compile(self, options: SamplerConfig) -> Any:
-        graphdef = nnx.graphdef(self.network)
+            def walk_of(params: Any, key: Key[Array, ""], rows: Int[Array, "B L"]) -> Walk:
+                network = nnx.merge(graphdef, params)
+                return reverse_process(
+                    network, key, shape=(len(rows), rows.shape[1]), prompt=rows, **options.model_dump()
+                )
 
-        @jax.jit
-        def draw(params: Any, rows: Any, key: Any) -> Any:
-            return sample(nnx.merge(graphdef, params), key, shape=rows.shape, prompt=rows, **options.model_dump())
-
-        return draw
+            self._walks[how] = step_by_step(walk_of)
+        return self._walks[how]
 
     def write(
         self, requests: Sequence[TextRequest], *, recorded: bool = False, emit: Emit = silent
@@ -182,7 +192,7 @@ class Writer:
                 frames = [*frames, frame] if recorded else [frame]
                 emit("progress", done=calls + frame.calls, unit="calls of the network")
             calls += frames[-1].calls
-            for row, end in enumerate(asked.ends[batch * BATCH : (batch + 1) * BATCH]):
+            for row, end in enumerate(asked.ends[asked.of_batch(batch)]):
                 ids = self.shown(frames[-1].tokens[row, :end])
                 recording = self._recorded(frames, row, len(ids)) if recorded else None
                 tried.append(Written(self.encoding.decode(ids), ids, recording, calls))

@@ -93,7 +93,8 @@ ALL = (
     Stage("train", "training.loop:train", ("shard", "tokenizer"), _training, own_process=True, volatile=LOGS),
     # Since version 4, it keeps the nats of every row, and says the interval and the draws.
     Stage("evaluate", "evaluation.evaluate:evaluate", ("shard", "train"), _evaluation, 4, own_process=True),
-    Stage("sample", "generation.generate:generate", ("train",), sampling_settings, own_process=True),
+    # Since version 2, it keeps the steps of the first texts.
+    Stage("sample", "generation.generate:generate", ("train",), sampling_settings, 2, own_process=True),
     # Since version 2, its digest is that of its results alone.
     Stage("report", "evaluation.report:build", RESULTS, _settings("exp", "run_name"), 2, volatile=PAGES),
 )
