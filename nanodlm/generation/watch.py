@@ -7,7 +7,7 @@ import codecs
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -194,9 +194,10 @@ def _lines(cells: Iterable[Cell]) -> list[Text]:
     """Return the lines of a moment, for a terminal."""
     lines: list[Text] = []
     for cell in cells:
-        for spot, character in cell.characters:
-            lines += [Text() for _ in range(spot.line + 1 - len(lines))]
-            lines[spot.line].append(character, "" if character == " " else STYLES.get(cell.style, cell.style))
+        for (line, space), run in groupby(cell.characters, lambda one: (one[0].line, one[1] == " ")):
+            lines += [Text() for _ in range(line + 1 - len(lines))]
+            shown = "".join(character for _, character in run)
+            lines[line].append(shown, "" if space else STYLES.get(cell.style, cell.style))
     return lines
 
 

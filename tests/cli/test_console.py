@@ -1,11 +1,14 @@
 """What a person reads at the end of a run."""
 
 import io
+import json
+import re
 from pathlib import Path
 
 import pytest
 
 from nanodlm.cli.console import Console
+from nanodlm.generation.watch import Recording
 from nanodlm.store import Store
 from tests.support.helpers import committed
 
@@ -20,7 +23,8 @@ def end_of_a_run(store: Store, fingerprint: str) -> list[str]:
     console = Console(io.StringIO())
     files = {"evaluate": "metrics.json", "sample": "samples.txt", "report": "report.html"}
     for stage, file in files.items():
-        artifact = committed(store, {file: fingerprint.encode()}, stage, fingerprint)
+        steps = json.dumps([Recording([None, " <b>"], [[(0, "the", 0.5)]], [1], 1)._asdict()]).encode()
+        artifact = committed(store, {file: fingerprint.encode(), "steps.json": steps}, stage, fingerprint)
         artifact.metrics.update(METRICS[stage])
         console.artifacts[stage] = artifact
     console.finish()
@@ -46,3 +50,17 @@ def test_where_links_cannot_be_made_the_whole_path_is_printed(tmp_path: Path) ->
     lines = end_of_a_run(Store(str(tmp_path)), "0" * 64)
     (line,) = (line for line in lines if line.startswith("samples.txt"))
     assert Path(line.split()[1]).read_text() == "0" * 64
+
+
+def test_on_a_terminal_a_text_appears_and_the_report_can_be_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as a terminal has it
+    monkeypatch.setenv("TERM", "xterm")
+    end_of_a_run(Store(str(tmp_path)), "0" * 64)
+    lines = [re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", line) for line in end_of_a_run(Store(str(tmp_path)), "1" * 64)]
+    assert "the <b>" in lines
+    assert lines[-2:] == [
+        "validation bound 2.500 ± 0.010 bits per byte, 25.0% above the unigram entropy of 2.000",
+        f"open {(tmp_path / 'latest/report/report.html').as_uri()}",
+    ]
