@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 from rich.console import Console as RichConsole
@@ -116,18 +117,17 @@ class Console:
         if "sample" in self.artifacts and not watch:
             text = " ".join(self.artifacts["sample"].metrics["first_sample"].split())
             self.line(f"[dim]a sample:[/dim] {escape(text)}\n")
-        files = {"report": "report.html", "sample": "samples.txt", "train": "checkpoints"}
+        files = {"report": "report.html"} | ({} if watch else {"sample": "samples.txt", "train": "checkpoints"})
         for artifact in reversed(self.artifacts.values()):
             link = artifact.store.show_latest(artifact) if artifact.store.is_local else None
             if file := files.get(artifact.stage):
                 where = artifact.store.address(artifact.remote(file))
                 if watch:
-                    place = (
-                        Path(link / file if link else where).absolute().as_uri() if artifact.store.is_local else where
-                    )
-                    self.line(f"open {escape(place)}" if file == "report.html" else "")
+                    local = Path(link / file if link else where)
+                    self.line(f"open {escape(local.absolute().as_uri() if artifact.store.is_local else where)}")
                     continue
                 where = min(str(link / file), os.path.relpath(link / file), key=len) if link else where
                 self.line(f"{file:<12} {escape(where)}")
-        self.line(f"{'store':<12} {escape(list(self.artifacts.values())[-1].store.uri())}")
+        if not watch:
+            self.line(f"{'store':<12} {escape(list(self.artifacts.values())[-1].store.uri())}")
         self.results()
