@@ -29,7 +29,9 @@ ROOMS = {
     "training": {
         "build", "checkpoints", "config", "data", "devices", "diffusion", "errors", "evaluation", "model", "store",
     },
-    "generation": {"build", "checkpoints", "config", "data", "diffusion", "errors", "model", "store"},
+    "generation": {
+        "build", "checkpoints", "config", "data", "diffusion", "errors", "evaluation", "model", "store",
+    },
     "stages": {"checkpoints", "config", "data", "errors", "evaluation", "store", "training"},
     "upkeep": {"checkpoints", "config", "data", "errors", "stages", "store"},
     "cluster": {"config", "errors", "stages", "store"},
@@ -39,8 +41,8 @@ ROOMS = {
     },
     "flows": {"cluster", "config", "errors", "evaluation", "stages", "store", "upkeep"},
     "cli": {
-        "bench", "checkpoints", "cluster", "config", "data", "devices", "errors", "evaluation", "flows", "stages",
-        "store", "upkeep",
+        "bench", "checkpoints", "cluster", "config", "data", "devices", "errors", "evaluation", "flows", "generation",
+        "stages", "store", "upkeep",
     },
     "__init__": {"checkpoints", "config", "diffusion", "stages"},
     "__main__": {"cli"},

@@ -6,14 +6,13 @@ Nothing here needs a model or JAX: a recording holds strings, and is the same in
 import codecs
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby, islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import tiktoken
-from jaxtyping import Float, Int
 from rich.cells import cell_len
 from rich.console import Console
 from rich.live import Live
@@ -58,26 +57,25 @@ class Recording(NamedTuple):
 
 
 def record(
-    tokens: Int[np.ndarray, "F L"],
-    confidence: Float[np.ndarray, "F L"],
-    encoding: tiktoken.Encoding,
-    most: int = FRAMES,
+    frames: Sequence[tuple[Any, ...]], row: int, length: int, encoding: tiktoken.Encoding, most: int = FRAMES
 ) -> Recording:
-    """Keep the steps of a text: the tokens at first and after each step, and how probable they were when drawn.
+    """Keep the steps of the first tokens of a row: how it was at first and after each step.
 
-    At most so many steps are kept, evenly spaced among those in which something changes, the last one always; fewer
-    where more than `CHANGES` tokens, and one of each position, would change.
+    A frame begins with ids (B, L) and how probable they were when drawn (B, L). At most so many steps are kept, evenly
+    spaced among those in which something changes, the last one always; fewer where more than `CHANGES` tokens, and more
+    than one of each position, would change.
     """
+    tokens, confidence = (np.stack([frame[i][row, :length] for frame in frames]) for i in (0, 1))
     changed = np.flatnonzero((tokens[1:] != tokens[:-1]).any(axis=1)) + 1
     while True:
         kept = [0, *changed[np.unique(np.linspace(0, len(changed) - 1, min(most, len(changed))).round().astype(int))]]
-        frames = [pieces(encoding, tokens[i].tolist()) for i in kept]
+        shown = [pieces(encoding, tokens[i].tolist()) for i in kept]
         changes = [
             [(at, new, round(float(confidence[i, at]), 3)) for at, new in enumerate(after) if new != before[at]]
-            for i, before, after in zip(kept[1:], frames, frames[1:], strict=False)
+            for i, before, after in zip(kept[1:], shown, shown[1:], strict=False)
         ]
         if most == 1 or sum(map(len, changes)) <= max(CHANGES, tokens.shape[1]):
-            return Recording(frames[0], changes, [int(i) for i in kept[1:]], len(tokens) - 1)
+            return Recording(shown[0], changes, [int(i) for i in kept[1:]], len(tokens) - 1)
         most //= 2
 
 
