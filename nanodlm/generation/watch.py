@@ -192,11 +192,18 @@ def _lines(cells: Iterable[Cell]) -> list[Text]:
     """Return the lines of a moment, for a terminal."""
     lines: list[Text] = []
     for cell in cells:
-        for (line, space), run in groupby(cell.characters, lambda one: (one[0].line, one[1] == " ")):
-            lines += [Text() for _ in range(line + 1 - len(lines))]
-            shown = "".join(character for _, character in run)
-            lines[line].append(shown, "" if space else STYLES.get(cell.style, cell.style))
+        for at, shown in _runs(cell):
+            lines += [Text() for _ in range(at[0].line + 1 - len(lines))]
+            style = "" if shown.isspace() else STYLES.get(cell.style, cell.style)
+            lines[at[0].line].append(shown, style)
     return lines
+
+
+def _runs(cell: Cell) -> Iterator[tuple[list[Spot], str]]:
+    """Yield what a position shows in one line, its spaces and its word apart."""
+    for _, run in groupby(cell.characters, lambda one: (one[0].line, one[1] == " ")):
+        at, characters = zip(*run, strict=True)
+        yield list(at), "".join(characters)
 
 
 def gif(recording: Recording, path: Path, seconds: float = 8.0) -> None:
@@ -214,14 +221,18 @@ def gif(recording: Recording, path: Path, seconds: float = 8.0) -> None:
         draw = ImageDraw.Draw(image)
         for cell in cells:
             ink = inks.get(cell.style, cell.style)
-            for spot, character in cell.characters:
-                x, y = margin + spot.left, margin + spot.line * line
-                if character == "░":
-                    draw.rectangle((x, y + 2, x + spot.width, y + line - 9), MASK)
+            for at, shown in _runs(cell):
+                if shown.isspace():
                     continue
-                draw.text((x, y), character, ink, font)
+                room, x, y = sum(spot.width for spot in at), margin + at[0].left, margin + at[0].line * line
+                if shown[0] == "░":
+                    draw.rectangle((x, y + 2, x + room, y + line - 9), MASK)
+                    continue
+                while font.getlength(shown) > room + 1:  # of a token whose place another will take
+                    shown = shown[:-1]
+                draw.text((x, y), shown, ink, font)
                 if cell.style == "back":
-                    draw.line((x, y + 13, x + spot.width, y + 13), ink, 2)
+                    draw.line((x, y + 13, x + font.getlength(shown), y + 13), ink, 2)
         bar = (wide - 2 * margin) * min(i, len(seen) - 2) / max(1, len(seen) - 2)
         draw.rectangle((margin, size[1] - margin, margin + bar, size[1] - margin + 2), COLOURS[4])
         images.append(image.quantize(32, dither=Image.Dither.NONE))
