@@ -111,7 +111,7 @@ class Console:
             m = self.artifacts["evaluate"].metrics
             bound = f"[bold]{m['val_bits_per_byte']:.3f}[/bold] ± {m['val_bits_per_byte_stderr']:.3f} bits per byte"
             unigram = f"{against_unigram(m)} the unigram entropy of {m['val_unigram_bits_per_byte']:.3f}"
-            self.line(f"validation bound {bound}, {unigram}")
+            self.line(f"{'' if watch else 'validation '}bound {bound}, {unigram}")
             for one in m.get("sets", []):
                 self.line(escape(f"{one['file']:<16} {one['bits_per_byte']:.3f} bits per byte"))
         if "sample" in self.artifacts and not watch:
