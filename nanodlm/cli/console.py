@@ -13,7 +13,6 @@ from rich.markup import escape
 from typing_extensions import Doc
 from tyro.conf import Suppress
 
-from nanodlm.data.tokenizer import END_OF_TEXT
 from nanodlm.errors import Emit
 from nanodlm.stages.progress import Pace, summary
 
@@ -79,9 +78,10 @@ class Console:
 
     def written(self, text: "Written", *, watch: bool, first: bool = True) -> None:
         """Print a text, or let it appear out of masks; what several lengths were compared by comes with it."""
-        if watch and text.recording:
-            from nanodlm.generation.watch import play
+        from nanodlm.data.tokenizer import END_OF_TEXT
+        from nanodlm.generation.watch import play
 
+        if watch and text.recording:
             play(text.recording, self._rich)
         else:
             self.text(*["-" * 72] * (not first), text.text.replace(END_OF_TEXT, "\n\n"))
@@ -111,7 +111,7 @@ class Console:
             m = self.artifacts["evaluate"].metrics
             bound = f"[bold]{m['val_bits_per_byte']:.3f}[/bold] ± {m['val_bits_per_byte_stderr']:.3f} bits per byte"
             unigram = f"{against_unigram(m)} the unigram entropy of {m['val_unigram_bits_per_byte']:.3f}"
-            self.line(f"validation bound {bound}, {unigram}")
+            self.line(f"{'' if watch else 'validation '}bound {bound}, {unigram}")
             for one in m.get("sets", []):
                 self.line(escape(f"{one['file']:<16} {one['bits_per_byte']:.3f} bits per byte"))
         if "sample" in self.artifacts and not watch:

@@ -2,6 +2,7 @@
 
 import contextlib
 import readline
+import textwrap
 
 from pydantic import ValidationError
 from rich.markup import escape
@@ -13,10 +14,10 @@ from nanodlm.generation.texts import GAP, Writer
 from nanodlm.store.cache import cache_dir
 
 SHORT = {"steps": "num_steps"}
-HELP = """a line is a prompt; with [MASK:6] in it, a text with a gap of six tokens; an empty one, a text from nothing
-[bold]/NAME VALUE[/bold]  change a setting, such as /temperature 0.7, /sampler confidence, /steps 32, /length 200
-[bold]/watch[/bold]       let texts appear out of masks, or no longer
-[bold]/help[/bold]        this, and the settings; [bold]/quit[/bold] or Ctrl-D ends, Ctrl-C stops a text"""
+HELP = """a line is a prompt; [MASK:6] in it is a gap to fill; an empty one is none
+/temperature 0.7, /sampler entropy, /steps 32, /length 200  change a setting
+/watch  lets texts appear out of masks, or prints them
+/help   says this and the settings; /quit or Ctrl-D ends, Ctrl-C stops a text"""
 
 
 class Conversation:
@@ -68,7 +69,7 @@ class Conversation:
             return False
         except KeyboardInterrupt:
             self.console.line("\n[dim]stopped[/dim]")
-        except (NanodlmError, ValidationError) as error:
+        except (NanodlmError, ValueError) as error:
             said = explain(error) if isinstance(error, ValidationError) else str(error)
             self.console.line(f"[red]{escape(said)}[/red]")
         return True
@@ -82,7 +83,7 @@ class Conversation:
         elif name == "help":
             options = {**self.request.model_dump(), **self.writer.options(self.request).model_dump()}
             settings = [f"{name} {options[name[1:]]}" for name in self.names() if name[1:] in options]
-            self.console.line(f"[dim]{HELP}\n{escape('  '.join(settings))}[/dim]")
+            self.console.line(f"[dim]{HELP}\n{escape(textwrap.fill(', '.join(settings), 79))}[/dim]")
         elif f"/{name}" in self.names():
             request = TextRequest.model_validate({**self.request.model_dump(), name: value.strip() or None})
             self.writer.options(request)

@@ -60,8 +60,6 @@ def generate(
     if alone and sys.stdin.isatty() and sys.stdout.isatty():
         Conversation(writer, how, console).go_on()
         return
-    if note := writer.note(writer.asked(requests)):
-        told.emit("message", text=note)
     with told.showing("generate") as emit:
         written = list(writer.write(requests, recorded=bool(watch or gif or html), emit=emit))
     lines = []

@@ -16,8 +16,6 @@ from nanodlm.diffusion.sampling import reverse_process
 from nanodlm.diffusion.schedules import Schedule, make_schedule
 from nanodlm.diffusion.walks import Walk, step_by_step, to_end
 from nanodlm.errors import Emit, NanodlmError, UsageError
-from nanodlm.generation.slider import fragment
-from nanodlm.generation.watch import record
 from nanodlm.model.transformer import Transformer
 
 if TYPE_CHECKING:
@@ -32,13 +30,14 @@ def generate(config: Config, inputs: dict[str, "Artifact"], attempt: "Attempt", 
     The steps of the first ones are in `steps.json`, as `watch.Recording`s, and in `slider.html`, for a page to hold.
     """
     from nanodlm.checkpoints.loading import load_artifact  # `make_draw` is timed where no store can be opened
+    from nanodlm.generation.slider import fragment
+    from nanodlm.generation.watch import record
 
     options = config.sample
     model, encoding = load_artifact(inputs["train"])
     schedule = make_schedule(**config.schedule.model_dump())
     walk = step_by_step(make_walk(options, encoding, model, schedule))
-    frames: list[tuple[np.ndarray, np.ndarray]] = []
-    tokens = np.empty((0, 0), np.int32)
+    frames, tokens = [], np.zeros((0, 0), np.int32)
     try:
         for state in walk(nnx.state(model), jax.random.key(options.seed)):
             tokens = np.asarray(state.tokens)
@@ -50,11 +49,7 @@ def generate(config: Config, inputs: dict[str, "Artifact"], attempt: "Attempt", 
     if config.data.rows != "stream":  # a text is one document: what follows its mark means nothing
         rows = [row[: [*row, end].index(end)] for row in rows]
     texts = [encoding.decode(row) for row in rows]
-    recordings = []
-    for number, row in enumerate(rows[:WATCHED]):
-        seen = np.s_[number, : min(len(row), LONG)]
-        steps, confidence = (np.stack([one[seen] for one in of]) for of in zip(*frames, strict=True))
-        recordings.append(record(steps, confidence, encoding))
+    recordings = [record(frames, i, min(len(row), LONG), encoding) for i, row in enumerate(rows[:WATCHED])]
     np.save(attempt.path / "tokens.npy", tokens)
     (attempt.path / "samples.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     shown = [text.replace(END_OF_TEXT, "\n\n") for text in texts]

@@ -138,7 +138,7 @@ async def watched(writer: Writer, asked: Asked, turns: Turns) -> AsyncIterator[s
                 before = now
             if frame is not None:
                 text = writer.encoding.decode(writer.shown(frame.tokens[row, :end]))
-                of = {"calls": frame.calls, "seed": asked.request.seed, "note": writer.note(asked)}
+                of = {"calls": frame.calls, "seed": asked.request.seed}
                 yield _event("done", text=text, seconds=round(time.monotonic() - began, 2), **of)
     except NanodlmError as error:
         yield _event("failed", message=redact(str(error)))

@@ -114,15 +114,6 @@ class Writer:
         texts = [text for text in texts for _ in range(request.num)]
         return Asked(self._rows(texts, length), [length] * len(texts), request)
 
-    def note(self, asked: Asked) -> str:
-        """Return what is to be said of texts that are longer than rows; nothing of others."""
-        length, row = asked.rows.shape[1], self.network.seq_len
-        if length <= row or self.traits.any_length:
-            return ""
-        return (
-            f"the model reads {row} tokens: a text of {length} is written half a row at a time, given the half before"
-        )
-
     def _ids(self, text: str) -> list[int]:
         return np.concatenate([[], *encode(self.encoding, text)]).astype(int).tolist()
 
@@ -186,6 +177,10 @@ class Writer:
     ) -> Iterator["Written"]:
         """Yield the texts for requests that differ in their prompts alone, batch by batch; see `asked`."""
         asked, tried, calls = self.asked(requests), [], 0
+        length, row = asked.rows.shape[1], self.network.seq_len
+        if length > row and not self.traits.any_length:
+            how = f"a text of {length} is written half a row at a time, given the half before"
+            emit("message", text=f"the model reads {row} tokens: {how}")
         for batch in range(asked.batches):
             frames: list[Frame] = []
             for frame in self.frames(asked, batch):
@@ -194,7 +189,7 @@ class Writer:
             calls += frames[-1].calls
             for row, end in enumerate(asked.ends[asked.of_batch(batch)]):
                 ids = self.shown(frames[-1].tokens[row, :end])
-                recording = self._recorded(frames, row, len(ids)) if recorded else None
+                recording = record(frames, row, len(ids), self.encoding) if recorded else None
                 tried.append(Written(self.encoding.decode(ids), ids, recording, calls))
             if not asked.tried:
                 yield from tried
@@ -203,10 +198,6 @@ class Writer:
             nats = self.ranked([text.ids for text in tried])
             for i in np.argsort(nats)[: asked.request.num]:
                 yield tried[i]._replace(nats_per_token=float(nats[i]), calls=calls)
-
-    def _recorded(self, frames: list[Frame], row: int, length: int) -> Recording:
-        tokens, confidence = (np.stack([one[row, :length] for one in of]) for of in list(zip(*frames, strict=True))[:2])
-        return record(tokens, confidence, self.encoding)
 
     def shown(self, tokens: Sequence[int] | np.ndarray) -> list[int]:
         """Return what is shown of a row: where rows are documents, what follows the end of one means nothing."""

@@ -6,14 +6,13 @@ Nothing here needs a model or JAX: a recording holds strings, and is the same in
 import codecs
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby, islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import tiktoken
-from jaxtyping import Float, Int
 from rich.cells import cell_len
 from rich.console import Console
 from rich.live import Live
@@ -58,26 +57,25 @@ class Recording(NamedTuple):
 
 
 def record(
-    tokens: Int[np.ndarray, "F L"],
-    confidence: Float[np.ndarray, "F L"],
-    encoding: tiktoken.Encoding,
-    most: int = FRAMES,
+    frames: Sequence[tuple[Any, ...]], row: int, length: int, encoding: tiktoken.Encoding, most: int = FRAMES
 ) -> Recording:
-    """Keep the steps of a text: the tokens at first and after each step, and how probable they were when drawn.
+    """Keep the steps of the first tokens of a row: how it was at first and after each step.
 
-    At most so many steps are kept, evenly spaced among those in which something changes, the last one always; fewer
-    where more than `CHANGES` tokens, and one of each position, would change.
+    A frame begins with ids (B, L) and how probable they were when drawn (B, L). At most so many steps are kept, evenly
+    spaced among those in which something changes, the last one always; fewer where more than `CHANGES` tokens, and more
+    than one of each position, would change.
     """
+    tokens, confidence = (np.stack([frame[i][row, :length] for frame in frames]) for i in (0, 1))
     changed = np.flatnonzero((tokens[1:] != tokens[:-1]).any(axis=1)) + 1
     while True:
         kept = [0, *changed[np.unique(np.linspace(0, len(changed) - 1, min(most, len(changed))).round().astype(int))]]
-        frames = [pieces(encoding, tokens[i].tolist()) for i in kept]
+        shown = [pieces(encoding, tokens[i].tolist()) for i in kept]
         changes = [
             [(at, new, round(float(confidence[i, at]), 3)) for at, new in enumerate(after) if new != before[at]]
-            for i, before, after in zip(kept[1:], frames, frames[1:], strict=False)
+            for i, before, after in zip(kept[1:], shown, shown[1:], strict=False)
         ]
         if most == 1 or sum(map(len, changes)) <= max(CHANGES, tokens.shape[1]):
-            return Recording(frames[0], changes, [int(i) for i in kept[1:]], len(tokens) - 1)
+            return Recording(shown[0], changes, [int(i) for i in kept[1:]], len(tokens) - 1)
         most //= 2
 
 
@@ -194,11 +192,18 @@ def _lines(cells: Iterable[Cell]) -> list[Text]:
     """Return the lines of a moment, for a terminal."""
     lines: list[Text] = []
     for cell in cells:
-        for (line, space), run in groupby(cell.characters, lambda one: (one[0].line, one[1] == " ")):
-            lines += [Text() for _ in range(line + 1 - len(lines))]
-            shown = "".join(character for _, character in run)
-            lines[line].append(shown, "" if space else STYLES.get(cell.style, cell.style))
+        for at, shown in _runs(cell):
+            lines += [Text() for _ in range(at[0].line + 1 - len(lines))]
+            style = "" if shown.isspace() else STYLES.get(cell.style, cell.style)
+            lines[at[0].line].append(shown, style)
     return lines
+
+
+def _runs(cell: Cell) -> Iterator[tuple[list[Spot], str]]:
+    """Yield what a position shows in one line, its spaces and its word apart."""
+    for _, run in groupby(cell.characters, lambda one: (one[0].line, one[1] == " ")):
+        at, characters = zip(*run, strict=True)
+        yield list(at), "".join(characters)
 
 
 def gif(recording: Recording, path: Path, seconds: float = 8.0) -> None:
@@ -216,14 +221,18 @@ def gif(recording: Recording, path: Path, seconds: float = 8.0) -> None:
         draw = ImageDraw.Draw(image)
         for cell in cells:
             ink = inks.get(cell.style, cell.style)
-            for spot, character in cell.characters:
-                x, y = margin + spot.left, margin + spot.line * line
-                if character == "░":
-                    draw.rectangle((x, y + 2, x + spot.width, y + line - 9), MASK)
+            for at, shown in _runs(cell):
+                if shown.isspace():
                     continue
-                draw.text((x, y), character, ink, font)
+                room, x, y = sum(spot.width for spot in at), margin + at[0].left, margin + at[0].line * line
+                if shown[0] == "░":
+                    draw.rectangle((x, y + 2, x + room, y + line - 9), MASK)
+                    continue
+                while font.getlength(shown) > room + 1:  # of a token whose place another will take
+                    shown = shown[:-1]
+                draw.text((x, y), shown, ink, font)
                 if cell.style == "back":
-                    draw.line((x, y + 13, x + spot.width, y + 13), ink, 2)
+                    draw.line((x, y + 13, x + font.getlength(shown), y + 13), ink, 2)
         bar = (wide - 2 * margin) * min(i, len(seen) - 2) / max(1, len(seen) - 2)
         draw.rectangle((margin, size[1] - margin, margin + bar, size[1] - margin + 2), COLOURS[4])
         images.append(image.quantize(32, dither=Image.Dither.NONE))

@@ -61,6 +61,6 @@ def test_on_a_terminal_a_text_appears_and_the_report_can_be_opened(
     lines = [re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", line) for line in end_of_a_run(Store(str(tmp_path)), "1" * 64)]
     assert "the <b>" in lines
     assert lines[-2:] == [
-        "validation bound 2.500 ± 0.010 bits per byte, 25.0% above the unigram entropy of 2.000",
+        "bound 2.500 ± 0.010 bits per byte, 25.0% above the unigram entropy of 2.000",
         f"open {(tmp_path / 'latest/report/report.html').as_uri()}",
     ]

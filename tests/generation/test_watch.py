@@ -27,13 +27,14 @@ def recorded(length: int, steps: int) -> Recording:
     """A text in whose steps every token changes."""
     tokens = np.random.default_rng(0).integers(65, 91, (steps + 1, length))
     tokens[0] = MASK
-    return record(tokens, np.full(tokens.shape, 0.5), plain_bytes())
+    return record([(row[None], np.full((1, length), 0.5)) for row in tokens], 0, length, plain_bytes())
 
 
 def test_a_recording_leads_to_the_text_through_the_steps_in_which_something_changes() -> None:
     rows = ["____", "__c_", "__c_", "a_c_", "a_cd", "abcd"]
     tokens = np.array([[MASK if c == "_" else ord(c) for c in row] for row in rows])
-    made = record(tokens, np.linspace(0, 1, tokens.size).reshape(tokens.shape), plain_bytes())
+    confidence = np.linspace(0, 1, tokens.size).reshape(tokens.shape)
+    made = record([*zip(tokens[:, None], confidence[:, None], strict=True)], 0, 4, plain_bytes())
     assert ["".join(piece or "_" for piece in frame) for frame in made.frames()] == [*rows[:2], *rows[3:]]
     assert (made.steps, made.total, made.text) == ([1, 3, 4, 5], 5, "abcd")
     assert made.changes[0] == [(2, "c", round(6 / 23, 3))]

@@ -116,7 +116,7 @@ function take(name, data) {
   }
   if (name === "done") {
     const calls = `${data.calls} call${data.calls === 1 ? "" : "s"} of the network`;
-    say(`${calls}, ${data.seconds.toFixed(1)} s, seed ${data.seed}.${data.note ? ` ${data.note}` : ""}`);
+    say(`${calls}, ${data.seconds.toFixed(1)} s, seed ${data.seed}.`);
     $("text").dataset.whole = data.text;
     draw(frames.length - 1);
   }
