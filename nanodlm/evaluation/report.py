@@ -38,11 +38,11 @@ FACTS = {
 def build(config: Config, inputs: dict[str, Artifact], attempt: Attempt, emit: Emit) -> dict[str, Any]:
     """Gather the results of train, evaluate and sample into `results.json`, `report.html` and `report.md`."""
     train, evaluate, sample = (inputs[name] for name in ("train", "evaluate", "sample"))
-    m, t, card = evaluate.metrics, train.metrics, card_of(evaluate)
+    m, t, made = evaluate.metrics, train.metrics, lineage(evaluate, train, sample)
     results = {"run_name": config.exp.run_name, "train": {name: t[name] for name in RESULTS}, "evaluate": m}
     results |= {"samples": texts_of(sample), "made_from": {name: one.digest for name, one in inputs.items()}}
     (attempt.path / "results.json").write_text(json.dumps(results, indent=1, sort_keys=True))
-    made = {one.stage: one for one in lineage(train, evaluate, sample)}
+    card = card_of(made.get("shard"))
     said = _head(config, made) | _numbers(config, evaluate) | _texts(config, sample) | _origin(config, made)
     pictures = _pictures(config, train, evaluate)
     page = render("report.html", card=card and _data(card), **said, **pictures)
