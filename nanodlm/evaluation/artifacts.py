@@ -8,20 +8,23 @@ from nanodlm.data.tokenizer import END_OF_TEXT
 from nanodlm.store import Artifact
 
 
-def lineage(*last: Artifact) -> list[Artifact]:
-    """Return artifacts and all that they were made from, as far as it is still there: what is read comes first."""
-    found: dict[str, Artifact] = {}
+def lineage(*last: Artifact) -> dict[str, Artifact]:
+    """Return artifacts and all that they were made from, as far as it is still there, by stage: what is read is first.
+
+    Each manifest is opened once, and none of those given.
+    """
+    given, found = {one.stage: one for one in last}, dict[str, Artifact]()
 
     def add(artifact: Artifact) -> None:
-        items = [item for item in artifact.inputs if item[0] not in found]
-        for _, read in artifact.store.artifacts(items):
+        for item in artifact.inputs:
+            read = found.get(item[0]) or given.get(item[0]) or next(artifact.store.artifacts([item]))[1]
             if isinstance(read, Artifact) and read.stage not in found:
                 add(read)
         found[artifact.stage] = artifact
 
     for artifact in last:
         add(artifact)
-    return list(found.values())
+    return found
 
 
 def twin(evaluate: Artifact) -> Artifact | None:
@@ -40,9 +43,8 @@ def twin(evaluate: Artifact) -> Artifact | None:
     return max(same, key=lambda one: one.manifest["created"], default=None)
 
 
-def card_of(evaluate: Artifact) -> dict[str, Any] | None:
-    """Return the data card of the shards that were evaluated on, if they have one and are there."""
-    shard = next(evaluate.store.find(*item) for item in evaluate.inputs if item[0] == "shard")
+def card_of(shard: Artifact | None) -> dict[str, Any] | None:
+    """Return the data card of shards, if they are there and have one."""
     return json.loads(shard.file(CARD).read_text()) if shard and has(shard, CARD) else None
 
 

@@ -12,7 +12,6 @@ from nanodlm.config.differences import flat
 from nanodlm.evaluation import figures
 from nanodlm.evaluation.artifacts import logs_of, texts_of
 from nanodlm.evaluation.page import render
-from nanodlm.evaluation.report import interval
 from nanodlm.evaluation.uncertainty import count_documents, ratio_stderr
 from nanodlm.store import Artifact
 
@@ -82,9 +81,6 @@ def bounds(first: np.ndarray, second: np.ndarray) -> dict[str, Any]:
     return {"bits_per_byte": bits, "difference": change, "difference_stderr": error, "p": p, "paired": paired}
 
 
-SIGNIFICANT, SHOWN = 0.05, 3  # the p-value below which a difference is called so; texts of each run on the page
-
-
 def page(runs: list[dict[str, list[Artifact]]], found: list[dict[str, Any]]) -> str:
     """Return a comparison of runs as one HTML file: what `compare` found of the first with each other, and pictures."""
     trained = [run["train"][0] for run in runs]
@@ -94,62 +90,13 @@ def page(runs: list[dict[str, list[Artifact]]], found: list[dict[str, Any]]) -> 
     timed = all(of and of[-1].get("seconds") for of in logs.values())
     settings = [flat(train.manifest["config"]) for train in trained]
     differ = sorted({name for of in found for name in of["settings"]})
-    others = list(zip(names[1:], found, strict=True))
-    samples = [
-        (name, texts_of(run["sample"][-1])[:SHOWN]) for name, run in zip(names, runs, strict=True) if run["sample"]
-    ]
+    written = [texts_of(run["sample"][-1]) if run["sample"] else [] for run in runs]
     return render(
         "compare.html",
-        title=f"{', '.join(names[:-1])} and {names[-1]}",
         names=names,
         date=max(train.manifest["created"] for train in trained)[:10],
-        runs=[(name, *_facts(run)) for name, run in zip(names, runs, strict=True)],
-        verdicts=[
-            f"{name}: {of['not_compared']}." if of["not_compared"] else _verdict(name, names[0], of)
-            for name, of in others
-        ],
-        bounds=[(m["set"], name, *_bound(m)) for name, of in others for m in of["bounds"]],
+        runs=list(zip(names, runs, written, strict=True)),
+        others=list(zip(names[1:], found, strict=True)),
         curves=[figures.curve(logs), figures.curve(logs, "seconds") if timed else ""],
         settings=[(name, *("–" if of.get(name) is None else str(of[name]) for of in settings)) for name in differ],
-        data=[f"{name}: {', '.join(of['data']) or 'the same'}" for name, of in others],
-        code=[(name, of["code"]) for name, of in others],
-        samples=samples,
     )
-
-
-def _facts(run: dict[str, list[Artifact]]) -> list[str]:
-    """Return what a table says of a run: the bound with its interval, and what was trained."""
-    m, t = run["evaluate"][-1].metrics if run["evaluate"] else {}, run["train"][0].metrics
-    bound = f"{m['val_bits_per_byte']:.4f}" if m else "–"
-    return [
-        bound,
-        interval(m),
-        f"{t['parameters']:,}",
-        f"{t['updates']:,}",
-        f"{t['trained_tokens']:,}",
-        f"{t['train_tokens_per_second']:,.0f}",
-    ]
-
-
-def _bound(m: dict[str, Any]) -> list[str]:
-    how = "the same rows, in pairs" if m["paired"] else "other rows: two samples"
-    values = [f"{bits:.4f}" for bits in m["bits_per_byte"]]
-    change = f"{m['difference']:+.4f} ± {m['difference_stderr']:.4f}".replace("-", "−")
-    return [*values, change, _chance(m["p"]), how]
-
-
-def _chance(p: float) -> str:
-    return f"p = {p:.2g}" if p >= 0.001 else "p < 0.001"
-
-
-def _verdict(name: str, first: str, found: dict[str, Any]) -> str:
-    """Return a sentence on the held-out bounds of two runs."""
-    if not found["bounds"]:
-        return f"{name} and {first} have no set of texts in common."
-    m = found["bounds"][0]
-    chance = _chance(m["p"])
-    if m["p"] >= SIGNIFICANT:
-        return f"On {m['set']} text, {name} and {first} do not differ significantly ({chance})."
-    better = "better" if m["difference"] < 0 else "worse"
-    size = f"{abs(m['difference']):.4f} ± {m['difference_stderr']:.4f} bits per byte"
-    return f"On {m['set']} text, {name} is {size} {better} than {first} ({chance})."

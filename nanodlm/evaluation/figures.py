@@ -38,7 +38,7 @@ SERIES = ("blue", "orange", "green", "violet", "rose", "teal")  # of runs, in th
 FONT = "system-ui, sans-serif"
 MEANS = 60  # points of a smoothed line
 STYLE: dict[str, Any] = {
-    "svg.fonttype": "none", "font.family": ["DejaVu Sans"], "font.size": 10, "axes.titlesize": 10,
+    "svg.fonttype": "none", "text.parse_math": False, "font.family": ["DejaVu Sans"], "font.size": 10,
     "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.8, "axes.grid": True,
     "axes.axisbelow": True, "axes.xmargin": 0.01, "legend.frameon": False, "legend.handlelength": 1.4,
     "lines.linewidth": 1.8, "lines.solid_capstyle": "round", "xtick.major.size": 0, "ytick.major.size": 0,
@@ -103,7 +103,7 @@ def lines(alt: str, drawn: Sequence[Line], x: str, y: str, levels: dict[str, flo
             colour = COLOURS[one.colour][0]
             if one.band:
                 axes.fill_between(one.x, *one.band, color=colour, alpha=0.18, linewidth=0)
-            axes.plot(one.x, one.y, one.mark, color=colour, label=one.label, markersize=4.5)
+            axes.plot(one.x, one.y, one.mark, color=colour, label=one.label.lstrip("_"), markersize=4.5)
         for name, value in (levels or {}).items():
             axes.axhline(value, color=COLOURS["orange"][0], linestyle=(0, (5, 3)), linewidth=1.3, label=name)
         axes.set_xlabel(x)

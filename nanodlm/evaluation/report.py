@@ -38,11 +38,11 @@ FACTS = {
 def build(config: Config, inputs: dict[str, Artifact], attempt: Attempt, emit: Emit) -> dict[str, Any]:
     """Gather the results of train, evaluate and sample into `results.json`, `report.html` and `report.md`."""
     train, evaluate, sample = (inputs[name] for name in ("train", "evaluate", "sample"))
-    m, t, card = evaluate.metrics, train.metrics, card_of(evaluate)
+    m, t, made = evaluate.metrics, train.metrics, lineage(evaluate, train, sample)
     results = {"run_name": config.exp.run_name, "train": {name: t[name] for name in RESULTS}, "evaluate": m}
     results |= {"samples": texts_of(sample), "made_from": {name: one.digest for name, one in inputs.items()}}
     (attempt.path / "results.json").write_text(json.dumps(results, indent=1, sort_keys=True))
-    made = {one.stage: one for one in lineage(train, evaluate, sample)}
+    card = card_of(made.get("shard"))
     said = _head(config, made) | _numbers(config, evaluate) | _texts(config, sample) | _origin(config, made)
     pictures = _pictures(config, train, evaluate)
     page = render("report.html", card=card and _data(card), **said, **pictures)
@@ -66,8 +66,8 @@ def _rows(said: dict[str, Any]) -> list[tuple[str, str]]:
         ("scored", said["scored"]),
         ("model", said["what"]),
         *((name, value) for name, value in said["speed"].items() if value),
-        ("parameters", f"sha256 {said['parameters']}"),
-        *((stage, fingerprint) for stage, fingerprint, *_ in said["hashes"]),
+        ("parameters", f"sha256 {said['made']['train'].metrics['parameters_sha256']}"),
+        *((stage, artifact.fingerprint) for stage, artifact in said["made"].items()),
     ]
 
 
@@ -196,27 +196,20 @@ def _data(card: dict[str, Any]) -> dict[str, Any]:
 
 def _origin(config: Config, made: dict[str, Artifact]) -> dict[str, Any]:
     """Return how long the stages took, on what, and what was made from what."""
-    t, seconds = made["train"].metrics, {name: artifact.manifest["seconds"] for name, artifact in made.items()}
+    train, seconds = made["train"], {name: artifact.manifest["seconds"] for name, artifact in made.items()}
     alt = f"Seconds that each stage took: {', '.join(f'{name} {spent:.1f}' for name, spent in seconds.items())}."
     boxes = {n: (_fact(a), tuple(stage for stage, _ in a.inputs if stage in made)) for n, a in made.items()}
-    code = made["train"].manifest.get("code") or {}
-    commit = f"commit {code['commit'][:12]}{', modified since' * code['modified']}" if "commit" in code else "no commit"
-    waiting = (
-        f"{t['waiting_share']:.1%} of the time" if "waiting_share" in t else None
-    )  # not measured by earlier versions
+    waiting = train.metrics.get("waiting_share")  # which earlier versions did not measure
     return {
         "speed": {
-            "training": f"{t['train_tokens_per_second']:,.0f} tokens/s",
-            "devices": f"{t['devices']} × {t['device']}",
-            "waiting for rows": waiting,
+            "training": f"{train.metrics['train_tokens_per_second']:,.0f} tokens/s",
+            "devices": f"{train.metrics['devices']} × {train.metrics['device']}",
+            "waiting for rows": None if waiting is None else f"{waiting:.1%} of the time",
             "all stages": f"{sum(seconds.values()):,.0f} s",
         },
         "times": figures.bars(alt, seconds, "seconds", "blue", "{:,.1f}"),
         "lineage": figures.lineage({**boxes, "report": ("this page", ("train", "evaluate", "sample"))}),
-        "hashes": [(n, a.fingerprint, a.digest, a.uri) for n, a in made.items()],
-        "parameters": t["parameters_sha256"],
-        "code": commit,
-        "packages": ", ".join(f"{name} {version}" for name, version in made["train"].manifest["packages"].items()),
+        "made": made,
         "settings": [(name, json.dumps(v)) for name, v in flat(config.model_dump(mode="json")).items()],
     }
 

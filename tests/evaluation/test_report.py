@@ -172,6 +172,7 @@ def test_curves_of_equal_records_are_equal_and_records_without_numbers_leave_non
     records = [{"step": i, "nats_per_token": 5.0 / i, "val_nats_per_token": None} for i in range(1, 100)]
     assert figures.curve({"a": records}) == figures.curve({"a": records}) != figures.curve({"b": records})
     assert "a: 3.75 to 0.05" in figures.curve({"a": [*records, {"step": 100, "nats_per_token": None}]})
+    assert ">a $x_1$</text>" in figures.curve({"a $x_1$": records, "b": records}), "a name, and no formula"
     for nothing in ([], [{"step": 1, "nats_per_token": None}]):
         assert figures.curve({"a": nothing}) == ""
 
