@@ -88,4 +88,5 @@ def test_score_tells_of_each_answer_its_nats_and_their_error(
     assert "answers given their prompts, what follows masked" in m["protocol"]
     assert "asked.jsonl:1 holds no texts 'question' and 'answer'" in run(*words[:2], "question", *words[3:])
     assert "leave one of them out" in run(*words, "--stride", "4")
-    assert "name a .jsonl file" in run(__file__, *words[1:])
+    plain = file.rename(tmp_path / "asked.txt")
+    assert "name a .jsonl file" in run(str(plain), *words[1:])
