@@ -1,9 +1,10 @@
-"""Tell what updates of a large preset cost on this machine, by the rate at which it computes a few rows of them.
+"""Tell what updates of large presets cost on this machine, by the rate at which it computes a few rows of them.
 
-    python -m benchmarks.cost text8 owt --rows 2 --model.dtype float32      # two CPU cores, which convert bfloat16
-    python -m benchmarks.cost text8 owt --rows 64                           # an accelerator
+    python -m benchmarks.cost                                   # two CPU cores: minutes
+    python -m benchmarks.cost --rows 64 --dtype bfloat16        # an accelerator
+    python -m benchmarks.cost --flops_per_second 495e12         # arithmetic, nothing measured
 
-An update of the preset may be hours here; one of a few rows is seconds, and by the formula of `nanodlm/bench/flops.py`
+An update of a preset may be hours here; one of a few rows is seconds, and by the formula of `nanodlm/bench/flops.py`
 costs as many FLOPs for each token.
 """
 
@@ -22,6 +23,7 @@ def cost(
     steps: int = 3,
     updates: tuple[int, ...] = (1000, 100_000, 500_000),
     dtype: Literal["float32", "bfloat16"] = "float32",
+    flops_per_second: float | None = None,
 ) -> list[dict[str, Any]]:
     """Time updates of a few rows, and print what updates of the preset's own size would take.
 
@@ -31,6 +33,7 @@ def cost(
         steps: Updates that are timed, after one that is not.
         updates: How many are told the time of.
         dtype: Precision of matrix products.
+        flops_per_second: A rate to be taken for that of this machine, so that nothing is timed.
 
     Returns:
         Rows with `preset`, `tokens` and `flops` of its update, `flops_per_second`, and `seconds` of so many `updates`.
@@ -40,14 +43,26 @@ def cost(
     print("|---" * (4 + len(updates)) + "|")
     for name in presets:
         config, few = PRESETS[name], {"batch_size": rows, "grad_acc_steps": 1}
-        measured = train(config.replace(train=few, model={"dtype": dtype}), steps=steps)
-        flops, rate = flops_per_update(config), measured["flops_per_second"]
+        flops, rate = flops_per_update(config), flops_per_second
+        if rate is None:
+            rate = train(config.replace(train=few, model={"dtype": dtype}), steps=steps)["flops_per_second"]
         tokens = config.train.batch_size * config.train.grad_acc_steps * config.model.seq_len
         seconds = [flops * n / rate for n in updates]
         found.append({"preset": name, "tokens": tokens, "flops": flops, "flops_per_second": rate, "seconds": seconds})
-        days = " | ".join(f"{each / 86400:,.3g} days" for each in seconds)
-        print(f"| {name} | {tokens:,} | {flops / 1e12:,.1f} | {rate / 1e9:,.1f} | {days} |")
+        times = " | ".join(_told(each) for each in seconds)
+        print(f"| {name} | {tokens:,} | {flops / 1e12:,.1f} | {rate / 1e9:,.1f} | {times} |")
     return found
+
+
+def _told(seconds: float) -> str:
+    """Return a time in the largest unit of which it is two or more, or in minutes.
+
+    >>> _told(5.4e6), _told(7000)
+    ('62 days', '117 min')
+    """
+    units = (("years", 365.25 * 86400), ("days", 86400), ("h", 3600))
+    unit, length = next(((unit, length) for unit, length in units if seconds >= 2 * length), ("min", 60))
+    return f"{seconds / length:,.2g} {unit}" if seconds < 100 * length else f"{seconds / length:,.0f} {unit}"
 
 
 if __name__ == "__main__":

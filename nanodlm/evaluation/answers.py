@@ -5,6 +5,9 @@ rows says how likely the text goes on so, whatever comes then. One of padded row
 nothing there, so that its bound is given how long the answer is. From left to right it makes no difference.
 """
 
+from contextlib import suppress
+from typing import Any
+
 import numpy as np
 import orjson
 import tiktoken
@@ -26,12 +29,14 @@ def read_pairs(file: str, prompt: str, answer: str, most: int | None = None) -> 
     pairs = []
     with open(file, encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
-            try:
+            found: Any = None
+            with suppress(ValueError, LookupError, TypeError):
                 row = orjson.loads(line)
-                pairs.append((str.__str__(row[prompt]), str.__str__(row[answer])))
-            except (ValueError, LookupError, TypeError) as error:
+                found = row[prompt], row[answer]
+            if not (found and all(isinstance(text, str) for text in found) and found[1]):
                 what = f"{file}:{number} holds no texts {prompt!r} and {answer!r}"
-                raise NanodlmError(f"{what}: set --given and --column to names of its fields") from error
+                raise NanodlmError(f"{what}: set --given and --column to names of its fields")
+            pairs.append(found)
     return [pairs[i] for i in evenly_spaced(len(pairs), most)]
 
 

@@ -3,31 +3,23 @@
 import json
 import math
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nanodlm.build import make_model
 from nanodlm.cli.main import main
 from nanodlm.config import ScoreConfig
 from nanodlm.data import tokenizer
-from nanodlm.data.vocabulary import Vocabulary
 from nanodlm.evaluation.answers import text_of
 from nanodlm.evaluation.scoring import Drawn, draw
 from nanodlm.model.transformer import Transformer
 from nanodlm.store import Artifact, Store
-from tests.support.training import tiny
+from tests.support.training import untrained
 
 BYTES = tokenizer.plain_bytes()
 MASK = 257
-
-
-def network(rows: str = "stream", **objective: Any) -> Transformer:
-    config = tiny(data={"rows": rows}, model={"seq_len": 8, "zero_init": False}, objective=objective)
-    return make_model(config, Vocabulary.of(BYTES))
 
 
 def scored(model: Transformer, *pairs: tuple[str, str], repeats: int = 1) -> Drawn:
@@ -36,7 +28,7 @@ def scored(model: Transformer, *pairs: tuple[str, str], repeats: int = 1) -> Dra
 
 
 def test_from_left_to_right_an_answer_costs_minus_log_p_after_its_prompt_whatever_follows() -> None:
-    model, text = network(kind="autoregressive"), b"I: yes"
+    model, text = untrained(kind="autoregressive"), b"I: yes"
     x = jnp.array([[MASK, *text[:-1]]])
     log_p = jax.nn.log_softmax(model(x, jnp.zeros((1, 6)))[0, :, :MASK])
     expected = [-float(log_p[i, text[i]]) for i in range(6)]
@@ -49,7 +41,7 @@ def test_from_left_to_right_an_answer_costs_minus_log_p_after_its_prompt_whateve
 def test_under_masks_an_answer_of_one_token_costs_what_the_network_says_there_with_or_without_sight_of_an_end(
     rows: str,
 ) -> None:
-    model = network(rows, kind="absorbing")
+    model = untrained(rows, kind="absorbing")
     hidden = jnp.array([[*b"ab", MASK, MASK, MASK, MASK, MASK, MASK]])
     seen = hidden if rows == "stream" else hidden[:, :3]  # of padding a network of documents reads nothing
     log_p = jax.nn.log_softmax(model(seen, jnp.zeros(1))[0, 2, :MASK])
@@ -58,7 +50,7 @@ def test_under_masks_an_answer_of_one_token_costs_what_the_network_says_there_wi
 
 
 def test_uniform_noise_knows_no_masks_so_that_an_answer_ends_its_row() -> None:
-    model, short = network(kind="uniform"), text_of([("ab", "cd")], BYTES, 4)
+    model, short = untrained(kind="uniform"), text_of([("ab", "cd")], BYTES, 4)
     alone = draw(model, short.rows * 8, np.full(8, 2), ScoreConfig(batch_size=8, repeats=40))
     padded = scored(model, *[("ab", "cd")] * 8, repeats=40)
     difference = padded.by_row.sum(axis=1).mean() - alone.by_row.sum(axis=1).mean()
@@ -94,6 +86,7 @@ def test_score_tells_of_each_answer_its_nats_and_their_error(
     assert (m["tokens"], m["documents"], m["draws"]) == (18, 9, 4)
     assert all(0 < line["noise_stderr"] < line["nats"] for line in found)
     assert "answers given their prompts, what follows masked" in m["protocol"]
-    assert "asked.jsonl:1 holds no texts 'question' and 'answer'" in run(str(file), "--given", "question")
+    assert "asked.jsonl:1 holds no texts 'question' and 'answer'" in run(*words[:2], "question", *words[3:])
     assert "leave one of them out" in run(*words, "--stride", "4")
-    assert "name a .jsonl file" in run(__file__, *words[1:])
+    plain = file.rename(tmp_path / "asked.txt")
+    assert "name a .jsonl file" in run(str(plain), *words[1:])

@@ -20,35 +20,17 @@ if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
 
 ROWS = [{"asked": f"{n} and one is", "answers": [f" {n + 1}", " the people"], "right": n % 2} for n in range(6)]
-NEXT: list[Any] = [SimpleNamespace(args=(row["asked"], {"max_gen_toks": 2})) for row in ROWS]
-TASKS: dict[str, dict[str, Any]] = {
-    "choice": {
-        "output_type": "multiple_choice",
-        "doc_to_text": "{{asked}}",
-        "doc_to_choice": "{{answers}}",
-        "doc_to_target": "right",
-        "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
-    },
-    "whole": {
-        "output_type": "loglikelihood_rolling",
-        "doc_to_text": "",
-        "doc_to_target": "{{asked}}{{answers[1]}}",
-        "metric_list": [{"metric": "bits_per_byte"}, {"metric": "byte_perplexity"}],
-    },
-    "next": {
-        "output_type": "loglikelihood",
-        "doc_to_text": "{{asked}}",
-        "doc_to_target": "{{answers[0]}}",
-        "metric_list": [{"metric": "perplexity"}, {"metric": "acc"}],
-    },
-    "told": {
-        "output_type": "generate_until",
-        "doc_to_text": "{{asked}}",
-        "doc_to_target": "{{answers[0]}}",
-        "generation_kwargs": {"until": ["e"], "max_gen_toks": 12},
-        "metric_list": [{"metric": "exact_match"}],
-    },
-}
+TASKS = {
+    "choice": ("multiple_choice", "{{asked}}", "right", ["acc"], {"doc_to_choice": "{{answers}}"}),
+    "whole": ("loglikelihood_rolling", "", "{{asked}}{{answers[1]}}", ["bits_per_byte"], {}),
+    "next": ("loglikelihood", "{{asked}}", "{{answers[0]}}", ["perplexity", "acc"], {}),
+    "told": ("generate_until", "{{asked}}", "{{answers[0]}}", ["exact_match"],
+             {"generation_kwargs": {"until": ["e"], "max_gen_toks": 12}}),
+}  # fmt: skip
+
+
+def request(*arguments: Any) -> Any:
+    return SimpleNamespace(args=arguments)
 
 
 @pytest.fixture(scope="module")
@@ -59,17 +41,12 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> "TaskManager":
         from lm_eval.tasks import TaskManager
     folder = tmp_path_factory.mktemp("tasks")
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    source = {"data_files": {"test": str(folder / "rows.jsonl")}, "cache_dir": str(folder / "cache")}
-    for name, task in TASKS.items():
-        read = {
-            "task": name,
-            "dataset_path": "json",
-            "dataset_kwargs": source,
-            "test_split": "test",
-            "target_delimiter": "",
-            **task,
-        }
-        (folder / f"{name}.yaml").write_text(yaml.safe_dump(read))
+    files = {"data_files": {"test": str(folder / "rows.jsonl")}, "cache_dir": str(folder / "cache")}
+    read = {"dataset_path": "json", "dataset_kwargs": files, "test_split": "test", "target_delimiter": ""}
+    for name, (kind, prompt, answer, metrics, more) in TASKS.items():
+        task = {"task": name, "output_type": kind, "doc_to_text": prompt, "doc_to_target": answer, **read, **more}
+        task["metric_list"] = [{"metric": metric} for metric in metrics]
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(task))
     return TaskManager(include_path=str(folder), include_defaults=False)
 
 
@@ -81,45 +58,40 @@ def test_the_harness_scores_tasks_of_every_sort_by_the_bound(tasks: "TaskManager
 
     from nanodlm.evaluation.harness import Harness
 
-    trained = nanodlm.train(tiny(objective={"kind": kind}), models.uri())
-    model = Harness(trained.uri, draws=8)
+    model = Harness(nanodlm.train(tiny(objective={"kind": kind}), models.uri()).uri, draws=8)
     exact = kind == "autoregressive"  # likelihoods of several tasks are asked for at once, and so share their noise
     asked = [*TASKS] if exact else ["choice", "whole", "told"]
     found = lm_eval.simple_evaluate(model, tasks=asked, task_manager=tasks, log_samples=True, bootstrap_iters=10)
     assert found is not None
+
+    def nats(pairs: list[tuple[str, str]]) -> np.ndarray:
+        text = text_of(pairs, model._encoding, 32)
+        return draw(model._network, text.rows, text.given, ScoreConfig(repeats=8)).by_row.mean(axis=0)
+
     results, samples = found["results"], found["samples"]
-    pairs = [(row["asked"], answer) for row in ROWS for answer in row["answers"]]
-    text = text_of(pairs, model._encoding, 32)
-    nats = draw(model._network, text.rows, text.given, ScoreConfig(repeats=8)).by_row.mean(axis=0).reshape(-1, 2)
-    scored = [[of[0][0] for of in one["resps"]] for one in sorted(samples["choice"], key=lambda one: one["doc_id"])]
-    assert np.allclose(scored, -nats, rtol=1e-4)
-    right = (nats.argmin(axis=1) == [row["right"] for row in ROWS]).mean()
-    assert results["choice"]["acc,none"] == pytest.approx(right)
-    whole = text_of([("", row["asked"] + row["answers"][1]) for row in ROWS], model._encoding, 32)
-    bound = draw(model._network, whole.rows, whole.given, ScoreConfig(repeats=8)).nats
-    assert results["whole"]["bits_per_byte,none"] == pytest.approx(bound.mean() / np.log(2), rel=1e-4)
+    of = nats([(row["asked"], answer) for row in ROWS for answer in row["answers"]]).reshape(-1, 2)
+    scored = [[one[0][0] for one in s["resps"]] for s in sorted(samples["choice"], key=lambda s: s["doc_id"])]
+    assert np.allclose(scored, -of, rtol=1e-4)
+    assert results["choice"]["acc,none"] == pytest.approx((of.argmin(axis=1) == [r["right"] for r in ROWS]).mean())
+    texts = [row["asked"] + row["answers"][1] for row in ROWS]
+    bits = nats([("", text) for text in texts]).sum() / np.log(2) / sum(map(len, texts))
+    assert results["whole"]["bits_per_byte,none"] == pytest.approx(bits, rel=1e-4)
+    assert all(len(s["resps"][0][0]) <= 12 and "e" not in s["resps"][0][0] for s in samples["told"])
     if exact:
-        right = [answer == row["answers"][0] for row, answer in zip(ROWS, model.generate_until(NEXT), strict=True)]
+        told = model.generate_until([request(row["asked"], {"max_gen_toks": 2}) for row in ROWS])
+        right = [answer == row["answers"][0] for row, answer in zip(ROWS, told, strict=True)]
         assert results["next"]["acc,none"] == pytest.approx(np.mean(right))
-        assert results["next"]["perplexity,none"] == pytest.approx(np.exp(nats[:, 0].mean()), rel=1e-4)
-    told = [one["resps"][0][0] for one in samples["told"]]
-    assert all(len(text) <= 12 and "e" not in text for text in told)
+        assert results["next"]["perplexity,none"] == pytest.approx(np.exp(of[:, 0].mean()), rel=1e-4)
 
 
 @pytest.mark.slow
 def test_an_answer_is_greedy_when_it_is_what_the_model_goes_on_with(trained: Artifact) -> None:
     from nanodlm.evaluation.harness import Harness
 
-    model = Harness(trained.uri, draws=2)
-
-    def asked(*arguments: Any) -> Any:
-        return SimpleNamespace(args=arguments)
-
-    (told,) = model.generate_until([asked("The people of", {"max_gen_toks": 5})])
-    wrong = "~" * len(told)
-    found = model.loglikelihood([asked("The people of", told), asked("The people of", wrong)])
+    model, prompt = Harness(trained.uri, draws=2), "The people of"
+    (told,) = model.generate_until([request(prompt, {"max_gen_toks": 5})])
+    found = model.loglikelihood([request(prompt, told), request(prompt, "~" * len(told))])
     assert [greedy for _, greedy in found] == [True, False]
     assert found[0][0] > found[1][0]
-    assert model.loglikelihood([asked("The people of", told)] * 2)[0][1]
-    (drawn,) = model.generate_until([asked("x" * 100, {"do_sample": True, "temperature": 5.0})])
-    assert len(drawn) <= 16 * 4
+    (drawn,) = model.generate_until([request("x" * 100, {"do_sample": True, "temperature": 5.0})])
+    assert 0 < len(drawn) <= 16

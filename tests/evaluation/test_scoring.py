@@ -23,22 +23,17 @@ from nanodlm.evaluation import compare
 from nanodlm.evaluation.compare import bounds
 from nanodlm.evaluation.evaluate import ROW, Text, score
 from nanodlm.evaluation.scoring import draw
-from nanodlm.model.transformer import Transformer
 from nanodlm.stages import run as stages_run
 from nanodlm.store import Artifact, Store
-from tests.support.training import tiny
+from tests.support.training import tiny, untrained
 
 BYTES = tokenizer.plain_bytes()
 MASK = 257
 
 
-def network(**objective: Any) -> Transformer:
-    return make_model(tiny(model={"seq_len": 8, "zero_init": False}, objective=objective), Vocabulary.of(BYTES))
-
-
 @pytest.mark.parametrize("objective", [{"kind": "absorbing"}, {"kind": "block", "block_size": 4}])
 def test_what_is_given_is_context_and_the_bound_is_on_the_rest(objective: dict[str, Any]) -> None:
-    model, row = network(**objective), np.array([40, 50, 60, 70], np.int32)
+    model, row = untrained(**objective), np.array([40, 50, 60, 70], np.int32)
     options = {"context": jnp.asarray(row)[None]} if model.block_size else {}
     expected = 0.0
     for n in (1, 2):  # of the two last tokens, so many are masked, each subset as often
@@ -59,14 +54,14 @@ def test_what_is_given_is_context_and_the_bound_is_on_the_rest(objective: dict[s
 @pytest.mark.parametrize("kind", ["absorbing", "uniform", "hybrid", "block", "autoregressive"])
 def test_every_kind_charges_nothing_for_what_is_given(kind: str) -> None:
     rows, given = list(np.random.default_rng(0).integers(0, 257, (6, 8), dtype=np.int32)), np.array([0, 3, 5, 7, 2, 1])
-    nats, _, error, _ = draw(network(kind=kind, block_size=3), rows, given, ScoreConfig(batch_size=4))
+    nats, _, error, _ = draw(untrained(kind=kind, block_size=3), rows, given, ScoreConfig(batch_size=4))
     assert len(nats) == 48 - given.sum()
     assert np.isfinite(nats).all()
     assert error == (0.0 if kind == "autoregressive" else None)
 
 
 def test_a_stride_gives_an_autoregressive_model_more_context_and_scores_every_token_once() -> None:
-    model, tokens = network(kind="autoregressive"), np.random.default_rng(0).integers(0, 256, 21, dtype=np.int32)
+    model, tokens = untrained(kind="autoregressive"), np.random.default_rng(0).integers(0, 256, 21, dtype=np.int32)
     text = Text.cut(tokens, 8, 256, ScoreConfig(stride=3))
     assert np.array_equal(np.concatenate(text.scored), tokens)
     assert {len(row) for row in text.rows} == {8}

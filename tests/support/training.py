@@ -2,7 +2,11 @@
 
 from typing import Any
 
+from nanodlm.build import make_model
 from nanodlm.config import PRESETS, Config
+from nanodlm.data.tokenizer import plain_bytes
+from nanodlm.data.vocabulary import Vocabulary
+from nanodlm.model.transformer import Transformer
 from tests.support.commands import speeches
 
 
@@ -16,6 +20,12 @@ def tiny(**groups: dict[str, Any]) -> Config:
         exp={"save_every": 5, "log_every": 3, "val_rows": 0},
     )
     return base.replace(**groups)
+
+
+def untrained(rows: str = "stream", **objective: Any) -> Transformer:
+    """A network of bytes in rows of 8, whose layers are all at random."""
+    config = tiny(data={"rows": rows}, model={"seq_len": 8, "zero_init": False}, objective=objective)
+    return make_model(config, Vocabulary.of(plain_bytes()))
 
 
 MANY = tiny(
