@@ -29,7 +29,7 @@ ROOMS = {
     "training": {
         "build", "checkpoints", "config", "data", "devices", "diffusion", "errors", "evaluation", "model", "store",
     },
-    "generation": {"build", "checkpoints", "config", "data", "diffusion", "errors", "model", "store"},
+    "generation": {"build", "checkpoints", "config", "data", "diffusion", "errors", "evaluation", "model", "store"},
     "stages": {"checkpoints", "config", "data", "errors", "evaluation", "store", "training"},
     "upkeep": {"checkpoints", "config", "data", "errors", "stages", "store"},
     "cluster": {"config", "errors", "stages", "store"},

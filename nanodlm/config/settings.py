@@ -260,6 +260,9 @@ class SampleConfig(Group):
     """Time at which `remdm_loop` remasks."""
     prompt: str = ""
     """Text every sample begins with."""
+    judge: Url = ""
+    """What scores the samples from left to right: `twin`, an autoregressive network of the same sizes that is trained
+    on the same tokens, or one that is in the store, by its run or address; none by default."""
     seed: int = Field(default=0, ge=0, lt=2**31)
     """Seed of the draw."""
 

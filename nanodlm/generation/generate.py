@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 def generate(config: Config, inputs: dict[str, "Artifact"], attempt: "Attempt", emit: Emit) -> dict[str, Any]:
     """Draw `sample.num_samples` texts and write them to `samples.txt`, `samples.jsonl` and `tokens.npy`."""
     from nanodlm.checkpoints.loading import load_artifact  # `make_draw` is timed where no store can be opened
+    from nanodlm.evaluation.judge import measured
 
     options = config.sample
     model, encoding = load_artifact(inputs["train"])
@@ -39,7 +40,8 @@ def generate(config: Config, inputs: dict[str, "Artifact"], attempt: "Attempt", 
     (attempt.path / "samples.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     shown = [text.replace(END_OF_TEXT, "\n\n") for text in texts]
     (attempt.path / "samples.txt").write_text(f"\n{'-' * 72}\n".join(shown))
-    return {"samples": len(texts), "sample_tokens": int(tokens.size), "first_sample": shown[0]}
+    counts = {"samples": len(texts), "sample_tokens": int(tokens.size), "first_sample": shown[0]}
+    return counts | measured(config, inputs["shard"], tokens, encoding)
 
 
 def make_draw(
@@ -54,7 +56,7 @@ def make_draw(
     if len(prompt) >= length:
         remedy = "shorten --sample.prompt" + " or raise --sample.length" * bool(model.block_size)
         raise UsageError(f"the prompt has {len(prompt)} tokens and texts have {length}: {remedy}")
-    how: dict[str, Any] = options.model_dump(exclude={"prompt", "length", "num_samples", "seed"})
+    how: dict[str, Any] = options.model_dump(exclude={"prompt", "length", "num_samples", "seed", "judge"})
     graphdef = nnx.graphdef(model)
 
     def draw(params: Any, key: Key[Array, ""]) -> Int[Array, "B L"]:
