@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from itertools import product
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import jax
@@ -26,6 +27,7 @@ from nanodlm.model.transformer import Transformer
 Choice = dict[str, Any]  # `sampler`, `num_steps` and `temperature`
 LEAST = 0.95  # of the entropy of real text
 LEFT_TO_RIGHT = "autoregressive"
+CALLS = ("extend", "denoise_block", "read_row", "denoise_within")  # methods of a network that run its layers
 COSTS = {"calls_per_token": "network calls per token", "seconds_per_text": "seconds per text"}
 
 
@@ -35,23 +37,16 @@ class Counted:
     def __init__(self, network: Transformer, calls: list[int]):
         self._network, self._calls = network, calls
 
-    def __getattr__(self, name: str) -> Any:  # what it was trained on, and how it is shaped
-        return getattr(self._network, name)
+    def __call__(self, *arguments: Any) -> Any:
+        return self._counted(self._network, *arguments)
 
-    def _count(self) -> None:
+    def __getattr__(self, name: str) -> Any:  # also what it was trained on, and how it is shaped
+        found = getattr(self._network, name)
+        return MethodType(lambda self, *of: self._counted(found, *of), self) if name in CALLS else found
+
+    def _counted(self, function: Any, *arguments: Any) -> Any:
         jax.debug.callback(lambda: self._calls.append(1))
-
-    def __call__(self, *arguments: Any, **options: Any) -> Any:
-        self._count()
-        return self._network(*arguments, **options)
-
-    def extend(self, *arguments: Any) -> Any:
-        self._count()
-        return self._network.extend(*arguments)
-
-    def denoise_block(self, *arguments: Any) -> Any:
-        self._count()
-        return self._network.denoise_block(*arguments)
+        return function(*arguments)
 
 
 def choices(
