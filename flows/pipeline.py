@@ -25,7 +25,7 @@ from nanodlm.flows.own_run import built_before, fail, hold_device, working_for_r
 from nanodlm.flows.reporting import WATCHER, RunLog, show_run
 from nanodlm.flows.server import check_server, ephemeral_server
 from nanodlm.stages import table
-from nanodlm.stages.lookup import ready
+from nanodlm.stages.lookup import named_judge, read_by, ready
 from nanodlm.stages.process import run_in_process
 from nanodlm.stages.progress import Watcher
 from nanodlm.stages.run import default_store, enter_folder, record, run_stage
@@ -63,7 +63,7 @@ def stage_task(
         if lookup.note:
             shown.emit("message", text=lookup.note)
         if lookup.artifact and not again:
-            found = record(lookup.artifact, "cached", time.monotonic() - started)
+            found = record(lookup.artifact, "cached", time.monotonic() - started, name)
             shown.done(lookup.artifact, found)
             return Completed(name="Cached", data=(lookup.artifact, found))
         if not build:
@@ -76,11 +76,11 @@ def stage_task(
                 artifact, found = run_stage(name, config, store, rebuild=again, inputs=inputs, emit=shown.emit)
             else:
                 launch = options.get("train_on", HERE)
-                if name == "train" and launch.target != "process":
+                if lookup.stage.folder == "train" and launch.target != "process":
                     artifact = run_on_cluster(lookup, config, store, launch, rebuild=again, emit=shown.emit)
                 else:
                     artifact = run_in_process(lookup, config, store, rebuild=again, emit=shown.emit)
-                found = record(artifact, "built", time.monotonic() - started)
+                found = record(artifact, "built", time.monotonic() - started, name)
         shown.done(artifact, found)
         return artifact, found
     except Unreachable:  # which may pass
@@ -109,15 +109,15 @@ def _stages(
     config: Config, url: str, until: str, rebuild: str | None, *, alone: bool = False, **options: Any
 ) -> Records:
     """Go through stages in order; `alone`, all that the last one needs must be there. Return the record of each."""
-    found: Inputs = {}
-    records, names = [], table.needed(config, until) if alone else table.until(until)
+    records, names = [], table.needed(config, until) if alone else table.until(until, config)
     check_rebuild(rebuild, until)
     if url.startswith("memory:"):
         raise UsageError("a store in memory is seen by no other process: give store a folder or a bucket")
-    elsewhere = {"train"} if options.get("train_on", HERE) != HERE else set()
+    elsewhere = {"train", "twin"} if options.get("train_on", HERE) != HERE else set()
     table.check(config, {until} - elsewhere if alone else {*names} - elsewhere)
+    found = named_judge(config, Store(url)) if "judge" in names else {}
     for name in names:
-        inputs = {input_: found[input_] for input_ in STAGES[name].inputs(config)}
+        inputs = read_by(STAGES[name], config, found)
         with untagged():
             make = stage_task.with_options(name=name, task_run_name=name)
             build, given = not alone or name == until, cast(Inputs, quote(inputs))

@@ -39,8 +39,8 @@ ROOMS = {
     },
     "flows": {"cluster", "config", "errors", "evaluation", "stages", "store", "upkeep"},
     "cli": {
-        "bench", "checkpoints", "cluster", "config", "data", "devices", "errors", "evaluation", "flows", "generation",
-        "stages", "store", "upkeep",
+        "bench", "checkpoints", "cluster", "config", "data", "devices", "diffusion", "errors", "evaluation", "flows",
+        "generation", "stages", "store", "upkeep",
     },
     "__init__": {"checkpoints", "config", "diffusion", "stages"},
     "__main__": {"cli"},

@@ -4,7 +4,7 @@ import contextlib
 import re
 from pathlib import Path
 
-from nanodlm.config import parse_address
+from nanodlm.config import is_twin, parse_address
 from nanodlm.errors import Damaged, NanodlmError, UsageError
 from nanodlm.store import Artifact, Part, Store
 from nanodlm.store.manifest import MANIFEST, NAME
@@ -56,7 +56,8 @@ def find_model(model: str, store: Store) -> str:
     """Return the address that `load` takes of a model: named by its run, by an address or the beginning of one, or an
     exported folder.
 
-    Of several runs of one name, and where nothing is said, it is the one that was made last.
+    Of several runs of one name, and where nothing is said, it is the one that was made last. Twins, which are trained
+    to judge others, have to be named.
     """
     if model and is_exported(model):
         return model
@@ -64,7 +65,8 @@ def find_model(model: str, store: Store) -> str:
         return store.open(model).uri if re.fullmatch("[a-z]+/[0-9a-f]{4,64}", model) else model
     found = [artifact for _, artifact in store.artifacts(item for item in store if item[0] == "train")]
     trained = [artifact for artifact in found if isinstance(artifact, Artifact)]
-    named = [one for one in trained if model in ("", (one.manifest["config"] or {}).get("exp", {}).get("run_name"))]
+    names = [(one.manifest["config"] or {}).get("exp", {}).get("run_name", "") for one in trained]
+    named = [one for one, name in zip(trained, names, strict=True) if model == name or not (model or is_twin(name))]
     if named:
         return max(named, key=lambda one: (one.manifest["created"], one.fingerprint)).uri
     if re.fullmatch("[0-9a-f]{4,64}", model):

@@ -68,7 +68,8 @@ class Console:
         """Print the line of a finished stage, and which of the files that made it have changed since."""
         from nanodlm.store import changed_since, remark
 
-        self.artifacts[artifact.stage] = artifact
+        if record["stage"] == artifact.stage:  # not what is as another of this run's, such as a judge
+            self.artifacts[artifact.stage] = artifact
         self._records.append(record)
         built = record["status"] == "built"
         status = f"[green]built  {record['seconds']:7.1f} s[/green]" if built else f"[cyan]{'cached':<16}[/cyan]"

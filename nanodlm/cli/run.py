@@ -56,7 +56,7 @@ def run(
             if lookup.note:
                 out.emit("message", text=lookup.note)
             if lookup.artifact:
-                out.done(lookup.artifact, record(lookup.artifact, "cached", 0.0))
+                out.done(lookup.artifact, record(lookup.artifact, "cached", 0.0, lookup.stage.name))
     else:
         quiet_prefect()
         if not os.environ.get("PREFECT_API_URL"):
@@ -177,11 +177,19 @@ def sample(config: Settings, how: Annotated[Alone, arg(name="")], *, store: Open
     _run_alone("sample", config, how, store, out)
 
 
+def judge(config: Settings, how: Annotated[Alone, arg(name="")], *, store: OpenStore, out: Output) -> None:
+    """Run the judge stage alone, in this process, from what the store holds."""
+    if not config.sample.judge:
+        raise UsageError("nothing is named that judges: set --sample.judge twin, or to an autoregressive model")
+    _run_alone("judge", config, how, store, out)
+
+
 def _run_alone(name: str, config: Config, how: Alone, store: Store, out: Console) -> None:
     end_with_parent()
     # What one process has compiled serves the next, a resumed run above all.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_dir() / "compiled"))
-    inputs, helping, needed = None, False, table.STAGES[name].inputs(config)
+    inputs, helping = None, False
+    needed = [table.STAGES[read].folder for read in table.STAGES[name].inputs(config)]
     if how.inputs:
         named = {stage: fingerprint for stage, _, fingerprint in (word.partition("=") for word in how.inputs)}
         if set(named) != set(needed) or not all(named.values()):
@@ -230,7 +238,7 @@ def launch(
             with out.showing(stage) as emit:
                 artifact = run_on_cluster(lookup, config, store, to, rebuild=rebuild, emit=emit)
             status = "built"
-        out.done(artifact, record(artifact, status, time.monotonic() - began))
+        out.done(artifact, record(artifact, status, time.monotonic() - began, stage))
         out.text(artifact.uri)
     else:
         out.text(str(SCHEDULERS[to.target].submit(work)), f"`nanodlm ls --store {store.uri()}` shows what is done")

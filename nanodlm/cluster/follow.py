@@ -25,7 +25,8 @@ def run_on_cluster(
     What `emit` is called with comes through the store. When this is interrupted, the job is cancelled; it saves, and
     the next run goes on where it was. When this is killed the job goes on, and the next call follows it.
     """
-    scheduler, address, shown = SCHEDULERS[launch.target], (lookup.stage.name, lookup.fingerprint), {}
+    scheduler, address, shown = SCHEDULERS[launch.target], (lookup.stage.folder, lookup.fingerprint), {}
+    config = lookup.stage.of(config)
     job = scheduler.submit(Work(config, store.uri(), launch, address[0], lookup.input_fingerprints, rebuild))
     asked, ended = time.monotonic(), None
     try:

@@ -90,4 +90,23 @@ def sampling_settings(config: Config) -> dict[str, Any]:
     """Return the settings that determine what is sampled from a network: those of `sample`, and another schedule."""
     config = as_read(config)
     other = config.schedule != Config().schedule and not schedule_trains(config)
-    return config.sample.model_dump() | ({"schedule": config.schedule.model_dump()} if other else {})
+    return config.sample.model_dump(exclude={"judge"}) | ({"schedule": config.schedule.model_dump()} if other else {})
+
+
+def twin(config: Config) -> Config:
+    """Return the configuration of the autoregressive network of the same sizes and tokens, which can judge samples."""
+    name = f"{config.exp.run_name}-twin".removeprefix("-")
+    return config.replace(
+        objective={"kind": "autoregressive", "estimator": None},
+        sample={"sampler": "ancestral", "guidance": 0.0, "judge": ""},
+        exp={"run_name": name, "resume_path": "", "allow_changed": ()},
+    )
+
+
+def is_twin(run_name: str) -> bool:
+    """Say if a run of this name was made by `twin`.
+
+    >>> is_twin("twin"), is_twin("mine-twin"), is_twin("")
+    (True, True, False)
+    """
+    return f"-{run_name}".endswith("-twin")

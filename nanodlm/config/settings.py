@@ -279,6 +279,9 @@ class SampleConfig(SamplerConfig):
     """Tokens per text; none is the model's seq_len. Only `block` and `autoregressive` models write more than that."""
     prompt: str = ""
     """Text every sample begins with."""
+    judge: Url = ""
+    """What scores the samples from left to right: `twin`, an autoregressive network of the same sizes that is trained
+    on the same tokens, or one that is in the store, by its run or address; none by default."""
     seed: int = Field(default=0, ge=0, lt=2**31)
     """Seed of the draw."""
 

@@ -1,7 +1,7 @@
 """Rows of token ids as ArrayRecord files: one row a record, little-endian, random access."""
 
 import resource
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import closing
 from itertools import chain
 from pathlib import Path
@@ -56,6 +56,15 @@ def open_rows(path: Path) -> ArrayRecordReader:
     if not reader.ok():  # not to be closed: that raises what is wrong in the reader's own words
         raise Damaged(f"{path} is not a whole ArrayRecord file: rebuild it with --rebuild shard")
     return reader
+
+
+def stream(path: Path, dtype: str, tokens: int = 1 << 20) -> Iterator[np.ndarray]:
+    """Yield the rows of a file whose rows are of one length, about so many tokens at a time: (R, L) each."""
+    with closing(open_rows(path)) as reader:
+        size = len(reader.read(0, 1)[0]) // np.dtype(dtype).itemsize if reader.num_records() else 1
+        for start in range(0, reader.num_records(), step := max(1, tokens // size)):
+            records = reader.read(start, min(start + step, reader.num_records()))
+            yield np.frombuffer(b"".join(records), dtype).reshape(len(records), -1)
 
 
 def read(path: Path, dtype: str) -> list[np.ndarray]:

@@ -30,6 +30,7 @@ def generate(config: Config, inputs: dict[str, "Artifact"], attempt: "Attempt", 
     The steps of the first ones are in `steps.json`, as `watch.Recording`s, and in `slider.html`, for a page to hold.
     """
     from nanodlm.checkpoints.loading import load_artifact  # `make_draw` is timed where no store can be opened
+    from nanodlm.evaluation.judge import measured
     from nanodlm.generation.slider import fragment
     from nanodlm.generation.watch import record
 
@@ -56,7 +57,8 @@ def generate(config: Config, inputs: dict[str, "Artifact"], attempt: "Attempt", 
     (attempt.path / "samples.txt").write_text(f"\n{'-' * 72}\n".join(shown))
     (attempt.path / "steps.json").write_text(json.dumps([recording._asdict() for recording in recordings]))
     (attempt.path / "slider.html").write_text(fragment(recordings))
-    return {"samples": len(texts), "sample_tokens": int(tokens.size), "first_sample": shown[0]}
+    counts = {"samples": len(texts), "sample_tokens": int(tokens.size), "first_sample": shown[0]}
+    return counts | measured(config, inputs["shard"], tokens, encoding)
 
 
 def make_walk(
@@ -71,7 +73,7 @@ def make_walk(
     if len(prompt) >= length:
         remedy = "shorten --sample.prompt" + " or raise --sample.length" * bool(model.block_size)
         raise UsageError(f"the prompt has {len(prompt)} tokens and texts have {length}: {remedy}")
-    how: dict[str, Any] = options.model_dump(exclude={"prompt", "length", "num_samples", "seed"})
+    how: dict[str, Any] = options.model_dump(exclude={"prompt", "length", "num_samples", "seed", "judge"})
     graphdef = nnx.graphdef(model)
 
     def walk(params: Any, key: Key[Array, ""]) -> Walk:

@@ -4,9 +4,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
+from nanodlm.checkpoints.finding import find_model
 from nanodlm.config import Config, differences
-from nanodlm.errors import Damaged, NanodlmError, SourceGone
-from nanodlm.stages.table import NAMES, STAGES, Stage
+from nanodlm.errors import Damaged, NanodlmError, SourceGone, UsageError
+from nanodlm.stages.table import STAGES, Stage
 from nanodlm.store import SCHEMA, Artifact, Store, changed_since, fingerprint_of
 
 
@@ -39,7 +40,7 @@ class Lookup:
     def find_in(self, store: Store, *, may_be_damaged: bool = False) -> Self:
         """Return this lookup with the artifact that the store holds now, which is checked unless it may be damaged."""
         try:
-            artifact = store.find(self.stage.name, self.fingerprint)
+            artifact = store.find(self.stage.folder, self.fingerprint)
             if artifact:
                 artifact.check()
         except Damaged:
@@ -53,7 +54,7 @@ def identify(stage: Stage, config: Config, inputs: dict[str, Artifact]) -> Looku
     """Return a stage's identity and fingerprint, without asking the store."""
     identity = {
         "schema": SCHEMA,
-        "stage": stage.name,
+        "stage": stage.folder,
         "version": stage.version,
         "parameters": stage.parameters(config),
         "inputs": {name: artifact.digest for name, artifact in inputs.items()},
@@ -101,18 +102,36 @@ def of_stage(name: str, store: Store) -> list[Artifact]:
 
 def look_up(config: Config, store: Store, until: str = "report", rebuild: str | None = None) -> Iterator[Lookup]:
     """Look up every stage up to `until`, in order; that of `rebuild` may be damaged."""
-    found: dict[str, Artifact] = {}
-    for stage in STAGES.values():
-        needed = stage.inputs(config)
-        if lacking := tuple(name for name in NAMES if name in needed and name not in found):
+    found = named_judge(config, store)
+    for stage in filter(lambda stage: stage.is_wanted(config), STAGES.values()):
+        if lacking := tuple(name for name in stage.inputs(config) if name not in found):
             yield Lookup(stage, {}, {}, "", lacking=lacking)
         else:
-            lookup = _find(stage, config, {name: found[name] for name in needed}, store, stage.name == rebuild)
+            lookup = _find(stage, config, read_by(stage, config, found), store, stage.name == rebuild)
             if lookup.artifact:
                 found[stage.name] = lookup.artifact
             yield lookup
         if stage.name == until:
             return
+
+
+def read_by(stage: Stage, config: Config, found: dict[str, Artifact]) -> dict[str, Artifact]:
+    """Return what a stage reads of the artifacts that were found, each by the stage in whose folder it lies."""
+    return {STAGES[name].folder: found[name] for name in stage.inputs(config)}
+
+
+def named_judge(config: Config, store: Store) -> dict[str, Artifact]:
+    """Return the network that a configuration names as its judge, in the place of a twin; nothing where it names none.
+
+    One that is not in the store, or does not write from left to right, is an error.
+    """
+    if config.sample.judge in ("", "twin"):
+        return {}
+    judge = store.open(find_model(config.sample.judge, store))
+    kind = judge.manifest["config"]["objective"]["kind"] if judge.stage == "train" else "no model"
+    if kind != "autoregressive":
+        raise UsageError(f"{judge.name} is {kind}, and cannot judge: name an autoregressive model, or twin")
+    return {"twin": judge}
 
 
 def ready(
@@ -138,7 +157,7 @@ def why(lookup: Lookup, stored: Callable[[str], list[Artifact]]) -> str:
     """Say why a stage would be built: which settings and inputs differ from the most similar artifact there is."""
     if lookup.lacking:
         return "an input is not built yet"
-    wanted, there = comparable(lookup.identity), stored(lookup.stage.name)
+    wanted, there = comparable(lookup.identity), stored(lookup.stage.folder)
     others = {other.fingerprint[:12]: differences(comparable(other.manifest), wanted) for other in there}
     if not others:
         return "nothing like it has been built yet"

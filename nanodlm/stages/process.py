@@ -1,7 +1,7 @@
 """Starting and supervising a stage in a process of its own, without Prefect.
 
-The child is `nanodlm train|evaluate|sample CONFIG.json --store URL --inputs STAGE=FINGERPRINT … --events FILE`, in its
-own process group. It ends with its parent, writes its progress to the events file, and on SIGTERM saves: code 75.
+The child is `nanodlm train|evaluate|sample|judge CONFIG.json --store URL --inputs STAGE=FINGERPRINT … --events FILE`,
+in its own process group. It ends with its parent, writes its progress to that file, and on SIGTERM saves: code 75.
 """
 
 import json
@@ -36,7 +36,7 @@ def run_in_process(lookup: Lookup, config: Config, store: Store, *, rebuild: boo
 
     When the child fails or is stopped, the error is of the kind that its exit code says, with its last line.
     """
-    name = lookup.stage.name
+    name, config = lookup.stage.folder, lookup.stage.of(config)
     with tempfile.TemporaryDirectory(prefix="nanodlm-") as folder, full_disk_named(f"the temporary folder {folder}"):
         config_file, events, errors = (Path(folder) / n for n in ("config.json", "events.jsonl", "stderr.txt"))
         config_file.write_text(config.model_dump_json())

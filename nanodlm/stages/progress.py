@@ -81,6 +81,7 @@ SUMMARIES = {
     "{millions:.2f}M parameters",
     "evaluate": "{val_bits_per_byte:.4f} ± {val_bits_per_byte_stderr:.4f} bits per byte",
     "sample": "{samples} samples",
+    "judge": "{gen_nats_per_token:.3f} nats per token of samples, {held_out_gen_nats_per_token:.3f} of held-out text",
     "report": "report.html, report.md",
 }
 

@@ -3,6 +3,7 @@
 import os
 import time
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 from nanodlm.config import Config
@@ -37,13 +38,14 @@ def run_stage(
     lookup = ready(name, config, store, rebuild=rebuild) if inputs is None else identify(STAGES[name], config, inputs)
     if lookup.note:
         emit("message", text=lookup.note)
+    config, lookup = lookup.stage.of(config), replace(lookup, stage=STAGES[lookup.stage.folder])
     if lookup.artifact and not rebuild:
         artifact, built = lookup.artifact, False
     elif helping:
         artifact, built = _help(lookup, config, store, rebuild, emit)
     else:
         artifact, built = build(lookup, config, store, rebuild, emit, restore)
-    return artifact, record(artifact, "built" if built else "cached", time.monotonic() - started)
+    return artifact, record(artifact, "built" if built else "cached", time.monotonic() - started, name)
 
 
 def build(
@@ -114,9 +116,9 @@ def full_disk_in_one_line(store: Store) -> AbstractContextManager[None]:
     return full_disk_named(store.uri() if store.is_local else f"{store.uri()}, or into the cache {cache_dir()}")
 
 
-def record(artifact: Artifact, status: str, seconds: float) -> dict[str, Any]:
+def record(artifact: Artifact, status: str, seconds: float, stage: str) -> dict[str, Any]:
     """Return what `--json` and the flows say of a stage, with a status of `built` or `cached`."""
-    told = {"stage": artifact.stage, "status": status, "uri": artifact.uri, "fingerprint": artifact.fingerprint}
+    told = {"stage": stage, "status": status, "uri": artifact.uri, "fingerprint": artifact.fingerprint}
     return {**told, "seconds": round(seconds, 3)}
 
 

@@ -1,4 +1,4 @@
-"""The seven stages and their report, as data.
+"""The seven stages and their report, as data; and those of a judge, which a configuration may ask for.
 
 Each stage is a function from verified input artifacts and its own part of the configuration to files in a folder.
 Its fingerprint covers just those, so a changed setting rebuilds what depends on it and nothing else.
@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import Any, Literal, get_args
 
 from nanodlm.checkpoints.finding import find_checkpoint
-from nanodlm.config import Config, evaluation_settings, sampling_settings, training_settings
+from nanodlm.config import Config, evaluation_settings, sampling_settings, training_settings, twin
 from nanodlm.errors import UsageError
 
 
@@ -18,18 +18,30 @@ from nanodlm.errors import UsageError
 class Stage:
     """One step of the pipeline."""
 
-    name: str  # also that of its folder in the store
+    name: str
     build: str  # `module:function` of this package that does the work; see `run`
     reads: tuple[str, ...]  # stages whose artifacts it reads; see `inputs`
     parameters: Callable[[Config], dict[str, Any]]  # the settings that determine its bytes, given the inputs
     version: int = 1  # raised when the function's output changes for equal inputs
     own_process: bool = False  # whether it uses JAX, and so runs in a process of its own beside an orchestrator
     volatile: tuple[str, ...] = ()  # prefixes of its files that hold times or logs
+    of: Callable[[Config], Config] = lambda config: config  # what it builds, given the configuration of the run
+    as_stage: str = ""  # the stage that it is, of another configuration, where it is no stage of its own
+
+    @property
+    def folder(self) -> str:
+        """The folder of its artifacts in the store."""
+        return self.as_stage or self.name
 
     def inputs(self, config: Config) -> tuple[str, ...]:
         """Return the stages whose artifacts it reads: a tokenizer reads the text only to be trained on it."""
         fixed = self.name == "tokenizer" and config.data.tokenizer in ("gpt2", "bytes")
-        return () if fixed else self.reads
+        judged = self.name == "report" and config.sample.judge
+        return () if fixed else (*self.reads, *(("judge",) if judged else ()))
+
+    def is_wanted(self, config: Config) -> bool:
+        """Say if a run of a configuration goes through it: all stages are, but for those of a judge."""
+        return {"twin": config.sample.judge == "twin", "judge": bool(config.sample.judge)}.get(self.name, True)
 
     @property
     def module(self) -> str:
@@ -99,8 +111,21 @@ ALL = (
     Stage("train", "training.loop:train", ("shard", "tokenizer"), _training, own_process=True, volatile=LOGS),
     # Since version 4, it keeps the nats of every row, and says the interval and the draws; since 5, its profile.
     Stage("evaluate", "evaluation.evaluate:evaluate", ("shard", "train"), _evaluation, 5, own_process=True),
-    # Since version 2, it keeps the steps of the first texts.
-    Stage("sample", "generation.generate:generate", ("train",), sampling_settings, 2, own_process=True),
+    # Since version 2, it keeps the steps of the first texts, and measures all beside texts that were held out.
+    Stage("sample", "generation.generate:generate", ("shard", "train"), sampling_settings, 2, own_process=True),
+    Stage(
+        "twin",
+        "training.loop:train",
+        ("shard", "tokenizer"),
+        lambda config: _training(twin(config)),
+        own_process=True,
+        volatile=LOGS,
+        of=twin,
+        as_stage="train",
+    ),
+    Stage(
+        "judge", "evaluation.judge:judge", ("shard", "sample", "twin"), _settings("sample", "prompt"), own_process=True
+    ),
     # Since version 2, its digest is that of its results alone.
     Stage("report", "evaluation.report:build", RESULTS, _settings("exp", "run_name"), 2, volatile=PAGES),
 )
@@ -108,22 +133,23 @@ STAGES = {stage.name: stage for stage in ALL}
 NAMES: tuple[str, ...] = get_args(StageName)
 
 
-def until(last: str) -> tuple[str, ...]:
-    """Return the names of the stages up to one; the report comes with the samples.
+def until(last: str, config: Config | None = None) -> tuple[str, ...]:
+    """Return the names of the stages up to one; the report comes with the samples, as does a judge that is asked for.
 
     >>> until("split")
     ('download', 'tokenizer', 'split')
     """
-    return tuple(STAGES) if last == "sample" else NAMES[: NAMES.index(last) + 1]
+    names = tuple(STAGES) if last == "sample" else NAMES[: NAMES.index(last) + 1]
+    return tuple(name for name in names if STAGES[name].is_wanted(config or Config()))
 
 
 def needed(config: Config, last: str) -> list[str]:
     """Return the names of the stages that one needs, and of those that these need, in order; its own comes last."""
     names = {last}
-    for name in reversed(until(last)):
+    for name in reversed(until(last, config)):
         if name in names:
             names |= set(STAGES[name].inputs(config))
-    return [name for name in until(last) if name in names]
+    return [name for name in until(last, config) if name in names]
 
 
 def check_rebuild(rebuild: str | None, last: str) -> None:

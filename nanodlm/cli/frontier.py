@@ -1,0 +1,76 @@
+"""The command that holds samplers against their cost."""
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+from typing_extensions import Doc
+from tyro.conf import arg
+
+from nanodlm.checkpoints.finding import find_model
+from nanodlm.cli.arguments import Output
+from nanodlm.cli.store import OpenStore
+from nanodlm.config import Config, parse_address
+from nanodlm.diffusion.kinds import Sampler
+from nanodlm.errors import UsageError, full_disk_named
+from nanodlm.stages.lookup import named_judge
+from nanodlm.stages.run import run_stage
+from nanodlm.store import Store
+
+Model = Annotated[str, Doc("A model, by its run's name or its address; by default the newest.")]
+Samplers = Annotated[tuple[Sampler, ...], Doc("What to try; by default all that the model has.")]
+Steps = Annotated[tuple[int, ...], Doc("Numbers of steps; by default an eighth and half of the tokens of a text.")]
+Temperatures = Annotated[tuple[float, ...], Doc("What divides the logits.")]
+Judge = Annotated[str, Doc("What scores: `twin`, trained where the store has none, or an autoregressive model's name.")]
+Folder = Annotated[
+    str, Doc("Folder for frontier.json, the table, and frontier.svg, the figure."), arg(metavar="FOLDER")
+]
+
+
+def frontier(
+    model: Model = "",
+    /,
+    *,
+    samplers: Samplers = (),
+    steps: Steps = (),
+    temperatures: Temperatures = (0.9, 1.0),
+    num: Annotated[int, Doc("Texts of each.")] = 32,
+    seed: Annotated[int, Doc("Seed of the draws.")] = 0,
+    judge: Judge = "twin",
+    out: Folder = "",
+    store: OpenStore,
+    console: Output,
+) -> None:
+    """Hold the quality of samplers against their cost, beside an autoregressive model and real text."""
+    if num < 2 or min((*steps, 1)) < 1 or min((*temperatures, 1)) < 0 or not temperatures or not 0 <= seed < 2**31:
+        raise UsageError("--num must be 2 or more, --steps above 0, and neither --temperatures nor --seed negative")
+    address = find_model(model, store)
+    store = Store(parse_address(address).store)
+    trained = store.open(address)
+    config = Config(**trained.manifest["config"]).replace(sample={"judge": judge})
+    inputs = {name: store.open(f"{name}/{dict(trained.inputs)[name]}") for name in ("shard", "tokenizer")}
+    with console.showing("twin") as emit:
+        named = named_judge(config, store).get("twin")
+        judging = named or run_stage("twin", config, store, inputs=inputs, emit=emit)[0]
+    from nanodlm.checkpoints.loading import load, load_artifact
+    from nanodlm.evaluation import frontier as frontiers
+    from nanodlm.evaluation.judge import as_texts, check, held_out
+
+    check(judging, inputs["shard"])
+    (network, encoding), (reader, _) = load(address), load_artifact(judging)
+    networks = [(network, list(frontiers.choices(network, samplers, steps, temperatures)))]
+    if network.objective.kind != "autoregressive":
+        networks.append((reader, list(frontiers.choices(reader, (), (), temperatures))))
+    shape, end = (num, config.model.seq_len), encoding.eot_token
+    real, cut = held_out(config, inputs["shard"], shape, end), partial(as_texts, config, end_of_text=end)
+    how = {"shape": shape, "cut": cut, "seed": seed, "batch_size": config.eval.batch_size}
+    with console.showing("frontier") as emit:
+        found = frontiers.frontier(networks, reader, real, **how, emit=emit)
+    console.text(*frontiers.table(found))
+    if out:
+        with full_disk_named(out):
+            Path(out).mkdir(parents=True, exist_ok=True)
+            Path(out, "frontier.json").write_text(json.dumps(found, indent=1))
+            frontiers.figure(found, Path(out, "frontier.svg"))
+    console.json(model=address, judge=judging.uri, **found)

@@ -1,0 +1,109 @@
+"""The frontier: calls counted one by one, points held against each other by one rule, the command and its figure."""
+
+import json
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from nanodlm.build import make_model
+from nanodlm.cli.main import main
+from nanodlm.data import tokenizer
+from nanodlm.data.vocabulary import Vocabulary
+from nanodlm.diffusion.kinds import SAMPLERS
+from nanodlm.diffusion.sampling import sample
+from nanodlm.errors import UsageError
+from nanodlm.evaluation import frontier, judge
+from nanodlm.model.transformer import Transformer
+from nanodlm.store import Artifact, Store
+from tests.support.training import tiny
+
+BYTES = tokenizer.plain_bytes()
+
+
+def network(**objective: Any) -> Transformer:
+    return make_model(tiny(model={"seq_len": 8, "zero_init": False}, objective=objective), Vocabulary.of(BYTES))
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_sampler_is_counted_and_draws_what_it_draws_uncounted(sampler: str) -> None:
+    model, choice = network(), {"sampler": sampler, "num_steps": 3, "temperature": 1.0}
+    tokens, point = frontier.drawn(model, choice, (4, 8), seed=0)
+    graphdef, params = nnx.split(model)
+    draw = jax.jit(lambda params: sample(nnx.merge(graphdef, params), jax.random.key(0), shape=(4, 8), **choice))
+    assert np.array_equal(tokens, draw(params))
+    calls = point["calls_per_token"] * 8
+    assert calls == {"first_hitting": 8}.get(sampler, round(calls))
+    assert 1 <= calls <= (8 if sampler == "first_hitting" else 3)
+    if sampler == "ancestral" or sampler.startswith("remdm"):
+        assert calls == 3
+    assert point["seconds_per_text"] > 0
+
+
+def test_what_reads_blocks_or_from_left_to_right_is_counted_with_what_it_keeps_of_earlier_ones() -> None:
+    block = network(kind="block", block_size=4)
+    choice = {"sampler": "ancestral", "num_steps": 2, "temperature": 1.0}
+    assert frontier.drawn(block, choice, (2, 8), 0)[1]["calls_per_token"] == 2 * (2 + 1) / 8  # and each is read once
+    (choice,) = frontier.choices(network(kind="autoregressive"), (), (), [0.5])
+    assert choice == {"sampler": "autoregressive", "num_steps": 8, "temperature": 0.5}
+    assert frontier.drawn(network(kind="autoregressive"), choice, (2, 8), 0)[1]["calls_per_token"] == 1
+
+
+def test_what_is_tried_is_every_sampler_in_every_number_of_steps_at_every_temperature() -> None:
+    tried = list(frontier.choices(network(), (), (), (0.5, 1.0)))
+    assert {choice["sampler"] for choice in tried} == set(SAMPLERS)
+    assert len(tried) == 2 * (2 * len(SAMPLERS) - 1), "first_hitting has no steps"
+    assert [c["num_steps"] for c in frontier.choices(network(), ["margin"], [5, 2, 2], [1.0])] == [2, 5]
+    with pytest.raises(UsageError, match="uniform models have no entropy sampler"):
+        list(frontier.choices(network(kind="uniform"), ["entropy"], (), [1.0]))
+
+
+def test_no_point_of_too_little_entropy_is_on_a_front_however_likely(tmp_path: Path) -> None:
+    model, reader = network(), network(kind="autoregressive")
+    options: Any = {"shape": (6, 8), "cut": list, "batch_size": 8}
+    tried = list(frontier.choices(model, ["ancestral", "confidence"], [2, 8], [0.0, 1.0]))
+    real = list(np.random.default_rng(0).integers(0, 256, (6, 8), dtype=np.int32))
+    found = frontier.frontier([(model, tried)], reader, real, **options)
+    assert found["held_out"]["entropy"] == judge.entropy(real)
+    assert len(found["points"]) == 8
+    for cost in frontier.COSTS:
+        front = [point for point in found["points"] if point[f"on_front_of_{cost}"]]
+        allowed = [point for point in found["points"] if point["entropy"] >= found["least_entropy"]]
+        assert 0 < len(allowed) < 8
+        for point in allowed:
+            as_cheap = [other for other in front if other[cost] <= point[cost]]
+            assert min(other["nats_per_token"] for other in as_cheap) <= point["nats_per_token"]
+        assert all(point in allowed for point in front)
+        assert len({point["nats_per_token"] for point in front}) == len(front)
+    frontier.figure(found, tmp_path / "figure.svg")
+    texts = [text for of in ElementTree.parse(tmp_path / "figure.svg").iter() if (text := (of.text or "").strip())]
+    assert {"network calls per token", "seconds per text", "confidence"} <= set(texts)
+    frontier.figure(found, tmp_path / "again.svg")
+    assert (tmp_path / "again.svg").read_bytes() == (tmp_path / "figure.svg").read_bytes()
+
+
+def test_the_command_judges_by_a_twin_beside_it_and_real_text(
+    trained: Artifact, models: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(*words: str) -> str:
+        with pytest.raises(SystemExit) as ended:
+            main(["bench", "frontier", trained.uri, "--store", models.uri(), *words])
+        said = capsys.readouterr()
+        return said.out if ended.value.code == 0 else said.err
+
+    chosen = ["--samplers", "margin", "--steps", "2", "--temperatures", "1", "--num", "3", "--out", str(tmp_path / "f")]
+    found = json.loads(run(*chosen, "--json").splitlines()[-1])
+    assert [point["sampler"] for point in found["points"]] == ["margin", "autoregressive"]
+    assert found["points"][0]["calls_per_token"] == 2 / 32
+    assert {"nats_per_token", "nats_per_token_stderr", "perplexity", "entropy"} <= found["held_out"].keys()
+    assert json.loads((tmp_path / "f" / "frontier.json").read_text())["held_out"] == found["held_out"]
+    assert (tmp_path / "f" / "frontier.svg").exists()
+    said = frontier.table(found)
+    assert said[2].startswith("| margin | 2 | 1.0 | ")
+    assert said[-2].startswith("| real text |  |  |  |  | ")
+    assert "is absorbing, and cannot judge" in run("--judge", trained.uri)
+    assert "--num must be 2 or more" in run("--num", "1")
