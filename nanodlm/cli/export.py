@@ -15,7 +15,7 @@ Words = Annotated[tuple[str, ...], Doc("Model, else the newest, and a new folder
 
 
 def export(words: Words, /, *, store: OpenStore, out: Output) -> None:
-    """Write a trained model into a folder: safetensors, settings, tokenizer, card, PyTorch code; `load` reads it."""
+    """Write a trained model into a folder that `load` and other libraries read."""
     if len(words) not in (1, 2):
         raise UsageError("name one new folder, after a model or none: nanodlm export [MODEL] FOLDER")
     from nanodlm.checkpoints import exported
