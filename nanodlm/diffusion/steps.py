@@ -119,7 +119,8 @@ def _walk(shared: _Shared, way: _Way, *, redraws: bool, calls: int) -> Walk:
         logits, x_s = way.move(state.step, x_t, state.confidence)
         drawn = ~given if redraws else x_t == shared.mask_id
         bad = (drawn & ~jnp.isfinite(logits.max(axis=-1))).any(axis=1, keepdims=True)
-        x_s = jnp.where(given | (x_t < 0).any(axis=1, keepdims=True), x_t, jnp.where(drawn & bad, -1, x_s))
+        x_s = jnp.where(bad, jnp.where(drawn, -1, x_t), x_s)
+        x_s = jnp.where(given | (x_t < 0).any(axis=1, keepdims=True), x_t, x_s)
         confidence = jnp.where(drawn, probability(logits, x_s), state.confidence)
         confidence = jnp.where(x_s == shared.mask_id, 0.0, confidence)
         return State(state.step + 1, x_s, confidence, state.calls + calls)
