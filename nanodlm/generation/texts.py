@@ -22,7 +22,7 @@ from nanodlm.config import SamplerConfig, ScoreConfig, TextRequest
 from nanodlm.data.tokenizer import encode
 from nanodlm.diffusion.sampling import reverse_process
 from nanodlm.diffusion.walks import State, Walk, step_by_step
-from nanodlm.errors import Emit, UsageError, silent
+from nanodlm.errors import Emit, NanodlmError, UsageError, silent
 from nanodlm.generation.watch import Recording, record
 from nanodlm.model.transformer import Transformer
 
@@ -150,12 +150,15 @@ class Writer:
             seen, state = np.s_[:, start : start + window], None
             if (tokens[seen] != self.mask_id).all():
                 continue
-            for state in walk(self._params, jax.random.fold_in(key, start), tokens[seen]):
-                if start and state.step == 0:  # which the frame before has shown
-                    continue
-                tokens, confidence = tokens.copy(), confidence.copy()
-                tokens[seen], confidence[seen] = state.tokens, state.confidence
-                yield Frame(tokens, confidence, calls + int(state.calls))
+            try:
+                for state in walk(self._params, jax.random.fold_in(key, start), tokens[seen]):
+                    if start and state.step == 0:  # which the frame before has shown
+                        continue
+                    tokens, confidence = tokens.copy(), confidence.copy()
+                    tokens[seen], confidence[seen] = state.tokens, state.confidence
+                    yield Frame(tokens, confidence, calls + int(state.calls))
+            except ValueError as error:  # of options that make no sense together, or logits that are not finite
+                raise NanodlmError(str(error)) from error
             calls += int(state.calls) if state else 0
 
     def _walk(self, options: SamplerConfig) -> Callable[..., Iterator[State]]:

@@ -13,7 +13,7 @@ from nanodlm.build import make_model
 from nanodlm.config import SamplerConfig, TextRequest
 from nanodlm.data.tokenizer import make_encoding, plain_bytes
 from nanodlm.data.vocabulary import Vocabulary
-from nanodlm.errors import UsageError
+from nanodlm.errors import NanodlmError, UsageError
 from nanodlm.generation.texts import Writer, Written
 from tests.support.training import tiny
 
@@ -140,5 +140,10 @@ def test_logits_that_are_not_finite_end_in_an_error() -> None:
     network = writer().network
     broken = Writer(network, plain_bytes())
     broken._params = jax.tree.map(lambda leaf: leaf * math.nan, broken._params)
-    with pytest.raises(ValueError, match="not finite"):
+    with pytest.raises(NanodlmError, match="not finite"):
         write(broken)
+
+
+def test_options_that_make_no_sense_together_are_said_in_one_line() -> None:
+    with pytest.raises(NanodlmError, match="divide"):
+        write(writer(), cache_block=7)
