@@ -62,7 +62,7 @@ def test_the_readme_lists_every_room_once() -> None:
 def test_continuous_integration_runs_the_test_command() -> None:
     assert ("bash", TEST_COMMAND) in SNIPPETS
     script = (ROOT / ".ci" / "run").read_text()
-    assert "pip install -q -c constraints.txt -e '.[test]'\n" in script
+    assert "pip install -q -c constraints.txt -e '.[test,transformers]'\n" in script
     assert "\npart 'default tests' pytest\n" in script
 
 

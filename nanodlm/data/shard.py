@@ -1,7 +1,7 @@
 """The shard stage: documents become rows of token ids in ArrayRecord files."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
@@ -50,14 +50,7 @@ def build_shards(config: Config, inputs: dict[str, Artifact], attempt: Attempt, 
             infos[i] = _write_shard(config, encoding, held_out, folder / names[i], attempt, i, chosen)
             emit("progress", done=len(infos), total=len(names), unit="shards")
     shards = [infos[i] for i in range(len(names))]
-    fields = ["train_rows", "train_tokens", "train_documents", "dropped_tokens", "cut_documents"]
-    fields += CONTAMINATED if config.data.decontaminate else ()
-    # An attempt that an earlier version began has cut no documents.
-    totals: dict[str, Any] = {field: sum(info.get(field, 0) for info in shards) for field in fields}
-    if scored:
-        totals["contaminated"] = {
-            name: sum(info.get("contaminated", {}).get(name, 0) for info in shards) for name in scored
-        }
+    totals = _totals(shards, CONTAMINATED if config.data.decontaminate else (), scored or ())
     if totals["train_rows"] == 0:
         remedy = "add text, or lower --model.seq_len" + (" or --data.val_tokens" if isinstance(cut, str) else "")
         few = f"what is left for training has fewer than seq_len ({length}) tokens"
@@ -89,6 +82,15 @@ def build_shards(config: Config, inputs: dict[str, Artifact], attempt: Attempt, 
         # Validation keys are at most the first of these, training keys at least the second: the sides are disjoint.
         **({"largest_validation_key": cut, "smallest_training_key": first_key} if isinstance(cut, str) else {}),
     }
+
+
+def _totals(shards: list[dict[str, Any]], contaminated: Iterable[str], scored: Iterable[str]) -> dict[str, Any]:
+    """Add up what is counted of each shard, and what it shared with each set that is scored."""
+    fields = ("train_rows", "train_tokens", "train_documents", "dropped_tokens", "cut_documents", *contaminated)
+    # An attempt that an earlier version began has cut no documents.
+    totals: dict[str, Any] = {field: sum(info.get(field, 0) for info in shards) for field in fields}
+    sets = {name: sum(info.get("contaminated", {}).get(name, 0) for info in shards) for name in scored}
+    return {**totals, **({"contaminated": sets} if sets else {})}
 
 
 def token_counts(shard: Artifact) -> np.ndarray:
