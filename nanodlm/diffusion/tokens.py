@@ -66,8 +66,8 @@ def _categorical(key: Key[Array, ""], step: Int[Array, "B"] | Int[Array, ""], lo
 def probability(logits: Logits, tokens: Tokens) -> Float[Array, "B L"]:
     """Return what the softmax of logits gives tokens, of which -1 stands for none.
 
-    >>> probability(jnp.log(jnp.array([[[0.25, 0.75]]])), jnp.array([[1]])).tolist()
-    [[0.75]]
+    >>> probability(jnp.zeros((1, 2, 4)), jnp.array([[1, 3]])).tolist()
+    [[0.25, 0.25]]
     """
     p = jax.nn.softmax(logits, axis=-1)
     return jnp.take_along_axis(p, jnp.maximum(tokens, 0)[..., None], axis=-1)[..., 0].astype(jnp.float32)
