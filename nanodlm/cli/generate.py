@@ -39,7 +39,7 @@ def generate(
     store: OpenStore,
     console: Output,
 ) -> None:
-    """Write texts with a trained model; without a prompt, on a terminal, in a conversation."""
+    """Write texts with a trained model, or, without a prompt, talk with it."""
     for file in (out, gif, html):
         check_folder(file)
     if prompts and (how.prompt or how.infill):
