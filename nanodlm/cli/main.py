@@ -50,7 +50,7 @@ HELP = f"""usage: nanodlm COMMAND [PRESET] [--store URL] [flags]
 Diffusion language models, from text to samples.
 
 commands:
-{chr(10).join(f"  {name:<12}  {text}" for name, (_, text) in COMMANDS.items())}
+{chr(10).join(f"  {name:<14}  {text}" for name, (_, text) in COMMANDS.items())}
 
 PRESET is demo (the default), owt, owt-1b, shakespeare, text8, enwik8,
 wikitext103, tinystories, lm1b, fineweb-edu, or a file: what `config` prints, or

@@ -310,7 +310,7 @@ def test_a_full_disk_is_one_line_that_names_the_place_and_running_again_continue
         "events": (["evaluate", config, "--events", str(events)], events),
     }.get(what, ([what, config], store))
     words += ["--store", str(store)] if what not in ("copy", "bench loader") else []
-    with full(300 if what == "sample" else 3000):
+    with full(380 if what == "sample" else 3000):
         said = command(*words)
     assert (said.returncode, said.stderr.count("\n")) == (1, 1), said.stderr
     line = said.stdout if what == "verify" else said.stderr
