@@ -2,7 +2,7 @@
 
 from flax import nnx
 
-from nanodlm.config import Config
+from nanodlm.config import Config, SamplerConfig
 from nanodlm.data.vocabulary import Vocabulary
 from nanodlm.diffusion.kinds import KINDS
 from nanodlm.diffusion.objective import Objective
@@ -17,6 +17,7 @@ def make_model(config: Config, vocabulary: Vocabulary) -> Transformer:
     rngs = nnx.Rngs(config.model.init_seed)
     model = Transformer(vocab_size=vocabulary.padded_size, block_size=block_size, **shape, rngs=rngs)
     model.objective, model.seq_len = make_objective(config, vocabulary), config.model.seq_len
+    model.sampling = SamplerConfig(**config.sample.model_dump(include=set(SamplerConfig.model_fields)))
     rows = config.data.rows
     apart = rows == "packed" or (rows == "stream" and config.data.isolate_documents)
     model.document_end = vocabulary.end_of_text if apart else None

@@ -17,7 +17,7 @@ from jax.experimental.multihost_utils import process_allgather
 from nanodlm.build import make_model
 from nanodlm.checkpoints.exported import load_exported
 from nanodlm.checkpoints.finding import is_exported, step_name, step_of
-from nanodlm.config import Config, SamplerConfig, differences, explain, parse_address, training_settings
+from nanodlm.config import Config, differences, explain, parse_address, training_settings
 from nanodlm.data import tokenizer
 from nanodlm.data.vocabulary import Vocabulary
 from nanodlm.errors import NanodlmError, UsageError
@@ -114,7 +114,6 @@ def load_folder(folder: Path, step: int) -> tuple[Transformer, tiktoken.Encoding
         args = ocp.args.Composite(**{item: ocp.args.StandardRestore(target)})  # type: ignore[call-arg]
         params = checkpointer.restore(checkpoint, args=args)[item]
     model = nnx.merge(graphdef, params)
-    model.sampling = SamplerConfig(**config.sample.model_dump(include=set(SamplerConfig.model_fields)))
     return model, encoding
 
 

@@ -175,7 +175,8 @@ def _texts(config: Config, sample: Artifact) -> dict[str, Any]:
         (name, *(f"{v:.4g}" if isinstance(v, int | float) else v or "–" for v in values)) for name, values in measured
     ]
     slider = sample.file(SLIDER).read_text() if has(sample, SLIDER) else ""
-    return {"samples": texts, "sampling": said, "quality": table, "slider": slider}
+    slid = slider.count("<figure>")  # of the first texts
+    return {"samples": texts, "sampling": said, "quality": table, "slider": slider, "slid": slid}
 
 
 def _data(card: dict[str, Any]) -> dict[str, Any]:

@@ -57,7 +57,7 @@ class Transformer(nnx.Module):
     seq_len: int = 0  # tokens in the rows it is trained on, likewise
     document_end: int | None = None  # the id that ends a document, where it is told
     padding: int | None = None  # the id that fills up rows, where they are, and which nothing else then reads
-    sampling: Any = None  # how its run draws texts, a `config.SamplerConfig`, where it was loaded
+    sampling: Any = None  # how its run draws texts, a `config.SamplerConfig`, where it was made from settings
 
     def __init__(
         self,

@@ -65,6 +65,7 @@ def test_a_folder_is_read_back_bit_for_bit(tmp_path: Path) -> None:
     theirs, encoding = nanodlm.load(str(tmp_path / "shared"))
     assert sha256_of(theirs) == sha256_of(ours)
     assert (theirs.objective.mask_id, theirs.seq_len, theirs.padding) == (257, 32, None)
+    assert theirs.sampling.temperature == config.sample.temperature != 1
     assert encoding.encode_ordinary("é") == [0xC3, 0xA9]
 
 
