@@ -89,8 +89,8 @@ def distinct(texts: Texts, n: int) -> float:
 def repetition(texts: Texts, n: int = 4) -> float:
     """Return the share of n-grams that were met before in the same text.
 
-    >>> repetition([np.array([5, 5, 5, 5, 5, 5])])  # the second and the third of three
-    0.6666666666666666
+    >>> round(repetition([np.array([5, 5, 5, 5, 5, 5])]), 4)  # the second and the third of three
+    0.6667
     """
     counts = counted(texts, n)[2]
     return 1 - len(counts) / int(counts.sum()) if len(counts) else math.nan

@@ -104,7 +104,8 @@ def look_up(config: Config, store: Store, until: str = "report", rebuild: str | 
     """Look up every stage up to `until`, in order; that of `rebuild` may be damaged."""
     found = named_judge(config, store)
     for stage in filter(lambda stage: stage.is_wanted(config), STAGES.values()):
-        if lacking := tuple(name for name in stage.inputs(config) if name not in found):
+        needed = stage.inputs(config)
+        if lacking := tuple(name for name in STAGES if name in needed and name not in found):
             yield Lookup(stage, {}, {}, "", lacking=lacking)
         else:
             lookup = _find(stage, config, read_by(stage, config, found), store, stage.name == rebuild)

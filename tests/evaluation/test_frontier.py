@@ -65,15 +65,15 @@ def test_what_is_tried_is_every_sampler_in_every_number_of_steps_at_every_temper
 def test_no_point_of_too_little_entropy_is_on_a_front_however_likely(tmp_path: Path) -> None:
     model, reader = network(), network(kind="autoregressive")
     options: Any = {"shape": (6, 8), "cut": list, "batch_size": 8}
-    tried = list(frontier.choices(model, ["ancestral", "confidence"], [2, 8], [0.0, 1.0]))
+    tried = list(frontier.choices(model, ["ancestral", "confidence"], [2], [0.0, 1.0]))
     real = list(np.random.default_rng(0).integers(0, 256, (6, 8), dtype=np.int32))
     found = frontier.frontier([(model, tried)], reader, real, **options)
     assert found["held_out"]["entropy"] == judge.entropy(real)
-    assert len(found["points"]) == 8
+    assert len(found["points"]) == 4
     for cost in frontier.COSTS:
         front = [point for point in found["points"] if point[f"on_front_of_{cost}"]]
         allowed = [point for point in found["points"] if point["entropy"] >= found["least_entropy"]]
-        assert 0 < len(allowed) < 8
+        assert 0 < len(allowed) < 4
         for point in allowed:
             as_cheap = [other for other in front if other[cost] <= point[cost]]
             assert min(other["nats_per_token"] for other in as_cheap) <= point["nats_per_token"]
