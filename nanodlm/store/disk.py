@@ -98,7 +98,7 @@ def list_files(folder: str) -> dict[str, Found]:
                     folders.append(f"{below}{entry.name}/")
                     continue
                 with contextlib.suppress(FileNotFoundError):  # it has been removed since
-                    status = entry.stat(follow_symlinks=not entry.is_symlink() or os.path.exists(entry.path))
+                    status = entry.stat(follow_symlinks=False)
                     found[below + entry.name] = Found(status.st_size, status.st_mtime, "", status.st_nlink)
     return found
 
@@ -141,12 +141,8 @@ class Disk:
         """Write a file whole; with `create_only` change nothing where there is one: return False, or raise."""
         return write_whole(Path(path), data, create_only)
 
-    def sha256(self, path: str, size: int) -> str:
-        return sha256_of(Path(path))
-
     def get(self, path: str, target: Path, size: int) -> str:
-        link(Path(path), target)
-        return sha256_of(target)
+        return sha256_of(Path(path))  # it is used where it lies
 
     def put(self, source: Path, path: str) -> tuple[str, str]:
         with beside(Path(path)) as new:

@@ -16,7 +16,6 @@ from typing import Any
 
 import boto3
 import fsspec
-import psutil
 import pytest
 
 from nanodlm.data import rows as data_rows
@@ -294,14 +293,6 @@ def test_the_number_of_a_dead_holder_that_was_given_again_is_not_waited_for(
     monkeypatch.setattr("time.sleep", slept.append)
     with hold_lease(store, "shard", "f0"):
         assert slept == [store_lease.SETTLE_SECONDS]
-
-
-def test_a_process_is_the_same_after_its_machines_clock_was_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As it is all the time, by a little; a run would lose its lease, and its folder in the cache."""
-    name, created = owner.this_process(), psutil.Process.create_time
-    monkeypatch.setattr(psutil.Process, "create_time", lambda self: created(self) + 1.0)
-    assert not owner.has_ended(name)
-    assert owner.this_process() == name
 
 
 def test_a_process_that_is_another_users_and_cannot_be_seen_has_not_ended(monkeypatch: pytest.MonkeyPatch) -> None:
