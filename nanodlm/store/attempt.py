@@ -233,11 +233,9 @@ def new_attempt(
 
     It adopts only what an interrupted rebuild left (`afresh`), or what a manifest's artifact was made of (`restore`).
     """
-    try:
-        store.require_create_only()
+    store.require_create_only()
+    with store.beginning():
         attempt = Attempt(store, stage, fingerprint, afresh, restore)
-    except OSError as error:
-        raise cannot_write(store, error) from error
     try:
         yield attempt
     except BaseException:
@@ -247,11 +245,3 @@ def new_attempt(
     finally:
         if not store.is_local:
             shutil.rmtree(attempt.path, ignore_errors=True)
-
-
-def cannot_write(store: Store, error: OSError) -> NanodlmError:
-    """Return the error, in one line, of a store that cannot be written."""
-    no_bucket = isinstance(error, FileNotFoundError) and not store.is_local
-    reason = "there is no such bucket" if no_bucket else error.strerror or error
-    remedy = "choose another with --store, or mend its permissions"
-    return NanodlmError(f"cannot write to the store {store.uri()}: {reason}; {remedy}")

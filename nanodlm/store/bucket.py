@@ -8,6 +8,7 @@ import itertools
 import os
 import re
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
 from functools import lru_cache
 from pathlib import Path
@@ -57,12 +58,14 @@ class Bucket:
         return found
 
     def get(self, path: str, target: Path, size: int) -> str:
-        digest = hashlib.sha256()
-        with target.open("wb") as file:
+        digest, hashed = hashlib.sha256(), None
+        with target.open("wb") as file, ThreadPoolExecutor(1) as hashing:
             for start in range(0, size, PIECE):
                 with _as_of_a_disk():
                     piece = self.store.get_range(self._key(path), start=start, length=min(PIECE, size - start))
-                digest.update(piece)
+                if hashed:
+                    hashed.result()  # so that no more than two pieces are held
+                hashed = hashing.submit(digest.update, piece)  # while the next one is under way
                 file.write(piece)
         return digest.hexdigest()
 

@@ -149,7 +149,19 @@ class Storage:
     def require_create_only(self) -> None:
         """Try, once, whether a file that exists can be created again, and refuse a storage where it can."""
         if not self._create_only:
-            self.now()
+            with self.beginning():
+                self.now()
+
+    @contextlib.contextmanager
+    def beginning(self) -> Iterator[None]:
+        """Turn what the first write raises of a storage that cannot be written into one line."""
+        try:
+            yield
+        except OSError as error:
+            no_bucket = isinstance(error, FileNotFoundError) and not self.is_local
+            reason = "there is no such bucket" if no_bucket else error.strerror or error
+            remedy = "choose another with --store, or mend its permissions"
+            raise NanodlmError(f"cannot write to the store {self.uri()}: {reason}; {remedy}") from error
 
     def now(self) -> float:
         """Return the Unix time by the storage's own clock: that of a file created now, which must be so only once."""

@@ -6,7 +6,6 @@ from pathlib import Path
 from nanodlm.errors import Damaged, Emit, NanodlmError
 from nanodlm.stages.run import full_disk_in_one_line
 from nanodlm.store import Artifact, Item, Store, hold_lease
-from nanodlm.store.attempt import cannot_write
 from nanodlm.store.disk import flush_folders
 from nanodlm.store.files import show_transfer
 from nanodlm.store.manifest import MANIFEST
@@ -19,10 +18,7 @@ def copy(source: Store, target: Store, artifacts: Iterable[Item], emit: Emit) ->
     when all else is done, that is an error. But a report may tell the same differently.
     """
     source.emit = target.emit = emit
-    try:
-        target.require_create_only()
-    except OSError as error:
-        raise cannot_write(target, error) from error
+    target.require_create_only()
     other = f"other bytes are there: `nanodlm rm` those, or choose another target than {target.uri()}"
     left: dict[Item, str] = {}  # what was not copied, and why
     for item in artifacts:
