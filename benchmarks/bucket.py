@@ -61,7 +61,7 @@ def bucket(
     Returns:
         `requests_hit`, `requests_miss` (of looking one stage up) and `requests_publish` (of an artifact with so many
         files, without its lease), by method; `publish_mb_per_second`, `stage_mb_per_second`, the same for
-        `plain_put` and `plain_get`, with the `_cpu_seconds` of each, and those of the server where it is a process here;
+        `plain_put` and `plain_get`, with the `_cpu_seconds` of each, and the server's where it is a process here;
         `sha256_cpu_seconds` of the same bytes; and `publish_ratio`, `stage_ratio`, ours over plain.
 
     Raises:
