@@ -58,30 +58,15 @@ class Bucket:
         return found
 
     def get(self, path: str, target: Path, size: int) -> str:
-        digest, hashed = hashlib.sha256(), None
-        with target.open("wb") as file, ThreadPoolExecutor(1) as hashing:
-            for start in range(0, size, PIECE):
-                with _as_of_a_disk():
-                    piece = self.store.get_range(self._key(path), start=start, length=min(PIECE, size - start))
-                if hashed:
-                    hashed.result()  # so that no more than two pieces are held
-                hashed = hashing.submit(digest.update, piece)  # while the next one is under way
-                file.write(piece)
-        return digest.hexdigest()
+        with _as_of_a_disk():
+            return _write(target, size, lambda start, end: self.store.get_range(self._key(path), start=start, end=end))
 
     def put(self, source: Path, path: str) -> tuple[str, str]:
-        digest = hashlib.sha256()
-
-        def pieces() -> Iterator[bytes]:
-            with source.open("rb") as file:
-                while piece := file.read(PART):
-                    digest.update(piece)
-                    yield piece
-
-        small = source.stat().st_size <= PART
-        with _as_of_a_disk():  # an iterator is sent in several parts, whatever it yields
-            sent = self.store.put(self._key(path), b"".join(pieces()) if small else pieces(), chunk_size=PART)
-        return digest.hexdigest(), sent["e_tag"] or ""
+        with ThreadPoolExecutor(1) as hashing:
+            hashed = hashing.submit(sha256_of, source)
+            with _as_of_a_disk():
+                sent = self.store.put(self._key(path), source, chunk_size=PART)
+            return hashed.result(), sent["e_tag"] or ""
 
     def remove(self, *paths: str) -> None:
         with contextlib.suppress(FileNotFoundError), _as_of_a_disk():
@@ -130,12 +115,7 @@ class Driver:
         return found
 
     def get(self, path: str, target: Path, size: int) -> str:
-        digest = hashlib.sha256()
-        with target.open("wb") as file:
-            for start in range(0, size, PIECE):
-                digest.update(piece := self.fs.cat_file(path, start, min(start + PIECE, size)))
-                file.write(piece)
-        return digest.hexdigest()
+        return _write(target, size, lambda start, end: self.fs.cat_file(path, start, end))
 
     def put(self, source: Path, path: str) -> tuple[str, str]:
         self.fs.put_file(str(source), path)
@@ -151,6 +131,19 @@ class Driver:
     def remove_folder(self, folder: str) -> None:
         with contextlib.suppress(FileNotFoundError):
             self.fs.rm(folder, recursive=True)
+
+
+def _write(target: Path, size: int, get: Callable[[int, int], Any]) -> str:
+    """Write what comes piece by piece, each hashed while the next one is under way, and return the sha256 of it."""
+    digest, hashed = hashlib.sha256(), None
+    with target.open("wb") as file, ThreadPoolExecutor(1) as hashing:
+        for start in range(0, size, PIECE):
+            piece = get(start, min(start + PIECE, size))
+            if hashed:
+                hashed.result()  # so that no more than two pieces are held
+            hashed = hashing.submit(digest.update, piece)
+            file.write(piece)
+    return digest.hexdigest()
 
 
 @lru_cache(maxsize=8)

@@ -105,7 +105,7 @@ def _removals(
             size = sum(found.size for found in attempts[attempt].values())
             folder = store.path(*item, "attempts", attempt)
             yield "attempt", store.address(folder), size, lambda folder=folder: store.remove_folder(folder)
-        over = [path for path in listed[item] if item[0] == PROBES or _is_temporary(path)]
+        over = [path for path in listed[item] if item[0] == PROBES or TEMPORARY.fullmatch(path)]
         if len(gone) == len(attempts) or named:  # nothing remembers any more that it was given up, or built
             over += [RETIRED, LEASE]
         for path in over:
@@ -181,16 +181,12 @@ def _in_use(store: Store, listed: Listed, since: float) -> tuple[set[Item], set[
     return building, {item for lease in leases for item in lease.get("inputs", {}).items()}
 
 
-def _is_temporary(path: str) -> bool:
-    return "/." in f"/{path}" and bool(TEMPORARY.fullmatch(path))
-
-
 def _attempts(files: Files, named: set[str]) -> dict[str, Files]:
     """Return the files of each attempt that an artifact has none of, by path below it."""
     attempts: dict[str, Files] = {}
     for path, found in files.items():
         top, attempt, below = [*path.split("/", 2), "", ""][:3]
-        if top == "attempts" and below and attempt not in named and not _is_temporary(path):
+        if top == "attempts" and below and attempt not in named and not TEMPORARY.fullmatch(path):
             attempts.setdefault(attempt, {})[below] = found
     return attempts
 

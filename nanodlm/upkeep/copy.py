@@ -44,12 +44,11 @@ def copy(source: Store, target: Store, artifacts: Iterable[Item], emit: Emit) ->
 def _copy(artifact: Artifact, target: Store, emit: Emit) -> tuple[Artifact, bool]:
     """Return what the target holds in an artifact's place, and whether it had to be copied there."""
     item = artifact.stage, artifact.fingerprint
-    if there := target.find(*item):
-        return there.check(), False
-    with hold_lease(target, *item, emit, dict(artifact.inputs)), full_disk_in_one_line(target):
-        if there := target.find(*item):  # another process was quicker
-            return there.check(), False
-        return _send(artifact, target, emit), True
+    if (there := target.find(*item)) is None:
+        with hold_lease(target, *item, emit, dict(artifact.inputs)), full_disk_in_one_line(target):
+            if (there := target.find(*item)) is None:  # else another process was quicker
+                return _send(artifact, target, emit), True
+    return there.check(), False
 
 
 def _send(artifact: Artifact, target: Store, emit: Emit) -> Artifact:
