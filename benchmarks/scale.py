@@ -89,9 +89,10 @@ def scale(
         repeats: Runs of each command, of which medians are told.
 
     Returns:
-        For each of `ls`, `plan`, `gc` and `verify`, and for `finish` and `adopt` of the shards, its `seconds`, and those
-        of the processors, which other work changes less, as `cpu_seconds`; on a bucket with its `requests`, by method, and their sum as `total`; on local disk, where `strace` is installed,
-        with the system calls that name a file or ask for its state, for each shard, as `calls_per_shard`.
+        For each of `ls`, `plan`, `gc` and `verify`, and for `finish` and `adopt` of the shards, its `seconds`, and as
+        `cpu_seconds` those of the processors, which other work changes less; on a bucket with its `requests`, by
+        method, and their sum as `total`; on local disk, where `strace` is installed, with the system calls that name
+        a file or ask for its state, for each shard, as `calls_per_shard`.
     """
     store = Store(Store(url).uri(f"scale-{artifacts}"))
     result: dict[str, Any] = {}

@@ -140,10 +140,10 @@ def remove(store: Store, item: Item, recursive: bool = False, dry_run: bool = Fa
     if busy := sorted(doomed & (building | read)):
         raise NanodlmError(f"{store.uri(*busy[0])} is being built or read by a run: wait for it, or stop it first")
     for found in reversed(in_order({found: there[found] for found in doomed})):
+        size = sum(file.size for path, file in listed[found].items() if path.startswith("attempts/"))
         if not dry_run:
             store.retire(found)  # first, so that nobody finds half of it
             store.remove_folder(store.path(*found))
-        size = sum(file.size for path, file in listed[found].items() if path.startswith("attempts/"))
         yield {"kind": "artifact", "uri": store.uri(*found), "bytes": size}
 
 
