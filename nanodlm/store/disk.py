@@ -7,6 +7,7 @@ import os
 import secrets
 import shutil
 import stat
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ class Found:
 
 
 class OnDisk(Found):
-    """A file on a local disk, which is asked for its state when that is needed; what went since is empty and old."""
+    """A file on a local disk, which is asked for its state when that is needed; what went since changed just now."""
 
     links: int  # names that it has
 
@@ -33,7 +34,7 @@ class OnDisk(Found):
         self._entry = entry
 
     def __getattr__(self, name: str) -> Any:
-        self.size, self.changed, self.links = 0, 0.0, 0
+        self.size, self.changed, self.links = 0, time.time(), 0
         with contextlib.suppress(FileNotFoundError):
             status = self._entry.stat(follow_symlinks=False)
             self.size, self.changed, self.links = status.st_size, status.st_mtime, status.st_nlink

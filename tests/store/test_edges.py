@@ -23,6 +23,7 @@ from nanodlm.errors import NanodlmError
 from nanodlm.stages import run
 from nanodlm.store import Artifact, Store, cache, hold_lease, new_attempt, owner
 from nanodlm.store import lease as store_lease
+from nanodlm.store.disk import list_files
 from nanodlm.upkeep import collect, verify
 from tests.support.helpers import committed, copied, fill, identity, prose, tiny_config
 from tests.support.servers import Server, flaky
@@ -303,6 +304,15 @@ def test_a_process_that_is_another_users_and_cannot_be_seen_has_not_ended(monkey
     assert owner.has_ended(hidden)
     monkeypatch.setattr(os, "kill", refused)
     assert not owner.has_ended(hidden)
+
+
+def test_a_listed_file_that_went_since_is_no_error_and_not_old(tmp_path: Path) -> None:
+    (tmp_path / "there").write_text("abc")
+    (tmp_path / "gone").write_text("abc")
+    listed = list_files(str(tmp_path))
+    (tmp_path / "gone").unlink()
+    assert (listed["there"].size, listed["gone"].size) == (3, 0)
+    assert listed["gone"].changed >= listed["there"].changed
 
 
 # What others may read
