@@ -17,17 +17,29 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 from unittest import mock
+from urllib.parse import urlsplit
 
 import fsspec
+import psutil
 import tyro
 
 from benchmarks.wire import counted
 from nanodlm.errors import UsageError
 from nanodlm.store import SCHEMA, Store, cache, new_attempt
 from nanodlm.store.bucket import Bucket
+from nanodlm.store.disk import sha256_of
 from nanodlm.store.files import REQUESTS
+
+
+class Times(NamedTuple):
+    """What a call took, in seconds: by the clock, and of the processors for this process and for the server."""
+
+    wall: float
+    here: float
+    server: float
+
 
 IDENTITY = {"schema": SCHEMA, "stage": "bench", "version": 1, "parameters": {}, "inputs": {}}
 
@@ -49,7 +61,8 @@ def bucket(
     Returns:
         `requests_hit`, `requests_miss` (of looking one stage up) and `requests_publish` (of an artifact with so many
         files, without its lease), by method; `publish_mb_per_second`, `stage_mb_per_second`, the same for
-        `plain_put` and `plain_get`; and `publish_ratio`, `stage_ratio`, ours over plain.
+        `plain_put` and `plain_get`, with the `_cpu_seconds` of each, and the server's where it is a process here;
+        `sha256_cpu_seconds` of the same bytes; and `publish_ratio`, `stage_ratio`, ours over plain.
 
     Raises:
         UsageError: For a store on local disk, where there are neither requests nor transfers to measure.
@@ -57,7 +70,7 @@ def bucket(
     if Store(url).is_local:
         raise UsageError("a store on local disk is used in place, nothing is transferred: name a bucket")
     store = Store(Store(url).uri(f"bench-{secrets.token_hex(4)}"))
-    seconds: dict[str, list[float]] = {"publish": [], "plain_put": [], "stage": [], "plain_get": []}
+    taken: dict[str, list[Times]] = {"publish": [], "plain_put": [], "stage": [], "plain_get": []}
     with tempfile.TemporaryDirectory() as scratch:
         source, target = Path(scratch) / "source", Path(scratch) / "plain"
         source.mkdir()
@@ -65,39 +78,44 @@ def bucket(
             (source / f"file-{i:04d}").write_bytes(os.urandom(int(megabytes * 1e6)))
         put, get = _plain(store, source, target)
 
-        def publish(fingerprint: str) -> float:
+        def publish(fingerprint: str) -> Times:
             with new_attempt(store, "bench", fingerprint) as attempt:
                 shutil.copytree(source, attempt.path, dirs_exist_ok=True)
-                return _seconds(lambda: attempt.commit(identity=IDENTITY, metrics={}))
+                return _times(lambda: attempt.commit(identity=IDENTITY, metrics={}))
 
-        def stage(fingerprint: str) -> float:
+        def stage(fingerprint: str) -> Times:
             (found := store.open(store.uri("bench", fingerprint))).check()
-            taken = _seconds(found.local)
+            times = _times(found.local)
             shutil.rmtree(cache.cache_dir())
-            return taken
+            return times
 
-        def plain_put(fingerprint: str) -> float:
-            return _seconds(lambda: put(fingerprint))
+        def plain_put(fingerprint: str) -> Times:
+            return _times(lambda: put(fingerprint))
 
-        def plain_get(fingerprint: str) -> float:
+        def plain_get(fingerprint: str) -> Times:
             target.mkdir()
-            taken = _seconds(lambda: get(fingerprint))
+            times = _times(lambda: get(fingerprint))
             shutil.rmtree(target)
-            return taken
+            return times
 
         try:
             with mock.patch.dict(os.environ, NANODLM_CACHE=str(Path(scratch) / "cache")):
                 for repeat in range(repeats + 1):  # the first opens connections, and is not counted
                     for pair in ((publish, plain_put), (stage, plain_get)):
                         for call in pair[:: 1 if repeat % 2 else -1]:  # the second finds the server busy with the first
-                            seconds[call.__name__].append(call(f"{repeat:016x}"))
+                            taken[call.__name__].append(call(f"{repeat:016x}"))
                 requests = _requests(store, source)
         finally:
             store.remove_folder(store.root)
-    speeds = {name: files * megabytes / median(taken[1:]) for name, taken in seconds.items()}
+        hashing = _times(lambda: [sha256_of(path) for path in source.iterdir()])
+    medians = {name: Times(*map(median, zip(*times[1:], strict=True))) for name, times in taken.items()}
+    speeds = {name: files * megabytes / times.wall for name, times in medians.items()}
     result = {
         **requests,
         **{f"{name}_mb_per_second": speed for name, speed in speeds.items()},
+        **{f"{name}_cpu_seconds": times.here for name, times in medians.items()},
+        **{f"{name}_server_cpu_seconds": times.server for name, times in medians.items()},
+        "sha256_cpu_seconds": hashing.here,
         "publish_ratio": speeds["publish"] / speeds["plain_put"],
         "stage_ratio": speeds["stage"] / speeds["plain_get"],
     }
@@ -155,10 +173,20 @@ def _through_a_proxy(url: str) -> Iterator[tuple[Store, Counter[str]]]:
         yield Store(url), counts
 
 
-def _seconds(call: Callable[[], Any]) -> float:
-    began = time.perf_counter()
+def _times(call: Callable[[], Any]) -> Times:
+    before = time.perf_counter(), time.process_time(), _server_seconds()
     call()
-    return time.perf_counter() - began
+    after = time.perf_counter(), time.process_time(), _server_seconds()
+    return Times(*(then - now for now, then in zip(before, after, strict=True)))
+
+
+def _server_seconds() -> float:
+    """Return the CPU seconds that the bucket's server has used; 0 where it is no process of this machine."""
+    endpoint = os.environ.get("AWS_ENDPOINT_URL") or os.environ.get("STORAGE_EMULATOR_HOST") or ""
+    port = urlsplit(endpoint).port
+    listening = (found for found in psutil.net_connections("tcp") if found.status == psutil.CONN_LISTEN)
+    pid = next((found.pid for found in listening if found.laddr[1:] == (port,)), None)
+    return sum(psutil.Process(pid).cpu_times()[:2]) if pid else 0.0
 
 
 if __name__ == "__main__":

@@ -89,9 +89,10 @@ def scale(
         repeats: Runs of each command, of which medians are told.
 
     Returns:
-        For each of `ls`, `plan`, `gc` and `verify`, and for `finish` and `adopt` of the shards, its `seconds`; on a
-        bucket with its `requests`, by method, and their sum as `total`; on local disk, where `strace` is installed,
-        with the system calls that name a file or ask for its state, for each shard, as `calls_per_shard`.
+        For each of `ls`, `plan`, `gc` and `verify`, and for `finish` and `adopt` of the shards, its `seconds`, and as
+        `cpu_seconds` those of the processors, which other work changes less; on a bucket with its `requests`, by
+        method, and their sum as `total`; on local disk, where `strace` is installed, with the system calls that name
+        a file or ask for its state, for each shard, as `calls_per_shard`.
     """
     store = Store(Store(url).uri(f"scale-{artifacts}"))
     result: dict[str, Any] = {}
@@ -101,7 +102,7 @@ def scale(
         for name, words in COMMANDS.items():
             command = ["-m", "nanodlm", *words, "--store", store.uri()]
             runs = [_run(command) for _ in range(repeats)]
-            result[name] = {**runs[-1], "seconds": median(run["seconds"] for run in runs)}
+            result[name] = runs[-1] | {key: median(run[key] for run in runs) for key in ("seconds", "cpu_seconds")}
             print(f"{name:<8} {result[name]}", flush=True)
         if shards:
             place = Store(url).uri(f"shards-{time.time_ns()}")
@@ -116,14 +117,15 @@ def scale(
 
 
 def _run(command: list[str]) -> dict[str, Any]:
-    """Run a Python command to its end: its seconds, or those that it prints itself, and its requests."""
+    """Run a Python command to its end: its seconds, or those that it prints itself, the processors', its requests."""
     with counted() as (variables, counts):
-        began = time.perf_counter()
+        began, used = time.perf_counter(), sum(os.times()[2:4])
         words = [sys.executable, *command]
         done = subprocess.run(words, env={**os.environ, **variables}, stdout=subprocess.PIPE, text=True, check=True)
         seconds = time.perf_counter() - began
     last = (done.stdout.splitlines() or [""])[-1]
     told = json.loads(last) if last.startswith("{") else {"seconds": round(seconds, 3)}
+    told["cpu_seconds"] = round(sum(os.times()[2:4]) - used, 3)
     return {**told, **({"requests": dict(counts), "total": counts.total()} if counts else {})}
 
 

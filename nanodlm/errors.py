@@ -87,6 +87,10 @@ class SourceGone(NanodlmError):
 class Damaged(NanodlmError):
     """An artifact's files are not what its manifest says: missing, truncated, swapped or altered."""
 
+    def __init__(self, problem: str, remedy: str = ""):
+        super().__init__(problem + remedy)
+        self.problem = problem
+
 
 class Unreachable(NanodlmError):
     """A storage did not answer for as long as it was asked; the same may succeed later."""

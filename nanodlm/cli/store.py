@@ -31,7 +31,7 @@ def _open_store(store: Url = "") -> Store:
 
 OpenStore = Annotated[Store, arg(name="", constructor=_open_store)]
 Uri = Annotated[str, Doc("An artifact, as `nanodlm ls` prints it.")]
-From = Annotated[str, Doc("A store, or one artifact's URI.")]
+From = Annotated[str, Doc("A store, or one artifact, as `nanodlm ls` prints it.")]
 To = Annotated[str, Doc("The store to copy to.")]
 Chain = Annotated[str, Doc("Artifact to check, with all it was made from; by default the whole store.")]
 Deep = Annotated[bool, Doc("Read every file and compare its sha256, not only its size.")]
@@ -149,16 +149,13 @@ def rm(uri: Uri, /, *, store: OpenStore, recursive: Recursive = False, dry_run: 
     out.json(removed=rows, dry_run=dry_run)
 
 
-def copy(src: From, dst: To, /, *, out: Output) -> None:
+def copy(src: From, dst: To, /, *, store: OpenStore, out: Output) -> None:
     """Copy an artifact with all it was made from, or a whole store, to another store."""
-    _, address, stage, fingerprint, _ = parse_address(src)
-    if address and (one := Store(address).find(stage, fingerprint)):
-        source, targets = one.store, chain(one.store, (stage, fingerprint))
-    else:
-        source = Store(src)
-        targets = in_order(dict(source.artifacts(source)))
+    source = Store(src)
+    targets = in_order(dict(source.artifacts(source)))
     if not targets:
-        raise NanodlmError(f"nothing to copy: {src} holds no artifacts")
+        source = _store_of(src, store)
+        targets = chain(source, source.locate(src))
     rows, sent = [], 0
     with out.showing("copy") as emit:
         for artifact, copied in copy_artifacts(source, Store(dst), targets, emit):

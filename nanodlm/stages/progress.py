@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -87,8 +87,10 @@ SUMMARIES = {
 
 
 def summary(artifact: "Artifact") -> str:
-    """Return one phrase on what an artifact holds."""
+    """Return one phrase on what an artifact holds; nothing of one whose version did not measure that."""
     m = artifact.metrics
     inexact = {"megabytes": m.get("bytes", 0) / 1e6, "millions": m.get("parameters", 0) / 1e6}
     documents = counted(m.get("documents", 0), "documents")
-    return SUMMARIES.get(artifact.stage, "").format(**m, **inexact, counted=documents)
+    with suppress(KeyError):
+        return SUMMARIES.get(artifact.stage, "").format(**m, **inexact, counted=documents)
+    return ""

@@ -7,7 +7,7 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from functools import cached_property
 from importlib.metadata import version
@@ -20,7 +20,7 @@ from nanodlm.store.cache import hold
 from nanodlm.store.disk import Found, describe, flush_folders, link, list_files
 from nanodlm.store.files import show_transfer
 from nanodlm.store.manifest import FLOW_RUN, MANIFEST, PACKAGES, RECORDS, Json, digest_of, safe, sealed, utc_now
-from nanodlm.store.part import Part, parts_in
+from nanodlm.store.part import Part
 from nanodlm.store.store import Artifact, Store
 
 # Files that systems leave in folders.
@@ -41,7 +41,6 @@ class Attempt:
             self._over = f"-over-{artifact.manifest['attempt'].split('-')[1] if artifact else self.id[-8:]}"
         self.id += self._over
         self.restore = restore  # a manifest, as far as it is known, of what is to be made again to the same bytes
-        self._goes_on_from = made_it(restore) if restore else lambda attempt: attempt.endswith(self._over)
         self.started = time.monotonic()
         self._parts: dict[str, Part] = {}  # those in the folder of another attempt were taken over where they lie
         self.path = Path(self._remote()) if store.is_local else hold(f"attempt-{self.id}")
@@ -92,9 +91,19 @@ class Attempt:
     @cached_property
     def earlier(self) -> dict[str, list[str]]:
         """Names of the parts that earlier attempts finished, each with the attempts that did."""
-        found = parts_in(self._listed)
-        mine = {n: [a for a in attempts if a != self.id and self._goes_on_from(a)] for n, attempts in found.items()}
-        return {name: attempts for name, attempts in mine.items() if attempts}
+        found: dict[str, list[str]] = {}
+        for path in sorted(self._listed, reverse=True):
+            record = re.fullmatch("([^/]+)/parts/(.+)[.]json", path, re.DOTALL)
+            if record and record[1] != self.id and self._goes_on_from(record[1]):
+                found.setdefault(record[2], []).append(record[1])
+        return found
+
+    def _goes_on_from(self, attempt: str) -> bool:
+        """Say if another attempt made what this is to make: of what is to be restored others may hold other bytes."""
+        if not self.restore:
+            return attempt.endswith(self._over)
+        named = {file.get("attempt", self.restore["attempt"]) for file in self.restore.get("files", ())}
+        return attempt in named if named else "-over-" not in attempt
 
     def uri(self, name: str) -> str:
         """Return the address, in the store, of a file or folder of this attempt."""
@@ -219,12 +228,6 @@ class Attempt:
         return Artifact(self.store, self.store.path(self.stage, self.fingerprint), manifest)
 
 
-def made_it(manifest: Json) -> Callable[[str], bool]:
-    """Return which attempts made what a manifest tells of, as far as it is known; others may hold other bytes."""
-    named = {file.get("attempt", manifest["attempt"]) for file in manifest.get("files", ())}
-    return lambda attempt: attempt in named if named else "-over-" not in attempt
-
-
 @contextlib.contextmanager
 def new_attempt(
     store: Store, stage: str, fingerprint: str, *, afresh: bool = False, restore: Json | None = None
@@ -233,11 +236,9 @@ def new_attempt(
 
     It adopts only what an interrupted rebuild left (`afresh`), or what a manifest's artifact was made of (`restore`).
     """
-    try:
-        store.require_create_only()
+    store.require_create_only()
+    with store.beginning():
         attempt = Attempt(store, stage, fingerprint, afresh, restore)
-    except OSError as error:
-        raise cannot_write(store, error) from error
     try:
         yield attempt
     except BaseException:
@@ -247,11 +248,3 @@ def new_attempt(
     finally:
         if not store.is_local:
             shutil.rmtree(attempt.path, ignore_errors=True)
-
-
-def cannot_write(store: Store, error: OSError) -> NanodlmError:
-    """Return the error, in one line, of a store that cannot be written."""
-    no_bucket = isinstance(error, FileNotFoundError) and not store.is_local
-    reason = "there is no such bucket" if no_bucket else error.strerror or error
-    remedy = "choose another with --store, or mend its permissions"
-    return NanodlmError(f"cannot write to the store {store.uri()}: {reason}; {remedy}")

@@ -8,11 +8,13 @@ import itertools
 import os
 import re
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from nanodlm.errors import redact
 from nanodlm.store.disk import Found, sha256_of
 
 PIECE, PART = 1 << 25, 1 << 24  # bytes of a file that one request asks for, and that one sends
@@ -55,32 +57,16 @@ class Bucket:
                     found[file["path"].removeprefix(below)] = Found(file["size"], changed, file["e_tag"] or "")
         return found
 
-    def sha256(self, path: str, size: int) -> str:
-        return self.get(path, Path(os.devnull), size)
-
     def get(self, path: str, target: Path, size: int) -> str:
-        digest = hashlib.sha256()
-        with target.open("wb") as file:
-            for start in range(0, size, PIECE):
-                with _as_of_a_disk():
-                    piece = self.store.get_range(self._key(path), start=start, length=min(PIECE, size - start))
-                digest.update(piece)
-                file.write(piece)
-        return digest.hexdigest()
+        with _as_of_a_disk():
+            return _write(target, size, lambda start, end: self.store.get_range(self._key(path), start=start, end=end))
 
     def put(self, source: Path, path: str) -> tuple[str, str]:
-        digest = hashlib.sha256()
-
-        def pieces() -> Iterator[bytes]:
-            with source.open("rb") as file:
-                while piece := file.read(PART):
-                    digest.update(piece)
-                    yield piece
-
-        small = source.stat().st_size <= PART
-        with _as_of_a_disk():  # an iterator is sent in several parts, whatever it yields
-            sent = self.store.put(self._key(path), b"".join(pieces()) if small else pieces(), chunk_size=PART)
-        return digest.hexdigest(), sent["e_tag"] or ""
+        with ThreadPoolExecutor(1) as hashing:
+            hashed = hashing.submit(sha256_of, source)
+            with _as_of_a_disk():
+                sent = self.store.put(self._key(path), source, chunk_size=PART)
+            return hashed.result(), sent["e_tag"] or ""
 
     def remove(self, *paths: str) -> None:
         with contextlib.suppress(FileNotFoundError), _as_of_a_disk():
@@ -128,13 +114,8 @@ class Driver:
                 found[path.lstrip("/").removeprefix(below)] = there
         return found
 
-    def sha256(self, path: str, size: int) -> str:
-        with self.fs.open(path, "rb", cache_type="readahead") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-
     def get(self, path: str, target: Path, size: int) -> str:
-        self.fs.get_file(path, str(target))
-        return sha256_of(target)
+        return _write(target, size, lambda start, end: self.fs.cat_file(path, start, end))
 
     def put(self, source: Path, path: str) -> tuple[str, str]:
         self.fs.put_file(str(source), path)
@@ -150,6 +131,19 @@ class Driver:
     def remove_folder(self, folder: str) -> None:
         with contextlib.suppress(FileNotFoundError):
             self.fs.rm(folder, recursive=True)
+
+
+def _write(target: Path, size: int, get: Callable[[int, int], Any]) -> str:
+    """Write what comes piece by piece, each hashed while the next one is under way, and return the sha256 of it."""
+    digest, hashed = hashlib.sha256(), None
+    with target.open("wb") as file, ThreadPoolExecutor(1) as hashing:
+        for start in range(0, size, PIECE):
+            piece = get(start, min(start + PIECE, size))
+            if hashed:
+                hashed.result()  # so that no more than two pieces are held
+            hashed = hashing.submit(digest.update, piece)
+            file.write(piece)
+    return digest.hexdigest()
 
 
 @lru_cache(maxsize=8)
@@ -197,4 +191,4 @@ def _said(error: Exception) -> str:
     """Return what a server said, else what obstore did, without the particulars for its developers."""
     text = str(error).partition("\n\nDebug source")[0]
     answer = re.search(r"<Code>(.*?)</Code>.*?<Message>(.*?)</Message>", text, re.DOTALL)
-    return f"{answer[1]}: {answer[2]}" if answer else text
+    return f"{answer[1]}: {answer[2]}" if answer else redact(text)  # it quotes the address of the server

@@ -7,20 +7,38 @@ import os
 import secrets
 import shutil
 import stat
+import time
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 from nanodlm.store.manifest import Json
 
 
-class Found(NamedTuple):
+@dataclass
+class Found:
     """A file that a listing shows."""
 
     size: int
     changed: float  # Unix time, by the storage's clock
     e_tag: str = ""  # differs when the content does, where a bucket tells it
-    links: int = 1  # names that it has on a local disk
+
+
+class OnDisk(Found):
+    """A file on a local disk, which is asked for its state when that is needed; what went since changed just now."""
+
+    links: int  # names that it has
+
+    def __init__(self, entry: os.DirEntry[str]):
+        self._entry = entry
+
+    def __getattr__(self, name: str) -> Any:
+        self.size, self.changed, self.links = 0, time.time(), 0
+        with contextlib.suppress(FileNotFoundError):
+            status = self._entry.stat(follow_symlinks=False)
+            self.size, self.changed, self.links = status.st_size, status.st_mtime, status.st_nlink
+        return object.__getattribute__(self, name)
 
 
 @contextlib.contextmanager
@@ -86,9 +104,9 @@ def link(source: Path, target: Path) -> None:
             os.fsync(file.fileno())
 
 
-def list_files(folder: str) -> dict[str, Found]:
+def list_files(folder: str) -> dict[str, OnDisk]:
     """Return all files and links below a local folder, by relative path; a folder that cannot be listed raises."""
-    found: dict[str, Found] = {}
+    found: dict[str, OnDisk] = {}
     folders = [""]
     while folders:
         below = folders.pop()
@@ -96,10 +114,8 @@ def list_files(folder: str) -> dict[str, Found]:
             for entry in entries:
                 if entry.is_dir(follow_symlinks=False):
                     folders.append(f"{below}{entry.name}/")
-                    continue
-                with contextlib.suppress(FileNotFoundError):  # it has been removed since
-                    status = entry.stat(follow_symlinks=not entry.is_symlink() or os.path.exists(entry.path))
-                    found[below + entry.name] = Found(status.st_size, status.st_mtime, "", status.st_nlink)
+                else:
+                    found[below + entry.name] = OnDisk(entry)
     return found
 
 
@@ -127,8 +143,6 @@ class Disk:
     `put` returns the sha256 of what was sent, and the e-tag that it has there.
     """
 
-    files = staticmethod(list_files)
-
     def read(self, path: str, limit: int) -> bytes:
         """Return the content of a file; a `ValueError` says that it has more bytes than this, or is no file."""
         with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:  # it may be a pipe
@@ -137,16 +151,15 @@ class Disk:
                 raise ValueError("is no regular file" if status.st_size <= limit else f"has {status.st_size} bytes")
             return file.read()
 
+    def files(self, folder: str) -> dict[str, Found]:
+        return dict(list_files(folder))
+
     def write(self, path: str, data: bytes, create_only: bool = False) -> bool:
         """Write a file whole; with `create_only` change nothing where there is one: return False, or raise."""
         return write_whole(Path(path), data, create_only)
 
-    def sha256(self, path: str, size: int) -> str:
-        return sha256_of(Path(path))
-
     def get(self, path: str, target: Path, size: int) -> str:
-        link(Path(path), target)
-        return sha256_of(target)
+        return sha256_of(Path(path))  # it is used where it lies
 
     def put(self, source: Path, path: str) -> tuple[str, str]:
         with beside(Path(path)) as new:

@@ -11,7 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
-import fsspec
 import orjson
 
 from nanodlm.config import refuse_secrets
@@ -47,14 +46,18 @@ class Storage:
         self._create_only = self.is_local = protocol in LOCAL
         self.driver: Disk | Bucket | Driver
         try:
-            if protocol in S3:
+            if self.is_local:
+                folder = Path(url.rpartition("://")[2]).expanduser()
+                self.root, self._before, self.driver = str(folder.absolute()), "", Disk()
+            elif protocol in S3:
                 self.root, self._before = url.partition("://")[2].lstrip("/"), "s3://"
                 self.driver = Bucket(self.root.partition("/")[0])
             else:
-                fs, root = fsspec.url_to_fs(url, use_listings_cache=False)
-                self.root = str(Path(root).absolute()) if self.is_local else root.rstrip("/")
-                self._before = "" if self.is_local else fs.unstrip_protocol(self.root).removesuffix(self.root)
-                self.driver = Disk() if self.is_local else Driver(fs)
+                from fsspec import url_to_fs
+
+                fs, root = url_to_fs(url, use_listings_cache=False)
+                self.root, self.driver = root.rstrip("/"), Driver(fs)
+                self._before = fs.unstrip_protocol(self.root).removesuffix(self.root)
         except (ImportError, ValueError) as error:
             missing = f"; pip install 'nanodlm[{'s3' if protocol in S3 else 'gcs'}]'"
             missing = missing if isinstance(error, ImportError) else ""
@@ -101,14 +104,10 @@ class Storage:
     def files(self, folder: str) -> dict[str, Found]:
         """Return all files below a folder, by relative path; none where there is no folder."""
         try:
-            return self.ask(lambda: self.driver.files(folder))
+            return self.driver.files(folder) if self.is_local else self.ask(lambda: self.driver.files(folder))
         except OSError as error:
             reason = "there is no such bucket" if isinstance(error, FileNotFoundError) else one_line(error)
             raise NanodlmError(f"cannot list {self.uri()}: {reason}") from error
-
-    def sha256(self, path: str, size: int) -> str:
-        """Return the sha256 of a file of this size, in hex."""
-        return self.ask(lambda: self.driver.sha256(path, size))
 
     def get(self, path: str, target: Path, size: int) -> str:
         """Copy a file of this size to a local path, and return the sha256 of what arrived, to be compared."""
@@ -150,7 +149,19 @@ class Storage:
     def require_create_only(self) -> None:
         """Try, once, whether a file that exists can be created again, and refuse a storage where it can."""
         if not self._create_only:
-            self.now()
+            with self.beginning():
+                self.now()
+
+    @contextlib.contextmanager
+    def beginning(self) -> Iterator[None]:
+        """Turn what the first write raises of a storage that cannot be written into one line."""
+        try:
+            yield
+        except OSError as error:
+            no_bucket = isinstance(error, FileNotFoundError) and not self.is_local
+            reason = "there is no such bucket" if no_bucket else error.strerror or error
+            remedy = "choose another with --store, or mend its permissions"
+            raise NanodlmError(f"cannot write to the store {self.uri()}: {reason}; {remedy}") from error
 
     def now(self) -> float:
         """Return the Unix time by the storage's own clock: that of a file created now, which must be so only once."""
@@ -179,9 +190,13 @@ def _problem_with(url: str) -> str:
     """Say why no store can be at a URL; an empty text when one can."""
     if not url:
         return "it has no name: give a folder, or a bucket at s3:// or gs://"
-    known = fsspec.available_protocols()
     word, colon, rest = url.partition(":")
-    if colon and not rest.startswith((":", "//")) and word in known:
+    if not colon:
+        return ""
+    import fsspec
+
+    known = fsspec.available_protocols()
+    if not rest.startswith((":", "//")) and word in known:
         return f"write {word}://{rest if word in LOCAL else rest.lstrip('/')}, or ./{url} for a folder"
     protocol = fsspec.core.split_protocol(url)[0] or "file"
     if "::" in url or protocol not in CREATE_ONLY:

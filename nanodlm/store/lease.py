@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterator
 
 from nanodlm.errors import Damaged, Emit, NanodlmError, silent
-from nanodlm.store.attempt import cannot_write
 from nanodlm.store.manifest import Json
 from nanodlm.store.owner import has_ended, this_process
 from nanodlm.store.retry import retrying_for
@@ -38,15 +37,13 @@ def hold_lease(
     def is_held() -> bool:
         return (read_lease(store, path) or {}).get("holder") == holder["holder"]
 
-    try:  # before any work, so that a store that cannot be written says so at once
+    with store.beginning():  # before any work, so that a store that cannot be written says so at once
         while not store.write_json(path, holder, create_only=True):
             if _wait_for_lease(store, path, emit):
                 store.write_json(path, holder)
                 time.sleep(SETTLE_SECONDS)
                 if is_held():
                     break
-    except OSError as error:
-        raise cannot_write(store, error) from error
     stop = threading.Event()
 
     def beat() -> None:

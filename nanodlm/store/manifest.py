@@ -6,6 +6,8 @@ import re
 import time
 from typing import Any
 
+import orjson
+
 from nanodlm.errors import Damaged
 
 Json = dict[str, Any]  # a record, such as that of a file: its `path`, `size` and `sha256`
@@ -45,15 +47,19 @@ def sealed(value: Json) -> Json:
     """Return a record with a checksum over the rest of it, so that no altered byte of it goes unnoticed.
 
     >>> sealed({"a": 1})["checksum"][:8]
-    'f9d86028'
+    '015abd7f'
     """
     rest = {k: v for k, v in value.items() if k != "checksum"}
-    return {**rest, "checksum": hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()}
+    return {**rest, "checksum": hashlib.sha256(orjson.dumps(rest, option=orjson.OPT_SORT_KEYS)).hexdigest()}
 
 
 def is_sealed(value: Json) -> bool:
-    """Say if a record's checksum is that of its content."""
-    return value.get("checksum") == sealed(value)["checksum"]
+    """Say if a record's checksum is that of its content; earlier versions took it of a text with spaces."""
+    rest = sealed(value)
+    found = value.get("checksum")
+    return (
+        found == rest.pop("checksum") or found == hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+    )
 
 
 def digest_of(files: list[Json], volatile: list[str]) -> str:

@@ -6,8 +6,6 @@ import re
 import socket
 from pathlib import Path
 
-import psutil
-
 
 def this_process() -> str:
     """Return a name that no other process has, of whatever machine, boot or container."""
@@ -31,16 +29,14 @@ def has_ended(name: str) -> bool:
 
 def _namespace() -> str:
     """Return what tells the numbers of the processes seen here from those of others; host names are not enough."""
-    seen = f"{socket.gethostname()}-{psutil.boot_time():.0f}"
+    seen = socket.gethostname()
     with contextlib.suppress(OSError):  # of Linux alone
         seen = f"{Path('/proc/sys/kernel/random/boot_id').read_text()}-{os.readlink('/proc/self/ns/pid')}"
     return re.sub(r"\W+", "-", seen).strip("-")
 
 
 def _started(pid: int) -> str:
-    """Return when a process was started, for its number may be given again; empty when there is none."""
+    """Return when a process was started, for its number may be given again; empty where that is not known."""
     with contextlib.suppress(OSError):  # on Linux since the boot, so that a clock that is set changes nothing
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    with contextlib.suppress(psutil.Error):
-        return f"{psutil.Process(pid).create_time() * 100:.0f}"
     return ""

@@ -2,8 +2,7 @@
 
 import hashlib
 import os
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -92,7 +91,7 @@ class Part:
         if found.size != file["size"]:
             return f"has {found.size} bytes, not {file['size']}"
         try:
-            same = not deep or self.store.sha256(path, file["size"]) == file["sha256"]
+            same = not deep or self.store.get(path, Path(os.devnull), file["size"]) == file["sha256"]
         except OSError as error:  # a disk that fails, for one
             return f"cannot be read: {error.strerror or error}"
         return "" if same else "has been altered: its sha256 differs from the manifest's"
@@ -138,12 +137,3 @@ class Part:
         except OSError as error:
             raise cache.cannot_write_cache(error) from error
         return folder
-
-
-def parts_in(listed: Iterable[str]) -> dict[str, list[str]]:
-    """Return the names of finished parts, each with the attempts that finished it, by the paths below attempts."""
-    found: dict[str, list[str]] = {}
-    for path in sorted(listed, reverse=True):
-        if record := re.fullmatch("([^/]+)/parts/(.+)[.]json", path, re.DOTALL):
-            found.setdefault(record[2], []).append(record[1])
-    return found

@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_before_delay, wait_random_exponential
 
-from nanodlm.errors import NanodlmError, Unreachable, UsageError
+from nanodlm.errors import NanodlmError, Unreachable, UsageError, redact
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ def ask(uri: str, call: Callable[[], T]) -> T:
 
     def warn(state: RetryCallState) -> None:
         if state.attempt_number == 4 and state.outcome:
-            log.warning("%s does not answer (%s): trying again", uri, one_line(state.outcome.exception()))
+            log.warning("%s does not answer (%s): trying again", uri, redact(one_line(state.outcome.exception())))
 
     tries = Retrying(
         retry=retry_if_exception(may_pass),

@@ -71,7 +71,8 @@ class Artifact(Part):
     def remedy(self, problem: str, *, deep: bool = False) -> str:
         """Return the line that says what is wrong with it and what to do."""
         command = f"nanodlm verify {self.uri} {'--deep ' if deep else ''}--repair"
-        return f"the {self.stage} artifact is damaged: {problem}; `{command}` builds what is bad again"
+        source = ", if a checkpoint is whole" if self.stage == "train" else ""
+        return f"the {self.stage} artifact is damaged: {problem}; `{command}` builds what is bad again{source}"
 
     def file(self, path: str) -> Path:
         """Return the local path of one of its files; see `local`."""
@@ -91,8 +92,10 @@ class Store(Storage):
                 raise Damaged(f"{self.address(path)} {problem}")
         except Damaged as error:
             uri = self.uri(stage, fingerprint)
-            remedy = f"`nanodlm verify {uri} --repair` builds it again, `nanodlm rm {uri}` removes it"
-            raise Damaged(f"{error}: {remedy}") from error
+            remedy = "builds it again if something that was made from it is there"
+            raise Damaged(
+                str(error), f": `nanodlm verify {uri} --repair` {remedy}, `nanodlm rm {uri}` removes it"
+            ) from error
         return Artifact(self, self.path(stage, fingerprint), manifest)
 
     def part(self, folder: str, name: str, **of: str) -> Part | None:
@@ -173,7 +176,7 @@ class Store(Storage):
         link = Path(self.path(LATEST, artifact.stage))
         with contextlib.suppress(OSError):  # a file system without links, or one that is not ours to write
             link.parent.mkdir(exist_ok=True)
-            new = link.with_name(f"{link.name}.{os.getpid()}")
+            (new := link.with_name(f".{link.name}.tmp")).unlink(missing_ok=True)  # of a process that was killed
             new.symlink_to(os.path.relpath(artifact.folder, link.parent))
             new.replace(link)
             return link

@@ -98,9 +98,9 @@ def _removals(
         del listed[item][MANIFEST]
     oldest = -inf if older_than is None else now - older_than
     for item in sorted(listed.keys() - torn.keys() - building - read):
-        attempts = _attempts(listed[item])
         named = {artifacts[item].manifest["attempt"], *artifacts[item].adopted.values()} if item in kept else set()
-        gone = list(_abandoned(listed[item], attempts, named, now - grace, oldest))
+        attempts = _attempts(listed[item], named)
+        gone = list(_abandoned(listed[item], attempts, bool(named), now - grace, oldest))
         for attempt in gone:
             size = sum(found.size for found in attempts[attempt].values())
             folder = store.path(*item, "attempts", attempt)
@@ -140,10 +140,10 @@ def remove(store: Store, item: Item, recursive: bool = False, dry_run: bool = Fa
     if busy := sorted(doomed & (building | read)):
         raise NanodlmError(f"{store.uri(*busy[0])} is being built or read by a run: wait for it, or stop it first")
     for found in reversed(in_order({found: there[found] for found in doomed})):
+        size = sum(file.size for path, file in listed[found].items() if path.startswith("attempts/"))
         if not dry_run:
             store.retire(found)  # first, so that nobody finds half of it
             store.remove_folder(store.path(*found))
-        size = sum(file.size for path, file in listed[found].items() if path.startswith("attempts/"))
         yield {"kind": "artifact", "uri": store.uri(*found), "bytes": size}
 
 
@@ -181,26 +181,26 @@ def _in_use(store: Store, listed: Listed, since: float) -> tuple[set[Item], set[
     return building, {item for lease in leases for item in lease.get("inputs", {}).items()}
 
 
-def _attempts(files: Files) -> dict[str, Files]:
-    """Return the files of each attempt, by path below it."""
+def _attempts(files: Files, named: set[str]) -> dict[str, Files]:
+    """Return the files of each attempt that an artifact has none of, by path below it."""
     attempts: dict[str, Files] = {}
     for path, found in files.items():
         top, attempt, below = [*path.split("/", 2), "", ""][:3]
-        if top == "attempts" and below and not TEMPORARY.fullmatch(below):
+        if top == "attempts" and below and attempt not in named and not TEMPORARY.fullmatch(path):
             attempts.setdefault(attempt, {})[below] = found
     return attempts
 
 
-def _abandoned(files: Files, attempts: dict[str, Files], named: set[str], since: float, oldest: float) -> Iterator[str]:
-    """Yield the attempts that nobody needs: none of those that have finished parts, where none is `named`.
+def _abandoned(files: Files, attempts: dict[str, Files], built: bool, since: float, oldest: float) -> Iterator[str]:
+    """Yield the attempts that nobody needs: none of those that have finished parts, until the artifact is `built`.
 
     An attempt that another took the place of may have readers still: its age is that of the manifest there now.
     """
     retired = files[RETIRED].changed if RETIRED in files else 0.0
     placed = max(retired, files[MANIFEST].changed if MANIFEST in files else 0.0)
-    for attempt in sorted(attempts.keys() - named):
+    for attempt in sorted(attempts):
         changed = max(found.changed for found in attempts[attempt].values())
         age = max(changed, placed)
         finished = changed > retired and any(path.startswith("parts/") for path in attempts[attempt])
-        if age < since and not (finished and not named and age >= oldest):
+        if age < since and not (finished and not built and age >= oldest):
             yield attempt

@@ -3,10 +3,9 @@
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from nanodlm.errors import Emit, NanodlmError
+from nanodlm.errors import Damaged, Emit, NanodlmError
 from nanodlm.stages.run import full_disk_in_one_line
 from nanodlm.store import Artifact, Item, Store, hold_lease
-from nanodlm.store.attempt import cannot_write
 from nanodlm.store.disk import flush_folders
 from nanodlm.store.files import show_transfer
 from nanodlm.store.manifest import MANIFEST
@@ -15,33 +14,41 @@ from nanodlm.store.manifest import MANIFEST
 def copy(source: Store, target: Store, artifacts: Iterable[Item], emit: Emit) -> Iterator[tuple[Artifact, bool]]:
     """Copy artifacts to another store, and yield each there, and whether anything had to be copied.
 
-    Where the target holds other bytes in an artifact's place they stay, and what was made from it is not copied; when
-    all else is done, that is an error, but of a report, which may tell the same differently.
+    Neither what is damaged is copied, nor what the target holds other bytes in place of, nor what was made from those:
+    when all else is done, that is an error. But a report may tell the same differently.
     """
     source.emit = target.emit = emit
-    try:
-        target.require_create_only()
-    except OSError as error:
-        raise cannot_write(target, error) from error
-    others: dict[Item, str] = {}  # what the target holds in place of these, and what would be made from it
-    for stage, fingerprint in artifacts:
-        artifact = source.open(f"{stage}/{fingerprint}")
-        there, sent = target.find(stage, fingerprint), False
-        if others.keys() & set(artifact.inputs):
-            others[stage, fingerprint] = artifact.name
-            continue
-        if there is None:
-            lease = hold_lease(target, stage, fingerprint, emit, dict(artifact.inputs))
-            with lease, full_disk_in_one_line(target):
-                if (there := target.find(stage, fingerprint)) is None:  # else another process was quicker
-                    there, sent = _send(artifact, target, emit), True
-        if there.digest != artifact.digest and stage != "report":
-            others[stage, fingerprint] = artifact.name
+    target.require_create_only()
+    other = f"other bytes are there: `nanodlm rm` those, or choose another target than {target.uri()}"
+    left: dict[Item, str] = {}  # what was not copied, and why
+    for item in artifacts:
+        try:
+            artifact = source.open("/".join(item))
+            if bad := left.keys() & set(artifact.inputs):
+                raise Damaged(left[bad.pop()])
+            there, sent = _copy(artifact, target, emit)
+            if there.digest != artifact.digest and artifact.stage != "report":
+                raise Damaged(other)
+        except Damaged as error:
+            left[item] = str(error)
         else:
-            yield (there if sent else there.check()), sent
-    if others:
-        remedy = f"`nanodlm rm` what is there, or choose another target than {target.uri()}"
-        raise NanodlmError(f"other bytes are there for {', '.join(others.values())}, which were not copied: {remedy}")
+            yield there, sent
+    if left:
+        names = {
+            why: ", ".join(f"{s}/{f[:12]}" for (s, f), because in left.items() if because == why)
+            for why in left.values()
+        }
+        raise NanodlmError("; ".join(f"{those} not copied: {why}" for why, those in names.items()))
+
+
+def _copy(artifact: Artifact, target: Store, emit: Emit) -> tuple[Artifact, bool]:
+    """Return what the target holds in an artifact's place, and whether it had to be copied there."""
+    item = artifact.stage, artifact.fingerprint
+    if (there := target.find(*item)) is None:
+        with hold_lease(target, *item, emit, dict(artifact.inputs)), full_disk_in_one_line(target):
+            if (there := target.find(*item)) is None:  # else another process was quicker
+                return _send(artifact, target, emit), True
+    return there.check(), False
 
 
 def _send(artifact: Artifact, target: Store, emit: Emit) -> Artifact:

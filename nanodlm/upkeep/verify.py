@@ -59,7 +59,7 @@ def check(
     found = artifacts if isinstance(artifacts, Mapping) else dict(store.artifacts(artifacts))
     listings = store.listed() if len(found) > MANY else {}
     for item, artifact in found.items():
-        problems, strays = [str(artifact) if artifact else "its manifest is missing"], []
+        problems, strays = [artifact.problem if isinstance(artifact, Damaged) else "its manifest is missing"], []
         if isinstance(artifact, Artifact):
             listed = listings.get(item) or store.files(store.path(*item))
             bad = artifact.problems(deep=deep, listed=listed, emit=emit)

@@ -16,7 +16,6 @@ from typing import Any
 
 import boto3
 import fsspec
-import psutil
 import pytest
 
 from nanodlm.data import rows as data_rows
@@ -24,6 +23,7 @@ from nanodlm.errors import NanodlmError
 from nanodlm.stages import run
 from nanodlm.store import Artifact, Store, cache, hold_lease, new_attempt, owner
 from nanodlm.store import lease as store_lease
+from nanodlm.store.disk import list_files
 from nanodlm.upkeep import collect, verify
 from tests.support.helpers import committed, copied, fill, identity, prose, tiny_config
 from tests.support.servers import Server, flaky
@@ -296,14 +296,6 @@ def test_the_number_of_a_dead_holder_that_was_given_again_is_not_waited_for(
         assert slept == [store_lease.SETTLE_SECONDS]
 
 
-def test_a_process_is_the_same_after_its_machines_clock_was_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As it is all the time, by a little; a run would lose its lease, and its folder in the cache."""
-    name, created = owner.this_process(), psutil.Process.create_time
-    monkeypatch.setattr(psutil.Process, "create_time", lambda self: created(self) + 1.0)
-    assert not owner.has_ended(name)
-    assert owner.this_process() == name
-
-
 def test_a_process_that_is_another_users_and_cannot_be_seen_has_not_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(number: int, signal: int) -> None:
         raise PermissionError(errno.EPERM, "Operation not permitted")
@@ -312,6 +304,15 @@ def test_a_process_that_is_another_users_and_cannot_be_seen_has_not_ended(monkey
     assert owner.has_ended(hidden)
     monkeypatch.setattr(os, "kill", refused)
     assert not owner.has_ended(hidden)
+
+
+def test_a_listed_file_that_went_since_is_no_error_and_not_old(tmp_path: Path) -> None:
+    (tmp_path / "there").write_text("abc")
+    (tmp_path / "gone").write_text("abc")
+    listed = list_files(str(tmp_path))
+    (tmp_path / "gone").unlink()
+    assert (listed["there"].size, listed["gone"].size) == (3, 0)
+    assert listed["gone"].changed >= listed["there"].changed
 
 
 # What others may read

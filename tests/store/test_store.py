@@ -1,4 +1,5 @@
 import errno
+import hashlib
 import json
 import math
 import os
@@ -9,6 +10,7 @@ import time
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from hypothesis import given, settings
@@ -132,6 +134,30 @@ def test_a_commit_that_was_said_to_have_failed_keeps_its_files(store: Store, mon
     assert artifact.check(deep=True)
 
 
+def test_a_manifest_that_an_earlier_version_sealed_is_read(store: Store) -> None:
+    manifest = committed(store, FILES).manifest
+    rest = {key: value for key, value in manifest.items() if key != "checksum"}
+    checksum = hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+    assert checksum != manifest["checksum"]
+    store.write_json(store.path("shard", "f0", "manifest.json"), {**rest, "checksum": checksum})
+    assert store.open("shard/f0").check(deep=True)
+    store.write_json(store.path("shard", "f0", "manifest.json"), {**rest, "created": "now", "checksum": checksum})
+    with pytest.raises(Damaged, match="has been altered"):
+        store.open("shard/f0")
+
+
+def test_a_link_to_the_latest_is_made_over_what_a_killed_process_left(store: Store) -> None:
+    artifact = committed(store, FILES)
+    Path(store.path("latest")).mkdir()
+    with pytest.MonkeyPatch.context() as killed, pytest.raises(Killed):
+        killed.setattr(Path, "replace", mock.Mock(side_effect=Killed))
+        store.show_latest(artifact)
+    link = store.show_latest(artifact)
+    assert link
+    assert list(link.parent.iterdir()) == [link]
+    assert link.samefile(artifact.folder)
+
+
 def test_a_link_that_leads_nowhere_is_no_manifest(store: Store) -> None:
     manifest_path(store).parent.mkdir(parents=True)
     manifest_path(store).symlink_to("gone")
@@ -235,15 +261,15 @@ def test_a_file_that_the_disk_cannot_read_is_named_and_the_others_are_read(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     artifact = committed(store, FILES)
-    sha256, seen = Store.sha256, []
+    get, seen = Store.get, []
 
-    def failing(self: Store, path: str, size: int) -> str:
+    def failing(self: Store, path: str, target: Path, size: int) -> str:
         seen.append(path)
         if path.endswith("/a.bin"):
             raise OSError(errno.EIO, "Input/output error")
-        return sha256(self, path, size)
+        return get(self, path, target, size)
 
-    monkeypatch.setattr(Store, "sha256", failing)
+    monkeypatch.setattr(Store, "get", failing)
     assert artifact.problems(deep=True) == {"a.bin": "cannot be read: Input/output error"}
     assert len(seen) == len(FILES)
 

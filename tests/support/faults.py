@@ -70,9 +70,6 @@ class Faulty(MemoryFileSystem):
     def put_file(self, lpath: str, rpath: str, *args: Any, **kwargs: Any) -> Any:
         return self._do("put_file", rpath, lambda: MemoryFileSystem.put_file(self, lpath, rpath, *args, **kwargs))
 
-    def get_file(self, rpath: str, lpath: str, *args: Any, **kwargs: Any) -> Any:
-        return self._do("get_file", rpath, lambda: MemoryFileSystem.get_file(self, rpath, lpath, *args, **kwargs))
-
     def find(self, path: str, *args: Any, **kwargs: Any) -> Any:
         found = self._do("find", path, lambda: MemoryFileSystem.find(self, path, *args, **kwargs))
         for name, info in found.items() if kwargs.get("detail") else ():  # as Google's storage does

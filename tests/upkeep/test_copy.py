@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from nanodlm.checkpoints.finding import find_checkpoint
-from nanodlm.errors import Damaged, NanodlmError
+from nanodlm.errors import NanodlmError
 from nanodlm.store import Artifact, Store
 from nanodlm.store.files import Storage
 from nanodlm.upkeep import collect, copy, verify
@@ -99,18 +99,20 @@ def test_a_copy_shows_how_far_it_is(master: Made, remote: Store, tmp_path: Path)
     assert "MB of shard fetched" in {unit for _, unit, _, _ in told}
 
 
-def test_a_damaged_source_is_not_copied(made: Made, remote: Store) -> None:
-    shard = made.artifacts["shard"]
+def test_what_is_damaged_is_not_copied_and_stops_only_what_was_made_from_it(made: Made, remote: Store) -> None:
     flip(made.first("shard", "train-*"))
-    with pytest.raises(Damaged, match=r"train-00000\.arrayrecord has been altered"):
-        copied(made.store, remote, [("shard", shard.fingerprint)])
-    assert list(remote) == []
+    made.manifest("sample").write_bytes(b"torn")
+    names = {stage: artifact.name for stage, artifact in made.artifacts.items()}
+    says = rf"{names['shard']}, {names['train']} not copied: .*train-00000\.arrayrecord has been altered.*; "
+    with pytest.raises(NanodlmError, match=rf"{says}{names['sample']} not copied: .* holds no record"):
+        copied(made.store, remote, list(verify.in_order(dict(made.store.artifacts(made.store)))))
+    assert sorted(stage for stage, _ in remote) == ["download", "split", "tokenizer"]
 
 
 def test_another_artifact_in_the_target_is_not_replaced(store: Store, remote: Store) -> None:
     committed(store, {"x": b"one"})
     theirs = committed(remote, {"x": b"other"})
-    with pytest.raises(NanodlmError, match=r"other bytes are there for shard/f0.*: `nanodlm rm` what is there"):
+    with pytest.raises(NanodlmError, match=r"shard/f0 not copied: other bytes are there: `nanodlm rm` those"):
         copied(store, remote)
     assert remote.open("shard/f0").manifest == theirs.manifest
 
@@ -119,13 +121,14 @@ def test_copy_of_one_artifact_takes_what_it_was_made_from_along(
     made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     target = str(tmp_path / "target")
-    split = made.artifacts["split"].uri
-    out, _ = said(capsys, "copy", split, target)
+    out, _ = said(capsys, "copy", made.artifacts["split"].name[:12], target, "--store", made.store.uri())
     assert [line.split()[0] for line in out.splitlines()[:-1]] == ["copied"] * 3
     assert out.splitlines()[-1].startswith("3 artifacts there; ")
     assert sorted(stage for stage, _ in Store(target)) == ["download", "split", "tokenizer"]
     rows = told(capsys, "copy", made.store.uri(), target)["artifacts"]
     assert [row["copied"] for row in rows] == [False] * 3 + [True] * 3
     assert rows[3]["uri"].startswith(f"{target}/shard/")
-    assert "holds no artifacts" in said(capsys, "copy", str(tmp_path / "nothing"), target, code=1)[1]
+    assert "no artifact at" in said(capsys, "copy", str(tmp_path / "nothing"), target, code=1)[1]
+    out, _ = said(capsys, "copy", made.artifacts["split"].uri[:-50], str(tmp_path / "second"))
+    assert out.count("copied   ") == 3
     assert "missing SRC and DST" in said(capsys, "copy", code=2)[1]

@@ -9,6 +9,7 @@ from unittest import mock
 
 import pytest
 
+from nanodlm.errors import Damaged
 from nanodlm.generation import generate
 from nanodlm.stages import run
 from nanodlm.store import Store, new_attempt, sealed
@@ -191,6 +192,8 @@ def test_no_repair_trains_from_the_beginning_and_what_cannot_be_mended_stops_no_
     for record in Path(made.artifacts["train"].folder, "parts", "checkpoints").iterdir():
         flip(record)
     before = files(made.store)
+    with pytest.raises(Damaged, match=r"--deep --repair` builds what is bad again, if a checkpoint is whole$"):
+        made.artifacts["train"].check(deep=True)
     obstacle = made.check(deep=True, repair=True, of="train")["train"].problems[-1]
     assert re.match("not repaired: no checkpoint of it is whole.*--rebuild train.*from the beginning", obstacle)
     assert files(made.store) == before
@@ -242,9 +245,12 @@ def test_verify_says_what_is_wrong_and_what_was_mended(made: Made, capsys: pytes
     assert error == "nanodlm: 1 of 6 artifacts are damaged: add --repair to build again what is bad\n"
     rows = told(capsys, "verify", sample, "--deep", code=1)["artifacts"]
     assert [row["uri"] for row in rows if row["problems"]] == [shard]
+    made.manifest("download").write_bytes(b"torn")
     out, _ = said(capsys, "verify", "--store", made.store.uri(), "--deep", "--repair")
     assert f"REPAIRED {made.artifacts['shard'].name}" in out
-    assert out.endswith("6 artifacts, 1 repaired: every file has its sha256\n")
+    assert f"REPAIRED {made.artifacts['download'].name}" in out
+    assert "--repair" not in out, "it is done"
+    assert out.endswith("6 artifacts, 2 repaired: every file has its sha256\n")
     assert said(capsys, "verify", sample, "--deep")[0].endswith("6 artifacts: every file has its sha256\n")
     good = {"problems": [], "repaired": False, "strays": []}
     rows = [{"uri": made.artifacts[name].uri, **good} for name in CHAIN]
@@ -281,6 +287,14 @@ def test_ls_shows_the_names_and_bounds_of_runs(store: Store, capsys: pytest.Capt
     assert out.splitlines()[0].endswith("night  2.5000 ± 0.0100 bits per byte")
     (row,) = told(capsys, "ls", "--store", store.uri())["artifacts"]
     assert (row["name"], row["val_bits_per_byte"]) == ("night", 2.5)
+
+
+def test_ls_says_nothing_of_what_an_earlier_version_did_not_measure(
+    store: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with new_attempt(store, "train", "t" * 64) as attempt:
+        attempt.commit(identity=identity("train"), metrics={"updates": 3})
+    assert said(capsys, "ls", "--store", store.uri())[0].splitlines()[0].endswith(" B")
 
 
 def test_what_ls_and_plan_print_of_a_fingerprint_is_taken_by_every_command(
