@@ -9,8 +9,9 @@ from nanodlm.checkpoints.loading import parameters_sha256
 from nanodlm.config import Config
 from nanodlm.data.card import described
 from nanodlm.diffusion.kinds import KINDS
+from nanodlm.evaluation.artifacts import card_of, lineage
 from nanodlm.evaluation.compare import made_from
-from nanodlm.evaluation.report import against_unigram, card_of
+from nanodlm.evaluation.report import against_unigram
 from nanodlm.model.transformer import Transformer, count_parameters
 from nanodlm.store import Artifact, Json
 
@@ -34,7 +35,7 @@ def model_card(config: Config, model: Transformer, train: Artifact | None) -> st
     sha256 = parameters_sha256(nnx.to_pure_dict(nnx.state(model)))
     mine = train if train and train.metrics.get("parameters_sha256") == sha256 else None
     evaluate = (made_from(mine)["evaluate"] or [None])[-1] if mine else None
-    data = (card_of(evaluate) if evaluate else None) or {}
+    data = card_of(lineage(evaluate).get("shard")) if evaluate else None
     settings = ((group, getattr(config, group).model_dump(mode="json")) for group in ("model", "objective", "train"))
     return Template(TEMPLATE.read_text()).substitute(
         name=config.exp.run_name or "A nanodlm model",
@@ -45,7 +46,7 @@ def model_card(config: Config, model: Transformer, train: Artifact | None) -> st
         sources=", ".join(f"`{source}`" for source in config.data.source),
         tokenizer=config.data.tokenizer,
         licence=licence_of(config.data.source),
-        data="\n".join(f"    {name:<20} {text}" for name, text in described(data)) if data else "",
+        data="".join(f"\n    {name:<20} {text}" for name, text in [("", ""), *described(data)]) if data else "",
         settings="\n".join(f"    {name:<10} {', '.join(f'{k} {v}' for k, v in of.items())}" for name, of in settings),
         sha256=sha256,
         longest="" if KINDS[kind].any_length else f", and it writes no more than {length} at a time",
