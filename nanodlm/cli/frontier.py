@@ -42,7 +42,7 @@ def frontier(
     store: OpenStore,
     console: Output,
 ) -> None:
-    """Hold the quality of samplers against their cost, beside an autoregressive model and real text."""
+    """Hold the quality of samplers against their cost, beside real text."""
     if num < 2 or min((*steps, 1)) < 1 or min((*temperatures, 1)) < 0 or not temperatures or not 0 <= seed < 2**31:
         raise UsageError("--num must be 2 or more, --steps above 0, and neither --temperatures nor --seed negative")
     address = find_model(model, store)

@@ -24,7 +24,7 @@ COMMANDS = {  # the file that holds it, and what it does
     "train": ("run", "the train stage alone, without Prefect"),
     "evaluate": ("run", "the evaluate stage alone"),
     "sample": ("run", "the sample stage alone"),
-    "judge": ("run", "the judge stage alone: what samples cost an autoregressive model"),
+    "judge": ("run", "what samples cost an autoregressive model"),
     "launch": ("run", "a stage on a cluster: a Slurm job or a Kubernetes JobSet"),
     "generate": ("generate", "texts of a trained model: prompt it, fill in, watch"),
     "serve": ("serve", "the same on a page in the browser, and for scripts"),

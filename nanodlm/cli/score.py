@@ -30,7 +30,7 @@ Column = Annotated[str, Doc("Field of a row that holds the text.")]
 Unit = Annotated[Literal["document", "paragraph", "line"], Doc("What one document is in .txt files.")]
 Share = Annotated[float, Doc("Share of a file's rows that may be bad (no text, null, invalid UTF-8).")]
 Runs = Annotated[tuple[str, ...], Doc("Trained models, by run or address."), arg(metavar="RUN RUN ...")]
-Html = Annotated[str, Doc("File for the comparison as a page with pictures."), arg(metavar="FILE.html")]
+Html = Annotated[str, Doc("File for the comparison as a page with pictures."), arg(metavar="FILE")]
 Given = Annotated[str, Doc("Score .jsonl files' `--column` given this field.")]
 Lines = Annotated[str, Doc("File for the bound of each document, as JSON lines."), arg(metavar="FILE.jsonl")]
 

@@ -18,7 +18,7 @@ Port = Annotated[int, Doc("Port on 127.0.0.1; 0 takes any that is free.")]
 
 
 def serve(model: Model = "", /, *, port: Port = 8000, store: OpenStore, console: Output) -> None:
-    """Write texts on a page in the browser, and for scripts at /v1/completions, until Ctrl-C."""
+    """Write texts on a page in the browser, and for scripts at /v1/completions."""
     with socket.socket() as taken:
         taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

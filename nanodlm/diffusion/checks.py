@@ -57,7 +57,8 @@ def check_logits(logits: Float[Array, "... V"], ids: Int[Array, "B L"]) -> Float
     fits = logits.ndim == 3 and logits.shape[:2] == ids.shape
     require(fits, f"the network gave logits of shape {logits.shape} for ids of shape {ids.shape}: V must follow these")
     if not isinstance(ids, Tracer):
-        high, scored = int(ids.max()), logits.shape[2]
+        with jax.ensure_compile_time_eval():
+            high, scored = int(ids.max()), logits.shape[2]
         require(high < scored, f"x_0 holds the id {high}: the network scores ids up to {scored - 1}")
     return logits
 

@@ -86,7 +86,7 @@ def pieces(encoding: tiktoken.Encoding, row: list[int]) -> list[str | None]:
 
     >>> from nanodlm.data.tokenizer import plain_bytes
     >>> pieces(plain_bytes(), [195, 164, 257, 195, 27])
-    ['', 'ä', None, '�', '�']
+    ['', 'ä', None, '', '��']
     """
     decoder, found = codecs.getincrementaldecoder("utf-8")("replace"), []
     for token in [*row, encoding.n_vocab]:

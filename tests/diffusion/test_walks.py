@@ -125,7 +125,9 @@ def uncached(model: Transformer, text: jax.Array, size: int) -> Decoder:
     return Decoder(lambda rows: (text, jnp.int32(0)), extend, denoise)
 
 
-@pytest.mark.parametrize(("cache_block", "steps"), [(LENGTH, 4), (5, 2), (2, 5)])
+@pytest.mark.parametrize(
+    ("cache_block", "steps"), [(5, 2), *(pytest.param(*of, marks=pytest.mark.slow) for of in ((LENGTH, 4), (2, 5)))]
+)
 def test_a_cache_that_is_made_anew_for_each_step_changes_no_token(cache_block: int, steps: int) -> None:
     model, key = network("absorbing", 5), jax.random.key(1)
     how = {"num_steps": steps, "sampler": "ancestral_skip"}

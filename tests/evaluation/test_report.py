@@ -7,6 +7,7 @@ import re
 import shlex
 import xml.etree.ElementTree as ET
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -38,16 +39,17 @@ def page(made: dict[str, Artifact]) -> str:
 
 
 def tree(page: str) -> ET.Element:
-    """A page as XML, which it is as well but for its first line."""
-    return ET.fromstring(page.removeprefix("<!doctype html>"))
+    """A page as XML, which it is as well but for its first line and its scripts."""
+    return ET.fromstring(re.sub(r"<script.*?</script>", "", page.removeprefix("<!doctype html>"), flags=re.DOTALL))
 
 
-def with_more(artifact: Artifact, store: Store, files: dict[str, str], **metrics: Any) -> Artifact:
-    """An artifact of another store, with further files and metrics, as a later version makes it."""
+def with_other(artifact: Artifact, store: Store, files: dict[str, str | None], **metrics: Any) -> Artifact:
+    """An artifact of another store, with other files, or without those of None, and other metrics."""
     old = {file["path"]: artifact.file(file["path"]).read_bytes() for file in artifact.manifest["files"]}
+    new = {name: text.encode() for name, text in files.items() if text is not None}
     identity = {name: artifact.manifest[name] for name in ("schema", "stage", "version", "parameters", "inputs")}
     with new_attempt(store, artifact.stage, artifact.fingerprint) as attempt:
-        fill(attempt, old | {name: text.encode() for name, text in files.items()})
+        fill(attempt, {name: content for name, content in (old | new).items() if files.get(name, "") is not None})
         return attempt.commit(
             identity=identity, metrics={**artifact.metrics, **metrics}, config=artifact.manifest["config"]
         )
@@ -129,15 +131,15 @@ def test_every_colour_can_be_read_in_both_schemes_and_pictures_have_no_others(pa
 
 
 def test_what_earlier_artifacts_lack_is_left_out_and_shown_when_it_is_there(
-    made: dict[str, Artifact], models: Store, store: Store, page: str
+    made: dict[str, Artifact], store: Store, tmp_path: Path, page: str
 ) -> None:
-    headings = ("Where the bound comes from", "Beside held-out text")
-    assert not any(heading in page for heading in headings)
+    headings = ("Where the bound comes from", "Beside held-out text", "nanodlm-steps")
+    assert all(heading in page for heading in headings)
     profile = {"by_position": [5.0, 4.5, 4.0], "by_noise": {"masked_share": [0.5, 1.0], "nats_per_token": [3.0, 6.0]}}
-    evaluate = with_more(made["evaluate"], store, {"bound_profile.json": json.dumps(profile)})
+    evaluate = with_other(made["evaluate"], store, {"bound_profile.json": json.dumps(profile)})
     quality = {"samples": {"unigram_entropy": 3.25, "judge": None}, "held_out": {"unigram_entropy": 4.5}}
-    slider = {"slider.html": "<p id='slider'>it moves</p>"}
-    sample = with_more(made["sample"], store, slider, quality=quality)
+    slider = {"slider.html": "<p id='slider' class='nanodlm-steps'>it moves</p>"}
+    sample = with_other(made["sample"], store, slider, quality=quality)
     more = report_of(store, train=made["train"], evaluate=evaluate, sample=sample)
     assert all(heading in more for heading in headings)
     assert "A token costs 3.00 nats where 50% of the row is noise and 6.00 where 100% is." in more
@@ -148,8 +150,12 @@ def test_what_earlier_artifacts_lack_is_left_out_and_shown_when_it_is_there(
     old = [
         {k: v for k, v in r.items() if k != "seconds"} for r in json.loads(made["train"].file("logs.json").read_text())
     ]
-    train = with_more(made["train"], store, {"logs.json": json.dumps(old)})
-    less = report_of(store, train=train, evaluate=made["evaluate"], sample=made["sample"])
+    early = Store(str(tmp_path / "early"))
+    train = with_other(made["train"], early, {"logs.json": json.dumps(old)})
+    evaluate = with_other(made["evaluate"], early, {"bound_profile.json": None})
+    sample = with_other(made["sample"], early, {"slider.html": None}, quality={})
+    less = report_of(early, train=train, evaluate=evaluate, sample=sample)
+    assert not any(heading in less for heading in headings)
     assert ("seconds of updates" in page, "seconds of updates" in less) == (True, False)
 
 
@@ -161,8 +167,8 @@ def test_an_autoregressive_model_of_the_same_shards_has_a_row(made: dict[str, Ar
     for fingerprint, changed in (("a" * 64, {"val_bits_per_byte": 1.2345}), ("b" * 64, {"scored_tokens": 7})):
         manifest = {**one.manifest, "config": config}
         other = dataclasses.replace(one, manifest={**manifest, "fingerprint": fingerprint})
-        with_more(other, store, {}, **changed)
-    evaluate = with_more(one, store, {})
+        with_other(other, store, {}, **changed)
+    evaluate = with_other(one, store, {})
     page = report_of(store, train=made["train"], evaluate=evaluate, sample=made["sample"])
     assert page.count("autoregressive: left to right") == 1
     assert "1.2345" in page
