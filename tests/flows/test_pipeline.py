@@ -194,7 +194,7 @@ def test_the_seconds_of_a_stage_leave_out_what_it_has_waited_for_a_device(
         call: Any = parse("plan", plan, tiny_flags())
         options: Any = {"build": True, "rebuild": "sample", "gpu_limit": "gpu"}
         began = time.monotonic()
-        given = {"train": inputs["train"]}
+        given = {name: inputs[name] for name in ("shard", "train")}
         _, made = pipeline.stage_task.fn("sample", call.keywords["config"], store.uri(), given, **options)
     finally:
         pipeline.WATCHER.reset(told)
