@@ -69,9 +69,10 @@ def _numbers(m: Json) -> str:
     rows = ["| text | bound, bits per byte | 95% interval | nats per token | of |", "|---|---|---|---|---|"]
     held = {key.removeprefix("val_").removeprefix("scored_"): value for key, value in m.items()}
     for name, one in {"held out": held, **{one["file"]: one for one in m.get("sets", [])}}.items():
-        low, high = one.get("bits_per_byte_interval") or (None, None)
-        interval = f"{low:.4f} to {high:.4f}, over {one['stderr_over']}" if low else "not known"
-        error = f" ± {one['bits_per_byte_stderr']:.4f}" if low else ""
+        within, interval, error = one.get("bits_per_byte_interval"), "not known", ""
+        if within:
+            interval = f"{within[0]:.4f} to {within[1]:.4f}, over {one['stderr_over']}"
+            error = f" ± {one['bits_per_byte_stderr']:.4f}"
         numbers = f"{one['bits_per_byte']:.4f}{error} | {interval} | {one['nats_per_token']:.4f}"
         rows.append(f"| {name} | {numbers} | {one['tokens']:,} tokens |")
     unigram = f"unigram entropy of the held-out text: {m['val_unigram_bits_per_byte']:.4f} bits per byte"
