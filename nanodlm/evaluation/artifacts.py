@@ -36,7 +36,7 @@ def twin(evaluate: Artifact) -> Artifact | None:
         one
         for one in found
         if isinstance(one, Artifact)
-        and one.manifest["config"]["objective"]["kind"] == "autoregressive"
+        and (one.manifest["config"] or {}).get("objective", {}).get("kind") == "autoregressive"
         and one.manifest["inputs"]["shard"] == evaluate.manifest["inputs"]["shard"]
         and all(one.metrics.get(name) == m[name] for name in ("scored_tokens", "scored_bytes"))
     ]

@@ -164,8 +164,13 @@ def test_an_autoregressive_model_of_the_same_shards_has_a_row(made: dict[str, Ar
     config = CONFIG.replace(objective={"kind": "autoregressive"}, exp={"run_name": "left to right"}).model_dump(
         mode="json"
     )
-    for fingerprint, changed in (("a" * 64, {"val_bits_per_byte": 1.2345}), ("b" * 64, {"scored_tokens": 7})):
-        manifest = {**one.manifest, "config": config}
+    others: list[tuple[str, Any, dict[str, Any]]] = [
+        ("a" * 64, config, {"val_bits_per_byte": 1.2345}),
+        ("b" * 64, config, {"scored_tokens": 7}),
+        ("c" * 64, None, {}),  # which says nothing of its settings
+    ]
+    for fingerprint, settings, changed in others:
+        manifest = {**one.manifest, "config": settings}
         other = dataclasses.replace(one, manifest={**manifest, "fingerprint": fingerprint})
         with_other(other, store, {}, **changed)
     evaluate = with_other(one, store, {})
