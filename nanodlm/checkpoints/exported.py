@@ -92,7 +92,8 @@ def _new(folder: Path) -> Iterator[Path]:
 def load_exported(folder: Path) -> tuple[Transformer, tiktoken.Encoding]:
     """Load the model and the tokenizer of an exported folder; a file that is not what was exported raises `Damaged`."""
     record, config = read_record(folder)
-    for name, sha256 in record["files"].items():
+    for name in (WEIGHTS, RANKS):
+        sha256 = record["files"][name]
         if not (folder / name).is_file() or sha256_of(folder / name) != sha256:
             raise Damaged(f"{folder / name} is not what was exported, by its sha256: copy the folder again")
     encoding = tokenizer.make_encoding(config.data.tokenizer, tokenizer.parse_ranks((folder / RANKS).read_bytes()))
@@ -110,10 +111,12 @@ def read_record(folder: Path) -> tuple[Json, Config]:
         raise Damaged(f"{path} is not the config.json of an exported folder: copy the folder again") from error
     if not sound:
         raise Damaged(f'{path} has been altered under "nanodlm": copy the folder again')
-    if record["format"] != FORMAT:
-        raise UsageError(f"{path} is of format {record['format']}, and this version reads {FORMAT}: update nanodlm")
+    if record.get("format") != FORMAT:
+        raise UsageError(f"{path} is of format {record.get('format')}, and this version reads {FORMAT}: update nanodlm")
+    if lacking := sorted({WEIGHTS, RANKS} - (record.get("files") or {}).keys()):
+        raise Damaged(f"{path} has no sha256 of {' and '.join(lacking)}: copy the folder again")
     try:
-        return record, Config.model_validate(record["config"])
+        return record, Config.model_validate(record.get("config"))
     except ValueError as error:
         raise UsageError(f"{path} holds no valid config: {explain(error)}") from error
 

@@ -24,7 +24,7 @@ Steps = Annotated[tuple[int, ...], Doc("Numbers of steps; by default an eighth a
 Temperatures = Annotated[tuple[float, ...], Doc("What divides the logits.")]
 Judge = Annotated[str, Doc("What scores: `twin`, trained where the store has none, or an autoregressive model's name.")]
 Folder = Annotated[
-    str, Doc("Folder for frontier.json, the table, and frontier.svg, the figure."), arg(metavar="FOLDER")
+    str, Doc("Folder for frontier.json, the numbers, and frontier.svg, the figure."), arg(metavar="FOLDER")
 ]
 
 
@@ -67,10 +67,11 @@ def frontier(
     how = {"shape": shape, "cut": cut, "seed": seed, "batch_size": config.eval.batch_size}
     with console.showing("frontier") as emit:
         found = frontiers.frontier(networks, reader, real, **how, emit=emit)
-    console.text(*frontiers.table(found))
+    console.text(*frontiers.described(found, num))
     if out:
         with full_disk_named(out):
             Path(out).mkdir(parents=True, exist_ok=True)
             Path(out, "frontier.json").write_text(json.dumps(found, indent=1))
             frontiers.figure(found, Path(out, "frontier.svg"))
+        console.text(f"the numbers are in {out}/frontier.json", f"the figure is in {out}/frontier.svg")
     console.json(model=address, judge=judging.uri, **found)

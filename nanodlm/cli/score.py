@@ -156,7 +156,9 @@ def compare(runs: Runs, /, *, html: Html = "", store: OpenStore, out: Output) ->
         of = comparing.compare(made[0], artifacts)
         found.append({"runs": [runs[0], run], **of})
         out.text(f"{runs[0]} -> {run}", *(f"  {name}: {values}" for name, values in of["settings"].items()))
-        out.text(f"  other data: {', '.join(of['data']) or 'none'}", f"  other code: {len(of['code'])} files")
+        data = f"other data: {', '.join(of['data'])}" if of["data"] else "same data"
+        code = f"other code: {counted(len(of['code']), 'files')}" if of["code"] else "same code"
+        out.text(f"  {data}, {code}")
         for m in of["bounds"]:
             values = " -> ".join(f"{bits:.4f}" for bits in m["bits_per_byte"])
             how = "rows in pairs" if m["paired"] else "other rows: as two samples"

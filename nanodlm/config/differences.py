@@ -8,14 +8,14 @@ from nanodlm.errors import redact
 
 
 def differences(saved: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
-    """Return the fields in which two nested dicts differ, each with its two values.
+    """Return the fields in which two nested dicts differ, each with its two values; a field may be absent from one.
 
-    >>> differences({"train": {"lr": 0.1, "seed": 1}}, {"train": {"lr": 0.2, "seed": 1}})
-    {'train.lr': '0.1 -> 0.2'}
+    >>> differences({"train": {"lr": 0.1, "seed": 1}}, {"train": {"lr": None, "seed": 1}})
+    {'train.lr': '0.1 -> none'}
     """
     old, new = flat(saved), flat(now)
     changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
-    return {key: f"{_short(old.get(key))} -> {_short(new.get(key))}" for key in changed}
+    return {key: " -> ".join(_short(of[key]) if key in of else "absent" for of in (old, new)) for key in changed}
 
 
 def flat(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -26,7 +26,7 @@ def flat(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _short(value: Any) -> str:
-    text = "absent" if value is None else str(value)
+    text = "none" if value is None else str(value)
     return text if len(text) <= 40 else f"{text[:12]}…"
 
 

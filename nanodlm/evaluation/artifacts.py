@@ -27,6 +27,14 @@ def lineage(*last: Artifact) -> dict[str, Artifact]:
     return found
 
 
+def judging(judge: Artifact, others: dict[str, Artifact]) -> dict[str, Artifact]:
+    """Return what judged samples as `twin`, as far as it is still there and none of the others, and as `judge`."""
+    _, network = next(judge.store.artifacts([("train", dict(judge.inputs)["train"])]))
+    if isinstance(network, Artifact) and network.uri not in {other.uri for other in others.values()}:
+        return {"twin": network, "judge": judge}
+    return {"judge": judge}
+
+
 def twin(evaluate: Artifact) -> Artifact | None:
     """Return the newest evaluation of an autoregressive model of the same shards on the same rows, if one is there."""
     store, m = evaluate.store, evaluate.metrics
@@ -36,7 +44,7 @@ def twin(evaluate: Artifact) -> Artifact | None:
         one
         for one in found
         if isinstance(one, Artifact)
-        and one.manifest["config"]["objective"]["kind"] == "autoregressive"
+        and (one.manifest["config"] or {}).get("objective", {}).get("kind") == "autoregressive"
         and one.manifest["inputs"]["shard"] == evaluate.manifest["inputs"]["shard"]
         and all(one.metrics.get(name) == m[name] for name in ("scored_tokens", "scored_bytes"))
     ]

@@ -28,6 +28,17 @@ Choice = dict[str, Any]  # `sampler`, `num_steps` and `temperature`
 LEAST = 0.95  # of the entropy of real text
 LEFT_TO_RIGHT = "autoregressive"
 CALLS = ("extend", "denoise_block", "read_row", "denoise_within")  # methods of a network that run its layers
+FEW = 16  # texts, below which errors are themselves uncertain
+HEAD = (
+    "sampler",
+    "steps",
+    "temperature",
+    "calls per token",
+    "s per text",
+    "nats per token",
+    "perplexity",
+    "entropy, nats",
+)
 COSTS = {"calls_per_token": "network calls per token", "seconds_per_text": "seconds per text"}
 
 
@@ -142,29 +153,31 @@ def pareto(
     return front
 
 
-def table(found: dict[str, Any]) -> list[str]:
-    """Return a table in Markdown of the points, their costs in bold where they are on the front, and of real text."""
-    names = (
-        "sampler",
-        "steps",
-        "temperature",
-        "calls per token",
-        "s per text",
-        "nats per token",
-        "perplexity",
-        "entropy",
-    )
-    lines = [f"| {' | '.join(names)} |", f"|{'---|' * len(names)}"]
+def table(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Return the head and the rows of a table of the points, and last of real text; costs on a front end with `*`."""
+    rows = []
     for point in (*found["points"], {**found["held_out"], "sampler": "real text"}):
         cells = [str(point.get(name, "")) for name in ("sampler", "num_steps", "temperature")]
         for cost in COSTS:
-            bold = "**" * point.get(f"on_front_of_{cost}", False)
-            cells.append(f"{bold}{point[cost]:.3g}{bold}" if cost in point else "")
+            mark = "*" * point.get(f"on_front_of_{cost}", False)
+            cells.append(f"{point[cost]:.3g}{mark}" if cost in point else "")
         nats, spread = (f"{point[name]:.2f} ± {point[f'{name}_stderr']:.2f}" for name in ("nats_per_token", "entropy"))
-        cells += [nats, f"{point['perplexity']:.1f}", spread]
-        lines.append(f"| {' | '.join(cells)} |")
-    allowed = f"with an entropy of {found['least_entropy']:.2f} or more, {LEAST:.0%} of real text's"
-    return [*lines, f"in bold: of all {allowed}, nothing that costs as much or less is as likely"]
+        rows.append([*cells, nats, f"{point['perplexity']:.1f}", spread])
+    return [*HEAD], rows
+
+
+def described(found: dict[str, Any], num: int) -> list[str]:
+    """Return an aligned table of the points, held against real text with so many texts each, and what it says."""
+    head, rows = table(found)
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    lines = [[name.ljust(widths[0]), *map(str.rjust, others, widths[1:])] for name, *others in (head, *rows)]
+    least = f"{found['least_entropy']:.2f} nats or more, {LEAST:.0%} of real text's"
+    if any(point[f"on_front_of_{cost}"] for point in found["points"] for cost in COSTS):
+        said = [f"* on the front: of all with an entropy of {least}, nothing that costs as much or less is as likely"]
+    else:
+        said = [f"no point is on the front: none has an entropy of {least}"]
+    few = [f"{num} texts each are few: take points apart by several errors, or draw more with --num"]
+    return ["  ".join(cells).rstrip() for cells in lines] + said + few * (num < FEW)
 
 
 def figure(found: dict[str, Any], path: Path) -> None:

@@ -17,8 +17,8 @@ from nanodlm.config.differences import flat
 from nanodlm.data.card import described, groups
 from nanodlm.diffusion.kinds import KINDS
 from nanodlm.errors import Emit
-from nanodlm.evaluation import figures
-from nanodlm.evaluation.artifacts import card_of, has, lineage, logs_of, texts_of, twin
+from nanodlm.evaluation import figures, quality
+from nanodlm.evaluation.artifacts import card_of, has, judging, lineage, logs_of, texts_of, twin
 from nanodlm.evaluation.page import render
 from nanodlm.store import Artifact, Attempt
 
@@ -32,22 +32,27 @@ FACTS = {
     "train": "{updates:,} updates",
     "evaluate": "{val_bits_per_byte:.3f} bits per byte",
     "sample": "{samples} texts",
+    "judge": "{gen_nats_per_token:.3f} nats per token",
 }
 
 
 def build(config: Config, inputs: dict[str, Artifact], attempt: Attempt, emit: Emit) -> dict[str, Any]:
-    """Gather the results of train, evaluate and sample into `results.json`, `report.html` and `report.md`."""
-    train, evaluate, sample = (inputs[name] for name in ("train", "evaluate", "sample"))
+    """Gather the results of train, evaluate, sample and, if it was asked for, judge into `results.json` and pages."""
+    (train, evaluate, sample), judge = (inputs[name] for name in ("train", "evaluate", "sample")), inputs.get("judge")
     m, t, made = evaluate.metrics, train.metrics, lineage(evaluate, train, sample)
+    made |= judging(judge, made) if judge else {}
     results = {"run_name": config.exp.run_name, "train": {name: t[name] for name in RESULTS}, "evaluate": m}
     results |= {"samples": texts_of(sample), "made_from": {name: one.digest for name, one in inputs.items()}}
+    results |= {"judge": judge.metrics} if judge else {}
     (attempt.path / "results.json").write_text(json.dumps(results, indent=1, sort_keys=True))
     card = card_of(made.get("shard"))
-    said = _head(config, made) | _numbers(config, evaluate) | _texts(config, sample) | _origin(config, made)
+    said = _head(config, made) | _numbers(config, evaluate) | _texts(config, sample, judge) | _origin(config, made)
     pictures = _pictures(config, train, evaluate)
     page = render("report.html", card=card and _data(card), **said, **pictures)
     (attempt.path / "report.html").write_text(page)
     plain = ["# Report", "", *_markdown(_rows(said)), "", "## Samples", *_markdown([], said["samples"]), ""]
+    if said["quality"]:
+        plain += ["## Beside held-out text", "", *_markdown(_beside(said)), ""]
     if card:
         plain += ["## Data", "", *_markdown(described(card), card["examples"]), ""]
     (attempt.path / "report.md").write_text("\n".join(plain))
@@ -69,6 +74,13 @@ def _rows(said: dict[str, Any]) -> list[tuple[str, str]]:
         ("parameters", f"sha256 {said['made']['train'].metrics['parameters_sha256']}"),
         *((stage, artifact.fingerprint) for stage, artifact in said["made"].items()),
     ]
+
+
+def _beside(said: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return the measures of samples beside held-out text by name, for `report.md`."""
+    head = ("", "samples", "held-out text", "")
+    lines = [(name, f"{value:<16} {real:<16} {what}".rstrip()) for name, value, real, what in (head, *said["quality"])]
+    return [*lines, ("", said["measured"])]
 
 
 def _head(config: Config, made: dict[str, Artifact]) -> dict[str, Any]:
@@ -162,21 +174,21 @@ def _profile(evaluate: Artifact) -> dict[str, str]:
     }
 
 
-def _texts(config: Config, sample: Artifact) -> dict[str, Any]:
+def _texts(config: Config, sample: Artifact, judge: Artifact | None) -> dict[str, Any]:
     """Return the samples, how they were drawn, and how they measure beside held-out text."""
-    how, texts, quality = config.sample, texts_of(sample), sample.metrics.get("quality", {})
+    how, texts, of_each = config.sample, texts_of(sample), sample.metrics.get("quality", {})
     begun = f", each begun with “{how.prompt}”" if how.prompt else ""
     said = f"{len(texts)} texts, not picked, of the sampler {how.sampler} at temperature {how.temperature:g}{begun}."
-    measured = [
-        (n.replace("_", " "), [quality.get(of, {}).get(n) for of in ("samples", "held_out")])
-        for n in quality.get("samples", ())
-    ]
-    table = [
-        (name, *(f"{v:.4g}" if isinstance(v, int | float) else v or "–" for v in values)) for name, values in measured
-    ]
     slider = sample.file(SLIDER).read_text() if has(sample, SLIDER) else ""
-    slid = slider.count("<figure>")  # of the first texts
-    return {"samples": texts, "sampling": said, "quality": table, "slider": slider, "slid": slid}
+    called = json.loads(judge.file("judge.json").read_text())["judge"] if judge else ""
+    return {
+        "samples": texts,
+        "sampling": said,
+        "quality": quality.table(of_each, judge.metrics if judge else {}),
+        "measured": quality.measured_on(of_each, called),
+        "slider": slider,
+        "slid": slider.count("<figure>"),  # of the first texts
+    }
 
 
 def _data(card: dict[str, Any]) -> dict[str, Any]:
@@ -199,7 +211,11 @@ def _origin(config: Config, made: dict[str, Artifact]) -> dict[str, Any]:
     """Return how long the stages took, on what, and what was made from what."""
     train, seconds = made["train"], {name: artifact.manifest["seconds"] for name, artifact in made.items()}
     alt = f"Seconds that each stage took: {', '.join(f'{name} {spent:.1f}' for name, spent in seconds.items())}."
-    boxes = {n: (_fact(a), tuple(stage for stage, _ in a.inputs if stage in made)) for n, a in made.items()}
+    read = {
+        name: [n for n, one in made.items() if (one.stage, one.fingerprint) in a.inputs] for name, a in made.items()
+    }
+    boxes = {name: (_fact(artifact), tuple(read[name])) for name, artifact in made.items()}
+    last = tuple(name for name in ("train", "evaluate", "sample", "judge") if name in made)
     waiting = train.metrics.get("waiting_share")  # which earlier versions did not measure
     return {
         "speed": {
@@ -209,7 +225,7 @@ def _origin(config: Config, made: dict[str, Artifact]) -> dict[str, Any]:
             "all stages": f"{sum(seconds.values()):,.0f} s",
         },
         "times": figures.bars(alt, seconds, "seconds", "blue", "{:,.1f}"),
-        "lineage": figures.lineage({**boxes, "report": ("this page", ("train", "evaluate", "sample"))}),
+        "lineage": figures.lineage({**boxes, "report": ("this page", last)}),
         "made": made,
         "settings": [(name, json.dumps(v)) for name, v in flat(config.model_dump(mode="json")).items()],
     }

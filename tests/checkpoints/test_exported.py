@@ -28,7 +28,7 @@ from nanodlm.data import tokenizer
 from nanodlm.data.vocabulary import Vocabulary
 from nanodlm.errors import NanodlmError, UsageError
 from nanodlm.model.transformer import Transformer
-from nanodlm.store import Artifact, Store
+from nanodlm.store import Artifact, Store, sealed
 from tests.support.commands import full
 from tests.support.training import tiny
 
@@ -90,9 +90,22 @@ def edit(path: Path, old: str, new: str) -> None:
     (path / "config.json").write_text(text.replace(old, new))
 
 
+def seal_again(path: Path, **changed: Any) -> None:
+    """Change the record, or without a value take of it what is named, and seal it as `export` does."""
+    settings = json.loads((path / "config.json").read_text())
+    record = {name: value for name, value in (settings["nanodlm"] | changed).items() if value is not None}
+    record.pop("checksum")
+    (path / "config.json").write_text(json.dumps(settings | {"nanodlm": sealed(record)}))
+
+
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
+        (lambda path: seal_again(path, files=None), r"no sha256 of model.safetensors and tokenizer.tiktoken"),
+        (lambda path: seal_again(path, files={}), r"no sha256 of model.safetensors and tokenizer.tiktoken"),
+        (lambda path: seal_again(path, files={"tokenizer.tiktoken": "0"}), r"no sha256 of model.safetensors: copy"),
+        (lambda path: seal_again(path, format=None), "is of format None, and this version reads 1"),
+        (lambda path: seal_again(path, config=None), "holds no valid config"),
         (
             lambda path: os.truncate(path / "model.safetensors", 1000),
             "safetensors is not what was exported, by its sha256",

@@ -8,7 +8,7 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from nanodlm.build import make_objective
-from nanodlm.config import PRESETS, Config, explain, load_config
+from nanodlm.config import PRESETS, Config, differences, explain, load_config
 from nanodlm.data.vocabulary import Vocabulary
 from nanodlm.diffusion.kinds import KINDS, KindName
 from nanodlm.errors import UsageError
@@ -167,3 +167,12 @@ def test_every_kind_of_objective_has_a_row_in_the_table_and_works_with_the_demo_
         assert make_objective(config, Vocabulary(9, 8)).estimator == kind.estimators[0]
         for sampler in kind.samplers:
             config.replace(sample={"sampler": sampler})
+
+
+def test_a_setting_that_is_none_is_told_apart_from_one_that_is_absent() -> None:
+    settings = PRESETS["demo"].model_dump(mode="json")
+    fewer = {**settings, "eval": {**settings["eval"], "max_rows": 64}}
+    whole = {**settings, "eval": {**settings["eval"], "max_rows": None}}
+    assert differences(whole, fewer) == {"eval.max_rows": "none -> 64"}
+    fewer["eval"].pop("seed")
+    assert differences(fewer, whole)["eval.seed"] == f"absent -> {settings['eval']['seed']}"

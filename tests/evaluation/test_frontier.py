@@ -102,8 +102,27 @@ def test_the_command_judges_by_a_twin_beside_it_and_real_text(
     assert {"nats_per_token", "nats_per_token_stderr", "perplexity", "entropy"} <= found["held_out"].keys()
     assert json.loads((tmp_path / "f" / "frontier.json").read_text())["held_out"] == found["held_out"]
     assert (tmp_path / "f" / "frontier.svg").exists()
-    said = frontier.table(found)
-    assert said[2].startswith("| margin | 2 | 1.0 | ")
-    assert said[-2].startswith("| real text |  |  |  |  | ")
+    plain = run(*chosen)
+    assert all(str(tmp_path / "f" / name) in plain for name in ("frontier.json", "frontier.svg"))
+    assert "3 texts each are few" in plain
     assert "is absorbing, and cannot judge" in run("--judge", trained.uri)
     assert "--num must be 2 or more" in run("--num", "1")
+
+
+def test_points_are_told_in_columns_and_those_on_a_front_marked() -> None:
+    of: dict[str, Any] = {"nats_per_token": 3.0, "nats_per_token_stderr": 0.1, "perplexity": 20.1, "entropy": 3.5}
+    of["entropy_stderr"] = 0.02
+    point = {**of, "sampler": "ancestral_skip", "num_steps": 8, "temperature": 1.0}
+    point |= {"calls_per_token": 0.125, "seconds_per_text": 2.0}
+    fronts = {"on_front_of_calls_per_token": True, "on_front_of_seconds_per_text": False}
+    found = {"points": [{**point, **fronts}], "held_out": of, "least_entropy": 3.325}
+    head, first, real, said = frontier.described(found, 16)
+    assert (head.split()[0], head.split("  ")[-1]) == ("sampler", "entropy, nats")
+    assert first.split()[:5] == ["ancestral_skip", "8", "1.0", "0.125*", "2"]
+    assert len(head) == len(first) == len(real), "columns end at one place"
+    assert real.startswith("real text  ")
+    assert said.startswith("* on the front: of all with an entropy of 3.33 nats or more, 95% of real text's")
+    found["points"][0] = {**point, **dict.fromkeys(fronts, False)}
+    *_, none, few = frontier.described(found, 15)
+    assert none == "no point is on the front: none has an entropy of 3.33 nats or more, 95% of real text's"
+    assert few.startswith("15 texts each are few")

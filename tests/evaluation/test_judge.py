@@ -189,10 +189,25 @@ def test_samples_are_measured_beside_as_much_held_out_text_and_judged_by_a_twin_
     assert sum(of["nats"] for of in lines["gen"]) / (3 * 29) == pytest.approx(m["gen_nats_per_token"])
     assert m["held_out_gen_perplexity"] == pytest.approx(math.exp(m["held_out_gen_nats_per_token"]))
     stages_run.run_stage("evaluate", config, models)
-    stages_run.run_stage("report", config, models)
+    check_report(stages_run.run_stage("report", config, models)[0], judged, network)
     assert all(lookup.artifact for lookup in look_up(config, models))
     named = config.replace(sample={"judge": by_hand.name})
     assert stages_run.run_stage("judge", named, models)[0].fingerprint == judged.fingerprint
+
+
+def check_report(report: Artifact, judged: Artifact, network: Artifact) -> None:
+    """The pages and the results say what the judge found, and the pages what it is."""
+    m, page, plain = judged.metrics, *(report.file(name).read_text() for name in ("report.html", "report.md"))
+    assert json.loads(report.file("results.json").read_text())["judge"] == m
+    for side in ("gen", "held_out_gen"):
+        likely = f"{m[f'{side}_nats_per_token']:.3f} ± {m[f'{side}_nats_per_token_stderr']:.3f}"
+        for said in (likely, f"{m[f'{side}_perplexity']:.1f}", f"The judge is {network.name}."):
+            assert said in page
+            assert said in " ".join(plain.split())
+    assert "twin is made from tokenizer and shard; judge is made from shard and sample and twin; report" in page
+    for one in (judged, network):
+        assert one.fingerprint in page
+        assert one.fingerprint in plain
 
 
 def test_a_judge_has_to_write_from_left_to_right_and_read_the_same_tokens(trained: Artifact, models: Store) -> None:

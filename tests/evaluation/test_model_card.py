@@ -6,6 +6,8 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import yaml
+from markdown_it import MarkdownIt
 
 import nanodlm
 from nanodlm.checkpoints.exported import export
@@ -13,7 +15,7 @@ from nanodlm.checkpoints.loading import load_artifact
 from nanodlm.evaluation.model_card import licence_of, model_card
 from nanodlm.stages.run import run_stage
 from nanodlm.store import Artifact, Store
-from tests.support.training import tiny
+from tests.support.training import tiny, untrained
 
 
 def test_a_card_tells_the_numbers_the_data_and_the_limits_of_the_model(trained: Artifact, models: Store) -> None:
@@ -28,6 +30,7 @@ def test_a_card_tells_the_numbers_the_data_and_the_limits_of_the_model(trained: 
     assert row in card.splitlines()
     for part in ("bound, bits per byte", f"{m['val_unigram_bits_per_byte']:.4f}", "never trained on", "d_model 16"):
         assert part in card
+    assert not re.search(r"\n[ \n]*\n[ \n]*\n", card), "one empty line at a time"
     assert "writes no more than 32 at a time" in card
     assert trained.metrics["parameters_sha256"] in card
 
@@ -59,5 +62,26 @@ def test_the_snippets_of_a_card_run(trained: Artifact, tmp_path: Path, monkeypat
 
 def test_a_licence_is_told_only_where_it_is_that_of_every_source() -> None:
     stories = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/1/data/train.parquet"
-    assert licence_of((stories, stories)) == "CDLA-Sharing 1.0"
-    assert licence_of((stories, "mine.txt")) == licence_of(("mine.txt",)) == "not recorded: ask its source"
+    assert licence_of((stories, stories)) == ("CDLA-Sharing 1.0", "cdla-sharing-1.0")
+    assert licence_of((stories, "mine.txt")) == licence_of(("mine.txt",)) == ("not recorded: ask its source", "")
+
+
+def test_front_matter_is_yaml_that_tells_the_licence_where_it_is_known() -> None:
+    model = untrained()
+    for source, licence in (("roneneldan/TinyStories/a.parquet", "cdla-sharing-1.0"), ("mine.txt", None)):
+        card = model_card(tiny(data={"source": (source,)}), model, None)
+        assert yaml.safe_load(card.split("---\n")[1]).get("license") == licence
+    assert yaml.safe_load(model_card(tiny(), model, None).split("---\n")[1])["license_name"] == "public-domain"
+
+
+def test_a_name_is_text_in_the_card_and_settings_are_words_of_json() -> None:
+    name = "a_b_ *bold* [x](y) <b>&amp; `code` ~~z~~ https://x.org\n# h #"
+    card = model_card(tiny(exp={"run_name": name}), untrained(), None)
+    tokens = MarkdownIt("gfm-like", {"linkify": False}).parse(card)
+    heading = tokens[1 + next(i for i, t in enumerate(tokens) if t.tag == "h1")]
+    assert "".join(child.content for child in heading.children or []) == " ".join(name.split())
+    assert {child.type for child in heading.children or []} <= {"text", "text_special"}
+    settings = card.split("## Settings")[1].split("The parameters")[0]
+    assert not re.search(r"\b(None|True|False)\b", settings)
+    assert re.search(r"\b(null|true|false)\b", settings)
+    assert "\n\n\n" not in card

@@ -137,7 +137,8 @@ def test_what_earlier_artifacts_lack_is_left_out_and_shown_when_it_is_there(
     assert all(heading in page for heading in headings)
     profile = {"by_position": [5.0, 4.5, 4.0], "by_noise": {"masked_share": [0.5, 1.0], "nats_per_token": [3.0, 6.0]}}
     evaluate = with_other(made["evaluate"], store, {"bound_profile.json": json.dumps(profile)})
-    quality = {"samples": {"unigram_entropy": 3.25, "judge": None}, "held_out": {"unigram_entropy": 4.5}}
+    texts = {"texts": 2, "tokens": 64, "entropy": 3.25, "entropy_stderr": 0.5, "self_bleu": None}
+    quality = {"samples": texts, "held_out": {**texts, "entropy": 4.5}, "searched_tokens": 1}
     slider = {"slider.html": "<p id='slider' class='nanodlm-steps'>it moves</p>"}
     sample = with_other(made["sample"], store, slider, quality=quality)
     more = report_of(store, train=made["train"], evaluate=evaluate, sample=sample)
@@ -145,7 +146,7 @@ def test_what_earlier_artifacts_lack_is_left_out_and_shown_when_it_is_there(
     assert "A token costs 3.00 nats where 50% of the row is noise and 6.00 where 100% is." in more
     assert "A token costs 5.00 nats at the first place of the row and 4.00 at the last." in more
     assert slider["slider.html"] in more
-    assert re.search(r"unigram entropy</th><td[^>]*>3.25</td><td[^>]*>4.5</td>", more)
+    assert re.search(r">entropy</th><td[^>]*>3.250 ± 0.500</td><td[^>]*>4.500 ± 0.500</td>", more)
     # Earlier trainings have no seconds, and a store may have lost what came before.
     old = [
         {k: v for k, v in r.items() if k != "seconds"} for r in json.loads(made["train"].file("logs.json").read_text())
@@ -159,13 +160,38 @@ def test_what_earlier_artifacts_lack_is_left_out_and_shown_when_it_is_there(
     assert ("seconds of updates" in page, "seconds of updates" in less) == (True, False)
 
 
+def test_both_reports_tell_each_measure_of_the_samples_once_with_its_error(
+    made: dict[str, Artifact], page: str
+) -> None:
+    m, plain = made["sample"].metrics["quality"], made["report"].file("report.md").read_text()
+    rows = re.findall(r'<th scope="row">([^<]*)</th><td class="n">([^<]*)</td><td class="n">([^<]*)</td><td>', page)
+    assert [name for name, *_ in rows] == [
+        "entropy", "pooled entropy", "distinct 1", "distinct 2", "distinct 3", "repetition", "self BLEU",
+        "copied",
+    ]  # fmt: skip
+    keys = [name for name in m["samples"] if f"{name}_stderr" in m["samples"]]
+    for (name, *values), key in zip(rows, keys, strict=True):
+        for shown, side in zip(values, (m["samples"], m["held_out"]), strict=True):
+            error = side[f"{key}_stderr"]  # of two texts there is none of BLEU, which compares texts
+            assert shown == f"{side[key]:.3f}" + (f" ± {error:.3f}" if error is not None else "")
+        assert re.search(rf"    {name} +{values[0]} +{values[1]} ", plain)
+    caption = f"Samples: 2 texts of together {2 * (32 - len('<i>&'))} tokens. Held out: 2 texts of together"
+    assert (caption in " ".join(page.split()), caption in " ".join(plain.split())) == (True, True)
+    assert "stderr" not in page
+
+
 def test_an_autoregressive_model_of_the_same_shards_has_a_row(made: dict[str, Artifact], store: Store) -> None:
     one = made["evaluate"]
     config = CONFIG.replace(objective={"kind": "autoregressive"}, exp={"run_name": "left to right"}).model_dump(
         mode="json"
     )
-    for fingerprint, changed in (("a" * 64, {"val_bits_per_byte": 1.2345}), ("b" * 64, {"scored_tokens": 7})):
-        manifest = {**one.manifest, "config": config}
+    others: list[tuple[str, Any, dict[str, Any]]] = [
+        ("a" * 64, config, {"val_bits_per_byte": 1.2345}),
+        ("b" * 64, config, {"scored_tokens": 7}),
+        ("c" * 64, None, {}),  # which says nothing of its settings
+    ]
+    for fingerprint, settings, changed in others:
+        manifest = {**one.manifest, "config": settings}
         other = dataclasses.replace(one, manifest={**manifest, "fingerprint": fingerprint})
         with_other(other, store, {}, **changed)
     evaluate = with_other(one, store, {})

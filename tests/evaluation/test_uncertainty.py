@@ -86,3 +86,10 @@ def test_intervals_cover_the_truth_at_the_stated_rate(documents: int) -> None:
         low, high = interval(nats.sum() / sizes.sum(), ratio_stderr(nats, sizes, shared), n)
         covered += low <= 3.0 <= high
     assert 0.9 * 200 <= covered <= 0.99 * 200
+
+
+def test_an_interval_holds_no_number_of_bits_that_cannot_be() -> None:
+    low, high = interval(1.8, 0.3, 2)
+    assert low == 0 < 1.8 < high
+    low, high = interval(1.8, 0.3, 40)
+    assert 1.8 - low == pytest.approx(high - 1.8), "elsewhere it is as wide to both sides"
