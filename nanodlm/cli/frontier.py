@@ -8,19 +8,20 @@ from typing import Annotated
 from typing_extensions import Doc
 from tyro.conf import arg
 
-from nanodlm.checkpoints.finding import find_model
 from nanodlm.cli.arguments import Output
+from nanodlm.cli.models import Model, choose
 from nanodlm.cli.store import OpenStore
-from nanodlm.config import Config, parse_address
+from nanodlm.config import IF_ANY, Config, parse_address
 from nanodlm.diffusion.kinds import Sampler
 from nanodlm.errors import UsageError, full_disk_named
 from nanodlm.stages.lookup import named_judge
 from nanodlm.stages.run import run_stage
 from nanodlm.store import Store
 
-Model = Annotated[str, Doc("A model, by its run's name or its address; by default the newest.")]
-Samplers = Annotated[tuple[Sampler, ...], Doc("What to try; by default all that the model has.")]
-Steps = Annotated[tuple[int, ...], Doc("Numbers of steps; by default an eighth and half of the tokens of a text.")]
+Samplers = Annotated[tuple[Sampler, ...], Doc("What to try; by default all that the model has."), IF_ANY]
+Steps = Annotated[
+    tuple[int, ...], Doc("Numbers of steps; by default an eighth and half of the tokens of a text."), IF_ANY
+]
 Temperatures = Annotated[tuple[float, ...], Doc("What divides the logits.")]
 Judge = Annotated[str, Doc("What scores: `twin`, trained where the store has none, or an autoregressive model's name.")]
 Folder = Annotated[
@@ -45,7 +46,7 @@ def frontier(
     """Hold the quality of samplers against their cost, beside real text."""
     if num < 2 or min((*steps, 1)) < 1 or min((*temperatures, 1)) < 0 or not temperatures or not 0 <= seed < 2**31:
         raise UsageError("--num must be 2 or more, --steps above 0, and neither --temperatures nor --seed negative")
-    address = find_model(model, store)
+    address = choose(model, store)
     store = Store(parse_address(address).store)
     trained = store.open(address)
     config = Config(**trained.manifest["config"]).replace(sample={"judge": judge})

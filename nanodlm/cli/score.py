@@ -14,6 +14,7 @@ from tyro.conf import arg
 
 from nanodlm.checkpoints.finding import find_model
 from nanodlm.cli.arguments import Output
+from nanodlm.cli.models import choose
 from nanodlm.cli.store import OpenStore
 from nanodlm.config import DataConfig, ScoreConfig, parse_address
 from nanodlm.data.sources import READERS, format_of
@@ -25,11 +26,19 @@ if TYPE_CHECKING:
     from nanodlm.evaluation.evaluate import Text
     from nanodlm.evaluation.scoring import Drawn
 
-Words = Annotated[tuple[str, ...], Doc("Model, else the newest, and texts."), arg(metavar="[MODEL] FILE ...")]
+Words = Annotated[
+    tuple[str, ...],
+    Doc("Model, else the newest, and texts."),
+    arg(metavar="[MODEL] FILE ...", help_behavior_hint="(required)"),
+]
 Column = Annotated[str, Doc("Field of a row that holds the text.")]
 Unit = Annotated[Literal["document", "paragraph", "line"], Doc("What one document is in .txt files.")]
 Share = Annotated[float, Doc("Share of a file's rows that may be bad (no text, null, invalid UTF-8).")]
-Runs = Annotated[tuple[str, ...], Doc("Trained models, by run or address."), arg(metavar="RUN RUN ...")]
+Runs = Annotated[
+    tuple[str, ...],
+    Doc("Trained models, by run or address."),
+    arg(metavar="RUN RUN ...", help_behavior_hint="(required)"),
+]
 Html = Annotated[str, Doc("File for the comparison as a page with pictures."), arg(metavar="FILE")]
 Given = Annotated[str, Doc("Score .jsonl files' `--column` given this field.")]
 Lines = Annotated[str, Doc("File for the bound of each document, as JSON lines."), arg(metavar="FILE.jsonl")]
@@ -66,7 +75,8 @@ def score(
         with _own_flags():
             sets.find(word, data)  # before a model is loaded
     pairs = {word: answers.read_pairs(word, given, column, how.max_rows) for word in files if given}
-    network, encoding = load(find_model(model, store))
+    address = choose(model, store)
+    network, encoding = load(address)
     for word in files:
         if given:
             text = answers.text_of(pairs[word], encoding, network.seq_len)
@@ -84,7 +94,7 @@ def score(
     if per_document:
         with full_disk_named(per_document):
             Path(per_document).write_text("".join(json.dumps(line) + "\n" for line in lines))
-    out.json(sets=found)
+    out.json(model=address, sets=found)
 
 
 def by_document(text: "Text", drawn: "Drawn", encoding: Encoding, *, whole: bool) -> list[dict[str, Any]]:

@@ -91,8 +91,8 @@ def fragment(recordings: Sequence[Recording]) -> str:
         data = json.dumps(recording._asdict(), separators=(",", ":")).replace("<", "\\u003c")
         label = f"Steps of text {number}" if len(recordings) > 1 else "Steps of the text"
         figures.append(
-            f'<figure><p>{html.escape(recording.text)}</p><div class="bar" hidden=""><button type="button">Play</button>'
-            f'<input type="range" min="0" aria-label="{label}"/><output></output></div>'
+            f'<figure><p>{html.escape(recording.text)}</p><div class="bar" hidden="">'
+            f'<button type="button">Play</button><input type="range" min="0" aria-label="{label}"/><output></output></div>'
             f'<script type="application/json">{data}</script></figure>\n'
         )
         size += len(figures[-1])

@@ -33,10 +33,11 @@ def generate(trained: Artifact, models: Store, capsys: pytest.CaptureFixture[str
     return run
 
 
-def test_texts_are_printed_and_the_last_line_of_json_has_them_with_the_calls(generate) -> None:
+def test_texts_are_printed_and_the_last_line_of_json_has_them_with_the_calls(generate, trained: Artifact) -> None:
     code, out, err = generate("--prompt", "The ", "--num", "2", "--json")
     assert code == 0, err
     result = json.loads(out.splitlines()[-1])
+    assert result["model"] == trained.uri
     assert result["calls"] == 8  # four steps of the run's sampler, of the first text and of the others
     assert all(text.startswith("The ") for text in result["texts"])
     code, out, err = generate("--prompt", "The ", "--num", "2")
@@ -64,7 +65,8 @@ BAD = [
     (["--prompts", "none.txt", "--prompt", "a"], 2, "leave --prompt and --infill out"),
     (["--out", "none/texts.jsonl"], 2, "there is no folder none"),
     (["--prompt", "x" * 40], 2, "the prompt has 40 tokens and texts have 32: shorten it, or raise --length"),
-    (["--temperature", "-1"], 2, "temperature: Input should be greater than or equal to 0"),
+    (["--temperature", "-1"], 2, "--temperature: Input should be greater than or equal to 0"),
+    (["--num", "0"], 2, "--num: Input should be greater than or equal to 1"),
     (["--samplerr", "x"], 2, "perhaps you meant --sampler"),
 ]
 
