@@ -10,10 +10,11 @@ from typing_extensions import Doc
 from tyro.conf import arg
 
 from nanodlm.cli.arguments import Output
+from nanodlm.cli.files import check_file, writing
 from nanodlm.cli.models import Model, choose
-from nanodlm.cli.score import check_folder, is_text
+from nanodlm.cli.score import is_text
 from nanodlm.cli.store import OpenStore
-from nanodlm.errors import UsageError, full_disk_named
+from nanodlm.errors import UsageError
 from nanodlm.store.cache import cache_dir
 
 File = Annotated[str, Doc("Text to code, in UTF-8; by default the beginning, 100 kB, of what its run held out.")]
@@ -39,7 +40,7 @@ def certify(
         model, file = "", model
     if file and decode:
         raise UsageError(f"name a text to code, or --decode a file, not both: {file} and {decode}")
-    check_folder(out)
+    check_file(out)
     began, given = time.monotonic(), b""
     try:
         given = Path(decode or file).read_bytes() if decode or file else b""
@@ -62,7 +63,7 @@ def certify(
             options = {"group": math.ceil(network.seq_len / (steps or network.seq_len)), "seed": seed}
             written, found = certificate.compress(network, encoding, tokens, **options, emit=emit)
     if out:
-        with full_disk_named(out):
+        with writing(out):
             Path(out).write_bytes(written)
     found |= {"seconds": round(time.monotonic() - began, 1)}
     if decode:

@@ -1,6 +1,7 @@
 """The command that holds samplers against their cost."""
 
 import json
+import math
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -9,11 +10,12 @@ from typing_extensions import Doc
 from tyro.conf import arg
 
 from nanodlm.cli.arguments import Output
+from nanodlm.cli.files import check_file, writing
 from nanodlm.cli.models import Model, choose
 from nanodlm.cli.store import OpenStore
 from nanodlm.config import IF_ANY, Config, parse_address
 from nanodlm.diffusion.kinds import Sampler
-from nanodlm.errors import UsageError, full_disk_named
+from nanodlm.errors import UsageError
 from nanodlm.stages.lookup import named_judge
 from nanodlm.stages.run import run_stage
 from nanodlm.store import Store
@@ -44,8 +46,15 @@ def frontier(
     console: Output,
 ) -> None:
     """Hold the quality of samplers against their cost, beside real text."""
-    if num < 2 or min((*steps, 1)) < 1 or min((*temperatures, 1)) < 0 or not temperatures or not 0 <= seed < 2**31:
-        raise UsageError("--num must be 2 or more, --steps above 0, and neither --temperatures nor --seed negative")
+    if (
+        num < 2
+        or min((*steps, 1)) < 1
+        or not all(0 <= one < math.inf for one in temperatures)
+        or not temperatures
+        or not 0 <= seed < 2**31
+    ):
+        raise UsageError("--num must be 2 or more, --steps above 0, and --temperatures and --seed numbers from 0 on")
+    check_file(out, is_folder=True)
     address = choose(model, store)
     store = Store(parse_address(address).store)
     trained = store.open(address)
@@ -70,7 +79,7 @@ def frontier(
         found = frontiers.frontier(networks, reader, real, **how, emit=emit)
     console.text(*frontiers.table(found))
     if out:
-        with full_disk_named(out):
+        with writing(out):
             Path(out).mkdir(parents=True, exist_ok=True)
             Path(out, "frontier.json").write_text(json.dumps(found, indent=1))
             frontiers.figure(found, Path(out, "frontier.svg"))

@@ -14,12 +14,13 @@ from tyro.conf import arg
 
 from nanodlm.checkpoints.finding import find_model
 from nanodlm.cli.arguments import Output
+from nanodlm.cli.files import check_file, writing
 from nanodlm.cli.models import choose
 from nanodlm.cli.store import OpenStore
 from nanodlm.config import DataConfig, ScoreConfig, parse_address
 from nanodlm.data.sources import READERS, format_of
 from nanodlm.data.tokenizer import token_sizes
-from nanodlm.errors import NanodlmError, UsageError, counted, full_disk_named
+from nanodlm.errors import NanodlmError, UsageError, counted
 from nanodlm.store import Store
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def score(
         raise UsageError("name a file to score: nanodlm score [MODEL] FILE...")
     if given and how.stride:
         raise UsageError("--stride cuts texts into rows, where --given has a row for each: leave one of them out")
-    check_folder(per_document)
+    check_file(per_document)
     data, found, lines = DataConfig(column=column, sample_by=sample_by, max_bad=max_bad), [], []
     for word in files:
         with _own_flags():
@@ -92,7 +93,7 @@ def score(
         if per_document:
             lines += [{"file": word, **one} for one in by_document(text, drawn, encoding, whole=bool(given))]
     if per_document:
-        with full_disk_named(per_document):
+        with writing(per_document):
             Path(per_document).write_text("".join(json.dumps(line) + "\n" for line in lines))
     out.json(model=address, sets=found)
 
@@ -119,12 +120,6 @@ def _own_flags() -> Iterator[None]:
     except NanodlmError as error:
         told = str(error).replace(", or --data.pretokenized True", "").replace("--data.", "--")
         raise type(error)(told) from error
-
-
-def check_folder(file: str) -> None:
-    """Refuse a file to write whose folder is not there, before any work."""
-    if file and not Path(file).parent.is_dir():
-        raise UsageError(f"cannot write {file}: there is no folder {Path(file).parent}")
 
 
 def is_text(word: str) -> bool:
@@ -157,7 +152,7 @@ def compare(runs: Runs, /, *, html: Html = "", store: OpenStore, out: Output) ->
 
     if len(runs) < 2:
         raise UsageError("name two runs or more: nanodlm compare RUN RUN...")
-    check_folder(html)
+    check_file(html)
     found, opened = [], [parse_address(find_model(run, store)) for run in runs]
     if apart := [run for run, at in zip(runs, opened, strict=True) if not at.store]:
         raise UsageError(f"{apart[0]} is no run of a store, with the settings and bounds that are compared")
@@ -177,7 +172,7 @@ def compare(runs: Runs, /, *, html: Html = "", store: OpenStore, out: Output) ->
         for name, text in zip((runs[0], run), of["samples"], strict=bool(of["samples"])):
             out.text(f"  a sample of {name}: {' '.join(text.split())}")
     if html:
-        with full_disk_named(html):
+        with writing(html):
             Path(html).write_text(comparing.page(made, found))
         out.text(f"the page is {html}")
     out.json(comparisons=found)

@@ -336,7 +336,7 @@ class ExpConfig(Group):
     allow_changed: Annotated[tuple[str, ...], IF_ANY] = ()
     """What may differ from the run of that checkpoint, by name: settings such as `train.lr`, and `dataset`, `key`."""
     use_wandb: Switch = False
-    """Whether to send the log records to Weights & Biases as well (`pip install 'nanodlm[wandb]'`)."""
+    """Whether to send the log records to Weights & Biases as well (`pip install -c constraints.txt -e '.[wandb]'`)."""
     project_name: str = "nanodlm"
     """Project name at Weights & Biases."""
 

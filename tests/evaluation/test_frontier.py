@@ -106,4 +106,6 @@ def test_the_command_judges_by_a_twin_beside_it_and_real_text(
     assert said[2].startswith("| margin | 2 | 1.0 | ")
     assert said[-2].startswith("| real text |  |  |  |  | ")
     assert "is absorbing, and cannot judge" in run("--judge", trained.uri)
-    assert "--num must be 2 or more" in run("--num", "1")
+    for wrong in (["--num", "1"], ["--temperatures", "nan"], ["--temperatures", "inf"]):
+        assert "--num must be 2 or more" in run(*wrong)
+    assert "is no folder" in run("--out", f"{tmp_path}/f/frontier.json")
