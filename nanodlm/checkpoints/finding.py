@@ -43,7 +43,7 @@ def find_checkpoint(address: str) -> Part:
     if part is None:
         finished = sorted(path.removesuffix(".json") for path in store.files(f"{folder}/parts/checkpoints"))
         have = f"there are {', '.join(finished)}" if finished else "there are none"
-        raise UsageError(f"no finished checkpoint step_{parsed.checkpoint} in {store.address(folder)}: {have}")
+        raise UsageError(f"no finished checkpoint {Path(name).name} in {store.address(folder)}: {have}")
     return part
 
 
@@ -59,18 +59,19 @@ def find_model(model: str, store: Store) -> str:
     Of several runs of one name, and where nothing is said, it is the one that was made last. Twins, which are trained
     to judge others, have to be named.
     """
-    if model and is_exported(model):
+    if "://" in model or (model and is_exported(model)):
         return model
-    if "/" in model:
-        return store.open(model).uri if re.fullmatch("[a-z]+/[0-9a-f]{4,64}", model) else model
     found = [artifact for _, artifact in store.artifacts(item for item in store if item[0] == "train")]
     trained = [artifact for artifact in found if isinstance(artifact, Artifact)]
     names = [(one.manifest["config"] or {}).get("exp", {}).get("run_name", "") for one in trained]
     named = [one for one, name in zip(trained, names, strict=True) if model == name or not (model or is_twin(name))]
     if named:
         return max(named, key=lambda one: (one.manifest["created"], one.fingerprint)).uri
-    if re.fullmatch("[0-9a-f]{4,64}", model):
+    if re.fullmatch("([a-z]+/)?[0-9a-f]{4,64}", model):
         return store.open(model).uri
-    what = f"no model {model!r} in {store.uri()}" if model else f"{store.uri()} holds no trained model"
-    known = "a run, an address as `nanodlm ls` prints it, a checkpoint's folder or an exported one"
-    raise NanodlmError(f"{what}: name {known}")
+    if "/" in model:  # which names may hold as well
+        return model
+    known = "name a run, an address as `nanodlm ls` prints it, a checkpoint's folder or an exported one"
+    if not model:
+        raise NanodlmError(f"{store.uri()} holds no trained model: `nanodlm run` trains one, or {known}")
+    raise NanodlmError(f"no model {model!r} in {store.uri()}: {known}")

@@ -54,7 +54,7 @@ def parse(command: str, function: Callable[..., None], words: list[str]) -> Call
                 registry=_registry,
             )
     except ValidationError as error:
-        raise UsageError(explain(error)) from None
+        raise UsageError(explain(error, "--")) from None
 
 
 @_registry.primitive_rule
@@ -85,9 +85,7 @@ def _refuse(command: str, event: tyro_errors.ParseErrorEvent) -> NoReturn:
         raise UsageError(f"{argument.lowered.name_or_flags[-1]} takes {argument.lowered.metavar}, not {value}")
     if isinstance(event, tyro_errors.InstantiationFailure):  # a group of settings does not accept its values
         failure: Any = sys.exception()  # tyro's, which it raised while it handled that of pydantic
-        error = failure.__context__
-        flag = f"--{failure.arg.rpartition('.')[2]}." if error.errors()[0]["loc"] else ""
-        raise UsageError(flag + explain(error))
+        raise UsageError(explain(failure.__context__, f"--{failure.arg.rpartition('.')[2]}."))
     if isinstance(event, tyro_errors.MissingArgs):
         wrong = f"missing {' and '.join(str(missing.arg.lowered.metavar) for missing in event.missing_arguments)}"
     else:

@@ -9,14 +9,14 @@ from typing import Annotated
 from typing_extensions import Doc
 from tyro.conf import arg
 
-from nanodlm.checkpoints.finding import find_model
 from nanodlm.cli.arguments import Output
-from nanodlm.cli.score import check_folder, is_text
+from nanodlm.cli.files import check_file, writing
+from nanodlm.cli.models import Model, choose
+from nanodlm.cli.score import is_text
 from nanodlm.cli.store import OpenStore
-from nanodlm.errors import UsageError, full_disk_named
+from nanodlm.errors import UsageError
 from nanodlm.store.cache import cache_dir
 
-Model = Annotated[str, Doc("A model, by its run's name or its address; by default the newest.")]
 File = Annotated[str, Doc("Text to code, in UTF-8; by default the beginning, 100 kB, of what its run held out.")]
 Decode = Annotated[str, Doc("Instead, decode a file that --out wrote."), arg(metavar="FILE")]
 Out = Annotated[str, Doc("Where to write the coded file, or the decoded text."), arg(metavar="FILE")]
@@ -40,7 +40,7 @@ def certify(
         model, file = "", model
     if file and decode:
         raise UsageError(f"name a text to code, or --decode a file, not both: {file} and {decode}")
-    check_folder(out)
+    check_file(out)
     began, given = time.monotonic(), b""
     try:
         given = Path(decode or file).read_bytes() if decode or file else b""
@@ -52,7 +52,7 @@ def certify(
     from nanodlm.checkpoints.loading import load
     from nanodlm.evaluation import certificate
 
-    address = find_model(model, store)
+    address = choose(model, store)
     network, encoding = load(address)
     with console.showing("certify") as emit:
         if decode:
@@ -63,7 +63,7 @@ def certify(
             options = {"group": math.ceil(network.seq_len / (steps or network.seq_len)), "seed": seed}
             written, found = certificate.compress(network, encoding, tokens, **options, emit=emit)
     if out:
-        with full_disk_named(out):
+        with writing(out):
             Path(out).write_bytes(written)
     found |= {"seconds": round(time.monotonic() - began, 1)}
     if decode:
@@ -76,4 +76,4 @@ def certify(
             f"code   {ideal:.4f} bits per byte, -log p in the order that was drawn",
             f"bound  {found['bound_bits_per_byte']:.4f} ± {found['bound_bits_per_byte_stderr']:.4f} bits per byte",
         )
-    console.json(**found)
+    console.json(model=address, **found)

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 from rich.console import Console as RichConsole
 from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
 from typing_extensions import Doc
 from tyro.conf import Suppress
 
@@ -30,16 +32,39 @@ class Console:
     def __init__(self, stream: Suppress[TextIO | None] = None, *, json: Json = False):
         """Show events on a stream, and print results, or with `json` one JSON object, on standard output."""
         shown = stream or (sys.stderr if json else sys.stdout)
-        self._rich, self.is_json = RichConsole(file=shown, highlight=False, soft_wrap=True, emoji=False), json
-        self.line = self._rich.print  # one, in which `[bold]` and the like mean what they do to rich
+        self._rich, self.is_json = RichConsole(file=shown, highlight=False, emoji=False), json
         self._stage, self._pace = "", Pace()
         self.artifacts: dict[str, Artifact] = {}  # of finished stages, by stage
         self._records: list[dict[str, Any]] = []  # of finished stages
 
+    def line(self, text: str, before: str = "") -> None:
+        """Print a line, in which `[bold]` and the like mean what they do to rich.
+
+        A terminal breaks it between words, and what goes on stands below the text, not below what is `before` it.
+        """
+        if before and self._rich.is_terminal:
+            grid = Table.grid(padding=0)
+            grid.add_column(no_wrap=True)
+            grid.add_row(before, text)
+            self._rich.print(grid)
+        else:
+            self._rich.print(before + text, soft_wrap=not self._rich.is_terminal)
+
+    def place(self, name: str, where: str) -> None:
+        """Print where something lies, which no terminal may break, so that it can be copied."""
+        self._rich.print(f"{name:<12} {escape(where)}", soft_wrap=True)
+
     def text(self, *lines: str) -> None:
         """Print lines of a result, unless it is to be JSON."""
-        if not self.is_json:
+        if lines and not self.is_json:
             print(*lines, sep="\n")
+
+    def prose(self, text: str) -> None:
+        """Print a text, which a terminal breaks between words, unless the result is to be JSON."""
+        if self._rich.is_terminal and not self.is_json:
+            self._rich.print(Text(text))
+        else:
+            self.text(text)
 
     def json(self, **result: Any) -> None:
         """Print a result as one line of JSON, if that is asked for."""
@@ -56,7 +81,7 @@ class Console:
     def emit(self, kind: str, **fields: Any) -> None:
         """Show an event of the running stage: `message` (text) or `progress` (done, total, unit, …)."""
         if kind == "message":
-            self.line(f"[dim]{self._stage:<10} {escape(fields['text'])}[/dim]")
+            self.line(f"[dim]{escape(fields['text'])}[/dim]", f"[dim]{self._stage:<10}[/dim] ")
         elif kind == "progress":
             text = self._pace.describe(fields)
             if self._rich.is_terminal:
@@ -73,9 +98,9 @@ class Console:
         self._records.append(record)
         built = record["status"] == "built"
         status = f"[green]built  {record['seconds']:7.1f} s[/green]" if built else f"[cyan]{'cached':<16}[/cyan]"
-        self.line(f"[bold]{record['stage']:<10}[/bold] {status}  {escape(summary(artifact))}")
+        self.line(escape(summary(artifact)), f"[bold]{record['stage']:<10}[/bold] {status}  ")
         if changed := changed_since(artifact):
-            self.line(f"{'':<28}[yellow]{remark(changed)}: --rebuild changed builds it again[/yellow]")
+            self.line(f"[yellow]{remark(changed)}: --rebuild changed builds it again[/yellow]", f"{'':<28}")
 
     def written(self, text: "Written", *, watch: bool, first: bool = True) -> None:
         """Print a text, or let it appear out of masks; what several lengths were compared by comes with it."""
@@ -85,7 +110,8 @@ class Console:
         if watch and text.recording:
             play(text.recording, self._rich)
         else:
-            self.text(*["-" * 72] * (not first), text.text.replace(END_OF_TEXT, "\n\n"))
+            self.text(*["-" * 72] * (not first))
+            self.prose(text.text.replace(END_OF_TEXT, "\n\n"))
         if text.nats_per_token is not None:
             self.text(f"({text.nats_per_token:.2f} nats per token of the whole text)")
 
@@ -101,34 +127,34 @@ class Console:
         from nanodlm.evaluation.report import against_unigram
 
         self.line("")
-        watch = self._rich.is_terminal and "report" in self.artifacts
-        if watch:
+        if "report" in self.artifacts and self._rich.is_terminal:
             from nanodlm.generation.watch import Recording, play
 
             first, *_ = json_module.loads(self.artifacts["sample"].file("steps.json").read_text())
+            self.line("[dim]a sample:[/dim]")
             play(Recording(**first), self._rich)
             self.line("")
+        elif "sample" in self.artifacts:
+            text = " ".join(self.artifacts["sample"].metrics["first_sample"].split())
+            self.line(f"[dim]a sample:[/dim] {escape(text)}\n")
         if "evaluate" in self.artifacts:
             m = self.artifacts["evaluate"].metrics
             bound = f"[bold]{m['val_bits_per_byte']:.3f}[/bold] ± {m['val_bits_per_byte_stderr']:.3f} bits per byte"
             unigram = f"{against_unigram(m)} the unigram entropy of {m['val_unigram_bits_per_byte']:.3f}"
-            self.line(f"{'' if watch else 'validation '}bound {bound}, {unigram}")
+            self.line(f"validation bound {bound}, {unigram}")
             for one in m.get("sets", []):
-                self.line(escape(f"{one['file']:<16} {one['bits_per_byte']:.3f} bits per byte"))
-        if "sample" in self.artifacts and not watch:
-            text = " ".join(self.artifacts["sample"].metrics["first_sample"].split())
-            self.line(f"[dim]a sample:[/dim] {escape(text)}\n")
-        files = {"report": "report.html"} | ({} if watch else {"sample": "samples.txt", "train": "checkpoints"})
+                self.line(f"{one['bits_per_byte']:.3f} bits per byte", escape(f"{one['file']:<16} "))
+        files, page = {"report": "report.html", "sample": "samples.txt", "train": "checkpoints"}, ""
         for artifact in reversed(self.artifacts.values()):
             link = artifact.store.show_latest(artifact) if artifact.store.is_local else None
             if file := files.get(artifact.stage):
                 where = artifact.store.address(artifact.remote(file))
-                if watch:
-                    local = Path(link / file if link else where)
-                    self.line(f"open {escape(local.absolute().as_uri() if artifact.store.is_local else where)}")
-                    continue
+                if artifact.stage == "report":
+                    local = Path(link / file if link else where).absolute()
+                    page = local.as_uri() if artifact.store.is_local else where
                 where = min(str(link / file), os.path.relpath(link / file), key=len) if link else where
-                self.line(f"{file:<12} {escape(where)}")
-        if not watch:
-            self.line(f"{'store':<12} {escape(list(self.artifacts.values())[-1].store.uri())}")
+                self.place(file, where)
+        self.place("store", list(self.artifacts.values())[-1].store.uri())
+        if page and self._rich.is_terminal:
+            self.place("open", page)
         self.results()

@@ -6,12 +6,16 @@ from typing import Annotated
 from typing_extensions import Doc
 from tyro.conf import arg
 
-from nanodlm.checkpoints.finding import find_model
 from nanodlm.cli.arguments import Output
+from nanodlm.cli.models import choose
 from nanodlm.cli.store import OpenStore
 from nanodlm.errors import UsageError
 
-Words = Annotated[tuple[str, ...], Doc("Model, else the newest, and a new folder."), arg(metavar="[MODEL] FOLDER")]
+Words = Annotated[
+    tuple[str, ...],
+    Doc("Model, else the newest, and a new folder."),
+    arg(metavar="[MODEL] FOLDER", help_behavior_hint="(required)"),
+]
 
 
 def export(words: Words, /, *, store: OpenStore, out: Output) -> None:
@@ -22,7 +26,8 @@ def export(words: Words, /, *, store: OpenStore, out: Output) -> None:
     from nanodlm.checkpoints.loading import load_folder, locate, read_config
     from nanodlm.evaluation.model_card import model_card
 
-    folder, step, train = locate(find_model("".join(words[:-1]), store))
+    address = choose("".join(words[:-1]), store)
+    folder, step, train = locate(address)
     config = exported.read_record(folder)[1] if step is None else read_config(folder)
     model, encoding = exported.load_exported(folder) if step is None else load_folder(folder, step)
     new = Path(words[-1])
@@ -31,4 +36,4 @@ def export(words: Words, /, *, store: OpenStore, out: Output) -> None:
     out.text(
         f"{new}: {size:,} bytes; `nanodlm.load({str(new)!r})` reads it, and its {exported.CARD} says how others do"
     )
-    out.json(folder=str(new.absolute()), bytes=size)
+    out.json(model=address, folder=str(new.absolute()), bytes=size)

@@ -1,6 +1,7 @@
 """The command that holds samplers against their cost."""
 
 import json
+import math
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -8,19 +9,21 @@ from typing import Annotated
 from typing_extensions import Doc
 from tyro.conf import arg
 
-from nanodlm.checkpoints.finding import find_model
 from nanodlm.cli.arguments import Output
+from nanodlm.cli.files import check_file, writing
+from nanodlm.cli.models import Model, choose
 from nanodlm.cli.store import OpenStore
-from nanodlm.config import Config, parse_address
+from nanodlm.config import IF_ANY, Config, parse_address
 from nanodlm.diffusion.kinds import Sampler
-from nanodlm.errors import UsageError, full_disk_named
+from nanodlm.errors import UsageError
 from nanodlm.stages.lookup import named_judge
 from nanodlm.stages.run import run_stage
 from nanodlm.store import Store
 
-Model = Annotated[str, Doc("A model, by its run's name or its address; by default the newest.")]
-Samplers = Annotated[tuple[Sampler, ...], Doc("What to try; by default all that the model has.")]
-Steps = Annotated[tuple[int, ...], Doc("Numbers of steps; by default an eighth and half of the tokens of a text.")]
+Samplers = Annotated[tuple[Sampler, ...], Doc("What to try; by default all that the model has."), IF_ANY]
+Steps = Annotated[
+    tuple[int, ...], Doc("Numbers of steps; by default an eighth and half of the tokens of a text."), IF_ANY
+]
 Temperatures = Annotated[tuple[float, ...], Doc("What divides the logits.")]
 Judge = Annotated[str, Doc("What scores: `twin`, trained where the store has none, or an autoregressive model's name.")]
 Folder = Annotated[
@@ -43,9 +46,16 @@ def frontier(
     console: Output,
 ) -> None:
     """Hold the quality of samplers against their cost, beside real text."""
-    if num < 2 or min((*steps, 1)) < 1 or min((*temperatures, 1)) < 0 or not temperatures or not 0 <= seed < 2**31:
-        raise UsageError("--num must be 2 or more, --steps above 0, and neither --temperatures nor --seed negative")
-    address = find_model(model, store)
+    if (
+        num < 2
+        or min((*steps, 1)) < 1
+        or not all(0 <= one < math.inf for one in temperatures)
+        or not temperatures
+        or not 0 <= seed < 2**31
+    ):
+        raise UsageError("--num must be 2 or more, --steps above 0, and --temperatures and --seed numbers from 0 on")
+    check_file(out, is_folder=True)
+    address = choose(model, store)
     store = Store(parse_address(address).store)
     trained = store.open(address)
     config = Config(**trained.manifest["config"]).replace(sample={"judge": judge})
@@ -69,7 +79,7 @@ def frontier(
         found = frontiers.frontier(networks, reader, real, **how, emit=emit)
     console.text(*frontiers.described(found, num))
     if out:
-        with full_disk_named(out):
+        with writing(out):
             Path(out).mkdir(parents=True, exist_ok=True)
             Path(out, "frontier.json").write_text(json.dumps(found, indent=1))
             frontiers.figure(found, Path(out, "frontier.svg"))

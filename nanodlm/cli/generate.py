@@ -9,16 +9,15 @@ from typing import Annotated
 from typing_extensions import Doc
 from tyro.conf import arg
 
-from nanodlm.checkpoints.finding import find_model
 from nanodlm.cli.arguments import Output
 from nanodlm.cli.console import Console
-from nanodlm.cli.score import check_folder
+from nanodlm.cli.files import check_file, writing
+from nanodlm.cli.models import Model, choose
 from nanodlm.cli.store import OpenStore
 from nanodlm.config import TextRequest
-from nanodlm.errors import UsageError, full_disk_named
+from nanodlm.errors import UsageError, counted
 from nanodlm.store.cache import cache_dir
 
-Model = Annotated[str, Doc("A model, by its run's name or its address; by default the newest.")]
 Prompts = Annotated[str, Doc("File of prompts: one a line, or .jsonl with a field `prompt`."), arg(metavar="FILE")]
 Lines = Annotated[str, Doc("File for the texts, as JSON lines."), arg(metavar="FILE.jsonl")]
 Watch = Annotated[bool, Doc("Let each text appear out of masks, in a terminal.")]
@@ -41,7 +40,7 @@ def generate(
 ) -> None:
     """Write texts with a trained model, or, without a prompt, talk with it."""
     for file in (out, gif, html):
-        check_folder(file)
+        check_file(file)
     if prompts and (how.prompt or how.infill):
         raise UsageError("--prompts says with what texts begin: leave --prompt and --infill out")
     requests = [how.model_copy(update={"prompt": prompt}) for prompt in read_prompts(prompts)] if prompts else [how]
@@ -52,7 +51,8 @@ def generate(
     from nanodlm.generation.texts import Writer
     from nanodlm.generation.watch import gif as draw_gif
 
-    writer = Writer(*load(find_model(model, store)))
+    address = choose(model, store)
+    writer = Writer(*load(address))
     told, alone = (
         Console(sys.stderr),
         not (prompts or how.prompt or how.infill or out or gif or html or console.is_json),
@@ -70,14 +70,15 @@ def generate(
         lines.append(json.dumps({**begin, "text": text.text, **bound}) + "\n")
     recordings = [text.recording for text in written if text.recording]
     if gif:
-        with full_disk_named(gif):
+        with writing(gif):
             draw_gif(recordings[0], Path(gif))
-    title = f"Texts of {model or 'the newest model'}"
+    steps = counted(recordings[0].total if recordings else 0, "steps")
+    title = f"{address}: {writer.options(how).sampler}, {steps}, seed {how.seed}"
     for file, content in ((html, html and slider.page(recordings, title)), (out, "".join(lines))):
         if file:
-            with full_disk_named(file):
+            with writing(file):
                 Path(file).write_text(content)
-    console.json(texts=[text.text for text in written], calls=written[-1].calls)
+    console.json(model=address, texts=[text.text for text in written], calls=written[-1].calls)
 
 
 def read_prompts(file: str) -> list[str]:

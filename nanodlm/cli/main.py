@@ -124,8 +124,10 @@ def _run(words: list[str]) -> None:
     length = 2 if words[0] == "bench" else 1
     command = " ".join(words[:length])
     if command not in COMMANDS:
-        near = difflib.get_close_matches(command, COMMANDS)
-        advice = f"perhaps you meant {' or '.join(near)}" if near else f"choose one of {', '.join(COMMANDS)}"
+        group = "bench " if length == 2 else ""
+        known = [name.removeprefix(group) for name in COMMANDS if name.startswith(group)]
+        near = [group + name for name in difflib.get_close_matches(words[length - 1], known)]
+        advice = f"perhaps you meant {' or '.join(near)}" if near else f"choose one of {', '.join(known)}"
         raise UsageError(f"unknown command {command!r}: {advice}")
     from nanodlm.cli.arguments import parse
 

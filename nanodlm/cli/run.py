@@ -149,7 +149,7 @@ class Alone(Group):
     """How a stage runs in this process, without Prefect."""
 
     rebuild: Again = False
-    inputs: Annotated[tuple[str, ...], arg(metavar="[STAGE=FINGERPRINT ...]")] = ()
+    inputs: Annotated[tuple[str, ...], arg(metavar="[STAGE=FINGERPRINT ...]", help_behavior_hint="")] = ()
     """What the stage reads, each as STAGE=FINGERPRINT; by default it is looked up, from the source on."""
     events: Annotated[str, Doc("File to which progress is written as JSON lines."), arg(metavar="FILE")] = ""
 

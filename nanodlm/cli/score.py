@@ -14,22 +14,32 @@ from tyro.conf import arg
 
 from nanodlm.checkpoints.finding import find_model
 from nanodlm.cli.arguments import Output
+from nanodlm.cli.files import check_file, writing
+from nanodlm.cli.models import choose
 from nanodlm.cli.store import OpenStore
 from nanodlm.config import DataConfig, ScoreConfig, parse_address
 from nanodlm.data.sources import READERS, format_of
 from nanodlm.data.tokenizer import token_sizes
-from nanodlm.errors import NanodlmError, UsageError, counted, full_disk_named
+from nanodlm.errors import NanodlmError, UsageError, counted
 from nanodlm.store import Store
 
 if TYPE_CHECKING:
     from nanodlm.evaluation.evaluate import Text
     from nanodlm.evaluation.scoring import Drawn
 
-Words = Annotated[tuple[str, ...], Doc("Model, else the newest, and texts."), arg(metavar="[MODEL] FILE ...")]
+Words = Annotated[
+    tuple[str, ...],
+    Doc("Model, else the newest, and texts."),
+    arg(metavar="[MODEL] FILE ...", help_behavior_hint="(required)"),
+]
 Column = Annotated[str, Doc("Field of a row that holds the text.")]
 Unit = Annotated[Literal["document", "paragraph", "line"], Doc("What one document is in .txt files.")]
 Share = Annotated[float, Doc("Share of a file's rows that may be bad (no text, null, invalid UTF-8).")]
-Runs = Annotated[tuple[str, ...], Doc("Trained models, by run or address."), arg(metavar="RUN RUN ...")]
+Runs = Annotated[
+    tuple[str, ...],
+    Doc("Trained models, by run or address."),
+    arg(metavar="RUN RUN ...", help_behavior_hint="(required)"),
+]
 Html = Annotated[str, Doc("File for the comparison as a page with pictures."), arg(metavar="FILE")]
 Given = Annotated[str, Doc("Score .jsonl files' `--column` given this field.")]
 Lines = Annotated[str, Doc("File for the bound of each document, as JSON lines."), arg(metavar="FILE.jsonl")]
@@ -60,13 +70,14 @@ def score(
         raise UsageError("name a file to score: nanodlm score [MODEL] FILE...")
     if given and how.stride:
         raise UsageError("--stride cuts texts into rows, where --given has a row for each: leave one of them out")
-    check_folder(per_document)
+    check_file(per_document)
     data, found, lines = DataConfig(column=column, sample_by=sample_by, max_bad=max_bad), [], []
     for word in files:
         with _own_flags():
             sets.find(word, data)  # before a model is loaded
     pairs = {word: answers.read_pairs(word, given, column, how.max_rows) for word in files if given}
-    network, encoding = load(find_model(model, store))
+    address = choose(model, store)
+    network, encoding = load(address)
     for word in files:
         if given:
             text = answers.text_of(pairs[word], encoding, network.seq_len)
@@ -82,9 +93,9 @@ def score(
         if per_document:
             lines += [{"file": word, **one} for one in by_document(text, drawn, encoding, whole=bool(given))]
     if per_document:
-        with full_disk_named(per_document):
+        with writing(per_document):
             Path(per_document).write_text("".join(json.dumps(line) + "\n" for line in lines))
-    out.json(sets=found)
+    out.json(model=address, sets=found)
 
 
 def by_document(text: "Text", drawn: "Drawn", encoding: Encoding, *, whole: bool) -> list[dict[str, Any]]:
@@ -109,12 +120,6 @@ def _own_flags() -> Iterator[None]:
     except NanodlmError as error:
         told = str(error).replace(", or --data.pretokenized True", "").replace("--data.", "--")
         raise type(error)(told) from error
-
-
-def check_folder(file: str) -> None:
-    """Refuse a file to write whose folder is not there, before any work."""
-    if file and not Path(file).parent.is_dir():
-        raise UsageError(f"cannot write {file}: there is no folder {Path(file).parent}")
 
 
 def is_text(word: str) -> bool:
@@ -147,7 +152,7 @@ def compare(runs: Runs, /, *, html: Html = "", store: OpenStore, out: Output) ->
 
     if len(runs) < 2:
         raise UsageError("name two runs or more: nanodlm compare RUN RUN...")
-    check_folder(html)
+    check_file(html)
     found, opened = [], [parse_address(find_model(run, store)) for run in runs]
     if apart := [run for run, at in zip(runs, opened, strict=True) if not at.store]:
         raise UsageError(f"{apart[0]} is no run of a store, with the settings and bounds that are compared")
@@ -169,7 +174,7 @@ def compare(runs: Runs, /, *, html: Html = "", store: OpenStore, out: Output) ->
         for name, text in zip((runs[0], run), of["samples"], strict=bool(of["samples"])):
             out.text(f"  a sample of {name}: {' '.join(text.split())}")
     if html:
-        with full_disk_named(html):
+        with writing(html):
             Path(html).write_text(comparing.page(made, found))
         out.text(f"the page is {html}")
     out.json(comparisons=found)

@@ -174,7 +174,10 @@ def doctor(*, store: OpenStore, out: Output) -> None:
     for name, look in (
         ("python", lambda: sys.version.split()[0]),
         ("packages", lambda: ", ".join(f"{name} {version(name)}" for name in PACKAGES)),
-        ("devices", lambda: ", ".join(f"{d.platform} {d.device_kind}" for d in load("jax").devices())),
+        (
+            "devices",
+            lambda: ", ".join(f"{d.platform} {d.device_kind}".removeprefix("cpu ") for d in load("jax").devices()),
+        ),
         ("store", lambda: _writable(store)),
         ("corpus", lambda: f"{len(load('nanodlm.data.sources').source_files(DataConfig()))} built-in documents"),
         ("gpt2", lambda: f"{load('nanodlm.data.tokenizer').gpt2().n_vocab:,} entries"),

@@ -5,6 +5,7 @@ from nanodlm.config.differences import differences, explain
 from nanodlm.config.meaning import evaluation_settings, is_twin, sampling_settings, training_settings, twin, unread
 from nanodlm.config.presets import FILES, PRESETS, Changes, Preset, as_changes, changed, load_config
 from nanodlm.config.settings import (
+    IF_ANY,
     Config,
     DataConfig,
     Group,

@@ -30,9 +30,9 @@ def _short(value: Any) -> str:
     return text if len(text) <= 40 else f"{text[:12]}…"
 
 
-def explain(error: BaseException) -> str:
-    """Say in one line what an error, of validation or any other, is about."""
+def explain(error: BaseException, flag: str = "") -> str:
+    """Say in one line what an error, of validation or any other, is about; a field's name follows `flag`."""
     if not isinstance(error, ValidationError):
         return redact(" ".join(str(error).split()))
     found = [(".".join(map(str, e["loc"])), e["msg"].removeprefix("Value error, ")) for e in error.errors()]
-    return "; ".join(f"{field}: {message}" if field else message for field, message in found)
+    return "; ".join(f"{flag}{field}: {message}" if field else message for field, message in found)

@@ -21,7 +21,10 @@ from pydantic import (
 from nanodlm.config.addresses import Url
 from nanodlm.diffusion.kinds import KINDS, Estimator, JumpingSchedule, KindName, Sampler, ScheduleName, Times, Weighting
 
-Sources = Annotated[tuple[Url, ...], BeforeValidator(lambda given: (given,) if isinstance(given, str) else given)]
+IF_ANY = tyro.conf.arg(help_behavior_hint=lambda default: f"(default: {default})" if default else "")  # of a tuple
+Sources = Annotated[
+    tuple[Url, ...], BeforeValidator(lambda given: (given,) if isinstance(given, str) else given), IF_ANY
+]
 Switch = Annotated[bool, tyro.conf.FlagConversionOff]  # `--exp.use_wandb True`, as in the original project
 
 
@@ -57,7 +60,7 @@ class DataConfig(Group):
     """Characters, or ids, below which documents are left out."""
     max_length: int | None = Field(default=None, gt=0)
     """Characters, or ids, above which documents are left out."""
-    languages: tuple[str, ...] = ()
+    languages: Annotated[tuple[str, ...], IF_ANY] = ()
     """Languages, such as `en de`, whose documents alone are kept; none is all."""
     duplicates: float | None = Field(default=None, ge=0.5, le=1)
     """Share of runs of five words in common (Jaccard) from which on a document is left out as a near duplicate of one
@@ -65,7 +68,7 @@ class DataConfig(Group):
     decontaminate: int | None = Field(default=None, ge=2)
     """Words (or ids) in a row that a document may not share with what is held out, if it is to be trained on; 13 is
     usual, none keeps all."""
-    weights: tuple[Annotated[float, Field(ge=0)], ...] = ()
+    weights: Annotated[tuple[Annotated[float, Field(ge=0)], ...], IF_ANY] = ()
     """How often the documents of each source are trained on in an epoch, such as `1 0.5 3`; none is once."""
     tokenizer: Literal["bpe", "gpt2", "bytes", "chars"] = "bpe"
     """`bpe` is trained on training documents; `gpt2` and `bytes` are fixed; `chars` has the corpus's own characters."""
@@ -330,10 +333,10 @@ class ExpConfig(Group):
     """Whether an interrupted run continues from its last checkpoint; False starts it anew."""
     resume_path: Url = ""
     """Checkpoint to start from: `.../checkpoints/step_100` in a run's folder, or `URI/step_100` of an artifact."""
-    allow_changed: tuple[str, ...] = ()
+    allow_changed: Annotated[tuple[str, ...], IF_ANY] = ()
     """What may differ from the run of that checkpoint, by name: settings such as `train.lr`, and `dataset`, `key`."""
     use_wandb: Switch = False
-    """Whether to send the log records to Weights & Biases as well (`pip install 'nanodlm[wandb]'`)."""
+    """Whether to send the log records to Weights & Biases as well (`pip install -c constraints.txt -e '.[wandb]'`)."""
     project_name: str = "nanodlm"
     """Project name at Weights & Biases."""
 

@@ -27,7 +27,7 @@ def check(data: DataConfig) -> None:
     """Refuse cleaning that needs a package which is not installed, and languages that cannot be told."""
     for setting, package in (("repair", "ftfy"), ("languages", "eldc")):
         if getattr(data, setting) and find_spec(package) is None:
-            raise UsageError(f"--data.{setting} needs {package}: pip install 'nanodlm[clean]'")
+            raise UsageError(f"--data.{setting} needs {package}: pip install -c constraints.txt -e '.[clean]'")
     if data.languages:
         from eldc import LANGUAGES
 

@@ -28,7 +28,7 @@ from nanodlm.store import Store
 try:
     from constriction import stream  # pyright: ignore[reportAttributeAccessIssue]
 except ImportError as error:
-    raise UsageError("certify needs an arithmetic coder: pip install 'nanodlm[certify]'") from error
+    raise UsageError("certify needs an arithmetic coder: pip install -c constraints.txt -e '.[certify]'") from error
 
 HEADER = struct.Struct("<8s32s32sIIQ")  # magic, sha256 of parameters and of the text, seed, group, number of tokens
 MAGIC = b"nanodlm\x01"

@@ -1,4 +1,4 @@
-"""A trained model for the tasks of EleutherAI's lm-evaluation-harness (`pip install 'nanodlm[harness]'`).
+"""A trained model for EleutherAI's lm-evaluation-harness (`pip install -c constraints.txt -e '.[harness]'`).
 
     import lm_eval
     from nanodlm.evaluation.harness import Harness
@@ -27,7 +27,7 @@ from nanodlm.evaluation.scoring import draw
 try:
     from lm_eval.api.model import LM
 except ImportError as error:
-    raise UsageError("the harness is a package of its own: pip install 'nanodlm[harness]'") from error
+    raise UsageError("the harness is a package of its own: pip install -c constraints.txt -e '.[harness]'") from error
 
 
 class Harness(LM):

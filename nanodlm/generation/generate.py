@@ -38,12 +38,13 @@ def generate(config: Config, inputs: dict[str, "Artifact"], attempt: "Attempt", 
     model, encoding = load_artifact(inputs["train"])
     schedule = make_schedule(**config.schedule.model_dump())
     walk = step_by_step(make_walk(options, encoding, model, schedule))
+    total = calls_of(options, model)
     frames, tokens = [], np.zeros((0, 0), np.int32)
     try:
         for state in walk(nnx.state(model), jax.random.key(options.seed)):
             tokens = np.asarray(state.tokens)
             frames.append((tokens[:WATCHED], np.asarray(state.confidence[:WATCHED])))
-            emit("progress", done=int(state.calls), unit="calls of the network")
+            emit("progress", done=int(state.calls), total=total, unit="calls of the network")
     except ValueError as error:
         raise NanodlmError("the network gave logits that are not finite: its training has diverged") from error
     rows, end = tokens.tolist(), encoding.eot_token
@@ -59,6 +60,13 @@ def generate(config: Config, inputs: dict[str, "Artifact"], attempt: "Attempt", 
     (attempt.path / "slider.html").write_text(fragment(recordings))
     counts = {"samples": len(texts), "sample_tokens": int(tokens.size), "first_sample": shown[0]}
     return counts | measured(config, inputs["shard"], tokens, encoding)
+
+
+def calls_of(options: SampleConfig, model: Transformer) -> int | None:
+    """Return how often texts of whole rows call the network; None where it depends on what is drawn, or is kept."""
+    depends = options.sampler in ("ancestral_skip", "first_hitting", "entropy", "threshold") or options.cache_block
+    rows = model.objective.traits.reads == "row"
+    return None if depends or not rows else options.num_steps * (1 + bool(options.guidance))
 
 
 def make_walk(

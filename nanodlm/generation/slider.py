@@ -108,10 +108,12 @@ def page(recordings: Sequence[Recording], title: str) -> str:
     style = (
         ":root{color-scheme:light dark}body{max-width:46rem;margin:2rem auto;padding:0 1rem;font:1rem/1.5 system-ui,"
         "sans-serif;background:#fdfdfc;color:#1d2430}@media(prefers-color-scheme:dark){body{background:#14181f;"
-        "color:#e4e8ee}}h1{font-size:1.15rem}"
+        "color:#e4e8ee}}h1{font-size:1.15rem;overflow-wrap:anywhere}"
     )
+    tints = "".join(f'<span style="background:{colour}38">&emsp;</span>' for colour in COLOURS)
+    legend = f"{tints} when a token was decided, from the first to the last; outlined is new, struck out is taken back."
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f"<title>{html.escape(title)}</title><style>{style}</style>\n<h1>{html.escape(title)}</h1>\n"
+        f"<title>{html.escape(title)}</title><style>{style}</style>\n<h1>{html.escape(title)}</h1>\n<p>{legend}</p>\n"
         f"{fragment(recordings)}</html>\n"
     )

@@ -237,4 +237,6 @@ def gif(recording: Recording, path: Path, seconds: float = 8.0) -> None:
         draw.rectangle((margin, size[1] - margin, margin + bar, size[1] - margin + 2), COLOURS[4])
         images.append(image.quantize(32, dither=Image.Dither.NONE))
     pause = int(min(200, 1000 * seconds / len(seen)))
-    images[0].save(path, save_all=True, append_images=images[1:], loop=0, duration=[pause] * (len(images) - 1) + [3000])
+    images[0].save(
+        path, "GIF", save_all=True, append_images=images[1:], loop=0, duration=[pause] * (len(images) - 1) + [3000]
+    )

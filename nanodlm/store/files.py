@@ -59,7 +59,7 @@ class Storage:
                 self.root, self.driver = root.rstrip("/"), Driver(fs)
                 self._before = fs.unstrip_protocol(self.root).removesuffix(self.root)
         except (ImportError, ValueError) as error:
-            missing = f"; pip install 'nanodlm[{'s3' if protocol in S3 else 'gcs'}]'"
+            missing = f"; pip install -c constraints.txt -e '.[{'s3' if protocol in S3 else 'gcs'}]'"
             missing = missing if isinstance(error, ImportError) else ""
             raise UsageError(f"cannot open the store {url}: {error}{missing}") from error
 

@@ -16,7 +16,7 @@ from nanodlm.store.cache import cache_dir
 def check_packages(config: Config) -> None:
     """Refuse settings that ask for a tracker whose package is not installed."""
     if config.exp.use_wandb and find_spec("wandb") is None:
-        raise UsageError("--exp.use_wandb needs wandb: pip install 'nanodlm[wandb]'")
+        raise UsageError("--exp.use_wandb needs wandb: pip install -c constraints.txt -e '.[wandb]'")
 
 
 class Tracker(contextlib.AbstractContextManager["Tracker"]):

@@ -170,7 +170,11 @@ def test_the_command_exports_the_newest_model_or_the_one_named_and_others_take_t
         with pytest.raises(SystemExit) as ended:
             main(["export", *model, folder, "--store", trained.store.uri(), "--json"])
         assert ended.value.code == 0
-        assert json.loads(capsys.readouterr().out)["folder"] == str(tmp_path / folder)
+        said = capsys.readouterr()
+        newest = f"{trained.name}, absorbing, {trained.metrics['updates']} updates, the newest\n"
+        assert said.err == ("" if model else newest)
+        result = json.loads(said.out)
+        assert (result["model"], result["folder"]) == (*(model or (trained.uri,)), str(tmp_path / folder))
         sha256 = sha256_of(nanodlm.load(folder)[0])
         assert (sha256 == trained.metrics["parameters_sha256"]) == (folder != "b")
     assert find_model("a", Store(trained.store.root)) == "a"

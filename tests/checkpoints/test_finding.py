@@ -19,7 +19,7 @@ def trained(store: Store, fingerprint: str, created: str, run_name: str) -> Arti
 
 def test_a_model_is_named_by_its_run_or_address_or_the_beginning_of_one_or_is_the_newest(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
-    with pytest.raises(NanodlmError, match="holds no trained model"):
+    with pytest.raises(NanodlmError, match="holds no trained model: `nanodlm run` trains one, or name a run"):
         find_model("", store)
     old = trained(store, "aaaa1" * 12, "2026-01-01T00:00:00Z", "first")
     new = trained(store, "bbbb2" * 12, "2026-02-01T00:00:00Z", "second")
@@ -28,5 +28,7 @@ def test_a_model_is_named_by_its_run_or_address_or_the_beginning_of_one_or_is_th
     assert find_model("first", store) == find_model("train/cccc3", store) == again.uri
     for address in (old.uri, f"{old.uri}/step_100", "runs/mine/checkpoints/step_100"):
         assert find_model(address, store) == address
+    slashed = trained(store, "dddd4" * 12, "2025-01-01T00:00:00Z", "mine/abcd")
+    assert find_model("mine/abcd", store) == slashed.uri, "a name may hold a slash"
     with pytest.raises(NanodlmError, match="no model 'third'"):
         find_model("third", store)

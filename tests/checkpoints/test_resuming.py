@@ -185,7 +185,7 @@ def test_a_damaged_or_unfinished_checkpoint_is_refused(trained: Artifact, tmp_pa
         nanodlm.train(tiny(exp={"resume_path": address}), trained.store.uri())
     (folder / "parts" / "checkpoints" / "step_000012.json").unlink()
     for name, words in (
-        ("step_12", r"no finished checkpoint step_12 in .*/run: there are step_000004, step_000008"),
+        ("step_12", r"no finished checkpoint step_000012 in .*/run: there are step_000004, step_000008"),
         ("checkpoints", "must end in step_ and a number"),
         ("nowhere/step_8", "there are none"),
     ):

@@ -33,10 +33,11 @@ def generate(trained: Artifact, models: Store, capsys: pytest.CaptureFixture[str
     return run
 
 
-def test_texts_are_printed_and_the_last_line_of_json_has_them_with_the_calls(generate) -> None:
+def test_texts_are_printed_and_the_last_line_of_json_has_them_with_the_calls(generate, trained: Artifact) -> None:
     code, out, err = generate("--prompt", "The ", "--num", "2", "--json")
     assert code == 0, err
     result = json.loads(out.splitlines()[-1])
+    assert result["model"] == trained.uri
     assert result["calls"] == 8  # four steps of the run's sampler, of the first text and of the others
     assert all(text.startswith("The ") for text in result["texts"])
     code, out, err = generate("--prompt", "The ", "--num", "2")
@@ -44,7 +45,7 @@ def test_texts_are_printed_and_the_last_line_of_json_has_them_with_the_calls(gen
     assert out == f"\n{'-' * 72}\n".join(result["texts"]) + "\n"
 
 
-def test_prompts_come_from_a_file_and_texts_go_to_files(generate, tmp_path: Path) -> None:
+def test_prompts_come_from_a_file_and_texts_go_to_files(generate, trained: Artifact, tmp_path: Path) -> None:
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "We"}\n{"prompt": "It <"}\n')
     files = {name: str(tmp_path / name) for name in ("texts.jsonl", "text.gif", "texts.html")}
     words = ["--prompts", str(tmp_path / "prompts.jsonl"), "--out", files["texts.jsonl"], "--gif", files["text.gif"]]
@@ -56,15 +57,24 @@ def test_prompts_come_from_a_file_and_texts_go_to_files(generate, tmp_path: Path
     assert all(line["text"].startswith(line["prompt"]) for line in lines)
     with Image.open(files["text.gif"]) as image:
         assert image.n_frames > 4
-    assert Path(files["texts.html"]).read_text().count("<figure>") == 2
+    page = Path(files["texts.html"]).read_text()
+    assert page.count("<figure>") == 2
+    assert f"<title>{trained.uri}: ancestral, 8 steps, seed 0</title>" in page
+    assert "when a token was decided" in page
+    written, _, err = generate("--prompt", "We", "--gif", str(tmp_path / "picture.png"))
+    assert (written, err) == (0, "")
+    with Image.open(tmp_path / "picture.png") as image:
+        assert image.format == "GIF", "whatever it is called"
 
 
 BAD = [
     (["--prompts", "none.txt"], 2, "cannot read none.txt: No such file"),
     (["--prompts", "none.txt", "--prompt", "a"], 2, "leave --prompt and --infill out"),
     (["--out", "none/texts.jsonl"], 2, "there is no folder none"),
+    (["--html", "/"], 2, "cannot write /: it is a folder"),
     (["--prompt", "x" * 40], 2, "the prompt has 40 tokens and texts have 32: shorten it, or raise --length"),
-    (["--temperature", "-1"], 2, "temperature: Input should be greater than or equal to 0"),
+    (["--temperature", "-1"], 2, "--temperature: Input should be greater than or equal to 0"),
+    (["--num", "0"], 2, "--num: Input should be greater than or equal to 1"),
     (["--samplerr", "x"], 2, "perhaps you meant --sampler"),
 ]
 

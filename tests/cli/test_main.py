@@ -71,6 +71,8 @@ def _fails(command: Command, code: int, *args: str, says: tuple[str, ...]) -> No
 BAD: list[tuple[list[str], tuple[str, ...]]] = [
     (["frobnicate"], ("unknown command 'frobnicate'", "choose one of run, plan")),
     (["lss"], ("unknown command 'lss': perhaps you meant ls",)),
+    (["bench", "nosuch"], ("unknown command 'bench nosuch': choose one of train, sample, loader, data, frontier",)),
+    (["bench", "trian"], ("perhaps you meant bench train",)),
     (["run", "nope"], ("unknown preset 'nope'", "demo", "owt")),
     (["train", "missing/config.json"], ("missing/config.json", "No such file")),
     (["run", '{"model": {"n_layers": 0}}'], ("n_layers", "greater than or equal to 1")),
@@ -177,6 +179,7 @@ def test_every_command_explains_itself(command: Command, name: str, monkeypatch:
     assert (done.returncode, done.stderr) == (0, "")
     assert f"usage: nanodlm {name}" in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 80, "a terminal would break a line anywhere"
+    assert "(default: )" not in done.stdout
     assert ("--train.lr FLOAT" in done.stdout) == ("[PRESET]" in done.stdout)
 
 

@@ -159,7 +159,7 @@ def test_what_is_missing_is_said_before_anything_is_read(monkeypatch: pytest.Mon
     with pytest.raises(UsageError, match=r"has 'klingon', which is none of am, ar"):
         clean.check(tiny_config(languages=["en", "klingon"]).data)
     monkeypatch.setattr(clean, "find_spec", lambda name: None if name == "ftfy" else find_spec(name))
-    with pytest.raises(UsageError, match=r"repair needs ftfy: pip install 'nanodlm\[clean\]'"):
+    with pytest.raises(UsageError, match=r"repair needs ftfy: pip install -c constraints\.txt -e '\.\[clean\]'"):
         clean.check(tiny_config(repair=True).data)
 
 

@@ -14,8 +14,9 @@ from tests.support.training import tiny
 
 
 def test_samples_begin_with_the_prompt_and_repeat_for_a_seed(trained: Artifact, models: Store) -> None:
-    config = tiny(sample={"prompt": "The people"})
-    artifact, _ = stages_run.run_stage("sample", config, models)
+    config, events = tiny(sample={"prompt": "The people"}), []
+    artifact, _ = stages_run.run_stage("sample", config, models, emit=lambda _, **fields: events.append(fields))
+    assert [(event["done"], event["total"]) for event in events if "done" in event] == [(i, 4) for i in range(5)]
     texts = [json.loads(line)["text"] for line in (artifact.local() / "samples.jsonl").read_text().splitlines()]
     assert len(texts) == 2
     assert all(text.startswith("The people") for text in texts)

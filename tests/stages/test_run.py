@@ -234,7 +234,10 @@ def test_a_stage_whose_inputs_are_missing_names_them_and_the_command(store: Stor
             {"data": {"source": "a.txt", "val_tokens": 900, "sample_by": "line"}},
             "lower --data.val_tokens or leave it out",
         ),
-        ({"data": {"source": "a.txt"}, "exp": {"use_wandb": True}}, r"pip install 'nanodlm\[wandb\]'"),
+        (
+            {"data": {"source": "a.txt"}, "exp": {"use_wandb": True}},
+            r"pip install -c constraints\.txt -e '\.\[wandb\]'",
+        ),
         ({"data": {"source": "a.pdf"}}, "files must end in .txt"),
     ],
     ids=["one document", "too small", "no package", "suffix"],

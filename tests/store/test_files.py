@@ -460,7 +460,7 @@ def test_a_checkpoint_is_found_by_its_address_and_verified(
         assert (part.info, part.digest, part.uri) == ({"loss": 1.5}, under_way.digest, under_way.uri)
     folder = part.local()
     assert (folder / name / "model" / "a").read_bytes() == b"weights"
-    with pytest.raises(UsageError, match=r"no finished checkpoint step_7 .*there are step_000100"):
+    with pytest.raises(UsageError, match=r"no finished checkpoint step_000007 .*there are step_000100"):
         find_checkpoint(f"{store.uri('train', 'f0')}/step_7")
     store.driver.write(f"{part.folder}/{name}/model/b", b"mere")
     monkeypatch.setenv("NANODLM_CACHE", str(tmp_path / "empty"))

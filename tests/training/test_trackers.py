@@ -107,7 +107,9 @@ def test_a_missing_package_is_named_with_its_extra_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(UsageError, match=r"--exp\.use_wandb needs wandb: pip install 'nanodlm\[wandb\]'"):
+    with pytest.raises(
+        UsageError, match=r"--exp\.use_wandb needs wandb: pip install -c constraints\.txt -e '\.\[wandb\]'"
+    ):
         open_tracker(tmp_path, use_wandb=True)
     assert list(tmp_path.iterdir()) == []
 
