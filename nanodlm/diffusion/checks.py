@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Key, UInt32
@@ -37,19 +38,28 @@ def token_ids(name: str, rows: Rows, mask_id: int, *, padding: bool = False) -> 
     They go from 0 to `mask_id`; with `padding`, one larger id may stand for that. Messages call them by `name`.
     """
     try:
-        ids = jnp.asarray(rows)
+        ids = rows if isinstance(rows, jax.Array) else _known(rows)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name} is one row of token ids, or several of one length") from error
-    sound = ids.ndim in (1, 2) and (jnp.issubdtype(ids.dtype, jnp.integer) or ids.size == 0)
+    sound = ids.ndim in (1, 2) and (np.issubdtype(ids.dtype, np.integer) or ids.size == 0)
     require(sound, f"{name} is one row of token ids, or several, not {ids.dtype} of shape {ids.shape}")
     if ids.size and not isinstance(ids, Tracer):
+        library = np if isinstance(ids, np.ndarray) else jnp  # which would wrap what is beyond its integers
         with jax.ensure_compile_time_eval():
             low, high = int(ids.min()), int(ids.max())
-            beyond = int(jnp.where(ids > mask_id, ids, high).min())
+            beyond = int(library.where(ids > mask_id, ids, high).min())
         require(low >= 0, f"{name} holds the id {low}: ids begin at 0, and padding has one above the mask")
         require(padding or high <= mask_id, f"{name} holds the id {high}, which is beyond that of the mask, {mask_id}")
         require(beyond == high, f"{name} holds ids above the mask, {mask_id}, from {beyond} to {high}: padding has one")
-    return ids.astype(jnp.int32)
+        require(high < 2**31, f"{name} holds the id {high}: ids fit into 32 bits")
+    return jnp.asarray(ids, jnp.int32)
+
+
+def _known(rows: Rows) -> np.ndarray | Array:
+    try:
+        return np.asarray(rows)
+    except jax.errors.TracerArrayConversionError:  # of rows that hold traced ones
+        return jnp.asarray(rows)
 
 
 def check_logits(logits: Float[Array, "... V"], ids: Int[Array, "B L"]) -> Float[Array, "B L V"]:
