@@ -17,7 +17,7 @@ from nanodlm.config import TextRequest, explain
 from nanodlm.data.tokenizer import encode
 from nanodlm.errors import NanodlmError, redact
 from nanodlm.generation.texts import Asked, Frame, Writer
-from nanodlm.generation.turns import MOST_CHARACTERS, MOST_TEXTS, Refused, Turns, bounded, frames_of
+from nanodlm.generation.turns import MOST_CHARACTERS, MOST_TEXTS, Refused, Turns, frames_of, rows_of
 
 Prompt = Annotated[str, Field(max_length=MOST_CHARACTERS)]
 
@@ -55,10 +55,10 @@ class Answer:
         options = {"num": asked.n, "seed": asked.seed, "length": max(max(given) + new, 2)}
         options |= {k: v for k, v in (asked.model_extra or {}).items() if k in TextRequest.model_fields}
         try:
-            requests = [bounded(TextRequest(**{**options, "prompt": prompt}), row) for prompt in prompts]
+            requests = [TextRequest(**{**options, "prompt": prompt}) for prompt in prompts]
         except ValidationError as error:
             raise Refused(explain(error)) from error
-        self.rows, self.given = replace(self.writer.asked(requests), ends=[count + new for count in given]), given
+        self.rows, self.given = replace(rows_of(self.writer, requests), ends=[count + new for count in given]), given
         self._head = {"id": f"cmpl-{time.time_ns():x}", "object": "text_completion", "created": int(time.time())}
         self._head["model"] = self.name
         self._stops = [stop for stop in ([asked.stop] if isinstance(asked.stop, str) else asked.stop or []) if stop]

@@ -28,7 +28,7 @@ from nanodlm.data.tokenizer import encode
 from nanodlm.errors import NanodlmError, redact
 from nanodlm.generation.completions import Answer, Completions
 from nanodlm.generation.texts import Asked, Frame, Writer
-from nanodlm.generation.turns import MOST_CHARACTERS, Turns, bounded, frames_of
+from nanodlm.generation.turns import MOST_CHARACTERS, Turns, frames_of, rows_of
 from nanodlm.generation.watch import pieces
 from nanodlm.model.transformer import count_parameters
 
@@ -79,11 +79,11 @@ def make_app(writer: Writer, name: str) -> FastAPI:
 
     @app.get("/api/text")
     async def text(asked: Annotated[TextRequest, Query()]) -> Response:
-        return stream(watched(writer, writer.asked([bounded(asked, writer.network.seq_len)]), turns))
+        return stream(watched(writer, await asyncio.to_thread(rows_of, writer, [asked]), turns))
 
     @app.post("/v1/completions", response_model=None)
     async def completions(asked: Completions) -> Response | dict[str, Any]:
-        answer = Answer(writer, name, asked)
+        answer = await asyncio.to_thread(Answer, writer, name, asked)
         if asked.stream:
             return stream(answer.parts(turns))
         turns.check()

@@ -2,12 +2,12 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 from nanodlm.config import TextRequest
 from nanodlm.errors import NanodlmError
-from nanodlm.generation.texts import Asked, Frame, Writer
+from nanodlm.generation.texts import GAP, Asked, Frame, Writer
 
 WAITING = 8  # texts that may wait for their turn
 SECONDS = 300  # that a text may take once it is its turn
@@ -54,6 +54,19 @@ def bounded(asked: TextRequest, row: int) -> TextRequest:
         value = len(value) if isinstance(value, str) else value
         if value is not None and value > most:
             raise Refused(f"{name} is {value:,}, and here {most:,} at most")
+    return asked
+
+
+def rows_of(writer: Writer, requests: Sequence[TextRequest]) -> Asked:
+    """Return the rows for requests, see `Writer.asked`; it may take a while, so that it has a place in a thread."""
+    most = MOST_ROWS * writer.network.seq_len
+    for request in requests:
+        gaps = sum(int(size or 0) for size in GAP.findall(bounded(request, writer.network.seq_len).infill))
+        if gaps > most:
+            raise Refused(f"the gaps have {gaps:,} tokens, and here {most:,} at most")
+    asked = writer.asked(requests)
+    if asked.rows.shape[1] > most:
+        raise Refused(f"the text has {asked.rows.shape[1]:,} tokens, and here {most:,} at most")
     return asked
 
 

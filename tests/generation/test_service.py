@@ -122,6 +122,9 @@ def test_a_completion_ends_before_the_first_stop(client: Client) -> None:
         ("/api/text", {"num_steps": 5000}, "num_steps is 5,000, and here 4,096 at most"),
         ("/api/text", {"sampler": "none"}, "sampler"),
         ("/api/text", {"infill": "no gap"}, r"[MASK:6]"),
+        ("/api/text", {"infill": "[MASK:300]"}, "the gaps have 300 tokens, and here 256 at most"),
+        ("/api/text", {"infill": "[MASK:999999999]" * 9}, "the gaps have 8,999,999,991 tokens"),
+        ("/api/text", {"infill": "x" * 200 + "[MASK:100]"}, "the text has 300 tokens, and here 256 at most"),
         ("/api/text", {"colour": "red"}, "colour"),
         ("/api/text", {"prompt": "x" * 20_001}, "prompt is 20,001"),
         ("/api/tokens", {"text": "x" * 20_001}, "text"),
@@ -148,6 +151,23 @@ def test_other_sites_and_other_names_are_refused(client: Client) -> None:
     page = client.get("/")
     assert "default-src 'self'" in page.headers["content-security-policy"]
     assert sum(len(client.get(path).content) for path in service.PAGES) < 60_000
+
+
+def test_others_are_answered_while_a_long_prompt_is_read(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads, read, asked = threading.Event(), threading.Event(), Writer.asked
+
+    def slow(*arguments: Any) -> Any:
+        reads.set()
+        assert read.wait(30)
+        return asked(*arguments)
+
+    monkeypatch.setattr(Writer, "asked", slow)
+    thread = threading.Thread(target=client.get, args=["/api/text"], kwargs={"params": {"num_steps": 2}})
+    thread.start()
+    assert reads.wait(30)
+    assert client.get("/page.css", timeout=5).status_code == 200
+    read.set()
+    thread.join(30)
 
 
 def test_one_text_is_written_at_a_time_and_too_many_are_told_to_come_back(
