@@ -4,7 +4,8 @@ import contextlib
 import logging
 import os
 import socket
-from typing import Annotated, Any
+from types import FrameType
+from typing import Annotated
 
 from typing_extensions import Doc
 
@@ -43,10 +44,10 @@ def serve(model: Model = "", /, *, port: Port = 8000, store: OpenStore, console:
         server = uvicorn.Server(config)
         stop = server.handle_exit
 
-        def ends(*signal: Any) -> None:
+        def ends(sig: int, frame: FrameType | None) -> None:
             app.state.turns.ended = True  # so that texts under way fail in a line
             logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # those that are left are no fault
-            stop(*signal)
+            stop(sig, frame)
 
         server.handle_exit = ends
         with contextlib.suppress(KeyboardInterrupt):  # which is how it ends

@@ -163,3 +163,12 @@ def test_logits_that_are_not_finite_end_in_an_error() -> None:
 def test_options_that_make_no_sense_together_are_said_in_one_line() -> None:
     with pytest.raises(NanodlmError, match="divide"):
         write(writer(), cache_block=7)
+
+
+def test_compilations_of_the_last_few_options_alone_are_kept() -> None:
+    of, usual = writer(), "{}"
+    first = of._walk(usual)
+    assert of._walk(usual) is first
+    for temperature in range(1, 9):
+        of._walk(f'{{"temperature": {temperature}}}')
+    assert of._walk(usual) is not first
