@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.core import Tracer
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Key, UInt32
@@ -37,29 +36,27 @@ def token_ids(name: str, rows: Rows, mask_id: int, *, padding: bool = False) -> 
 
     They go from 0 to `mask_id`; with `padding`, one larger id may stand for that. Messages call them by `name`.
     """
+    given: Any = rows
+    dtype = getattr(rows, "dtype", None)
+    if not isinstance(rows, jax.Array) and dtype is not None and dtype.kind in "iu" and given.size:
+        low, high = int(given.min()), int(given.max())  # of NumPy's integers, which JAX would wrap
+        require(-(2**31) <= low and high < 2**31, f"{name} holds the id {max(high, -low)}: ids fit into 32 bits")
     try:
-        ids = rows if isinstance(rows, jax.Array) else _known(rows)
+        ids = jnp.asarray(rows)
+    except OverflowError as error:
+        raise ValueError(f"{name} holds an id that does not fit into 32 bits") from error
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name} is one row of token ids, or several of one length") from error
-    sound = ids.ndim in (1, 2) and (np.issubdtype(ids.dtype, np.integer) or ids.size == 0)
+    sound = ids.ndim in (1, 2) and (jnp.issubdtype(ids.dtype, jnp.integer) or ids.size == 0)
     require(sound, f"{name} is one row of token ids, or several, not {ids.dtype} of shape {ids.shape}")
     if ids.size and not isinstance(ids, Tracer):
-        library = np if isinstance(ids, np.ndarray) else jnp  # which would wrap what is beyond its integers
         with jax.ensure_compile_time_eval():
             low, high = int(ids.min()), int(ids.max())
-            beyond = int(library.where(ids > mask_id, ids, high).min())
+            beyond = int(jnp.where(ids > mask_id, ids, high).min())
         require(low >= 0, f"{name} holds the id {low}: ids begin at 0, and padding has one above the mask")
         require(padding or high <= mask_id, f"{name} holds the id {high}, which is beyond that of the mask, {mask_id}")
         require(beyond == high, f"{name} holds ids above the mask, {mask_id}, from {beyond} to {high}: padding has one")
-        require(high < 2**31, f"{name} holds the id {high}: ids fit into 32 bits")
-    return jnp.asarray(ids, jnp.int32)
-
-
-def _known(rows: Rows) -> np.ndarray | Array:
-    try:
-        return np.asarray(rows)
-    except jax.errors.TracerArrayConversionError:  # of rows that hold traced ones
-        return jnp.asarray(rows)
+    return ids.astype(jnp.int32)
 
 
 def check_logits(logits: Float[Array, "... V"], ids: Int[Array, "B L"]) -> Float[Array, "B L V"]:
