@@ -4,7 +4,6 @@ import contextlib
 import readline
 import textwrap
 
-from pydantic import ValidationError
 from rich.markup import escape
 
 from nanodlm.cli.console import Console
@@ -69,14 +68,17 @@ class Conversation:
             return False
         except KeyboardInterrupt:
             self.console.line("\n[dim]stopped[/dim]")
-        except (NanodlmError, ValueError) as error:
-            said = explain(error) if isinstance(error, ValidationError) else str(error)
+        except Exception as error:  # whatever it is, the next line may do better
+            known = isinstance(error, (NanodlmError, ValueError))
+            said = explain(error) if known else f"{type(error).__name__}: {explain(error)[:500]}"
             self.console.line(f"[red]{escape(said)}[/red]")
         return True
 
     def _set(self, line: str) -> None:
         name, _, value = line.strip().partition(" ")
         name = SHORT.get(name, name)
+        if value and name in ("watch", "help", "quit"):
+            raise UsageError(f"/{name} takes nothing after it")
         if name == "watch":
             self.watched = not self.watched
             self.console.line(f"[dim]texts {'appear out of masks' if self.watched else 'are printed'}[/dim]")

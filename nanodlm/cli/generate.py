@@ -4,7 +4,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from typing_extensions import Doc
 from tyro.conf import arg
@@ -15,7 +15,8 @@ from nanodlm.cli.files import check_file, writing
 from nanodlm.cli.models import Model, choose
 from nanodlm.cli.store import OpenStore
 from nanodlm.config import TextRequest
-from nanodlm.errors import UsageError, counted
+from nanodlm.errors import Stopped, UsageError, counted
+from nanodlm.store import Store
 from nanodlm.store.cache import cache_dir
 
 Prompts = Annotated[str, Doc("File of prompts: one a line, or .jsonl with a field `prompt`."), arg(metavar="FILE")]
@@ -44,6 +45,33 @@ def generate(
     if prompts and (how.prompt or how.infill):
         raise UsageError("--prompts says with what texts begin: leave --prompt and --infill out")
     requests = [how.model_copy(update={"prompt": prompt}) for prompt in read_prompts(prompts)] if prompts else [how]
+    for request in requests:
+        try:
+            f"{request.prompt}{request.infill}".encode()
+        except UnicodeEncodeError as error:
+            raise UsageError("a prompt is not UTF-8") from error
+    try:
+        _write(
+            model, requests, named=bool(prompts), watch=watch, gif=gif, html=html, out=out, store=store, console=console
+        )
+    except KeyboardInterrupt as error:
+        raise Stopped("interrupted before all texts were written") from error
+
+
+def _write(
+    model: str,
+    requests: list[TextRequest],
+    *,
+    named: bool,
+    watch: bool,
+    gif: str,
+    html: str,
+    out: str,
+    store: Store,
+    console: Console,
+) -> None:
+    """Write the texts where they shall be; `named` says that each comes with its prompt."""
+    how = requests[0]
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_dir() / "compiled"))
     from nanodlm.checkpoints.loading import load
     from nanodlm.cli.conversation import Conversation
@@ -55,7 +83,7 @@ def generate(
     writer = Writer(*load(address))
     told, alone = (
         Console(sys.stderr),
-        not (prompts or how.prompt or how.infill or out or gif or html or console.is_json),
+        not (named or how.prompt or how.infill or out or gif or html or console.is_json),
     )
     if alone and sys.stdin.isatty() and sys.stdout.isatty():
         Conversation(writer, how, console).go_on()
@@ -65,7 +93,7 @@ def generate(
     lines = []
     for number, text in enumerate(written):
         console.written(text, watch=watch, first=number == 0)
-        begin = {"prompt": requests[number // how.num].prompt} if prompts else {}
+        begin = {"prompt": requests[number // how.num].prompt} if named else {}
         bound = {} if text.nats_per_token is None else {"nats_per_token": text.nats_per_token}
         lines.append(json.dumps({**begin, "text": text.text, **bound}) + "\n")
     recordings = [text.recording for text in written if text.recording]
@@ -84,15 +112,24 @@ def generate(
 def read_prompts(file: str) -> list[str]:
     """Return the prompts in a file."""
     try:
-        lines = Path(file).read_text().splitlines()
+        lines = Path(file).read_bytes().decode().split("\n")
     except (OSError, ValueError) as error:
         raise UsageError(f"cannot read {file}: {getattr(error, 'strerror', None) or 'it is not UTF-8'}") from error
+    while lines and not lines[-1].strip():
+        lines.pop()
     prompts = []
     for number, line in enumerate(lines, 1):
-        try:
-            prompts.append(str(json.loads(line)["prompt"]) if file.endswith(".jsonl") else line)
-        except (ValueError, KeyError, TypeError) as error:
-            raise UsageError(f"line {number} of {file} is no JSON object with a field `prompt`") from error
+        prompt = _field(line) if file.endswith(".jsonl") else line.removesuffix("\r")
+        if not isinstance(prompt, str):
+            raise UsageError(f"line {number} of {file} is no JSON object with a text as its `prompt`")
+        prompts.append(prompt)
     if not prompts:
         raise UsageError(f"{file} holds no prompts")
     return prompts
+
+
+def _field(line: str) -> Any:
+    try:
+        return json.loads(line)["prompt"]
+    except (ValueError, KeyError, TypeError):
+        return None

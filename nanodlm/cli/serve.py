@@ -1,8 +1,10 @@
 """The command that gives a trained model a page on loopback."""
 
 import contextlib
+import logging
 import os
 import socket
+from types import FrameType
 from typing import Annotated
 
 from typing_extensions import Doc
@@ -39,5 +41,14 @@ def serve(model: Model = "", /, *, port: Port = 8000, store: OpenStore, console:
         taken.listen(128)
         console.text(f"{name} is at http://127.0.0.1:{taken.getsockname()[1]} (Ctrl-C ends it)")
         config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2, access_log=False)
+        server = uvicorn.Server(config)
+        stop = server.handle_exit
+
+        def ends(sig: int, frame: FrameType | None) -> None:
+            app.state.turns.ended = True  # so that texts under way fail in a line
+            logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # those that are left are no fault
+            stop(sig, frame)
+
+        server.handle_exit = ends
         with contextlib.suppress(KeyboardInterrupt):  # which is how it ends
-            uvicorn.Server(config).run(sockets=[taken])
+            server.run(sockets=[taken])

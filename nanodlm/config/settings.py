@@ -305,7 +305,7 @@ class TextRequest(create_model("Options", __base__=Group, **_or_as_before(Sample
     """Text to go on from."""
     infill: str = ""
     """Text with gaps to fill in: `[MASK:6]` has six tokens; for `[MASK]` several lengths are tried, the best shown."""
-    length: int | None = Field(default=None, ge=2)
+    length: int | None = Field(default=None, ge=2, le=1_000_000)
     """Tokens of a text, prompt included; none is those of a row. Longer ones are written on from their last half row,
     if not by a `block` or `autoregressive` model, which has no need to."""
     num: int = Field(default=1, ge=1)

@@ -36,8 +36,15 @@ def token_ids(name: str, rows: Rows, mask_id: int, *, padding: bool = False) -> 
 
     They go from 0 to `mask_id`; with `padding`, one larger id may stand for that. Messages call them by `name`.
     """
+    given: Any = rows
+    dtype = getattr(rows, "dtype", None)
+    if not isinstance(rows, jax.Array) and dtype is not None and dtype.kind in "iu" and given.size:
+        low, high = int(given.min()), int(given.max())  # of NumPy's integers, which JAX would wrap
+        require(-(2**31) <= low and high < 2**31, f"{name} holds the id {max(high, -low)}: ids fit into 32 bits")
     try:
         ids = jnp.asarray(rows)
+    except OverflowError as error:
+        raise ValueError(f"{name} holds an id that does not fit into 32 bits") from error
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name} is one row of token ids, or several of one length") from error
     sound = ids.ndim in (1, 2) and (jnp.issubdtype(ids.dtype, jnp.integer) or ids.size == 0)

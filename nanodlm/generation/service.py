@@ -3,6 +3,7 @@
     GET  /                  the page
     GET  /api/model         the model's name and kind, and the options of its sampler
     GET  /api/tokens        how many tokens a text has
+    GET  /v1/models         the model, as clients of language models look for it
     GET  /api/text          a text as it is written: server-sent events `queued`, `start`, `step`, `done` or `failed`
     POST /v1/completions    see `completions`
 
@@ -21,14 +22,15 @@ import numpy as np
 from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from nanodlm.config import SamplerConfig, TextRequest
 from nanodlm.data.tokenizer import encode
-from nanodlm.errors import NanodlmError, redact
+from nanodlm.errors import NanodlmError, UsageError, redact
 from nanodlm.generation.completions import Answer, Completions
 from nanodlm.generation.texts import Asked, Frame, Writer
-from nanodlm.generation.turns import MOST_CHARACTERS, Turns, bounded, frames_of
+from nanodlm.generation.turns import MOST_CHARACTERS, Turns, frames_of, rows_of
 from nanodlm.generation.watch import pieces
 from nanodlm.model.transformer import count_parameters
 
@@ -46,6 +48,7 @@ HEADERS = {  # nothing in a text can run, and no other site can show the page
 def make_app(writer: Writer, name: str) -> FastAPI:
     """Return the application of a model of this name."""
     app, turns = FastAPI(title="nanodlm", docs_url=None, redoc_url=None, openapi_url=None), Turns()
+    app.state.turns, since = turns, int(time.time())
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"])
 
     @app.middleware("http")
@@ -59,11 +62,16 @@ def make_app(writer: Writer, name: str) -> FastAPI:
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
-        return _failure(f"{'.'.join(str(part) for part in first['loc'][1:])}: {first['msg']}")
+        place, said = ".".join(map(str, first["loc"][1:])), first["msg"].removeprefix("Value error, ")
+        return _failure(f"{place}: {said}" if place else said)
+
+    @app.exception_handler(HTTPException)
+    async def absent(_: Request, error: HTTPException) -> Response:
+        return _failure(error.detail, error.status_code)
 
     @app.exception_handler(NanodlmError)
     async def refused(_: Request, error: NanodlmError) -> Response:
-        return _failure(str(error), getattr(error, "status", 400))
+        return _failure(str(error), getattr(error, "status", 400 if isinstance(error, UsageError) else 500))
 
     for path, file in PAGES.items():
         app.get(path)(_page(file))
@@ -79,19 +87,22 @@ def make_app(writer: Writer, name: str) -> FastAPI:
 
     @app.get("/api/text")
     async def text(asked: Annotated[TextRequest, Query()]) -> Response:
-        return stream(watched(writer, writer.asked([bounded(asked, writer.network.seq_len)]), turns))
+        rows = await asyncio.to_thread(rows_of, writer, [asked])
+        return stream(watched(writer, rows, turns, turns.ahead))
+
+    @app.get("/v1/models")
+    def models() -> dict[str, Any]:
+        return {"object": "list", "data": [{"id": name, "object": "model", "created": since, "owned_by": "nanodlm"}]}
 
     @app.post("/v1/completions", response_model=None)
-    async def completions(asked: Completions) -> Response | dict[str, Any]:
-        answer = Answer(writer, name, asked)
+    async def completions(asked: Completions, request: Request) -> Response | dict[str, Any]:
+        answer = await asyncio.to_thread(Answer, writer, name, asked)
         if asked.stream:
             return stream(answer.parts(turns))
-        turns.check()
-        return await answer.whole(turns)
+        return await turns.unless_left(request, answer.whole(turns))
 
     def stream(events: AsyncIterator[str]) -> Response:
-        turns.check()
-        return StreamingResponse(events, media_type="text/event-stream")
+        return StreamingResponse(turns.stream(events), media_type="text/event-stream")
 
     return app
 
@@ -118,14 +129,14 @@ def options_of(writer: Writer) -> list[dict[str, Any]]:
     return offered
 
 
-async def watched(writer: Writer, asked: Asked, turns: Turns) -> AsyncIterator[str]:
+async def watched(writer: Writer, asked: Asked, turns: Turns, ahead: int) -> AsyncIterator[str]:
     """Yield the events of a text as it is written; of one with gaps of any length, when the best is known."""
-    yield _event("queued", ahead=turns.ahead)
+    yield _event("queued", ahead=ahead)
     try:
         async with turns.one():
-            began, row, end, frames = time.monotonic(), 0, asked.ends[0], frames_of(writer, asked, 0)
+            began, row, end, frames = time.monotonic(), 0, asked.ends[0], frames_of(writer, asked, 0, turns)
             if asked.tried:
-                row, end, frames = await _best(writer, asked)
+                row, end, frames = await _best(writer, asked, turns)
             before, frame = None, None
             async for frame in frames:
                 tokens, confidence = frame.tokens[row, :end], frame.confidence[row, :end]
@@ -148,9 +159,9 @@ def _event(name: str, **data: Any) -> str:
     return f"event: {name}\ndata: {json.dumps(data)}\n\n"
 
 
-async def _best(writer: Writer, asked: Asked) -> tuple[int, int, AsyncIterator[Frame]]:
+async def _best(writer: Writer, asked: Asked, turns: Turns) -> tuple[int, int, AsyncIterator[Frame]]:
     """Return the row and the length of the text with the best bound, and the frames of its batch."""
-    found = [[frame async for frame in frames_of(writer, asked, batch)] for batch in range(asked.batches)]
+    found = [[frame async for frame in frames_of(writer, asked, batch, turns)] for batch in range(asked.batches)]
     tokens = np.concatenate([frames[-1].tokens for frames in found])
     texts = [tokens[i, :end].tolist() for i, end in enumerate(asked.ends)]
     best = int(np.argmin(await asyncio.to_thread(writer.ranked, texts)))

@@ -9,7 +9,7 @@ for frame in writer.frames(asked, 0):  # of the first batch; leaving the loop st
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import product
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import jax
@@ -22,14 +22,16 @@ from nanodlm.config import SamplerConfig, ScoreConfig, TextRequest
 from nanodlm.data.tokenizer import encode
 from nanodlm.diffusion.sampling import reverse_process
 from nanodlm.diffusion.walks import State, Walk, step_by_step
-from nanodlm.errors import Emit, NanodlmError, UsageError, silent
+from nanodlm.errors import Emit, NanodlmError, UsageError, counted, silent
 from nanodlm.generation.watch import Recording, record
 from nanodlm.model.transformer import Transformer
 
 BATCH = 8  # rows that are drawn together, but for the first, which is drawn alone and soon; see `Asked.of_batch`
 LONGEST, TRIES = 8, 32  # tokens in a gap without a number, and texts that are tried with such gaps
+OPEN, MOST = 8, 1_000_000  # gaps without a number, and tokens in all gaps with one
+WALKS = 8  # sets of options whose compilations are kept
 DRAWS = 32  # of noise, to compare them
-GAP = re.compile(r"\[MASK(?::([0-9]+))?\]")
+GAP = re.compile(r"\[MASK(?::([0-9]{1,9}))?\]")
 
 
 class Frame(NamedTuple):
@@ -78,7 +80,7 @@ class Writer:
     def __init__(self, network: Transformer, encoding: tiktoken.Encoding):
         self.network, self.encoding = network, encoding
         self.mask_id, self.traits = network.objective.mask_id, network.objective.traits
-        self._params, self._walks = nnx.state(network), {}
+        self._params, self._walk = nnx.state(network), lru_cache(WALKS)(self._walk_of)
 
     def options(self, request: TextRequest) -> SamplerConfig:
         """Return how texts are drawn: as asked, and else as the model's run draws its samples."""
@@ -99,13 +101,11 @@ class Writer:
         if request.infill:
             if any(one.prompt for one in requests):
                 raise UsageError("--prompt is what a text begins with, which --infill says as well: leave one out")
-            texts = self._filled(request.infill, request.seed)
             tried = any(not size for size in GAP.findall(request.infill))
-            length = max(length, *map(len, texts))
-            if tried and length > self.network.seq_len:
-                raise UsageError(f"texts to compare have at most {self.network.seq_len} tokens: number each [MASK:…]")
+            texts = self._filled(request.infill, request.seed, length)
             texts = texts if tried else texts * request.num
-            return Asked(self._rows(texts, length), [len(text) for text in texts], request, tried)
+            lengths = [len(text) for text in texts]
+            return Asked(self._rows(texts, max(length, *lengths)), lengths, request, tried)
         texts = [self._ids(one.prompt) for one in requests]
         for text in texts:
             if len(text) >= length:
@@ -120,20 +120,31 @@ class Writer:
     def _rows(self, texts: list[list[int]], length: int) -> Int[np.ndarray, "N L"]:
         return np.array([text + [self.mask_id] * (length - len(text)) for text in texts], np.int32)
 
-    def _filled(self, text: str, seed: int) -> list[list[int]]:
+    def _filled(self, text: str, seed: int, length: int) -> list[list[int]]:
         """Return the ids of a text with masks in its gaps, one list for each choice of lengths that is tried."""
-        known, sizes = GAP.split(text)[::2], GAP.findall(text)
-        if not sizes or "0" in sizes or any("[MASK" in part for part in known):
+        known, sizes = GAP.split(text)[::2], [int(size or -1) for size in GAP.findall(text)]  # -1 is any number
+        if not sizes or 0 in sizes or any("[MASK" in part for part in known):
             raise UsageError("--infill takes a text with [MASK:6], a gap of so many tokens, or [MASK], of any number")
+        free, numbered = [i for i, size in enumerate(sizes) if size < 0], sum(max(size, 0) for size in sizes)
+        if len(free) > OPEN:
+            raise UsageError(f"{len(free)} gaps have no number, and {OPEN} may: number the others, as in [MASK:6]")
+        if numbered > MOST:
+            raise UsageError(f"the gaps have {numbered:,} tokens, and {MOST:,} is the most")
         if self.encoding.name in ("gpt2", "bpe"):  # whose words begin with the space before them
             known = [*(part.removesuffix(" ") for part in known[:-1]), known[-1]]
-        parts = [self._ids(part) for part in known]
-        chosen = list(product(*([int(size)] if size else range(1, LONGEST + 1) for size in sizes)))
-        if len(chosen) > TRIES:
-            chosen = [chosen[i] for i in np.random.default_rng(seed).permutation(len(chosen))[:TRIES]]
+        parts, row = [self._ids(part) for part in known], self.network.seq_len
+        combinations = LONGEST ** len(free)
+        picked = np.arange(combinations)
+        if combinations > TRIES:
+            picked = np.random.default_rng(seed).choice(combinations, TRIES, replace=False)
+        chosen = np.tile(np.array(sizes), (len(picked), 1))
+        if free:
+            chosen[:, free] = np.stack(np.unravel_index(picked, (LONGEST,) * len(free)), 1) + 1
+            if max(length, sum(map(len, parts)) + int(chosen.sum(1).max())) > row:
+                raise UsageError(f"texts to compare have at most {row} tokens: number each [MASK:…]")
         return [
             [token for part, n in zip(parts, (*of, 0), strict=True) for token in (*part, *[self.mask_id] * n)]
-            for of in chosen
+            for of in chosen.tolist()
         ]
 
     def frames(self, asked: Asked, batch: int) -> Iterator[Frame]:
@@ -145,7 +156,7 @@ class Writer:
         tokens = np.resize(asked.rows[asked.of_batch(batch)], (BATCH if batch else 1, length))
         confidence, calls = np.zeros(tokens.shape, np.float32), 0
         window = min(length, self.network.seq_len) if self.traits.reads == "row" else length
-        key, walk = jax.random.fold_in(jax.random.key(asked.request.seed), batch), self._walk(options)
+        key, walk = jax.random.fold_in(jax.random.key(asked.request.seed), batch), self._walk(options.model_dump_json())
         for start in [*range(0, length - window, max(1, window // 2)), length - window]:
             seen, state = np.s_[:, start : start + window], None
             if (tokens[seen] != self.mask_id).all():
@@ -158,22 +169,18 @@ class Writer:
                     tokens[seen], confidence[seen] = state.tokens, state.confidence
                     yield Frame(tokens, confidence, calls + int(state.calls))
             except ValueError as error:  # of options that make no sense together, or logits that are not finite
-                raise NanodlmError(str(error)) from error
+                raise (NanodlmError if state else UsageError)(str(error)) from error
             calls += int(state.calls) if state else 0
 
-    def _walk(self, options: SamplerConfig) -> Callable[..., Iterator[State]]:
-        """Return what yields the states of one window, given the parameters, a key and its ids."""
-        how, graphdef = options.model_dump_json(), nnx.graphdef(self.network)
-        if how not in self._walks:
+    def _walk_of(self, how: str) -> Callable[..., Iterator[State]]:
+        """Return what yields the states of one window with options in JSON, given parameters, a key and its ids."""
+        options, graphdef = SamplerConfig.model_validate_json(how), nnx.graphdef(self.network)
 
-            def walk_of(params: Any, key: Key[Array, ""], rows: Int[Array, "B L"]) -> Walk:
-                network = nnx.merge(graphdef, params)
-                return reverse_process(
-                    network, key, shape=(len(rows), rows.shape[1]), prompt=rows, **options.model_dump()
-                )
+        def walk_of(params: Any, key: Key[Array, ""], rows: Int[Array, "B L"]) -> Walk:
+            network = nnx.merge(graphdef, params)
+            return reverse_process(network, key, shape=(len(rows), rows.shape[1]), prompt=rows, **options.model_dump())
 
-            self._walks[how] = step_by_step(walk_of)
-        return self._walks[how]
+        return step_by_step(walk_of)
 
     def write(
         self, requests: Sequence[TextRequest], *, recorded: bool = False, emit: Emit = silent
@@ -184,6 +191,8 @@ class Writer:
         if length > row and not self.traits.any_length:
             how = f"a text of {length} is written half a row at a time, given the half before"
             emit("message", text=f"the model reads {row} tokens: {how}")
+        if asked.tried and asked.request.num > len(asked.rows):
+            emit("message", text=f"only {counted(len(asked.rows), 'lengths')} are tried, and so many texts there are")
         for batch in range(asked.batches):
             frames: list[Frame] = []
             for frame in self.frames(asked, batch):

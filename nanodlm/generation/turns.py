@@ -2,13 +2,17 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import asynccontextmanager
+from typing import Any, TypeVar
+
+from starlette.requests import Request
 
 from nanodlm.config import TextRequest
 from nanodlm.errors import NanodlmError
-from nanodlm.generation.texts import Asked, Frame, Writer
+from nanodlm.generation.texts import GAP, Asked, Frame, Writer
 
+T = TypeVar("T")
 WAITING = 8  # texts that may wait for their turn
 SECONDS = 300  # that a text may take once it is its turn
 MOST_TEXTS, MOST_CHARACTERS, MOST_STEPS = 16, 20_000, 4096  # of one request
@@ -28,21 +32,66 @@ class Turns:
 
     def __init__(self) -> None:
         self._lock, self.ahead = asyncio.Lock(), 0  # texts that come before a new one
+        self.ended = False  # whether the server ends, and texts with it
 
     @asynccontextmanager
     async def one(self) -> AsyncIterator[None]:
         """Hold the turn, from when it comes."""
-        self.ahead += 1
-        try:
-            async with self._lock:
-                yield
-        finally:
-            self.ahead -= 1
+        async with self._lock:
+            yield
 
-    def check(self) -> None:
-        """Refuse what would come behind too many."""
+    def begin(self, work: Coroutine[Any, Any, T]) -> "asyncio.Task[T]":
+        """Return a task of what waits for its turn, which counts from now on; behind too many, it is `Refused`."""
         if self.ahead > WAITING:
+            work.close()
             raise Refused(f"{WAITING} texts are waiting already: try again in a minute", 429)
+        self.ahead += 1
+        task = asyncio.create_task(work)
+        task.add_done_callback(self._left)
+        return task
+
+    def _left(self, _: "asyncio.Task[Any]") -> None:
+        self.ahead -= 1
+
+    def stream(self, events: AsyncIterator[str]) -> AsyncIterator[str]:
+        """Return events that are made whether they are read or not, so that a slow reader holds up nobody else."""
+        queue: asyncio.Queue[str | None] = asyncio.Queue()
+
+        async def fill() -> None:
+            try:
+                async for event in events:
+                    queue.put_nowait(event)
+            finally:
+                queue.put_nowait(None)
+
+        task = self.begin(fill())
+
+        async def read() -> AsyncIterator[str]:
+            try:
+                while (event := await queue.get()) is not None:
+                    yield event
+                await task
+            finally:
+                task.cancel()
+
+        return read()
+
+    async def unless_left(self, request: Request, work: Coroutine[Any, Any, T]) -> T:
+        """Return what the work gives; when whoever asked has left, it stops."""
+
+        async def left() -> None:
+            while (await request.receive())["type"] != "http.disconnect":
+                pass
+
+        task, leaving = self.begin(work), asyncio.create_task(left())
+        try:
+            await asyncio.wait([task, leaving], return_when=asyncio.FIRST_COMPLETED)
+            if not task.done():
+                raise Refused("whoever asked has left", 499)
+            return task.result()
+        finally:
+            task.cancel()
+            leaving.cancel()
 
 
 def bounded(asked: TextRequest, row: int) -> TextRequest:
@@ -57,13 +106,25 @@ def bounded(asked: TextRequest, row: int) -> TextRequest:
     return asked
 
 
-async def frames_of(writer: Writer, asked: Asked, batch: int) -> AsyncIterator[Frame]:
+def rows_of(writer: Writer, requests: Sequence[TextRequest]) -> Asked:
+    """Return the rows for requests, see `Writer.asked`; it may take a while, so that it has a place in a thread."""
+    most = MOST_ROWS * writer.network.seq_len
+    for request in requests:
+        gaps = sum(int(size or 0) for size in GAP.findall(bounded(request, writer.network.seq_len).infill))
+        if gaps > most:
+            raise Refused(f"the gaps have {gaps:,} tokens, and here {most:,} at most")
+    asked = writer.asked(requests)
+    if asked.rows.shape[1] > most:
+        raise Refused(f"the text has {asked.rows.shape[1]:,} tokens, and here {most:,} at most")
+    return asked
+
+
+async def frames_of(writer: Writer, asked: Asked, batch: int, turns: Turns) -> AsyncIterator[Frame]:
     """Yield the frames of a batch, each made in a thread; one that takes too long is `Refused`."""
     frames, end = writer.frames(asked, batch), time.monotonic() + SECONDS
-    try:
-        while (frame := await asyncio.to_thread(next, frames, None)) is not None:
-            yield frame
-            if time.monotonic() > end:
-                raise Refused(f"it took longer than {SECONDS} s: ask for fewer steps, or a shorter text", 504)
-    except ValueError as error:  # of logits that are not finite
-        raise Refused(str(error), 500) from error
+    while not turns.ended and (frame := await asyncio.to_thread(next, frames, None)) is not None:
+        yield frame
+        if time.monotonic() > end:
+            raise Refused(f"it took longer than {SECONDS} s: ask for fewer steps, or a shorter text", 504)
+    if turns.ended:
+        raise Refused("the server ends", 503)

@@ -13,8 +13,13 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from nanodlm.cli.console import Console
 from nanodlm.cli.conversation import Conversation
+from nanodlm.cli.generate import read_prompts
 from nanodlm.cli.main import main
+from nanodlm.config import TextRequest
+from nanodlm.errors import UsageError
+from nanodlm.generation.texts import Writer
 from nanodlm.store import Artifact, Store
 from tests.support.commands import environment
 
@@ -65,6 +70,66 @@ def test_prompts_come_from_a_file_and_texts_go_to_files(generate, trained: Artif
     assert (written, err) == (0, "")
     with Image.open(tmp_path / "picture.png") as image:
         assert image.format == "GIF", "whatever it is called"
+
+
+@pytest.mark.parametrize(
+    ("content", "name", "prompts"),
+    [
+        ("a\u2028b\x0cc\r\nd\n", "p.txt", ["a\u2028b\x0cc", "d"]),
+        ("a\n\nb", "p.txt", ["a", "", "b"]),
+        ('{"prompt": "a"}\n \n', "p.jsonl", ["a"]),
+        ('{"prompt": "a\u2028b"}\n', "p.jsonl", ["a\u2028b"]),
+        ('{"prompt": 3}\n', "p.jsonl", None),
+        ('{"prompt": null}\n', "p.jsonl", None),
+    ],
+)
+def test_prompts_are_texts_between_line_feeds(
+    content: str, name: str, prompts: list[str] | None, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_bytes(content.encode())
+    if prompts is None:
+        with pytest.raises(UsageError, match="a text as its `prompt`"):
+            read_prompts(str(tmp_path / name))
+    else:
+        assert read_prompts(str(tmp_path / name)) == prompts
+
+
+def test_a_prompt_that_is_not_utf8_is_one_line(generate, tmp_path: Path) -> None:
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "\\ud800"}\n')
+    for words in (["--prompts", str(tmp_path / "prompts.jsonl")], ["--prompt", "\udcff"]):
+        code, _, err = generate(*words)
+        assert code == 2 and len(err.splitlines()) == 1, err
+
+
+def test_more_texts_than_lengths_are_said(generate) -> None:
+    code, _, err = generate("--infill", "a [MASK] b", "--num", "100", "--num-steps", "1")
+    assert code == 0 and "only 8 lengths are tried" in err, err
+
+
+def test_ctrl_c_says_nothing_of_stages(generate, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Writer, "write", stopped)
+    code, _, err = generate("--prompt", "a")
+    assert (code, err) == (75, "nanodlm: interrupted before all texts were written\n")
+
+
+def test_an_unexpected_error_does_not_end_a_conversation(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = iter(["a", "/quit now", "/help me", "/frob x"])
+    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+    talk = Conversation(None, TextRequest(), Console(sys.stdout))  # type: ignore[arg-type]
+    monkeypatch.setattr(talk, "_write", lambda _: bytearray(2**62))
+    assert all(talk._answered() for _ in range(4))
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in said] == [
+        "MemoryError",
+        "/quit takes nothing after it",
+        "/help takes nothing after it",
+        "unknown command /frob",
+    ]
 
 
 BAD = [

@@ -1,20 +1,23 @@
 """The page of a model, and completions: what is answered, what is refused, and in what order."""
 
+import asyncio
 import json
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import uvicorn
-from httpx import Client, Response
+from httpx import Client, Response, TimeoutException
 
 from nanodlm.checkpoints.loading import load
 from nanodlm.config import TextRequest
+from nanodlm.errors import NanodlmError
 from nanodlm.generation import service, turns
+from nanodlm.generation.completions import Answer, Completions
 from nanodlm.generation.texts import Writer
 from nanodlm.store import Artifact
 
@@ -122,12 +125,25 @@ def test_a_completion_ends_before_the_first_stop(client: Client) -> None:
         ("/api/text", {"num_steps": 5000}, "num_steps is 5,000, and here 4,096 at most"),
         ("/api/text", {"sampler": "none"}, "sampler"),
         ("/api/text", {"infill": "no gap"}, r"[MASK:6]"),
+        ("/api/text", {"infill": "[MASK:300]"}, "the gaps have 300 tokens, and here 256 at most"),
+        ("/api/text", {"infill": "[MASK:999999999]" * 9}, "the gaps have 8,999,999,991 tokens"),
+        ("/api/text", {"infill": "x" * 200 + "[MASK:100]"}, "the text has 300 tokens, and here 256 at most"),
         ("/api/text", {"colour": "red"}, "colour"),
         ("/api/text", {"prompt": "x" * 20_001}, "prompt is 20,001"),
         ("/api/tokens", {"text": "x" * 20_001}, "text"),
         ("/v1/completions", {"prompt": "a", "max_tokens": 0}, "max_tokens"),
         ("/v1/completions", {"prompt": "a", "n": 17}, "n: "),
         ("/v1/completions", {"prompt": ["a"] * 9, "n": 2}, "18 texts are asked for"),
+        ("/v1/completions", {"prompt": [1, 2]}, "prompt: it is a text, or a list of texts; ids of tokens are not read"),
+        ("/v1/completions", {"prompt": []}, "prompt: the list holds no text"),
+        ("/v1/completions", {"prompt": ["a"] * 17}, "prompt: it has 17 texts, and here 16 at most"),
+        ("/v1/completions", {"stop": 3}, "stop: it is a text"),
+        ("/v1/completions", {"infill": "[MASK:2]", "num": 3, "length": 9}, "infill, num, length: not possible here"),
+        ("/v1/completions", {"logprobs": 5}, "logprobs: not"),
+        ("/v1/completions", {"echo": True}, "echo: not"),
+        ("/v1/completions", {"best_of": 2}, "best_of: not"),
+        ("/v1/completions", {"suffix": "b"}, "suffix: not"),
+        ("/v1/completions", [1], "the body is no JSON object"),
         ("/v1/completions", {"prompt": "a", "temperature": -1}, "temperature"),
         ("/v1/completions", {"prompt": "a", "max_tokens": 300}, "length is 301"),
     ],
@@ -141,6 +157,103 @@ def test_what_makes_no_sense_or_is_too_much_is_refused_in_a_line(
     assert said in message and "\n" not in message
 
 
+def test_what_is_null_or_means_nothing_is_as_if_it_was_not_said(client: Client) -> None:
+    usual = dict.fromkeys(
+        ("n", "seed", "stream", "model", "stop", "stream_options", "temperature", "suffix", "best_of")
+    )
+    asked = {"prompt": "The people", "max_tokens": 6}
+    answer = completion(client, **asked, **usual, logprobs=0, echo=False)
+    assert answer["choices"] == completion(client, **asked, best_of=1, user="me")["choices"]
+
+
+def test_the_tokens_that_are_returned_are_counted_whole_and_in_a_stream(client: Client) -> None:
+    asked = {"prompt": "The people", "max_tokens": 20, "seed": 1}
+    whole = completion(client, **asked)["choices"][0]["text"]
+    stopped = {**asked, "stop": next(c for c in whole[1:] if c.isascii())}
+    answer = completion(client, **stopped)
+    cut = whole.index(stopped["stop"])
+    assert 0 < answer["usage"]["completion_tokens"] == len(whole[:cut].replace("\ufffd", "?").encode()) < 20, whole
+    response = client.post(
+        "/v1/completions", json={**stopped, "stream": True, "stream_options": {"include_usage": True}}
+    )
+    *_, last, _ = response.text.strip().split("\n\n")
+    said = json.loads(last.removeprefix("data: "))
+    assert said["choices"] == [] and said["usage"] == answer["usage"]
+
+
+def test_lengths_of_completions_share_a_compilation(writer: Writer) -> None:
+    shapes = [
+        Answer(writer, "tiny", Completions(prompt=["a"], max_tokens=new)).rows.rows.shape[1] for new in (3, 9, 15, 16)
+    ]
+    assert shapes == [16, 16, 16, 32]
+
+
+def test_clients_find_the_model_and_errors_have_one_shape(client: Client) -> None:
+    assert [model["id"] for model in client.get("/v1/models").json()["data"]] == ["tiny"]
+    for response in (client.get("/nothing"), client.get("/v1/completions")):
+        assert response.status_code in (404, 405) and response.json()["error"]["message"]
+
+
+def test_logits_that_are_not_finite_are_a_fault_of_the_server(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> Iterator[Any]:
+        raise NanodlmError("not finite")
+        yield
+
+    monkeypatch.setattr(Writer, "frames", broken)
+    assert client.post("/v1/completions", json={"prompt": "a"}).status_code == 500
+
+
+def test_whoever_leaves_a_completion_stops_it(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    frames, closed = Writer.frames, threading.Event()
+
+    def slow(*arguments: Any) -> Iterator[Any]:
+        try:
+            for _ in range(1000):
+                time.sleep(0.02)
+                yield next(frames(*arguments))
+        finally:
+            closed.set()
+
+    monkeypatch.setattr(Writer, "frames", slow)
+    with pytest.raises(TimeoutException):
+        client.post("/v1/completions", json={"prompt": "a"}, timeout=0.3)
+    assert closed.wait(5)
+
+
+def test_places_are_counted_when_requests_come_at_once_and_nobody_waits_for_a_reader(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(turns, "WAITING", 1)
+
+    async def together() -> None:
+        queue, written = turns.Turns(), []
+
+        async def events(name: str) -> AsyncIterator[str]:
+            async with queue.one():
+                for _ in range(3):
+                    yield name
+                written.append(name)
+
+        first, second = queue.stream(events("a")), queue.stream(events("b"))
+        with pytest.raises(turns.Refused):
+            queue.stream(events("c"))
+        assert await anext(first) == "a"  # and no more of it is read
+        assert [event async for event in second] == ["b"] * 3
+        await asyncio.sleep(0)  # in which their places become free
+        assert written == ["a", "b"] and queue.ahead == 0
+
+    asyncio.run(together())
+
+
+def test_when_the_server_ends_a_text_fails_in_a_line(writer: Writer) -> None:
+    async def ended() -> list[str]:
+        queue = turns.Turns()
+        queue.ended = True
+        return [event async for event in service.watched(writer, writer.asked([TextRequest()]), queue, 0)]
+
+    assert "event: failed" in (last := asyncio.run(ended())[-1]) and "the server ends" in last
+
+
 def test_other_sites_and_other_names_are_refused(client: Client) -> None:
     assert client.get("/api/model").status_code == 200
     assert client.get("/api/model", headers={"sec-fetch-site": "cross-site"}).status_code == 403
@@ -148,6 +261,23 @@ def test_other_sites_and_other_names_are_refused(client: Client) -> None:
     page = client.get("/")
     assert "default-src 'self'" in page.headers["content-security-policy"]
     assert sum(len(client.get(path).content) for path in service.PAGES) < 60_000
+
+
+def test_others_are_answered_while_a_long_prompt_is_read(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads, read, asked = threading.Event(), threading.Event(), Writer.asked
+
+    def slow(*arguments: Any) -> Any:
+        reads.set()
+        assert read.wait(30)
+        return asked(*arguments)
+
+    monkeypatch.setattr(Writer, "asked", slow)
+    thread = threading.Thread(target=client.get, args=["/api/text"], kwargs={"params": {"num_steps": 2}})
+    thread.start()
+    assert reads.wait(30)
+    assert client.get("/page.css", timeout=5).status_code == 200
+    read.set()
+    thread.join(30)
 
 
 def test_one_text_is_written_at_a_time_and_too_many_are_told_to_come_back(

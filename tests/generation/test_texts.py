@@ -83,6 +83,16 @@ def test_of_gaps_without_a_number_the_texts_with_the_least_bound_per_token_come_
     assert math.isclose(nats[0], math.log(257), rel_tol=0.3), "an untrained network finds every text as costly"
 
 
+def test_of_many_gaps_without_a_number_distinct_lengths_are_drawn_by_the_seed() -> None:
+    of = Writer(make_model(tiny(model={"seq_len": 80}), Vocabulary.of(plain_bytes())), plain_bytes())
+    first, again, other = (of.asked([TextRequest(infill="[MASK]a" * 8, seed=seed)]) for seed in (0, 0, 1))
+    assert len(first.rows) == len({row.tobytes() for row in first.rows}) == 32
+    assert first.ends == again.ends != other.ends
+    gaps = [bytes((row[:end] % 256).tolist()).split(b"a")[:-1] for row, end in zip(first.rows, first.ends, strict=True)]
+    assert {len(gap) for row in gaps for gap in row} == {*range(1, 9)}
+    assert {*of.asked([TextRequest(infill="[MASK]a")]).ends} == {*range(2, 10)}
+
+
 def test_in_words_that_begin_with_their_space_a_gap_takes_the_one_before_it() -> None:
     encoding = make_encoding("bpe", {bytes([i]): i for i in range(256)})
     of = Writer(writer().network, encoding)
@@ -93,6 +103,12 @@ def test_in_words_that_begin_with_their_space_a_gap_takes_the_one_before_it() ->
 BAD: list[tuple[str, dict[str, Any], str]] = [
     ("absorbing", {"infill": "no gap"}, r"\[MASK:6\]"),
     ("absorbing", {"infill": "a [MASK:0]"}, r"\[MASK:6\]"),
+    ("absorbing", {"infill": "a [MASK:00]"}, r"\[MASK:6\]"),
+    ("absorbing", {"infill": "a [MASK:9999999999]"}, r"\[MASK:6\]"),
+    ("absorbing", {"infill": "[MASK:999999999]" * 100}, "99,999,999,900 tokens, and 1,000,000 is the most"),
+    ("absorbing", {"infill": "[MASK:500001]" * 2}, "1,000,002 tokens"),
+    ("absorbing", {"infill": "[MASK:1000000][MASK]"}, "at most 16 tokens"),
+    ("absorbing", {"infill": "[MASK]" * 9}, "9 gaps have no number, and 8 may"),
     ("absorbing", {"infill": "a [MASK:x] [MASK]"}, r"\[MASK:6\]"),
     ("absorbing", {"infill": "[MASK]", "prompt": "a"}, "leave one out"),
     ("absorbing", {"infill": "x" * 20 + "[MASK]"}, "at most 16 tokens"),
@@ -147,3 +163,12 @@ def test_logits_that_are_not_finite_end_in_an_error() -> None:
 def test_options_that_make_no_sense_together_are_said_in_one_line() -> None:
     with pytest.raises(NanodlmError, match="divide"):
         write(writer(), cache_block=7)
+
+
+def test_compilations_of_the_last_few_options_alone_are_kept() -> None:
+    of, usual = writer(), "{}"
+    first = of._walk(usual)
+    assert of._walk(usual) is first
+    for temperature in range(1, 9):
+        of._walk(f'{{"temperature": {temperature}}}')
+    assert of._walk(usual) is not first
