@@ -160,18 +160,22 @@ def _pictures(config: Config, train: Artifact, evaluate: Artifact) -> dict[str, 
 
 
 def _profile(evaluate: Artifact) -> dict[str, str]:
-    """Return pictures of the bound by the level of noise and by place in the row."""
+    """Return pictures of the bound by the level of noise, where there is any, and by place in the row."""
     found = json.loads(evaluate.file(PROFILE).read_text())
-    share, nats, places = found["by_noise"]["masked_share"], found["by_noise"]["nats_per_token"], found["by_position"]
-    of = "A token costs {:.2f} nats {} and {:.2f} {}.".format
-    noise = of(nats[0], f"where {share[0]:.0%} of the row is noise", nats[-1], f"where {share[-1]:.0%} is")
-    place = of(places[0], "at the first place of the row", places[-1], "at the last")
-    levels = [figures.Line("", share, nats, "blue", "o-")]
-    along = [figures.Line("", range(1, len(places) + 1), places, "green")]
-    return {
-        "noise": figures.lines(noise, levels, "share of the row that is noise", "nats per token"),
-        "position": figures.lines(place, along, "place in the row", "nats per token"),
-    }
+    of, noise = "A token costs {:.2f} nats {} and {:.2f} {}.".format, found["by_noise"] or {"nats_per_token": []}
+    levels = [
+        pair for pair in zip(noise.get("masked_share", ()), noise["nats_per_token"], strict=True) if pair[1] is not None
+    ]
+    places = [pair for pair in enumerate(found["by_position"], 1) if pair[1] is not None]  # None is where no token was
+    pictures = {"noise": ""}
+    if levels:
+        (least, first), (most, last) = levels[0], levels[-1]
+        said = of(first, f"where {least:.0%} of the row is noise", last, f"where {most:.0%} is")
+        line = figures.Line("", *zip(*levels, strict=True), "blue", "o-")
+        pictures["noise"] = figures.lines(said, [line], "share of the row that is noise", "nats per token")
+    said = of(places[0][1], "at the first place of the row", places[-1][1], "at the last")
+    line = figures.Line("", *zip(*places, strict=True), "green")
+    return pictures | {"position": figures.lines(said, [line], "place in the row", "nats per token")}
 
 
 def _texts(config: Config, sample: Artifact, judge: Artifact | None) -> dict[str, Any]:

@@ -149,7 +149,7 @@ def test_the_command_codes_a_text_in_as_many_bits_as_the_bound_and_another_proce
     decode = ("certify", trained.name, "--decode", str(coded), "--out", str(back))
     assert commands.result_of(commands.nanodlm(*decode, *where))["bytes"] == found["bytes"]
     assert back.read_bytes() == text.read_bytes()
-    held_out = commands.result_of(commands.nanodlm("certify", "--steps", "4", *where))
+    held_out = commands.result_of(commands.nanodlm("certify", trained.name, "--steps", "4", *where))
     assert held_out["tokens"] == 5000  # all that there is
 
 

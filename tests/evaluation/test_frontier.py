@@ -47,7 +47,9 @@ def test_every_sampler_is_counted_and_draws_what_it_draws_uncounted(sampler: str
 def test_what_reads_blocks_or_from_left_to_right_is_counted_with_what_it_keeps_of_earlier_ones() -> None:
     block = network(kind="block", block_size=4)
     choice = {"sampler": "ancestral", "num_steps": 2, "temperature": 1.0}
-    assert frontier.drawn(block, choice, (2, 8), 0)[1]["calls_per_token"] == 2 * (2 + 1) / 8  # and each is read once
+    assert (
+        frontier.drawn(block, choice, (2, 8), 0)[1]["calls_per_token"] == (2 * 2 + 1) / 8
+    )  # the first is read for the next
     (choice,) = frontier.choices(network(kind="autoregressive"), (), (), [0.5])
     assert choice == {"sampler": "autoregressive", "num_steps": 8, "temperature": 0.5}
     assert frontier.drawn(network(kind="autoregressive"), choice, (2, 8), 0)[1]["calls_per_token"] == 1

@@ -180,6 +180,16 @@ def test_both_reports_tell_each_measure_of_the_samples_once_with_its_error(
     assert "stderr" not in page
 
 
+@pytest.mark.parametrize("levels", [None, {"masked_share": [0.25, 0.75], "nats_per_token": [None, 2.0]}])
+def test_a_profile_without_noise_or_with_empty_levels_is_drawn_as_far_as_it_goes(
+    made: dict[str, Artifact], store: Store, levels: dict[str, Any] | None
+) -> None:
+    profile = {"bound_profile.json": json.dumps({"by_position": [None, 2.5, 2.0], "by_noise": levels})}
+    page = report_of(store, **{**made, "evaluate": with_other(made["evaluate"], store, profile)})
+    assert "A token costs 2.50 nats at the first place of the row" in page
+    assert ("share of the row that is noise" in page) == (levels is not None)
+
+
 def test_an_autoregressive_model_of_the_same_shards_has_a_row(made: dict[str, Artifact], store: Store) -> None:
     one = made["evaluate"]
     config = CONFIG.replace(objective={"kind": "autoregressive"}, exp={"run_name": "left to right"}).model_dump(
