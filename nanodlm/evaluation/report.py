@@ -171,10 +171,12 @@ def _profile(evaluate: Artifact) -> dict[str, str]:
     if levels:
         (least, first), (most, last) = levels[0], levels[-1]
         said = of(first, f"where {least:.0%} of the row is noise", last, f"where {most:.0%} is")
-        line = figures.Line("", *zip(*levels, strict=True), "blue", "o-")
+        share, nats = zip(*levels, strict=True)
+        line = figures.Line("", share, nats, "blue", "o-")
         pictures["noise"] = figures.lines(said, [line], "share of the row that is noise", "nats per token")
     said = of(places[0][1], "at the first place of the row", places[-1][1], "at the last")
-    line = figures.Line("", *zip(*places, strict=True), "green")
+    number, nats = zip(*places, strict=True)
+    line = figures.Line("", number, nats, "green")
     return pictures | {"position": figures.lines(said, [line], "place in the row", "nats per token")}
 
 
