@@ -274,7 +274,7 @@ def test_ls_shows_age_size_and_what_each_was_made_from(made: Made, capsys: pytes
     line = next(line for line in out.splitlines() if line.startswith(train.name))
     assert line.split()[3] in ("B", "kB", "MB")
     assert "tokens/s" in line
-    assert f"from train {train.fingerprint[:12]}" in out
+    assert f"from shard {made.artifacts['shard'].fingerprint[:12]} train {train.fingerprint[:12]}" in out
     assert out.splitlines()[-1].startswith("6 artifacts, ")
     assert max(map(len, out.splitlines()[:-1])) < 120
 
