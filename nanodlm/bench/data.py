@@ -25,12 +25,13 @@ import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from tiktoken_ext.openai_public import r50k_pat_str
 
 from nanodlm.config import Config, DataConfig
 from nanodlm.data import rows
 from nanodlm.data.documents import Documents
 from nanodlm.data.sources import PLAIN, SETTLED_SECONDS, format_of, source_files
-from nanodlm.data.tokenizer import load
+from nanodlm.data.tokenizer import load, make_encoding
 from nanodlm.errors import Emit, UsageError, silent
 from nanodlm.stages import table
 from nanodlm.stages.run import run_stage
@@ -126,7 +127,8 @@ def _references(kind: str, config: Config, folder: Path) -> dict[str, float]:
         yield
         spent[name] += time.process_time() - began
 
-    encoding = load(run_stage("tokenizer", config, Store(str(folder / "store")))[0].local())
+    own = load(run_stage("tokenizer", config, Store(str(folder / "store")))[0].local())
+    encoding = make_encoding(own.name, own._mergeable_ranks, r50k_pat_str)  # as tiktoken itself has it
     batches = pq.ParquetFile(config.data.source[0]).iter_batches(ROWS)
     while True:
         with clock("parquet read"):

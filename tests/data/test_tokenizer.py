@@ -10,6 +10,7 @@ import tiktoken
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiktoken.load import load_tiktoken_bpe
+from tiktoken_ext.openai_public import r50k_pat_str
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from nanodlm.data import tokenizer
@@ -126,13 +127,21 @@ def test_batches_of_documents_are_tokenised_in_order_with_a_mark_after_each(thre
     assert ids == [[[*encoding.encode_ordinary(t), 50256] for t in TEXTS[i : i + 7]] for i in range(0, 100, 7)]
 
 
-@settings(derandomize=True, max_examples=30, deadline=None)
-@given(text=st.text())
-def test_the_pattern_cuts_as_the_published_one_does(text: str) -> None:
+@pytest.fixture(scope="module")
+def as_published(gpt2: tiktoken.Encoding) -> tiktoken.Encoding:
+    return tokenizer.make_encoding("gpt2", gpt2._mergeable_ranks, r50k_pat_str)
+
+
+@settings(derandomize=True, max_examples=100, deadline=None)
+@given(text=st.text() | st.text(st.sampled_from(" \t\n\r\x0b\x1c\x85\xa0\u2003\u200b'sreaé1½漢!\u0301"), max_size=40))
+def test_the_pattern_cuts_as_the_published_ones_do(
+    gpt2: tiktoken.Encoding, as_published: tiktoken.Encoding, text: str
+) -> None:
     import regex
 
     published = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
     assert regex.findall(tokenizer.PATTERN, text) == regex.findall(published, text)
+    assert gpt2.encode_ordinary(text) == as_published.encode_ordinary(text)
 
 
 def test_a_saved_encoding_is_loaded_as_it_was_and_is_in_tiktokens_own_format(
