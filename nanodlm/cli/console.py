@@ -124,7 +124,7 @@ class Console:
 
     def finish(self) -> None:
         """Print the results of the finished stages, and where everything lies; a terminal shows how a text appeared."""
-        from nanodlm.evaluation.report import against_unigram
+        from nanodlm.evaluation.report import against_unigram, named
 
         self.line("")
         if "report" in self.artifacts and self._rich.is_terminal:
@@ -143,7 +143,7 @@ class Console:
             unigram = f"{against_unigram(m)} the unigram entropy of {m['val_unigram_bits_per_byte']:.3f}"
             self.line(f"validation bound {bound}, {unigram}")
             for one in m.get("sets", []):
-                self.line(f"{one['bits_per_byte']:.3f} bits per byte", escape(f"{one['file']:<16} "))
+                self.line(f"{one['bits_per_byte']:.3f} bits per byte", escape(f"{named(one):<16} "))
         files, page = {"report": "report.html", "sample": "samples.txt", "train": "checkpoints"}, ""
         for artifact in reversed(self.artifacts.values()):
             link = artifact.store.show_latest(artifact) if artifact.store.is_local else None

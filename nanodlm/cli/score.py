@@ -71,7 +71,7 @@ def score(
     if given and how.stride:
         raise UsageError("--stride cuts texts into rows, where --given has a row for each: leave one of them out")
     check_file(per_document)
-    data, found, lines = DataConfig(column=column, sample_by=sample_by, max_bad=max_bad), [], []
+    data, bad, found, lines = DataConfig(column=column, sample_by=sample_by, max_bad=max_bad), sets.Bad(), [], []
     for word in files:
         with _own_flags():
             sets.find(word, data)  # before a model is loaded
@@ -83,13 +83,14 @@ def score(
             text = answers.text_of(pairs[word], encoding, network.seq_len)
         else:
             with _own_flags():
-                stream = sets.tokens(word, data, encoding)
+                stream, bad = sets.tokens(word, data, encoding)
             text = Text.cut(stream, network.seq_len, encoding.eot_token, how)
         with out.showing("score") as emit:
             metrics, drawn = bound(network, encoding, text, how, emit=emit)
         recipe, _ = sets.recipe_of(word, data)
         found.append({"file": word, **metrics, "published": (recipe and recipe.published) or None})
-        out.text(*described(found[-1]))
+        found[-1]["left_out"] = bad.counts
+        out.text(*described(found[-1]), *([f"  left out {bad}"] * bool(bad.counts)))
         if per_document:
             lines += [{"file": word, **one} for one in by_document(text, drawn, encoding, whole=bool(given))]
     if per_document:

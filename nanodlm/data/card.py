@@ -57,8 +57,9 @@ def card(encoding: Encoding, inputs: dict[str, Artifact], shards: list[Json], fr
     sizes = [int(total) for total in (frequencies.sum(), *(frequencies @ token_sizes(encoding)))]
     training = dict(zip(("documents", "tokens", "bytes", "characters"), (documents, *sizes), strict=True))
     lengths = np.sum([shard.get("lengths", [0]) for shard in shards], axis=0) * ("row_size" not in download)
-    bad = download.get("bad_rows", {"counts": {}, "first": []})
-    left_out = {f"rows, {why}": count for why, count in bad["counts"].items()}
+    bad = [download.get(f"bad_{side}rows", {"counts": {}, "first": []}) for side in ("", "validation_")]
+    left_out = {f"rows, {why}": count for why, count in bad[0]["counts"].items()}
+    left_out |= {f"validation rows, {why}": count for why, count in bad[1]["counts"].items()}
     cleaned = dict(download.get("cleaned", {}))
     mended = cleaned.pop("repaired", 0)
     left_out |= {f"documents, {why}": count for why, count in cleaned.items()}
@@ -75,7 +76,7 @@ def card(encoding: Encoding, inputs: dict[str, Artifact], shards: list[Json], fr
         "vocabulary": encoding.n_vocab,
         "never_trained_on": int((frequencies == 0).sum()),
         "left_out": {what: count for what, count in left_out.items() if count},
-        "first_left_out": bad["first"],
+        "first_left_out": bad[0]["first"] + bad[1]["first"],
         "mended": mended,
         "examples": [text.removesuffix(END_OF_TEXT) for text in texts],
     }

@@ -34,10 +34,10 @@ def download(config: Config, inputs: dict[str, Artifact], attempt: Attempt, emit
         made.append({**about, "of": of})
         emit("progress", done=sum(part["size"] for part in made) * bytes_each / 1e6, unit="MB")
 
-    bad, counts = [Bad()], dict[str, int]()
+    bad, counts = {"bad_rows": Bad()}, dict[str, int]()
     skip, full = sum(part["documents"] for part in made), data.part_mb * 1e6 / bytes_each
     apart = [import_module("nanodlm.data.hub").hub_files(data, emit)] if data.revision else files_apart(data)
-    for number, array in cleaned(data, _first(data, apart, bytes_each, bad[0]), attempt.path, counts):
+    for number, array in cleaned(data, _first(data, apart, bytes_each, bad["bad_rows"]), attempt.path, counts):
         if writer and number != of:
             writer = finish(writer)
         of = number
@@ -51,9 +51,9 @@ def download(config: Config, inputs: dict[str, Artifact], attempt: Attempt, emit
                 writer = finish(writer)
     if writer:
         finish(writer)
-    check_share(data, bad[0])  # all of it, whatever was finished before
+    check_share(data, bad["bad_rows"])  # all of it, whatever was finished before
     if data.validation:
-        bad.append(_write_validation(data, attempt, column))
+        bad["bad_validation_rows"] = _write_validation(data, attempt, column)
     if identity(data) != before:
         for part in range(len(made)):
             attempt.forget(_part(part))
@@ -61,14 +61,15 @@ def download(config: Config, inputs: dict[str, Artifact], attempt: Attempt, emit
     if not made:
         all_are = "empty or left out by cleaning" if counts else "empty"
         raise NanodlmError(f"{data.source[0]} holds no documents: every one is {all_are}")
-    for rows in bad:
+    for rows in bad.values():
         if rows.counts:
             emit("message", text=f"left out {rows}")
     if counts:
         emit("message", text="cleaned: " + ", ".join(f"{count:,} {what}" for what, count in counts.items()))
     sizes, row_sizes = [part["size"] for part in made], {size for part in made for size in part["row_sizes"]}
     found = {"parts": len(made), "documents": sum(part["documents"] for part in made), "bytes": sum(sizes) * bytes_each}
-    found |= {"bad_rows": dataclasses.asdict(bad[0]), "part_sizes": sizes} | ({"cleaned": counts} if counts else {})
+    found |= {name: dataclasses.asdict(rows) for name, rows in bad.items()}
+    found |= {"part_sizes": sizes} | ({"cleaned": counts} if counts else {})
     found |= {"part_sources": [part.get("of", 0) for part in made]} if data.weights else {}
     # Rows of one size were cut from a stream, and are no documents.
     return found | ({"row_size": row_sizes.pop()} if data.pretokenized and len(row_sizes) == 1 else {})

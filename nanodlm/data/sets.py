@@ -119,10 +119,10 @@ def find(word: str, data: DataConfig) -> None:
     next(texts(word, data))
 
 
-def texts(word: str, data: DataConfig) -> Iterator[Documents]:
-    """Yield a set's documents, of which there is one or more, a few megabytes at a time."""
+def texts(word: str, data: DataConfig, bad: Bad | None = None) -> Iterator[Documents]:
+    """Yield a set's documents, of which there is one or more, a few megabytes at a time; `bad` gets the other rows."""
     recipe, reading = recipe_of(word, data)
-    documents, bad = None, Bad()
+    documents, bad = None, bad or Bad()
     for array in read_documents(reading, source_files(reading), bad):
         documents = Documents.of(array)
         if recipe:
@@ -134,6 +134,8 @@ def texts(word: str, data: DataConfig) -> Iterator[Documents]:
         raise NanodlmError(f"{word} holds no text to score: check the file, or leave it out")
 
 
-def tokens(word: str, data: DataConfig, encoding: tiktoken.Encoding) -> np.ndarray:
-    """Return the ids of a set's texts, one after another with an end-of-text mark after each, (T,)."""
-    return np.concatenate([some.flat for some in tokenise_all(encoding, texts(word, data))]).astype(np.int32)
+def tokens(word: str, data: DataConfig, encoding: tiktoken.Encoding) -> tuple[np.ndarray, Bad]:
+    """Return the ids of a set's texts with an end-of-text mark after each, (T,), and the rows that are none."""
+    bad = Bad()
+    found = [some.flat for some in tokenise_all(encoding, texts(word, data, bad))]
+    return np.concatenate(found).astype(np.int32), bad

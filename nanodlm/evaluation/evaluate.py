@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from nanodlm.checkpoints.loading import load_artifact
 from nanodlm.config import Config, ScoreConfig
 from nanodlm.data import sets
+from nanodlm.data.readers import Bad
 from nanodlm.data.rows import evenly_spaced, read
 from nanodlm.data.shard import token_counts, unigram_nats
 from nanodlm.data.tokenizer import token_sizes
@@ -73,14 +74,16 @@ def evaluate(config: Config, inputs: dict[str, Artifact], attempt: Attempt, emit
     shard, length, end = inputs["shard"], config.model.seq_len, encoding.eot_token
     counts = token_counts(shard)
     held_out = np.concatenate(read(shard.file("validation.arrayrecord"), shard.metrics["dtype"]))
-    streams = {"": held_out} | {word: sets.tokens(word, config.data, encoding) for word in config.eval.sets}
+    streams = {"": (held_out, Bad())} | {word: sets.tokens(word, config.data, encoding) for word in config.eval.sets}
     found, tables = [], []
-    for number, (word, tokens) in enumerate(streams.items()):
+    for number, (word, (tokens, bad)) in enumerate(streams.items()):
+        if bad.counts:
+            emit("message", text=f"left out of {word}: {bad}")
         text = Text.cut(tokens, length, end, config.eval)
         if not word and config.data.rows == "document":  # also where its mark was cut off
             text = replace(text, documents=np.arange(len(text.rows))[:, None].repeat(2, axis=1))
         metrics, drawn = score(model, encoding, text, config.eval, counts=counts, emit=emit)
-        found.append({"file": sets.name_of(word), **metrics} if word else metrics)
+        found.append({"file": sets.name_of(word), **metrics, "left_out": bad.counts} if word else metrics)
         tables.append(by_row(text, drawn.nats, encoding, number))
         if not word:
             (attempt.path / "bound_profile.json").write_text(json.dumps(drawn.profile, indent=1))

@@ -13,7 +13,7 @@ from nanodlm.data.card import described
 from nanodlm.diffusion.kinds import KINDS
 from nanodlm.evaluation.artifacts import card_of, lineage
 from nanodlm.evaluation.compare import made_from
-from nanodlm.evaluation.report import against_unigram
+from nanodlm.evaluation.report import against_unigram, named
 from nanodlm.model.transformer import Transformer, count_parameters
 from nanodlm.store import Artifact, Json
 
@@ -79,7 +79,7 @@ def _numbers(m: Json) -> str:
     """Return a table of the bounds of an evaluation."""
     rows = ["| text | bound, bits per byte | 95% interval | nats per token | of |", "|---|---|---|---|---|"]
     held = {key.removeprefix("val_").removeprefix("scored_"): value for key, value in m.items()}
-    for name, one in {"held out": held, **{one["file"]: one for one in m.get("sets", [])}}.items():
+    for name, one in {"held out": held, **{named(one): one for one in m.get("sets", [])}}.items():
         within, interval, error = one.get("bits_per_byte_interval"), "not known", ""
         if within:
             interval = f"{within[0]:.4f} to {within[1]:.4f}, over {one['stderr_over']}"

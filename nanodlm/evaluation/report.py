@@ -111,7 +111,7 @@ def _numbers(config: Config, evaluate: Artifact) -> dict[str, Any]:
         name = other.manifest["config"]["exp"]["run_name"] or other.name
         measures.append((f"autoregressive: {name}", other.metrics["val_bits_per_byte"], interval(other.metrics)))
     measures.append(("unigram entropy", m["val_unigram_bits_per_byte"], ""))
-    measures += [(s["file"], s["bits_per_byte"], interval(s, "")) for s in m.get("sets", [])]
+    measures += [(named(s), s["bits_per_byte"], interval(s, "")) for s in m.get("sets", [])]
     sizes = ", ".join(f"{m[f'scored_{name}']:,} {name}" for name in ("tokens", "bytes", "characters"))
     told = config.data.rows != "stream" and not KINDS[config.objective.kind].edges_known
     return {
@@ -253,6 +253,12 @@ def _markdown(rows: list[tuple[str, str]], texts: Iterable[str] = ()) -> list[st
         wrapped = [part for line in text.splitlines() for part in wrapper.wrap(line) or [""]]
         shown += ["", *["···", ""] * (number > 0), *wrapped]
     return [f"    {line}" for line in shown]
+
+
+def named(scored: dict[str, Any]) -> str:
+    """Return the name of a set, and how many of its rows were left out, such as `a.jsonl (left out: 2 null)`."""
+    rows = ", ".join(f"{count:,} {why}" for why, count in scored.get("left_out", {}).items())
+    return scored["file"] + f" (left out: {rows})" * bool(rows)
 
 
 def against_unigram(metrics: dict[str, Any]) -> str:

@@ -32,6 +32,7 @@ def card_of(folder: Path, parts: list[list[Any]], found: dict[str, Any] | None =
 def test_the_card_counts_what_is_trained_on_and_what_is_left_out(tmp_path: Path) -> None:
     bad = {
         "bad_rows": dataclasses.asdict(Bad({"null": 3}, ["a.jsonl:7: null"], 300)),
+        "bad_validation_rows": dataclasses.asdict(Bad({"not UTF-8": 1}, ["b.jsonl:9: not UTF-8"], 100)),
         "cleaned": {"repaired": 5, "too short": 12},
     }
     card = card_of(tmp_path, [DOCUMENTS], bad, split="last")
@@ -44,8 +45,9 @@ def test_the_card_counts_what_is_trained_on_and_what_is_left_out(tmp_path: Path)
     assert card["frequent"][0] == [chr(counts.most_common(1)[0][0]), max(counts.values())]
     assert card["never_trained_on"] == 256 - len(counts)
     left_out = {"rows, null": 3, "documents, too short": 12, "tokens, in no row": len(text) - len(kept)}
-    assert card["left_out"] == left_out
-    said = {("left out", "3 rows, null"), ("", "a.jsonl:7: null"), ("mended", "5 documents")}
+    assert card["left_out"] == left_out | {"validation rows, not UTF-8": 1}
+    places = {("", "a.jsonl:7: null"), ("", "b.jsonl:9: not UTF-8")}
+    said = {("left out", "3 rows, null"), ("", "1 validation rows, not UTF-8"), ("mended", "5 documents"), *places}
     assert said <= set(described(card))
 
 

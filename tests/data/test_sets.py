@@ -32,7 +32,9 @@ def test_published_rules_undo_how_texts_were_cut(recipe: str, cut: str, whole: s
 def test_a_set_is_read_by_recipe_line_by_line_or_as_files_are(tmp_path: Path) -> None:
     path, encoding = tmp_path / "test.txt", tokenizer.plain_bytes()
     path.write_text("a , b\n\nc\n")
-    read = [sets.tokens(f"{name}{path}", DataConfig(), encoding).tolist() for name in ("", "lm1b=", "wikitext2=")]
+    found = [sets.tokens(f"{name}{path}", DataConfig(), encoding) for name in ("", "lm1b=", "wikitext2=")]
+    assert [bad.counts for _, bad in found] == [{}, {"empty": 1}, {"empty": 1}]
+    read = [ids.tolist() for ids, _ in found]
     assert read == [[*b"a , b\n\nc\n", 256], [*b"a, b", 256, *b"c", 256], [*b"a, b\n", 256, *b"c\n", 256]]
     names = [sets.identity(f"{name}{path}", DataConfig()) for name in ("", "lm1b=")]
     assert [one["name"] for one in names] == ["test.txt", "lm1b"]

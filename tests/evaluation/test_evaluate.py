@@ -16,6 +16,7 @@ from nanodlm.data.shard import token_counts
 from nanodlm.data.vocabulary import Vocabulary
 from nanodlm.diffusion.schedules import make_schedule
 from nanodlm.evaluation import evaluate
+from nanodlm.evaluation.report import named
 from nanodlm.model.transformer import segments
 from nanodlm.stages import run as stages_run
 from nanodlm.store import Artifact, Store
@@ -82,15 +83,18 @@ def test_further_sets_are_scored_and_count_by_content_and_every_row_is_kept(
 ) -> None:
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "test.jsonl").write_text('{"text": "“One two,” he said "}\n{"text": "three"}\n' * 20)
+        (tmp_path / name / "test.jsonl").write_text(
+            '{"text": "“One two,” he said "}\n{"text": "three"}\n' * 20 + '{"text": null}\n'
+        )
     held_out, _ = stages_run.run_stage("evaluate", tiny(), models)
-    made = [
-        stages_run.run_stage("evaluate", tiny(eval={"sets": f"lambada={tmp_path}/{name}/test.jsonl"}), models)[0]
-        for name in ("a", "b")
+    configs = [
+        tiny(data={"max_bad": 0.05}, eval={"sets": f"lambada={tmp_path}/{name}/test.jsonl"}) for name in ("a", "b")
     ]
+    made = [stages_run.run_stage("evaluate", config, models)[0] for config in configs]
     assert made[0].fingerprint == made[1].fingerprint != held_out.fingerprint
     (found,) = made[0].metrics["sets"]
     assert (found["file"], found["documents"], found["rows"]) == ("lambada", 40, 17)
+    assert (found["left_out"], named(found)) == ({"null": 1}, "lambada (left out: 1 null)")
     assert found["bits_per_byte_interval"][0] < found["bits_per_byte"] < found["bits_per_byte_interval"][1]
     table = np.load(made[0].file("rows.npy"))
     assert {**made[0].metrics, "sets": []} == held_out.metrics

@@ -113,11 +113,11 @@ def test_score_prints_units_and_errors_and_the_documents_add_up(
         return said.out if ended.value.code == 0 else said.err
 
     text, lines = tmp_path / "some.txt", tmp_path / "of_each.jsonl"
-    text.write_text("The people of the United States\n" * 20)
+    text.write_text("The people of the United States\n" * 20 + "\n")
     found = json.loads(run(str(text), "--sample_by", "line", "--per_document", str(lines), "--json").splitlines()[-1])
     (m,) = found["sets"]
     documents = [json.loads(line) for line in lines.read_text().splitlines()]
-    assert (len(documents), m["file"], m["documents"]) == (20, str(text), 20)
+    assert (len(documents), m["file"], m["documents"], m["left_out"]) == (20, str(text), 20, {"empty": 1})
     assert sum(d["bytes"] for d in documents) == m["bytes"] == 31 * 20
     assert sum(d["nats"] for d in documents) / math.log(2) / m["bytes"] == pytest.approx(m["bits_per_byte"])
     said = run(trained.uri, str(text), f"wikitext2={text}", "--stride", "8", "--repeats", "2")
@@ -134,7 +134,9 @@ def test_score_prints_units_and_errors_and_the_documents_add_up(
     assert "there is no missing.txt to score" in run("missing.txt")
     text.with_suffix(".jsonl").write_text('{"text": "one"}\n{"body": "two"}\n')
     assert run(f"{tmp_path}/some.jsonl").rstrip().endswith("or raise --max_bad (0.01)")
-    assert "1 document, 1 row, 1 draw" in run(f"{tmp_path}/some.jsonl", "--max_bad", "0.5")
+    said = run(f"{tmp_path}/some.jsonl", "--max_bad", "0.5")
+    assert "1 document, 1 row, 1 draw" in said
+    assert f"left out 1 without 'text' of 2 rows (file://{tmp_path}/some.jsonl:2: without 'text')" in said
     assert "set --column" in run(f"{tmp_path}/some.jsonl", "--column", "title")
     assert "a stride of 33 leaves out tokens: rows have 32" in run(str(text), "--stride", "33")
 
