@@ -77,7 +77,9 @@ def _documents(data: DataConfig, url: str, numbers: Sequence[int], rows: Any, ba
     """Make documents of rows, and add those that are none to `bad`."""
     if not bad.rows and isinstance(rows, list) and all(isinstance(v, Fault) and v.names is not None for v in rows):
         raise no_column(url, data.column, rows[0].names)
-    array, faults = _tokens(rows, url, numbers, data) if data.pretokenized else _texts(rows, url, data.column)
+    if isinstance(rows, pa.Array) or not bad.rows:
+        _check_kind(data, url, _kind(rows))
+    array, faults = _tokens(rows, url, numbers, data) if data.pretokenized else _texts(rows)
     lengths = pc.call_function("list_value_length" if data.pretokenized else "binary_length", [array])
     keep = pc.fill_null(lengths, 0).to_numpy(zero_copy_only=False) > 0
     keep[[*faults]] = False
@@ -90,13 +92,34 @@ def _documents(data: DataConfig, url: str, numbers: Sequence[int], rows: Any, ba
     return array.filter(pa.array(keep))
 
 
-def _texts(rows: Any, url: str, column: str) -> tuple[pa.Array, dict[int, str]]:
+def _kind(rows: Any) -> pa.DataType:
+    """Return what a column holds; of values one by one, what all of them are, if they are alike."""
+    if isinstance(rows, pa.Array):
+        return rows.type.value_type if pa.types.is_dictionary(rows.type) else rows.type
+    kinds = {type(value) for value in rows} - {NoneType}
+    with contextlib.suppress(pa.ArrowException):
+        return pa.infer_type(rows) if len(kinds) == 1 and kinds != {Fault} else pa.null()
+    return pa.null()
+
+
+def _check_kind(data: DataConfig, url: str, kind: pa.DataType) -> None:
+    """Refuse a column that holds nothing of what is wanted, and say what it holds and what helps."""
+    lists = pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list  # of views, pyarrow's cast is wrong
+    holds = kind.value_type if any(is_a(kind) for is_a in lists) else None
+    is_text = str(kind).removeprefix("large_").startswith(("string", "binary"))
+    is_ids = holds is not None and (pa.types.is_integer(holds) or pa.types.is_null(holds))
+    if pa.types.is_null(kind) or (is_ids if data.pretokenized else is_text):
+        return
+    remedy, wanted = "set --data.column", "lists of token ids" if data.pretokenized else "texts"
+    if pa.types.is_struct(kind) and kind.num_fields:
+        remedy += f" to a field of it, such as {data.column}.{kind.field(0).name}"
+    elif is_text or is_ids:
+        remedy += ", or leave out --data.pretokenized" if is_text else ", or --data.pretokenized True"
+    raise NanodlmError(f"cannot read {url}: {data.column!r} holds {kind}, not {wanted}; {remedy}")
+
+
+def _texts(rows: Any) -> tuple[pa.Array, dict[int, str]]:
     """Make texts of rows, and say of each that is none why; when some is none, rows are looked at one by one."""
-    kind = getattr(rows, "type", pa.string())
-    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-    if not (pa.types.is_null(kind) or str(kind).removeprefix("large_").startswith(("string", "binary"))):
-        remedy = "set --data.column" + (", or --data.pretokenized True" if "list" in str(kind) else "")
-        raise NanodlmError(f"cannot read {url}: {column!r} holds {kind}, not texts; {remedy}")
     try:
         array = rows.cast(pa.large_string()) if isinstance(rows, pa.Array) else pa.array(rows, pa.large_string())
         array.validate(full=True)  # only this looks for invalid UTF-8
@@ -126,11 +149,6 @@ def _tokens(rows: Any, url: str, numbers: Sequence[int], data: DataConfig) -> tu
     if isinstance(rows, list):
         faults = {i: why for i, value in enumerate(rows) if (why := _no_ids(value))}
         rows = pa.array([None if i in faults else value for i, value in enumerate(rows)])
-    lists = pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list  # of views, pyarrow's cast is wrong
-    holds = rows.type.value_type if any(is_a(rows.type) for is_a in lists) else rows.type
-    if not (pa.types.is_null(holds) or (pa.types.is_integer(holds) and holds != rows.type)):
-        remedy = "set --data.column, or leave out --data.pretokenized"
-        raise NanodlmError(f"cannot read {url}: {data.column!r} holds {rows.type}, not lists of token ids; {remedy}")
     size, array = SIZES.get(data.tokenizer, 2**16), None
     with contextlib.suppress(pa.ArrowInvalid):
         array = rows.cast(TOKENS)

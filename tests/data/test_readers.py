@@ -207,11 +207,14 @@ def test_a_share_of_bad_rows_stops_the_run_only_above_max_bad_and_empty_ones_nev
 @pytest.mark.parametrize(
     ("value", "pretokenized", "says"),
     [
-        (["a", "b"], False, "holds list<item: string>, not texts; set --data.column, or --data.pretokenized True"),
+        (["a", "b"], False, "holds list<item: string>, not texts; set --data.column"),
+        ([1, 2], False, "holds list<item: int64>, not texts; set --data.column, or --data.pretokenized True"),
+        ({"n": 1}, False, "holds struct<n: int64>, not texts; set --data.column to a field of it, such as text.n"),
         (12, False, "holds int64, not texts; set --data.column"),
-        (["a", "b"], True, "holds list<item: string>, not lists of token ids"),
+        (["a", "b"], True, "holds list<item: string>, not lists of token ids; set --data.column"),
+        ([1.5], True, "holds list<item: double>, not lists of token ids; set --data.column"),
         ("text", True, "holds string, not lists of token ids; set --data.column, or leave out --data.pretokenized"),
-        (12, True, "holds int64, not lists of token ids"),
+        (12, True, "holds int64, not lists of token ids; set --data.column"),
         (
             [1, 70_000],
             True,
@@ -227,9 +230,11 @@ def test_a_column_of_another_kind_is_refused_in_a_line(
     for kind in ("parquet", "arrow"):
         path = tmp_path / f"a.{kind}"
         path.write_bytes(table_bytes(kind, pa.table({"text": [value]})).replace(b"list<element", b"list<item"))
-        assert says in refusal(path, pretokenized=pretokenized).replace("element:", "item:")
-    (tmp_path / "a.jsonl").write_text(json.dumps({"text": value}))
-    assert "1 rows" in (message := refusal(tmp_path / "a.jsonl", pretokenized=pretokenized)) or says in message
+        message = refusal(path, pretokenized=pretokenized).replace("element:", "item:")
+        assert message.endswith(says) if says.startswith("holds") else says in message
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": None}) + "\n" + json.dumps({"text": value}) + "\n")
+    message = refusal(tmp_path / "a.jsonl", pretokenized=pretokenized)
+    assert message.endswith(says) if says.startswith("holds") else says.replace(":1 ", ":2 ") in message
 
 
 def test_numbers_with_fractions_are_no_token_ids(tmp_path: Path) -> None:
