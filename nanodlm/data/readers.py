@@ -70,6 +70,8 @@ def check_share(data: DataConfig, bad: Bad) -> None:
     """Refuse rows of which more than `data.max_bad` are no documents, and say which."""
     if bad.total > data.max_bad * bad.rows:
         remedy = f"mend or leave out those, or raise --data.max_bad ({data.max_bad:g})"
+        if sum(bad.counts.values()) == bad.rows:
+            remedy = "check --data.column, and that files are UTF-8 and of the format that their suffix names"
         raise NanodlmError(f"too many rows are no documents: {bad}; {remedy}")
 
 

@@ -201,7 +201,8 @@ def test_a_share_of_bad_rows_stops_the_run_only_above_max_bad_and_empty_ones_nev
     path.write_text(good + "bad\n" * 100_000)  # of which most is not read
     assert int(refusal(path).split(": ")[1].split()[0].replace(",", "")) < 50_000
     (tmp_path / "b.txt").write_bytes("café au lait".encode("latin-1"))
-    assert f"1 not UTF-8 of 1 rows (file://{tmp_path}/b.txt:1: not UTF-8)" in refusal(tmp_path / "b.txt")
+    message = refusal(tmp_path / "b.txt")
+    assert f"1 not UTF-8 of 1 rows (file://{tmp_path}/b.txt:1: not UTF-8); check --data.column, and that" in message
 
 
 @pytest.mark.parametrize(
