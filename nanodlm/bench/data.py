@@ -29,7 +29,6 @@ from tiktoken_ext.openai_public import r50k_pat_str
 
 from nanodlm.config import Config, DataConfig
 from nanodlm.data import rows
-from nanodlm.data.documents import Documents
 from nanodlm.data.sources import PLAIN, SETTLED_SECONDS, format_of, source_files
 from nanodlm.data.tokenizer import load, make_encoding
 from nanodlm.errors import Emit, UsageError, silent
@@ -145,15 +144,7 @@ def _references(kind: str, config: Config, folder: Path) -> dict[str, float]:
         else:
             texts = batch.column(0).to_pylist()
             with clock("encode_ordinary_batch"):
-                ids = encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count() or 1)
-            documents = Documents.of(batch.column(0).cast(pa.large_string()))
-            with clock("keys"):
-                documents.hashed()
-            with clock("sha256"):
-                hashlib.sha256(documents.flat.data).digest()
-            ids = np.concatenate(ids).astype(np.uint16)
-            with clock("ArrayRecord write"):
-                rows.write(folder / "rows", ids[: len(ids) // ROW * ROW].reshape(-1, ROW))
+                encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count() or 1)
 
 
 def rates(config: Config) -> tuple[dict[str, float], int]:

@@ -17,6 +17,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence, Sized
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, BinaryIO, cast
 
 import orjson
@@ -101,19 +102,13 @@ def _text(file: BinaryIO, url: str, data: DataConfig) -> Iterator[tuple[int, byt
     """Read a file as one document, or its lines, which end at a line feed only, or its paragraphs, in blank lines."""
     if data.sample_by == "document":
         yield 1, file.read()
-        return
-    begin, paragraph = 1, []
-    for number, line in enumerate(file, 1):
-        if data.sample_by == "line":
-            yield number, b"" if line == b"\r\n" else line.removesuffix(b"\n")
-        elif line in (b"\n", b"\r\n"):
-            if paragraph:
-                yield begin, b"".join(paragraph).removesuffix(b"\n")
-            begin, paragraph = number + 1, []
-        else:
-            paragraph.append(line)
-    if paragraph:
-        yield begin, b"".join(paragraph).removesuffix(b"\n")
+    elif data.sample_by == "line":
+        yield from ((i, b"" if line == b"\r\n" else line.removesuffix(b"\n")) for i, line in enumerate(file, 1))
+    else:
+        for blank, lines in groupby(enumerate(file, 1), lambda numbered: numbered[1] in (b"\n", b"\r\n")):
+            begin, first = next(lines)
+            if not blank:
+                yield begin, b"".join([first, *(line for _, line in lines)]).removesuffix(b"\n")
 
 
 def _jsonl(file: BinaryIO, url: str, data: DataConfig) -> Iterator[tuple[int, Any]]:

@@ -80,7 +80,7 @@ def _documents(data: DataConfig, url: str, numbers: Sequence[int], rows: Any, ba
     if not bad.rows and isinstance(rows, list) and all(isinstance(v, Fault) and v.names is not None for v in rows):
         raise no_column(url, data.column, rows[0].names)
     if isinstance(rows, pa.Array) or not bad.rows:
-        _check_kind(data, url, _kind(rows))
+        _check_kind(data, url, rows)
     array, faults = _tokens(rows, url, numbers, data) if data.pretokenized else _texts(rows)
     lengths = pc.call_function("list_value_length" if data.pretokenized else "binary_length", [array])
     keep = pc.fill_null(lengths, 0).to_numpy(zero_copy_only=False) > 0
@@ -94,30 +94,23 @@ def _documents(data: DataConfig, url: str, numbers: Sequence[int], rows: Any, ba
     return array.filter(pa.array(keep))
 
 
-def _kind(rows: Any) -> pa.DataType:
-    """Return what a column holds; of values one by one, what all of them are, if they are alike."""
-    if isinstance(rows, pa.Array):
-        return rows.type.value_type if pa.types.is_dictionary(rows.type) else rows.type
-    kinds = {type(value) for value in rows} - {NoneType}
+def _check_kind(data: DataConfig, url: str, rows: Any) -> None:
+    """Refuse a column that holds nothing of what is wanted, or values that are all of another kind; say what helps."""
+    kind = getattr(rows, "type", pa.null())
     with contextlib.suppress(pa.ArrowException):
-        return pa.infer_type(rows) if len(kinds) == 1 and kinds != {Fault} else pa.null()
-    return pa.null()
-
-
-def _check_kind(data: DataConfig, url: str, kind: pa.DataType) -> None:
-    """Refuse a column that holds nothing of what is wanted, and say what it holds and what helps."""
+        if isinstance(rows, list) and len({type(value) for value in rows} - {NoneType}) == 1:
+            kind = pa.infer_type(rows)
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     lists = pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list  # of views, pyarrow's cast is wrong
-    holds = kind.value_type if any(is_a(kind) for is_a in lists) else None
+    holds = kind.value_type if any(is_a(kind) for is_a in lists) else pa.string()
     is_text = str(kind).removeprefix("large_").startswith(("string", "binary"))
-    is_ids = holds is not None and (pa.types.is_integer(holds) or pa.types.is_null(holds))
-    if pa.types.is_null(kind) or (is_ids if data.pretokenized else is_text):
-        return
-    remedy, wanted = "set --data.column", "lists of token ids" if data.pretokenized else "texts"
-    if pa.types.is_struct(kind) and kind.num_fields:
-        remedy += f" to a field of it, such as {data.column}.{kind.field(0).name}"
-    elif is_text or is_ids:
-        remedy += ", or leave out --data.pretokenized" if is_text else ", or --data.pretokenized True"
-    raise NanodlmError(f"cannot read {url}: {data.column!r} holds {kind}, not {wanted}; {remedy}")
+    is_ids = pa.types.is_integer(holds) or pa.types.is_null(holds)
+    if not (pa.types.is_null(kind) or (is_ids if data.pretokenized else is_text)):
+        remedy = ", or leave out --data.pretokenized" * is_text + ", or --data.pretokenized True" * is_ids
+        if fields := list(kind) if pa.types.is_struct(kind) else []:
+            remedy = f" to a field of it, such as {data.column}.{fields[0].name}"
+        what = f"{kind}, not {'lists of token ids' if data.pretokenized else 'texts'}"
+        raise NanodlmError(f"cannot read {url}: {data.column!r} holds {what}; set --data.column{remedy}")
 
 
 def _texts(rows: Any) -> tuple[pa.Array, dict[int, str]]:
