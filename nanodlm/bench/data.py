@@ -14,9 +14,8 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -120,33 +119,25 @@ def _references(kind: str, config: Config, folder: Path) -> dict[str, float]:
     """Return the CPU time that libraries alone take for a corpus."""
     spent: dict[str, float] = defaultdict(float)
 
-    @contextmanager
-    def clock(name: str) -> Iterator[None]:
-        began = time.process_time()
-        yield
+    def timed(name: str, function: Callable[..., Any], *arguments: Any) -> Any:
+        began, result = time.process_time(), function(*arguments)
         spent[name] += time.process_time() - began
+        return result
 
-    own = load(run_stage("tokenizer", config, Store(str(folder / "store")))[0].local())
+    own, threads = load(run_stage("tokenizer", config, Store(str(folder / "store")))[0].local()), os.cpu_count() or 1
     encodings = {"encode_ordinary_batch": make_encoding(own.name, own._mergeable_ranks, r50k_pat_str)}
     encodings["the same, own pattern"] = own  # the first has that of tiktoken itself
     batches = pq.ParquetFile(config.data.source[0]).iter_batches(ROWS)
-    while True:
-        with clock("parquet read"):
-            batch = next(batches, None)
-        if batch is None:
-            return spent
+    while batch := timed("parquet read", next, batches, None):
         if kind == "ids":
             ids = batch.column(0).flatten().to_numpy().reshape(-1, ROW)
-            with clock("blake2b"):
-                for row in ids:
-                    hashlib.blake2b(row, digest_size=16).digest()
-            with clock("ArrayRecord write"):
-                rows.write(folder / "rows", ids)
+            timed("blake2b", lambda ids: [hashlib.blake2b(row, digest_size=16).digest() for row in ids], ids)
+            timed("ArrayRecord write", rows.write, folder / "rows", ids)
         else:
             texts = batch.column(0).to_pylist()
             for name, encoding in encodings.items():
-                with clock(name):
-                    encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count() or 1)
+                timed(name, lambda one, texts: one.encode_ordinary_batch(texts, num_threads=threads), encoding, texts)
+    return spent
 
 
 def rates(config: Config) -> tuple[dict[str, float], int]:

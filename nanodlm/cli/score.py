@@ -88,8 +88,8 @@ def score(
         with out.showing("score") as emit:
             metrics, drawn = bound(network, encoding, text, how, emit=emit)
         recipe, _ = sets.recipe_of(word, data)
-        found.append({"file": word, **metrics, "published": (recipe and recipe.published) or None})
-        found[-1]["left_out"] = bad.counts
+        published = (recipe and recipe.published) or None
+        found.append({"file": word, **metrics, "published": published, "left_out": bad.counts})
         out.text(*described(found[-1]), *([f"  left out {bad}"] * bool(bad.counts)))
         if per_document:
             lines += [{"file": word, **one} for one in by_document(text, drawn, encoding, whole=bool(given))]

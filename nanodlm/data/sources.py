@@ -138,7 +138,8 @@ def _matching(patterns: list[str]) -> list[str]:
         raise kind(f"no file matches {empty[0]!r}: check --data.source, or --data.validation ({FOLDERS})")
     for file in files:
         if format_of(file)[0] not in READERS:
-            raise NanodlmError(f"cannot read {file}: files must end in {', '.join(READERS)}, packed or not")
+            archives = "packed or not; those in an archive are zip://*.txt::FILE.zip"
+            raise NanodlmError(f"cannot read {file}: files must end in {', '.join(READERS)}, {archives}")
     real = {os.path.realpath(file.removeprefix("file://")): file for file in sorted(files, reverse=True)}
     return sorted(real.values())
 
