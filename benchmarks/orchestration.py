@@ -59,7 +59,8 @@ def orchestration(
     runs: dict[str, list[dict[str, float | None]]] = {"direct": [], "flow": []}
     command_seconds = []
     began = time.perf_counter()
-    with tempfile.TemporaryDirectory() as scratch, ephemeral_server() as url:
+    with tempfile.TemporaryDirectory() as scratch, ephemeral_server() as server:
+        url = server()
         server_seconds = time.perf_counter() - began
         processes = [psutil.Process(), *psutil.Process().children()]
         file = Path(scratch) / "config.json"

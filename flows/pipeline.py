@@ -23,7 +23,7 @@ from nanodlm.flows import TAG
 from nanodlm.flows.internals import untagged
 from nanodlm.flows.own_run import built_before, fail, hold_device, working_for_run
 from nanodlm.flows.reporting import WATCHER, RunLog, show_run
-from nanodlm.flows.server import check_server, ephemeral_server
+from nanodlm.flows.server import check_server
 from nanodlm.stages import table
 from nanodlm.stages.lookup import named_judge, read_by, ready
 from nanodlm.stages.process import run_in_process
@@ -199,8 +199,10 @@ def sample(
     return _run(preset, config, store, "sample", rebuild, alone=True, gpu_limit=gpu_limit)
 
 
-def run_pipeline(config: Config, store: str, until: str, rebuild: str | None, console: Watcher) -> Records:
-    """Run the flow `pipeline` in this process, on the server that the settings name, else on one started for it."""
+def run_pipeline(
+    config: Config, store: str, until: str, rebuild: str | None, console: Watcher, server: Callable[[], str]
+) -> Records:
+    """Run the flow `pipeline` in this process, on the server that the settings name, else on that of this address."""
 
     def stop(*_: Any) -> None:
         raise Stopped("stopped by a signal; finished stages, parts and checkpoints are kept: run again to continue")
@@ -209,7 +211,7 @@ def run_pipeline(config: Config, store: str, until: str, rebuild: str | None, co
         if get_current_settings().api.url:
             check_server()
         else:
-            stack.enter_context(temporary_settings({PREFECT_API_URL: stack.enter_context(ephemeral_server())}))
+            stack.enter_context(temporary_settings({PREFECT_API_URL: server()}))
         stack.enter_context(tags(TAG))
         stack.callback(WATCHER.reset, WATCHER.set(console))
         stack.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, stop))

@@ -1,5 +1,6 @@
 """Settings become a network and an objective here, and nowhere else."""
 
+import jax
 from flax import nnx
 
 from nanodlm.config import Config, SamplerConfig
@@ -10,11 +11,14 @@ from nanodlm.diffusion.schedules import make_schedule
 from nanodlm.model.transformer import Transformer
 
 
-def make_model(config: Config, vocabulary: Vocabulary) -> Transformer:
-    """Return a freshly initialised network for the ids of a vocabulary, which carries what it is to be trained on."""
+def make_model(config: Config, vocabulary: Vocabulary, seed: int | None = None) -> Transformer:
+    """Return a freshly initialised network for the ids of a vocabulary, which carries what it is to be trained on.
+
+    Without a seed, which may be traced, it is that of the configuration.
+    """
     shape = {**config.model.model_dump(exclude={"init_seed", "seq_len"}), "remat": config.train.remat}
     block_size = KINDS[config.objective.kind].block_size(config.objective.block_size)
-    rngs = nnx.Rngs(config.model.init_seed)
+    rngs = nnx.Rngs(jax.random.key(config.model.init_seed if seed is None else seed))
     model = Transformer(vocab_size=vocabulary.padded_size, block_size=block_size, **shape, rngs=rngs)
     model.objective, model.seq_len = make_objective(config, vocabulary), config.model.seq_len
     model.sampling = SamplerConfig(**config.sample.model_dump(include=set(SamplerConfig.model_fields)))

@@ -23,6 +23,7 @@ from nanodlm.data.vocabulary import Vocabulary
 from nanodlm.errors import NanodlmError, UsageError
 from nanodlm.model.transformer import Transformer
 from nanodlm.store import Artifact, Store, changed_since, remark
+from nanodlm.store.compiled import keep_compiled
 
 
 def load(uri: str) -> tuple[Transformer, tiktoken.Encoding]:
@@ -36,6 +37,7 @@ def load(uri: str) -> tuple[Transformer, tiktoken.Encoding]:
         model, tokenizer = nanodlm.load("data/store/train/3f2a…")
         logits = model(x_t, t)
     """
+    keep_compiled()
     folder, step, artifact = locate(uri)
     if artifact and (changed := changed_since(artifact)):
         warnings.warn(f"{artifact.uri} was {remark(changed)}", stacklevel=2)

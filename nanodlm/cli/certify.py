@@ -1,7 +1,6 @@
 """The command that codes a text with a model, to its bound, and decodes it again."""
 
 import math
-import os
 import time
 from pathlib import Path
 from typing import Annotated
@@ -15,7 +14,6 @@ from nanodlm.cli.models import Model, choose
 from nanodlm.cli.score import is_text
 from nanodlm.cli.store import OpenStore
 from nanodlm.errors import UsageError
-from nanodlm.store.cache import cache_dir
 
 File = Annotated[str, Doc("Text to code, in UTF-8; by default the beginning, 100 kB, of what its run held out.")]
 Decode = Annotated[str, Doc("Instead, decode a file that --out wrote."), arg(metavar="FILE")]
@@ -48,7 +46,6 @@ def certify(
         raise UsageError(f"cannot read {decode or file}: {error.strerror}") from error
     if steps < 0 or not 0 <= seed < 2**31:
         raise UsageError("--steps and --seed must not be negative, nor --seed above 2147483647")
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_dir() / "compiled"))  # for the decoder
     from nanodlm.checkpoints.loading import load
     from nanodlm.evaluation import certificate
 

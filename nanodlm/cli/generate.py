@@ -1,7 +1,6 @@
 """The command that writes texts with a trained model."""
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,7 +16,6 @@ from nanodlm.cli.store import OpenStore
 from nanodlm.config import TextRequest
 from nanodlm.errors import Stopped, UsageError, counted
 from nanodlm.store import Store
-from nanodlm.store.cache import cache_dir
 
 Prompts = Annotated[str, Doc("File of prompts: one a line, or .jsonl with a field `prompt`."), arg(metavar="FILE")]
 Lines = Annotated[str, Doc("File for the texts, as JSON lines."), arg(metavar="FILE.jsonl")]
@@ -72,7 +70,6 @@ def _write(
 ) -> None:
     """Write the texts where they shall be; `named` says that each comes with its prompt."""
     how = requests[0]
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_dir() / "compiled"))
     from nanodlm.checkpoints.loading import load
     from nanodlm.cli.conversation import Conversation
     from nanodlm.generation import slider

@@ -20,6 +20,7 @@ from nanodlm.cluster.settings import Launch, Work
 from nanodlm.config import Config, Group, unread
 from nanodlm.errors import NanodlmError, UsageError
 from nanodlm.flows import quiet_prefect
+from nanodlm.flows.server import ephemeral_server
 from nanodlm.stages import table
 from nanodlm.stages.lookup import look_up, of_stage, ready, why
 from nanodlm.stages.process import end_with_parent
@@ -27,7 +28,6 @@ from nanodlm.stages.progress import event_log
 from nanodlm.stages.run import record, run_stage
 from nanodlm.stages.table import StageName
 from nanodlm.store import Artifact, Store, remark
-from nanodlm.store.cache import cache_dir
 
 Until = Annotated[StageName, Doc("Last stage to go through.")]
 Rebuild = Annotated[
@@ -59,11 +59,13 @@ def run(
                 out.done(lookup.artifact, record(lookup.artifact, "cached", 0.0, lookup.stage.name))
     else:
         quiet_prefect()
-        if not os.environ.get("PREFECT_API_URL"):
+        own = not os.environ.get("PREFECT_API_URL")
+        if own:
             out.line("[dim]starting the local Prefect server[/dim]")
-        from nanodlm.flows.pipeline import run_pipeline
+        with ephemeral_server() if own else contextlib.nullcontext(str) as server:
+            from nanodlm.flows.pipeline import run_pipeline
 
-        run_pipeline(config, store.uri(), until, rebuild, out)
+            run_pipeline(config, store.uri(), until, rebuild, out, server)
     out.finish()
 
 
@@ -186,8 +188,6 @@ def judge(config: Settings, how: Annotated[Alone, arg(name="")], *, store: OpenS
 
 def _run_alone(name: str, config: Config, how: Alone, store: Store, out: Console) -> None:
     end_with_parent()
-    # What one process has compiled serves the next, a resumed run above all.
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_dir() / "compiled"))
     inputs, helping = None, False
     needed = [table.STAGES[read].folder for read in table.STAGES[name].inputs(config)]
     if how.inputs:

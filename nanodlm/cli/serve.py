@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import os
 import socket
 from types import FrameType
 from typing import Annotated
@@ -13,7 +12,6 @@ from nanodlm.checkpoints.finding import find_model
 from nanodlm.cli.arguments import Output
 from nanodlm.cli.store import OpenStore
 from nanodlm.errors import UsageError
-from nanodlm.store.cache import cache_dir
 
 Model = Annotated[str, Doc("A model, by its run's name or its address; by default the newest.")]
 Port = Annotated[int, Doc("Port on 127.0.0.1; 0 takes any that is free.")]
@@ -28,7 +26,6 @@ def serve(model: Model = "", /, *, port: Port = 8000, store: OpenStore, console:
         except (OSError, OverflowError) as error:
             said = getattr(error, "strerror", None) or "it must be between 0 and 65535"
             raise UsageError(f"cannot listen on port {port}: {said}: choose another --port, or 0 for any") from error
-        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_dir() / "compiled"))
         import uvicorn
 
         from nanodlm.checkpoints.loading import load

@@ -12,6 +12,7 @@ from nanodlm.stages.lookup import Lookup, identify, ready
 from nanodlm.stages.table import STAGES, check, until
 from nanodlm.store import Artifact, Json, Store, changed_since, code_record, hold_lease, new_attempt, remark
 from nanodlm.store.cache import cache_dir
+from nanodlm.store.compiled import keep_compiled
 
 COMMIT_SECONDS = 600.0  # for process 0 to hash and publish what several processes made
 
@@ -35,6 +36,8 @@ def run_stage(
     """
     started = time.monotonic()
     store.emit = emit
+    if STAGES[name].own_process:
+        keep_compiled()
     lookup = ready(name, config, store, rebuild=rebuild) if inputs is None else identify(STAGES[name], config, inputs)
     if lookup.note:
         emit("message", text=lookup.note)

@@ -113,7 +113,7 @@ class _Loop(NamedTuple):
         shall_stop = make_stop_vote(self.program.mesh, self.stop)
         for step in range(first + 1, train.max_steps + 1):
             rows = jax.make_array_from_process_local_data(self.program.rows.sharding, logger.wait(batches))
-            state, scalars = self.program.step(state, rows, self.key)
+            state, scalars = self.program.update(state, rows, self.key)
             rows_seen += train.batch_size * train.grad_acc_steps
             if step == first + 1:
                 jax.block_until_ready(scalars)  # compiled; from here on the clock runs

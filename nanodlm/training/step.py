@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from nanodlm.build import make_model
 from nanodlm.checkpoints import State
@@ -19,7 +19,7 @@ from nanodlm.devices.mesh import batch_sharding, cut, logit_chunks, make_mesh, s
 from nanodlm.diffusion.corruption import Corruption
 from nanodlm.errors import UsageError
 from nanodlm.model.transformer import LOGICAL_AXES, Transformer, count_parameters, segments
-from nanodlm.training.optimizer import learning_rate, make_optimizer
+from nanodlm.training.optimizer import learning_rates, make_optimizer
 
 
 def train_step(
@@ -39,7 +39,7 @@ def train_step(
 
     Returns:
         The new state, and scalars: `loss` (what was minimised), `nats_per_token` (the bound; with isolated documents
-        that of rows whose document edges are known), `grad_norm`, `lr`, and `skipped` when the state counts them.
+        that of rows whose document edges are known), `grad_norm`, and `skipped` when the state counts them.
     """
     graphdef, objective = nnx.graphdef(network), network.objective
     n_micro, n_rows, length = rows.shape
@@ -86,8 +86,7 @@ def _apply(
         # The average starts as the parameters do; early on it follows them faster (arXiv:2206.00364, appendix).
         decay = jnp.minimum(config.train.ema_decay, (1 + state["step"]) / (10 + state["step"]))
         new["ema_state"] = optax.incremental_update(params, state["ema_state"], 1 - decay)
-    lr = learning_rate(config.train)(state["step"] - state.get("skipped", 0))
-    scalars = {"loss": loss, "nats_per_token": bound, "grad_norm": optax.tree.norm(grads), "lr": lr}
+    scalars = {"loss": loss, "nats_per_token": bound, "grad_norm": optax.tree.norm(grads)}
     if "skipped" in state:
         fine = jnp.isfinite(loss) & jnp.isfinite(scalars["grad_norm"])
         new = jax.tree.map(partial(jnp.where, fine), new, {name: state[name] for name in new})
@@ -111,38 +110,57 @@ class Program(NamedTuple):
     network: Transformer  # its structure: arrays are shapes
     n_parameters: int
     initialise: Callable[[], State]  # makes the state before the first update, each part on its device
-    step: Any  # the jitted `train_step`, of (state, rows, key); the state is donated
+    rates: Any  # the jitted learning rates, of the numbers of updates and of those that were skipped
+    step: Any  # the jitted `train_step`, of (rates, state, rows, key); the state is donated
     state: State  # shapes, types and shardings
     rows: jax.ShapeDtypeStruct  # those of one update, likewise
 
-    def compile(self, seed: int) -> jax.stages.Compiled:
-        """Compile one update ahead of time, without any data; the mesh may be of devices that only stand for others."""
+    def update(self, state: State, rows: Array, key: Key[Array, ""]) -> tuple[State, dict[str, Array]]:
+        """Take one update at the learning rates that are due, which scalars tell as `lr`; see `train_step`."""
+        return self.step(self.rates(state["step"], state.get("skipped", 0)), state, rows, key)
+
+    def compile(self, seed: int) -> Callable[[State, Array, Key[Array, ""]], tuple[State, dict[str, Array]]]:
+        """Compile one update ahead of time, without any data, at the first learning rates.
+
+        The mesh may be of devices that only stand for others. `func` of the result is what was compiled.
+        """
         with jax.set_mesh(self.mesh):
-            return self.step.lower(self.state, self.rows, jax.eval_shape(lambda: jax.random.key(seed))).compile()
+            first = self.rates(jnp.int32(0), 0)
+            key = jax.eval_shape(lambda: jax.random.key(seed))
+            return partial(self.step.lower(first, self.state, self.rows, key).compile(), first)
 
 
 def make_program(config: Config, vocabulary: Vocabulary) -> Program:
-    """Return the training program of a configuration, on a mesh of all devices."""
+    """Return the training program of a configuration, on a mesh of all devices.
+
+    Its numbers that change from run to run, the seeds and the learning rates, are arguments of what is compiled, and no
+    parts of it: so a kept program serves runs of all seeds and rates.
+    """
     train, heads = config.train, config.model.n_heads
     mesh = make_mesh(train.batch_size, fsdp=train.fsdp, tensor=train.tensor)
     if heads % train.tensor:
         raise UsageError(f"--model.n_heads {heads} cannot be shared by --train.tensor {train.tensor}: use a divisor")
-    optimizer, network = make_optimizer(train), nnx.eval_shape(lambda: make_model(config, vocabulary))
+    network, rates = nnx.eval_shape(lambda: make_model(config, vocabulary)), learning_rates(train)
 
-    def initialise() -> State:
-        params = nnx.to_pure_dict(nnx.split(make_model(config, vocabulary))[1])
-        return init_state(config, params, optimizer)
+    def initialise(seed: int) -> State:
+        params = nnx.to_pure_dict(nnx.split(make_model(config, vocabulary, seed))[1])
+        return init_state(config, params, make_optimizer(train))
 
-    shapes = jax.eval_shape(initialise)
-    cuts = shardings(mesh, shapes, LOGICAL_AXES)
-    step = partial(train_step, network=network, optimizer=optimizer, config=config)
+    def update(rates: Float[Array, "2"], state: State, *batch: Any) -> tuple[State, dict[str, Array]]:
+        optimizer = make_optimizer(train, lambda _: rates)
+        state, scalars = train_step(state, *batch, network=network, optimizer=optimizer, config=config)
+        return state, scalars | {"lr": rates[0]}
+
+    shapes = jax.eval_shape(initialise, 0)
+    cuts, everywhere = shardings(mesh, shapes, LOGICAL_AXES), jax.NamedSharding(mesh, cut())
     shape = (train.grad_acc_steps, train.batch_size, config.model.seq_len)
     return Program(
         mesh,
         network,
         count_parameters(network),
-        jax.jit(initialise, out_shardings=cuts),
-        jax.jit(step, donate_argnums=0, out_shardings=(cuts, jax.NamedSharding(mesh, cut()))),
+        partial(jax.jit(initialise, out_shardings=cuts), config.model.init_seed),
+        jax.jit(lambda step, skipped: rates(step - skipped), out_shardings=everywhere),
+        jax.jit(update, donate_argnums=1, out_shardings=(cuts, everywhere)),
         jax.tree.map(lambda leaf, held: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=held), shapes, cuts),
         jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(mesh, axis=1)),
     )

@@ -17,7 +17,7 @@ from tests.support.commands import environment
 
 @pytest.mark.slow
 def test_servers_that_start_at_once_on_a_new_database_all_come_up(tmp_path: Path) -> None:
-    code = "from nanodlm.flows.server import ephemeral_server\nwith ephemeral_server() as url: print(url)"
+    code = "from nanodlm.flows.server import ephemeral_server\nwith ephemeral_server() as server: print(server())"
     env = environment(PREFECT_HOME=str(tmp_path / "home"), PREFECT_API_URL="")
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     starting = [subprocess.Popen([sys.executable, "-c", code], env=env, **pipes) for _ in range(4)]
@@ -31,9 +31,9 @@ def test_a_home_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     with (
         temporary_settings({PREFECT_HOME: tmp_path / "home"}),
         pytest.raises(NanodlmError, match=r"did not start \(.*home.*\); set PREFECT_API_URL to use a running one, or"),
-        ephemeral_server(),
+        ephemeral_server() as server,
     ):
-        pass
+        server()
 
 
 @pytest.mark.slow
@@ -43,8 +43,8 @@ def test_a_server_that_has_ended_is_one_line(monkeypatch: pytest.MonkeyPatch) ->
         pytest.raises(
             NanodlmError, match=r"the local Prefect server has failed in .*; what is finished is kept: run again"
         ),
-        ephemeral_server() as url,
-        temporary_settings({PREFECT_API_URL: url}),
+        ephemeral_server() as server,
+        temporary_settings({PREFECT_API_URL: server()}),
     ):
         check_server()
         child = max(psutil.Process().children(), key=psutil.Process.create_time)  # others may be there before
@@ -60,8 +60,8 @@ def test_a_server_whose_disk_is_full_is_named_with_its_folder(tmp_path: Path, mo
     with (
         temporary_settings({PREFECT_HOME: tmp_path}),
         pytest.raises(NanodlmError, match=rf"server has failed in PREFECT_HOME, {tmp_path} \(.*\); .* run again"),
-        ephemeral_server() as url,
-        temporary_settings({PREFECT_API_URL: url}),
+        ephemeral_server() as server,
+        temporary_settings({PREFECT_API_URL: server()}),
         get_client(sync_client=True) as client,
     ):
         for process in set(psutil.Process().children(recursive=True)) - set(others):

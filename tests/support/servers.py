@@ -203,7 +203,7 @@ def ephemeral_prefect(home: Path) -> Iterator[dict[str, str]]:
     named = {"PREFECT_HOME": str(home), "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
     with ExitStack() as stack:
         with mock.patch.dict(os.environ, named):
-            url = stack.enter_context(ephemeral_server())
+            url = stack.enter_context(ephemeral_server())()
         yield {"PREFECT_API_URL": url, **named}
 
 

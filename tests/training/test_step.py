@@ -23,7 +23,7 @@ from nanodlm.diffusion.objective import Objective
 from nanodlm.diffusion.schedules import make_schedule
 from nanodlm.model.transformer import Transformer
 from nanodlm.training.optimizer import make_optimizer
-from nanodlm.training.step import init_state, train_step
+from nanodlm.training.step import init_state, make_program, train_step
 from tests.support.laws import MASK_ID as CHAIN_MASK
 from tests.support.laws import VOCAB, chain_log_p, chain_rows
 from tests.training.test_optimizer import ENCODING, MASK_ID, TINY, assert_trees_close, fresh
@@ -84,8 +84,13 @@ def test_the_loss_of_padded_rows_is_the_mean_over_their_tokens_which_read_no_pad
 
 def test_the_learning_rate_advances_by_updates_and_not_by_micro_batches() -> None:
     config = TINY.replace(train={"warmup_steps": 4, "optimizer": "adamw"})
-    state, records = run_step(config, ROWS.reshape(4, 2, 8), make_optimizer(config.train), updates=3)
-    assert [record["lr"] for record in records] == pytest.approx([2e-3, 4e-3, 6e-3])
+    program = make_program(config, Vocabulary.of(ENCODING))
+    with jax.set_mesh(program.mesh):
+        state, rates = program.initialise(), []
+        for _ in range(3):
+            state, scalars = program.update(state, jnp.asarray(ROWS.reshape(4, 2, 8)), KEY)
+            rates.append(float(scalars["lr"]))
+    assert rates == pytest.approx([2e-3, 4e-3, 6e-3])
     assert int(state["step"]) == 3
     counts = [int(leaf) for leaf in jax.tree.leaves(state["optimizer_state"]) if leaf.ndim == 0]
     assert counts and set(counts) == {3}
