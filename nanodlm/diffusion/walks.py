@@ -1,6 +1,7 @@
 """Walks from noise to text: to the end in one compiled loop, or step by step from Python, for people to watch."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -49,7 +50,8 @@ def step_by_step(walk_of: Callable[..., Walk]) -> Callable[..., Iterator[State]]
     [2, 1, 0]
     """
 
-    @jax.jit
+    # Given all arguments, it leaves the start where they lie; elsewhere, the first step would be compiled for itself.
+    @partial(jax.jit, keep_unused=True)
     def begin(*arguments: Any) -> tuple[State, Bool[Array, ""]]:
         walk = walk_of(*arguments)
         return walk.start, walk.more(walk.start)

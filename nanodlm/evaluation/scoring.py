@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from nanodlm.config import ScoreConfig
 from nanodlm.devices.mesh import batch_sharding, constrain, cut, logit_chunks, make_mesh
 from nanodlm.diffusion.mixed import shares
+from nanodlm.diffusion.objective import Objective
 from nanodlm.errors import Emit, silent
 from nanodlm.evaluation.profile import Profile
 from nanodlm.model.transformer import Ids, Transformer, segments
@@ -59,11 +61,19 @@ def make_scorer(network: Transformer, group: int = 1) -> Scorer:
     was read ends a document. Edges would tell others where masked end-of-text marks are. Padding is never read or
     scored: the bound of a padded row is that of its tokens alone, given how many there are. With a `group` it is
     the bound for telling so many tokens at once, none of which knows the others.
+
+    A network has one such function, compiled once for all texts in rows of one length.
     """
-    graphdef, objective, kind = nnx.graphdef(network), network.objective, network.objective.traits
+    objective, kind = network.objective, network.objective.traits
     padding = objective.mask_id if kind.random_tokens and not kind.masks else network.padding  # it never saw a mask
     document_end = network.document_end if kind.edges_known else None
     objective = replace(objective, estimator="count", times="systematic", weighting="bound", group=group)
+    return _scorer(nnx.graphdef(network), objective, padding, document_end)
+
+
+@lru_cache(8)
+def _scorer(graphdef: Any, objective: Objective, padding: int | None, document_end: int | None) -> Scorer:
+    kind = objective.traits
 
     @jax.jit
     def nats_per_token(params: Any, x_0: Ids, given: Int[Array, "B"], key: Key[Array, ""]) -> Scored:

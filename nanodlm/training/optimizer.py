@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import optax
 import optax.contrib
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from nanodlm.config import TrainConfig
 
-Rates = Callable[[Int[Array, ""]], Float[Array, "2"]]  # of the updates done: AdamW's learning rate, and Muon's
+Rates = Callable[[Any], Float[Array, "2"]]  # of the updates done: AdamW's learning rate, and Muon's
 
 
 def learning_rate(train: TrainConfig) -> optax.Schedule:
@@ -54,7 +54,7 @@ def learning_rates(train: TrainConfig) -> Rates:
     [1.0, 2.0]
     """
     schedule = learning_rate(train)
-    return lambda count: schedule(count) * jnp.array([1.0, train.muon_lr / train.lr])
+    return lambda count: jnp.array([1.0, train.muon_lr / train.lr]) * schedule(count)
 
 
 def make_optimizer(train: TrainConfig, rates: Rates | None = None) -> optax.GradientTransformation:
