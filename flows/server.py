@@ -1,6 +1,7 @@
 """A Prefect server for one `nanodlm run`, gone when its parent is, even after SIGKILL."""
 
 import contextlib
+import gc
 import os
 import runpy
 import socket
@@ -109,6 +110,7 @@ def check_server() -> None:
 
 
 if __name__ == "__main__":
+    gc.set_threshold(20_000)  # as the command line does
     end_with_parent()
     options = ["--host", "127.0.0.1", "--no-ui", "--no-scheduler", "--no-late-runs", "--log-level", "ERROR"]
     sys.argv[1:] = ["server", "start", *options, *sys.argv[1:]]

@@ -7,6 +7,7 @@ Each command is a function of that name in a file beside this one, imported when
 
 import contextlib
 import difflib
+import gc
 import logging
 import os
 import sys
@@ -64,6 +65,7 @@ def main(argv: list[str] | None = None) -> NoReturn:
     """Run one command and exit: 0 done, 1 failed, 2 bad usage, 75 stopped by a signal after saving."""
     argv = sys.argv[1:] if argv is None else argv
     debug, code = "--debug" in argv, 0
+    gc.set_threshold(20_000)  # nothing that libraries make while they load is garbage: looking for it took a sixth
     warnings.formatwarning = lambda message, *_, **__: f"nanodlm: {message}\n"
     if not debug:  # the error that ends the command says in one line what threads of libraries would say of it
         if sys.unraisablehook is sys.__unraisablehook__:

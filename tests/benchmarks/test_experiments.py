@@ -1,6 +1,7 @@
 """The experiments in their smallest form: that they train and score what they say."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from benchmarks.orders import orders
 from benchmarks.plain import plain
 from benchmarks.race import race
 from benchmarks.runs import build, measure
+from benchmarks.startup import startup
 from benchmarks.variance import variance
 from nanodlm.config import PRESETS, Config
 from nanodlm.errors import UsageError
@@ -83,7 +85,20 @@ def test_the_cost_of_updates_is_told_by_the_rate_of_a_few_rows(capsys: pytest.Ca
     assert "| shakespeare | 16,384 |" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("script", [race, ablation, variance, bucket, orchestration, orders, plain, cost, anchors])
+@pytest.mark.slow
+def test_the_way_to_the_first_update_is_told_in_parts_that_add_up(config: Config, tmp_path: Path) -> None:
+    found = startup(config.replace(exp={"log_every": 1}), repeats=1, folder=str(tmp_path))
+    assert list(found) == ["import", "first", "second", "built", "first_training", "second_training"]
+    for name in ("first", "first_training", "second_training"):
+        assert found[name]["seconds"] == pytest.approx(sum(found[name]["parts"].values()), abs=0.05)
+    compiled, loaded = (list(found[name]["parts"].values())[3] for name in ("first_training", "second_training"))
+    assert loaded < compiled
+
+
+SCRIPTS = [race, ablation, variance, bucket, orchestration, orders, plain, cost, anchors, startup]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_every_script_lists_its_flags(script: Any, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         tyro.cli(script, args=["--help"])

@@ -168,3 +168,17 @@ def test_a_cache_is_refused_where_it_has_no_meaning(kind: KindName, options: dic
         nanodlm.sample(network(kind), 0, shape=(1, LENGTH), **options)
     with pytest.raises(ValueError, match="has a cache: choose cache_block 0"):
         nanodlm.sample(lambda x, t: t, 0, shape=(1, 4), cache_block=2, mask_id=2, schedule="linear")
+
+
+def test_a_step_is_compiled_once_for_a_network_that_was_loaded(caplog: pytest.LogCaptureFixture) -> None:
+    graphdef, params = nnx.split(network("absorbing"))
+    loaded = jax.device_put(params, jax.devices()[0])  # as checkpoints are restored to where they say
+
+    def walk_of(params: Any, key: jax.Array) -> Walk:
+        model = nnx.merge(graphdef, params)
+        return reverse_process(model, key, shape=(2, LENGTH), sampler="ancestral", num_steps=3)
+
+    with jax.log_compiles():
+        for _ in step_by_step(walk_of)(loaded, jax.random.key(0)):
+            pass
+    assert caplog.text.count("Finished XLA compilation of jit(step)") == 1

@@ -52,6 +52,14 @@ def test_what_is_given_is_context_and_the_bound_is_on_the_rest(objective: dict[s
     assert 0 < error < 0.1 * nats.sum()
 
 
+def test_texts_in_rows_of_one_length_share_one_program(caplog: pytest.LogCaptureFixture) -> None:
+    model, rows = untrained(), [np.arange(11, dtype=np.int32) + i for i in range(5)]
+    with jax.log_compiles():
+        for n in (5, 3):
+            draw(model, rows[:n], np.zeros(n, int), ScoreConfig(batch_size=4))
+    assert caplog.text.count("Finished XLA compilation of jit(nats_per_token)") == 1
+
+
 @pytest.mark.parametrize("kind", ["absorbing", "uniform", "hybrid", "block", "autoregressive"])
 def test_every_kind_charges_nothing_for_what_is_given(kind: str) -> None:
     rows, given = list(np.random.default_rng(0).integers(0, 257, (6, 8), dtype=np.int32)), np.array([0, 3, 5, 7, 2, 1])
