@@ -10,9 +10,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from importlib import import_module
 from pathlib import Path
+from typing import IO, cast
 
 from filelock import FileLock
 
@@ -26,8 +26,8 @@ START_SECONDS = 120.0
 def ephemeral_server() -> Iterator[Callable[[], str]]:
     """Start a server in a child process, and yield what waits until it answers, and returns its API's URL.
 
-    Until it is waited for it only loads its code, as whoever uses it may do meanwhile: both take Prefect seconds. It is
-    an error when it ends before its time.
+    Until it is waited for it only loads its code, as its parent may do meanwhile: Prefect's takes both of them seconds.
+    It is an error when it ends before its time.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -37,50 +37,47 @@ def ephemeral_server() -> Iterator[Callable[[], str]]:
     environ = {**os.environ, PARENT: str(os.getpid()), "PREFECT_API_URL": ""}
     environ.pop("PREFECT_SERVER_API_AUTH_STRING", None)
     command = [sys.executable, "-P", "-m", "nanodlm.flows.server", "--port", str(port)]
-    with tempfile.NamedTemporaryFile() as log:
+    with tempfile.NamedTemporaryFile() as log, contextlib.ExitStack() as starting:
         child = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environ, start_new_session=True
+            command, bufsize=0, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environ, start_new_session=True
         )
-        assert child.stdin
+        go = starting.enter_context(cast(IO[bytes], child.stdin))
+
+        def ready() -> str:
+            from prefect.settings import get_current_settings
+
+            home, failure = get_current_settings().home, "the local Prefect server did not start"
+            remedy = "set PREFECT_API_URL to use a running one, or PREFECT_HOME"
+            remedy = f"{remedy}, now {home}, to a folder that can be written and has room"
+            try:  # one after the other: two that start on a new database would both make its tables, and one would fail
+                home.mkdir(parents=True, exist_ok=True)
+                starting.enter_context(FileLock(home / "nanodlm-server-starts.lock"))
+            except OSError as error:
+                raise NanodlmError(f"{failure} ({error}); {remedy}") from error
+            with contextlib.suppress(BrokenPipeError):  # it has ended, as is seen below
+                go.write(b"serve\n")
+            url, deadline = f"http://127.0.0.1:{port}/api", time.monotonic() + START_SECONDS
+            while not _answers(url):
+                if child.poll() is not None or time.monotonic() > deadline:
+                    said = last_line(Path(log.name).read_text(errors="replace"))
+                    raise NanodlmError(f"{failure} ({said}); {remedy}")
+                time.sleep(0.1)
+            starting.close()
+            return url
+
         try:
-            yield partial(_ready, child, f"http://127.0.0.1:{port}/api", Path(log.name))
+            yield ready
         except Exception as error:
             from httpx import HTTPStatusError
+            from prefect.settings import get_current_settings
 
             if isinstance(error, NanodlmError) or (child.poll() is None and not isinstance(error, HTTPStatusError)):
                 raise
-            said = f"has failed in PREFECT_HOME, {_home()} ({last_line(Path(log.name).read_text(errors='replace'))})"
+            home = get_current_settings().home
+            said = f"has failed in PREFECT_HOME, {home} ({last_line(Path(log.name).read_text(errors='replace'))})"
             raise NanodlmError(f"the local Prefect server {said}; what is finished is kept: run again") from error
         finally:
-            child.stdin.close()
             stop(child, 10)
-
-
-def _ready(child: subprocess.Popen[bytes], url: str, log: Path) -> str:
-    """Let a child begin to serve, wait until it answers, and return its URL."""
-    home, failure = _home(), "the local Prefect server did not start"
-    remedy = "set PREFECT_API_URL to use a running one, or PREFECT_HOME"
-    remedy = f"{remedy}, now {home}, to a folder that can be written and has room"
-    with contextlib.ExitStack() as starting:
-        try:  # one after the other: two that start on a new database would both make its tables, and one would fail
-            home.mkdir(parents=True, exist_ok=True)
-            starting.enter_context(FileLock(home / "nanodlm-server-starts.lock"))
-        except OSError as error:
-            raise NanodlmError(f"{failure} ({error}); {remedy}") from error
-        with contextlib.suppress(BrokenPipeError):  # it has ended, as is seen below
-            os.write(child.stdin.fileno(), b"serve\n")  # type: ignore[union-attr]
-        deadline = time.monotonic() + START_SECONDS
-        while not _answers(url):
-            if child.poll() is not None or time.monotonic() > deadline:
-                raise NanodlmError(f"{failure} ({last_line(log.read_text(errors='replace'))}); {remedy}")
-            time.sleep(0.1)
-    return url
-
-
-def _home() -> Path:
-    from prefect.settings import get_current_settings
-
-    return get_current_settings().home
 
 
 def _answers(url: str) -> bool:

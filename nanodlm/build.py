@@ -12,10 +12,7 @@ from nanodlm.model.transformer import Transformer
 
 
 def make_model(config: Config, vocabulary: Vocabulary, seed: int | None = None) -> Transformer:
-    """Return a freshly initialised network for the ids of a vocabulary, which carries what it is to be trained on.
-
-    Without a seed, which may be traced, it is that of the configuration.
-    """
+    """Return a freshly initialised network for the ids of a vocabulary, which carries what it is to be trained on."""
     shape = {**config.model.model_dump(exclude={"init_seed", "seq_len"}), "remat": config.train.remat}
     block_size = KINDS[config.objective.kind].block_size(config.objective.block_size)
     rngs = nnx.Rngs(jax.random.key(config.model.init_seed if seed is None else seed))

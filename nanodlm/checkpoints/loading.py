@@ -23,7 +23,7 @@ from nanodlm.data.vocabulary import Vocabulary
 from nanodlm.errors import NanodlmError, UsageError
 from nanodlm.model.transformer import Transformer
 from nanodlm.store import Artifact, Store, changed_since, remark
-from nanodlm.store.compiled import keep_compiled
+from nanodlm.store.cache import keep_compiled
 
 
 def load(uri: str) -> tuple[Transformer, tiktoken.Encoding]:

@@ -61,8 +61,6 @@ def make_scorer(network: Transformer, group: int = 1) -> Scorer:
     was read ends a document. Edges would tell others where masked end-of-text marks are. Padding is never read or
     scored: the bound of a padded row is that of its tokens alone, given how many there are. With a `group` it is
     the bound for telling so many tokens at once, none of which knows the others.
-
-    A network has one such function, compiled once for all texts in rows of one length.
     """
     objective, kind = network.objective, network.objective.traits
     padding = objective.mask_id if kind.random_tokens and not kind.masks else network.padding  # it never saw a mask
@@ -71,16 +69,14 @@ def make_scorer(network: Transformer, group: int = 1) -> Scorer:
     return _scorer(nnx.graphdef(network), objective, padding, document_end)
 
 
-@lru_cache(8)
+@lru_cache(8)  # or every text would be compiled for, and not once the rows of one length
 def _scorer(graphdef: Any, objective: Objective, padding: int | None, document_end: int | None) -> Scorer:
-    kind = objective.traits
-
     @jax.jit
     def nats_per_token(params: Any, x_0: Ids, given: Int[Array, "B"], key: Key[Array, ""]) -> Scored:
         segment_ids = segments(x_0, document_end, padding)
         is_given = jnp.arange(x_0.shape[1]) < given[:, None]
         target = jnp.where(is_given, objective.mask_id + 1, x_0)  # as padding, which is neither noised nor scored
-        if kind.reads == "before":
+        if objective.traits.reads == "before":
             noised = objective.corrupt(x_0, key, segment_ids)
         else:
             noised = objective.corrupt(target, key, segment_ids)

@@ -11,8 +11,7 @@ from nanodlm.errors import Emit, NanodlmError, UsageError, full_disk_named, sile
 from nanodlm.stages.lookup import Lookup, identify, ready
 from nanodlm.stages.table import STAGES, check, until
 from nanodlm.store import Artifact, Json, Store, changed_since, code_record, hold_lease, new_attempt, remark
-from nanodlm.store.cache import cache_dir
-from nanodlm.store.compiled import keep_compiled
+from nanodlm.store.cache import cache_dir, keep_compiled
 
 COMMIT_SECONDS = 600.0  # for process 0 to hash and publish what several processes made
 

@@ -3,6 +3,7 @@
     {cache}/files/{sha256}       a copy, which appears whole, after its sha256 was checked
     {cache}/processes/{name}/    what one process uses: links to copies, and what it makes for a remote store
     {cache}/locks/...            which only spare processes from fetching the same at once
+    {cache}/compiled/            programs that XLA has compiled, for the next process that runs the same
 
 Nothing rests on locks, which some networks' disks lack: a copy that is thrown out stays with those that have linked it.
 """
@@ -11,6 +12,7 @@ import atexit
 import contextlib
 import os
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -25,6 +27,7 @@ from nanodlm.store.owner import has_ended, this_process
 from nanodlm.store.retry import number, one_line
 
 LOCK_SECONDS = 60.0  # that another may take to fetch the same, before this process fetches it too
+COMPILED = 10**9  # bytes of compiled programs; those of a run of the demo take a thousandth
 OLD_SECONDS = 30 * 86400.0  # what a process of another machine has left is in use no more
 
 
@@ -41,6 +44,31 @@ def cache_dir() -> Path:
 def limit() -> int:
     """Return the bytes that copies may take together: `$NANODLM_CACHE_GB`, else 100 GB."""
     return int(number("NANODLM_CACHE_GB", 100) * 1e9)
+
+
+def keep_compiled() -> None:
+    """Let this process, and those that it starts, keep what they compile and find what others have kept.
+
+    JAX finds a program by its code and shapes, by JAX's version and the processor's instructions, so machines of many
+    kinds may share a home. A folder that the user names, in `$JAX_COMPILATION_CACHE_DIR` or in JAX, is left alone; an
+    empty name keeps nothing. What was read longest ago goes here, for JAX's own bound looks at all programs before each
+    writing (50 µs each), needs locks, and after a kill between its two files of one keeps none any more.
+    """
+    jax, name, folder, room = sys.modules.get("jax"), "JAX_COMPILATION_CACHE_DIR", cache_dir() / "compiled", COMPILED
+    if (jax.config.jax_compilation_cache_dir if jax else os.environ.get(name)) is not None:
+        return
+    with contextlib.suppress(OSError):  # another process does the same
+        stats = {path: path.stat() for path in folder.glob("*-cache")}
+        for path, stat in sorted(stats.items(), key=lambda kept: -max(kept[1].st_atime, kept[1].st_mtime)):
+            room -= stat.st_size
+            if room < 0:
+                path.unlink(missing_ok=True)
+    os.environ[name] = str(folder)
+    # Else JAX keeps only what took a second, and the many small programs of a run take as long together.
+    least = os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    if jax:
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", float(least))
 
 
 def cannot_write_cache(error: OSError) -> NanodlmError:

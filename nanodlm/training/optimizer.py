@@ -1,17 +1,13 @@
 """AdamW and Muon, their learning-rate schedules, clipping."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 import optax.contrib
 from jaxtyping import Array, Float
 
 from nanodlm.config import TrainConfig
-
-Rates = Callable[[Any], Float[Array, "2"]]  # of the updates done: AdamW's learning rate, and Muon's
 
 
 def learning_rate(train: TrainConfig) -> optax.Schedule:
@@ -46,36 +42,25 @@ def learning_rate(train: TrainConfig) -> optax.Schedule:
     return optax.join_schedules([rise, after], [warmup])
 
 
-def learning_rates(train: TrainConfig) -> Rates:
-    """Return the learning rates of AdamW and of Muon, which rise and fall together, as a function of the updates done.
-
-    >>> rates = learning_rates(TrainConfig(lr=1.0, muon_lr=2.0, lr_schedule="none"))
-    >>> rates(jnp.int32(3)).tolist()
-    [1.0, 2.0]
-    """
-    schedule = learning_rate(train)
-    return lambda count: jnp.array([1.0, train.muon_lr / train.lr]) * schedule(count)
-
-
-def make_optimizer(train: TrainConfig, rates: Rates | None = None) -> optax.GradientTransformation:
+def make_optimizer(train: TrainConfig, rates: Float[Array, "2"] | None = None) -> optax.GradientTransformation:
     """Return clipping by global norm, then AdamW, or Muon for the blocks' matrices and AdamW for the rest.
 
     Weight decay acts on the matrices of linear layers only. With Muon the rest is optax's Adam with Nesterov momentum
-    and no decay. Without `rates` they are the `learning_rates` of the configuration. Sources: AdamW, arXiv:1711.05101,
+    and no decay. `rates`, those of AdamW and Muon, stand for the configuration's. Sources: AdamW, arXiv:1711.05101,
     algorithm 2; Muon, arXiv:2502.16982, equation 1.
     """
-    of = rates or learning_rates(train)
+    schedule = learning_rate(train) if rates is None else lambda _: rates[0]
     decay: dict[str, Any] = {"eps": train.eps, "weight_decay": train.weight_decay}
     if train.optimizer == "adamw":
-        optimizer = optax.adamw(lambda count: of(count)[0], b1=train.beta1, b2=train.beta2, mask=is_matrix, **decay)
+        optimizer = optax.adamw(schedule, b1=train.beta1, b2=train.beta2, mask=is_matrix, **decay)
     else:
-        adam: dict[str, Any] = {"adam_b1": train.beta1, "adam_b2": train.beta2}
-        adam["adam_learning_rate"] = lambda count: of(count)[0]
+        adam: dict[str, Any] = {"adam_b1": train.beta1, "adam_b2": train.beta2, "adam_learning_rate": schedule}
         layers = optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)  # of matrices inside blocks
         chosen = lambda path, matrix: layers if matrix and path[0].key == "blocks" else None  # noqa: E731
         tree_map = jax.tree_util.tree_map_with_path
         adam["muon_weight_dimension_numbers"] = lambda params: tree_map(chosen, is_matrix(params))
-        optimizer = optax.contrib.muon(lambda count: of(count)[1], ns_steps=3, **adam, **decay)
+        rate = lambda count: schedule(count) * train.muon_lr / train.lr if rates is None else rates[1]  # noqa: E731
+        optimizer = optax.contrib.muon(rate, ns_steps=3, **adam, **decay)
     clip = train.clip_grad_norm
     return optax.chain(optax.clip_by_global_norm(clip), optimizer) if clip else optimizer
 

@@ -19,7 +19,7 @@ from nanodlm.devices.mesh import batch_sharding, cut, logit_chunks, make_mesh, s
 from nanodlm.diffusion.corruption import Corruption
 from nanodlm.errors import UsageError
 from nanodlm.model.transformer import LOGICAL_AXES, Transformer, count_parameters, segments
-from nanodlm.training.optimizer import learning_rates, make_optimizer
+from nanodlm.training.optimizer import learning_rate, make_optimizer
 
 
 def train_step(
@@ -110,7 +110,7 @@ class Program(NamedTuple):
     network: Transformer  # its structure: arrays are shapes
     n_parameters: int
     initialise: Callable[[], State]  # makes the state before the first update, each part on its device
-    rates: Any  # the jitted learning rates, of the numbers of updates and of those that were skipped
+    rates: Any  # the jitted learning rates of AdamW and Muon, after so many updates, of which so many were skipped
     step: Any  # the jitted `train_step`, of (rates, state, rows, key); the state is donated
     state: State  # shapes, types and shardings
     rows: jax.ShapeDtypeStruct  # those of one update, likewise
@@ -120,10 +120,7 @@ class Program(NamedTuple):
         return self.step(self.rates(state["step"], state.get("skipped", 0)), state, rows, key)
 
     def compile(self, seed: int) -> Callable[[State, Array, Key[Array, ""]], tuple[State, dict[str, Array]]]:
-        """Compile one update ahead of time, without any data, at the first learning rates.
-
-        The mesh may be of devices that only stand for others. `func` of the result is what was compiled.
-        """
+        """Compile one update ahead of time, without any data; the mesh may be of devices that only stand for others."""
         with jax.set_mesh(self.mesh):
             first = self.rates(jnp.int32(0), 0)
             key = jax.eval_shape(lambda: jax.random.key(seed))
@@ -133,21 +130,21 @@ class Program(NamedTuple):
 def make_program(config: Config, vocabulary: Vocabulary) -> Program:
     """Return the training program of a configuration, on a mesh of all devices.
 
-    Its numbers that change from run to run, the seeds and the learning rates, are arguments of what is compiled, and no
-    parts of it: so a kept program serves runs of all seeds and rates.
+    Seeds and learning rates are arguments of what is compiled, so that what is kept of it serves all of them.
     """
     train, heads = config.train, config.model.n_heads
     mesh = make_mesh(train.batch_size, fsdp=train.fsdp, tensor=train.tensor)
     if heads % train.tensor:
         raise UsageError(f"--model.n_heads {heads} cannot be shared by --train.tensor {train.tensor}: use a divisor")
-    network, rates = nnx.eval_shape(lambda: make_model(config, vocabulary)), learning_rates(train)
+    network, schedule = nnx.eval_shape(lambda: make_model(config, vocabulary)), learning_rate(train)
+    peaks = jnp.array([1.0, train.muon_lr / train.lr])
 
     def initialise(seed: int) -> State:
         params = nnx.to_pure_dict(nnx.split(make_model(config, vocabulary, seed))[1])
         return init_state(config, params, make_optimizer(train))
 
     def update(rates: Float[Array, "2"], state: State, *batch: Any) -> tuple[State, dict[str, Array]]:
-        optimizer = make_optimizer(train, lambda _: rates)
+        optimizer = make_optimizer(train, rates)
         state, scalars = train_step(state, *batch, network=network, optimizer=optimizer, config=config)
         return state, scalars | {"lr": rates[0]}
 
@@ -159,7 +156,7 @@ def make_program(config: Config, vocabulary: Vocabulary) -> Program:
         network,
         count_parameters(network),
         partial(jax.jit(initialise, out_shardings=cuts), config.model.init_seed),
-        jax.jit(lambda step, skipped: rates(step - skipped), out_shardings=everywhere),
+        jax.jit(lambda step, skipped: peaks * schedule(step - skipped), out_shardings=everywhere),
         jax.jit(update, donate_argnums=1, out_shardings=(cuts, everywhere)),
         jax.tree.map(lambda leaf, held: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=held), shapes, cuts),
         jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(mesh, axis=1)),

@@ -5,16 +5,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
 import pytest
 
-from nanodlm.store import compiled
+from nanodlm.store import cache
 from tests.support.commands import environment
 
 NAMES = ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS")
 CODE = """
 import {first}
-from nanodlm.store.compiled import keep_compiled
+from nanodlm.store.cache import keep_compiled
 keep_compiled()
 import jax
 jax.monitoring.register_event_listener(lambda event, **_: print(event.split("/")[-1]))
@@ -41,9 +40,9 @@ def said(first: str, **variables: str) -> list[str]:
 
 
 def test_a_process_finds_what_another_has_compiled_whether_or_not_it_has_loaded_jax_before(tmp_path: Path) -> None:
-    cache = str(tmp_path / "cache")
-    assert {"cache_misses", "42.0"} < set(said("os", NANODLM_CACHE=cache))
-    again = said("jax", NANODLM_CACHE=cache)
+    place = str(tmp_path / "cache")
+    assert {"cache_misses", "42.0"} < set(said("os", NANODLM_CACHE=place))
+    again = said("jax", NANODLM_CACHE=place)
     assert {"cache_hits", "42.0"} < set(again)
     assert "cache_misses" not in again
 
@@ -68,18 +67,19 @@ def test_what_was_read_longest_ago_goes_until_the_rest_is_within_the_bound(
     folder = tmp_path / "cache" / "compiled"
     folder.mkdir(parents=True)
     monkeypatch.setenv("NANODLM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(compiled, "MOST", 250)
+    monkeypatch.setattr(cache, "COMPILED", 250)
     for number, read in enumerate((30, 10, 40, 20)):
         (folder / f"jit_{number}-cache").write_bytes(bytes(100))
         os.utime(folder / f"jit_{number}-cache", (read, 5))
-    compiled.keep_compiled()
+    cache.keep_compiled()
     assert sorted(path.name for path in folder.iterdir()) == ["jit_0-cache", "jit_2-cache"]
     assert os.environ["JAX_COMPILATION_CACHE_DIR"] == str(folder)
 
 
 def test_a_folder_that_the_user_has_named_to_jax_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NANODLM_CACHE", str(tmp_path / "cache"))
-    named = jax.config.jax_compilation_cache_dir
-    assert named
-    compiled.keep_compiled()
-    assert jax.config.jax_compilation_cache_dir == named
+    before = dict(os.environ)
+    assert before["JAX_COMPILATION_CACHE_DIR"]
+    cache.keep_compiled()
+    assert dict(os.environ) == before
+    assert not (tmp_path / "cache").exists()
