@@ -48,7 +48,7 @@ def plan(config: Config, devices: int) -> dict[str, Any]:
         "optimizer": held(program.state["optimizer_state"]),
         "average": held(program.state.get("ema_state", ())),
         "rows": held(program.rows),
-        "temporaries": getattr(compiled.func.memory_analysis(), "temp_size_in_bytes", 0),
+        "temporaries": getattr(compiled.func.memory_analysis(), "temp_size_in_bytes", 0),  # type: ignore[attr-defined]
     }
     return {
         "devices": devices,

@@ -119,7 +119,7 @@ class Program(NamedTuple):
         """Take one update at the learning rates that are due, which scalars tell as `lr`; see `train_step`."""
         return self.step(self.rates(state["step"], state.get("skipped", 0)), state, rows, key)
 
-    def compile(self, seed: int) -> Callable[[State, Array, Key[Array, ""]], tuple[State, dict[str, Array]]]:
+    def compile(self, seed: int) -> partial[tuple[State, dict[str, Array]]]:
         """Compile one update ahead of time, without any data; the mesh may be of devices that only stand for others."""
         with jax.set_mesh(self.mesh):
             first = self.rates(jnp.int32(0), 0)
