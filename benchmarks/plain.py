@@ -24,6 +24,7 @@ from nanodlm.config import PRESETS, Config
 from nanodlm.data.vocabulary import Vocabulary
 from nanodlm.diffusion.plain import plain_nelbo
 from nanodlm.model.transformer import Transformer
+from nanodlm.stages.precision import measured
 from nanodlm.training.step import make_program
 
 ADAMW = optax.adamw(3e-4, b2=0.95, weight_decay=0.1)
@@ -53,6 +54,7 @@ def plain(config: Annotated[Config, tyro.conf.arg(name="")] = PRESETS["demo"], s
     Returns:
         `step_seconds` and `plain_step_seconds`, the medians, and `speedup`, the ratio of the two.
     """
+    config = measured(config)
     encoding = synthetic_encoding(config)
     vocabulary, key = Vocabulary.of(encoding), jax.random.key(config.train.seed)
     program = make_program(config, vocabulary)

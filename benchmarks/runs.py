@@ -5,6 +5,7 @@ from typing import Any
 
 from nanodlm.cli.console import Console
 from nanodlm.config import Config
+from nanodlm.stages.precision import measured
 from nanodlm.stages.run import run_stage
 from nanodlm.stages.table import until
 from nanodlm.store import Artifact, Store
@@ -12,7 +13,7 @@ from nanodlm.store import Artifact, Store
 
 def build(config: Config, store: Store, last: str) -> dict[str, Artifact]:
     """Build what the store lacks of a configuration's stages up to `last`, and return their artifacts by name."""
-    console, artifacts = Console(sys.stderr), {}
+    console, artifacts, config = Console(sys.stderr), {}, measured(config)
     for name in until(last):
         with console.showing(name) as emit:
             artifacts[name], _ = run_stage(name, config, store, emit=emit)

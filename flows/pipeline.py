@@ -26,6 +26,7 @@ from nanodlm.flows.reporting import WATCHER, RunLog, show_run
 from nanodlm.flows.server import check_server
 from nanodlm.stages import table
 from nanodlm.stages.lookup import named_judge, read_by, ready
+from nanodlm.stages.precision import measured
 from nanodlm.stages.process import run_in_process
 from nanodlm.stages.progress import Watcher
 from nanodlm.stages.run import default_store, enter_folder, record, run_stage
@@ -100,7 +101,7 @@ def _run(
         enter_folder()
         with working_for_run():
             again = None if again in built_before() else again
-            return _stages(changed(preset, changes), store or default_store(), until, again, **options)
+            return _stages(measured(changed(preset, changes)), store or default_store(), until, again, **options)
     except NanodlmError as error:
         return fail(error)
 

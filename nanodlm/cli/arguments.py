@@ -19,6 +19,7 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 from nanodlm.cli.console import Console
 from nanodlm.config import Config, ScoreConfig, TextRequest, explain, load_config
 from nanodlm.errors import UsageError
+from nanodlm.stages.precision import measured
 
 Settings = Annotated[Config, arg(name="")]
 Output = Annotated[Console, arg(name="")]
@@ -45,7 +46,7 @@ def parse(command: str, function: Callable[..., None], words: list[str]) -> Call
     bind = wraps(function)(lambda *values, **named: partial(function, *values, **named))
     try:
         with tyro_errors.on_parse_error(partial(_refuse, command)):
-            return tyro.cli(
+            call = tyro.cli(
                 partial(bind, **defaults),
                 args=words,
                 prog=f"nanodlm {command}{preset}",
@@ -55,6 +56,9 @@ def parse(command: str, function: Callable[..., None], words: list[str]) -> Call
             )
     except ValidationError as error:
         raise UsageError(explain(error, "--")) from None
+    if "config" in call.keywords and command != "config":
+        call.keywords["config"] = measured(call.keywords["config"])
+    return call
 
 
 @_registry.primitive_rule

@@ -17,7 +17,7 @@ FILES = (".json", ".yaml", ".yml")  # of settings
 _DECAY = {"lr_schedule": "warmup_stable_decay", "warmup_steps": 50, "cooldown_steps": 600}
 _DEMO = Config().replace(
     data={"part_mb": 2.0},
-    model={"n_layers": 2, "conv_width": 5, "tie_embeddings": True, "qk_norm": False},
+    model={"n_layers": 2, "conv_width": 5, "tie_embeddings": True, "qk_norm": False, "dtype": "auto"},
     objective={"weighting": "uniform"},
     train={"batch_size": 8, "max_steps": 1200, "optimizer": "muon", "lr": 8e-3, "weight_decay": 0.0, **_DECAY},
     sample={"temperature": 0.6},
@@ -44,7 +44,7 @@ _OWT = Config().replace(
 _PLAYS = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 _SHAKESPEARE = Config().replace(
     data={"source": _PLAYS, "tokenizer": "chars", "split": "last"},
-    model={"seq_len": 256, "n_layers": 6, "n_heads": 6, "d_model": 384, "d_ff": 1536},
+    model={"seq_len": 256, "n_layers": 6, "n_heads": 6, "d_model": 384, "d_ff": 1536, "dtype": "auto"},
     train={"batch_size": 64, "max_steps": 5000, "lr": 1e-3, "min_lr": 1e-4, "warmup_steps": 100},
     sample={"num_steps": 256},
 )

@@ -86,22 +86,24 @@ def _chunked_cross_entropy(
 
 def _chunked_forward(mask_id: int, table: Array, features: Array, target: Array, weight: Array) -> Any:
     compute = table.astype(features.dtype)
+    columns = jax.lax.optimization_barrier(compute.T)
 
     def chunk(total: tuple[Array, Array], inputs: tuple[Array, Array, Array]) -> tuple[Any, Any]:
         loss, d_table = total
         x, target, weight = inputs
         wide = jnp.promote_types(x.dtype, jnp.float32)
-        logits = predictable(jnp.einsum("nd,vd->nv", x, compute, preferred_element_type=wide), mask_id=mask_id)
-        highest = logits.max(axis=-1)
-        e = jnp.exp(logits - highest[..., None])
-        s = e.sum(axis=-1)
-        true_logit = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
+        logits = jnp.einsum("vd,nd->vn", compute, x, preferred_element_type=wide)
+        logits = logits.at[mask_id:].set(-jnp.inf)
+        highest = logits.max(axis=0)
+        e = jnp.exp(logits - highest)
+        s = e.sum(axis=0)
+        true_logit = logits[target, jnp.arange(len(target))]
         nats = jnp.where(weight > 0, highest + jnp.log(s) - true_logit, 0.0)
         e, scale = e.astype(x.dtype), (weight / s)[..., None]
         product = partial(jnp.einsum, preferred_element_type=table.dtype)
         at_target = compute[target].astype(table.dtype)  # rounded like the other rows, so that they can cancel
-        d_x = scale * product("nv,vd->nd", e, compute) - weight[..., None] * at_target
-        d_table += product("nv,nd->vd", e, (scale * x).astype(x.dtype))
+        d_x = scale * jax.lax.optimization_barrier(product("dv,vn->dn", columns, e)).T - weight[..., None] * at_target
+        d_table += product("vn,nd->vd", e, (scale * x).astype(x.dtype))
         d_table = d_table.at[target].add(-weight[..., None] * x)
         return (loss + (weight * nats).sum(), d_table), (nats, d_x.astype(x.dtype))
 

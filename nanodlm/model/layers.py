@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,12 +31,67 @@ def time_embedding(t: Float[Array, "B"], dim: int) -> Float[Array, "B D"]:
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
 
+def wide(dtype: jnp.dtype) -> jnp.dtype:
+    """Return the type of what products of a type give, and of all that is not a product.
+
+    On a CPU it is float32 at least: XLA multiplies bfloat16 fast only into float32 there, and adds it slowly. On an
+    accelerator it is the type itself, half of the bytes; sums are float32 within a product anyway.
+    """
+    return jnp.promote_types(dtype, jnp.float32) if jax.default_backend() == "cpu" else dtype
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def product(equation: str, dtype: jnp.dtype, a: Array, b: Array) -> Array:
+    """Multiply two arrays as `einsum` does, both rounded to a type first, and their gradients' products likewise.
+
+    Gradients come in the arrays' own types, so that those of float32 parameters are not rounded.
+
+    >>> product("nd,de->ne", jnp.dtype("bfloat16"), jnp.ones((2, 3)), jnp.ones((3, 4))).shape
+    (2, 4)
+    """
+    return _multiply(equation, a.astype(dtype), b.astype(dtype))
+
+
+def _product_forward(equation: str, dtype: jnp.dtype, a: Array, b: Array) -> tuple[Array, Any]:
+    rounded = a.astype(dtype), b.astype(dtype)
+    return _multiply(equation, *rounded), (*rounded, a[:0], b[:0])  # the last two for their types
+
+
+def _product_backward(equation: str, dtype: jnp.dtype, kept: Any, gradient: Array) -> tuple[Array, Array]:
+    a, b, of_a, of_b = kept
+    first, second, out = equation.replace("->", ",").split(",")
+    gradient = gradient.astype(dtype)
+    d_a, d_b = _multiply(f"{out},{second}->{first}", gradient, b), _multiply(f"{first},{out}->{second}", a, gradient)
+    return d_a.astype(of_a.dtype), d_b.astype(of_b.dtype)
+
+
+product.defvjp(_product_forward, _product_backward)
+
+
+def _multiply(equation: str, a: Array, b: Array) -> Array:
+    """Multiply two arrays of a type, on a CPU in the only order that XLA multiplies fast there.
+
+    That has the array whose axes come first in the result at the left, with the axes that are summed over at its end.
+    They are moved there behind a barrier, or XLA would merge that with the product, which makes it several times slower.
+    """
+    left, right, out = equation.replace("->", ",").split(",")
+    if jax.default_backend() == "cpu":
+        if next(axis for axis in out if (axis in left) != (axis in right)) in right:
+            left, right, a, b = right, left, b, a
+        last = "".join(sorted(left, key=lambda axis: axis not in out))
+        if last != left:
+            a = jax.lax.optimization_barrier(jnp.einsum(f"{left}->{last}", a))
+        left = last
+    return jnp.einsum(f"{left},{right}->{out}", a, b, preferred_element_type=wide(a.dtype))
+
+
 class Linear(nnx.Linear):
     """A linear layer without bias that multiplies in two dimensions, which XLA's CPU backend does faster."""
 
     def __call__(self, inputs: Float[Array, "... D"], out_sharding: None = None) -> Float[Array, "... E"]:
         """Map the last axis."""
-        return super().__call__(inputs.reshape(-1, inputs.shape[-1])).reshape(*inputs.shape[:-1], -1)
+        flat = inputs.reshape(-1, inputs.shape[-1])
+        return product("nd,de->ne", self.dtype, flat, self.kernel[...]).reshape(*inputs.shape[:-1], -1)
 
 
 class ShortConvolution(nnx.Module):
@@ -52,12 +107,12 @@ class ShortConvolution(nnx.Module):
 
         For each offset, `near` says whether position i may read that neighbour; None is always, with Q = K.
         """
-        kernel = self.kernel[...].astype(x.dtype)
+        kernel = self.kernel[...].astype(wide(x.dtype))
         reach = len(kernel) // 2
         batch, size, dim = x.shape
         length = size if near is None else near[0].shape[1]
         padded = jnp.pad(x, ((0, 0), (reach, reach + max(0, start + length - size)), (0, 0)))
-        out = jnp.zeros((batch, length, dim), x.dtype)
+        out = jnp.zeros((batch, length, dim), kernel.dtype)
         for offset in range(len(kernel)):
             term = padded[:, start + offset : start + offset + length] * kernel[offset]
             out += term if near is None else term * near[offset][..., None]
@@ -81,10 +136,10 @@ class Block(nnx.Module):
         rngs: nnx.Rngs,
     ):
         linear = partial(Linear, use_bias=False, dtype=dtype, rngs=rngs)
-        norm = partial(nnx.RMSNorm, dtype=dtype, rngs=rngs)
+        norm = partial(nnx.RMSNorm, dtype=wide(dtype), rngs=rngs)
         zeros = nnx.initializers.zeros_init()
         output = zeros if zero_init else NORMAL(0.02)
-        self.n_heads = n_heads
+        self.n_heads, self.dtype = n_heads, dtype
         self.conv = ShortConvolution(conv_width, d_model, rngs) if conv_width else None
         self.conv_norm = norm(d_model) if conv_width else None
         self.attention_norm = norm(d_model)
@@ -110,9 +165,9 @@ class Block(nnx.Module):
         if self.modulation is not None and condition is not None:
             modulation = jnp.split(self.modulation(condition), 6, axis=-1)
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation
-        inputs = x[..., :0]
+        inputs = x[..., :0].astype(self.dtype)
         if self.conv is not None and self.conv_norm is not None:
-            inputs = self.conv_norm(x)
+            inputs = self.conv_norm(x).astype(self.dtype)
             x = x + self.conv(inputs, view.own.convolution if view.own else None)
             if past is not None and view.past is not None:
                 x = x + self.conv(past.inputs, view.past.convolution, view.start)
@@ -121,23 +176,41 @@ class Block(nnx.Module):
         q, k, v = jnp.moveaxis(self.qkv(h).reshape(*h.shape[:2], self.n_heads, 3, -1), 3, 0)
         if self.query_norm is not None and self.key_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
-        q, k = rope(q, view.positions), rope(k, view.positions)
+        q, k, v = (a.astype(self.dtype) for a in (rope(q, view.positions), rope(k, view.positions), v))
         kept = Past(k, v, inputs)
         if past is not None:
             k, v = jnp.concatenate([past.keys, k], axis=1), jnp.concatenate([past.values, v], axis=1)
         masks = [reads.attention for reads in (view.past, view.own) if reads is not None]
         mask = jnp.concatenate(masks, axis=2)[:, None] if masks else None
-        h = jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=_implementation(q, k))
+        h = attention(q, k, v, mask)
         x = x + self.attention_out(h.reshape(*q.shape[:2], -1)) * (1 + gate_a)
         h = self.mlp_norm(x) * (1 + scale_m) + shift_m
         x = x + self.mlp_out(jnp.square(jax.nn.relu(self.mlp_in(h)))) * (1 + gate_m)
         return x, kept
 
 
-def _implementation(q: Float[Array, "B Q H E"], k: Float[Array, "B K H E"]) -> Literal["cudnn", "xla"]:
-    """Choose cuDNN's fused attention for what it takes: half precision, small heads, even lengths, a recent GPU."""
+def attention(
+    q: Float[Array, "B Q H E"],
+    k: Float[Array, "B K H E"],
+    v: Float[Array, "B K H E"],
+    mask: Bool[Array, "#B 1 Q K"] | None,
+) -> Float[Array, "B Q H E"]:
+    """Attend to the positions that a mask allows; products are in the type of q, k and v, the softmax in float32.
+
+    On a GPU that has it, it is cuDNN's fused attention, where that takes the arguments.
+    """
+    if jax.default_backend() != "cpu":
+        kernel = "cudnn" if _fits_cudnn(q, k) else "xla"
+        return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=kernel)
+    scores = product("bqhe,bkhe->bhqk", q.dtype, q, k) * q.shape[-1] ** -0.5
+    shares = jax.nn.softmax(scores if mask is None else jnp.where(mask, scores, jnp.finfo(scores.dtype).min))
+    return product("bhqk,bkhe->bqhe", q.dtype, shares, v)
+
+
+def _fits_cudnn(q: Float[Array, "B Q H E"], k: Float[Array, "B K H E"]) -> bool:
+    """Say if cuDNN's fused attention takes it: half precision, small heads, even lengths, a recent GPU."""
     fits = q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] <= 128 and q.shape[-1] % 8 == 0
     if not fits or q.shape[1] % 2 or k.shape[1] % 2 or jax.default_backend() != "gpu":
-        return "xla"
+        return False
     major = str(getattr(jax.devices()[0], "compute_capability", "")).partition(".")[0]
-    return "cudnn" if major.isdecimal() and int(major) >= 8 else "xla"
+    return major.isdecimal() and int(major) >= 8

@@ -20,7 +20,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from nanodlm.devices.mesh import constrain
-from nanodlm.model.layers import NORMAL, Block, time_embedding
+from nanodlm.model.layers import NORMAL, Block, product, time_embedding, wide
 from nanodlm.model.views import Cache, Past, View, view_behind, view_of_row, view_within
 
 Ids = Int[Array, "B L"]
@@ -83,7 +83,8 @@ class Transformer(nnx.Module):
         compute = jnp.dtype(dtype)
         # As an output layer, a tied embedding must start with small logits.
         init = NORMAL(0.5 * d_model**-0.5 if tie_embeddings else 0.5)
-        self.embedding = nnx.Embed(vocab_size, d_model, embedding_init=init, dtype=compute, rngs=rngs)
+        self.dtype = compute
+        self.embedding = nnx.Embed(vocab_size, d_model, embedding_init=init, dtype=wide(compute), rngs=rngs)
         self.sees_time = time_conditioning
         self.time_in = nnx.Linear(d_model, d_model, rngs=rngs) if time_conditioning else None
 
@@ -96,9 +97,9 @@ class Transformer(nnx.Module):
             return Block(**shape, **switches, dtype=compute, rngs=rngs)
 
         self.blocks = stack(rngs)  # all layers' parameters, stacked along a first axis
-        self.norm = nnx.RMSNorm(d_model, dtype=compute, rngs=rngs)
+        self.norm = nnx.RMSNorm(d_model, dtype=wide(compute), rngs=rngs)
         init = nnx.initializers.zeros_init() if zero_init else NORMAL(0.02)
-        head = nnx.Embed(vocab_size, d_model, embedding_init=init, dtype=compute, rngs=rngs)
+        head = nnx.Embed(vocab_size, d_model, embedding_init=init, rngs=rngs)
         self.head = None if tie_embeddings else head
 
     def __call__(self, x_t: Ids, t: Times, segment_ids: Ids | None = None, context: Ids | None = None) -> Logits:
@@ -129,7 +130,7 @@ class Transformer(nnx.Module):
         if context is not None:
             _, past = self._run(context, jnp.zeros_like(t, shape=t.shape[:1]), view, keep=True)
             view = view_of(beside_context=True)
-        return self.norm(self._run(x_t, t, view, past)[0])
+        return self.norm(self._run(x_t, t, view, past)[0]).astype(self.dtype)
 
     def new_cache(self, rows: int, window: int) -> Cache:
         """Return an empty cache for so many rows, of which a block can read a window of positions before it.
@@ -143,7 +144,7 @@ class Transformer(nnx.Module):
         (4, (1, 2, 32))
         """
         self._check_blocks(window, "the window")
-        dtype = self.embedding.dtype
+        dtype = self.dtype
         width, n_heads = self.embedding.features, self.blocks.n_heads
         heads = jnp.zeros((self.n_layers, rows, window, n_heads, width // n_heads), dtype)
         inputs = jnp.zeros((self.n_layers, rows, window, width if self.conv_width else 0), dtype)
@@ -221,10 +222,10 @@ class Transformer(nnx.Module):
         if self.remat != "none":
             dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
             layer = jax.checkpoint(layer, policy=dots if self.remat == "dots" else None, prevent_cse=False)
-        return jax.lax.scan(layer, x, (params, past))
+        return jax.lax.scan(layer, x, (params, past), unroll=True)
 
     def _score(self, features: Float[Array, "B Q D"]) -> Float[Array, "B Q V"]:
-        flat = (self.head or self.embedding).attend(features.reshape(-1, features.shape[-1]))  # as in `Linear`
+        flat = product("nd,vd->nv", self.dtype, features.reshape(-1, features.shape[-1]), self.table)  # as in `Linear`
         return flat.astype(jnp.float32).reshape(*features.shape[:2], -1)
 
 

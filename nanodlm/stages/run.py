@@ -9,6 +9,7 @@ from typing import Any
 from nanodlm.config import Config
 from nanodlm.errors import Emit, NanodlmError, UsageError, full_disk_named, silent
 from nanodlm.stages.lookup import Lookup, identify, ready
+from nanodlm.stages.precision import measured
 from nanodlm.stages.table import STAGES, check, until
 from nanodlm.store import Artifact, Json, Store, changed_since, code_record, hold_lease, new_attempt, remark
 from nanodlm.store.cache import cache_dir, keep_compiled
@@ -141,7 +142,7 @@ def train(config: Config, store: str | None = None, emit: Emit = silent) -> Arti
         run = nanodlm.train(nanodlm.PRESETS["demo"])
         print(run.uri, run.metrics["train_nats_per_token"])
     """
-    opened = Store(store or default_store())
+    opened, config = Store(store or default_store()), measured(config)
     found: dict[str, Artifact] = {}
     for name in until("train"):
         inputs = {needed: found[needed] for needed in STAGES[name].inputs(config)}
