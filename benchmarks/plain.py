@@ -24,7 +24,7 @@ from nanodlm.config import PRESETS, Config
 from nanodlm.data.vocabulary import Vocabulary
 from nanodlm.diffusion.plain import plain_nelbo
 from nanodlm.model.transformer import Transformer
-from nanodlm.stages.precision import measured
+from nanodlm.precision import measured
 from nanodlm.training.step import make_program
 
 ADAMW = optax.adamw(3e-4, b2=0.95, weight_decay=0.1)

@@ -5,7 +5,7 @@ from typing import Any
 
 from nanodlm.cli.console import Console
 from nanodlm.config import Config
-from nanodlm.stages.precision import measured
+from nanodlm.precision import measured
 from nanodlm.stages.run import run_stage
 from nanodlm.stages.table import until
 from nanodlm.store import Artifact, Store

@@ -24,9 +24,9 @@ from nanodlm.flows.internals import untagged
 from nanodlm.flows.own_run import built_before, fail, hold_device, working_for_run
 from nanodlm.flows.reporting import WATCHER, RunLog, show_run
 from nanodlm.flows.server import check_server
+from nanodlm.precision import measured
 from nanodlm.stages import table
 from nanodlm.stages.lookup import named_judge, read_by, ready
-from nanodlm.stages.precision import measured
 from nanodlm.stages.process import run_in_process
 from nanodlm.stages.progress import Watcher
 from nanodlm.stages.run import default_store, enter_folder, record, run_stage

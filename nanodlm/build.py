@@ -9,10 +9,12 @@ from nanodlm.diffusion.kinds import KINDS
 from nanodlm.diffusion.objective import Objective
 from nanodlm.diffusion.schedules import make_schedule
 from nanodlm.model.transformer import Transformer
+from nanodlm.precision import measured
 
 
 def make_model(config: Config, vocabulary: Vocabulary, seed: int | None = None) -> Transformer:
     """Return a freshly initialised network for the ids of a vocabulary, which carries what it is to be trained on."""
+    config = measured(config)
     shape = {**config.model.model_dump(exclude={"init_seed", "seq_len"}), "remat": config.train.remat}
     block_size = KINDS[config.objective.kind].block_size(config.objective.block_size)
     rngs = nnx.Rngs(jax.random.key(config.model.init_seed if seed is None else seed))

@@ -24,7 +24,7 @@ os.environ.setdefault("MPLCONFIGDIR", os.environ["JAX_COMPILATION_CACHE_DIR"])  
 from jaxtyping import install_import_hook
 
 import nanodlm
-from nanodlm.stages.precision import machine
+from nanodlm.precision import machine
 from nanodlm.store import Artifact, Store
 from tests.support import servers
 from tests.support.training import tiny

@@ -19,7 +19,7 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 from nanodlm.cli.console import Console
 from nanodlm.config import Config, ScoreConfig, TextRequest, explain, load_config
 from nanodlm.errors import UsageError
-from nanodlm.stages.precision import measured
+from nanodlm.precision import measured
 
 Settings = Annotated[Config, arg(name="")]
 Output = Annotated[Console, arg(name="")]

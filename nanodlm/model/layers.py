@@ -41,7 +41,7 @@ def wide(dtype: jnp.dtype) -> jnp.dtype:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def product(equation: str, dtype: jnp.dtype, a: Array, b: Array) -> Array:
+def product(equation: str, dtype: jnp.dtype, a: Array, b: Array) -> Any:
     """Multiply two arrays as `einsum` does, both rounded to a type first, and their gradients' products likewise.
 
     Gradients come in the arrays' own types, so that those of float32 parameters are not rounded.
@@ -72,7 +72,7 @@ def _multiply(equation: str, a: Array, b: Array) -> Array:
     """Multiply two arrays of a type, on a CPU in the only order that XLA multiplies fast there.
 
     That has the array whose axes come first in the result at the left, with the axes that are summed over at its end.
-    They are moved there behind a barrier, or XLA would merge that with the product, which makes it several times slower.
+    They are moved there behind a barrier, or XLA would merge that with the product and multiply several times slower.
     """
     left, right, out = equation.replace("->", ",").split(",")
     if jax.default_backend() == "cpu":

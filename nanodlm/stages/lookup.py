@@ -7,6 +7,7 @@ from typing import Any, Self
 from nanodlm.checkpoints.finding import find_model
 from nanodlm.config import Config, differences
 from nanodlm.errors import Damaged, NanodlmError, SourceGone, UsageError
+from nanodlm.precision import measured
 from nanodlm.stages.table import STAGES, Stage
 from nanodlm.store import SCHEMA, Artifact, Store, changed_since, fingerprint_of
 
@@ -56,7 +57,7 @@ def identify(stage: Stage, config: Config, inputs: dict[str, Artifact]) -> Looku
         "schema": SCHEMA,
         "stage": stage.folder,
         "version": stage.version,
-        "parameters": stage.parameters(config),
+        "parameters": stage.parameters(measured(config)),
         "inputs": {name: artifact.digest for name, artifact in inputs.items()},
     }
     return Lookup(stage, inputs, identity, fingerprint_of(identity))

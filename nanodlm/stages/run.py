@@ -8,8 +8,8 @@ from typing import Any
 
 from nanodlm.config import Config
 from nanodlm.errors import Emit, NanodlmError, UsageError, full_disk_named, silent
+from nanodlm.precision import measured
 from nanodlm.stages.lookup import Lookup, identify, ready
-from nanodlm.stages.precision import measured
 from nanodlm.stages.table import STAGES, check, until
 from nanodlm.store import Artifact, Json, Store, changed_since, code_record, hold_lease, new_attempt, remark
 from nanodlm.store.cache import cache_dir, keep_compiled
@@ -41,7 +41,7 @@ def run_stage(
     lookup = ready(name, config, store, rebuild=rebuild) if inputs is None else identify(STAGES[name], config, inputs)
     if lookup.note:
         emit("message", text=lookup.note)
-    config, lookup = lookup.stage.of(config), replace(lookup, stage=STAGES[lookup.stage.folder])
+    config, lookup = measured(lookup.stage.of(config)), replace(lookup, stage=STAGES[lookup.stage.folder])
     if lookup.artifact and not rebuild:
         artifact, built = lookup.artifact, False
     elif helping:
@@ -142,7 +142,7 @@ def train(config: Config, store: str | None = None, emit: Emit = silent) -> Arti
         run = nanodlm.train(nanodlm.PRESETS["demo"])
         print(run.uri, run.metrics["train_nats_per_token"])
     """
-    opened, config = Store(store or default_store()), measured(config)
+    opened = Store(store or default_store())
     found: dict[str, Artifact] = {}
     for name in until("train"):
         inputs = {needed: found[needed] for needed in STAGES[name].inputs(config)}

@@ -1,4 +1,4 @@
-"""Which precision multiplies faster on this machine: timed once in a process of its own, and kept in the cache folder."""
+"""Which precision multiplies faster on this machine: timed once in another process, and kept in the cache folder."""
 
 import hashlib
 import os
@@ -78,4 +78,4 @@ def _time_products() -> str:
 
 
 if __name__ == "__main__":
-    print(_time_products())
+    sys.stdout.write(_time_products())
