@@ -41,7 +41,7 @@ def wide(dtype: jnp.dtype) -> jnp.dtype:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def product(equation: str, dtype: jnp.dtype, a: Array, b: Array) -> Any:
+def product(equation: str, dtype: jnp.dtype, a: Array, b: Array) -> Array:
     """Multiply two arrays as `einsum` does, both rounded to a type first, and their gradients' products likewise.
 
     Gradients come in the arrays' own types, so that those of float32 parameters are not rounded.
@@ -91,7 +91,7 @@ class Linear(nnx.Linear):
     def __call__(self, inputs: Float[Array, "... D"], out_sharding: None = None) -> Float[Array, "... E"]:
         """Map the last axis."""
         flat = inputs.reshape(-1, inputs.shape[-1])
-        return product("nd,de->ne", self.dtype, flat, self.kernel[...]).reshape(*inputs.shape[:-1], -1)
+        return jnp.reshape(product("nd,de->ne", self.dtype, flat, self.kernel[...]), (*inputs.shape[:-1], -1))
 
 
 class ShortConvolution(nnx.Module):

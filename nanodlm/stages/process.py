@@ -22,6 +22,8 @@ from nanodlm.stages.lookup import Lookup
 from nanodlm.store import Artifact, Store
 
 PARENT = "NANODLM_PARENT_PID"
+# Memory in large pages, on Linux: a training step moves so much of it that looking up small ones costs a fifth of it.
+HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 GRACE_SECONDS = 60.0  # for a child to save after SIGTERM, before it is killed
 
 
@@ -43,7 +45,7 @@ def run_in_process(lookup: Lookup, config: Config, store: Store, *, rebuild: boo
         events.touch()
         command = [sys.executable, "-P", "-m", "nanodlm", name, str(config_file), "--events", str(events)]
         command += stage_flags(store.uri(), lookup.input_fingerprints, rebuild=rebuild)
-        env = {**os.environ, PARENT: str(os.getpid())}
+        env = {**HUGE_PAGES, **os.environ, PARENT: str(os.getpid())}
         with errors.open("wb") as stderr, events.open() as feed, open(os.devnull, "r+b") as null:
             child = subprocess.Popen(command, stdin=null, stdout=null, stderr=stderr, env=env, start_new_session=True)
             try:
