@@ -225,8 +225,10 @@ class Transformer(nnx.Module):
         return jax.lax.scan(layer, x, (params, past), unroll=True)
 
     def _score(self, features: Float[Array, "B Q D"]) -> Float[Array, "B Q V"]:
-        flat = product("nd,vd->nv", self.dtype, features.reshape(-1, features.shape[-1]), self.table)  # as in `Linear`
-        return jnp.reshape(flat, (*features.shape[:2], -1)).astype(jnp.float32)
+        flat: Any = product(
+            "nd,vd->nv", self.dtype, features.reshape(-1, features.shape[-1]), self.table
+        )  # as in `Linear`
+        return flat.astype(jnp.float32).reshape(*features.shape[:2], -1)
 
 
 def segments(x_0: Ids, end_of_text: int | None, padding: int | None = None) -> Ids | None:
