@@ -20,7 +20,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from nanodlm.devices.mesh import constrain
-from nanodlm.model.layers import NORMAL, Block, product, time_embedding, wide
+from nanodlm.devices.products import product, together, wide
+from nanodlm.model.layers import NORMAL, Block, time_embedding
 from nanodlm.model.views import Cache, Past, View, view_behind, view_of_row, view_within
 
 Ids = Int[Array, "B L"]
@@ -222,7 +223,7 @@ class Transformer(nnx.Module):
         if self.remat != "none":
             dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
             layer = jax.checkpoint(layer, policy=dots if self.remat == "dots" else None, prevent_cse=False)
-        return jax.lax.scan(layer, x, (params, past), unroll=True)
+        return jax.lax.scan(layer, x, (params, past), unroll=together())
 
     def _score(self, features: Float[Array, "B Q D"]) -> Float[Array, "B Q V"]:
         flat: Any = product(

@@ -1,0 +1,19 @@
+"""Products of a compiled program are found, and counted as often as they are done."""
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks.roofline import dots
+
+
+def test_products_in_and_out_of_loops_are_counted() -> None:
+    def program(x: jax.Array, w: jax.Array) -> jax.Array:
+        x, _ = jax.lax.scan(lambda x, _: (jnp.tanh(x @ w), None), x, None, length=7)
+        return x @ x.T
+
+    hlo = jax.jit(program).lower(jnp.ones((16, 24)), jnp.ones((24, 24))).compile().as_text()
+    assert hlo
+    assert sorted((count, dot.flops) for dot, count in dots(hlo).items()) == [
+        (1, 2 * 16 * 24 * 16),
+        (7, 2 * 16 * 24 * 24),
+    ]
