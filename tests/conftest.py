@@ -24,7 +24,7 @@ os.environ.setdefault("MPLCONFIGDIR", os.environ["JAX_COMPILATION_CACHE_DIR"])  
 from jaxtyping import install_import_hook
 
 import nanodlm
-from nanodlm.precision import machine
+from nanodlm import precision
 from nanodlm.store import Artifact, Store
 from tests.support import servers
 from tests.support.training import tiny
@@ -41,9 +41,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def private_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("NANODLM_CACHE", str(tmp_path / "cache"))
-    chosen = tmp_path / "cache" / "precision" / machine()  # as if float32 were the faster one on every machine
-    chosen.parent.mkdir(parents=True)
-    chosen.write_text("float32")
+    monkeypatch.setattr(precision, "fastest", lambda: "float32")  # on every machine; other processes are told by a flag
     yield
     servers.let_go_of_the_cache()
 

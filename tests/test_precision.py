@@ -15,33 +15,34 @@ from tests.support.training import tiny
 
 
 @pytest.fixture(autouse=True)
-def asked_anew() -> None:
+def kept(monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the choice is kept, which is asked for as it is outside of tests."""
+    monkeypatch.setattr(precision, "fastest", fastest)
     fastest.cache_clear()
+    file = Path(os.environ["NANODLM_CACHE"]) / "precision" / machine()
+    file.parent.mkdir(parents=True)
+    return file
 
 
-def kept() -> Path:
-    return Path(os.environ["NANODLM_CACHE"]) / "precision" / machine()
-
-
-def test_products_are_timed_once_and_the_choice_is_kept() -> None:
-    kept().unlink()
+def test_products_are_timed_once_and_the_choice_is_kept(kept: Path) -> None:
     chosen = fastest()
     assert chosen in ("float32", "bfloat16")
-    assert kept().read_text() == chosen
+    assert kept.read_text() == chosen
     other = "bfloat16" if chosen == "float32" else "float32"
-    kept().write_text(other)
+    kept.write_text(other)
     fastest.cache_clear()
     assert fastest() == other
 
 
-def test_auto_is_replaced_by_the_choice_and_what_is_given_stays() -> None:
-    kept().write_text("bfloat16")
+def test_auto_is_replaced_by_the_choice_and_what_is_given_stays(kept: Path) -> None:
+    kept.write_text("bfloat16")
     assert measured(tiny(model={"dtype": "auto"})).model.dtype == "bfloat16"
     assert measured(tiny(model={"dtype": "float32"})).model.dtype == "float32"
     assert PRESETS["demo"].model.dtype == PRESETS["shakespeare"].model.dtype == "auto"
 
 
-def test_a_trained_models_identity_names_the_choice() -> None:
+def test_a_trained_models_identity_names_the_choice(kept: Path) -> None:
+    kept.write_text("float32")
     identities = [identify(STAGES["train"], tiny(model={"dtype": dtype}), {}) for dtype in ("auto", "float32")]
     assert identities[0] == identities[1]
     assert identify(STAGES["train"], tiny(model={"dtype": "bfloat16"}), {}) != identities[0]
@@ -52,7 +53,6 @@ def test_config_shows_auto() -> None:
 
 
 def test_a_machine_that_cannot_time_products_is_told_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    kept().unlink()
     monkeypatch.setattr(precision.sys, "executable", "/bin/false")
     with pytest.raises(precision.NanodlmError, match=r"set --model\.dtype to float32 or bfloat16"):
         fastest()

@@ -18,6 +18,7 @@ from typing import IO
 
 from nanodlm.config import Config
 from nanodlm.errors import Emit, NanodlmError, Stopped, UsageError, full_disk_named
+from nanodlm.precision import measured
 from nanodlm.stages.lookup import Lookup
 from nanodlm.store import Artifact, Store
 
@@ -38,7 +39,7 @@ def run_in_process(lookup: Lookup, config: Config, store: Store, *, rebuild: boo
 
     When the child fails or is stopped, the error is of the kind that its exit code says, with its last line.
     """
-    name, config = lookup.stage.folder, lookup.stage.of(config)
+    name, config = lookup.stage.folder, measured(lookup.stage.of(config))
     with tempfile.TemporaryDirectory(prefix="nanodlm-") as folder, full_disk_named(f"the temporary folder {folder}"):
         config_file, events, errors = (Path(folder) / n for n in ("config.json", "events.jsonl", "stderr.txt"))
         config_file.write_text(config.model_dump_json())

@@ -110,10 +110,10 @@ def test_the_command_says_in_one_line_what_is_wrong(tmp_path: Path, flags: list[
 
 
 def test_a_dry_run_prints_the_job_and_nothing_else() -> None:
-    flags = ["--train.lr", "0.002", "--store", "/store/runs", "--dry-run"]
+    flags = ["--train.lr", "0.002", "--model.dtype", "float32", "--store", "/store/runs", "--dry-run"]
     slurm = nanodlm("launch", "demo", "--target", "slurm", "--nodes", "2", *flags)
     assert (slurm.returncode, slurm.stderr) == (0, "")
-    config = PRESETS["demo"].replace(train={"lr": 0.002})
+    config = PRESETS["demo"].replace(train={"lr": 0.002}, model={"dtype": "float32"})
     assert slurm.stdout == job_text(Work(config, "/store/runs", Launch(target="slurm", nodes=2)))
     pods = nanodlm("launch", "demo", "--target", "k8s", "--image", "a:1", "--store_volume", "shared", *flags)
     assert (pods.returncode, pods.stderr) == (0, "")

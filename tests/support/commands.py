@@ -18,7 +18,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 # Every stage really runs; only sizes are small.
 TINY = """--data.val_tokens 20000 --data.tokenizer bytes --data.part_mb 0.05
- --model.n_layers 1 --model.d_model 32 --model.n_heads 2 --model.d_ff 64 --model.seq_len 32
+ --model.dtype float32 --model.n_layers 1 --model.d_model 32 --model.n_heads 2 --model.d_ff 64 --model.seq_len 32
  --train.max_steps 120 --train.warmup_steps 5 --train.cooldown_steps 5
  --eval.max_rows 200 --sample.num_steps 8 --sample.num_samples 2 --exp.save_every 20""".split()
 

@@ -13,7 +13,7 @@ from tests.support.commands import speeches
 def tiny(**groups: dict[str, Any]) -> Config:
     base = PRESETS["demo"].replace(
         data={"source": speeches(6), "val_tokens": 5000, "tokenizer": "bytes"},
-        model={"seq_len": 32, "n_layers": 1, "n_heads": 2, "d_model": 16, "d_ff": 32},
+        model={"dtype": "float32", "seq_len": 32, "n_layers": 1, "n_heads": 2, "d_model": 16, "d_ff": 32},
         train={"optimizer": "adamw", "max_steps": 12, "warmup_steps": 2, "cooldown_steps": 4, "batch_size": 4},
         eval={"max_rows": 20, "batch_size": 8},
         sample={"num_samples": 2, "num_steps": 4},
