@@ -17,6 +17,7 @@ from nanodlm.cli import arguments, run
 from nanodlm.cli.main import COMMANDS, main
 from nanodlm.config import PRESETS, Config
 from nanodlm.errors import NanodlmError
+from nanodlm.precision import measured
 from nanodlm.stages import table
 from nanodlm.stages.run import run_stage
 from nanodlm.store import Artifact, Store
@@ -146,10 +147,10 @@ def test_a_preset_is_a_name_a_file_or_json_and_flags_change_it(
     parse: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
     (tmp_path / "config.json").write_text(CONFIG.model_dump_json())
-    assert parse()["config"] == PRESETS["demo"].replace(model={"dtype": "float32"})  # `auto`, in tests
+    assert parse()["config"] == measured(PRESETS["demo"])
     assert parse("owt-1b")["config"] == PRESETS["owt-1b"]
     for preset in (str(tmp_path / "config.json"), CONFIG.model_dump_json()):
-        assert parse(preset, "--train.seed", "7")["config"] == CONFIG.replace(train={"seed": 7})
+        assert parse(preset, "--train.seed", "7")["config"] == measured(CONFIG.replace(train={"seed": 7}))
 
 
 def test_the_store_is_the_flag_else_the_environment_else_a_folder(
