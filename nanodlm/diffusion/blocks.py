@@ -188,11 +188,11 @@ def reverse_tokens(
     def body(state: State) -> State:
         i, (cache, before) = state.step, state.memory
         logits, cache = decoder.extend(cache, before[:, None])
-        logits = predictable(check_logits(logits, before[:, None]), mask_id=mask)
-        drawn = _categorical(key, i, limited(logits, temperature, top_k, top_p))
+        logits = predictable(check_logits(logits, before[:, None])[:, 0], mask_id=mask)
+        drawn = _categorical(key, i, jnp.arange(shape[0]), limited(logits, temperature, top_k, top_p))
         masked = state.tokens[:, i] == mask
-        token = jnp.where(masked, drawn[:, 0], state.tokens[:, i])
-        confidence = jnp.where(masked, probability(logits, drawn)[:, 0], state.confidence[:, i])
+        token = jnp.where(masked, drawn, state.tokens[:, i])
+        confidence = jnp.where(masked, probability(logits, drawn), state.confidence[:, i])
         tokens = end_rows(state.tokens.at[:, i].set(token), mask)
         before = token if document_end is None else jnp.where(token == document_end, mask, token)
         return State(i + 1, tokens, state.confidence.at[:, i].set(confidence), state.calls + 1, (cache, before))

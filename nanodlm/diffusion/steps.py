@@ -2,8 +2,7 @@
 
 import math
 from collections.abc import Callable
-from functools import partial
-from typing import NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -11,23 +10,18 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from nanodlm.diffusion.checks import Rows, check_logits, require, require_whole
 from nanodlm.diffusion.cross_entropy import predictable
-from nanodlm.diffusion.kinds import SAMPLERS, ByScore, InOrder
+from nanodlm.diffusion.kinds import SAMPLERS, ByScore, InOrder, Remasking
 from nanodlm.diffusion.mixed import shares
-from nanodlm.diffusion.noise import TINY, Denoise, Logits, Tokens, rank, remask_probability
+from nanodlm.diffusion.noise import TINY, Denoise, Tokens, rank, remask_probability
 from nanodlm.diffusion.schedules import Schedule
-from nanodlm.diffusion.tokens import _categorical, _start, limited, probability
+from nanodlm.diffusion.tokens import Scores, _categorical, _start, limited, probability
 from nanodlm.diffusion.walks import State, Walk, any_sound, end_rows, start_of
 
-Step = Int[Array, ""]
+Step = Int[Array, "..."]
 Psi = Float[Array, "B L"]  # the confidence of each token
-
-
-class _Way(NamedTuple):
-    """Hold what makes one sampler: x_1, whether it goes on from x_t at a step, and the move from there to x_s."""
-
-    start: Tokens
-    more: Callable[[Step, Tokens], Bool[Array, ""]]
-    move: Callable[[Step, Tokens, Psi], tuple[Logits, Tokens]]  # to the model's logits at x_t, and x_s
+_Drawn = tuple[Tokens, Psi, Psi]  # x_t and psi with what was drawn, and how sure the model is there
+_Move = Callable[[Step, Tokens, Psi], tuple[_Drawn, Tokens]]  # of step, x_t and psi, to what was drawn, and x_s
+PARTS = 8  # in which tokens are drawn
 
 
 class _Shared(NamedTuple):
@@ -37,15 +31,31 @@ class _Shared(NamedTuple):
     times: Float[Array, "T"]
     rates: Float[Array, "T"]
     mask_id: int
-    predict: Denoise
-    limit: Callable[[Logits], Logits]
+    read: Callable[[Tokens, Float[Array, "B"]], Any]  # x_t and t, to what `score` makes logits of at any places
+    score: Callable[..., Scores]
+    limit: Callable[[Scores, Int[Array, "N"]], Scores]  # and tokens of x_t, to the logits to draw from
     key: Key[Array, ""]
+    sure: Callable[[Scores, Float[Array, "N"]], Float[Array, "N"]] = lambda logits, of_token: of_token
 
-    def tokens(self, logits: Logits, step: Int[Array, "B"] | Int[Array, ""]) -> Tokens:
-        return _categorical(self.key, step, self.limit(logits))
+    def draw(self, x_t: Tokens, psi: Psi, t: Float[Array, "..."], step: Step, asked: Bool[Array, "B L"]) -> _Drawn:
+        """Draw tokens where asked, a part of all places at a time: others have neither logits nor noise."""
+        size, t = -(-x_t.size // PARTS), jnp.broadcast_to(t, len(x_t))
+        places = jnp.flatnonzero(asked, size=size * PARTS, fill_value=x_t.size)
+        steps = jnp.broadcast_to(step.reshape(-1, 1), x_t.shape)
+        flat = jax.tree.map(lambda of: of.reshape(x_t.size, -1), (self.read(x_t, t), steps, x_t))
 
-    def everywhere(self, value: Float[Array, ""]) -> Float[Array, "B"]:
-        return jnp.full(len(self.start), value)
+        def part(i: Int[Array, ""], drawn: tuple[Array, ...]) -> tuple[Array, ...]:
+            place = jax.lax.dynamic_slice_in_dim(places, i * size, size)
+            features, step, x = jax.tree.map(lambda of: jnp.take(of, place, axis=0, mode="clip"), flat)
+            logits = self.score(*features)
+            tokens = _categorical(self.key, step[:, 0], place, self.limit(logits, x[:, 0]))
+            of_token = probability(logits, tokens)
+            made = tokens, of_token, self.sure(logits, of_token)
+            return tuple(old.at[place].set(new, mode="drop") for old, new in zip(drawn, made, strict=True))
+
+        before = x_t.ravel(), psi.ravel(), jnp.zeros(x_t.size)
+        drawn = jax.lax.fori_loop(0, -(-asked.sum() // size), part, before)
+        return tuple(of.reshape(x_t.shape) for of in drawn)
 
 
 def reverse_rows(
@@ -85,47 +95,50 @@ def reverse_rows(
     guided = guidance > 0 and prompt is not None and jnp.asarray(prompt).size > 0
     start_key, token_key = jax.random.split(key)
 
-    def predict(x_t: Tokens, t: Float[Array, "B"]) -> Logits:
-        logits = predictable(check_logits(denoise(x_t, t), x_t), mask_id=mask_id)
-        if not guided:
-            return logits
-        without = predictable(denoise(jnp.where(start != mask_id, mask_id, x_t), t), mask_id=mask_id)
-        return jnp.where(logits == -jnp.inf, -jnp.inf, (1 + guidance) * logits - guidance * without)
+    network: Any = denoise
+    apart = hasattr(network, "features") and hasattr(network, "score")  # which makes logits of a place's features
+
+    def read(x_t: Tokens, t: Float[Array, "B"]) -> list[Array]:
+        rows = [x_t, jnp.where(start != mask_id, mask_id, x_t)][: 1 + guided]
+        return [network.features(x, t) if apart else check_logits(network(x, t), x) for x in rows]
+
+    def score(*read: Array) -> Scores:
+        logits = [predictable(network.score(of) if apart else of, mask_id=mask_id) for of in read]
+        guide = (1 + guidance) * logits[0] - guidance * logits[-1]
+        return jnp.where(logits[0] == -jnp.inf, -jnp.inf, guide) if guided else logits[0]
 
     times = _times(num_steps, grid, loop_time if sampler == "remdm_loop" else None)
     rates = schedule.mask_rate(times).at[0].set(1.0).at[-1].set(0.0)  # whatever the schedule does at its ends
-    limit = partial(limited, temperature=temperature, top_k=top_k, top_p=top_p)
-    shared = _Shared(start, times, rates, mask_id, predict, limit, token_key)
+    limit = lambda logits, _: limited(logits, temperature, top_k, top_p)  # noqa: E731
+    shared = _Shared(start, times, rates, mask_id, read, score, limit, token_key)
+    x_1, steps = start, shape[1] if sampler == "first_hitting" else num_steps
     if uniform_share > 0:
-        way = _denoise_mixed(shared, start_key, uniform_share)
+        move = _denoise_mixed(shared, uniform_share)
+        random = jax.random.randint(start_key, shape, 0, mask_id, jnp.int32)
+        x_1 = jnp.where(start == mask_id, random, start) if uniform_share == 1 else start
     elif sampler in get_args(InOrder):
-        way = _unmask_in_order(shared, start_key, schedule, sampler)
+        move = _unmask_in_order(shared, start_key, schedule, sampler)
     elif sampler in get_args(ByScore):
-        way = _unmask_by_score(shared, schedule, sampler, entropy_bound, threshold)
+        move = _unmask_by_score(shared, schedule, sampler, entropy_bound, threshold)
     else:
-        way = _remask(shared, start_key, sampler, remask)
-    return _walk(shared, way, redraws=uniform_share > 0, calls=1 + guided)
-
-
-def _walk(shared: _Shared, way: _Way, *, redraws: bool, calls: int) -> Walk:
-    """Make a sampler's moves a walk, in which a row ends where nothing can be drawn from its logits."""
-    given = shared.start != shared.mask_id
+        move = _remask(shared, start_key, sampler, remask)
+    given, all_steps = start != mask_id, sampler in ("ancestral", *get_args(Remasking))
 
     def more(state: State) -> Bool[Array, ""]:
-        return ~given.all() & any_sound(state.tokens) & way.more(state.step, state.tokens)
+        left = all_steps | (state.tokens == mask_id).any()
+        return ~given.all() & any_sound(state.tokens) & (state.step < steps) & left
 
     def body(state: State) -> State:
+        """Take a step, in which a row ends where nothing can be drawn from its logits."""
         x_t = state.tokens
-        logits, x_s = way.move(state.step, x_t, state.confidence)
-        drawn = ~given if redraws else x_t == shared.mask_id
-        bad = (drawn & ~jnp.isfinite(logits.max(axis=-1))).any(axis=1, keepdims=True)
-        x_s = jnp.where(bad, jnp.where(drawn, -1, x_t), x_s)
-        x_s = jnp.where(given | (x_t < 0).any(axis=1, keepdims=True), x_t, x_s)
-        confidence = jnp.where(drawn, probability(logits, x_s), state.confidence)
-        confidence = jnp.where(x_s == shared.mask_id, 0.0, confidence)
-        return State(state.step + 1, x_s, confidence, state.calls + calls)
+        (tokens, confidence, _), x_s = move(state.step, x_t, state.confidence)
+        bad = ((tokens < 0) | (x_t < 0)).any(axis=1, keepdims=True)
+        x_s = jnp.where(bad, jnp.where(~given if uniform_share else x_t == mask_id, -1, x_t), x_s)
+        x_s = jnp.where(given, x_t, x_s)
+        confidence = jnp.where(x_s == mask_id, 0.0, confidence)
+        return State(state.step + 1, x_s, confidence, state.calls + 1 + guided)
 
-    return Walk(start_of(end_rows(way.start, shared.mask_id), given), more, body)
+    return Walk(start_of(end_rows(x_1, mask_id), given), more, body)
 
 
 def _times(num_steps: int, grid: str, loop_time: float | None = None) -> Float[Array, "T"]:
@@ -146,7 +159,7 @@ def _times(num_steps: int, grid: str, loop_time: float | None = None) -> Float[A
     return jnp.array([1.0, *times[1:-1], 0.0], jnp.float32)
 
 
-def _unmask_in_order(shared: _Shared, key: Key[Array, ""], schedule: Schedule, sampler: str) -> _Way:
+def _unmask_in_order(shared: _Shared, key: Key[Array, ""], schedule: Schedule, sampler: str) -> _Move:
     """Unmask each position in a step drawn for it beforehand, with a token drawn in that step.
 
     A position with u ~ U(0, 1] unmasks in step i where m_{i+1} < u <= m_i, m being the mask rate. A position that is
@@ -166,66 +179,59 @@ def _unmask_in_order(shared: _Shared, key: Key[Array, ""], schedule: Schedule, s
         times = jnp.broadcast_to(shared.times[:-1], (len(u), len(shared.times) - 1))
     n, skip = times.shape[1], sampler != "ancestral"
 
-    def more(i: Step, x_t: Tokens) -> Bool[Array, ""]:
-        return (x_t == shared.mask_id).any() if skip else i < n
-
-    def move(i: Step, x_t: Tokens, _: Psi) -> tuple[Logits, Tokens]:
+    def move(i: Step, x_t: Tokens, psi: Psi) -> tuple[_Drawn, Tokens]:
         masked = x_t == shared.mask_id
         now = jnp.where(masked, step, n).min(axis=1) if skip else jnp.full(len(x_t), i)
         t = jnp.take_along_axis(times, jnp.minimum(now, n - 1)[:, None], axis=1)[:, 0]
-        logits = shared.predict(x_t, t)
-        return logits, jnp.where(masked & (step == now[:, None]), shared.tokens(logits, now), x_t)
+        drawn = shared.draw(x_t, psi, t, now, masked & (step == now[:, None]))
+        return drawn, drawn[0]
 
-    return _Way(shared.start, more, move)
+    return move
 
 
-def _unmask_by_score(shared: _Shared, schedule: Schedule, sampler: str, entropy_bound: float, threshold: float) -> _Way:
+def _unmask_by_score(shared: _Shared, schedule: Schedule, sampler: str, bound: float, threshold: float) -> _Move:
     """Draw a token for each masked position, keep those with the best score, mask the others again.
 
     The score is, of the model's distribution at temperature 1, the probability of the drawn token (`confidence`:
     MaskGIT, arXiv:2202.04200, section 3.2; LLaDA, arXiv:2502.09992, appendix), the lead of the best token
     (`margin`: arXiv:2502.06768), or minus the entropy H (`entropy`: EB-sampler, arXiv:2505.24857). The first two
     leave round(N m_{i+1}) of a row's N masks after step i. `entropy` keeps as many positions, from the least H on,
-    as have sum(H) - max(H) <= entropy_bound, which bounds how dependent they are. `threshold` scores as `confidence`
+    as have sum(H) - max(H) <= bound, which bounds how dependent they are. `threshold` scores as `confidence`
     does, and keeps what is above the threshold, the best at least (Fast-dLLM, arXiv:2505.22618, section 3.3). These two
     tell the model the time at which as much is masked, and unmask all that is left in their last step.
     """
     total = (shared.start == shared.mask_id).sum(axis=1)
 
-    def move(i: Step, x_t: Tokens, _: Psi) -> tuple[Logits, Tokens]:
+    def sure(logits: Scores, of_token: Float[Array, "N"]) -> Float[Array, "N"]:
+        p = jax.nn.softmax(logits, axis=-1)
+        if sampler == "entropy":
+            return -jax.scipy.special.entr(p).sum(axis=-1)
+        best = p.argmax(axis=-1, keepdims=True)  # without sorting all
+        others = jnp.where(jnp.arange(p.shape[-1]) == best, 0, p)
+        return p.max(axis=-1) - others.max(axis=-1) if sampler == "margin" else of_token
+
+    def move(i: Step, x_t: Tokens, psi: Psi) -> tuple[_Drawn, Tokens]:
         masked = x_t == shared.mask_id
         left = masked.sum(axis=1)
         by_time = sampler in ("confidence", "margin")
-        t = shared.everywhere(shared.times[i]) if by_time else schedule.time_of(left / jnp.maximum(total, 1))
-        logits = shared.predict(x_t, t)
-        tokens = shared.tokens(logits, i)
-        log_p = jax.nn.log_softmax(logits, axis=-1)
-        if sampler in ("confidence", "threshold"):
-            score = jnp.take_along_axis(log_p, tokens[..., None], axis=-1)[..., 0]
-        elif sampler == "margin":
-            best = jax.lax.top_k(jnp.exp(log_p), 2)[0]
-            score = best[..., 0] - best[..., 1]
-        else:
-            score = (jnp.exp(log_p) * jnp.maximum(log_p, -1e30)).sum(axis=-1)
-        score = jnp.where(masked, jnp.nan_to_num(score, nan=0.0), -jnp.inf)
+        t = shared.times[i] if by_time else schedule.time_of(left / jnp.maximum(total, 1))
+        drawn = shared._replace(sure=sure).draw(x_t, psi, t, i, masked)
+        score = jnp.where(masked, jnp.nan_to_num(drawn[2], nan=0.0), -jnp.inf)
         if by_time:
             count = left - jnp.round(total * shared.rates[i + 1]).astype(jnp.int32)
         elif sampler == "threshold":
-            count = jnp.maximum(1, (jnp.exp(score) > threshold).sum(axis=1))
+            count = jnp.maximum(1, (score > threshold).sum(axis=1))
         else:
             entropies = jnp.sort(-score, axis=1)  # infinite where nothing is masked
             others = jnp.cumsum(jnp.pad(entropies[:, :-1], ((0, 0), (1, 0))), axis=1)
-            count = (others <= entropy_bound).sum(axis=1)
+            count = (others <= bound).sum(axis=1)
         count = jnp.where(i == len(shared.rates) - 2, left, count)
-        return logits, jnp.where(masked & (rank(-score) < count[:, None]), tokens, x_t)
+        return drawn, jnp.where(rank(-score) < count[:, None], drawn[0], x_t)
 
-    def more(i: Step, x_t: Tokens) -> Bool[Array, ""]:
-        return (x_t == shared.mask_id).any() & (i < len(shared.rates) - 1)
-
-    return _Way(shared.start, more, move)
+    return move
 
 
-def _remask(shared: _Shared, key: Key[Array, ""], sampler: str, remask: float) -> _Way:
+def _remask(shared: _Shared, key: Key[Array, ""], sampler: str, remask: float) -> _Move:
     """Sample as ReMDM does: tokens are masked again on the way, to draw them anew when more is known.
 
     From t to s, a token is masked again with probability sigma, and a mask becomes a token with probability
@@ -235,7 +241,7 @@ def _remask(shared: _Shared, key: Key[Array, ""], sampler: str, remask: float) -
     """
     given = shared.start != shared.mask_id
 
-    def move(i: Step, x_t: Tokens, psi: Psi) -> tuple[Logits, Tokens]:
+    def move(i: Step, x_t: Tokens, psi: Psi) -> tuple[_Drawn, Tokens]:
         masked = x_t == shared.mask_id
         m_t, m_s = shared.rates[i], shared.rates[i + 1]
         sigma = remask_probability(sampler, remask, (m_t, m_s), psi, ~masked & ~given)
@@ -243,13 +249,13 @@ def _remask(shared: _Shared, key: Key[Array, ""], sampler: str, remask: float) -
             sigma = jnp.where(shared.times[i] == shared.times[i + 1], sigma, 0.0)
         stays = jnp.where(m_t > 0, (m_s - sigma * (1 - m_t)) / jnp.maximum(m_t, TINY), 0.0)
         to_mask = jax.random.uniform(jax.random.fold_in(key, i), x_t.shape) < jnp.where(masked, stays, sigma)
-        logits = shared.predict(x_t, shared.everywhere(shared.times[i]))
-        return logits, jnp.where(to_mask, shared.mask_id, jnp.where(masked, shared.tokens(logits, i), x_t))
+        drawn = shared.draw(x_t, psi, shared.times[i], i, masked & ~to_mask)
+        return drawn, jnp.where(to_mask, shared.mask_id, drawn[0])
 
-    return _Way(shared.start, lambda i, _: i < len(shared.rates) - 1, move)
+    return move
 
 
-def _denoise_mixed(shared: _Shared, key: Key[Array, ""], uniform_share: float) -> _Way:
+def _denoise_mixed(shared: _Shared, uniform_share: float) -> _Move:
     """Take the reverse steps of the uniform process, or of one between it and masking; see `mixed.shares`.
 
     With z the token at t, p the model's distribution, N = mask_id, and, for j the mask or a token at s,
@@ -262,20 +268,21 @@ def _denoise_mixed(shared: _Shared, key: Key[Array, ""], uniform_share: float) -
     has its optimum there. At s = 0, no mask is left. The prompt is set back in each step, the usual approximation.
     Sources: D3PM, arXiv:2107.03006, equations 3 and 4; UDLM, arXiv:2412.10193, section 3; GIDD, arXiv:2503.04482.
     """
-    given = shared.start != shared.mask_id
-    prior = shared.start
-    if uniform_share == 1:
-        prior = jnp.where(given, prior, jax.random.randint(key, given.shape, 0, shared.mask_id, jnp.int32))
 
-    def move(i: Step, x_t: Tokens, _: Psi) -> tuple[Logits, Tokens]:
+    def move(i: Step, x_t: Tokens, psi: Psi) -> tuple[_Drawn, Tokens]:
         t, s = shares(shared.rates[i], uniform_share), shares(shared.rates[i + 1], uniform_share)
-        logits = shared.predict(x_t, shared.everywhere(shared.times[i]))
-        q_s = s.kept * jax.nn.softmax(shared.limit(logits), axis=-1)[..., : shared.mask_id] + s.uniform / shared.mask_id
-        q_s = jnp.concatenate([q_s, jnp.full((*x_t.shape, 1), s.masked)], axis=-1)
         a = t.kept / jnp.maximum(s.kept, TINY)
-        noise = jnp.where(x_t == shared.mask_id, t.masked - a * s.masked, (t.uniform - a * s.uniform) / shared.mask_id)
-        # Rounding must not make noise negative; a little of it leaves something to draw where rates underflow.
-        back = jnp.maximum(noise, TINY)[..., None] + a * jax.nn.one_hot(x_t, shared.mask_id + 1)
-        return logits, _categorical(shared.key, i, jnp.log(q_s) + jnp.log(back))
 
-    return _Way(prior, lambda i, _: i < len(shared.rates) - 1, move)
+        def law(logits: Scores, z: Int[Array, "N"]) -> Float[Array, "N J"]:
+            p = jax.nn.softmax(shared.limit(logits, z), axis=-1)[:, : shared.mask_id]
+            q_s = jnp.pad(s.kept * p + s.uniform / shared.mask_id, ((0, 0), (0, 1)), constant_values=s.masked)
+            noise = t.masked - a * s.masked, (t.uniform - a * s.uniform) / shared.mask_id
+            noise = jnp.where(z == shared.mask_id, *noise)
+            # Rounding must not make noise negative; a little of it leaves something to draw where rates underflow.
+            back = jnp.maximum(noise, TINY)[:, None] + a * jax.nn.one_hot(z, shared.mask_id + 1)
+            return jnp.log(q_s) + jnp.log(back)
+
+        drawn = shared._replace(limit=law).draw(x_t, psi, shared.times[i], i, shared.start == shared.mask_id)
+        return drawn, drawn[0]
+
+    return move

@@ -105,7 +105,7 @@ class Transformer(nnx.Module):
 
     def __call__(self, x_t: Ids, t: Times, segment_ids: Ids | None = None, context: Ids | None = None) -> Logits:
         """Return logits of x_0 at every position, in float32: the `features` times the `table`."""
-        return self._score(self.features(x_t, t, segment_ids, context))
+        return self.score(self.features(x_t, t, segment_ids, context))
 
     @property
     def table(self) -> Float[Array, "V D"]:
@@ -162,20 +162,20 @@ class Transformer(nnx.Module):
         x, made = self._run(tokens, jnp.zeros(len(tokens)), view, cache.layers, keep=True)
         window = cache.layers.keys.shape[2]
         layers = jax.tree.map(lambda old, new: jnp.concatenate([old, new], 2)[:, :, -window:], cache.layers, made)
-        return self._score(self.norm(x)), Cache(layers, cache.count + tokens.shape[1])
+        return self.score(self.norm(x)), Cache(layers, cache.count + tokens.shape[1])
 
     def denoise_block(self, cache: Cache, x_t: Int[Array, "B N"], t: Float[Array, "B"]) -> Float[Array, "B N V"]:
         """Return logits of x_0 for the one noisy block that follows the cached tokens, as `__call__` with a context."""
         if not self.block_size or x_t.shape[1] != self.block_size:
             raise ValueError(f"one block has {self.block_size} positions, not {x_t.shape[1]}")
         view = view_behind(cache, self.block_size, self.block_size, self.conv_width)
-        return self._score(self.norm(self._run(x_t, t, view, cache.layers)[0]))
+        return self.score(self.norm(self._run(x_t, t, view, cache.layers)[0]))
 
     def read_row(self, x_t: Ids, t: Float[Array, "B"]) -> tuple[Logits, Past]:
         """Return the logits of a whole noisy row, as `__call__` does, and what each layer keeps of it."""
         x, past = self._run(x_t, t, view_of_row(x_t.shape[1], None, 0, self.conv_width), keep=True)
         assert past is not None
-        return self._score(self.norm(x)), past
+        return self.score(self.norm(x)), past
 
     def denoise_within(
         self, past: Past, x_t: Int[Array, "B N"], t: Float[Array, "B"], start: Int[Array, ""]
@@ -189,7 +189,7 @@ class Transformer(nnx.Module):
         view = view_within(start, size, past.keys.shape[2], self.conv_width)
         near = jnp.clip(start - reach + jnp.arange(size + 2 * reach), 0, past.keys.shape[2] - 1)
         past = past._replace(inputs=past.inputs[:, :, near])
-        return self._score(self.norm(self._run(x_t, t, view, past)[0]))
+        return self.score(self.norm(self._run(x_t, t, view, past)[0]))
 
     def _check_blocks(self, number: int, what: str) -> None:
         if not self.block_size:
@@ -225,11 +225,10 @@ class Transformer(nnx.Module):
             layer = jax.checkpoint(layer, policy=dots if self.remat == "dots" else None, prevent_cse=False)
         return jax.lax.scan(layer, x, (params, past), unroll=together())
 
-    def _score(self, features: Float[Array, "B Q D"]) -> Float[Array, "B Q V"]:
-        flat: Any = product(
-            "nd,vd->nv", self.dtype, features.reshape(-1, features.shape[-1]), self.table
-        )  # as in `Linear`
-        return flat.astype(jnp.float32).reshape(*features.shape[:2], -1)
+    def score(self, features: Float[Array, "*N D"]) -> Float[Array, "*N V"]:
+        """Return the logits of `features`, in float32."""
+        flat: Array = product("nd,vd->nv", self.dtype, features.reshape(-1, features.shape[-1]), self.table)
+        return flat.astype(jnp.float32).reshape(*features.shape[:-1], -1)
 
 
 def segments(x_0: Ids, end_of_text: int | None, padding: int | None = None) -> Ids | None:
