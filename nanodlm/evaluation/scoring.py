@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from nanodlm.config import ScoreConfig
 from nanodlm.devices.mesh import batch_sharding, constrain, cut, logit_chunks, make_mesh
+from nanodlm.diffusion.cross_entropy import linear_cross_entropy
 from nanodlm.diffusion.mixed import shares
 from nanodlm.diffusion.objective import Objective
 from nanodlm.errors import Emit, silent
@@ -87,12 +88,34 @@ def _scorer(graphdef: Any, objective: Objective, padding: int | None, document_e
             weight, nats = objective.mixed_terms(objective.logits(model, x_0, noised, segment_ids), target, noised)
             nats = weight[:, None] * nats
         else:
-            chunks = logit_chunks(x_0.size, objective.mask_id)
             features = objective.logits(model.features, x_0, noised, segment_ids)
-            nats = objective.fused_nats(features, model.table, target, noised, chunks=chunks)[1]
+            most, options = _most_scored(objective, x_0), {"mask_id": objective.mask_id}
+            options["chunks"] = logit_chunks(most, objective.mask_id)
+            if most == x_0.size:
+                nats = objective.fused_nats(features, model.table, target, noised, chunks=options["chunks"])[1]
+            else:
+                scored, (_, weight) = objective._position_weights(target, noised)
+                places = jnp.flatnonzero(scored, size=most, fill_value=x_0.size)[None]
+                values = (of.reshape(x_0.size, *of.shape[2:]) for of in (features, target, weight))
+                x, ids, weight = (of.at[places].get(mode="clip") for of in values)
+                nats = weight * linear_cross_entropy(x, model.table, ids, weight, **options)[1]
+                nats = jnp.zeros(x_0.size).at[places].set(nats, mode="drop").reshape(x_0.shape)
         return Scored(constrain(nats, None), constrain(noise.reshape(len(x_0), -1), None))  # for every process to read
 
     return nats_per_token
+
+
+def _most_scored(objective: Objective, x_0: Ids) -> int:
+    """Return how many positions of a batch can be masked at most, which the even spread of its counts tells.
+
+    Devices that share the batch score all of theirs, or they would wait for each other's.
+    """
+    size = min(objective.block_size, x_0.shape[1]) if objective.traits.reads == "block" else x_0.shape[1]
+    units = len(x_0) * -(-x_0.shape[1] // size)
+    if not objective.traits.masks or jax.device_count() > 1:
+        return x_0.size
+    counts = sum(size * i // units + objective.group + 1 for i in range(1, units + 1))  # each may be rounded up
+    return min(x_0.size, counts)
 
 
 def score_rows(

@@ -111,8 +111,9 @@ ALL = (
     Stage("train", "training.loop:train", ("shard", "tokenizer"), _training, own_process=True, volatile=LOGS),
     # Since version 4, it keeps the nats of every row, and says the interval and the draws; since 5, its profile.
     Stage("evaluate", "evaluation.evaluate:evaluate", ("shard", "train"), _evaluation, 5, own_process=True),
-    # Since version 2, it keeps the steps of the first texts, and measures all beside texts that were held out.
-    Stage("sample", "generation.generate:generate", ("shard", "train"), sampling_settings, 2, own_process=True),
+    # Since version 2, it keeps the steps of the first texts, and measures all beside texts that were held out; since 3,
+    # a seed draws other texts.
+    Stage("sample", "generation.generate:generate", ("shard", "train"), sampling_settings, 3, own_process=True),
     Stage(
         "twin",
         "training.loop:train",

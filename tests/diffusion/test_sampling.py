@@ -399,7 +399,7 @@ def test_mixed_noise_is_taken_back_as_multiplying_out_its_reverse_steps_gives(sh
         return np.exp(np.asarray(denoise(jnp.asarray(x[None], jnp.int32), jnp.float32([m])))[0, :, :TOKENS])
 
     expected = reverse_law(p, [1, 2 / 3, 1 / 3, 0], share)
-    assert_drawn_from(expected, draw(denoise, ROWS, 2, num_steps=3, uniform_share=share), 1.5)
+    assert_drawn_from(expected, draw(denoise, ROWS, 2, num_steps=3, uniform_share=share), 2.0)
 
 
 @pytest.mark.parametrize(("share", "num_steps"), [(1.0, STEPS), (0.2, 2 * STEPS)])
@@ -471,17 +471,54 @@ def test_an_argument_that_makes_no_sense_is_refused(options: dict[str, object], 
         draw(**options)
 
 
-def test_tokens_are_the_gumbel_maximum_of_high_precision_noise_bit_for_bit() -> None:
-    logits = jax.random.normal(jax.random.key(1), (3, 5, 200))
-    step = jnp.int32(4)
-    drawn = diffusion_tokens._categorical(KEY, step, logits)
-    for row in range(3):
-        key = jax.random.fold_in(KEY, 4 * 3 + row)
-        high, low = (
-            jnp.argmax(logits[row] + jax.random.gumbel(key, (5, 200), mode=mode), axis=-1) for mode in ("high", "low")
-        )
-        np.testing.assert_array_equal(drawn[row], high)
-        assert (high != low).any()
+def test_tokens_are_gumbel_maxima_of_high_precision_noise_first_over_parts_bit_for_bit() -> None:
+    logits, steps, places = jax.random.normal(jax.random.key(1), (3, 200)), jnp.array([4, 4, 7]), jnp.array([0, 9, 9])
+    drawn = diffusion_tokens._categorical(KEY, steps, places, logits)
+    parts = jnp.pad(logits, ((0, 0), (0, 10)), constant_values=-jnp.inf).reshape(3, 15, 14)
+    for i, (step, place) in enumerate(zip(steps, places, strict=True)):
+        keys = jax.random.split(jax.random.fold_in(jax.random.fold_in(KEY, step), place))
+        part = jnp.argmax(jax.nn.logsumexp(parts[i], axis=-1) + jax.random.gumbel(keys[0], (15,), mode="high"))
+        inside = jnp.argmax(parts[i, part] + jax.random.gumbel(keys[1], (14,), mode="high"))
+        assert drawn[i] == part * 14 + inside
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 16])
+def test_tokens_have_the_probabilities_of_their_logits(size: int) -> None:
+    logits = np.append(2 * np.random.default_rng(size).normal(size=size - 1), 0.0)
+    logits[: size // 3] = -np.inf
+    law = np.exp(logits) / np.exp(logits).sum()
+    n = 20_000
+    drawn = diffusion_tokens._categorical(KEY, jnp.int32(3), jnp.arange(n), jnp.tile(jnp.float32(logits), (n, 1)))
+    found = np.bincount(drawn, minlength=size) / n
+    assert found[law == 0].sum() == 0
+    np.testing.assert_array_less(np.abs(found - law), 4 * np.sqrt(law * (1 - law) / n) + 1e-9)
+
+
+def test_what_cannot_be_drawn_is_minus_one() -> None:
+    logits = jnp.array([[0.0, jnp.nan, 1.0], [jnp.inf, 0.0, 0.0], [-jnp.inf] * 3, [-jnp.inf, 0.0, -jnp.inf]])
+    assert diffusion_tokens._categorical(KEY, jnp.int32(0), jnp.arange(4), logits).tolist() == [-1, -1, -1, 1]
+
+
+@pytest.mark.parametrize("options", [{}, {"sampler": "margin"}, {"guidance": 0.5, "prompt": jnp.array([1])}])
+def test_logits_are_made_only_where_tokens_appear_and_are_those_of_the_whole_row(options: dict[str, Any]) -> None:
+    made = []
+
+    class Apart:
+        def __call__(self, x_t: jax.Array, t: jax.Array) -> jax.Array:
+            return self.score(self.features(x_t, t))
+
+        def features(self, x_t: jax.Array, t: jax.Array) -> jax.Array:
+            return EXACT(x_t, t)
+
+        def score(self, features: jax.Array) -> jax.Array:
+            jax.debug.callback(lambda: made.append(len(features)))
+            return features
+
+    drawn = draw(Apart(), 16, num_steps=16, **options)
+    np.testing.assert_array_equal(drawn, draw(EXACT, 16, num_steps=16, **options))
+    rounds = 64 / 8 + 16 if not options else 64 / 8 * 16  # by score, all masks of each step
+    assert len(made) <= rounds * (1 + ("guidance" in options))
+    assert set(made) == {8}  # of 16 * 4 places
 
 
 def test_a_network_that_writes_left_to_right_and_a_prompt_of_numbers_are_refused() -> None:
