@@ -114,8 +114,8 @@ def _most_scored(objective: Objective, x_0: Ids) -> int:
     units = len(x_0) * -(-x_0.shape[1] // size)
     if not objective.traits.masks or jax.device_count() > 1:
         return x_0.size
-    counts = sum(size * i // units + objective.group + 1 for i in range(1, units + 1))  # each may be rounded up
-    return min(x_0.size, counts)
+    counts = sum(-(-size * i // units) + objective.group - 1 for i in range(1, units + 1))
+    return min(x_0.size, counts + min(size, units))  # as many may be next to a whole number, and rounded up beyond it
 
 
 def score_rows(

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import nanodlm
 from nanodlm.build import make_model
@@ -20,7 +21,7 @@ from nanodlm.cli.main import main
 from nanodlm.config import ScoreConfig
 from nanodlm.data import tokenizer
 from nanodlm.data.vocabulary import Vocabulary
-from nanodlm.evaluation import compare
+from nanodlm.evaluation import compare, scoring
 from nanodlm.evaluation.compare import bounds
 from nanodlm.evaluation.evaluate import ROW, Text, score
 from nanodlm.evaluation.scoring import draw
@@ -50,6 +51,22 @@ def test_what_is_given_is_context_and_the_bound_is_on_the_rest(objective: dict[s
     assert error is not None
     assert abs(nats.sum() - 64 * expected) < 4 * error + 1e-3
     assert 0 < error < 0.1 * nats.sum()
+
+
+@pytest.mark.parametrize("of", [{}, {"group": 3}, {"kind": "block", "block_size": 3}, {"kind": "autoregressive"}])
+def test_the_output_layer_leaves_out_no_position_that_is_scored(of: dict[str, Any], monkeypatch: Any) -> None:
+    group = of.pop("group", 1)
+    model, rows = untrained(**of), np.random.default_rng(0).integers(0, MASK, (16, 32), dtype=np.int32)
+    given, keys = np.arange(16) % 5 * (np.arange(16) > 8), [jax.random.key(i) for i in range(4)]
+    found = [scoring.make_scorer(model, group)(nnx.state(model), rows, given, key).nats for key in keys]
+    most = scoring._most_scored(dataclasses.replace(model.objective, group=group), jnp.asarray(rows))
+    assert most < 0.8 * rows.size or model.block_size == 1
+    monkeypatch.setattr(scoring, "_most_scored", lambda _, x_0: x_0.size)
+    scoring._scorer.cache_clear()
+    for key, nats in zip(keys, found, strict=True):
+        whole = scoring.make_scorer(model, group)(nnx.state(model), rows, given, key).nats
+        np.testing.assert_allclose(nats, whole, rtol=1e-5, atol=1e-5)
+    scoring._scorer.cache_clear()
 
 
 def test_texts_in_rows_of_one_length_share_one_program(caplog: pytest.LogCaptureFixture) -> None:
