@@ -100,6 +100,7 @@ def _scorer(graphdef: Any, objective: Objective, padding: int | None, document_e
                 x, ids, weight = (of.at[places].get(mode="clip") for of in values)
                 nats = weight * linear_cross_entropy(x, model.table, ids, weight, **options)[1]
                 nats = jnp.zeros(x_0.size).at[places].set(nats, mode="drop").reshape(x_0.shape)
+                nats = jnp.where(scored.sum() > most, jnp.nan, nats)  # rather than a bound with something left out
         return Scored(constrain(nats, None), constrain(noise.reshape(len(x_0), -1), None))  # for every process to read
 
     return nats_per_token

@@ -81,10 +81,9 @@ class Transformer(nnx.Module):
         if block_size < 0:
             raise ValueError(f"block_size is {block_size}, but must be 0 (no blocks) or more")
         self.block_size, self.conv_width, self.n_layers, self.remat = block_size, conv_width, n_layers, remat
-        compute = jnp.dtype(dtype)
+        self.dtype = compute = jnp.dtype(dtype)
         # As an output layer, a tied embedding must start with small logits.
         init = NORMAL(0.5 * d_model**-0.5 if tie_embeddings else 0.5)
-        self.dtype = compute
         self.embedding = nnx.Embed(vocab_size, d_model, embedding_init=init, dtype=wide(compute), rngs=rngs)
         self.sees_time = time_conditioning
         self.time_in = nnx.Linear(d_model, d_model, rngs=rngs) if time_conditioning else None
@@ -145,10 +144,9 @@ class Transformer(nnx.Module):
         (4, (1, 2, 32))
         """
         self._check_blocks(window, "the window")
-        dtype = self.dtype
         width, n_heads = self.embedding.features, self.blocks.n_heads
-        heads = jnp.zeros((self.n_layers, rows, window, n_heads, width // n_heads), dtype)
-        inputs = jnp.zeros((self.n_layers, rows, window, width if self.conv_width else 0), dtype)
+        heads = jnp.zeros((self.n_layers, rows, window, n_heads, width // n_heads), self.dtype)
+        inputs = jnp.zeros((self.n_layers, rows, window, width if self.conv_width else 0), self.dtype)
         return Cache(Past(heads, heads, inputs), jnp.zeros((), jnp.int32))
 
     def extend(self, cache: Cache, tokens: Int[Array, "B N"]) -> tuple[Float[Array, "B N V"], Cache]:
