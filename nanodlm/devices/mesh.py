@@ -22,6 +22,18 @@ LOGITS_AT_ONCE = {"cpu": 2**26, "gpu": 2**28, "tpu": 2**28}
 RULES = {"batch": ("data", "fsdp"), "group": "data", "embed": "fsdp"}
 RULES |= dict.fromkeys(("heads", "mlp", "vocab"), "tensor")
 
+# What the axes of each parameter are, by the last two names of its path; those of blocks have one for layers in front.
+# Parameters that are not listed are small and held whole.
+LOGICAL_AXES = {
+    "embedding/embedding": ("vocab", "embed"),
+    "head/embedding": ("vocab", "embed"),
+    "qkv/kernel": ("embed", "heads"),
+    "attention_out/kernel": ("heads", "embed"),
+    "mlp_in/kernel": ("embed", "mlp"),
+    "mlp_out/kernel": ("mlp", "embed"),
+    "modulation/kernel": ("embed", None),
+}
+
 
 def cut(*logical: str | None) -> PartitionSpec:
     """Return the cut of an array whose axes are called so; None is an axis that every device holds whole.
@@ -49,7 +61,7 @@ def shardings(mesh: Mesh, tree: Any, logical_axes: dict[str, tuple[str | None, .
     """Return the sharding of each array, or shape, of a tree, by the last two names of its path.
 
     Averages and optimizer states end in the names of their parameters, and so are cut like them. `logical_axes` names
-    the last axes, as `model.LOGICAL_AXES` does; what it does not list is held whole.
+    the last axes, as `LOGICAL_AXES` does; what it does not list is held whole.
 
     >>> mesh = make_mesh(rows=jax.device_count())
     >>> tree = {"qkv": {"kernel": jax.ShapeDtypeStruct((3, 8, 24), "float32")}}

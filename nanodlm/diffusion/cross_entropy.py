@@ -87,12 +87,12 @@ def _chunked_cross_entropy(
 def _chunked_forward(mask_id: int, table: Array, features: Array, target: Array, weight: Array) -> Any:
     compute = table.astype(features.dtype)
     columns = jax.lax.optimization_barrier(compute.T)
+    product = partial(jnp.einsum, preferred_element_type=table.dtype)
 
     def chunk(total: tuple[Array, Array], inputs: tuple[Array, Array, Array]) -> tuple[Any, Any]:
         loss, d_table = total
         x, target, weight = inputs
-        wide = jnp.promote_types(x.dtype, jnp.float32)
-        logits = jnp.einsum("vd,nd->vn", compute, x, preferred_element_type=wide)
+        logits = product("vd,nd->vn", compute, x)
         logits = logits.at[mask_id:].set(-jnp.inf)
         highest = logits.max(axis=0)
         e = jnp.exp(logits - highest)
@@ -100,7 +100,6 @@ def _chunked_forward(mask_id: int, table: Array, features: Array, target: Array,
         true_logit = logits[target, jnp.arange(len(target))]
         nats = jnp.where(weight > 0, highest + jnp.log(s) - true_logit, 0.0)
         e, scale = e.astype(x.dtype), (weight / s)[..., None]
-        product = partial(jnp.einsum, preferred_element_type=table.dtype)
         at_target = compute[target].astype(table.dtype)  # rounded like the other rows, so that they can cancel
         d_x = scale * jax.lax.optimization_barrier(product("dv,vn->dn", columns, e)).T - weight[..., None] * at_target
         d_table += product("vn,nd->vd", e, (scale * x).astype(x.dtype))

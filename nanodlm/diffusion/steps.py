@@ -42,7 +42,9 @@ class _Shared(NamedTuple):
         size, t = -(-x_t.size // PARTS), jnp.broadcast_to(t, len(x_t))
         places = jnp.flatnonzero(asked, size=size * PARTS, fill_value=x_t.size)
         steps = jnp.broadcast_to(step.reshape(-1, 1), x_t.shape)
-        flat = jax.tree.map(lambda of: of.reshape(x_t.size, -1), (self.read(x_t, t), steps, x_t))
+        read = self.read(x_t, t)
+        broken = ~jnp.isfinite(sum(of.max(axis=-1) for of in read)) & (asked | (x_t == self.mask_id))
+        flat = jax.tree.map(lambda of: of.reshape(x_t.size, -1), (read, steps, x_t))
 
         def part(i: Int[Array, ""], drawn: tuple[Array, ...]) -> tuple[Array, ...]:
             place = jax.lax.dynamic_slice_in_dim(places, i * size, size)
@@ -53,9 +55,9 @@ class _Shared(NamedTuple):
             made = tokens, of_token, self.sure(logits, of_token)
             return tuple(old.at[place].set(new, mode="drop") for old, new in zip(drawn, made, strict=True))
 
-        before = x_t.ravel(), psi.ravel(), jnp.zeros(x_t.size)
-        drawn = jax.lax.fori_loop(0, -(-asked.sum() // size), part, before)
-        return tuple(of.reshape(x_t.shape) for of in drawn)
+        drawn = jax.lax.fori_loop(0, -(-asked.sum() // size), part, (x_t.ravel(), psi.ravel(), jnp.zeros(x_t.size)))
+        tokens, *sure = (of.reshape(x_t.shape) for of in drawn)
+        return jnp.where(broken, -1, tokens), *sure  # without waiting for a place of theirs to be asked for
 
 
 def reverse_rows(
@@ -92,24 +94,12 @@ def reverse_rows(
     require(0 <= remask <= 1, f"remask must be between 0 and 1, not {remask}")
     require(0 < loop_time < 1, f"loop_time must be above 0 and below 1, not {loop_time}")
     start = _start(prompt, shape, mask_id)
-    guided = guidance > 0 and prompt is not None and jnp.asarray(prompt).size > 0
+    guidance = guidance if prompt is not None and jnp.asarray(prompt).size > 0 else 0.0
     start_key, token_key = jax.random.split(key)
-
-    network: Any = denoise
-    apart = hasattr(network, "features") and hasattr(network, "score")  # which makes logits of a place's features
-
-    def read(x_t: Tokens, t: Float[Array, "B"]) -> list[Array]:
-        rows = [x_t, jnp.where(start != mask_id, mask_id, x_t)][: 1 + guided]
-        return [network.features(x, t) if apart else check_logits(network(x, t), x) for x in rows]
-
-    def score(*read: Array) -> Scores:
-        logits = [predictable(network.score(of) if apart else of, mask_id=mask_id) for of in read]
-        guide = (1 + guidance) * logits[0] - guidance * logits[-1]
-        return jnp.where(logits[0] == -jnp.inf, -jnp.inf, guide) if guided else logits[0]
-
     times = _times(num_steps, grid, loop_time if sampler == "remdm_loop" else None)
     rates = schedule.mask_rate(times).at[0].set(1.0).at[-1].set(0.0)  # whatever the schedule does at its ends
     limit = lambda logits, _: limited(logits, temperature, top_k, top_p)  # noqa: E731
+    read, score = _reading(denoise, start, mask_id, guidance)
     shared = _Shared(start, times, rates, mask_id, read, score, limit, token_key)
     x_1, steps = start, shape[1] if sampler == "first_hitting" else num_steps
     if uniform_share > 0:
@@ -122,21 +112,44 @@ def reverse_rows(
         move = _unmask_by_score(shared, schedule, sampler, entropy_bound, threshold)
     else:
         move = _remask(shared, start_key, sampler, remask)
-    given, all_steps = start != mask_id, sampler in ("ancestral", *get_args(Remasking))
+    steps, whole = jnp.int32(steps), sampler in ("ancestral", *get_args(Remasking))  # whether it takes all of them
+    return _walk(start, mask_id, move, steps, x_1, uniform_share > 0, whole, 1 + (guidance > 0))
+
+
+def _reading(denoise: Any, start: Tokens, mask_id: int, guidance: float) -> tuple[Callable[..., Any], ...]:
+    """Return what reads x_t at t, and what makes logits of any of its places, beside those without the prompt."""
+    apart = hasattr(denoise, "features") and hasattr(denoise, "score")  # which makes logits of a place's features
+
+    def read(x_t: Tokens, t: Float[Array, "B"]) -> list[Array]:
+        rows = [x_t, jnp.where(start != mask_id, mask_id, x_t)][: 1 + (guidance > 0)]
+        read = [denoise.features(x, t) if apart else check_logits(denoise(x, t), x) for x in rows]
+        return read if apart else [predictable(of, mask_id=mask_id) for of in read]
+
+    def score(*read: Array) -> Scores:
+        logits = [predictable(denoise.score(of), mask_id=mask_id) if apart else of for of in read]
+        guide = (1 + guidance) * logits[0] - guidance * logits[-1]
+        return jnp.where(logits[0] == -jnp.inf, -jnp.inf, guide) if guidance else logits[0]
+
+    return read, score
+
+
+def _walk(
+    start: Tokens, mask_id: int, move: _Move, steps: Step, x_1: Tokens, redraws: bool, whole: bool, calls: int
+) -> Walk:
+    given = start != mask_id
 
     def more(state: State) -> Bool[Array, ""]:
-        left = all_steps | (state.tokens == mask_id).any()
-        return ~given.all() & any_sound(state.tokens) & (state.step < steps) & left
+        left = (state.step < steps) & (whole | (state.tokens == mask_id).any())
+        return ~given.all() & any_sound(state.tokens) & left
 
     def body(state: State) -> State:
         """Take a step, in which a row ends where nothing can be drawn from its logits."""
         x_t = state.tokens
         (tokens, confidence, _), x_s = move(state.step, x_t, state.confidence)
         bad = ((tokens < 0) | (x_t < 0)).any(axis=1, keepdims=True)
-        x_s = jnp.where(bad, jnp.where(~given if uniform_share else x_t == mask_id, -1, x_t), x_s)
-        x_s = jnp.where(given, x_t, x_s)
+        x_s = jnp.where(given, x_t, jnp.where(bad, jnp.where(redraws | (x_t == mask_id), -1, x_t), x_s))
         confidence = jnp.where(x_s == mask_id, 0.0, confidence)
-        return State(state.step + 1, x_s, confidence, state.calls + 1 + guided)
+        return State(state.step + 1, x_s, confidence, state.calls + calls)
 
     return Walk(start_of(end_rows(x_1, mask_id), given), more, body)
 
@@ -193,12 +206,12 @@ def _unmask_by_score(shared: _Shared, schedule: Schedule, sampler: str, bound: f
     """Draw a token for each masked position, keep those with the best score, mask the others again.
 
     The score is, of the model's distribution at temperature 1, the probability of the drawn token (`confidence`:
-    MaskGIT, arXiv:2202.04200, section 3.2; LLaDA, arXiv:2502.09992, appendix), the lead of the best token
-    (`margin`: arXiv:2502.06768), or minus the entropy H (`entropy`: EB-sampler, arXiv:2505.24857). The first two
-    leave round(N m_{i+1}) of a row's N masks after step i. `entropy` keeps as many positions, from the least H on,
-    as have sum(H) - max(H) <= bound, which bounds how dependent they are. `threshold` scores as `confidence`
-    does, and keeps what is above the threshold, the best at least (Fast-dLLM, arXiv:2505.22618, section 3.3). These two
-    tell the model the time at which as much is masked, and unmask all that is left in their last step.
+    MaskGIT, arXiv:2202.04200, section 3.2; LLaDA, arXiv:2502.09992, appendix), the lead of the best token (`margin`:
+    arXiv:2502.06768), or minus the entropy H (`entropy`: EB-sampler, arXiv:2505.24857). The first two leave round(N
+    m_{i+1}) of a row's N masks after step i. `entropy` keeps as many positions, from the least H on, as have sum(H) -
+    max(H) <= bound, which bounds how dependent they are. `threshold` scores as `confidence` does, and keeps what is
+    above the threshold, the best at least (Fast-dLLM, arXiv:2505.22618, section 3.3). These two tell the model the time
+    at which as much is masked, and unmask what is left in their last step.
     """
     total = (shared.start == shared.mask_id).sum(axis=1)
 
@@ -212,8 +225,7 @@ def _unmask_by_score(shared: _Shared, schedule: Schedule, sampler: str, bound: f
 
     def move(i: Step, x_t: Tokens, psi: Psi) -> tuple[_Drawn, Tokens]:
         masked = x_t == shared.mask_id
-        left = masked.sum(axis=1)
-        by_time = sampler in ("confidence", "margin")
+        left, by_time = masked.sum(axis=1), sampler in ("confidence", "margin")
         t = shared.times[i] if by_time else schedule.time_of(left / jnp.maximum(total, 1))
         drawn = shared._replace(sure=sure).draw(x_t, psi, t, i, masked)
         score = jnp.where(masked, jnp.nan_to_num(drawn[2], nan=0.0), -jnp.inf)

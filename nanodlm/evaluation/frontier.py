@@ -27,13 +27,7 @@ from nanodlm.model.transformer import Transformer
 Choice = dict[str, Any]  # `sampler`, `num_steps` and `temperature`
 LEAST = 0.95  # of the entropy of real text
 LEFT_TO_RIGHT = "autoregressive"
-CALLS = (
-    "features",
-    "extend",
-    "denoise_block",
-    "read_row",
-    "denoise_within",
-)  # methods of a network that run its layers
+CALLS = ("features", "extend", "denoise_block", "read_row", "denoise_within")  # which run a network
 FEW = 16  # texts, below which errors are themselves uncertain
 HEAD = (
     "sampler",

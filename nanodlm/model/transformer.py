@@ -30,18 +30,6 @@ Features = Float[Array, "B L D"]
 Times = Float[Array, "B *K"]  # of each row, or of each of its K blocks
 Remat = Literal["none", "dots", "full"]
 
-# What the axes of each parameter are, by the last two names of its path; those of blocks have one for layers in front.
-# `devices.mesh` says how each is cut. Parameters that are not listed are small and held whole.
-LOGICAL_AXES = {
-    "embedding/embedding": ("vocab", "embed"),
-    "head/embedding": ("vocab", "embed"),
-    "qkv/kernel": ("embed", "heads"),
-    "attention_out/kernel": ("heads", "embed"),
-    "mlp_in/kernel": ("embed", "mlp"),
-    "mlp_out/kernel": ("mlp", "embed"),
-    "modulation/kernel": ("embed", None),
-}
-
 
 class Transformer(nnx.Module):
     """Predict every token of a row from a noised one.

@@ -15,10 +15,10 @@ from nanodlm.build import make_model
 from nanodlm.checkpoints import State
 from nanodlm.config import Config
 from nanodlm.data.vocabulary import Vocabulary
-from nanodlm.devices.mesh import batch_sharding, cut, logit_chunks, make_mesh, shardings
+from nanodlm.devices.mesh import LOGICAL_AXES, batch_sharding, cut, logit_chunks, make_mesh, shardings
 from nanodlm.diffusion.corruption import Corruption
 from nanodlm.errors import UsageError
-from nanodlm.model.transformer import LOGICAL_AXES, Transformer, count_parameters, segments
+from nanodlm.model.transformer import Transformer, count_parameters, segments
 from nanodlm.training.optimizer import learning_rate, make_optimizer
 
 
