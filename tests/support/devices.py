@@ -13,7 +13,7 @@ from tests.support.commands import speeches
 ROOT = Path(__file__).parents[2]
 CONFIG = PRESETS["demo"].replace(
     data={"source": speeches(6), "val_tokens": 5000, "tokenizer": "bytes"},
-    model={"seq_len": 16, "n_layers": 2, "n_heads": 4, "d_model": 32, "d_ff": 64},
+    model={"dtype": "float32", "seq_len": 16, "n_layers": 2, "n_heads": 4, "d_model": 32, "d_ff": 64},
     train={"max_steps": 6, "warmup_steps": 2, "cooldown_steps": 2, "batch_size": 16, "ema_decay": 0.9},
     exp={"save_every": 2, "log_every": 1, "val_rows": 20},
 )
