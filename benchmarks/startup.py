@@ -124,7 +124,7 @@ def _training(config: Config, store: Path, place: Path) -> dict[str, Any]:
     file.write_text(config.model_dump_json())
     events.unlink(missing_ok=True)
     words = ["train", str(file), "--store", str(store), "--rebuild", "--events", str(events)]
-    words = ["-P", "-m", "benchmarks.startup", "--clocks", str(clocks), *words]
+    words = ["-P", __file__, "--clocks", str(clocks), *words]
     with _started(words, place, "b") as process:
         began = process.create_time()
         told = _until(process, lambda: events.exists() and '"progress"' in events.read_text())

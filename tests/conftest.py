@@ -24,12 +24,23 @@ os.environ.setdefault("MPLCONFIGDIR", os.environ["JAX_COMPILATION_CACHE_DIR"])  
 from jaxtyping import install_import_hook
 
 import nanodlm
-from nanodlm import precision
+from nanodlm.precision import machine
 from nanodlm.store import Artifact, Store
 from tests.support import servers
 from tests.support.training import tiny
 
 install_import_hook(["nanodlm.diffusion", "nanodlm.model"], "beartype.beartype")
+
+
+def in_float32(cache: Path) -> None:
+    """Let processes with a cache take float32 for `auto`, whatever is faster on this machine."""
+    chosen = cache / "precision" / machine()
+    chosen.parent.mkdir(parents=True, exist_ok=True)
+    chosen.write_text("float32")
+
+
+os.environ["NANODLM_CACHE"] = os.path.join(os.environ["JAX_COMPILATION_CACHE_DIR"], "nanodlm")  # of shared fixtures
+in_float32(Path(os.environ["NANODLM_CACHE"]))
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore, and their children
 
 
@@ -41,7 +52,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def private_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("NANODLM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(precision, "fastest", lambda: "float32")  # on every machine; other processes are told by a flag
+    in_float32(tmp_path / "cache")
     yield
     servers.let_go_of_the_cache()
 

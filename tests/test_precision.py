@@ -1,6 +1,7 @@
 """The precision that is faster here: measured once, kept, and part of what a configuration is."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,13 +16,13 @@ from tests.support.training import tiny
 
 
 @pytest.fixture(autouse=True)
-def kept(monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where the choice is kept, which is asked for as it is outside of tests."""
-    monkeypatch.setattr(precision, "fastest", fastest)
+def kept() -> Iterator[Path]:
+    """Where the choice is kept, and nothing is yet."""
     fastest.cache_clear()
     file = Path(os.environ["NANODLM_CACHE"]) / "precision" / machine()
-    file.parent.mkdir(parents=True)
-    return file
+    file.unlink()
+    yield file
+    fastest.cache_clear()
 
 
 def test_products_are_timed_once_and_the_choice_is_kept(kept: Path) -> None:

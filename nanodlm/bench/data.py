@@ -9,8 +9,6 @@ each stage prepares a small corpus before, so that loading code is not measured.
 
 import hashlib
 import os
-import resource
-import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -26,6 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tiktoken_ext.openai_public import r50k_pat_str
 
+from nanodlm.bench.memory import peak_memory
 from nanodlm.config import Config, DataConfig
 from nanodlm.data import rows
 from nanodlm.data.sources import PLAIN, SETTLED_SECONDS, format_of, source_files
@@ -111,8 +110,7 @@ def _run(stage: str, small: Config, large: Config, folder: Path) -> tuple[Json, 
     began, cpu_began = time.perf_counter(), time.process_time()
     artifact, _ = run_stage(stage, large, store)
     cpu, seconds = time.process_time() - cpu_began, time.perf_counter() - began
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return artifact.metrics, cpu, {"seconds": seconds, "peak_bytes": peak}
+    return artifact.metrics, cpu, {"seconds": seconds, "peak_bytes": peak_memory()}
 
 
 def _references(kind: str, config: Config, folder: Path) -> dict[str, float]:

@@ -7,11 +7,22 @@ Virtual CPU devices stand for the real ones, so JAX must not have been used in t
 
 import math
 import os
+import re
+import resource
+import sys
 import time
+from pathlib import Path
 from typing import Any
 
 from nanodlm.config import Config
 from nanodlm.errors import UsageError
+
+
+def peak_memory() -> int:
+    """Return the most bytes that this process has held: Linux's `getrusage` tells its parent's if that held more."""
+    if sys.platform == "linux":
+        return int(re.findall(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[0]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def plan(config: Config, devices: int) -> dict[str, Any]:

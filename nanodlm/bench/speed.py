@@ -7,8 +7,6 @@
 FLOP/s are those of the formula in `nanodlm.bench.flops`, divided by measured seconds.
 """
 
-import resource
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -21,6 +19,7 @@ import numpy as np
 from flax import nnx
 
 from nanodlm.bench.flops import flops_per_update, peak_flops, precision, synthetic_encoding
+from nanodlm.bench.memory import peak_memory
 from nanodlm.build import make_model
 from nanodlm.config import Config
 from nanodlm.data.vocabulary import Vocabulary
@@ -37,10 +36,9 @@ def report(config: Config, *, tokens: int, seconds: float, devices: int = 1) -> 
     """
     device = jax.devices()[0]
     on_device = (device.memory_stats() or {}).get("peak_bytes_in_use")
-    unit = 1 if sys.platform == "darwin" else 1024
     return {
         "tokens_per_second": tokens / seconds,
-        "peak_bytes": on_device or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
+        "peak_bytes": on_device or peak_memory(),
         "peak_bytes_of": "device" if on_device else "process",
         "precision": precision(config),
         "device": device.device_kind,

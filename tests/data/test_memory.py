@@ -10,14 +10,15 @@ import pytest
 from tests.support.commands import environment
 
 PREPARE = """
-import resource, sys
+import sys
+from nanodlm.bench.memory import peak_memory
 from nanodlm.config import PRESETS
 from nanodlm.stages.run import run_stage
 from nanodlm.store import Store
 config = PRESETS["demo"].replace(data={"source": sys.argv[1], "tokenizer": "gpt2", "val_tokens": 20_000})
 for stage in ("download", "tokenizer", "split", "shard"):
     run_stage(stage, config, Store(sys.argv[2]))
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+print(peak_memory())
 """
 
 

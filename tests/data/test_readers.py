@@ -348,13 +348,14 @@ def test_files_in_a_bucket_are_read_and_one_that_is_missing_is_told(
 
 
 MEASURE = """
-import resource, sys
+import sys
+from nanodlm.bench.memory import peak_memory
 from nanodlm.data.readers import Bad, read_documents
 from tests.support.helpers import tiny_config
 data = tiny_config(sys.argv[1], column="tokens", pretokenized=True, tokenizer="gpt2").data
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak_memory()
 rows = sum(len(array) for array in read_documents(data, ["file://" + sys.argv[1]], Bad()))
-print(rows, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+print(rows, (peak_memory() - before) // 1_000_000)
 """
 
 

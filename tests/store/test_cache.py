@@ -52,7 +52,7 @@ def test_without_a_folder_that_can_be_written_programs_are_compiled_all_the_same
     tmp_path: Path, turned_off: bool
 ) -> None:
     (tmp_path / "file").touch()
-    place = tmp_path / "cache" if turned_off else tmp_path / "file" / "cache"
+    place = tmp_path / "mine" if turned_off else tmp_path / "file" / "cache"
     of_jax = {"JAX_COMPILATION_CACHE_DIR": ""} if turned_off else {}
     told = said("os", NANODLM_CACHE=str(place), **of_jax)
     assert "42.0" in told
@@ -77,9 +77,9 @@ def test_what_was_read_longest_ago_goes_until_the_rest_is_within_the_bound(
 
 
 def test_a_folder_that_the_user_has_named_to_jax_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NANODLM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("NANODLM_CACHE", str(tmp_path / "mine"))
     before = dict(os.environ)
     assert before["JAX_COMPILATION_CACHE_DIR"]
     cache.keep_compiled()
     assert dict(os.environ) == before
-    assert not (tmp_path / "cache").exists()
+    assert not (tmp_path / "mine").exists()
