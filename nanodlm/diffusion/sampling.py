@@ -4,14 +4,15 @@
     ancestral       each in the grid step drawn for it                             num_steps
     ancestral_skip  the same, but no row waits for a step of its own               at most num_steps, and L
     first_hitting   each at a continuous time drawn for it, one by one             L
+    spread          many at a time, far apart from each other                      at most num_steps, and L
     confidence      where the drawn token is likeliest; as many as the schedule    at most num_steps
     margin          where the best token leads by most; as many                    at most num_steps
     entropy         as many as are nearly independent of each other                at most num_steps
     threshold       where the drawn token is likelier than a threshold             at most num_steps
     remdm_cap, ...  as in ancestral, and tokens are masked again; see `_remask`    num_steps
 
-The first three have one law, that of the model's reverse process. The next four go where the model is sure, and the
-`remdm` ones correct themselves. `sample_blocks` fills a row block by block, `sample_autoregressive` token by token.
+The first three have one law, that of the reverse process, which `spread` is nearer to in few steps. The next four go
+where the model is sure, and the `remdm` ones correct themselves. `sample_blocks` fills a row block by block.
 """
 
 from inspect import signature

@@ -86,12 +86,11 @@ def reverse_rows(
     require(grid in ("uniform", "cosine"), f"unknown grid {grid!r}: choose uniform or cosine")
     require_whole("num_steps", num_steps)
     require(0 <= guidance < math.inf, f"guidance must not be negative, not {guidance}: choose 0 for none")
-    require(0 <= uniform_share <= 1, f"uniform_share must be between 0 and 1, not {uniform_share}")
+    for name, share in {"uniform_share": uniform_share, "threshold": threshold, "remask": remask}.items():
+        require(0 <= share <= 1, f"{name} must be between 0 and 1, not {share}")
     require(sampler == "ancestral" or uniform_share == 0, f"{sampler} is for masks alone: choose ancestral")
     require(guidance == 0 or uniform_share < 1, "uniform noise has no mask to hide a prompt with: choose guidance 0")
     require(entropy_bound >= 0, f"entropy_bound must not be negative, not {entropy_bound}")
-    require(0 <= threshold <= 1, f"threshold must be between 0 and 1, not {threshold}")
-    require(0 <= remask <= 1, f"remask must be between 0 and 1, not {remask}")
     require(0 < loop_time < 1, f"loop_time must be above 0 and below 1, not {loop_time}")
     start = _start(prompt, shape, mask_id)
     guidance = guidance if prompt is not None and jnp.asarray(prompt).size > 0 else 0.0
@@ -99,8 +98,7 @@ def reverse_rows(
     times = _times(num_steps, grid, loop_time if sampler == "remdm_loop" else None)
     rates = schedule.mask_rate(times).at[0].set(1.0).at[-1].set(0.0)  # whatever the schedule does at its ends
     limit = lambda logits, _: limited(logits, temperature, top_k, top_p)  # noqa: E731
-    read, score = _reading(denoise, start, mask_id, guidance)
-    shared = _Shared(start, times, rates, mask_id, read, score, limit, token_key)
+    shared = _Shared(start, times, rates, mask_id, *_reading(denoise, start, mask_id, guidance), limit, token_key)
     x_1, steps = start, shape[1] if sampler == "first_hitting" else num_steps
     if uniform_share > 0:
         move = _denoise_mixed(shared, uniform_share)
@@ -112,8 +110,8 @@ def reverse_rows(
         move = _unmask_by_score(shared, schedule, sampler, entropy_bound, threshold)
     else:
         move = _remask(shared, start_key, sampler, remask)
-    steps, whole = jnp.int32(steps), sampler in ("ancestral", *get_args(Remasking))  # whether it takes all of them
-    return _walk(start, mask_id, move, steps, x_1, uniform_share > 0, whole, 1 + (guidance > 0))
+    whole = sampler in ("ancestral", *get_args(Remasking))  # whether it takes all of its steps
+    return _walk(start, mask_id, move, jnp.int32(steps), x_1, uniform_share > 0, whole, 1 + (guidance > 0))
 
 
 def _reading(denoise: Any, start: Tokens, mask_id: int, guidance: float) -> tuple[Callable[..., Any], ...]:
@@ -160,10 +158,8 @@ def _times(num_steps: int, grid: str, loop_time: float | None = None) -> Float[A
     >>> [round(t, 2) for t in _times(6, "uniform", 0.1).tolist()]
     [1.0, 0.55, 0.1, 0.1, 0.1, 0.05, 0.0]
     """
-
-    def spaced(n: int) -> list[float]:
-        return [(n - i) / n if grid == "uniform" else math.cos(math.pi / 2 * i / n) for i in range(n + 1)]
-
+    at = lambda i, n: (n - i) / n if grid == "uniform" else math.cos(math.pi / 2 * i / n)  # noqa: E731
+    spaced = lambda n: [at(i, n) for i in range(n + 1)]  # noqa: E731
     times = spaced(num_steps)
     if loop_time is not None:
         first, still, last = ((num_steps + k) // 3 for k in (1, 0, 2))  # they add up to num_steps
@@ -179,10 +175,14 @@ def _unmask_in_order(shared: _Shared, key: Key[Array, ""], schedule: Schedule, s
     masked at t = t_i thus unmasks by s = t_{i+1} with probability (m_t - m_s) / m_t = (alpha_s - alpha_t) / (1 -
     alpha_t): the law of coins flipped in each step (MDLM, arXiv:2406.07524, equation 7). `ancestral_skip` leaves out
     a row's steps in which none of its positions unmasks. `first_hitting` is the same for a grid without end, where
-    each has a step of its own at the time with m(t) = u (arXiv:2409.02908, section 4).
+    each has a step of its own at the time with m(t) = u (arXiv:2409.02908, section 4). `spread` draws the u of one
+    position, and goes on by the golden ratio: each u has the same law, but two in an interval of length w are more
+    than 0.38 / w masks apart, and so hardly dependent (as by Halton's sequence, arXiv:2503.17076, section 4).
     """
     masked = shared.start == shared.mask_id
     u = 1.0 - jax.random.uniform(key, masked.shape)
+    if sampler == "spread":
+        u = 1.0 - (u[:, :1] + (math.sqrt(5) - 1) / 2 * jnp.cumsum(masked, axis=1)) % 1.0
     if sampler == "first_hitting":
         u = jnp.where(masked, u, 0.0)
         step = rank(-u)

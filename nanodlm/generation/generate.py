@@ -64,9 +64,10 @@ def generate(config: Config, inputs: dict[str, "Artifact"], attempt: "Attempt", 
 
 def calls_of(options: SampleConfig, model: Transformer) -> int | None:
     """Return how often texts of whole rows call the network; None where it depends on what is drawn, or is kept."""
-    depends = options.sampler in ("ancestral_skip", "first_hitting", "entropy", "threshold") or options.cache_block
-    rows = model.objective.traits.reads == "row"
-    return None if depends or not rows else options.num_steps * (1 + bool(options.guidance))
+    varies = options.sampler in ("ancestral_skip", "first_hitting", "spread", "entropy", "threshold")
+    if varies or options.cache_block or model.objective.traits.reads != "row":
+        return None
+    return options.num_steps * (1 + bool(options.guidance))
 
 
 def make_walk(

@@ -25,6 +25,7 @@ from tests.support.laws import (
     VOCAB,
     Watched,
     assert_drawn_from,
+    chain_log_p,
     exact_denoiser,
     exact_mixed_denoiser,
     frequencies,
@@ -90,6 +91,7 @@ def law_of_steps(table: np.ndarray, mask_rates: list[float]) -> np.ndarray:
     [
         ("ancestral", {"num_steps": STEPS}),
         ("first_hitting", {"num_steps": 1}),
+        ("spread", {"num_steps": 8}),  # more than LENGTH - 1 over 0.38: no two tokens share a step
         ("margin", {"num_steps": LENGTH}),  # one token at a time, in an order that known tokens decide
         ("entropy", {"num_steps": LENGTH, "entropy_bound": 0.0}),  # likewise
         ("remdm_cap", {"num_steps": 2 * STEPS, "remask": 0.01}),
@@ -228,6 +230,26 @@ def test_first_hitting_calls_once_for_each_mask_at_the_time_its_token_appears() 
     assert (np.diff(rates, axis=0) <= 0).all()
     # The times of the first, second and third of three uniform numbers.
     np.testing.assert_allclose(rates.mean(axis=1), [3 / 4, 2 / 4, 1 / 4], atol=0.02)
+
+
+def test_spread_unmasks_each_mask_in_any_step_alike_and_those_of_a_step_far_apart() -> None:
+    steps, given = 8, jnp.where(jnp.arange(40) % 5 == 2, 1, MASK_ID)  # 32 masks between tokens
+    watched = Watched(by_position([[0.5, 0.3, 0.2]] * 40))
+    rows = draw(watched, 4000, 40, sampler="spread", num_steps=steps, prompt=given)
+    assert len(watched.x) == steps
+    masked = np.stack([*watched.x, rows])[:, :, given == MASK_ID] == MASK_ID
+    when = masked.sum(axis=0) - 1
+    shares = np.stack([(when == step).mean(axis=0) for step in range(steps)])
+    np.testing.assert_allclose(shares, 1 / steps, atol=0.025)  # 4.8 errors
+    apart = [np.diff(np.flatnonzero(row == step)).min() for row in when[:500] for step in range(steps)]
+    assert min(apart) > 0.38 * steps
+
+
+def test_spread_is_nearer_to_the_law_in_few_steps() -> None:
+    entropy = -float((markov_table(8) * np.log(markov_table(8))).sum())
+    samplers = ("ancestral", "spread")
+    excess = [-chain_log_p(draw(CHAIN, ROWS, 8, sampler=name, num_steps=4)).mean() - entropy for name in samplers]
+    assert 0 < excess[1] < excess[0] / 10
 
 
 def by_position(table: list[list[float]]) -> Denoise:
