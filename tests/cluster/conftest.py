@@ -12,7 +12,7 @@ from tests.support.commands import speeches
 
 CONFIG = PRESETS["demo"].replace(
     data={"source": speeches(6), "val_tokens": 5000, "tokenizer": "bytes"},
-    model={"seq_len": 16, "n_layers": 1, "n_heads": 2, "d_model": 32, "d_ff": 64},
+    model={"dtype": "float32", "seq_len": 16, "n_layers": 1, "n_heads": 2, "d_model": 32, "d_ff": 64},
     train={"max_steps": 30, "warmup_steps": 2, "cooldown_steps": 4, "batch_size": 8},
     exp={"save_every": 10, "val_rows": 8},
 )
