@@ -39,7 +39,7 @@ Call = Callable[[], Any]
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 HEAD = "| commit | date | processor |"  # with which the table's first line begins
 FEW = {"model": {"d_model": 64, "d_ff": 256}, "train": {"batch_size": 4}, "data": {"tokenizer": "gpt2"}}
-SIZES = {"demo": PRESETS["demo"], "wide": PRESETS["demo"].replace(**FEW)}
+SIZES = {"demo": PRESETS["demo"].replace(train={"batch_size": 8}), "wide": PRESETS["demo"].replace(**FEW)}
 STEPS = 2  # of a draw: one with everything masked, one with half of it
 LEAST = 0.1  # a fall that is told: processes differ by 2 to 5% on their own
 KINDS = {"amx_bf16": "amx", "avx512_bf16": "avx512-bf16", "avx512f": "avx512", "avx2": "avx2"}  # the best first

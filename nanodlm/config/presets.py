@@ -14,12 +14,12 @@ from nanodlm.config.settings import Config
 from nanodlm.errors import UsageError
 
 FILES = (".json", ".yaml", ".yml")  # of settings
-_DECAY = {"lr_schedule": "warmup_stable_decay", "warmup_steps": 50, "cooldown_steps": 600}
+_DECAY = {"lr_schedule": "warmup_stable_decay", "warmup_steps": 50, "cooldown_steps": 1000}
 _DEMO = Config().replace(
     data={"part_mb": 2.0},
     model={"n_layers": 2, "conv_width": 5, "tie_embeddings": True, "qk_norm": False, "dtype": "auto"},
     objective={"weighting": "uniform"},
-    train={"batch_size": 8, "max_steps": 1200, "optimizer": "muon", "lr": 8e-3, "weight_decay": 0.0, **_DECAY},
+    train={"batch_size": 32, "max_steps": 2000, "optimizer": "muon", "lr": 8e-3, "weight_decay": 0.0, **_DECAY},
     sample={"temperature": 0.6},
 )
 
