@@ -43,7 +43,7 @@ def test_sizes_that_devices_cannot_share_are_one_line_and_exit_code_2() -> None:
     done = nanodlm("plan", "--data.tokenizer", "bytes", "--devices", "6")
     assert done.returncode == 2
     assert done.stderr.splitlines() == [
-        "nanodlm: a batch of 8 rows cannot be shared by 6 devices: use a multiple of 6, such as 12"
+        "nanodlm: a batch of 32 rows cannot be shared by 6 devices: use a multiple of 6, such as 36"
     ]
     with pytest.raises(UsageError, match="raise --devices"):
         memory.plan(TINY, 0)
