@@ -17,7 +17,8 @@ def unread(config: Config) -> dict[str, Any]:
     kind = KINDS[objective.kind]
     noisy = kind.masks or kind.random_tokens
     estimator = objective.estimator or kind.estimators[0]
-    steps = noisy and sample.sampler != "first_hitting"
+    sampler = sample.sampler or kind.samplers[0]
+    steps = noisy and sampler != "first_hitting"
     of_noise = (
         "schedule.kind",
         "objective.times",
@@ -42,14 +43,15 @@ def unread(config: Config) -> dict[str, Any]:
         "train.warmup_steps": train.lr_schedule != "none",
         "train.cooldown_steps": train.lr_schedule == "warmup_stable_decay",
         "sample.num_steps": steps,
-        "sample.grid": steps and sample.sampler not in ("entropy", "threshold"),
+        "sample.sampler": sampler != kind.samplers[0],
+        "sample.grid": steps and sampler not in ("entropy", "threshold"),
         "sample.top_k": sample.temperature > 0,
         "sample.top_p": sample.temperature > 0,
         "sample.guidance": bool(sample.prompt),
-        "sample.entropy_bound": sample.sampler == "entropy",
-        "sample.threshold": sample.sampler == "threshold",
-        "sample.remask": sample.sampler in ("remdm_cap", "remdm_rescale", "remdm_loop"),
-        "sample.loop_time": sample.sampler == "remdm_loop",
+        "sample.entropy_bound": sampler == "entropy",
+        "sample.threshold": sampler == "threshold",
+        "sample.remask": sampler in ("remdm_cap", "remdm_rescale", "remdm_loop"),
+        "sample.loop_time": sampler == "remdm_loop",
     }
     now, default = flat(config.model_dump()), flat(Config().model_dump())
     return {name: now[name] for name, is_read in read.items() if not is_read and now[name] != default[name]}
@@ -98,7 +100,7 @@ def twin(config: Config) -> Config:
     name = f"{config.exp.run_name}-twin".removeprefix("-")
     return config.replace(
         objective={"kind": "autoregressive", "estimator": None},
-        sample={"sampler": "ancestral", "guidance": 0.0, "judge": ""},
+        sample={"sampler": None, "guidance": 0.0, "judge": ""},
         exp={"run_name": name, "resume_path": "", "allow_changed": ()},
     )
 

@@ -248,8 +248,8 @@ class SamplerConfig(Group):
 
     num_steps: int = Field(default=128, ge=1)
     """Denoising steps, of each block when there are blocks; `first_hitting` and `autoregressive` take one per token."""
-    sampler: Sampler = "ancestral"
-    """Algorithm (diffusion/sampling.py); uniform, hybrid and autoregressive models have their own `ancestral` only."""
+    sampler: Sampler | None = None
+    """Algorithm (diffusion/sampling.py); none takes `spread` for models of masks. Others have `ancestral` alone."""
     grid: Literal["uniform", "cosine"] = "uniform"
     """Spacing of the steps' times; `entropy`, `threshold` and `first_hitting` have no grid."""
     temperature: float = Field(default=1.0, ge=0)
@@ -395,7 +395,8 @@ class Config(Group):
             f"{name} noise needs a schedule from 0 to 1, not {schedule}: try linear":
                 kind.random_tokens and schedule in get_args(JumpingSchedule),
             f"min_lr ({train.min_lr}) is larger than lr ({train.lr}): a decay must not rise": train.min_lr > train.lr,
-            f"{name} models have no {sampler} sampler: leave --sample.sampler out": sampler not in kind.samplers,
+            f"{name} models have no {sampler} sampler: leave --sample.sampler out":
+                sampler not in (None, *kind.samplers),
             f"{name} models are sampled without guidance": sample.guidance and not kind.guidance,
             f"{name} models have no cache for parts of a row: leave sample.cache_block out":
                 sample.cache_block and not kind.row_cache,

@@ -20,7 +20,7 @@ ScheduleName = Literal["linear", "cosine", "sqrt", "poly", JumpingSchedule]
 Estimator = Literal["continuous", "discrete", "count", "constant_count"]
 Weighting = Literal["bound", "clipped", "uniform"]
 Times = Literal["systematic", "stratified", "independent"]
-InOrder = Literal["ancestral", "ancestral_skip", "first_hitting", "spread"]
+InOrder = Literal["spread", "ancestral", "ancestral_skip", "first_hitting"]
 ByScore = Literal["confidence", "margin", "entropy", "threshold"]
 Remasking = Literal["remdm_cap", "remdm_rescale", "remdm_conf", "remdm_loop"]
 Sampler = Literal[InOrder, ByScore, Remasking]
@@ -36,7 +36,7 @@ class Kind:
     masks: bool  # whether noise masks tokens
     random_tokens: bool  # whether noise replaces tokens by random ones
     estimators: tuple[Estimator, ...]  # those that its bound has, the one to train with first
-    samplers: tuple[Sampler, ...] = ("ancestral",)  # those that write its texts
+    samplers: tuple[Sampler, ...] = ("ancestral",)  # those that write its texts, the one to write with first
     guidance: bool = False  # whether they can be guided, which takes masks to hide the prompt with and no cache of it
     row_cache: bool = False  # whether what it makes of a row can be kept while part of the row is filled in
     any_length: bool = False  # whether its texts can be longer than the rows it was trained on

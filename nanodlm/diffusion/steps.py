@@ -114,7 +114,7 @@ def reverse_rows(
     return _walk(start, mask_id, move, jnp.int32(steps), x_1, uniform_share > 0, whole, 1 + (guidance > 0))
 
 
-def _reading(denoise: Any, start: Tokens, mask_id: int, guidance: float) -> tuple[Callable[..., Any], ...]:
+def _reading(denoise: Any, start: Tokens, mask_id: int, guidance: float) -> tuple[Callable, Callable]:
     """Return what reads x_t at t, and what makes logits of any of its places, beside those without the prompt."""
     apart = hasattr(denoise, "features") and hasattr(denoise, "score")  # which makes logits of a place's features
 

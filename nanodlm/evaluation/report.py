@@ -184,7 +184,8 @@ def _texts(config: Config, sample: Artifact, judge: Artifact | None) -> dict[str
     """Return the samples, how they were drawn, and how they measure beside held-out text."""
     how, texts, of_each = config.sample, texts_of(sample), sample.metrics.get("quality", {})
     begun = f", each begun with “{how.prompt}”" if how.prompt else ""
-    said = f"{len(texts)} texts, not picked, of the sampler {how.sampler} at temperature {how.temperature:g}{begun}."
+    sampler = how.sampler or KINDS[config.objective.kind].samplers[0]
+    said = f"{len(texts)} texts, not picked, of the sampler {sampler} at temperature {how.temperature:g}{begun}."
     slider = sample.file(SLIDER).read_text() if has(sample, SLIDER) else ""
     called = json.loads(judge.file("judge.json").read_text())["judge"] if judge else ""
     return {

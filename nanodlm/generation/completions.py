@@ -162,7 +162,7 @@ class Answer:
     def _settles(self) -> bool:
         """Whether a token that was decided stays."""
         traits, sampler = self.writer.traits, self.writer.options(self.rows.request).sampler
-        return not traits.random_tokens and not sampler.startswith("remdm")
+        return not traits.random_tokens and not str(sampler).startswith("remdm")
 
     def _choices(self, frame: Frame, batch: int, settled: bool = False) -> Iterator[tuple[dict[str, Any], int]]:
         """Yield the choices of a batch as they are, and how many tokens each has.

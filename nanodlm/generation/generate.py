@@ -64,10 +64,11 @@ def generate(config: Config, inputs: dict[str, "Artifact"], attempt: "Attempt", 
 
 def calls_of(options: SampleConfig, model: Transformer) -> int | None:
     """Return how often texts of whole rows call the network; None where it depends on what is drawn, or is kept."""
-    varies = options.sampler in ("ancestral_skip", "first_hitting", "spread", "entropy", "threshold")
-    if varies or options.cache_block or model.objective.traits.reads != "row":
-        return None
-    return options.num_steps * (1 + bool(options.guidance))
+    traits = model.objective.traits
+    sampler = options.sampler or traits.samplers[0]
+    varies = sampler in ("ancestral_skip", "first_hitting", "spread", "entropy", "threshold")
+    depends = varies or options.cache_block or traits.reads != "row"
+    return None if depends else options.num_steps * (1 + bool(options.guidance))
 
 
 def make_walk(
@@ -83,6 +84,7 @@ def make_walk(
         remedy = "shorten --sample.prompt" + " or raise --sample.length" * bool(model.block_size)
         raise UsageError(f"the prompt has {len(prompt)} tokens and texts have {length}: {remedy}")
     how: dict[str, Any] = options.model_dump(exclude={"prompt", "length", "num_samples", "seed", "judge"})
+    how["sampler"] = options.sampler or model.objective.traits.samplers[0]
     graphdef = nnx.graphdef(model)
 
     def walk(params: Any, key: Key[Array, ""]) -> Walk:

@@ -85,6 +85,7 @@ class Writer:
     def options(self, request: TextRequest) -> SamplerConfig:
         """Return how texts are drawn: as asked, and else as the model's run draws its samples."""
         own = (self.network.sampling or SamplerConfig()).model_dump()
+        own["sampler"] = own["sampler"] or self.traits.samplers[0]
         options = SamplerConfig(**own | request.model_dump(include=set(own), exclude_none=True))
         kind = self.network.objective.kind
         if options.sampler not in self.traits.samplers:

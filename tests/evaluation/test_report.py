@@ -97,7 +97,7 @@ def test_the_page_says_every_number_with_its_unit(made: dict[str, Artifact], pag
         "12 updates",
         f"{t['train_tokens_per_second']:,.0f} tokens/s",
         "never trained on",
-        "2 texts, not picked, of the sampler ancestral",
+        "2 texts, not picked, of the sampler spread",
         t["parameters_sha256"],
         *(artifact.fingerprint for name, artifact in made.items() if name != "report"),
     ):
