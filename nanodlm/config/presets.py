@@ -20,7 +20,7 @@ _DEMO = Config().replace(
     model={"n_layers": 2, "conv_width": 5, "tie_embeddings": True, "qk_norm": False, "dtype": "auto"},
     objective={"weighting": "uniform"},
     train={"batch_size": 32, "max_steps": 2000, "optimizer": "muon", "lr": 8e-3, "weight_decay": 0.0, **_DECAY},
-    sample={"num_steps": 32, "temperature": 0.6},
+    sample={"temperature": 0.6},
 )
 
 _LARGE = {"n_layers": 12, "n_heads": 12, "d_model": 768, "d_ff": 3072, "dtype": "bfloat16"}

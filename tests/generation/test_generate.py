@@ -14,7 +14,7 @@ from tests.support.training import tiny
 
 
 def test_samples_begin_with_the_prompt_and_repeat_for_a_seed(trained: Artifact, models: Store) -> None:
-    config, events = tiny(sample={"prompt": "The people"}), []
+    config, events = tiny(sample={"prompt": "The people", "sampler": "ancestral"}), []
     artifact, _ = stages_run.run_stage("sample", config, models, emit=lambda _, **fields: events.append(fields))
     assert [(event["done"], event["total"]) for event in events if "done" in event] == [(i, 4) for i in range(5)]
     texts = [json.loads(line)["text"] for line in (artifact.local() / "samples.jsonl").read_text().splitlines()]

@@ -128,7 +128,7 @@ def test_what_cannot_be_written_is_refused_before_anything_is_drawn(
 
 def test_what_is_not_said_is_as_in_the_models_run() -> None:
     assert write(writer())[0].calls == 4
-    assert writer().options(TextRequest(num_steps=2)) == SamplerConfig(num_steps=2)
+    assert writer().options(TextRequest(num_steps=2)) == SamplerConfig(num_steps=2, sampler="spread")
 
 
 def test_a_text_can_be_stopped_between_two_steps_and_another_drawn() -> None:
