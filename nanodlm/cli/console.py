@@ -115,12 +115,12 @@ class Console:
         if text.nats_per_token is not None:
             self.text(f"({text.nats_per_token:.2f} nats per token of the whole text)")
 
-    def results(self) -> None:
+    def results(self, **more: Any) -> None:
         """Print the records and metrics of the finished stages as JSON, if that is asked for."""
         metrics = {name: value for artifact in self.artifacts.values() for name, value in artifact.metrics.items()}
         metrics.pop("first_sample", None)
         report, stages = self.artifacts.get("report"), [done for done in self._records if done["stage"] != "report"]
-        self.json(stages=stages, metrics=metrics, report=report.uri if report else None)
+        self.json(stages=stages, metrics=metrics, report=report.uri if report else None, **more)
 
     def finish(self) -> None:
         """Print the results of the finished stages, and where everything lies; a terminal shows how a text appeared."""

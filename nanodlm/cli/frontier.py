@@ -54,6 +54,8 @@ def frontier(
         or not 0 <= seed < 2**31
     ):
         raise UsageError("--num must be 2 or more, --steps above 0, and --temperatures and --seed numbers from 0 on")
+    if judge.startswith("hf:"):
+        raise UsageError("samplers are judged by an autoregressive model of a store, or twin: not by one of the hub")
     check_file(out, is_folder=True)
     address = choose(model, store)
     store = Store(parse_address(address).store)

@@ -182,7 +182,7 @@ def sample(config: Settings, how: Annotated[Alone, arg(name="")], *, store: Open
 def judge(config: Settings, how: Annotated[Alone, arg(name="")], *, store: OpenStore, out: Output) -> None:
     """Run the judge stage alone, in this process, from what the store holds."""
     if not config.sample.judge:
-        raise UsageError("nothing is named that judges: set --sample.judge twin, or to an autoregressive model")
+        raise UsageError("nothing is named that judges: set --sample.judge twin, an autoregressive model, or hf:gpt2")
     _run_alone("judge", config, how, store, out)
 
 
@@ -203,7 +203,8 @@ def _run_alone(name: str, config: Config, how: Alone, store: Store, out: Console
         artifact, done = run_stage(name, config, store, rebuild=how.rebuild, helping=helping, inputs=inputs, emit=emit)
     out.done(artifact, done)
     out.text(artifact.uri)
-    out.results()
+    of = store.open(f"sample/{dict(artifact.inputs)['sample']}") if name == "judge" else artifact
+    out.results(model=artifact.uri if name == "train" else f"{store.uri()}/train/{dict(of.inputs)['train']}")
 
 
 class Cluster(Launch):

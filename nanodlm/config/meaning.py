@@ -92,7 +92,8 @@ def sampling_settings(config: Config) -> dict[str, Any]:
     """Return the settings that determine what is sampled from a network: those of `sample`, and another schedule."""
     config = as_read(config)
     other = config.schedule != Config().schedule and not schedule_trains(config)
-    return config.sample.model_dump(exclude={"judge"}) | ({"schedule": config.schedule.model_dump()} if other else {})
+    own = config.sample.model_dump(exclude={"judge", "mauve"})
+    return own | ({"schedule": config.schedule.model_dump()} if other else {})
 
 
 def twin(config: Config) -> Config:
@@ -100,7 +101,7 @@ def twin(config: Config) -> Config:
     name = f"{config.exp.run_name}-twin".removeprefix("-")
     return config.replace(
         objective={"kind": "autoregressive", "estimator": None},
-        sample={"sampler": None, "guidance": 0.0, "judge": ""},
+        sample={"sampler": None, "guidance": 0.0, "judge": "", "mauve": False},
         exp={"run_name": name, "resume_path": "", "allow_changed": ()},
     )
 

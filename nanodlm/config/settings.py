@@ -284,7 +284,10 @@ class SampleConfig(SamplerConfig):
     """Text every sample begins with."""
     judge: Url = ""
     """What scores the samples from left to right: `twin`, an autoregressive network of the same sizes that is trained
-    on the same tokens, or one that is in the store, by its run or address; none by default."""
+    on the same tokens; one that is in the store, by its run or address; or a causal model of the Hugging Face hub, such
+    as `hf:gpt2-large`, `hf:OWNER/NAME@COMMIT` or `hf:/FOLDER`; none by default."""
+    mauve: Switch = False
+    """Whether a judge of the hub compares samples with real texts by MAUVE as well, which takes hundreds of them."""
     seed: int = Field(default=0, ge=0, lt=2**31)
     """Seed of the draw."""
 
@@ -402,6 +405,8 @@ class Config(Group):
                 sample.cache_block and not kind.row_cache,
             "guidance needs the whole row in each step: leave sample.cache_block out":
                 sample.cache_block and sample.guidance,
+            "sample.mauve compares what a judge of the hub reads: set --sample.judge hf:gpt2-large":
+                sample.mauve and not sample.judge.startswith("hf:"),
             f"sample.cache_block ({sample.cache_block}) does not divide texts of {sample.length or length} tokens":
                 sample.cache_block and (sample.length or length) % sample.cache_block,
             f"{name} models write at most model.seq_len ({length}) tokens: lower sample.length, or set "

@@ -29,7 +29,7 @@ def lineage(*last: Artifact) -> dict[str, Artifact]:
 
 def judging(judge: Artifact, others: dict[str, Artifact]) -> dict[str, Artifact]:
     """Return what judged samples as `twin`, as far as it is still there and none of the others, and as `judge`."""
-    _, network = next(judge.store.artifacts([("train", dict(judge.inputs)["train"])]))
+    network = next((one for _, one in judge.store.artifacts(of for of in judge.inputs if of[0] == "train")), None)
     if isinstance(network, Artifact) and network.uri not in {other.uri for other in others.values()}:
         return {"twin": network, "judge": judge}
     return {"judge": judge}

@@ -27,10 +27,12 @@ from jaxtyping import Float, Int, UInt64
 from nanodlm.checkpoints.loading import load_artifact
 from nanodlm.config import Config, ScoreConfig
 from nanodlm.data import rows as data_rows
+from nanodlm.data import tokenizer
 from nanodlm.data.documents import Documents
 from nanodlm.data.shingles import contains, runs
-from nanodlm.errors import Emit, UsageError, silent
+from nanodlm.errors import Emit, NanodlmError, UsageError, silent
 from nanodlm.evaluation.evaluate import Text
+from nanodlm.evaluation.hub_judge import HubJudge
 from nanodlm.evaluation.scoring import draw
 from nanodlm.evaluation.uncertainty import ratio_stderr
 from nanodlm.model.transformer import Transformer
@@ -73,11 +75,6 @@ def entropy(texts: Texts) -> float:
     _, owner, counts = counted(texts, 1)
     p = counts / np.bincount(owner, counts)[owner]
     return float(-(p * np.log(p)).sum() / len(texts))
-
-
-def pooled_entropy(texts: Texts) -> float:
-    """Return the entropy of all texts as if they were one, in nats a token."""
-    return entropy([np.concatenate(texts)])
 
 
 def distinct(texts: Texts, n: int) -> float:
@@ -168,7 +165,10 @@ def with_error(measure: Measure, texts: Texts) -> tuple[float | None, float | No
 
 def quality(texts: Texts, trained_on: UInt64[np.ndarray, "K"]) -> dict[str, Any]:
     """Return every measure of texts that needs no judge, and its standard error over texts as `NAME_stderr`."""
-    measures: dict[str, Measure] = {"entropy": entropy, "pooled_entropy": pooled_entropy}
+    measures: dict[str, Measure] = {
+        "entropy": entropy,
+        "pooled_entropy": lambda texts: entropy([np.concatenate(texts)]),
+    }
     measures |= {f"distinct_{n}": partial(distinct, n=n) for n in (1, 2, 3)}
     measures |= {"repetition": repetition, "self_bleu": self_bleu, "copied": partial(copied, trained_on=trained_on)}
     found: dict[str, Any] = {"texts": len(texts), "tokens": sum(map(len, texts))}
@@ -226,29 +226,53 @@ def nats_of(network: Transformer, texts: Texts, batch_size: int, emit: Emit = si
     return np.split(nats, np.cumsum([len(text) for text in texts])[:-1])
 
 
-def likelihood(nats: list[Float[np.ndarray, "_"]], given: int = 0) -> dict[str, Any]:
-    """Return nats per token and perplexity of texts behind a prompt of so many tokens, and the error over texts."""
-    sums, sizes = (np.array([of(text[given:]) for text in nats], float) for of in (np.sum, len))
-    per_token = float(sums.sum() / sizes.sum())
-    error = ratio_stderr(sums, sizes) if len(nats) > 1 else None
-    return {"nats_per_token": per_token, "nats_per_token_stderr": error, "perplexity": math.exp(per_token)}
+def likelihood(nats: list[Float[np.ndarray, "_"]], sizes: Sequence[int] = ()) -> dict[str, Any]:
+    """Return nats per token and, given the bytes of texts, per byte, with the error over texts; and perplexities."""
+    sums, tokens = (np.array([of(text) for text in nats], float) for of in (np.sum, len))
+    if not tokens.sum():
+        raise NanodlmError("there is nothing to judge: the texts are empty")
+    found: dict[str, Any] = {}
+    for unit, of in {"token": tokens, "byte": np.array(sizes, float)}.items():
+        if of.sum():
+            found[f"nats_per_{unit}"] = float(sums.sum() / of.sum())
+            found[f"nats_per_{unit}_stderr"] = ratio_stderr(sums, of) if len(nats) > 1 else None
+    of_each = np.exp(sums[tokens > 0] / tokens[tokens > 0])
+    return {**found, "perplexity": math.exp(found["nats_per_token"]), "text_perplexity": float(of_each.mean())}
 
 
 def judge(config: Config, inputs: dict[str, Artifact], attempt: Attempt, emit: Emit) -> dict[str, Any]:
-    """Stage: what samples, and as many held-out texts, cost an autoregressive network, a token.
+    """Stage: what samples, and as many held-out texts, cost an autoregressive network, or a model of the hub.
 
-    It writes `judge.json`, the nats and tokens of each text.
+    It writes `judge.json`, the nats, tokens and bytes of each text.
     """
-    shard, (network, encoding) = inputs["shard"], load_artifact(inputs["train"])
-    check(inputs["train"], shard)
-    tokens, end = np.load(inputs["sample"].file("tokens.npy"), allow_pickle=False), encoding.eot_token
-    given, found, of_each = len(encoding.encode_ordinary(config.sample.prompt)), {}, {}
-    pair = as_texts(config, list(tokens), end), held_out(config, shard, tokens.shape, end)
-    for name, texts in zip(("gen", "held_out_gen"), pair, strict=True):
-        nats = nats_of(network, longer(texts, given), config.eval.batch_size, emit)
-        found |= {f"{name}_{measure}": value for measure, value in likelihood(nats, given).items()}
-        of_each[name] = [{"nats": float(text[given:].sum()), "tokens": len(text) - given} for text in nats]
-    (attempt.path / "judge.json").write_text(json.dumps({"judge": inputs["train"].name, **of_each}, indent=1))
+    shard, options, tokens = inputs["shard"], config.sample, np.load(inputs["sample"].file("tokens.npy"))
+    if options.judge.startswith("hf:"):
+        encoding = tokenizer.load(inputs["tokenizer"].local())
+        reader = HubJudge(options, encoding)
+    else:
+        check(inputs["train"], shard)
+        reader, encoding = load_artifact(inputs["train"])
+    given, found, of_each = len(encoding.encode_ordinary(options.prompt)), {}, {}
+    count, length, end, sizes = *tokens.shape, encoding.eot_token, tokenizer.token_sizes(encoding)[:, 0]
+    samples = longer(as_texts(config, list(tokens), end), given)
+    real = [longer(held_out(config, shard, (n * count, length), end), given) for n in (1, 2)]
+    for name, texts in (("gen", samples), ("held_out_gen", real[0])):
+        if isinstance(reader, HubJudge):
+            nats = []
+            for text in texts:
+                nats.append(reader.nats(text, given))
+                emit("progress", done=len(nats), total=len(texts), unit="texts")
+        else:
+            nats = [of[given:] for of in nats_of(reader, texts, config.eval.batch_size, emit)]
+        n_bytes = [int(sizes[text[given:]].sum()) for text in texts]
+        found |= {f"{name}_{measure}": value for measure, value in likelihood(nats, n_bytes).items()}
+        rows = zip(nats, n_bytes, strict=True)
+        of_each[name] = [{"nats": float(of.sum()), "tokens": len(of), "bytes": size} for of, size in rows]
+    if isinstance(reader, HubJudge) and options.mauve:
+        sets = samples, real[1][::2], real[1][1::2]
+        found |= reader.mauve([[text[given:] for text in some] for some in sets], emit)
+    called = reader.name if isinstance(reader, HubJudge) else inputs["train"].name
+    (attempt.path / "judge.json").write_text(json.dumps({"judge": called, **of_each}, indent=1))
     return found
 
 

@@ -7,6 +7,9 @@ from nanodlm.errors import counted
 MEASURES = {  # of each its name for people, and what it is
     "gen_nats_per_token": ("nats per token", "-log p under the judge: loops are low too"),
     "gen_perplexity": ("perplexity a token", "e to the nats per token"),
+    "gen_text_perplexity": ("the same of a text", "mean over texts"),
+    "gen_nats_per_byte": ("nats per byte", "whatever the judge's tokens are"),
+    "gen_mauve": ("MAUVE", "likeness to real texts in the judge's eyes"),
     "entropy": ("entropy", "nats, of each text: low in loops"),
     "pooled_entropy": ("pooled entropy", "nats, of all texts together"),
     "distinct_1": ("distinct 1", "different tokens over tokens, of all texts"),
@@ -36,7 +39,7 @@ def table(quality: dict[str, Any], judged: dict[str, Any]) -> list[tuple[str, st
 
 def _shown(metrics: dict[str, Any], name: str) -> str:
     """Return a measure with its standard error, where it has one, to as many digits."""
-    digits = 1 if name == "gen_perplexity" else 3
+    digits = 1 if name.endswith("perplexity") else 3
     value, error = (metrics.get(of) for of in (name, f"{name}_stderr"))
     numbers = [f"{number:.{digits}f}" for number in (value, error) if number is not None]
     return NONE if value is None else " ± ".join(numbers)

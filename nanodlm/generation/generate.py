@@ -10,7 +10,7 @@ import tiktoken
 from flax import nnx
 from jaxtyping import Array, Key
 
-from nanodlm.config import Config, SampleConfig
+from nanodlm.config import Config, SampleConfig, SamplerConfig
 from nanodlm.data.tokenizer import END_OF_TEXT
 from nanodlm.diffusion.sampling import reverse_process
 from nanodlm.diffusion.schedules import Schedule, make_schedule
@@ -83,7 +83,7 @@ def make_walk(
     if len(prompt) >= length:
         remedy = "shorten --sample.prompt" + " or raise --sample.length" * bool(model.block_size)
         raise UsageError(f"the prompt has {len(prompt)} tokens and texts have {length}: {remedy}")
-    how: dict[str, Any] = options.model_dump(exclude={"prompt", "length", "num_samples", "seed", "judge"})
+    how: dict[str, Any] = options.model_dump(include={*SamplerConfig.model_fields})
     how["sampler"] = options.sampler or model.objective.traits.samplers[0]
     graphdef = nnx.graphdef(model)
 

@@ -123,11 +123,11 @@ def read_by(stage: Stage, config: Config, found: dict[str, Artifact]) -> dict[st
 
 
 def named_judge(config: Config, store: Store) -> dict[str, Artifact]:
-    """Return the network that a configuration names as its judge, in the place of a twin; nothing where it names none.
+    """Return the network of ours that a configuration names as its judge, in the place of a twin, if it names one.
 
     One that is not in the store, or does not write from left to right, is an error.
     """
-    if config.sample.judge in ("", "twin"):
+    if config.sample.judge in ("", "twin") or config.sample.judge.startswith("hf:"):
         return {}
     judge = store.open(find_model(config.sample.judge, store))
     kind = judge.manifest["config"]["objective"]["kind"] if judge.stage == "train" else "no model"

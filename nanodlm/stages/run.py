@@ -83,7 +83,7 @@ def build(
             code = code_record(stage.module)  # as it is now, before anybody edits it
             metrics = stage.run(config, lookup.inputs, attempt, publish)
             if (
-                stage.name in ("download", "evaluate")
+                stage.name in ("download", "evaluate", "judge")
                 and identify(stage, config, lookup.inputs).fingerprint != fingerprint
             ):
                 raise NanodlmError("the source's files changed since they were looked up: run again")

@@ -35,6 +35,8 @@ class Stage:
 
     def inputs(self, config: Config) -> tuple[str, ...]:
         """Return the stages whose artifacts it reads: a tokenizer reads the text only to be trained on it."""
+        if self.name == "judge" and config.sample.judge.startswith("hf:"):
+            return ("tokenizer", "shard", "sample")
         fixed = self.name == "tokenizer" and config.data.tokenizer in ("gpt2", "bytes")
         judged = self.name == "report" and config.sample.judge
         return () if fixed else (*self.reads, *(("judge",) if judged else ()))
@@ -94,6 +96,13 @@ def _evaluation(config: Config) -> dict[str, Any]:
     return evaluation_settings(config) | _sets(config)
 
 
+def _judging(config: Config) -> dict[str, Any]:
+    from nanodlm.evaluation.hub_judge import identity
+
+    of_hub = config.sample.judge.startswith("hf:")
+    return {"prompt": config.sample.prompt, **(identity(config.sample) if of_hub else {})}
+
+
 StageName = Literal["download", "tokenizer", "split", "shard", "train", "evaluate", "sample"]
 HELD_OUT = ("split", "val_tokens", "val_share", "split_seed")  # the settings that decide it
 DOCUMENTS = ("download", "tokenizer")
@@ -124,9 +133,8 @@ ALL = (
         of=twin,
         as_stage="train",
     ),
-    Stage(
-        "judge", "evaluation.judge:judge", ("shard", "sample", "twin"), _settings("sample", "prompt"), own_process=True
-    ),
+    # Since version 2, it counts bytes.
+    Stage("judge", "evaluation.judge:judge", ("shard", "sample", "twin"), _judging, 2, own_process=True),
     # Since version 2, its digest is that of its results alone.
     Stage("report", "evaluation.report:build", RESULTS, _settings("exp", "run_name"), 2, volatile=PAGES),
 )
@@ -163,6 +171,7 @@ def check(config: Config, stages: Iterable[str]) -> None:
     """Refuse settings that would stop one of these stages, as far as they tell before anything is started or built."""
     from nanodlm.data import clean, sets
     from nanodlm.data.held_out import check_rows, check_size
+    from nanodlm.evaluation import hub_judge
     from nanodlm.training.trackers import check_packages
 
     if "download" in stages:
@@ -177,3 +186,5 @@ def check(config: Config, stages: Iterable[str]) -> None:
     if "evaluate" in stages:
         for word in config.eval.sets:
             sets.find(word, config.data)
+    if "judge" in stages and config.sample.judge.startswith("hf:"):
+        hub_judge.check(config.sample)

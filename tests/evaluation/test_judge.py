@@ -18,7 +18,7 @@ from nanodlm.config import twin
 from nanodlm.data import rows as data_rows
 from nanodlm.data import tokenizer
 from nanodlm.data.vocabulary import Vocabulary
-from nanodlm.errors import UsageError
+from nanodlm.errors import NanodlmError, UsageError
 from nanodlm.evaluation import judge
 from nanodlm.evaluation.uncertainty import interval
 from nanodlm.model.transformer import Transformer
@@ -127,10 +127,15 @@ def test_nats_are_minus_log_p_whatever_the_lengths_of_texts_and_of_the_judges_ro
     nats = judge.nats_of(bigrams(rates), texts, batch_size=4)
     for text, of in zip(texts, nats, strict=True):
         assert of == pytest.approx(-np.log(rates[[12, *text[:-1]], text]), rel=1e-4)
-    found = judge.likelihood(nats, given=1)
-    behind = np.concatenate([of[1:] for of in nats])
-    assert found["nats_per_token"] == pytest.approx(behind.mean())
-    assert found["perplexity"] == pytest.approx(math.exp(behind.mean()))
+    found, all_ = judge.likelihood(nats, [2 * len(text) for text in texts]), np.concatenate(nats)
+    assert found["nats_per_token"] == pytest.approx(all_.mean())
+    assert found["nats_per_byte"] == pytest.approx(all_.mean() / 2)
+    assert found["nats_per_byte_stderr"] == pytest.approx(found["nats_per_token_stderr"] / 2)
+    assert found["perplexity"] == pytest.approx(math.exp(all_.mean()))
+    assert found["text_perplexity"] == pytest.approx(np.mean([math.exp(of.mean()) for of in nats]))
+    assert "nats_per_byte" not in judge.likelihood(nats)
+    with pytest.raises(NanodlmError, match="nothing to judge"):
+        judge.likelihood([np.zeros(0)] * 2)
 
 
 def test_a_judge_that_ignores_context_scores_the_entropy_of_the_texts_exactly() -> None:
@@ -138,7 +143,7 @@ def test_a_judge_that_ignores_context_scores_the_entropy_of_the_texts_exactly() 
     counts = np.bincount(np.concatenate(texts), minlength=12)
     rates = np.tile((counts + 1e-9) / counts.sum(), (13, 1))
     nats = judge.nats_of(bigrams(rates), texts, batch_size=8)
-    assert judge.likelihood(nats)["nats_per_token"] == pytest.approx(judge.pooled_entropy(texts), rel=1e-5)
+    assert judge.likelihood(nats)["nats_per_token"] == pytest.approx(judge.entropy([np.concatenate(texts)]), rel=1e-5)
 
 
 def test_texts_broken_in_known_ways_are_ranked_by_their_measures_together() -> None:
