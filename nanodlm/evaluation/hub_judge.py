@@ -1,15 +1,16 @@
 """A judge of the Hugging Face hub: any causal language model of `transformers`, with its own tokenizer, in PyTorch.
 
-    hf:NAME[@REVISION]   of the hub, as hf:gpt2-large or hf:OWNER/NAME@COMMIT; `main` as it is there, or offline here
+    hf:NAME[@REVISION]   of the hub, as hf:gpt2-large or hf:OWNER/NAME@COMMIT; `main` by default, or the cache's offline
     hf:FOLDER            a folder in that format, which begins with `/`, `.` or `~`
 
 What is scored: a text stands behind the model's mark of a beginning (of an end, where it has no other, as GPT-2), so
 that its first token is scored too. End-of-text marks in it become the model's own, and are read but not scored. So do
-MDLM (arXiv:2406.07524) and Duo (arXiv:2506.10892), whose samples begin with a mark: their generative perplexity is e to
+MDLM (arXiv:2406.07524) and Duo (arXiv:2506.10892), whose rows begin with a mark: their generative perplexity is e to
 the mean nats of all tokens, under GPT-2 large, with 1,024 tokens of context. SEDD (arXiv:2310.16834) has no mark before
 a text, whose first token is not scored, and takes the mean of the texts' own perplexities.
 """
 
+from contextlib import suppress
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
@@ -58,8 +59,10 @@ def _folder(judge: str, files: list[str]) -> Path:
         return Path(judge[3:]).expanduser()
     which: dict[str, Any] = {"allow_patterns": files, "ignore_patterns": "*/*", "revision": revision or None}
     try:
-        return Path(snapshot_download(name, local_files_only=constants.HF_HUB_OFFLINE, **which))
+        return Path(snapshot_download(name, **which))
     except Exception as error:  # whatever a server may send
+        with suppress(Exception):
+            return Path(snapshot_download(name, local_files_only=True, **which))
         remedy = "check its name, the network and HF_TOKEN, or name a folder"
         raise NanodlmError(f"cannot fetch {judge} from {constants.ENDPOINT}: {one_line(error)}; {remedy}") from error
 
@@ -137,4 +140,5 @@ class HubJudge:
         rows = [[self.ids(text)[: self._window] or [self._end] for text in some[:count]] for some in sets]
         samples, others, real = (np.stack([self._read(row)[1][-1].cpu().numpy() for row in some]) for some in rows)
         found = [float(compute_mauve(p_features=others, q_features=of).mauve) for of in (samples, real)]
-        return {"gen_mauve": found[0], "held_out_gen_mauve": found[1], "mauve_texts": count}
+        told = {"mauve_features": self.name, "mauve_texts": count}
+        return {"gen_mauve": found[0], "held_out_gen_mauve": found[1], **told}

@@ -7,9 +7,9 @@ from nanodlm.errors import counted
 MEASURES = {  # of each its name for people, and what it is
     "gen_nats_per_token": ("nats per token", "-log p under the judge: loops are low too"),
     "gen_perplexity": ("perplexity a token", "e to the nats per token"),
-    "gen_text_perplexity": ("the same of a text", "mean over texts"),
+    "gen_text_perplexity": ("perplexity a text", "mean over texts, as SEDD has it"),
     "gen_nats_per_byte": ("nats per byte", "whatever the judge's tokens are"),
-    "gen_mauve": ("MAUVE", "likeness to real texts in the judge's eyes"),
+    "gen_mauve": ("MAUVE", "likeness to real texts by the judge's features"),
     "entropy": ("entropy", "nats, of each text: low in loops"),
     "pooled_entropy": ("pooled entropy", "nats, of all texts together"),
     "distinct_1": ("distinct 1", "different tokens over tokens, of all texts"),

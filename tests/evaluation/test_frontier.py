@@ -108,6 +108,7 @@ def test_the_command_judges_by_a_twin_beside_it_and_real_text(
     assert all(str(tmp_path / "f" / name) in plain for name in ("frontier.json", "frontier.svg"))
     assert "3 texts each are few" in plain
     assert "is absorbing, and cannot judge" in run("--judge", trained.uri)
+    assert "not by one of the hub" in run("--judge", "hf:gpt2")
     for wrong in (["--num", "1"], ["--temperatures", "nan"], ["--temperatures", "inf"]):
         assert "--num must be 2 or more" in run(*wrong)
     assert "is no folder" in run("--out", f"{tmp_path}/f/frontier.json")

@@ -144,7 +144,7 @@ def test_samples_are_judged_beside_held_out_text_by_a_folder_whose_bytes_are_the
     assert lines["gen"][0]["nats"] == pytest.approx(expected.sum(), rel=1e-4)
     assert lines["gen"][0]["bytes"] == token_sizes(plain_bytes())[tokens[0, 3:], 0].sum()
     assert 0 < m["gen_mauve"] <= 1
-    assert m["mauve_texts"] == 4
+    assert (m["mauve_texts"], m["mauve_features"]) == (4, lines["judge"])
     assert any("4 texts are few for MAUVE" in of.get("text", "") for _, of in said)
     stages_run.run_stage("evaluate", config, models)
     report = stages_run.run_stage("report", config, models)[0]

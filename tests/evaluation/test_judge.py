@@ -14,6 +14,7 @@ import pytest
 import nanodlm
 from nanodlm.build import make_model
 from nanodlm.checkpoints.finding import find_model
+from nanodlm.cli.main import main
 from nanodlm.config import twin
 from nanodlm.data import rows as data_rows
 from nanodlm.data import tokenizer
@@ -175,7 +176,7 @@ def test_texts_broken_in_known_ways_are_ranked_by_their_measures_together() -> N
 
 
 def test_samples_are_measured_beside_as_much_held_out_text_and_judged_by_a_twin_that_is_reused(
-    trained: Artifact, models: Store
+    trained: Artifact, models: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = tiny(sample={"judge": "twin", "num_samples": 3, "prompt": "The"}, exp={"run_name": "mine"})
     assert until("sample") == (*NAMES, "report")
@@ -198,6 +199,13 @@ def test_samples_are_measured_beside_as_much_held_out_text_and_judged_by_a_twin_
     assert all(lookup.artifact for lookup in look_up(config, models))
     named = config.replace(sample={"judge": by_hand.name})
     assert stages_run.run_stage("judge", named, models)[0].fingerprint == judged.fingerprint
+    (tmp_path / "config.json").write_text(named.model_dump_json())
+    for command in ("judge", "sample", "train"):
+        with pytest.raises(SystemExit):
+            main([command, str(tmp_path / "config.json"), "--store", models.uri(), "--json"])
+        result = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert result["model"] == trained.uri
+        assert result["stages"][0]["stage"] == command
 
 
 def check_report(report: Artifact, judged: Artifact, network: Artifact) -> None:
