@@ -26,16 +26,16 @@ from nanodlm.store import fingerprint_of
 from nanodlm.store.disk import sha256_of
 from nanodlm.store.retry import one_line
 
-READ = ["*.json", "*.txt", "*.model", "*.safetensors"]  # of a model's files on the hub
-WINDOW = 1024  # tokens of context, where a model names no limit
-MANY = 500  # texts, below which MAUVE says little
+FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]  # that are read of a model's on the hub
+WINDOW, MANY = 1024, 500  # tokens of context, where a model names no limit; and texts, below which MAUVE says little
 
 
 def check(options: SampleConfig) -> None:
     """Refuse a judge whose packages are not installed, or whose files are not to be found."""
-    for package, extra in (("torch", "transformers"), ("transformers", "transformers"), ("mauve", "mauve")):
-        if find_spec(package) is None and (options.mauve or package != "mauve"):
-            raise UsageError(f"{options.judge} needs {package}: pip install -c constraints.txt -e '.[{extra}]'")
+    extras = ["transformers", *(["mauve"] if options.mauve else [])]
+    if missing := [package for package in ("torch", *extras) if find_spec(package) is None]:
+        remedy = f"pip install -c constraints.txt -e '.[{','.join(extras)}]'"
+        raise UsageError(f"{options.judge} needs {' and '.join(missing)}: {remedy}")
     identity(options)
 
 
@@ -71,14 +71,11 @@ class HubJudge:
     """A model that reads the texts of an encoding in tokens of its own, in float32, on a GPU if there is one."""
 
     def __init__(self, options: SampleConfig, encoding: tiktoken.Encoding):
-        """Load a model, from safetensors alone and without code of its own.
-
-        One whose weights are not all there, or that sees what follows a token, is refused.
-        """
+        """Load a model, of safetensors alone, without code of its own; one that sees what follows is refused."""
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        self.name, folder = f"{options.judge} ({identity(options)['bytes'][:12]})", _folder(options.judge, READ)
+        self.name, folder = f"{options.judge} ({identity(options)['bytes'][:12]})", _folder(options.judge, FILES)
         how: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(folder, **how)
@@ -127,10 +124,10 @@ class HubJudge:
         return np.array(nats[len(before) - 1 :])[np.array(row[len(before) :]) != self._end]
 
     def mauve(self, sets: list[list[Int[np.ndarray, "_"]]], emit: Emit) -> dict[str, Any]:
-        """Return MAUVE of samples, the first of three sets, and of real texts, the last, both against other real texts.
+        """Return MAUVE of samples and of real texts, the first and the last of three sets, against other real texts.
 
-        It is the area under the curve of divergences from mixtures of two sets, in clusters of the last hidden states
-        at the last tokens (arXiv:2102.01454, arXiv:2212.14578): 1 for equal sets, 0.004 for such as share no cluster.
+        It compares clusters of the last hidden states at the last tokens (arXiv:2102.01454, arXiv:2212.14578): 1 for
+        equal sets, 0.004 for such as share no cluster.
         """
         from mauve import compute_mauve
 

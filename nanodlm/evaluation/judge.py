@@ -165,10 +165,8 @@ def with_error(measure: Measure, texts: Texts) -> tuple[float | None, float | No
 
 def quality(texts: Texts, trained_on: UInt64[np.ndarray, "K"]) -> dict[str, Any]:
     """Return every measure of texts that needs no judge, and its standard error over texts as `NAME_stderr`."""
-    measures: dict[str, Measure] = {
-        "entropy": entropy,
-        "pooled_entropy": lambda texts: entropy([np.concatenate(texts)]),
-    }
+    measures: dict[str, Measure] = {"entropy": entropy}
+    measures["pooled_entropy"] = lambda texts: entropy([np.concatenate(texts)])
     measures |= {f"distinct_{n}": partial(distinct, n=n) for n in (1, 2, 3)}
     measures |= {"repetition": repetition, "self_bleu": self_bleu, "copied": partial(copied, trained_on=trained_on)}
     found: dict[str, Any] = {"texts": len(texts), "tokens": sum(map(len, texts))}

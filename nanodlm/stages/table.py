@@ -99,8 +99,8 @@ def _evaluation(config: Config) -> dict[str, Any]:
 def _judging(config: Config) -> dict[str, Any]:
     from nanodlm.evaluation.hub_judge import identity
 
-    of_hub = config.sample.judge.startswith("hf:")
-    return {"prompt": config.sample.prompt, **(identity(config.sample) if of_hub else {})}
+    options = config.sample
+    return {"prompt": options.prompt, **(identity(options) if options.judge.startswith("hf:") else {})}
 
 
 StageName = Literal["download", "tokenizer", "split", "shard", "train", "evaluate", "sample"]

