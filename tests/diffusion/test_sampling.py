@@ -470,7 +470,7 @@ def test_guidance_without_a_prompt_changes_nothing_and_calls_nothing() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"sampler": "gibbs"}, "unknown sampler 'gibbs': choose one of ancestral, .*, remdm_loop"),
+        ({"sampler": "gibbs"}, "unknown sampler 'gibbs': choose one of spread, .*, remdm_loop"),
         ({"grid": "log"}, "unknown grid 'log': choose uniform or cosine"),
         ({"top_k": -1}, "top_k must not be negative, not -1"),
         ({"top_p": 1.5}, "top_p must be above 0 and at most 1, not 1.5"),
