@@ -1,6 +1,5 @@
 """The command that holds samplers against their cost."""
 
-import json
 import math
 from functools import partial
 from pathlib import Path
@@ -16,9 +15,10 @@ from nanodlm.cli.store import OpenStore
 from nanodlm.config import IF_ANY, Config, parse_address
 from nanodlm.diffusion.kinds import Sampler
 from nanodlm.errors import UsageError
+from nanodlm.evaluation import fronts
 from nanodlm.stages.lookup import named_judge
 from nanodlm.stages.run import run_stage
-from nanodlm.store import Store
+from nanodlm.store import SCHEMA, Artifact, Store, fingerprint_of, new_attempt
 
 Samplers = Annotated[tuple[Sampler, ...], Doc("What to try; by default all that the model has."), IF_ANY]
 Steps = Annotated[
@@ -79,11 +79,23 @@ def frontier(
     how = {"shape": shape, "cut": cut, "seed": seed, "batch_size": config.eval.batch_size}
     with console.showing("frontier") as emit:
         found = frontiers.frontier(networks, reader, real, **how, emit=emit)
-    console.text(*frontiers.described(found, num))
+    console.text(*fronts.described(found))
     if out:
         with writing(out):
             Path(out).mkdir(parents=True, exist_ok=True)
-            Path(out, "frontier.json").write_text(json.dumps(found, indent=1))
-            frontiers.figure(found, Path(out, "frontier.svg"))
+            fronts.write(found, Path(out))
         console.text(f"the numbers are in {out}/frontier.json", f"the figure is in {out}/frontier.svg")
+    if parse_address(address).checkpoint is None:  # else it is of no finished model
+        console.text(f"{keep({**found, 'judge': judging.name}, trained).name}: the model's next `nanodlm run` shows it")
     console.json(model=address, judge=judging.uri, **found)
+
+
+def keep(found: fronts.Found, trained: Artifact) -> Artifact:
+    """Store what was measured of a model, each time as an artifact of its own, where the model's report finds it."""
+    made_from = {"train": {"digest": trained.digest, "fingerprint": trained.fingerprint}}
+    identity = {"schema": SCHEMA, "stage": "frontier", "version": 1, "inputs": made_from}
+    identity["parameters"] = {"measured": fingerprint_of(found)}
+    store, counts = trained.store, {"points": len(found["points"]), "num": found["num"]}
+    with writing(store.uri()), new_attempt(store, "frontier", fingerprint_of(identity)) as attempt:
+        fronts.write(found, attempt.path)
+        return attempt.commit(identity=identity, metrics=counts, config=trained.manifest["config"])

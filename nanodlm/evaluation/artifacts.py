@@ -5,7 +5,7 @@ from typing import Any
 
 from nanodlm.data.card import CARD
 from nanodlm.data.tokenizer import END_OF_TEXT
-from nanodlm.store import Artifact
+from nanodlm.store import Artifact, Store
 
 
 def lineage(*last: Artifact) -> dict[str, Artifact]:
@@ -37,18 +37,28 @@ def judging(judge: Artifact, others: dict[str, Artifact]) -> dict[str, Artifact]
 
 def twin(evaluate: Artifact) -> Artifact | None:
     """Return the newest evaluation of an autoregressive model of the same shards on the same rows, if one is there."""
-    store, m = evaluate.store, evaluate.metrics
-    there = {path.split("/")[0] for path in store.files(store.path("evaluate"))} - {evaluate.fingerprint}
-    found = [one for _, one in store.artifacts(("evaluate", fingerprint) for fingerprint in sorted(there))]
+    m = evaluate.metrics
     same = [
         one
-        for one in found
-        if isinstance(one, Artifact)
+        for one in _all("evaluate", evaluate.store)
+        if one.fingerprint != evaluate.fingerprint
         and (one.manifest["config"] or {}).get("objective", {}).get("kind") == "autoregressive"
         and one.manifest["inputs"]["shard"] == evaluate.manifest["inputs"]["shard"]
         and all(one.metrics.get(name) == m[name] for name in ("scored_tokens", "scored_bytes"))
     ]
     return max(same, key=lambda one: one.manifest["created"], default=None)
+
+
+def frontier_of(train: Artifact) -> dict[str, Artifact]:
+    """Return the newest frontier of a model by that name, if `nanodlm bench frontier` has measured one."""
+    mine = [one for one in _all("frontier", train.store) if one.manifest["inputs"]["train"]["digest"] == train.digest]
+    return {"frontier": max(mine, key=lambda one: one.manifest["attempt"])} if mine else {}  # which begins with a time
+
+
+def _all(stage: str, store: Store) -> list[Artifact]:
+    there = {path.split("/")[0] for path in store.files(store.path(stage))}
+    found = store.artifacts((stage, fingerprint) for fingerprint in sorted(there))
+    return [artifact for _, artifact in found if isinstance(artifact, Artifact)]
 
 
 def card_of(shard: Artifact | None) -> dict[str, Any] | None:

@@ -17,7 +17,7 @@ from nanodlm.config.differences import flat
 from nanodlm.data.card import described, groups
 from nanodlm.diffusion.kinds import KINDS
 from nanodlm.errors import Emit
-from nanodlm.evaluation import figures, quality
+from nanodlm.evaluation import figures, fronts, quality
 from nanodlm.evaluation.artifacts import card_of, has, judging, lineage, logs_of, texts_of, twin
 from nanodlm.evaluation.page import render
 from nanodlm.store import Artifact, Attempt
@@ -32,6 +32,7 @@ FACTS = {
     "train": "{updates:,} updates",
     "evaluate": "{val_bits_per_byte:.3f} bits per byte",
     "sample": "{samples} texts",
+    "frontier": "{points} points",
     "judge": "{gen_nats_per_token:.3f} nats per token",
 }
 
@@ -41,6 +42,9 @@ def build(config: Config, inputs: dict[str, Artifact], attempt: Attempt, emit: E
     (train, evaluate, sample), judge = (inputs[name] for name in ("train", "evaluate", "sample")), inputs.get("judge")
     m, t, made = evaluate.metrics, train.metrics, lineage(evaluate, train, sample)
     made |= judging(judge, made) if judge else {}
+    frontier = inputs.get("frontier")
+    made |= {"frontier": frontier} if frontier else {}
+    found = json.loads(frontier.file("frontier.json").read_text()) if frontier else None
     results = {"run_name": config.exp.run_name, "train": {name: t[name] for name in RESULTS}, "evaluate": m}
     results |= {"samples": texts_of(sample), "made_from": {name: one.digest for name, one in inputs.items()}}
     results |= {"judge": judge.metrics} if judge else {}
@@ -48,11 +52,13 @@ def build(config: Config, inputs: dict[str, Artifact], attempt: Attempt, emit: E
     card = card_of(made.get("shard"))
     said = _head(config, made) | _numbers(config, evaluate) | _texts(config, sample, judge) | _origin(config, made)
     pictures = _pictures(config, train, evaluate)
-    page = render("report.html", card=card and _data(card), **said, **pictures)
+    page = render("report.html", card=card and _data(card), frontier=found and fronts.shown(found), **said, **pictures)
     (attempt.path / "report.html").write_text(page)
     plain = ["# Report", "", *_markdown(_rows(said)), "", "## Samples", *_markdown([], said["samples"]), ""]
     if said["quality"]:
         plain += ["## Beside held-out text", "", *_markdown(_beside(said)), ""]
+    if found:
+        plain += ["## Quality against cost", "", *(f"    {line}" for line in fronts.described(found)), ""]
     if card:
         plain += ["## Data", "", *_markdown(described(card), card["examples"]), ""]
     (attempt.path / "report.md").write_text("\n".join(plain))
@@ -216,13 +222,14 @@ def _data(card: dict[str, Any]) -> dict[str, Any]:
 
 def _origin(config: Config, made: dict[str, Artifact]) -> dict[str, Any]:
     """Return how long the stages took, on what, and what was made from what."""
-    train, seconds = made["train"], {name: artifact.manifest["seconds"] for name, artifact in made.items()}
+    train, of_run = made["train"], {name: artifact for name, artifact in made.items() if name != "frontier"}
+    seconds = {name: artifact.manifest["seconds"] for name, artifact in of_run.items()}
     alt = f"Seconds that each stage took: {', '.join(f'{name} {spent:.1f}' for name, spent in seconds.items())}."
     read = {
         name: [n for n, one in made.items() if (one.stage, one.fingerprint) in a.inputs] for name, a in made.items()
     }
     boxes = {name: (_fact(artifact), tuple(read[name])) for name, artifact in made.items()}
-    last = tuple(name for name in ("train", "evaluate", "sample", "judge") if name in made)
+    last = tuple(name for name in ("train", "evaluate", "sample", "judge", "frontier") if name in made)
     waiting = train.metrics.get("waiting_share")  # which earlier versions did not measure
     return {
         "speed": {

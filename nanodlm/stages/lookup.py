@@ -7,6 +7,7 @@ from typing import Any, Self
 from nanodlm.checkpoints.finding import find_model
 from nanodlm.config import Config, differences
 from nanodlm.errors import Damaged, NanodlmError, SourceGone, UsageError
+from nanodlm.evaluation.artifacts import frontier_of
 from nanodlm.precision import measured
 from nanodlm.stages.table import STAGES, Stage
 from nanodlm.store import SCHEMA, Artifact, Store, changed_since, fingerprint_of
@@ -119,7 +120,8 @@ def look_up(config: Config, store: Store, until: str = "report", rebuild: str | 
 
 def read_by(stage: Stage, config: Config, found: dict[str, Artifact]) -> dict[str, Artifact]:
     """Return what a stage reads of the artifacts that were found, each by the stage in whose folder it lies."""
-    return {STAGES[name].folder: found[name] for name in stage.inputs(config)}
+    beside = frontier_of(found["train"]) if stage.name == "report" else {}
+    return {STAGES[name].folder: found[name] for name in stage.inputs(config)} | beside
 
 
 def named_judge(config: Config, store: Store) -> dict[str, Artifact]:

@@ -82,6 +82,7 @@ SUMMARIES = {
     "evaluate": "{val_bits_per_byte:.4f} ± {val_bits_per_byte_stderr:.4f} bits per byte",
     "sample": "{samples} samples",
     "judge": "{gen_nats_per_token:.3f} nats per token of samples, {held_out_gen_nats_per_token:.3f} of held-out text",
+    "frontier": "{points} points of {num} texts each",
     "report": "report.html, report.md",
 }
 

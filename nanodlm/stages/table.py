@@ -42,8 +42,9 @@ class Stage:
         return () if fixed else (*self.reads, *(("judge",) if judged else ()))
 
     def is_wanted(self, config: Config) -> bool:
-        """Say if a run of a configuration goes through it: all stages are, but for those of a judge."""
-        return {"twin": config.sample.judge == "twin", "judge": bool(config.sample.judge)}.get(self.name, True)
+        """Say if a run of a configuration goes through it: all are, but for those of a judge, and a frontier."""
+        asked = {"twin": config.sample.judge == "twin", "judge": bool(config.sample.judge), "frontier": False}
+        return asked.get(self.name, True)
 
     @property
     def module(self) -> str:
@@ -135,6 +136,7 @@ ALL = (
     ),
     # Since version 2, it counts bytes.
     Stage("judge", "evaluation.judge:judge", ("shard", "sample", "twin"), _judging, 2, own_process=True),
+    Stage("frontier", "evaluation.frontier:frontier", ("train",), lambda _: {}),  # only people ask for it, by `bench`
     # Since version 2, its digest is that of its results alone.
     Stage("report", "evaluation.report:build", RESULTS, _settings("exp", "run_name"), 2, volatile=PAGES),
 )

@@ -1,6 +1,9 @@
 """The frontier: calls counted one by one, points held against each other by one rule, the command and its figure."""
 
 import json
+import re
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -11,14 +14,19 @@ import pytest
 from flax import nnx
 
 from nanodlm.build import make_model
+from nanodlm.cli.frontier import keep
 from nanodlm.cli.main import main
+from nanodlm.config import is_twin
 from nanodlm.data import tokenizer
 from nanodlm.data.vocabulary import Vocabulary
 from nanodlm.diffusion.kinds import SAMPLERS
 from nanodlm.diffusion.sampling import sample
 from nanodlm.errors import UsageError
-from nanodlm.evaluation import frontier, judge
+from nanodlm.evaluation import frontier, fronts, judge
+from nanodlm.evaluation.artifacts import frontier_of
 from nanodlm.model.transformer import Transformer
+from nanodlm.stages.lookup import of_stage
+from nanodlm.stages.run import run_stage
 from nanodlm.store import Artifact, Store
 from tests.support.training import tiny
 
@@ -72,7 +80,7 @@ def test_no_point_of_too_little_entropy_is_on_a_front_however_likely(tmp_path: P
     found = frontier.frontier([(model, tried)], reader, real, **options)
     assert found["held_out"]["entropy"] == judge.entropy(real)
     assert len(found["points"]) == 4
-    for cost in frontier.COSTS:
+    for cost in fronts.COSTS:
         front = [point for point in found["points"] if point[f"on_front_of_{cost}"]]
         allowed = [point for point in found["points"] if point["entropy"] >= found["least_entropy"]]
         assert 0 < len(allowed) < 4
@@ -81,21 +89,76 @@ def test_no_point_of_too_little_entropy_is_on_a_front_however_likely(tmp_path: P
             assert min(other["nats_per_token"] for other in as_cheap) <= point["nats_per_token"]
         assert all(point in allowed for point in front)
         assert len({point["nats_per_token"] for point in front}) == len(front)
-    frontier.figure(found, tmp_path / "figure.svg")
-    texts = [text for of in ElementTree.parse(tmp_path / "figure.svg").iter() if (text := (of.text or "").strip())]
+    fronts.write(found, tmp_path)
+    figure = (tmp_path / "frontier.svg").read_bytes()
+    texts = [text for of in ElementTree.fromstring(figure).iter() if (text := (of.text or "").strip())]
     assert {"network calls per token", "seconds per text", "confidence"} <= set(texts)
-    frontier.figure(found, tmp_path / "again.svg")
-    assert (tmp_path / "again.svg").read_bytes() == (tmp_path / "figure.svg").read_bytes()
+    fronts.write(found, tmp_path)
+    assert (tmp_path / "frontier.svg").read_bytes() == figure
+
+
+def command(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    with pytest.raises(SystemExit) as ended:
+        main([*words])
+    said = capsys.readouterr()
+    return said.out if ended.value.code == 0 else said.err
+
+
+def named(artifact: Artifact) -> str:
+    return artifact.manifest["config"]["exp"]["run_name"]
+
+
+@pytest.fixture(scope="module")
+def measured(trained: Artifact, models: Store, tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """A store of its own with a trained model, of which frontiers may be measured."""
+    store = Store(str(shutil.copytree(models.root, tmp_path_factory.mktemp("frontiers") / "store", symlinks=True)))
+    for name in ("evaluate", "sample"):
+        run_stage(name, tiny(), store)
+    return store
+
+
+def test_a_report_shows_the_newest_frontier_of_its_model_and_is_made_anew_for_no_other_reason(
+    measured: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def report() -> tuple[Artifact, str]:
+        made = run_stage("report", tiny(), measured)[0]
+        return made, made.file("report.html").read_text()
+
+    without, page = report()
+    assert (report()[0].fingerprint, "Quality against cost" in page) == (without.fingerprint, False)
+    train = measured.open(f"train/{dict(without.inputs)['train']}")
+    words = ["--samplers", "margin", "--steps", "2", "--temperatures", "1", "--num", "2", "--store", measured.uri()]
+    said = command(capsys, "bench", "frontier", train.uri, *words)
+    first, page = report()
+    (kept,) = (artifact for artifact in of_stage("frontier", measured))
+    assert f"{kept.name}: the model's next `nanodlm run` shows it" in said
+    assert dict(first.inputs)["frontier"] == kept.fingerprint
+    assert "Perplexity over network calls per token" in page
+    assert re.search(r'<th scope="row">margin</th><td class="n">2</td><td class="n">1.0</td><td class="n">0.0625', page)
+    plain = first.file("report.md").read_text()
+    assert re.search(r"    margin +2 +1.0 +0.062\d.*\n    autoregressive .*\n    real text ", plain)
+    found = json.loads(kept.file("frontier.json").read_text())
+    found["points"][0]["num_steps"] = 3
+    newer, (second, page) = keep(found, train), report()
+    assert dict(second.inputs)["frontier"] == newer.fingerprint == dict(report()[0].inputs)["frontier"]
+    assert '<th scope="row">margin</th><td class="n">3</td>' in page
+    assert len({without.digest, first.digest, second.digest}) == 3
+    assert command(capsys, "ls", "--store", measured.uri()).count("2 points of 2 texts each") == 2
+    # Another model's report has none, and one whose parameters were trained anew has lost it.
+    assert frontier_of(replace(train, manifest={**train.manifest, "digest": "other"})) == {}
+    for where in (first.store, Store(str(tmp_path / "copy"))):
+        if where is not first.store:
+            command(capsys, "copy", measured.uri(), where.uri())
+        assert "every file has its sha256" in command(capsys, "verify", "--deep", "--store", where.uri())
 
 
 def test_the_command_judges_by_a_twin_beside_it_and_real_text(
-    trained: Artifact, models: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    measured: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    trained = next(artifact for artifact in of_stage("train", measured) if not is_twin(named(artifact)))
+
     def run(*words: str) -> str:
-        with pytest.raises(SystemExit) as ended:
-            main(["bench", "frontier", trained.uri, "--store", models.uri(), *words])
-        said = capsys.readouterr()
-        return said.out if ended.value.code == 0 else said.err
+        return command(capsys, "bench", "frontier", trained.uri, "--store", measured.uri(), *words)
 
     chosen = ["--samplers", "margin", "--steps", "2", "--temperatures", "1", "--num", "3", "--out", str(tmp_path / "f")]
     found = json.loads(run(*chosen, "--json").splitlines()[-1])
@@ -119,15 +182,15 @@ def test_points_are_told_in_columns_and_those_on_a_front_marked() -> None:
     of["entropy_stderr"] = 0.02
     point = {**of, "sampler": "ancestral_skip", "num_steps": 8, "temperature": 1.0}
     point |= {"calls_per_token": 0.125, "seconds_per_text": 2.0}
-    fronts = {"on_front_of_calls_per_token": True, "on_front_of_seconds_per_text": False}
-    found = {"points": [{**point, **fronts}], "held_out": of, "least_entropy": 3.325}
-    head, first, real, said = frontier.described(found, 16)
+    on = {"on_front_of_calls_per_token": True, "on_front_of_seconds_per_text": False}
+    found = {"points": [{**point, **on}], "held_out": of, "least_entropy": 3.325, "num": 16}
+    head, first, real, said = fronts.described(found)
     assert (head.split()[0], head.split("  ")[-1]) == ("sampler", "entropy, nats")
     assert first.split()[:5] == ["ancestral_skip", "8", "1.0", "0.125*", "2"]
     assert len(head) == len(first) == len(real), "columns end at one place"
     assert real.startswith("real text  ")
     assert said.startswith("* on the front: of all with an entropy of 3.33 nats or more, 95% of real text's")
-    found["points"][0] = {**point, **dict.fromkeys(fronts, False)}
-    *_, none, few = frontier.described(found, 15)
+    found["points"][0] = {**point, **dict.fromkeys(on, False)}
+    *_, none, few = fronts.described({**found, "num": 15})
     assert none == "no point is on the front: none has an entropy of 3.33 nats or more, 95% of real text's"
     assert few.startswith("15 texts each are few")
