@@ -111,7 +111,7 @@ def _stages(
 ) -> Records:
     """Go through stages in order; `alone`, all that the last one needs must be there. Return the record of each."""
     records, names = [], table.needed(config, until) if alone else table.until(until, config)
-    check_rebuild(rebuild, until)
+    check_rebuild(config, rebuild, until)
     if url.startswith("memory:"):
         raise UsageError("a store in memory is seen by no other process: give store a folder or a bucket")
     elsewhere = {"train", "twin"} if options.get("train_on", HERE) != HERE else set()

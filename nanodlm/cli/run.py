@@ -47,8 +47,8 @@ def run(
     out: Output,
 ) -> None:
     """Build what the store lacks, from text to samples, and reuse the rest."""
-    table.check_rebuild(rebuild, until)
-    lookups = list(look_up(config, store, table.until(until)[-1], rebuild))
+    table.check_rebuild(config, rebuild, until)
+    lookups = list(look_up(config, store, table.until(until, config)[-1], rebuild))
     lacking = [lookup.stage.name for lookup in lookups if not lookup.artifact or lookup.is_again(rebuild)]
     table.check(config, lacking)
     if not lacking:
@@ -79,7 +79,7 @@ def plan(
     out: Output,
 ) -> None:
     """Say what `run` would build or reuse, why, and about how long it takes."""
-    table.check_rebuild(rebuild, until)
+    table.check_rebuild(config, rebuild, until)
     if devices is not None:
         planned = memory.plan(config, devices)
         out.text(memory.table(planned))

@@ -21,7 +21,9 @@ Found = dict[str, Any]  # what `frontier` returns
 LEAST = 0.95  # of the entropy of real text
 LEFT_TO_RIGHT = "autoregressive"
 FEW = 16  # texts, below which errors are themselves uncertain
-HEAD = "sampler|steps|temperature|calls per token|s per text|nats per token|perplexity|entropy, nats".split("|")
+HEAD: list[str] = "sampler|steps|temperature|calls per token|s per text|nats per token|perplexity|entropy, nats".split(
+    "|"
+)
 COSTS = {"calls_per_token": "network calls per token", "seconds_per_text": "seconds per text"}
 
 
@@ -88,18 +90,13 @@ def _paint(found: Found, cost: str, axes: "Axes") -> None:
 
     points, real, soft = found["points"], found["held_out"]["perplexity"], figures.COLOURS["soft"][0]
     for i, name in enumerate(dict.fromkeys(point["sampler"] for point in points)):
-        mark: dict[str, Any] = {
-            "marker": "os^"[i // len(figures.SERIES)],
-            "color": figures.COLOURS[(figures.SERIES * 3)[i]][0],
-        }
-        for fill in ("full", "none"):
-            mine = [
-                p
-                for p in points
-                if p["sampler"] == name and (p["entropy"] < found["least_entropy"]) == (fill == "none")
-            ]
-            x, y = ([point[of] for point in mine] for of in (cost, "perplexity"))
-            axes.plot(x, y, linestyle="", markersize=4.5, fillstyle=fill, label=name * (fill == "full"), **mark)
+        colour, marker = figures.COLOURS[(figures.SERIES * 3)[i]][0], "os^"[i // len(figures.SERIES)]
+        mine = [point for point in points if point["sampler"] == name]
+        for is_hollow in (False, True):
+            some = [point for point in mine if is_hollow == (point["entropy"] < found["least_entropy"])]
+            x, y = ([point[of] for point in some] for of in (cost, "perplexity"))
+            how: dict[str, Any] = {"fillstyle": "none"} if is_hollow else {"label": name}
+            axes.plot(x, y, color=colour, marker=marker, linestyle="", markersize=4.5, **how)
     front = sorted((p[cost], p["perplexity"]) for p in points if p[f"on_front_of_{cost}"])
     axes.step(*zip(*front, strict=True), where="post", color=soft, lw=1, zorder=0) if front else None
     axes.axhline(real, color=soft, ls="--", lw=1)

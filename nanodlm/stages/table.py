@@ -104,7 +104,8 @@ def _judging(config: Config) -> dict[str, Any]:
     return {"prompt": options.prompt, **(identity(options) if options.judge.startswith("hf:") else {})}
 
 
-StageName = Literal["download", "tokenizer", "split", "shard", "train", "evaluate", "sample"]
+OfEveryRun = Literal["download", "tokenizer", "split", "shard", "train", "evaluate", "sample"]
+StageName = Literal[OfEveryRun, "twin", "judge", "report"]
 HELD_OUT = ("split", "val_tokens", "val_share", "split_seed")  # the settings that decide it
 DOCUMENTS = ("download", "tokenizer")
 LOGS = ("checkpoints/", "config.json", "logs.json")
@@ -141,7 +142,7 @@ ALL = (
     Stage("report", "evaluation.report:build", RESULTS, _settings("exp", "run_name"), 2, volatile=PAGES),
 )
 STAGES = {stage.name: stage for stage in ALL}
-NAMES: tuple[str, ...] = get_args(StageName)
+NAMES: tuple[str, ...] = get_args(OfEveryRun)
 
 
 def until(last: str, config: Config | None = None) -> tuple[str, ...]:
@@ -150,7 +151,7 @@ def until(last: str, config: Config | None = None) -> tuple[str, ...]:
     >>> until("split")
     ('download', 'tokenizer', 'split')
     """
-    names = tuple(STAGES) if last == "sample" else NAMES[: NAMES.index(last) + 1]
+    names = tuple(STAGES) if last == "sample" else tuple(STAGES)[: [*STAGES].index(last) + 1]
     return tuple(name for name in names if STAGES[name].is_wanted(config or Config()))
 
 
@@ -163,9 +164,13 @@ def needed(config: Config, last: str) -> list[str]:
     return [name for name in until(last, config) if name in names]
 
 
-def check_rebuild(rebuild: str | None, last: str) -> None:
-    """Raise a `UsageError` when the stage to rebuild comes after the last one; `changed` is any of them."""
-    if rebuild not in (None, "changed", *until(last)):
+def check_rebuild(config: Config, rebuild: str | None, last: str) -> None:
+    """Raise a `UsageError` when a run lacks such a stage, or the one to rebuild, `changed` being any, is too late."""
+    for flag, name in (("until", last), ("rebuild", rebuild)):
+        if name in ("twin", "judge") and not STAGES[name].is_wanted(config):
+            others = "" if name == "twin" else ", or to an autoregressive model"
+            raise UsageError(f"--{flag} {name}: this run has none: set --sample.judge twin{others}")
+    if rebuild not in (None, "changed", *until(last, config)):
         raise UsageError(f"--rebuild {rebuild} comes after --until {last}: nothing would be rebuilt")
 
 

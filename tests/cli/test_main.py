@@ -86,6 +86,16 @@ BAD: list[tuple[list[str], tuple[str, ...]]] = [
     (["run", "--model.d_model", "100", "--model.n_heads", "8"], ("d_model (100)", "n_heads (8)", "try")),
     (["run", "--train.min_lr", "1"], ("min_lr (1.0) is larger than lr",)),
     (["run", "--objective.kind", "block", "--objective.block_size", "512"], ("512", "seq_len (64)")),
+    *(
+        ([command, *words], (f"{' '.join(words)}: this run has none: set --sample.judge twin",))
+        for command in ("run", "plan")
+        for words in (["--until", "judge"], ["--until", "twin"], ["--rebuild", "judge"], ["--rebuild", "twin"])
+    ),
+    (["run", "--rebuild", "twin", "--sample.judge", "mine"], ("--rebuild twin: this run has none",)),
+    (
+        ["run", "--until", "judge", "--rebuild", "report", "--sample.judge", "twin"],
+        ("report comes after --until judge",),
+    ),
     (["run", "--until", "split", "--rebuild", "train"], ("--rebuild train comes after --until split",)),
     (["run", "--data.source", "hf://a/b"], ("pinned commit", "--data.revision")),
     (["show"], ("missing URI", "nanodlm show --help")),
