@@ -11,7 +11,7 @@ from tyro.conf import arg
 from nanodlm.cli.arguments import Output
 from nanodlm.cli.console import Console
 from nanodlm.cli.files import check_file, writing
-from nanodlm.cli.models import Model, choose
+from nanodlm.cli.models import Model, choose, short
 from nanodlm.cli.store import OpenStore
 from nanodlm.config import TextRequest
 from nanodlm.errors import Stopped, UsageError, counted
@@ -98,7 +98,7 @@ def _write(
         with writing(gif):
             draw_gif(recordings[0], Path(gif))
     steps = counted(recordings[0].total if recordings else 0, "steps")
-    title = f"{address}: {writer.options(how).sampler}, {steps}, seed {how.seed}"
+    title = f"{short(address)}: {writer.options(how).sampler}, {steps}, seed {how.seed}"
     for file, content in ((html, html and slider.page(recordings, title)), (out, "".join(lines))):
         if file:
             with writing(file):

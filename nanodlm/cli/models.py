@@ -14,6 +14,11 @@ from nanodlm.store import Store
 Model = Annotated[str, Doc("A model, by its run's name or its address; by default the newest.")]
 
 
+def short(address: str) -> str:
+    """Return the end of a model's address that tells it from others, such as `train/d2d6bdeddbb7`."""
+    return "/".join(address.rstrip("/").split("/")[-2:])[:18]
+
+
 def choose(model: str, store: Store) -> str:
     """Return the address of a model, as `find_model` does; of one that was not named, a line on standard error tells.
 

@@ -10,10 +10,10 @@ from typing_extensions import Doc
 
 from nanodlm.checkpoints.finding import find_model
 from nanodlm.cli.arguments import Output
+from nanodlm.cli.models import Model, short
 from nanodlm.cli.store import OpenStore
 from nanodlm.errors import UsageError
 
-Model = Annotated[str, Doc("A model, by its run's name or its address; by default the newest.")]
 Port = Annotated[int, Doc("Port on 127.0.0.1; 0 takes any that is free.")]
 
 
@@ -33,7 +33,7 @@ def serve(model: Model = "", /, *, port: Port = 8000, store: OpenStore, console:
         from nanodlm.generation.texts import Writer
 
         address = find_model(model, store)
-        name = model if model and "/" not in model else "/".join(address.rstrip("/").split("/")[-2:])[:18]
+        name = model if model and "/" not in model else short(address)
         app = make_app(Writer(*load(address)), name)
         taken.listen(128)
         console.text(f"{name} is at http://127.0.0.1:{taken.getsockname()[1]} (Ctrl-C ends it)")

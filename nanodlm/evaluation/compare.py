@@ -5,6 +5,7 @@ from itertools import product
 from typing import Any
 
 import numpy as np
+import yaml
 from scipy.special import stdtr
 
 from nanodlm.config import differences
@@ -98,5 +99,14 @@ def page(runs: list[dict[str, list[Artifact]]], found: list[dict[str, Any]]) -> 
         runs=list(zip(names, runs, written, strict=True)),
         others=list(zip(names[1:], found, strict=True)),
         curves=[figures.curve(logs), figures.curve(logs, "seconds") if timed else ""],
-        settings=[(name, *("–" if of.get(name) is None else str(of[name]) for of in settings)) for name in differ],
+        settings=[(name, *(_written(of, name) for of in settings)) for name in differ],
+    )
+
+
+def _written(settings: dict[str, Any], name: str) -> str:
+    """Return a setting as `nanodlm config` writes it, a dash where a run has none of that name."""
+    return (
+        yaml.safe_dump(settings[name], default_flow_style=True, width=math.inf).split("\n...")[0].strip()
+        if name in settings
+        else "–"
     )

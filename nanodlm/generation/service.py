@@ -137,19 +137,20 @@ async def watched(writer: Writer, asked: Asked, turns: Turns, ahead: int) -> Asy
             began, row, end, frames = time.monotonic(), 0, asked.ends[0], frames_of(writer, asked, 0, turns)
             if asked.tried:
                 row, end, frames = await _best(writer, asked, turns)
-            before, frame = None, None
+            before, frame, step = None, None, -1
             async for frame in frames:
+                step += 1
                 tokens, confidence = frame.tokens[row, :end], frame.confidence[row, :end]
                 now = pieces(writer.encoding, tokens.tolist())
                 if before is None:
                     yield _event("start", tokens=now)
                 elif now != before:
                     news = [(i, new, round(float(confidence[i]), 3)) for i, new in enumerate(now) if new != before[i]]
-                    yield _event("step", changed=news)
+                    yield _event("step", number=step, changed=news)
                 before = now
             if frame is not None:
                 text = writer.encoding.decode(writer.shown(frame.tokens[row, :end]))
-                of = {"calls": frame.calls, "seed": asked.request.seed}
+                of = {"steps": step, "calls": frame.calls, "seed": asked.request.seed}
                 yield _event("done", text=text, seconds=round(time.monotonic() - began, 2), **of)
     except NanodlmError as error:
         yield _event("failed", message=redact(str(error)))

@@ -237,5 +237,19 @@ def test_runs_without_an_evaluation_are_compared_on_a_page_as_well(trained: Arti
     alone = {"train": [trained], "evaluate": [], "sample": []}
     found = compare.compare(alone, alone)
     shown = compare.page([alone, alone], [found])
-    assert html.escape(found["not_compared"]) in shown
+    assert html.escape(found["not_compared"].replace("`", "")) in shown
     assert shown.count('<td class="n">–</td><td class="n">–</td>') == 2, "neither a bound nor its interval"
+
+
+def test_settings_that_differ_are_written_as_in_a_file_and_a_dash_is_what_a_run_does_not_have(
+    trained: Artifact,
+) -> None:
+    runs = []
+    for values in ({"a": None, "b": [1, 2], "c": ""}, {"a": 0.5, "b": True, "d": None}):
+        manifest = {**trained.manifest, "config": {**trained.manifest["config"], "eval": values}}
+        runs.append({"train": [dataclasses.replace(trained, manifest=manifest)], "evaluate": [], "sample": []})
+    shown = compare.page(
+        runs, [{**compare.compare(*runs), "settings": dict.fromkeys("eval.a eval.b eval.c eval.d".split(), "")}]
+    )
+    rows = re.findall(r'<th scope="row">eval.(\w)</th><td>(.*?)</td><td>(.*?)</td>', shown)
+    assert rows == [("a", "null", "0.5"), ("b", "[1, 2]", "true"), ("c", "&#39;&#39;", "–"), ("d", "–", "null")]

@@ -71,6 +71,8 @@ def test_the_events_of_a_text_lead_from_its_masks_to_what_generate_writes(client
     assert (first, last, queued) == ("start", "done", {"ahead": 0})
     shown = list(start["tokens"])
     assert "".join(shown[:10]) == "The people" and set(shown[10:]) == {None}
+    numbers = [step["number"] for _, step in steps]
+    assert numbers == sorted({*numbers}) and 0 < numbers[0] and numbers[-1] <= done["steps"] == done["calls"]
     for name, step in steps:
         assert name == "step"
         for i, token, confidence in step["changed"]:
@@ -352,7 +354,13 @@ def test_the_page_writes_masks_steps_back_and_shares_in_a_browser(trained: Artif
         page.ask("document.querySelector('#text').focus()")
         page.press("ArrowRight")
         page.until("/given/.test(document.querySelector('#token').textContent)")
-        # The address alone makes the same text again.
+        # Another text has forgotten the token; the address alone makes the same text again.
+        page.press("Enter", control=True)
+        page.until("document.querySelector('#token').textContent == ''")
+        page.until("/calls of the network/.test(document.querySelector('#status').textContent)")
+        page.ask("document.querySelector('#seed').value = 0; document.querySelector('#next').checked = false")
+        page.press("Enter", control=True)
+        page.until("/seed 0/.test(document.querySelector('#status').textContent)")
         page.open(page.ask("location.href"))
         page.until("/calls of the network/.test(document.querySelector('#status').textContent)")
         assert page.ask("document.querySelector('#text').textContent") == text

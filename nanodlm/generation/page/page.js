@@ -2,8 +2,9 @@
 // The page of one model: it sends what the form says, draws each step that comes back, and keeps all for the slider.
 
 const $ = (id) => document.getElementById(id);
-const frames = []; // after each step: for each token its piece (null is a mask), confidence, and the step that decided it
-let given = [], stopper = null, player = null, here = -1;
+const frames = []; // as the text was: for each token its piece (null is a mask), confidence, and the frame that decided it
+const steps = []; // the number of the step after which each frame was: steps that change nothing have none
+let given = [], total = 0, stopper = null, player = null, here = -1;
 
 const piece = (token) => (token === null ? "▒" : token);
 
@@ -24,15 +25,15 @@ function draw(step) {
   $("text").replaceChildren(...nodes);
   $("step").max = frames.length - 1;
   $("step").value = step;
-  $("number").textContent = `step ${step} of ${frames.length - 1}`;
+  $("number").textContent = `step ${steps[step] ?? 0} of ${total}`;
   if (here >= 0) mark(Math.min(here, frame.length - 1));
 }
 
 function told(i, [token, confidence, decided]) {
   if (given[i]) return `${JSON.stringify(token)}: given`;
   if (token === null) return "masked";
-  const sure = confidence === null ? "" : `, probability ${confidence.toFixed(2)}`;
-  return `${JSON.stringify(token)}: step ${decided}${sure}`;
+  const sure = confidence === null ? "" : `, probability ${confidence < 0.01 ? "below 0.01" : confidence.toFixed(2)}`;
+  return `${JSON.stringify(token)}: step ${steps[decided]}${sure}`;
 }
 
 function mark(i) {
@@ -100,10 +101,11 @@ async function write() {
 function take(name, data) {
   if (name === "queued") say(data.ahead ? `${data.ahead} before this one …` : "Waiting for the model …");
   if (name === "start") {
-    frames.length = 0;
-    here = -1;
+    frames.length = steps.length = total = 0;
+    mark(here = -1);
     given = data.tokens.map((token) => token !== null);
     frames.push(data.tokens.map((token) => [token, null, 0]));
+    steps.push(0);
     $("player").hidden = $("after").hidden = false;
     say("Writing …");
     draw(0);
@@ -112,12 +114,14 @@ function take(name, data) {
     const frame = frames[frames.length - 1].slice(), step = frames.length;
     for (const [i, token, confidence] of data.changed) frame[i] = [token, confidence, step];
     frames.push(frame);
+    steps.push((total = data.number));
     draw(step);
   }
   if (name === "done") {
     const calls = `${data.calls} call${data.calls === 1 ? "" : "s"} of the network`;
     say(`${calls}, ${data.seconds.toFixed(1)} s, seed ${data.seed}.`);
     $("text").dataset.whole = data.text;
+    total = data.steps;
     draw(frames.length - 1);
   }
   if (name === "failed") throw new Error(data.message);
