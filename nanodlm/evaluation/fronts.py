@@ -5,6 +5,7 @@ Nothing here imports JAX, so that a report can show them.
 
 import json
 import math
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,9 +22,7 @@ Found = dict[str, Any]  # what `frontier` returns
 LEAST = 0.95  # of the entropy of real text
 LEFT_TO_RIGHT = "autoregressive"
 FEW = 16  # texts, below which errors are themselves uncertain
-HEAD: list[str] = "sampler|steps|temperature|calls per token|s per text|nats per token|perplexity|entropy, nats".split(
-    "|"
-)
+HEAD = ("sampler", "steps", "temperature", "calls per token", "s per text", "nats per token", "perplexity", "entropy")
 COSTS = {"calls_per_token": "network calls per token", "seconds_per_text": "seconds per text"}
 
 
@@ -42,7 +41,7 @@ def pareto(
     return front
 
 
-def table(found: Found) -> tuple[list[str], list[list[str]]]:
+def table(found: Found) -> tuple[Sequence[str], list[list[str]]]:
     """Return the head and the rows of a table of the points, and last of real text; costs on a front end with `*`."""
     rows = []
     for point in (*found["points"], {**found["held_out"], "sampler": "real text"}):

@@ -7,7 +7,7 @@ with a sampler that draws tokens again, at the end alone.
 import json
 import time
 from bisect import bisect_left
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
@@ -129,7 +129,7 @@ class Answer:
         prompts = sum(self.given)
         return {"prompt_tokens": prompts, "completion_tokens": tokens, "total_tokens": prompts + tokens}
 
-    async def parts(self, turns: Turns) -> AsyncIterator[str]:
+    async def parts(self, turns: Turns) -> AsyncGenerator[str, None]:
         """Yield the texts as server-sent events, each a piece of one of them."""
         held = max(map(len, self._stops), default=1) - 1  # characters at the end that may begin a stop
         tokens = 0

@@ -14,7 +14,7 @@ refused, and whoever leaves stops their text after its present step.
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from importlib.resources import files
 from typing import Annotated, Any, get_args
 
@@ -101,7 +101,7 @@ def make_app(writer: Writer, name: str) -> FastAPI:
             return stream(answer.parts(turns))
         return await turns.unless_left(request, answer.whole(turns))
 
-    def stream(events: AsyncIterator[str]) -> Response:
+    def stream(events: AsyncGenerator[str, None]) -> Response:
         return StreamingResponse(turns.stream(events), media_type="text/event-stream")
 
     return app
@@ -129,7 +129,7 @@ def options_of(writer: Writer) -> list[dict[str, Any]]:
     return offered
 
 
-async def watched(writer: Writer, asked: Asked, turns: Turns, ahead: int) -> AsyncIterator[str]:
+async def watched(writer: Writer, asked: Asked, turns: Turns, ahead: int) -> AsyncGenerator[str, None]:
     """Yield the events of a text as it is written; of one with gaps of any length, when the best is known."""
     yield _event("queued", ahead=ahead)
     try:

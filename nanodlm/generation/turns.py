@@ -2,8 +2,8 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Coroutine, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
+from contextlib import aclosing, asynccontextmanager
 from typing import Any, TypeVar
 
 from starlette.requests import Request
@@ -14,6 +14,7 @@ from nanodlm.generation.texts import GAP, Asked, Frame, Writer
 
 T = TypeVar("T")
 WAITING = 8  # texts that may wait for their turn
+UNREAD, PATIENCE = 512, 10  # events of a text that wait for their reader, and seconds that it then has for the next
 SECONDS = 300  # that a text may take once it is its turn
 MOST_TEXTS, MOST_CHARACTERS, MOST_STEPS = 16, 20_000, 4096  # of one request
 MOST_ROWS = 8  # of the model, that a text may be long
@@ -53,14 +54,21 @@ class Turns:
     def _left(self, _: "asyncio.Task[Any]") -> None:
         self.ahead -= 1
 
-    def stream(self, events: AsyncIterator[str]) -> AsyncIterator[str]:
-        """Return events that are made whether they are read or not, so that a slow reader holds up nobody else."""
-        queue: asyncio.Queue[str | None] = asyncio.Queue()
+    def stream(self, events: AsyncGenerator[str, None]) -> AsyncIterator[str]:
+        """Return events that are made whether they are read or not, so that a slow reader holds up nobody else.
+
+        Only `UNREAD` of them wait to be read. Then the text waits as well, and ends if none is read in `PATIENCE`.
+        """
+        queue, room = asyncio.Queue[str | None](), asyncio.Semaphore(UNREAD)
 
         async def fill() -> None:
             try:
-                async for event in events:
-                    queue.put_nowait(event)
+                async with aclosing(events):
+                    async for event in events:
+                        await asyncio.wait_for(room.acquire(), PATIENCE)
+                        queue.put_nowait(event)
+            except TimeoutError:  # nobody reads, and so nobody is told
+                pass
             finally:
                 queue.put_nowait(None)
 
@@ -69,6 +77,7 @@ class Turns:
         async def read() -> AsyncIterator[str]:
             try:
                 while (event := await queue.get()) is not None:
+                    room.release()
                     yield event
                 await task
             finally:

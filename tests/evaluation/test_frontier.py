@@ -185,7 +185,7 @@ def test_points_are_told_in_columns_and_those_on_a_front_marked() -> None:
     on = {"on_front_of_calls_per_token": True, "on_front_of_seconds_per_text": False}
     found = {"points": [{**point, **on}], "held_out": of, "least_entropy": 3.325, "num": 16}
     head, first, real, said = fronts.described(found)
-    assert (head.split()[0], head.split("  ")[-1]) == ("sampler", "entropy, nats")
+    assert (head.split()[0], head.split("  ")[-1]) == ("sampler", "entropy")
     assert first.split()[:5] == ["ancestral_skip", "8", "1.0", "0.125*", "2"]
     assert len(head) == len(first) == len(real), "columns end at one place"
     assert real.startswith("real text  ")

@@ -5,7 +5,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -230,7 +230,7 @@ def test_places_are_counted_when_requests_come_at_once_and_nobody_waits_for_a_re
     async def together() -> None:
         queue, written = turns.Turns(), []
 
-        async def events(name: str) -> AsyncIterator[str]:
+        async def events(name: str) -> AsyncGenerator[str, None]:
             async with queue.one():
                 for _ in range(3):
                     yield name
@@ -243,6 +243,29 @@ def test_places_are_counted_when_requests_come_at_once_and_nobody_waits_for_a_re
         assert [event async for event in second] == ["b"] * 3
         await asyncio.sleep(0)  # in which their places become free
         assert written == ["a", "b"] and queue.ahead == 0
+
+    asyncio.run(together())
+
+
+def test_a_text_that_nobody_reads_is_kept_in_part_and_gives_its_turn_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(turns, "UNREAD", 4)
+    monkeypatch.setattr(turns, "PATIENCE", 0.1)
+
+    async def together() -> None:
+        queue, made = turns.Turns(), 0
+
+        async def events() -> AsyncGenerator[str, None]:
+            nonlocal made
+            async with queue.one():
+                for _ in range(9):
+                    made += 1
+                    yield str(made)
+
+        unread, read = queue.stream(events()), queue.stream(events())
+        assert [event async for event in read] == [str(5 + i) for i in range(1, 10)], "the other has left its turn"
+        assert [event async for event in unread] == ["1", "2", "3", "4"]
+        await asyncio.sleep(0)
+        assert queue.ahead == 0
 
     asyncio.run(together())
 

@@ -25,7 +25,7 @@ function draw(step) {
   $("text").replaceChildren(...nodes);
   $("step").max = frames.length - 1;
   $("step").value = step;
-  $("number").textContent = `step ${steps[step] ?? 0} of ${total}`;
+  $("number").textContent = `step ${steps[step] ?? 0}${total ? ` of ${total}` : ""}`;
   if (here >= 0) mark(Math.min(here, frame.length - 1));
 }
 
@@ -88,7 +88,9 @@ async function write() {
   try {
     const response = await fetch(`api/text?${query}`, { signal: stopper.signal });
     if (!response.ok) throw new Error((await response.json()).error.message);
-    for await (const [name, data] of events(response)) take(name, data);
+    let last = "";
+    for await (const [name, data] of events(response)) take((last = name), data);
+    if (last !== "done") throw new Error("The text was cut off: write it again.");
     if ($("next").checked) $("seed").value = (Number($("seed").value) + 1) % 2147483648;
   } catch (error) {
     say(error.name === "AbortError" ? "Stopped." : error.message, error.name !== "AbortError");
@@ -114,7 +116,7 @@ function take(name, data) {
     const frame = frames[frames.length - 1].slice(), step = frames.length;
     for (const [i, token, confidence] of data.changed) frame[i] = [token, confidence, step];
     frames.push(frame);
-    steps.push((total = data.number));
+    steps.push(data.number);
     draw(step);
   }
   if (name === "done") {
