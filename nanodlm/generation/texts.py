@@ -29,7 +29,7 @@ from nanodlm.model.transformer import Transformer
 BATCH = 8  # rows that are drawn together, but for the first, which is drawn alone and soon; see `Asked.of_batch`
 LONGEST, TRIES = 8, 32  # tokens in a gap without a number, and texts that are tried with such gaps
 OPEN, MOST = 8, 1_000_000  # gaps without a number, and tokens in all gaps with one
-WALKS = 8  # sets of options whose compilations are kept
+WALKS = 16  # compilations that are kept, each of one set of options and one shape
 DRAWS = 32  # of noise, to compare them
 GAP = re.compile(r"\[MASK(?::([0-9]{1,9}))?\]")
 
@@ -157,7 +157,8 @@ class Writer:
         tokens = np.resize(asked.rows[asked.of_batch(batch)], (BATCH if batch else 1, length))
         confidence, calls = np.zeros(tokens.shape, np.float32), 0
         window = min(length, self.network.seq_len) if self.traits.reads == "row" else length
-        key, walk = jax.random.fold_in(jax.random.key(asked.request.seed), batch), self._walk(options.model_dump_json())
+        key = jax.random.fold_in(jax.random.key(asked.request.seed), batch)
+        walk = self._walk(options.model_dump_json(), (len(tokens), window))
         for start in [*range(0, length - window, max(1, window // 2)), length - window]:
             seen, state = np.s_[:, start : start + window], None
             if (tokens[seen] != self.mask_id).all():
@@ -173,13 +174,13 @@ class Writer:
                 raise (NanodlmError if state else UsageError)(str(error)) from error
             calls += int(state.calls) if state else 0
 
-    def _walk_of(self, how: str) -> Callable[..., Iterator[State]]:
-        """Return what yields the states of one window with options in JSON, given parameters, a key and its ids."""
+    def _walk_of(self, how: str, shape: tuple[int, int]) -> Callable[..., Iterator[State]]:
+        """Return what yields the states of a window with options in JSON, given parameters, a key and its ids."""
         options, graphdef = SamplerConfig.model_validate_json(how), nnx.graphdef(self.network)
 
         def walk_of(params: Any, key: Key[Array, ""], rows: Int[Array, "B L"]) -> Walk:
             network = nnx.merge(graphdef, params)
-            return reverse_process(network, key, shape=(len(rows), rows.shape[1]), prompt=rows, **options.model_dump())
+            return reverse_process(network, key, shape=shape, prompt=rows, **options.model_dump())
 
         return step_by_step(walk_of)
 

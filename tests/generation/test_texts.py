@@ -1,5 +1,6 @@
 """Texts on request, of networks of every kind; untrained ones, for what they write does not matter here."""
 
+import gc
 import math
 from functools import cache
 from itertools import pairwise
@@ -14,6 +15,7 @@ from nanodlm.config import SamplerConfig, TextRequest
 from nanodlm.data.tokenizer import make_encoding, plain_bytes
 from nanodlm.data.vocabulary import Vocabulary
 from nanodlm.errors import NanodlmError, UsageError
+from nanodlm.generation import texts
 from nanodlm.generation.texts import Writer, Written
 from tests.support.training import tiny
 
@@ -167,8 +169,22 @@ def test_options_that_make_no_sense_together_are_said_in_one_line() -> None:
 
 def test_compilations_of_the_last_few_options_alone_are_kept() -> None:
     of, usual = writer(), "{}"
-    first = of._walk(usual)
-    assert of._walk(usual) is first
-    for temperature in range(1, 9):
-        of._walk(f'{{"temperature": {temperature}}}')
-    assert of._walk(usual) is not first
+    first = of._walk(usual, (1, 16))
+    assert of._walk(usual, (1, 16)) is first
+    for temperature in range(1, 17):
+        of._walk(f'{{"temperature": {temperature}}}', (1, 16))
+    assert of._walk(usual, (1, 16)) is not first
+
+
+def test_only_some_programs_are_kept_however_many_lengths_and_options_are_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(texts, "WALKS", 1)
+    of, kept = Writer(writer().network, plain_bytes()), []
+    for length, temperature in ((6, 1.0), (7, 1.0), (8, 1.0), (8, 0.5)):
+        write(of, length=length, temperature=temperature)
+        gc.collect()
+        live = jax.local_devices()[0].client.live_executables()
+        kept.append(sum(one.hlo_modules()[0].name == "jit_step" for one in live))
+        del live
+    assert len({*kept}) == 1
