@@ -43,10 +43,7 @@ class Console:
         A terminal breaks it between words, and what goes on stands below the text, not below what is `before` it.
         """
         if before and self._rich.is_terminal:
-            grid = Table.grid(padding=0)
-            grid.add_column(no_wrap=True)
-            grid.add_row(before, text)
-            self._rich.print(grid)
+            self._rich.print(_beside(before, text))
         else:
             self._rich.print(before + text, soft_wrap=not self._rich.is_terminal)
 
@@ -59,12 +56,12 @@ class Console:
         if lines and not self.is_json:
             print(*lines, sep="\n")
 
-    def prose(self, text: str) -> None:
-        """Print a text, which a terminal breaks between words, unless the result is to be JSON."""
+    def prose(self, text: str, before: str = "") -> None:
+        """Print a text, which a terminal breaks as `line` does, unless the result is to be JSON."""
         if self._rich.is_terminal and not self.is_json:
-            self._rich.print(Text(text))
+            self._rich.print(_beside(Text(before), Text(text)) if before else Text(text))
         else:
-            self.text(text)
+            self.text(f"{before}{text}".rstrip())
 
     def json(self, **result: Any) -> None:
         """Print a result as one line of JSON, if that is asked for."""
@@ -158,3 +155,10 @@ class Console:
         if page and self._rich.is_terminal:
             self.place("open", page)
         self.results()
+
+
+def _beside(before: str | Text, text: str | Text) -> Table:
+    grid = Table.grid(padding=0)
+    grid.add_column(no_wrap=True)
+    grid.add_row(before, text)
+    return grid

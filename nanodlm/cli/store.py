@@ -56,11 +56,11 @@ def ls(*, store: OpenStore, out: Output) -> None:
         row |= {"name": name, "val_bits_per_byte": artifact.metrics.get("val_bits_per_byte")}
         rows.append({**row, "age_seconds": round(age), "inputs": inputs})
         said = "  ".join(filter(None, [name, summary(artifact)]))
-        out.text(f"{artifact.name:<23} {_ago(artifact):>4} {ages.size(size):>10}  {said}".rstrip())
+        out.prose(said, f"{artifact.name:<22} {_ago(artifact):>4} {ages.size(size):>10}  ")
         if changed := changed_since(artifact):
-            out.text(f"{'':<25}{remark(changed)}")
+            out.prose(remark(changed), f"{'':<23}")
         if inputs:
-            out.text(f"{'':<25}from {' '.join(f'{name} {made[:12]}' for name, made in inputs.items())}")
+            out.prose(" ".join(f"{name}/{made[:12]}" for name, made in inputs.items()), f"{'':<23}from ")
     total = ages.size(sum(row["bytes"] for row in rows))
     out.text(f"{_count(rows)}, {total}, in {store.uri()}" if rows else f"no artifacts in {store.uri()}")
     out.json(artifacts=rows)

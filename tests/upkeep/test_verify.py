@@ -263,7 +263,9 @@ def test_verify_of_nothing_is_one_clear_line(store: Store, capsys: pytest.Captur
     assert "no artifacts in" in said(capsys, "verify", "--store", store.uri())[0]
 
 
-def test_ls_shows_age_size_and_what_each_was_made_from(made: Made, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ls_shows_age_size_and_what_each_was_made_from(
+    made: Made, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     rows = told(capsys, "ls", "--store", made.store.uri())["artifacts"]
     assert [row["stage"] for row in rows] == CHAIN
     train = made.artifacts["train"]
@@ -274,9 +276,14 @@ def test_ls_shows_age_size_and_what_each_was_made_from(made: Made, capsys: pytes
     line = next(line for line in out.splitlines() if line.startswith(train.name))
     assert line.split()[3] in ("B", "kB", "MB")
     assert "tokens/s" in line
-    assert f"from shard {made.artifacts['shard'].fingerprint[:12]} train {train.fingerprint[:12]}" in out
+    assert f"from {made.artifacts['shard'].name} {train.name}\n" in out, "as commands take them"
     assert out.splitlines()[-1].startswith("6 artifacts, ")
     assert max(map(len, out.splitlines()[:-1])) < 120
+    for name, value in {"FORCE_COLOR": "1", "TERM": "xterm", "COLUMNS": "80"}.items():  # as a terminal has it
+        monkeypatch.setenv(name, value)
+    narrow, _ = said(capsys, "ls", "--store", made.store.uri())
+    assert max(map(len, narrow.splitlines()[:-1])) <= 80 < max(map(len, out.splitlines()[:-1]))
+    assert narrow.split() == out.split()
 
 
 def test_ls_shows_the_names_and_bounds_of_runs(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
