@@ -46,13 +46,8 @@ def frontier(
     console: Output,
 ) -> None:
     """Hold the quality of samplers against their cost, beside real text."""
-    if (
-        num < 2
-        or min((*steps, 1)) < 1
-        or not all(0 <= one < math.inf for one in temperatures)
-        or not temperatures
-        or not 0 <= seed < 2**31
-    ):
+    sound = temperatures and all(0 <= one < math.inf for one in temperatures) and 0 <= seed < 2**31
+    if not sound or num < 2 or min((*steps, 1)) < 1:
         raise UsageError("--num must be 2 or more, --steps above 0, and --temperatures and --seed numbers from 0 on")
     if judge.startswith("hf:"):
         raise UsageError("samplers are judged by an autoregressive model of a store, or twin: not by one of the hub")

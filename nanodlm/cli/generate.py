@@ -1,7 +1,9 @@
 """The command that writes texts with a trained model."""
 
+import contextlib
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +17,6 @@ from nanodlm.cli.models import Model, choose, short
 from nanodlm.cli.store import OpenStore
 from nanodlm.config import TextRequest
 from nanodlm.errors import Stopped, UsageError, counted
-from nanodlm.store import Store
 
 Prompts = Annotated[str, Doc("File of prompts: one a line, or .jsonl with a field `prompt`."), arg(metavar="FILE")]
 Lines = Annotated[str, Doc("File for the texts, as JSON lines."), arg(metavar="FILE.jsonl")]
@@ -48,62 +49,46 @@ def generate(
             f"{request.prompt}{request.infill}".encode()
         except UnicodeEncodeError as error:
             raise UsageError("a prompt is not UTF-8") from error
+    with _in_one_line_when_interrupted():
+        from nanodlm.checkpoints.loading import load
+        from nanodlm.cli.conversation import Conversation
+        from nanodlm.generation import slider
+        from nanodlm.generation.texts import Writer
+        from nanodlm.generation.watch import gif as draw_gif
+
+        address = choose(model, store)
+        writer = Writer(*load(address))
+        alone = not (prompts or how.prompt or how.infill or out or gif or html or console.is_json)
+        if alone and sys.stdin.isatty() and sys.stdout.isatty():
+            Conversation(writer, how, console).go_on()
+            return
+        with Console(sys.stderr).showing("generate") as emit:
+            written = list(writer.write(requests, recorded=bool(watch or gif or html), emit=emit))
+        lines = []
+        for number, text in enumerate(written):
+            console.written(text, watch=watch, first=number == 0)
+            begin = {"prompt": requests[number // how.num].prompt} if prompts else {}
+            bound = {} if text.nats_per_token is None else {"nats_per_token": text.nats_per_token}
+            lines.append(json.dumps({**begin, "text": text.text, **bound}) + "\n")
+        recordings = [text.recording for text in written if text.recording]
+        if gif:
+            with writing(gif):
+                draw_gif(recordings[0], Path(gif))
+        steps = counted(recordings[0].total if recordings else 0, "steps")
+        title = f"{short(address)}: {writer.options(how).sampler}, {steps}, seed {how.seed}"
+        for file, content in ((html, html and slider.page(recordings, title)), (out, "".join(lines))):
+            if file:
+                with writing(file):
+                    Path(file).write_text(content)
+        console.json(model=address, texts=[text.text for text in written], calls=written[-1].calls)
+
+
+@contextlib.contextmanager
+def _in_one_line_when_interrupted() -> Iterator[None]:
     try:
-        _write(
-            model, requests, named=bool(prompts), watch=watch, gif=gif, html=html, out=out, store=store, console=console
-        )
+        yield
     except KeyboardInterrupt as error:
         raise Stopped("interrupted before all texts were written") from error
-
-
-def _write(
-    model: str,
-    requests: list[TextRequest],
-    *,
-    named: bool,
-    watch: bool,
-    gif: str,
-    html: str,
-    out: str,
-    store: Store,
-    console: Console,
-) -> None:
-    """Write the texts where they shall be; `named` says that each comes with its prompt."""
-    how = requests[0]
-    from nanodlm.checkpoints.loading import load
-    from nanodlm.cli.conversation import Conversation
-    from nanodlm.generation import slider
-    from nanodlm.generation.texts import Writer
-    from nanodlm.generation.watch import gif as draw_gif
-
-    address = choose(model, store)
-    writer = Writer(*load(address))
-    told, alone = (
-        Console(sys.stderr),
-        not (named or how.prompt or how.infill or out or gif or html or console.is_json),
-    )
-    if alone and sys.stdin.isatty() and sys.stdout.isatty():
-        Conversation(writer, how, console).go_on()
-        return
-    with told.showing("generate") as emit:
-        written = list(writer.write(requests, recorded=bool(watch or gif or html), emit=emit))
-    lines = []
-    for number, text in enumerate(written):
-        console.written(text, watch=watch, first=number == 0)
-        begin = {"prompt": requests[number // how.num].prompt} if named else {}
-        bound = {} if text.nats_per_token is None else {"nats_per_token": text.nats_per_token}
-        lines.append(json.dumps({**begin, "text": text.text, **bound}) + "\n")
-    recordings = [text.recording for text in written if text.recording]
-    if gif:
-        with writing(gif):
-            draw_gif(recordings[0], Path(gif))
-    steps = counted(recordings[0].total if recordings else 0, "steps")
-    title = f"{short(address)}: {writer.options(how).sampler}, {steps}, seed {how.seed}"
-    for file, content in ((html, html and slider.page(recordings, title)), (out, "".join(lines))):
-        if file:
-            with writing(file):
-                Path(file).write_text(content)
-    console.json(model=address, texts=[text.text for text in written], calls=written[-1].calls)
 
 
 def read_prompts(file: str) -> list[str]:

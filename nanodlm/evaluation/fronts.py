@@ -5,7 +5,6 @@ Nothing here imports JAX, so that a report can show them.
 
 import json
 import math
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,8 +40,8 @@ def pareto(
     return front
 
 
-def table(found: Found) -> tuple[Sequence[str], list[list[str]]]:
-    """Return the head and the rows of a table of the points, and last of real text; costs on a front end with `*`."""
+def table(found: Found) -> list[list[str]]:
+    """Return the rows, below `HEAD`, of a table of the points, and last of real text; costs on a front end with `*`."""
     rows = []
     for point in (*found["points"], {**found["held_out"], "sampler": "real text"}):
         cells = [str(point.get(name, "")) for name in ("sampler", "num_steps", "temperature")]
@@ -51,14 +50,14 @@ def table(found: Found) -> tuple[Sequence[str], list[list[str]]]:
             cells.append(f"{point[cost]:.3g}{mark}" if cost in point else "")
         nats, spread = (f"{point[name]:.2f} ± {point[f'{name}_stderr']:.2f}" for name in ("nats_per_token", "entropy"))
         rows.append([*cells, nats, f"{point['perplexity']:.1f}", spread])
-    return HEAD, rows
+    return rows
 
 
 def described(found: Found) -> list[str]:
     """Return an aligned table of the points, held against real text, and what it says."""
-    head, rows = table(found)
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    lines = [[name.ljust(widths[0]), *map(str.rjust, others, widths[1:])] for name, *others in (head, *rows)]
+    rows = [HEAD, *table(found)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [[name.ljust(widths[0]), *map(str.rjust, others, widths[1:])] for name, *others in rows]
     return ["  ".join(cells).rstrip() for cells in lines] + said(found)
 
 
@@ -74,13 +73,13 @@ def said(found: Found) -> list[str]:
 
 def shown(found: Found) -> dict[str, Any]:
     """Return what a page shows: a picture of each cost, the table, and the rows of it that are on a front."""
-    head, rows = table(found)
+    rows = table(found)
     front = [row for row in rows if any(cell.endswith("*") for cell in row)]
     pictures = [
         figures.draw(f"Perplexity over {label}.", partial(_paint, found, cost), height=4.2)
         for cost, label in COSTS.items()
     ]
-    return {"pictures": pictures, "head": head, "points": rows, "front": [*front, rows[-1]], "said": said(found)}
+    return {"pictures": pictures, "head": HEAD, "points": rows, "front": [*front, rows[-1]], "said": said(found)}
 
 
 def _paint(found: Found, cost: str, axes: "Axes") -> None:
@@ -108,15 +107,10 @@ def _paint(found: Found, cost: str, axes: "Axes") -> None:
 
 
 def write(found: Found, folder: Path) -> None:
-    """Write the numbers as `frontier.json`, and as `frontier.svg` the pictures of both costs."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
+    """Write the numbers as `frontier.json`, and both pictures, one beside the other, as `frontier.svg`."""
     (folder / "frontier.json").write_text(json.dumps(found, indent=1))
-    drawing = Figure((12, 5), layout="constrained")
-    for axes, cost in zip(drawing.subplots(1, 2, sharey=True), COSTS, strict=True):
-        _paint(found, cost, axes)
-    drawing.legend(*drawing.axes[0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
-    drawing.suptitle(f"The front is of points with {LEAST:.0%} of the entropy of real text; hollow ones have less")
-    with rc_context({"svg.hashsalt": "nanodlm", "svg.fonttype": "none"}):
-        drawing.savefig(folder / "frontier.svg", format="svg", metadata={"Date": None})
+    left, right = (
+        picture.replace("<svg", f'<svg x="{440 * i}"', 1) for i, picture in enumerate(shown(found)["pictures"])
+    )
+    frame = '<svg xmlns="http://www.w3.org/2000/svg" width="880" height="404">'
+    (folder / "frontier.svg").write_text(f"{frame}{left}{right}</svg>\n")

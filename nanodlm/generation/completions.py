@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
 import numpy as np
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from nanodlm.config import SamplerConfig, TextRequest, explain
 from nanodlm.data.tokenizer import encode
@@ -42,12 +42,6 @@ def _texts(value: Any) -> Any:
     return texts
 
 
-def _some(texts: list[str]) -> list[str]:
-    if not texts:
-        raise ValueError("the list holds no text")
-    return texts
-
-
 Texts = Annotated[list[Annotated[str, Field(max_length=MOST_CHARACTERS)]], BeforeValidator(_texts)]
 
 
@@ -62,7 +56,7 @@ class Completions(BaseModel):
 
     model_config = ConfigDict(extra="allow")
     model: str = ""
-    prompt: Annotated[Texts, AfterValidator(_some)] = [""]
+    prompt: Annotated[Texts, Field(min_length=1)] = [""]
     max_tokens: int | None = Field(default=None, ge=1)
     n: int = Field(default=1, ge=1, le=MOST_TEXTS)
     stop: Texts = []

@@ -55,10 +55,7 @@ class Turns:
         self.ahead -= 1
 
     def stream(self, events: AsyncGenerator[str, None]) -> AsyncIterator[str]:
-        """Return events that are made whether they are read or not, so that a slow reader holds up nobody else.
-
-        Only `UNREAD` of them wait to be read. Then the text waits as well, and ends if none is read in `PATIENCE`.
-        """
+        """Return events that are made before they are read, `UNREAD` at most; where none then is, the text ends."""
         queue, room = asyncio.Queue[str | None](), asyncio.Semaphore(UNREAD)
 
         async def fill() -> None:

@@ -168,8 +168,7 @@ def check_rebuild(config: Config, rebuild: str | None, last: str) -> None:
     """Raise a `UsageError` when a run lacks such a stage, or the one to rebuild, `changed` being any, is too late."""
     for flag, name in (("until", last), ("rebuild", rebuild)):
         if name in ("twin", "judge") and not STAGES[name].is_wanted(config):
-            others = "" if name == "twin" else ", or to an autoregressive model"
-            raise UsageError(f"--{flag} {name}: this run has none: set --sample.judge twin{others}")
+            raise UsageError(f"--{flag} {name}: this run has none: set --sample.judge twin")
     if rebuild not in (None, "changed", *until(last, config)):
         raise UsageError(f"--rebuild {rebuild} comes after --until {last}: nothing would be rebuilt")
 

@@ -188,7 +188,7 @@ def test_a_deployment_whose_clone_was_moved_says_so(monkeypatch: pytest.MonkeyPa
     ("parameters", "says"),
     [
         ({"until": "shard", "rebuild": "train"}, "comes after --until shard: nothing would be rebuilt"),
-        ({"rebuild": "judge"}, "this run has none: set --sample.judge twin, or to an autoregressive model"),
+        ({"rebuild": "judge"}, "this run has none: set --sample.judge twin"),
         ({"config": {"train": {"max_steps": 0}}}, "train.max_steps: Input should be greater than or equal to 1"),
         ({"store": "s3://key:planted-secret@bucket/store"}, "holds a user name or password"),
     ],

@@ -137,7 +137,7 @@ def test_a_completion_ends_before_the_first_stop(client: Client) -> None:
         ("/v1/completions", {"prompt": "a", "n": 17}, "n: "),
         ("/v1/completions", {"prompt": ["a"] * 9, "n": 2}, "18 texts are asked for"),
         ("/v1/completions", {"prompt": [1, 2]}, "prompt: it is a text, or a list of texts; ids of tokens are not read"),
-        ("/v1/completions", {"prompt": []}, "prompt: the list holds no text"),
+        ("/v1/completions", {"prompt": []}, "prompt: Value should have at least 1 item"),
         ("/v1/completions", {"prompt": ["a"] * 17}, "prompt: it has 17 texts, and here 16 at most"),
         ("/v1/completions", {"stop": 3}, "stop: it is a text"),
         ("/v1/completions", {"infill": "[MASK:2]", "num": 3, "length": 9}, "infill, num, length: not possible here"),
