@@ -61,7 +61,7 @@ class Console:
         if self._rich.is_terminal and not self.is_json:
             self._rich.print(_beside(Text(before), Text(text)) if before else Text(text))
         else:
-            self.text(f"{before}{text}".rstrip())
+            self.text(f"{before}{text}".rstrip() if before else text)
 
     def json(self, **result: Any) -> None:
         """Print a result as one line of JSON, if that is asked for."""

@@ -64,7 +64,7 @@ def test_prompts_come_from_a_file_and_texts_go_to_files(generate, trained: Artif
         assert image.n_frames > 4
     page = Path(files["texts.html"]).read_text()
     assert page.count("<figure>") == 2
-    assert f"<title>{trained.uri}: spread, 8 steps, seed 0</title>" in page
+    assert f"<title>{trained.name}: spread, 8 steps, seed 0</title>" in page
     assert "when a token was decided" in page
     written, _, err = generate("--prompt", "We", "--gif", str(tmp_path / "picture.png"))
     assert (written, err) == (0, "")
