@@ -131,7 +131,7 @@ def test_a_report_shows_the_newest_frontier_of_its_model_and_is_made_anew_for_no
     said = command(capsys, "bench", "frontier", train.uri, *words)
     first, page = report()
     (kept,) = (artifact for artifact in of_stage("frontier", measured))
-    assert f"{kept.name}: the model's next `nanodlm run` shows it" in said
+    assert f"{kept.name}: the report of the model's next `nanodlm run` shows it" in said
     assert dict(first.inputs)["frontier"] == kept.fingerprint
     assert "Perplexity over network calls per token" in page
     assert re.search(r'<th scope="row">margin</th><td class="n">2</td><td class="n">1.0</td><td class="n">0.0625', page)
