@@ -81,9 +81,8 @@ def frontier(
             fronts.write(found, Path(out))
         console.text(f"the numbers are in {out}/frontier.json", f"the figure is in {out}/frontier.svg")
     if parse_address(address).checkpoint is None:  # else it is of no finished model
-        console.text(
-            f"{keep({**found, 'judge': judging.name}, trained).name}: the report of the model's next `nanodlm run` shows it"
-        )
+        kept = keep({**found, "judge": judging.name}, trained)
+        console.text(f"{kept.name}: the report of the model's next `nanodlm run` shows it")
     console.json(model=address, judge=judging.uri, **found)
 
 
