@@ -31,7 +31,6 @@ def ask(uri: str, call: Callable[[], T]) -> T:
     `Unreachable`, and what is refused is one line at once.
     """
     patience = number("NANODLM_RETRY_SECONDS", 300)
-
     pause = wait_random_exponential(multiplier=FIRST_PAUSE, max=LONGEST_PAUSE)
 
     def wait(state: RetryCallState) -> float:
