@@ -95,13 +95,7 @@ def _totals(shards: list[dict[str, Any]], contaminated: Iterable[str], scored: I
 
 def token_counts(shard: Artifact) -> np.ndarray:
     """Return how often each token occurs in the training rows of a shard artifact, (V,)."""
-    if any(file["path"] == COUNTS for file in shard.manifest["files"]):
-        return np.load(shard.file(COUNTS), allow_pickle=False)
-    counts = np.zeros(shard.metrics["n_vocab"], np.int64)  # an earlier version did not write them
-    for part in range(len(shard.metrics["rows_per_shard"])):
-        tokens = np.concatenate(data_rows.read(shard.file(data_rows.name(part)), shard.metrics["dtype"]) or [[]])
-        counts += np.bincount(tokens.astype(int), minlength=len(counts))
-    return counts
+    return np.load(shard.file(COUNTS), allow_pickle=False)
 
 
 def unigram_nats(tokens: Int[np.ndarray, "N"], counts: Int[np.ndarray, "V"]) -> float:
