@@ -128,6 +128,7 @@ BROKEN = "Er sagte: â€œSchÃ¶nâ€\x9d &amp; ging.\r\n“So” ﬁng es an
         ({"max_length": 2, "pretokenized": True}, [[1, 2], [1, 2, 3]], [[1, 2]], {"too long": 1}),
         ({"languages": ["de"]}, [GERMAN, FRENCH, "\0" + GERMAN], [GERMAN, "\0" + GERMAN], {"in other languages": 1}),
         ({"languages": ["fr", "en"]}, [PARAGRAPHS[0], GERMAN, FRENCH], [PARAGRAPHS[0], FRENCH], None),
+        ({"languages": ["de"], "min_length": 4}, ["a"], [], {"too short": 1, "in other languages": 0}),
         ({"repair": True}, [BROKEN], ["Er sagte: “Schön” &amp; ging.\r\n“So” ﬁng es an."], {"repaired": 1}),
         ({"repair": True}, [*PARAGRAPHS[:50], GERMAN], [*PARAGRAPHS[:50], GERMAN], {"repaired": 0}),
         ({"repair": True, "duplicates": 1}, ["schön", "schÃ¶n"], ["schön"], {"repaired": 1, "exact duplicates": 1}),
