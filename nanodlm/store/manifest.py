@@ -56,10 +56,9 @@ def sealed(value: Json) -> Json:
 def is_sealed(value: Json) -> bool:
     """Say if a record's checksum is that of its content; earlier versions took it of a text with spaces."""
     rest = sealed(value)
-    found = value.get("checksum")
-    return (
-        found == rest.pop("checksum") or found == hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
-    )
+    if value.get("checksum") == rest.pop("checksum"):
+        return True
+    return value.get("checksum") == hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def digest_of(files: list[Json], volatile: list[str]) -> str:

@@ -92,10 +92,8 @@ class Store(Storage):
                 raise Damaged(f"{self.address(path)} {problem}")
         except Damaged as error:
             uri = self.uri(stage, fingerprint)
-            remedy = "builds it again if something that was made from it is there"
-            raise Damaged(
-                str(error), f": `nanodlm verify {uri} --repair` {remedy}, `nanodlm rm {uri}` removes it"
-            ) from error
+            repair = f"`nanodlm verify {uri} --repair` builds it again if something that was made from it is there"
+            raise Damaged(str(error), f": {repair}, `nanodlm rm {uri}` removes it") from error
         return Artifact(self, self.path(stage, fingerprint), manifest)
 
     def part(self, folder: str, name: str, **of: str) -> Part | None:
