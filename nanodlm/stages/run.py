@@ -76,16 +76,12 @@ def build(
             if made := [other.name for other in others if (stage.name, fingerprint) in other.inputs]:
                 again = "where its bytes differ, a run makes them again, and what was made from them"
                 emit("message", text=f"from the {stage.name} artifact there are {', '.join(made)}: {again}")
-        with (
-            full_disk_in_one_line(store),
-            new_attempt(store, stage.name, fingerprint, afresh=afresh, restore=restore) as attempt,
-        ):
+        attempting = new_attempt(store, stage.name, fingerprint, afresh=afresh, restore=restore)
+        with full_disk_in_one_line(store), attempting as attempt:
             code = code_record(stage.module)  # as it is now, before anybody edits it
             metrics = stage.run(config, lookup.inputs, attempt, publish)
-            if (
-                stage.name in ("download", "evaluate", "judge")
-                and identify(stage, config, lookup.inputs).fingerprint != fingerprint
-            ):
+            reads_files = stage.name in ("download", "evaluate", "judge")
+            if reads_files and identify(stage, config, lookup.inputs).fingerprint != fingerprint:
                 raise NanodlmError("the source's files changed since they were looked up: run again")
             # Beside the digests that are part of the identity, the fingerprints tell where the inputs lie.
             lineage = {n: {"digest": a.digest, "fingerprint": a.fingerprint} for n, a in lookup.inputs.items()}

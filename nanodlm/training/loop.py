@@ -188,13 +188,12 @@ def _validation(
     if not rows:
         return None
     scorer, key = make_scorer(network), jax.random.key(config.eval.seed)
+    tokens = sum(int((row < network.objective.mask_id).sum()) for row in rows)
 
     def validate(state: State) -> dict[str, float]:
         params = state.get("ema_state", state["model_state"])
         scored = score_rows(scorer, params, rows, key, mesh=mesh, batch_size=config.train.batch_size)
-        bound = float(sum(nats.sum() for nats, _ in scored)) / sum(
-            int((row < network.objective.mask_id).sum()) for row in rows
-        )
+        bound = float(sum(nats.sum() for nats, _ in scored)) / tokens
         return {"val_nats_per_token": bound} if math.isfinite(bound) else {}
 
     return validate

@@ -34,11 +34,10 @@ def copy(source: Store, target: Store, artifacts: Iterable[Item], emit: Emit) ->
         else:
             yield there, sent
     if left:
-        names = {
-            why: ", ".join(f"{s}/{f[:12]}" for (s, f), because in left.items() if because == why)
-            for why in left.values()
-        }
-        raise NanodlmError("; ".join(f"{those} not copied: {why}" for why, those in names.items()))
+        names: dict[str, list[str]] = {}
+        for (stage, fingerprint), why in left.items():
+            names.setdefault(why, []).append(f"{stage}/{fingerprint[:12]}")
+        raise NanodlmError("; ".join(f"{', '.join(those)} not copied: {why}" for why, those in names.items()))
 
 
 def _copy(artifact: Artifact, target: Store, emit: Emit) -> tuple[Artifact, bool]:
