@@ -94,10 +94,7 @@ def hold(name: str, needed: int = 0) -> Path:
 
 
 def take(file: Json, target: Path, get: Callable[[Path], str]) -> None:
-    """Make a local path a copy of a file, which `get` fetches to a path, returning its sha256, unless it is here.
-
-    What arrives altered raises `Damaged`, and what is not there any more the `FileNotFoundError` of `get`.
-    """
+    """Make a local path a copy of a file, which `get` fetches to a path, returning its sha256, unless it is here."""
     copy = cache_dir() / "files" / file["sha256"]
     while not is_whole(target, file):
         with contextlib.ExitStack() as held:
@@ -120,10 +117,7 @@ def take(file: Json, target: Path, get: Callable[[Path], str]) -> None:
 
 
 def _make_room(needed: int) -> None:
-    """Throw out what processes have left, then copies that nobody has linked, until `needed` more bytes fit.
-
-    Those that were used longest ago go first.
-    """
+    """Throw out what processes have left, then the oldest copies that nobody has linked, until `needed` bytes fit."""
     old, here = time.time() - OLD_SECONDS, this_process().partition(".")[0]
     for own in (cache_dir() / "processes").iterdir():
         with contextlib.suppress(FileNotFoundError):

@@ -138,10 +138,7 @@ def write_whole(target: Path, data: bytes, create_only: bool = False) -> bool:
 
 
 class Disk:
-    """The local disk as a storage; `Bucket` and `Driver` have the same methods, of which `Storage` tells.
-
-    `put` returns the sha256 of what was sent, and the e-tag that it has there.
-    """
+    """The local disk as a storage; `Bucket` and `Driver` have the same methods, of which `Storage` tells."""
 
     def read(self, path: str, limit: int) -> bytes:
         """Return the content of a file; a `ValueError` says that it has more bytes than this, or is no file."""
@@ -162,6 +159,7 @@ class Disk:
         return sha256_of(Path(path))  # it is used where it lies
 
     def put(self, source: Path, path: str) -> tuple[str, str]:
+        """Copy a file here, and return the sha256 of what was sent, and the e-tag that it has there."""
         with beside(Path(path)) as new:
             shutil.copyfile(source, new)
             sha256 = describe(new.parent, new.name)["sha256"]

@@ -114,10 +114,7 @@ class Storage:
         return self.ask(lambda: self.driver.get(path, target, size))
 
     def put(self, pairs: list[tuple[Path, str]], done: Callable[[int], None]) -> list[Json]:
-        """Copy local files to paths here, several at a time; return the size, the sha256 and the e-tag here of each.
-
-        `done` is called with numbers of bytes that arrived.
-        """
+        """Copy local files to paths here, several at a time, telling `done` the bytes; return size, sha256, e-tag."""
         sent, put = [], self.together(lambda pair: self.ask(lambda: self.driver.put(*pair)), pairs)
         for (source, _), (sha256, e_tag) in zip(pairs, put, strict=True):
             size = source.stat().st_size
