@@ -18,10 +18,7 @@ EXAMPLES, BEGINNING, LETTERS = 10, 100, 200  # documents that are shown; tokens 
 
 
 class Glance:
-    """What is kept of documents that pass: how many there are of each length, and how those begin that are shown.
-
-    A hash of their beginnings chooses them: the same ones, whatever the order and the parts.
-    """
+    """What is kept of documents that pass: how many there are of each length, and how those begin that are shown."""
 
     def __init__(self) -> None:
         self.lengths = np.zeros(48, np.int64)  # the i-th counts documents of 2**i tokens and more, below 2**(i+1)
@@ -42,7 +39,7 @@ class Glance:
 
 
 def first(beginnings: set[bytes]) -> list[bytes]:
-    """Return the examples among some beginnings."""
+    """Return the examples among some beginnings by their hashes: the same, whatever the order and the parts."""
     return sorted(beginnings, key=lambda one: blake2b(one).digest())[:EXAMPLES]
 
 

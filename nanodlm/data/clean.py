@@ -119,10 +119,7 @@ def _repaired(array: pa.Array, counts: dict[str, int]) -> pa.Array:
 
 
 def scored_runs(config: Config, encoding: Encoding, tokens: np.ndarray) -> dict[str, np.ndarray]:
-    """Return the runs of words, or ids, in what is held out and in each set of `eval.sets`, as sorted hashes.
-
-    There are none when they do not matter.
-    """
+    """Return the runs of words, or ids, in what is held out and in each set of `eval.sets`, as sorted hashes."""
     data, size = config.data, config.data.decontaminate
     if not size:
         return {}

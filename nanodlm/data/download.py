@@ -16,10 +16,7 @@ from nanodlm.store import Artifact, Attempt, fingerprint_of
 
 
 def download(config: Config, inputs: dict[str, Artifact], attempt: Attempt, emit: Emit) -> dict[str, Any]:
-    """Copy the source's documents into parts: each ends with the document that fills `data.part_mb` megabytes.
-
-    With `data.weights`, it also ends where another source begins.
-    """
+    """Copy documents into parts: each ends with the one that fills it or, with weights, where another source begins."""
     data = config.data
     before = identity(data)
     source = fingerprint_of(before)  # parts of what was read from other files are not gone on from

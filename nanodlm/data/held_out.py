@@ -69,10 +69,7 @@ class Zone:
 
 
 def front(batches: Iterable[Documents], seed: int, size: float) -> list[Unit]:
-    """Return the units with the smallest keys, in their order: as few as have `size` values together, or all.
-
-    One pass keeps little more than these, so memory does not grow with the corpus.
-    """
+    """Return the units with the smallest keys, in order, as few as have `size` values together; little more is held."""
     kept: list[Unit] = []
     held, last = 0, b"\xff" * 16
 

@@ -35,10 +35,7 @@ REMEDIES[errno.ENOSPC] = "set HF_HOME to a folder with room"
 
 
 def hub_files(data: DataConfig, emit: Emit) -> Iterator[str]:
-    """Yield the URLs of a data set's files by name, after fetching what is missing.
-
-    With `data.limit_tokens` they are fetched one by one instead, and no more of them than are taken.
-    """
+    """Yield the URLs of a data set's files by name, all fetched first, or with `limit_tokens` each when it is taken."""
     snapshot = Snapshot(data)
     if data.limit_tokens:
         yield from map(snapshot.file, snapshot.arrived)

@@ -120,10 +120,7 @@ def _found(pattern: str) -> list[str]:
 
 
 def _matching(patterns: list[str]) -> list[str]:
-    """List the URLs of the files that paths, globs and folders name, sorted.
-
-    Of several links to one local file, or of links and the file itself, only the first is taken.
-    """
+    """List the URLs of the files that paths, globs and folders name, sorted; of one local file's names the first."""
     files: set[str] = set()
     empty: list[str] = []
     for pattern in patterns:

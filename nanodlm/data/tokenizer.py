@@ -82,10 +82,7 @@ def characters(corpus: Iterable[Documents]) -> tiktoken.Encoding:
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> tiktoken.Encoding:
-    """Train byte-level BPE; `vocab_size` counts the 256 bytes, the merges and the end-of-text mark.
-
-    The result may be smaller when the text has no more pairs.
-    """
+    """Train byte-level BPE of `vocab_size` ids at most: the 256 bytes, the merges and the end-of-text mark."""
     import rustbpe
 
     tokenizer = rustbpe.Tokenizer()  # type: ignore[attr-defined]  # it has no stubs
@@ -152,10 +149,8 @@ def tokenise(encoding: tiktoken.Encoding, documents: Documents) -> Documents:
 
 
 def encode(encoding: tiktoken.Encoding, text: str) -> list[np.ndarray]:
-    """Return the token ids of a text, in one array or more; what looks like a mark is ordinary text.
-
-    White space that goes on for 200,000 characters is cut there, for tiktoken ends on a million.
-    """
+    """Return the token ids of a text, in one array or more; what looks like a mark is ordinary text."""
+    # White space without end is cut, for tiktoken fails at a million characters of it.
     pieces = re.split(r"(\s{200000})", text) if len(text) > 200_000 else [text]
     return [encoding.encode_to_numpy(piece, disallowed_special=()) for piece in pieces]
 
