@@ -47,10 +47,7 @@ WATCHER: ContextVar[Watcher | None] = ContextVar("watcher", default=None)  # of 
 
 
 def show_run(artifacts: dict[str, Artifact]) -> None:
-    """Show all of a run in one place, under the key `report`: numbers, curves, samples, and where it all lies.
-
-    When the server does not take it, the log says so, and no run fails.
-    """
+    """Show all of a run in one place, under the key `report`; a server that does not take it fails no run."""
     store, lines = next(iter(artifacts.values())).store, []
     if "train" in artifacts:
         logs, unigram = logs_of(artifacts["train"]), artifacts["shard"].metrics.get("val_unigram_nats_per_token")

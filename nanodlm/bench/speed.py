@@ -91,10 +91,7 @@ def train(config: Config, *, steps: int = 10, emit: Emit = silent) -> dict[str, 
 
 
 def sample(config: Config, *, repeats: int = 5, emit: Emit = silent) -> dict[str, Any]:
-    """Time the configured sampler with a freshly initialised network, on one device.
-
-    The numbers are those of the median draw of `sample.num_samples` texts.
-    """
+    """Time the median draw of the configured texts with a freshly initialised network, on one device."""
     encoding = synthetic_encoding(config)
     model, key = make_model(config, Vocabulary.of(encoding)), jax.random.key(config.sample.seed)
     params, began = nnx.state(model), time.perf_counter()
@@ -111,10 +108,7 @@ def sample(config: Config, *, repeats: int = 5, emit: Emit = silent) -> dict[str
 
 
 def loader(config: Config, *, batches: int = 2000, emit: Emit = silent) -> dict[str, Any]:
-    """Time reading updates' rows: 16 shards of random rows in a temporary folder, through `loader.train_batches`.
-
-    `tokens_per_second_per_core` counts the CPU time of all threads.
-    """
+    """Time reading updates' rows: 16 shards of random rows in a temporary folder, through `loader.train_batches`."""
     from nanodlm.data import rows  # neither Grain nor ArrayRecord is there where only a device is measured
     from nanodlm.data.loader import AHEAD, TOGETHER, train_batches
 
@@ -137,7 +131,7 @@ def loader(config: Config, *, batches: int = 2000, emit: Emit = silent) -> dict[
         del stream  # before the files go
     return {
         "tokens_per_second": batches * per_update * length / seconds,
-        "tokens_per_second_per_core": batches * per_update * length / cpu_seconds,
+        "tokens_per_second_per_core": batches * per_update * length / cpu_seconds,  # of all threads
         "batch_seconds": seconds / batches,
         "batch_tokens": per_update * length,
     }

@@ -53,11 +53,9 @@ def is_exported(address: str) -> bool:
 
 
 def find_model(model: str, store: Store) -> str:
-    """Return the address that `load` takes of a model: named by its run, by an address or the beginning of one, or an
-    exported folder.
+    """Return the address that `load` takes of a model: of a run's name, an address, its beginning, an exported folder.
 
-    Of several runs of one name, and where nothing is said, it is the one that was made last. Twins, which are trained
-    to judge others, have to be named.
+    Of several runs of one name, and where nothing is said, it is that of the last one. Twins have to be named.
     """
     if "://" in model or (model and is_exported(model)):
         return model

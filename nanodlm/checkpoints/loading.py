@@ -45,10 +45,7 @@ def load(uri: str) -> tuple[Transformer, tiktoken.Encoding]:
 
 
 def locate(uri: str) -> tuple[Path, int | None, Artifact | None]:
-    """Return the local folder with a model's files, verified, the checkpoint there, and the train artifact it is of.
-
-    An exported folder has no checkpoint, and a folder that lies outside of a store no artifact.
-    """
+    """Return a model's verified folder, its checkpoint (None if it was exported) and, in a store, its artifact."""
     if is_exported(uri):
         return Path(uri), None, None
     folder, store, stage, fingerprint, step = parse_address(uri)

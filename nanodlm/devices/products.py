@@ -73,10 +73,7 @@ def attention(
     v: Float[Array, "B K H E"],
     mask: Bool[Array, "#B 1 Q K"] | None,
 ) -> Float[Array, "B Q H E"]:
-    """Attend to the positions that a mask allows; products are in the type of q, k and v, the softmax in float32.
-
-    On a GPU that has it, it is cuDNN's fused attention, where that takes the arguments.
-    """
+    """Attend to the positions that a mask allows; products are in the type of q, k and v, the softmax in float32."""
     if jax.default_backend() != "cpu":
         kernel = "cudnn" if _fits_cudnn(q, k) else "xla"
         return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=kernel)

@@ -125,10 +125,7 @@ def read_by(stage: Stage, config: Config, found: dict[str, Artifact]) -> dict[st
 
 
 def named_judge(config: Config, store: Store) -> dict[str, Artifact]:
-    """Return the network of ours that a configuration names as its judge, in the place of a twin, if it names one.
-
-    One that is not in the store, or does not write from left to right, is an error.
-    """
+    """Return the network of ours that a configuration names as its judge, in the place of a twin, if it names one."""
     if config.sample.judge in ("", "twin") or config.sample.judge.startswith("hf:"):
         return {}
     judge = store.open(find_model(config.sample.judge, store))

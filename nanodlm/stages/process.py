@@ -35,10 +35,7 @@ def stage_flags(store: str, inputs: dict[str, str], *, rebuild: bool = False) ->
 
 
 def run_in_process(lookup: Lookup, config: Config, store: Store, *, rebuild: bool = False, emit: Emit) -> Artifact:
-    """Build a stage that uses JAX in a child process, and return its artifact.
-
-    When the child fails or is stopped, the error is of the kind that its exit code says, with its last line.
-    """
+    """Build a stage that uses JAX in a child process, and return its artifact, or raise the error that it ends with."""
     name, config = lookup.stage.folder, measured(lookup.stage.of(config))
     with tempfile.TemporaryDirectory(prefix="nanodlm-") as folder, full_disk_named(f"the temporary folder {folder}"):
         config_file, events, errors = (Path(folder) / n for n in ("config.json", "events.jsonl", "stderr.txt"))
