@@ -57,21 +57,20 @@ def make_mesh(rows: int, *, fsdp: int = 1, tensor: int = 1) -> Mesh:
     return jax.make_mesh((shares // fsdp, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-def shardings(mesh: Mesh, tree: Any, logical_axes: dict[str, tuple[str | None, ...]]) -> Any:
+def shardings(mesh: Mesh, tree: Any) -> Any:
     """Return the sharding of each array, or shape, of a tree, by the last two names of its path.
 
-    Averages and optimizer states end in the names of their parameters, and so are cut like them. `logical_axes` names
-    the last axes, as `LOGICAL_AXES` does; what it does not list is held whole.
+    Averages and optimizer states end in the names of their parameters, and so are cut like them.
 
     >>> mesh = make_mesh(rows=jax.device_count())
     >>> tree = {"qkv": {"kernel": jax.ShapeDtypeStruct((3, 8, 24), "float32")}}
-    >>> tuple(shardings(mesh, tree, {"qkv/kernel": ("embed", "heads")})["qkv"]["kernel"].spec)
+    >>> tuple(shardings(mesh, tree)["qkv"]["kernel"].spec)
     (None, 'fsdp', 'tensor')
     """
 
     def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         name = "/".join(str(getattr(key, "key", key)) for key in path[-2:])
-        logical = logical_axes.get(name, ())
+        logical = LOGICAL_AXES.get(name, ())
         if len(leaf.shape) < len(logical) or not logical:  # such as what Muon leaves empty for AdamW's parameters
             return NamedSharding(mesh, cut())
         spec = cut(*(None,) * (len(leaf.shape) - len(logical)), *logical)

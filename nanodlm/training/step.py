@@ -15,7 +15,7 @@ from nanodlm.build import make_model
 from nanodlm.checkpoints import State
 from nanodlm.config import Config
 from nanodlm.data.vocabulary import Vocabulary
-from nanodlm.devices.mesh import LOGICAL_AXES, batch_sharding, cut, logit_chunks, make_mesh, shardings
+from nanodlm.devices.mesh import batch_sharding, cut, logit_chunks, make_mesh, shardings
 from nanodlm.diffusion.corruption import Corruption
 from nanodlm.errors import UsageError
 from nanodlm.model.transformer import Transformer, count_parameters, segments
@@ -149,7 +149,7 @@ def make_program(config: Config, vocabulary: Vocabulary) -> Program:
         return state, scalars | {"lr": rates[0]}
 
     shapes = jax.eval_shape(initialise, 0)
-    cuts, everywhere = shardings(mesh, shapes, LOGICAL_AXES), jax.NamedSharding(mesh, cut())
+    cuts, everywhere = shardings(mesh, shapes), jax.NamedSharding(mesh, cut())
     shape = (train.grad_acc_steps, train.batch_size, config.model.seq_len)
     return Program(
         mesh,
