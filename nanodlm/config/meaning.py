@@ -19,29 +19,26 @@ def unread(config: Config) -> dict[str, Any]:
     estimator = objective.estimator or kind.estimators[0]
     sampler = sample.sampler or kind.samplers[0]
     steps = noisy and sampler != "first_hitting"
-    of_noise = (
-        "schedule.kind",
-        "objective.times",
-        "objective.weighting",
-        "eval.repeats",
-        "eval.seed",
-        "eval.precision",
-    )
     read = {
-        **dict.fromkeys(of_noise, noisy),
         "data.variable_share": config.data.rows == "document",
         "data.isolate_documents": config.data.rows == "stream",
+        "schedule.kind": noisy,
         "schedule.exponent": noisy and schedule.kind == "poly",
         "schedule.eps": noisy and (schedule.kind == "loglinear" or schedule.kind.endswith("_clipped")),
         "objective.estimator": estimator != kind.estimators[0],
         "objective.num_timesteps": estimator == "discrete",
         "objective.block_size": kind.reads == "block",
         "objective.uniform_share": kind.masks and kind.random_tokens,
+        "objective.times": noisy,
+        "objective.weighting": noisy,
         "objective.max_weight": noisy and objective.weighting == "clipped",
         "train.muon_lr": train.optimizer == "muon",
         "train.min_lr": train.lr_schedule in ("warmup_cosine", "warmup_stable_decay"),
         "train.warmup_steps": train.lr_schedule != "none",
         "train.cooldown_steps": train.lr_schedule == "warmup_stable_decay",
+        "eval.repeats": noisy,
+        "eval.seed": noisy,
+        "eval.precision": noisy,
         "sample.num_steps": steps,
         "sample.sampler": sampler != kind.samplers[0],
         "sample.grid": steps and sampler not in ("entropy", "threshold"),
