@@ -52,6 +52,12 @@ def is_exported(address: str) -> bool:
     return all((Path(address) / name).is_file() for name in ("config.json", "model.safetensors"))
 
 
+def of_stage(name: str, store: Store) -> list[Artifact]:
+    """Return the artifacts of one stage whose records are whole."""
+    found = store.artifacts(item for item in store if item[0] == name)
+    return [artifact for _, artifact in found if isinstance(artifact, Artifact)]
+
+
 def find_model(model: str, store: Store) -> str:
     """Return the address that `load` takes of a model: of a run's name, an address, its beginning, an exported folder.
 
@@ -59,8 +65,7 @@ def find_model(model: str, store: Store) -> str:
     """
     if "://" in model or (model and is_exported(model)):
         return model
-    found = [artifact for _, artifact in store.artifacts(item for item in store if item[0] == "train")]
-    trained = [artifact for artifact in found if isinstance(artifact, Artifact)]
+    trained = of_stage("train", store)
     names = [(one.manifest["config"] or {}).get("exp", {}).get("run_name", "") for one in trained]
     named = [one for one, name in zip(trained, names, strict=True) if model == name or not (model or is_twin(name))]
     if named:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
-from nanodlm.checkpoints.finding import find_model
+from nanodlm.checkpoints.finding import find_model, of_stage
 from nanodlm.config import Config, differences
 from nanodlm.errors import Damaged, NanodlmError, SourceGone, UsageError
 from nanodlm.evaluation.artifacts import frontier_of
@@ -94,12 +94,6 @@ def _downloaded_before(stage: Stage, config: Config, store: Store, gone: SourceG
     identity = {k: artifact.manifest[k] for k in ("schema", "stage", "version", "parameters", "inputs")}
     note = f"{files}: {names} is used, which was made of them on {artifact.manifest['created'][:10]}"
     return Lookup(stage, {}, identity, artifact.fingerprint, note=note)
-
-
-def of_stage(name: str, store: Store) -> list[Artifact]:
-    """Return the artifacts of one stage whose records are whole."""
-    found = store.artifacts(item for item in store if item[0] == name)
-    return [artifact for _, artifact in found if isinstance(artifact, Artifact)]
 
 
 def look_up(config: Config, store: Store, until: str = "report", rebuild: str | None = None) -> Iterator[Lookup]:
