@@ -29,11 +29,7 @@ from nanodlm.training.step import make_program
 
 
 def report(config: Config, *, tokens: int, seconds: float, devices: int = 1) -> dict[str, Any]:
-    """Put together the numbers that `train` and `sample` share; `tokens` are those in `seconds`.
-
-    `peak_bytes` are those since the process began, of the first device or, where that does not tell, of the whole
-    process: `peak_bytes_of` says which.
-    """
+    """Put together the numbers that `train` and `sample` share: `tokens` took `seconds`, memory is the most so far."""
     device = jax.devices()[0]
     on_device = (device.memory_stats() or {}).get("peak_bytes_in_use")
     return {
@@ -58,11 +54,7 @@ def _median(call: Callable[[], Any], repeats: int, unit: str, emit: Emit) -> flo
 
 
 def train(config: Config, *, steps: int = 10, emit: Emit = silent) -> dict[str, Any]:
-    """Time updates on random tokens, on all devices, in the training program itself.
-
-    `step_seconds` are those of the median update. `mfu` is FLOP/s over the peak of all devices, None where the peak is
-    unknown.
-    """
+    """Time the median update on random tokens, on all devices, in the training program itself."""
     encoding, seed, began = synthetic_encoding(config), config.train.seed, time.perf_counter()
     program = make_program(config, Vocabulary.of(encoding))
     compiled = program.compile(seed)
@@ -84,7 +76,7 @@ def train(config: Config, *, steps: int = 10, emit: Emit = silent) -> dict[str, 
         **report(config, tokens=tokens.size, seconds=seconds, devices=mesh.size),
         "step_seconds": seconds,
         "flops_per_second": flops,
-        "mfu": flops / (peak * mesh.size) if peak else None,
+        "mfu": flops / (peak * mesh.size) if peak else None,  # of unknown devices
         "compile_seconds": compile_seconds,
         "parameters": program.n_parameters,
     }

@@ -22,10 +22,7 @@ def describe_run(config: Config, dataset: str, encoding: str, key: jax.Array) ->
 
 
 def check_run(saved: Json, now: Json, allowed: tuple[str, ...], what: str) -> None:
-    """Refuse to continue a checkpoint of another run, naming every field that differs and how to allow it.
-
-    `what` names the checkpoint in the message, `saved` is what it remembers, and `allowed` fields may differ.
-    """
+    """Refuse to continue a checkpoint (`what`) that has `saved` another run, but for the fields that are `allowed`."""
     if not now.keys() <= saved.keys():
         raise UsageError(f"{what} does not say what it was trained with: start anew with --exp.resume False")
     changed = differences(_compared(saved), _compared(now))

@@ -128,10 +128,8 @@ class Program(NamedTuple):
 
 
 def make_program(config: Config, vocabulary: Vocabulary) -> Program:
-    """Return the training program of a configuration, on a mesh of all devices.
-
-    Seeds and learning rates are arguments of what is compiled, so that what is kept of it serves all of them.
-    """
+    """Return the training program of a configuration, on a mesh of all devices."""
+    # Seeds and learning rates are arguments of what is compiled, so that what is kept of it serves all of them.
     train, heads = config.train, config.model.n_heads
     mesh = make_mesh(train.batch_size, fsdp=train.fsdp, tensor=train.tensor)
     if heads % train.tensor:
