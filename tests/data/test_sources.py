@@ -268,7 +268,7 @@ def test_a_memory_of_sources_that_cannot_be_used_is_no_error(
 ) -> None:
     (tmp_path / "a.txt").write_text("a")
     memory = cache_dir() / "sources.json"
-    memory.parent.mkdir()
+    memory.parent.mkdir(exist_ok=True)
     if content is None:
         memory.mkdir()  # which can be neither read nor replaced
     else:
