@@ -37,18 +37,16 @@ def train_batches(
         rows = np.arange(total, dtype=np.uint32)
         return np.random.default_rng((config.data.shuffle_seed, epoch)).permutation(rows)
 
-    def read(places: Int[np.ndarray, "M"]) -> Int[np.ndarray, "M L"]:
-        epochs, places = np.divmod(places, total)
+    def read_updates(first: int) -> Int[np.ndarray, "U A R L"]:
+        places = np.arange(first, first + updates * shape[0] * shape[1]).reshape(updates * shape[0], parts, -1)
+        epochs, places = np.divmod(places[:, part].ravel(), total)
         rows = np.concatenate([order(e)[places[epochs == e]] for e in range(epochs[0], epochs[-1] + 1)])
         files = np.searchsorted(ends, rows, side="right")
         inside = rows - starts[files]
         # A record at a time takes 3 µs in any number of files; a list of them waits, in each, for a pool of threads.
         records = [opened(file).read(i, i + 1)[0] for file, i in zip(files.tolist(), inside.tolist(), strict=True)]
-        return np.frombuffer(b"".join(records), shards["dtype"]).astype(np.int32).reshape(len(rows), -1)
-
-    def read_updates(first: int) -> Int[np.ndarray, "U A R L"]:
-        places = np.arange(first, first + updates * shape[0] * shape[1]).reshape(updates * shape[0], parts, -1)
-        return read(places[:, part].ravel()).reshape(updates, shape[0], shape[1] // parts, -1)
+        ids = np.frombuffer(b"".join(records), shards["dtype"]).astype(np.int32)
+        return ids.reshape(updates, shape[0], shape[1] // parts, -1)
 
     firsts = grain.MapDataset.range(first_row, sys.maxsize, updates * shape[0] * shape[1])
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=AHEAD)
