@@ -163,12 +163,10 @@ class Transformer(nnx.Module):
         assert past is not None
         return self.score(self.norm(x)), past
 
-    def denoise_within(
-        self, past: Past, x_t: Int[Array, "B N"], t: Float[Array, "B"], start: Int[Array, ""]
-    ) -> Float[Array, "B N V"]:
-        """Return logits of N positions of a row, from `start` on, beside what was kept of the others when it was read.
+    def denoise_within(self, past: Past, x_t: Ids, t: Float[Array, "B"], start: Int[Array, ""]) -> Logits:
+        """Return logits of L positions of a row, from `start` on, beside what was kept of the others when it was read.
 
-        If nothing has changed since, they are those of the whole row. If some of the N tokens have, they are near them:
+        If nothing has changed since, they are those of the whole row. If some of the L tokens have, they are near them:
         the others were read beside the former tokens. Source: Fast-dLLM, arXiv:2505.22618, section 3.2 (DualCache).
         """
         size, reach = x_t.shape[1], self.conv_width // 2
