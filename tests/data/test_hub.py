@@ -9,13 +9,10 @@ import socket
 import struct
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -24,6 +21,7 @@ from nanodlm.config import PRESETS
 from nanodlm.store import Artifact, Store
 from tests.data.test_sources import write_tokens
 from tests.support.helpers import flip
+from tests.support.servers import Quiet, serving
 
 ROOT = Path(__file__).parents[2]
 NAME = PRESETS["owt"].data.source[0].removeprefix("hf://")
@@ -49,7 +47,7 @@ class Hub:
         return [line for line in self.log if line.startswith(f"GET {name}")]
 
 
-class Handler(BaseHTTPRequestHandler):
+class Handler(Quiet):
     """The few addresses of the Hugging Face hub that a snapshot needs."""
 
     hub: Hub
@@ -102,9 +100,6 @@ class Handler(BaseHTTPRequestHandler):
             self.connection.close()
         time.sleep(60 if fault == "stall" else 0)
 
-    def log_message(self, *_: Any) -> None:
-        """Keep the test's output clean."""
-
 
 @pytest.fixture
 def hub(tmp_path: Path) -> Iterator[Hub]:
@@ -115,13 +110,8 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
         path = write_tokens(tmp_path / f"{i}.parquet", rows, pa.list_(kind))
         files[f"data/{(FIRST, SECOND)[i]}"] = path.read_bytes()
     hub = Hub(files)
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Handler,), {"hub": hub}))
-    server.daemon_threads, server.block_on_close = True, False
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    hub.address = f"http://127.0.0.1:{server.server_port}"
-    yield hub
-    server.shutdown()
-    server.server_close()
+    with serving(type("Handler", (Handler,), {"hub": hub})) as hub.address:
+        yield hub
 
 
 FETCH = """

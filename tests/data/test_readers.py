@@ -6,10 +6,8 @@ import json
 import lzma
 import subprocess
 import sys
-import threading
 import zipfile
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,7 +21,7 @@ from nanodlm.data.readers import Bad, check_share, read_documents
 from nanodlm.data.sources import identity, source_files
 from nanodlm.errors import NanodlmError
 from tests.support.helpers import tiny_config
-from tests.support.servers import Server
+from tests.support.servers import Quiet, Server, serving
 
 ODD = [
     "2024-01-01",
@@ -286,7 +284,7 @@ def test_files_inside_an_archive_are_read(tmp_path: Path) -> None:
     assert "no file matches" in refusal(f"zip://*.csv::{inside}")
 
 
-class Files(BaseHTTPRequestHandler):
+class Files(Quiet):
     """A server of a few files, without ranges, as the simplest ones are."""
 
     bodies: ClassVar = {
@@ -308,18 +306,11 @@ class Files(BaseHTTPRequestHandler):
 
     do_HEAD = do_GET
 
-    def log_message(self, *_: Any) -> None:
-        """Keep the test's output clean."""
-
 
 @pytest.fixture(scope="module")
 def web() -> Iterator[str]:
-    with ThreadingHTTPServer(("127.0.0.1", 0), Files) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-        thread.join()
+    with serving(Files) as address:
+        yield address
 
 
 def test_files_on_a_web_server_are_read_and_its_refusals_are_told(web: str) -> None:

@@ -1,6 +1,5 @@
 """The run that a flow works for: on a real server, which somebody else tells that the run is over."""
 
-import http.server
 import os
 import signal
 import threading
@@ -24,7 +23,7 @@ from nanodlm.flows.own_run import built_before, working_for_run
 from nanodlm.flows.pipeline import pipeline
 from nanodlm.stages.run import enter_folder
 from nanodlm.store import FLOW_RUN
-from tests.support.servers import free_ports
+from tests.support.servers import Quiet, free_ports, serving
 
 
 @pytest.fixture
@@ -99,23 +98,14 @@ def test_a_run_goes_on_while_its_server_is_away(client: SyncPrefectClient) -> No
 def proxy(status: int, body: bytes) -> Iterator[str]:
     """The API's address of something that stands before a server and has lost it."""
 
-    class Handler(http.server.BaseHTTPRequestHandler):
+    class Handler(Quiet):
         def do_GET(self) -> None:
             self.send_response(status)
             self.end_headers()
             self.wfile.write(body)
 
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}/api"
-        finally:
-            server.shutdown()
-            thread.join()
+    with serving(Handler) as address:
+        yield f"{address}/api"
 
 
 @pytest.mark.parametrize(("status", "body"), [(404, b"no such page"), (200, b"<html>back soon"), (503, b"")])

@@ -1,12 +1,10 @@
 """The automations of deploy/, made as docs/operations.md says, on a whole Prefect server: they really happen."""
 
-import http.server
 import json
 import re
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -18,6 +16,7 @@ import pytest
 
 from tests.operations.conftest import LONG, ROOT, Site, below, wait_until
 from tests.support.commands import environment
+from tests.support.servers import Quiet, serving
 
 pytestmark = pytest.mark.slow  # a whole server, with all its services
 PATH = "/hooks/planted-secret-of-the-webhook"  # an address that is a secret, as those of chat rooms are
@@ -79,7 +78,7 @@ def receiver() -> Iterator[Hook]:
     """A web server that takes notifications at one secret path."""
     hook = Hook()
 
-    class Handler(http.server.BaseHTTPRequestHandler):
+    class Handler(Quiet):
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["Content-Length"]))
             if (self.path, self.headers["Content-Type"]) == (PATH, "application/json"):
@@ -87,18 +86,9 @@ def receiver() -> Iterator[Hook]:
             self.send_response(200)
             self.end_headers()
 
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            hook.url = f"http://127.0.0.1:{server.server_port}{PATH}"
-            yield hook
-        finally:
-            server.shutdown()
-            thread.join()
+    with serving(Handler) as address:
+        hook.url = address + PATH
+        yield hook
 
 
 def flows_run(environ: dict[str, str], *calls: str) -> subprocess.Popen[str]:

@@ -207,6 +207,27 @@ def ephemeral_prefect(home: Path) -> Iterator[dict[str, str]]:
         yield {"PREFECT_API_URL": url, **named}
 
 
+class Quiet(http.server.BaseHTTPRequestHandler):
+    """Answers requests, and keeps the test's output clean."""
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@contextmanager
+def serving(handler: type[Quiet]) -> Iterator[str]:
+    """A web server of this process, by its address."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        server.daemon_threads = True
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
 @contextmanager
 def flaky(server: Server, fail: Callable[[str, str], str]) -> Iterator[Server]:
     """A server behind a wire that fails.
@@ -215,7 +236,7 @@ def flaky(server: Server, fail: Callable[[str, str], str]) -> Iterator[Server]:
     "refused" (403), "reset" (not passed on, and cut off) or "unheard" (passed on, and its answer cut off).
     """
 
-    class Handler(http.server.BaseHTTPRequestHandler):
+    class Handler(Quiet):
         protocol_version = "HTTP/1.1"
 
         def handle_request(self) -> None:
@@ -249,19 +270,10 @@ def flaky(server: Server, fail: Callable[[str, str], str]) -> Iterator[Server]:
 
         do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = handle_request
 
-        def log_message(self, format: str, *args: object) -> None:
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as listener:
-        listener.daemon_threads = True
-        thread = threading.Thread(target=listener.serve_forever, kwargs={"poll_interval": 0.05})
-        thread.start()
+    with serving(Handler) as endpoint:
         try:
-            endpoint = f"http://127.0.0.1:{listener.server_port}"
             yield Server(endpoint, server.store, s3_environ(endpoint))
         finally:
-            listener.shutdown()
-            thread.join()
             forget_connections()
 
 
