@@ -139,13 +139,10 @@ def _references(kind: str, config: Config, folder: Path) -> dict[str, float]:
 
 
 def rates(config: Config) -> tuple[dict[str, float], int]:
-    """Return the bytes of text, or of ids, that each stage prepares in a second here, and how many were made up for it.
-
-    It takes a second or two. An encoding that loads slowly is stood in for by one that is trained on a megabyte.
-    """
+    """Return the bytes of text, or of ids, that each stage prepares in a second here, and how many it was tried on."""
     kind, sizes, found = "ids" if config.data.pretokenized else "text", [], {}
     spent: dict[str, list[float]] = defaultdict(list)
-    tokenizer = "bytes" if kind == "ids" else config.data.tokenizer.replace("gpt2", "bpe")
+    tokenizer = "bytes" if kind == "ids" else config.data.tokenizer.replace("gpt2", "bpe")  # which loads sooner
     with tempfile.TemporaryDirectory() as folder:
         batches = (1, 2, 16 if kind == "ids" else 4 + min(8, os.cpu_count() or 1))  # the first loads the code
         for one in _make_corpora(Config().replace(data={"tokenizer": tokenizer}), kind, batches, Path(folder)):

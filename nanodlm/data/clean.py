@@ -36,11 +36,7 @@ def check(data: DataConfig) -> None:
 
 
 def cleaned(data: DataConfig, stream: Stream, folder: Path, counts: dict[str, int]) -> Stream:
-    """Yield the documents that the settings want, in order, and count in `counts` what becomes of the others.
-
-    Which ones are near duplicates is known when all have been read: until then they wait in a file of `folder` that
-    has no name.
-    """
+    """Yield the documents that the settings want, in order, and count in `counts` what becomes of the others."""
     tests = _tests(data)
     counts |= dict.fromkeys(["repaired"] * data.repair + [*tests], 0)
 
@@ -55,6 +51,7 @@ def cleaned(data: DataConfig, stream: Stream, folder: Path, counts: dict[str, in
     if data.duplicates is None or data.duplicates == 1:
         yield from one_by_one()
         return
+    # Which are near duplicates is known when all have been read: until then they wait in a file without a name.
     sources, found = [], bytearray()
     with tempfile.TemporaryFile(dir=folder) as file:
         column = pa.list_(pa.uint16()) if data.pretokenized else pa.large_string()

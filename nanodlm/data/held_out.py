@@ -22,14 +22,10 @@ Place = list[int]  # a part, and how many of its values come before
 
 
 def check_size(data: DataConfig) -> None:
-    """Refuse more validation tokens than local files can give: each has at least one byte.
-
-    Of compressed files, and of those elsewhere, no more is known before they are read. Files that are gone may have
-    been downloaded before, as looking that up tells.
-    """
+    """Refuse more validation tokens than local files that are not packed can give: each has at least one byte."""
     try:
         files = [] if data.revision else source_files(data)
-    except SourceGone:
+    except SourceGone:  # they may have been downloaded before, as looking that up tells
         return
     if data.val_tokens and files and all(url.startswith("file://") and format_of(url) in PLAIN for url in files):
         size = sum(os.path.getsize(url.removeprefix("file://")) for url in files)

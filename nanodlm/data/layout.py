@@ -30,11 +30,7 @@ class Laid(NamedTuple):
 def lay_out(
     config: Config, stream: Int[np.ndarray, "N"], end_of_text: int, *, last: bool, held_out: bool = False
 ) -> Laid:
-    """Lay out a stream of ids up to the last whole row, or document; when it is the `last`, that ends with it.
-
-    Rows of held-out documents have no length drawn, and pieces of these rows of their own, in their order: so they are
-    scored by a network that is not told where documents end.
-    """
+    """Lay out a stream of ids up to the last whole row, or document; when it is the `last`, that ends with it."""
     data, length = config.data, config.model.seq_len
     if data.rows == "stream":
         end = len(stream) // length * length
@@ -44,7 +40,7 @@ def lay_out(
     end, longer = int(documents.offsets[-1]), int((documents.sizes > length).sum())
     if data.rows == "packed":
         documents = cut_up(documents, length)
-        if not held_out:
+        if not held_out:  # which are scored by a network that is not told where documents end
             return Laid([packed(documents, length, end_of_text)], end, longer)
     limit, drawn = limits(documents, length, 0.0 if held_out else data.variable_share)
     beyond = np.maximum(documents.sizes - limit, 0)
@@ -66,14 +62,12 @@ def cut_up(documents: Documents, length: int) -> Documents:
 def limits(
     documents: Documents, length: int, variable_share: float
 ) -> tuple[Int[np.ndarray, "N"], Bool[np.ndarray, "N"]]:
-    """Return how many ids each document's row has, and whether that was drawn, by the document's content.
-
-    Of a share of the documents it is: half of these have whole rows, as samples have, the others any length.
-    """
+    """Return how many ids each document's row has, and whether that was drawn, by the document's content."""
     if not variable_share:
         return np.full(len(documents), length), np.zeros(len(documents), bool)
     hashes = np.frombuffer(b"".join(documents.hashed()), "<u4").reshape(-1, 4)
     drawn = hashes[:, 2] < variable_share * 2**32  # the split may be by what comes first in them
+    # Half of these have whole rows, as samples have, the others any length.
     return np.where(drawn, np.minimum(1 + hashes[:, 3] % (2 * length), length), length), drawn
 
 

@@ -179,10 +179,7 @@ def identity(data: DataConfig) -> dict[str, Any]:
 
 
 def _content(url: str, known: dict[str, Hashed], new: dict[str, Hashed]) -> str:
-    """Return what tells a file's content from another's: sha256, or of a remote file its server's checksum.
-
-    A local file that is as it was when it was `known` is not read; one that is read is added to what is `new`.
-    """
+    """Return what tells a file's content from another's: sha256, or of a remote file its server's checksum."""
     try:
         fs, path = file_system(url)
         if isinstance(fs, LocalFileSystem):

@@ -18,11 +18,7 @@ from nanodlm.training.trackers import Tracker
 
 @dataclass
 class Logger:
-    """Continues the records of a run; new ones are emitted as `progress`, in bits per byte, and given to the tracker.
-
-    Scalars are fetched an update late, so that the device always has work. Progress is the mean of ten records, for one
-    batch is noisy.
-    """
+    """Continues the records of a run; new ones are emitted as `progress`, in bits per byte, and given to a tracker."""
 
     config: Config
     records: list[dict[str, Any]]
@@ -69,6 +65,7 @@ class Logger:
         self.records.append(record)
         if self.tracker:
             self.tracker.log(record)
+        # One batch is noisy: progress is the mean of ten.
         bounds = [r["nats_per_token"] for r in self.records[-10:] if r["nats_per_token"] is not None]
         smoothed = self.bits * sum(bounds) / len(bounds) if bounds else None
         shown = {"bits_per_byte": smoothed, **record}

@@ -192,11 +192,9 @@ def _attempts(files: Files, named: set[str]) -> dict[str, Files]:
 
 
 def _abandoned(files: Files, attempts: dict[str, Files], built: bool, since: float, oldest: float) -> Iterator[str]:
-    """Yield the attempts that nobody needs: none of those that have finished parts, until the artifact is `built`.
-
-    An attempt that another took the place of may have readers still: its age is that of the manifest there now.
-    """
+    """Yield the attempts that nobody needs: none of those that have finished parts, until the artifact is `built`."""
     retired = files[RETIRED].changed if RETIRED in files else 0.0
+    # What another took the place of may have readers still: its age is that of the manifest there now.
     placed = max(retired, files[MANIFEST].changed if MANIFEST in files else 0.0)
     for attempt in sorted(attempts):
         changed = max(found.changed for found in attempts[attempt].values())
