@@ -53,10 +53,7 @@ class Attempt:
         """Record files (relative paths), which will not change any more, as a finished part, with JSON as `info`."""
         described = self._publish(sorted(name for name in files if not NOBODYS.fullmatch(name)), silent)
         self._flush(described, self.path)
-        self._record(name, described, info)
-
-    def _record(self, name: str, files: list[Json], info: Json) -> None:
-        record = sealed({**self._of, "part": name, "files": files, "info": info})
+        record = sealed({**self._of, "part": name, "files": described, "info": info})
         self.store.write_json(self._remote("parts", f"{name}.json"), record)
         self._parts[name] = Part(self.store, self._remote(), record)
 
@@ -134,7 +131,7 @@ class Attempt:
                 if self.store.is_local:
                     self._parts[name] = dataclasses.replace(part, place=self._remote())
                 else:
-                    self._record(name, self._publish(paths, silent), part.info)
+                    self.finish(name, paths, **part.info)
                 return part.info
         return None
 

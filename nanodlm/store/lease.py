@@ -68,11 +68,10 @@ def hold_lease(
 
 def read_lease(store: Store, path: str) -> Json | None:
     """Return what the lease at a path says: nothing when it is torn, None when there is none."""
-    try:
-        held = store.read_json(path)
-    except Damaged:
-        held = {}
-    return held if isinstance(held, dict | None) else {}
+    with contextlib.suppress(Damaged):
+        if isinstance(held := store.read_json(path), dict | None):
+            return held
+    return {}
 
 
 def lease_events(store: Store, stage: str, fingerprint: str) -> dict[str, Json]:
