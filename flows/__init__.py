@@ -6,11 +6,7 @@ TAG = "nanodlm"  # of every run of this project: what deploy/automations.yaml an
 
 
 def quiet_prefect() -> None:
-    """Let Prefect report nothing home, start no server by itself, and keep its own log to itself.
-
-    Prefect reads these variables when it is imported, so call this before. What the environment has already stays, such
-    as `PREFECT_LOGGING_LEVEL=INFO`.
-    """
+    """Let Prefect, before it is imported, report nothing home, start no server and keep its own log to itself."""
     for name in ("PREFECT_SERVER_ANALYTICS_ENABLED", "PREFECT_SERVER_EPHEMERAL_ENABLED"):
         os.environ.setdefault(name, "false")
     os.environ.setdefault("DO_NOT_TRACK", "1")

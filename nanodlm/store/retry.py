@@ -25,11 +25,7 @@ PASSING_ERRNOS = {errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EBUSY, errno.EAGA
 
 
 def ask(uri: str, call: Callable[[], T]) -> T:
-    """Return the result of a request to `uri`; what may pass is tried again for `$NANODLM_RETRY_SECONDS`.
-
-    A server that asks for longer pauses (Retry-After) is given them. What does not pass in that time is raised as
-    `Unreachable`, and what is refused is one line at once.
-    """
+    """Return the result of a request to `uri`, tried again for `$NANODLM_RETRY_SECONDS` if it may pass."""
     patience = number("NANODLM_RETRY_SECONDS", 300)
     pause = wait_random_exponential(multiplier=FIRST_PAUSE, max=LONGEST_PAUSE)
 

@@ -124,10 +124,7 @@ class Store(Storage):
         raise NanodlmError(f"no artifact at {uri}: `nanodlm ls` shows what is there")
 
     def locate(self, uri: str) -> Item:
-        """Return (stage, fingerprint) of what an address names, or the end of one, such as `train/3f2a`; sound or not.
-
-        Of a fingerprint the first four letters or more will do, when they are its alone.
-        """
+        """Return (stage, fingerprint) of what an address, or the end of one as `train/3f2a`, names, sound or not."""
         _, _, stage, fingerprint, _ = parse_address(uri)
         if stage and MANIFEST in self.files(self.path(stage, fingerprint)):
             return stage, fingerprint

@@ -120,10 +120,7 @@ def _removals(
 
 
 def remove(store: Store, item: Item, recursive: bool = False, dry_run: bool = False) -> Iterator[Json]:
-    """Remove an artifact at once, and with `recursive` all that was made from it; yield rows as `collect` does.
-
-    What others were made from, what is being built, and what a run under way reads is refused.
-    """
+    """Remove an artifact that no run is busy with, with `recursive` all that was made from it; yield as `collect`."""
     listed = store.listed()
     there = dict(store.artifacts(sorted(listed)))
     artifacts = [(other, artifact) for other, artifact in there.items() if isinstance(artifact, Artifact)]
