@@ -163,9 +163,8 @@ def size_of(data: DataConfig) -> int | None:
     for path in ["hf://"] if data.revision else [url.removeprefix("file://") for url in source_files(data)]:
         if os.path.exists(path) and format_of(path) == (".parquet", ""):
             found = pq.read_metadata(path)
-            chunks = [
-                found.row_group(i).column(j) for i in range(found.num_row_groups) for j in range(found.num_columns)
-            ]
+            groups = map(found.row_group, range(found.num_row_groups))
+            chunks = [group.column(i) for group in groups for i in range(found.num_columns)]
             of_column = [chunk for chunk in chunks if chunk.path_in_schema.split(".list.")[0] == data.column]
             size += sum(2 * c.num_values if data.pretokenized else c.total_uncompressed_size for c in of_column)
         elif os.path.exists(path) and format_of(path) in PLAIN and not data.pretokenized:

@@ -42,9 +42,8 @@ class Lookup:
     def find_in(self, store: Store, *, may_be_damaged: bool = False) -> Self:
         """Return this lookup with the artifact that the store holds now, which is checked unless it may be damaged."""
         try:
-            artifact = store.find(self.stage.folder, self.fingerprint)
-            if artifact:
-                artifact.check()
+            found = store.find(self.stage.folder, self.fingerprint)
+            artifact = found.check() if found else None
         except Damaged:
             if not may_be_damaged:
                 raise

@@ -86,12 +86,11 @@ def last_line(text: str) -> str:
 
 def stop(child: subprocess.Popen[bytes], grace: float) -> int:
     """Ask a child to save and stop, kill its group when it takes too long, and return how it ended."""
-    if child.poll() is None:
-        child.send_signal(signal.SIGTERM)
-        try:
-            child.wait(grace)
-        except subprocess.TimeoutExpired:
-            os.killpg(child.pid, signal.SIGKILL)
+    child.terminate()  # which does nothing to one that has ended
+    try:
+        child.wait(grace)
+    except subprocess.TimeoutExpired:
+        os.killpg(child.pid, signal.SIGKILL)
     return child.wait()
 
 
