@@ -51,12 +51,12 @@ def keep_compiled() -> None:
 
     JAX finds a program by its code and shapes, by JAX's version and the processor's instructions, so machines of many
     kinds may share a home. A folder that the user names, in `$JAX_COMPILATION_CACHE_DIR` or in JAX, is left alone; an
-    empty name keeps nothing. What was read longest ago goes here, for JAX's own bound looks at all programs before each
-    writing (50 µs each), needs locks, and after a kill between its two files of one keeps none any more.
+    empty name keeps nothing.
     """
     jax, name, folder, room = sys.modules.get("jax"), "JAX_COMPILATION_CACHE_DIR", cache_dir() / "compiled", COMPILED
     if (jax.config.jax_compilation_cache_dir if jax else os.environ.get(name)) is not None:
         return
+    # What was read longest ago goes. JAX's own bound is slow, needs locks, and keeps nothing after some kills.
     with contextlib.suppress(OSError):  # another process does the same
         stats = {path: path.stat() for path in folder.glob("*-cache")}
         for path, stat in sorted(stats.items(), key=lambda kept: -max(kept[1].st_atime, kept[1].st_mtime)):

@@ -45,12 +45,8 @@ def train(config: Config, inputs: dict[str, Artifact], attempt: Attempt | None, 
     """Stage: train for `max_steps` updates, from an earlier attempt's newest checkpoint or that of `exp.resume_path`.
 
     Writes `checkpoints/`, `config.json`, `logs.json` and, as it goes, `logs.jsonl`, `tokenizer/` and `parameters.json`
-    into the attempt. Of several processes the first has the attempt; the others are given None, and take part.
-
-    Raises:
-        Stopped: After SIGTERM or SIGUSR1: the update was finished and a checkpoint saved.
-        UsageError: When the checkpoint to continue from is missing or of another run.
-        NanodlmError: When the loss is not a number; the last good checkpoint is named.
+    into the attempt. Of several processes the first has the attempt; the others are given None, and take part. After
+    SIGTERM or SIGUSR1 the update is finished, a checkpoint saved, and `Stopped` raised.
     """
     with catch_signals() as stop:
         _require_same_start(config, inputs)
