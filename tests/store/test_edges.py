@@ -21,13 +21,13 @@ import pytest
 from nanodlm.data import rows as data_rows
 from nanodlm.errors import NanodlmError
 from nanodlm.stages import run
-from nanodlm.store import Artifact, Store, cache, hold_lease, new_attempt, owner
+from nanodlm.store import Store, cache, hold_lease, new_attempt, owner
 from nanodlm.store import lease as store_lease
 from nanodlm.store.disk import list_files
 from nanodlm.upkeep import collect, verify
 from tests.support.helpers import committed, copied, fill, identity, prose, tiny_config
 from tests.support.servers import Server, flaky
-from tests.support.store import FILES, Killed, killed_attempt
+from tests.support.store import FILES, Killed, killed_attempt, read
 
 # Power cuts
 
@@ -120,13 +120,6 @@ def test_a_power_cut_takes_nothing_that_a_record_or_a_manifest_names(
 def remote() -> Iterator[Store]:
     yield Store("memory://edges/runs")
     fsspec.filesystem("memory").store.clear()
-
-
-def read(artifact: Artifact) -> dict[str, bytes]:
-    folder = artifact.local()
-    return {
-        path: (folder / path).read_bytes() for path in (f["path"] for f in artifact.files()) if "parts/" not in path
-    }
 
 
 @pytest.mark.parametrize("code", [None, errno.EBADF, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])

@@ -28,7 +28,7 @@ from tests.support import store as support
 from tests.support.faults import Fault, Faulty, answer, busy, no_space, scripted
 from tests.support.helpers import committed, copied, fill, identity, prose, tiny_config
 from tests.support.servers import Server, forget_connections, let_go_of_the_cache, s3_environ
-from tests.support.store import Killed, killed_attempt
+from tests.support.store import Killed, killed_attempt, read
 from tests.support.training import tiny
 
 FILES = {**support.FILES, "empty": b""}
@@ -243,14 +243,6 @@ def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
 
 everywhere = pytest.mark.parametrize("place", ["path", *REMOTE], indirect=True)
 remotely = pytest.mark.parametrize("place", REMOTE, indirect=True)
-
-
-def read(artifact: Artifact) -> dict[str, bytes]:
-    """An artifact's files, as a reader gets them."""
-    folder = artifact.local()
-    return {
-        path: (folder / path).read_bytes() for path in (f["path"] for f in artifact.files()) if "parts/" not in path
-    }
 
 
 def in_parts(store: Store, fingerprint: str = "f0") -> Artifact:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from nanodlm.store import Store, new_attempt
+from nanodlm.store import Artifact, Store, new_attempt
 from tests.support.helpers import fill
 
 FILES = {"a.bin": b"first file", "b.bin": b"other file", "sub/c.bin": b"third, longer file"}
@@ -21,3 +21,9 @@ def killed_attempt(store: Store, parts: dict[str, dict[str, bytes]], fingerprint
         fill(attempt, {"unfinished": b"half writ"})
         raise Killed
     return attempt.id
+
+
+def read(artifact: Artifact) -> dict[str, bytes]:
+    """An artifact's files, as a reader gets them."""
+    folder, paths = artifact.local(), [file["path"] for file in artifact.files()]
+    return {path: (folder / path).read_bytes() for path in paths if "parts/" not in path}
