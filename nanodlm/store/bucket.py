@@ -73,8 +73,7 @@ class Bucket:
             self.store.delete([self._key(path) for path in paths])
 
     def remove_folder(self, folder: str) -> None:
-        if paths := [f"{folder}/{path}" for path in self.files(folder)]:
-            self.remove(*paths)
+        self.remove(*(f"{folder}/{path}" for path in self.files(folder)))
 
     def uploads(self, folder: str) -> Iterator[tuple[str, float, Callable[[], Any]]]:
         """Yield uploads in several parts below a folder that nobody finished: path, Unix time, and what ends them."""
