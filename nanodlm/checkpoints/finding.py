@@ -39,12 +39,11 @@ def find_checkpoint(address: str) -> Part:
     folder = store.root
     if isinstance(manifest, dict) and NAME.fullmatch(str(manifest.get("attempt", ""))):
         folder = store.path("attempts", str(manifest["attempt"]))
-    part = store.part(folder, name, stage="train")
-    if part is None:
-        finished = sorted(path.removesuffix(".json") for path in store.files(f"{folder}/parts/checkpoints"))
-        have = f"there are {', '.join(finished)}" if finished else "there are none"
-        raise UsageError(f"no finished checkpoint {Path(name).name} in {store.address(folder)}: {have}")
-    return part
+    if part := store.part(folder, name, stage="train"):
+        return part
+    finished = sorted(path.removesuffix(".json") for path in store.files(f"{folder}/parts/checkpoints"))
+    have = f"there are {', '.join(finished)}" if finished else "there are none"
+    raise UsageError(f"no finished checkpoint {Path(name).name} in {store.address(folder)}: {have}")
 
 
 def is_exported(address: str) -> bool:

