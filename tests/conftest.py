@@ -51,8 +51,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def private_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("NANODLM_CACHE", str(tmp_path / "cache"))
-    in_float32(tmp_path / "cache")
+    cache = tmp_path.with_name(f"{tmp_path.name}-cache")  # for tests look at all that a folder of theirs holds
+    monkeypatch.setenv("NANODLM_CACHE", str(cache))
+    in_float32(cache)
     yield
     servers.let_go_of_the_cache()
 

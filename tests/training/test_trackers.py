@@ -123,7 +123,7 @@ def test_wandb_offline_holds_the_records_and_settings_contacts_nobody_and_leaves
             tracker.log(record)
         assert sys.platform != "linux" or len(service_of(os.getpid())) == 1
     assert sys.platform != "linux" or service_of(os.getpid()) == []
-    (file,) = tmp_path.glob("cache/wandb/offline-run-*-a1b2/run-a1b2.wandb")
+    (file,) = cache_dir().glob("wandb/offline-run-*-a1b2/run-a1b2.wandb")
     assert wandb_history(file) == RECORDS
     run = wandb_run(file)
     assert (run.project, run.display_name, run.run_id) == ("planets", "mars", "a1b2")
@@ -142,7 +142,7 @@ def test_a_resumed_run_continues_at_wandb_and_its_files_go_where_wandb_dir_says(
     with open_tracker(tmp_path, use_wandb=True, records=RECORDS[:1]) as tracker:
         tracker.log(RECORDS[1])
     (file,) = tmp_path.glob("elsewhere/wandb/offline-run-*/run-a1b2.wandb")
-    assert not (tmp_path / "cache").exists()
+    assert not (cache_dir() / "wandb").exists()
     assert wandb_run(file).resume
     assert wandb_history(file) == RECORDS[1:]
 
