@@ -83,7 +83,7 @@ class HubJudge:
             model, told = AutoModelForCausalLM.from_pretrained(folder, **how)  # type: ignore[misc]
         except Exception as error:  # whatever a folder may hold
             raise NanodlmError(f"cannot load {self.name}: {one_line(error)}") from error
-        self._model: Any = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+        self._model: Any = model.train(False).to("cuda" if torch.cuda.is_available() else "cpu")
         self._encoding, self._end = encoding, self._tokenizer.eos_token_id
         self._window = getattr(model.config, "max_position_embeddings", None) or WINDOW
         one, other = (self._read([0, 1, 2, last])[0][:3] for last in (3, 0))

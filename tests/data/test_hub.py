@@ -252,7 +252,8 @@ def test_a_killed_fetch_is_gone_on_with_in_the_middle_of_a_file(tmp_path: Path, 
     half = len(hub.files[f"data/{SECOND}"]) // 2
     process = fetching(hub, tmp_path, SHA)
     deadline = time.monotonic() + 60
-    while not any(part.stat().st_size >= half // 2 for part in (tmp_path / "hf").rglob(f"nanodlm/{'[0-9a-f]' * 64}")):
+    parts = f"nanodlm/{'[0-9a-f]' * 64}"
+    while not (hub.got(SECOND) and any(p.stat().st_size >= half // 2 for p in (tmp_path / "hf").rglob(parts))):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
