@@ -243,7 +243,8 @@ def judge(config: Config, inputs: dict[str, Artifact], attempt: Attempt, emit: E
 
     It writes `judge.json`, the nats, tokens and bytes of each text.
     """
-    shard, options, tokens = inputs["shard"], config.sample, np.load(inputs["sample"].file("tokens.npy"))
+    shard, options = inputs["shard"], config.sample
+    tokens = np.load(inputs["sample"].file("tokens.npy"), allow_pickle=False)
     if options.judge.startswith("hf:"):
         encoding = tokenizer.load(inputs["tokenizer"].local())
         reader = HubJudge(options, encoding)
