@@ -73,7 +73,7 @@ def frontier(
     real, cut = held_out(config, inputs["shard"], shape, end), partial(as_texts, config, end_of_text=end)
     how = {"shape": shape, "cut": cut, "seed": seed, "batch_size": config.eval.batch_size}
     with console.showing("frontier") as emit:
-        found = frontiers.frontier(networks, reader, real, **how, emit=emit)
+        found = frontiers.frontier(networks, reader, real, **how, emit=emit) | {"judge": judging.name}
     console.text(*fronts.described(found))
     if out:
         with writing(out):
@@ -81,9 +81,9 @@ def frontier(
             fronts.write(found, Path(out))
         console.text(f"the numbers are in {out}/frontier.json", f"the figure is in {out}/frontier.svg")
     if parse_address(address).checkpoint is None:  # else it is of no finished model
-        kept = keep({**found, "judge": judging.name}, trained)
+        kept = keep(found, trained)
         console.text(f"{kept.name}: the report of the model's next `nanodlm run` shows it")
-    console.json(model=address, judge=judging.uri, **found)
+    console.json(**{**found, "model": address, "judge": judging.uri})
 
 
 def keep(found: fronts.Found, trained: Artifact) -> Artifact:

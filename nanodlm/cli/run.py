@@ -80,6 +80,7 @@ def plan(
 ) -> None:
     """Say what `run` would build or reuse, why, and about how long it takes."""
     table.check_rebuild(config, rebuild, until)
+    until = table.until(until, config)[-1] if config.sample.judge or rebuild == "report" else until
     if devices is not None:
         planned = memory.plan(config, devices)
         out.text(memory.table(planned))

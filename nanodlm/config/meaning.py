@@ -40,7 +40,6 @@ def unread(config: Config) -> dict[str, Any]:
         "eval.seed": noisy,
         "eval.precision": noisy,
         "sample.num_steps": steps,
-        "sample.sampler": sampler != kind.samplers[0],
         "sample.grid": steps and sampler not in ("entropy", "threshold"),
         "sample.top_k": sample.temperature > 0,
         "sample.top_p": sample.temperature > 0,
@@ -90,6 +89,7 @@ def sampling_settings(config: Config) -> dict[str, Any]:
     config = as_read(config)
     other = config.schedule != Config().schedule and not schedule_trains(config)
     own = config.sample.model_dump(exclude={"judge", "mauve"})
+    own["sampler"] = own["sampler"] or KINDS[config.objective.kind].samplers[0]
     return own | ({"schedule": config.schedule.model_dump()} if other else {})
 
 

@@ -176,13 +176,13 @@ def _unmask_in_order(shared: _Shared, key: Key[Array, ""], schedule: Schedule, s
     alpha_t): the law of coins flipped in each step (MDLM, arXiv:2406.07524, equation 7). `ancestral_skip` leaves out
     a row's steps in which none of its positions unmasks. `first_hitting` is the same for a grid without end, where
     each has a step of its own at the time with m(t) = u (arXiv:2409.02908, section 4). `spread` draws the u of one
-    position, and goes on by the golden ratio: each u has the same law, but two in an interval of length w are more
-    than 0.38 / w masks apart, and so hardly dependent (as by Halton's sequence, arXiv:2503.17076, section 4).
+    position, and goes on by the golden ratio (of 2^32): each u has the same law, but two in an interval of length w are
+    more than 0.38 / w masks apart, and so hardly dependent (as by Halton's sequence, arXiv:2503.17076, section 4).
     """
     masked = shared.start == shared.mask_id
     u = 1.0 - jax.random.uniform(key, masked.shape)
     if sampler == "spread":
-        u = 1.0 - (u[:, :1] + (math.sqrt(5) - 1) / 2 * jnp.cumsum(masked, axis=1)) % 1.0
+        u = 1.0 - (u[:, :1] + jnp.cumsum(masked, axis=1, dtype=jnp.uint32) * jnp.uint32(2654435769) / 2.0**32) % 1.0
     if sampler == "first_hitting":
         u = jnp.where(masked, u, 0.0)
         step = rank(-u)

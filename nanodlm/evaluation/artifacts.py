@@ -50,8 +50,9 @@ def twin(evaluate: Artifact) -> Artifact | None:
 
 
 def frontier_of(train: Artifact) -> dict[str, Artifact]:
-    """Return the newest frontier of a model by that name, if `nanodlm bench frontier` has measured one."""
+    """Return the newest undamaged frontier of a model by that name, if `nanodlm bench frontier` has measured one."""
     mine = [one for one in _all("frontier", train.store) if one.manifest["inputs"]["train"]["digest"] == train.digest]
+    mine = [one for one in mine if not one.problems()]
     return {"frontier": max(mine, key=lambda one: one.manifest["attempt"])} if mine else {}  # which begins with a time
 
 

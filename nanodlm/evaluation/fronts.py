@@ -67,6 +67,7 @@ def said(found: Found) -> list[str]:
     told = f"* on the front: of all with an entropy of {least}, nothing that costs as much or less is as likely"
     if not any(point[f"on_front_of_{cost}"] for point in found["points"] for cost in COSTS):
         told = f"no point is on the front: none has an entropy of {least}"
+    told = f"{told}; {found['num']} texts of each, judged by {found['judge']}"
     few = [f"{found['num']} texts each are few: take points apart by several errors, or draw more with --num"]
     return [told, *few * (found["num"] < FEW)]
 

@@ -27,6 +27,7 @@ from nanodlm.store.disk import sha256_of
 from nanodlm.store.retry import one_line
 
 FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]  # that are read of a model's on the hub
+TEXT = "We, the People of 13 States"  # that a tokenizer must give back
 WINDOW, MANY = 1024, 500  # tokens of context, where a model names no limit; and texts, below which MAUVE says little
 
 
@@ -90,6 +91,10 @@ class HubJudge:
         if told["missing_keys"] or self._end is None or not torch.allclose(one, other, rtol=1e-4, atol=1e-4):
             needs = "a model that reads from left to right, with all of its weights and an end-of-text mark"
             raise UsageError(f"{self.name} cannot judge: it takes {needs}")
+        ids = self._tokenizer(TEXT, add_special_tokens=False)["input_ids"]
+        kept = self._tokenizer.decode(ids).lower().split() == TEXT.lower().split()
+        if not kept or len(self._tokenizer) > model.get_input_embeddings().weight.shape[0]:
+            raise UsageError(f"{self.name} cannot judge: its tokenizer is not there, or loses text, or is not its own")
 
     def _read(self, ids: list[int]) -> tuple[Any, Any]:
         """Return the logits and the last hidden states at each place of a row, (L, V) and (L, D)."""

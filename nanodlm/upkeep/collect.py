@@ -77,11 +77,13 @@ def _removals(
     artifacts = {item: artifact for item, artifact in there.items() if isinstance(artifact, Artifact)}
     torn = {item: artifact for item, artifact in there.items() if isinstance(artifact, Damaged)}
     building, read = _in_use(store, listed, now - max(grace, LEASE_GRACE))
+    beside = {item for item in artifacts if item[0] == "frontier"}  # of models, with which they stay and go
     kept, wished = set(artifacts), keep_last is not None or older_than is not None
     if wished and torn:  # what it was made from is not known
         log.warning("no result is given up while one cannot be read: %s", next(iter(torn.values())))
     elif wished:
-        results = artifacts.keys() - {source for artifact in artifacts.values() for source in artifact.inputs}
+        own = artifacts.keys() - beside
+        results = own - {source for item in own for source in artifacts[item].inputs}
         written = {item: listed[item][MANIFEST].changed for item in artifacts}
         made = {item: made_at(artifact) for item, artifact in artifacts.items()}
         # No clock is believed alone: that of who made it may be wrong, and a repair or a copy writes a manifest anew.
@@ -91,6 +93,7 @@ def _removals(
         for times in (written, made):
             wanted |= set(sorted(results, key=lambda item: (times[item], item), reverse=True)[: keep_last or 0])
         kept = _reached(wanted, lambda item: artifacts.keys() & set(artifacts[item].inputs))
+        kept |= {item for item in beside if kept.issuperset(artifacts[item].inputs)}
     for item in sorted(artifacts.keys() - kept):
         size = sum(file["size"] for file in artifacts[item].files())
         yield "artifact", store.uri(*item), size, lambda item=item: _give_up(store, item)

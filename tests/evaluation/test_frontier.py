@@ -77,7 +77,7 @@ def test_no_point_of_too_little_entropy_is_on_a_front_however_likely(tmp_path: P
     options: Any = {"shape": (6, 8), "cut": list, "batch_size": 8}
     tried = list(frontier.choices(model, ["ancestral", "confidence"], [2], [0.0, 1.0]))
     real = list(np.random.default_rng(0).integers(0, 256, (6, 8), dtype=np.int32))
-    found = frontier.frontier([(model, tried)], reader, real, **options)
+    found = frontier.frontier([(model, tried)], reader, real, **options) | {"judge": "a reader"}
     assert found["held_out"]["entropy"] == judge.entropy(real)
     assert len(found["points"]) == 4
     for cost in fronts.COSTS:
@@ -144,6 +144,11 @@ def test_a_report_shows_the_newest_frontier_of_its_model_and_is_made_anew_for_no
     assert '<th scope="row">margin</th><td class="n">3</td>' in page
     assert len({without.digest, first.digest, second.digest}) == 3
     assert command(capsys, "ls", "--store", measured.uri()).count("2 points of 2 texts each") == 2
+    newer_file = Path(newer.file("frontier.json"))
+    whole = newer_file.read_text()
+    newer_file.write_text("")
+    assert frontier_of(train) == {"frontier": kept}, "a damaged one is passed over"
+    newer_file.write_text(whole)
     # Another model's report has none, and one whose parameters were trained anew has lost it.
     assert frontier_of(replace(train, manifest={**train.manifest, "digest": "other"})) == {}
     for where in (first.store, Store(str(tmp_path / "copy"))):
@@ -183,14 +188,15 @@ def test_points_are_told_in_columns_and_those_on_a_front_marked() -> None:
     point = {**of, "sampler": "ancestral_skip", "num_steps": 8, "temperature": 1.0}
     point |= {"calls_per_token": 0.125, "seconds_per_text": 2.0}
     on = {"on_front_of_calls_per_token": True, "on_front_of_seconds_per_text": False}
-    found = {"points": [{**point, **on}], "held_out": of, "least_entropy": 3.325, "num": 16}
+    found = {"points": [{**point, **on}], "held_out": of, "least_entropy": 3.325, "num": 16, "judge": "train/9f"}
     head, first, real, said = fronts.described(found)
     assert (head.split()[0], head.split("  ")[-1]) == ("sampler", "entropy")
     assert first.split()[:5] == ["ancestral_skip", "8", "1.0", "0.125*", "2"]
     assert len(head) == len(first) == len(real), "columns end at one place"
     assert real.startswith("real text  ")
     assert said.startswith("* on the front: of all with an entropy of 3.33 nats or more, 95% of real text's")
+    assert said.endswith("; 16 texts of each, judged by train/9f")
     found["points"][0] = {**point, **dict.fromkeys(on, False)}
     *_, none, few = fronts.described({**found, "num": 15})
-    assert none == "no point is on the front: none has an entropy of 3.33 nats or more, 95% of real text's"
+    assert none.startswith("no point is on the front: none has an entropy of 3.33 nats or more, 95% of real text's; ")
     assert few.startswith("15 texts each are few")

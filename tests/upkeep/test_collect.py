@@ -51,6 +51,16 @@ def test_the_newest_results_are_kept_with_all_they_were_made_from_and_what_other
     assert left(store) == ["d", "new", "used"]
 
 
+def test_a_frontier_counts_as_no_result_and_stays_and_goes_with_its_model(store: Store) -> None:
+    for name, ago in (("old", 9000), ("new", 8000)):
+        model = made_from(store, "train", name, ago=ago)
+        made_from(store, "evaluate", f"{name}-score", model, ago=ago - 500)
+        made_from(store, "frontier", f"{name}-front", model, ago=7000 if name == "old" else 7100)
+    gone = [("artifact", "evaluate/old-score"), ("artifact", "frontier/old-front"), ("artifact", "train/old")]
+    assert sorted(collected(store, keep_last=1)) == gone
+    assert left(store) == ["new", "new-front", "new-score"]
+
+
 def test_older_results_are_given_up_unless_they_are_among_the_last(store: Store) -> None:
     for name, ago in (("a", 90_000), ("b", 80_000), ("c", 10_000)):
         made_from(store, "train", name, ago=ago)
