@@ -80,7 +80,7 @@ def plan(
 ) -> None:
     """Say what `run` would build or reuse, why, and about how long it takes."""
     table.check_rebuild(config, rebuild, until)
-    until = table.until(until, config)[-1] if config.sample.judge or rebuild == "report" else until
+    last = table.until(until, config)[-1] if config.sample.judge or rebuild == "report" else until
     if devices is not None:
         planned = memory.plan(config, devices)
         out.text(memory.table(planned))
@@ -88,7 +88,7 @@ def plan(
         return
     for name, value in unread(config).items():
         out.text(f"{name} {value} is read by nothing beside the other settings, and builds nothing again")
-    rows, lookups, stored = [], list(look_up(config, store, until, rebuild)), cache(partial(of_stage, store=store))
+    rows, lookups, stored = [], list(look_up(config, store, last, rebuild)), cache(partial(of_stage, store=store))
     for lookup in lookups:
         stage, fingerprint, changed = lookup.stage.name, lookup.fingerprint or None, lookup.changed
         action = "reuse" if lookup.artifact and not lookup.is_again(rebuild) else "build"
