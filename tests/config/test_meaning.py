@@ -69,3 +69,10 @@ def test_what_is_read_is_part_of_the_identity() -> None:
     for groups in ({"train": {"lr": 0.5}}, {"objective": {"weighting": "bound"}}, {"model": {"d_model": 64}}):
         assert training_settings(DEMO.replace(**groups)) != training_settings(DEMO)
     assert sampling_settings(DEMO.replace(sample={"top_k": 5})) != sampling_settings(DEMO)
+
+
+def test_a_sampler_that_is_taken_where_none_is_named_is_part_of_what_is_sampled() -> None:
+    for kind, own in (("autoregressive", "ancestral"), ("uniform", "ancestral"), ("absorbing", "spread")):
+        config = DEMO.replace(objective={"kind": kind})
+        assert sampling_settings(config) == sampling_settings(config.replace(sample={"sampler": own}))
+        assert sampling_settings(config)["sampler"] == own

@@ -210,6 +210,11 @@ def test_samples_are_measured_beside_as_much_held_out_text_and_judged_by_a_twin_
             main(["plan", *words, "judge", "--rebuild", name])
         rows = json.loads(capsys.readouterr().out.splitlines()[-1])["stages"]
         assert [row["stage"] for row in rows if row["action"] == "build"] == [name]
+    for more in ([], ["--rebuild", "report"]):
+        with pytest.raises(SystemExit, match="0"):
+            main(["plan", *words[:-1], *more])
+        rows = json.loads(capsys.readouterr().out.splitlines()[-1])["stages"]
+        assert [row["stage"] for row in rows] == [*NAMES, "twin", "judge", "report"], "as a run would go"
     named = config.replace(sample={"judge": by_hand.name})
     assert stages_run.run_stage("judge", named, models)[0].fingerprint == judged.fingerprint
     (tmp_path / "config.json").write_text(named.model_dump_json())
