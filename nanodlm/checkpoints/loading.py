@@ -22,7 +22,8 @@ from nanodlm.data import tokenizer
 from nanodlm.data.vocabulary import Vocabulary
 from nanodlm.errors import NanodlmError, UsageError
 from nanodlm.model.transformer import Transformer
-from nanodlm.store import Artifact, Store, changed_since, remark
+from nanodlm.provenance import changed_since, remark
+from nanodlm.store import Artifact, Store
 from nanodlm.store.cache import keep_compiled
 
 

@@ -88,7 +88,7 @@ class Console:
 
     def done(self, artifact: "Artifact", record: dict[str, Any]) -> None:
         """Print the line of a finished stage, and which of the files that made it have changed since."""
-        from nanodlm.store import changed_since, remark
+        from nanodlm.provenance import changed_since, remark
 
         if record["stage"] == artifact.stage:  # not what is as another of this run's, such as a judge
             self.artifacts[artifact.stage] = artifact

@@ -21,13 +21,14 @@ from nanodlm.config import Config, Group, unread
 from nanodlm.errors import NanodlmError, UsageError
 from nanodlm.flows import quiet_prefect
 from nanodlm.flows.server import ephemeral_server
+from nanodlm.provenance import remark
 from nanodlm.stages import table
 from nanodlm.stages.lookup import look_up, of_stage, ready, why
 from nanodlm.stages.process import end_with_parent
 from nanodlm.stages.progress import event_log
 from nanodlm.stages.run import record, run_stage
 from nanodlm.stages.table import StageName
-from nanodlm.store import Artifact, Store, remark
+from nanodlm.store import Artifact, Store
 
 Until = Annotated[StageName, Doc("Last stage to go through.")]
 Rebuild = Annotated[

@@ -13,9 +13,10 @@ from tyro.conf import arg
 from nanodlm.cli.arguments import Output
 from nanodlm.config import DataConfig, explain, parse_address
 from nanodlm.errors import Damaged, NanodlmError, UsageError
+from nanodlm.provenance import changed_since, remark
 from nanodlm.stages.progress import summary
 from nanodlm.stages.run import default_store
-from nanodlm.store import Artifact, Store, changed_since, remark
+from nanodlm.store import Artifact, Store
 from nanodlm.upkeep import ages
 from nanodlm.upkeep.collect import collect, remove
 from nanodlm.upkeep.copy import copy as copy_artifacts

@@ -9,8 +9,9 @@ from nanodlm.config import Config, differences
 from nanodlm.errors import Damaged, NanodlmError, SourceGone, UsageError
 from nanodlm.evaluation.artifacts import frontier_of
 from nanodlm.precision import measured
+from nanodlm.provenance import changed_since
 from nanodlm.stages.table import STAGES, Stage
-from nanodlm.store import SCHEMA, Artifact, Store, changed_since, fingerprint_of
+from nanodlm.store import SCHEMA, Artifact, Store, fingerprint_of
 
 
 @dataclass(frozen=True)

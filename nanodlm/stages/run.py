@@ -9,9 +9,10 @@ from typing import Any
 from nanodlm.config import Config
 from nanodlm.errors import Emit, NanodlmError, UsageError, full_disk_named, silent
 from nanodlm.precision import measured
+from nanodlm.provenance import changed_since, code_record, remark
 from nanodlm.stages.lookup import Lookup, identify, ready
 from nanodlm.stages.table import STAGES, check, until
-from nanodlm.store import Artifact, Json, Store, changed_since, code_record, hold_lease, new_attempt, remark
+from nanodlm.store import Artifact, Json, Store, hold_lease, new_attempt
 from nanodlm.store.cache import cache_dir, keep_compiled
 
 COMMIT_SECONDS = 600.0  # for process 0 to hash and publish what several processes made

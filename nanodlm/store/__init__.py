@@ -14,7 +14,6 @@ what is not as its manifest says raises `Damaged`, no such file `FileNotFoundErr
 """
 
 from nanodlm.store.attempt import Attempt, new_attempt
-from nanodlm.store.code import changed_since, code_record, remark
 from nanodlm.store.lease import hold_lease, lease_events
 from nanodlm.store.manifest import FLOW_RUN, SCHEMA, Item, Json, fingerprint_of, sealed
 from nanodlm.store.part import Part

@@ -6,13 +6,12 @@ from functools import cache
 from pathlib import Path
 
 import nanodlm
+from nanodlm.store import Artifact, Json, fingerprint_of
 from nanodlm.store.disk import sha256_of
-from nanodlm.store.manifest import Json, fingerprint_of
-from nanodlm.store.store import Artifact
 
 PACKAGE = Path(nanodlm.__file__).parent
 # Settings and inputs are compared by value, and where artifacts lie decides no byte of them.
-LEFT_OUT = ("config", "errors", "stages", "store")
+LEFT_OUT = ("config", "errors", "provenance", "stages", "store")
 
 
 @cache

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 import nanodlm
+from nanodlm.provenance import changed_since, code_record, sources
 from nanodlm.stages.table import STAGES
-from nanodlm.store import Store, changed_since, code_record, new_attempt
-from nanodlm.store.code import sources
+from nanodlm.store import Store, new_attempt
 from tests.support.commands import environment
 
 
