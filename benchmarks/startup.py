@@ -5,6 +5,7 @@
 Every run is a command in a process of its own, as a user would start it. Stores, caches and Prefect's home are new.
 """
 
+import gc
 import json
 import os
 import statistics
@@ -166,6 +167,7 @@ def _until(process: psutil.Popen, happened: Callable[[], bool]) -> dict[str, Any
 
 def _clocked(words: list[str]) -> None:
     """Run a command of nanodlm in this process, and write what JAX's clocks told into a file."""
+    gc.set_threshold(20_000)  # as the command line does before it loads anything
     from nanodlm.cli.main import main
 
     file, *words = words

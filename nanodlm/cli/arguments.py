@@ -56,7 +56,7 @@ def parse(command: str, function: Callable[..., None], words: list[str]) -> Call
             )
     except ValidationError as error:
         raise UsageError(explain(error, "--")) from None
-    if "config" in call.keywords and command != "config":
+    if "config" in call.keywords and command not in ("config", "run"):  # `run` does it beside other things
         call.keywords["config"] = measured(call.keywords["config"])
     return call
 

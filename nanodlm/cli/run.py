@@ -3,6 +3,7 @@
 import contextlib
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Literal
@@ -21,13 +22,14 @@ from nanodlm.config import Config, Group, unread
 from nanodlm.errors import NanodlmError, UsageError
 from nanodlm.flows import quiet_prefect
 from nanodlm.flows.server import ephemeral_server
+from nanodlm.precision import measured
 from nanodlm.provenance import remark
 from nanodlm.stages import table
 from nanodlm.stages.lookup import look_up, of_stage, ready, why
 from nanodlm.stages.process import end_with_parent
 from nanodlm.stages.progress import event_log
 from nanodlm.stages.run import record, run_stage
-from nanodlm.stages.table import StageName
+from nanodlm.stages.table import STAGES, StageName
 from nanodlm.store import Artifact, Store
 
 Until = Annotated[StageName, Doc("Last stage to go through.")]
@@ -63,7 +65,11 @@ def run(
         own = not os.environ.get("PREFECT_API_URL")
         if own:
             out.line("[dim]starting the local Prefect server[/dim]")
-        with ephemeral_server() if own else contextlib.nullcontext(str) as server:
+        with ephemeral_server() if own else contextlib.nullcontext(str) as server, ThreadPoolExecutor(1) as beside:
+            if any(STAGES[name].own_process for name in lacking):
+                beside.submit(
+                    measured, config
+                )  # which takes seconds once a machine: the flow finds it, or fails likewise
             from nanodlm.flows.pipeline import run_pipeline
 
             run_pipeline(config, store.uri(), until, rebuild, out, server)

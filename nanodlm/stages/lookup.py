@@ -58,7 +58,7 @@ def identify(stage: Stage, config: Config, inputs: dict[str, Artifact]) -> Looku
         "schema": SCHEMA,
         "stage": stage.folder,
         "version": stage.version,
-        "parameters": stage.parameters(measured(config)),
+        "parameters": stage.parameters(measured(config) if stage.own_process else config),
         "inputs": {name: artifact.digest for name, artifact in inputs.items()},
     }
     return Lookup(stage, inputs, identity, fingerprint_of(identity))

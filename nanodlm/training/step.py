@@ -146,7 +146,8 @@ def make_program(config: Config, vocabulary: Vocabulary) -> Program:
         state, scalars = train_step(state, *batch, network=network, optimizer=optimizer, config=config)
         return state, scalars | {"lr": rates[0]}
 
-    shapes = jax.eval_shape(initialise, 0)
+    with jax.set_mesh(mesh):  # as it is called, so that it is traced once
+        shapes = jax.eval_shape(initialise, 0)
     cuts, everywhere = shardings(mesh, shapes), jax.NamedSharding(mesh, cut())
     shape = (train.grad_acc_steps, train.batch_size, config.model.seq_len)
     return Program(
