@@ -17,6 +17,8 @@ from nanodlm.errors import UsageError
 AXES = ("data", "fsdp", "tensor")
 # Numbers on one device at a time. On a CPU that is 256 MiB of float32; a GPU has more, and wants larger products.
 LOGITS_AT_ONCE = {"cpu": 2**26, "gpu": 2**28, "tpu": 2**28}
+# Where no gradient is made: on a CPU, as many as a cache holds. With one, each part adds to a whole table.
+SCORED_AT_ONCE = LOGITS_AT_ONCE | {"cpu": 2**23}
 
 # Along which axes of the mesh each named axis of an array is cut; a group's devices share one copy of the parameters.
 RULES = {"batch": ("data", "fsdp"), "group": "data", "embed": "fsdp"}
@@ -88,11 +90,15 @@ def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
     return NamedSharding(mesh, cut(*[None] * axis, "batch"))
 
 
-def logit_chunks(positions: int, outputs: int) -> int:
-    """Return in how many parts the logits of so many positions are made, which bounds what a device holds at a time."""
+def logit_chunks(positions: int, outputs: int, *, scored: bool = False) -> int:
+    """Return in how many parts the logits of so many positions are made, to train or only `scored`.
+
+    That bounds what a device holds at a time.
+    """
+    at_once = (SCORED_AT_ONCE if scored else LOGITS_AT_ONCE).get(jax.default_backend(), 2**26)
     mesh = jax.sharding.get_abstract_mesh()
     shares = 1 if mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"]
-    return -(-positions * outputs // (LOGITS_AT_ONCE.get(jax.default_backend(), 2**26) * shares))
+    return -(-positions * outputs // (at_once * shares))
 
 
 def constrain(x: jax.Array, *logical: str | None) -> jax.Array:

@@ -90,7 +90,7 @@ def _scorer(graphdef: Any, objective: Objective, padding: int | None, document_e
         else:
             features = objective.logits(model.features, x_0, noised, segment_ids)
             most, options = _most_scored(objective, x_0), {"mask_id": objective.mask_id}
-            options["chunks"] = logit_chunks(most, objective.mask_id)
+            options["chunks"] = logit_chunks(most, objective.mask_id, scored=True)
             if most == x_0.size:
                 nats = objective.fused_nats(features, model.table, target, noised, chunks=options["chunks"])[1]
             else:
@@ -136,12 +136,21 @@ def score_rows(
     given = np.zeros(len(rows), int) if given is None else given
     whole = len(rows) - (len(rows[-1]) != len(rows[0]))
     starts = [*range(0, whole, batch_size), *range(whole, len(rows))]
+    before: tuple[Scored, int] | None = None  # it is fetched while the next batch is computed
     for start, end in zip(starts, [*starts[1:], len(rows)], strict=True):
         # A short batch is filled up by repeating its rows; the copies' results are not used.
         filled = np.resize(np.stack(rows[start:end]), (batch_size, len(rows[start])))
         sent = jax.make_array_from_callback(filled.shape, batch_sharding(mesh), filled.__getitem__)
-        nats, noise = scorer(params, sent, np.resize(given[start:end], batch_size), jax.random.fold_in(key, start))
-        yield np.asarray(nats)[: end - start], np.asarray(noise)[: end - start]
+        scored = scorer(params, sent, np.resize(given[start:end], batch_size), jax.random.fold_in(key, start))
+        if before:
+            yield _fetched(*before)
+        before = scored, end - start
+    if before:
+        yield _fetched(*before)
+
+
+def _fetched(scored: Scored, rows: int) -> tuple[Float[np.ndarray, "B L"], Float[np.ndarray, "B K"]]:
+    return np.asarray(scored.nats)[:rows], np.asarray(scored.noise)[:rows]
 
 
 def draw(

@@ -2,23 +2,25 @@
 
 import math
 from collections.abc import Sequence
-from functools import partial
+from functools import partial, reduce
+from operator import add
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from nanodlm.devices.products import attention, product, wide
+from nanodlm.devices.products import attention, convolve, neighbours, product, wide
 from nanodlm.model.views import Past, View
 
 NORMAL = nnx.initializers.normal
 
 
-def rope(x: Float[Array, "B L H D"], positions: Int[Array, "L"]) -> Float[Array, "B L H D"]:
+def rope(x: Float[Array, "B L H D"], positions: Int[Array | np.ndarray, "L"]) -> Float[Array, "B L H D"]:
     """Rotate pairs of channels by angles proportional to the position. Source: RoFormer, arXiv:2104.09864, eq. 34."""
     half = x.shape[-1] // 2
-    angles = positions[:, None] / 10_000 ** (jnp.arange(half) / half)  # (L, D/2)
+    angles = positions[:, None] / 10_000 ** (np.arange(half) / half)  # (L, D/2)
     cos, sin = jnp.cos(angles)[:, None], jnp.sin(angles)[:, None]
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1).astype(x.dtype)
@@ -54,15 +56,10 @@ class ShortConvolution(nnx.Module):
         For each offset, `near` says whether position i may read that neighbour; None is always, with Q = K.
         """
         kernel = self.kernel[...].astype(wide(x.dtype))
-        reach = len(kernel) // 2
-        batch, size, dim = x.shape
-        length = size if near is None else near[0].shape[1]
-        padded = jnp.pad(x, ((0, 0), (reach, reach + max(0, start + length - size)), (0, 0)))
-        out = jnp.zeros((batch, length, dim), kernel.dtype)
-        for offset in range(len(kernel)):
-            term = padded[:, start + offset : start + offset + length] * kernel[offset]
-            out += term if near is None else term * near[offset][..., None]
-        return out
+        if near is None:
+            return convolve(x, kernel)
+        of_each = zip(neighbours(x, len(kernel), start, near[0].shape[1]), kernel, near, strict=True)
+        return reduce(add, (of * weight * reads[..., None] for of, weight, reads in of_each))
 
 
 class Block(nnx.Module):
@@ -119,7 +116,8 @@ class Block(nnx.Module):
                 x = x + self.conv(past.inputs, view.past.convolution, view.start)
         h = self.attention_norm(x) * (1 + scale_a) + shift_a
         # Each head's queries, keys and values lie together, so that cutting the columns cuts between heads.
-        q, k, v = jnp.moveaxis(self.qkv(h).reshape(*h.shape[:2], self.n_heads, 3, -1), 3, 0)
+        qkv = self.qkv(h).reshape(*h.shape[:2], self.n_heads, 3, -1)
+        q, k, v = (part.squeeze(3) for part in jnp.split(qkv, 3, axis=3))
         if self.query_norm is not None and self.key_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
         q, k, v = (a.astype(self.dtype) for a in (rope(q, view.positions), rope(k, view.positions), v))

@@ -5,6 +5,7 @@ from functools import partial
 from typing import NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 
@@ -36,7 +37,7 @@ class Reads(NamedTuple):
 class View(NamedTuple):
     """Say what the Q positions of a stream read."""
 
-    positions: Int[Array, "Q"]
+    positions: Int[Array | np.ndarray, "Q"]
     own: Reads | None = None  # of the stream itself; None is everything
     past: Reads | None = None  # of the `Past` it is given
     start: int = 0  # the place, in that past, of the stream's first position
@@ -49,10 +50,10 @@ def view_of_row(
 
     With `beside_context`, the blocks before it are those of a clean row that is given as the past.
     """
-    positions = jnp.arange(length)
+    positions = np.arange(length)  # of NumPy, so that XLA takes sines of them once, when it compiles
     if not block_size and segment_ids is None:
         return View(positions)
-    row = positions, jnp.zeros((1, length), jnp.int32) if segment_ids is None else segment_ids
+    row = jnp.arange(length), jnp.zeros((1, length), jnp.int32) if segment_ids is None else segment_ids
     reads = partial(_reads, row, row, block_size=block_size, conv_width=conv_width)
     return View(positions, reads((0, 0)), reads((1, length))) if beside_context else View(positions, reads((0, length)))
 
