@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nanodlm.devices.products import attention, product
+from nanodlm.devices.products import attention, convolve, neighbours, product
 
 SIZES = {"b": 3, "q": 5, "k": 6, "h": 2, "e": 4, "n": 7, "d": 8, "v": 9}
 close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
@@ -44,6 +44,15 @@ def test_bfloat16_rounds_what_is_multiplied_and_neither_sums_nor_gradients(equat
     d_a, d_b = pull(jnp.ones_like(result))
     assert d_a.dtype == d_b.dtype == np.float32
     assert np.any(d_b != d_b.astype(dtype).astype(np.float32))
+
+
+def test_the_gradient_of_a_convolution_is_that_of_the_sum_that_it_is() -> None:
+    def plain(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return sum((near * of for near, of in zip(neighbours(x, 5, 0, 7), kernel, strict=True)), jnp.zeros(()))
+
+    x, kernel, weight = (jnp.asarray(np.random.default_rng(0).normal(size=s)) for s in ((2, 7, 3), (5, 3), (2, 7, 3)))
+    ours, sums = (jax.value_and_grad(lambda *a, f=f: (weight * f(*a)).sum(), (0, 1)) for f in (convolve, plain))
+    jax.tree.map(close, ours(x, kernel), sums(x, kernel))
 
 
 def test_attention_is_that_of_jax_where_rows_read_different_positions() -> None:

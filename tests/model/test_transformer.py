@@ -55,6 +55,12 @@ def test_logits_are_float32_with_one_score_per_id(options: dict[str, Any]) -> No
     assert float(out.std()) > 0.1
 
 
+def test_sines_of_the_positions_of_a_row_are_taken_when_it_is_compiled() -> None:
+    program = jax.jit(logits).lower(randomised(), ROWS).compile().as_text()
+    assert program
+    assert "sine(" not in program
+
+
 def test_bfloat16_rounds_products_but_keeps_float32_parameters() -> None:
     half, full = randomised(dtype="bfloat16", conv_width=3), randomised(conv_width=3)
     assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(half, nnx.Param))} == {np.dtype("float32")}
