@@ -6,7 +6,6 @@ What is reported is the ratio of two sums over rows, such as nats over bytes.
 
 import numpy as np
 from jaxtyping import Float, Int
-from scipy.special import stdtrit
 
 
 def documents_in(rows: list[np.ndarray], end_of_text: int) -> Int[np.ndarray, "N 2"]:
@@ -69,5 +68,7 @@ def interval(value: float, stderr: float, n: int, share: float = 0.95) -> list[f
     >>> [round(end, 2) for end in interval(2.0, 0.1, 10)], [round(end, 2) for end in interval(2.0, 0.5, 2)]
     ([1.77, 2.23], [0.0, 8.35])
     """
+    from scipy.special import stdtrit  # slow to load
+
     reach = stderr * float(stdtrit(n - 1, (1 + share) / 2))
     return [max(0.0, value - reach), value + reach]
