@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from functools import partial, reduce
 from operator import add
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
