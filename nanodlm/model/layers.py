@@ -129,5 +129,5 @@ class Block(nnx.Module):
         x = x + self.attention_out(h.reshape(*q.shape[:2], -1)) * (1 + gate_a)
         h = self.mlp_norm(x) * (1 + scale_m) + shift_m
         h = self.mlp_in(h)
-        x = x + self.mlp_out(jnp.where(h > 0, jnp.square(h), 0)) * (1 + gate_m)
+        x = x + self.mlp_out(jnp.where(h <= 0, 0, jnp.square(h))) * (1 + gate_m)
         return x, kept

@@ -61,6 +61,14 @@ def test_sines_of_the_positions_of_a_row_are_taken_when_it_is_compiled() -> None
     assert "sine(" not in program
 
 
+def test_what_is_no_number_in_a_layer_reaches_the_logits() -> None:
+    for layer in ("qkv", "attention_out", "mlp_in", "mlp_out"):
+        model = randomised()
+        kernel = getattr(model.blocks, layer).kernel
+        kernel[...] = kernel[...].at[0, 0, 0].set(jnp.nan)
+        assert bool(jnp.isnan(logits(model, ROWS)).any()), layer
+
+
 def test_bfloat16_rounds_products_but_keeps_float32_parameters() -> None:
     half, full = randomised(dtype="bfloat16", conv_width=3), randomised(conv_width=3)
     assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(half, nnx.Param))} == {np.dtype("float32")}
