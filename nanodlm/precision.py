@@ -10,19 +10,21 @@ from contextlib import suppress
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
+from threading import Lock
 
 from nanodlm.config import Config
 from nanodlm.errors import NanodlmError
 from nanodlm.store.cache import cache_dir
 
 DTYPES = ("float32", "bfloat16")
+CHOOSING = Lock()  # a second thread finds what the first has kept
 GAIN = 1.25  # by which bfloat16 must be faster to be worth its rounding; machines are far from it on either side
 
 
 def measured(config: Config) -> Config:
     """Return a configuration that says which precision it is in, where it said `auto`.
 
-    What is chosen is part of a model's identity, so it is said before anything is looked up or made. Whoever hands work
+    What is chosen is part of a model's identity, so it is said before a model is looked up or made. Whoever hands work
     on to another machine chooses by this one, unless the precision is given.
     """
     return config.replace(model={"dtype": fastest()}) if config.model.dtype == "auto" else config
@@ -31,6 +33,11 @@ def measured(config: Config) -> Config:
 @cache
 def fastest() -> str:
     """Return the precision that is faster here, `float32` or `bfloat16`, as it was found when first asked."""
+    with CHOOSING:
+        return _kept_or_timed()
+
+
+def _kept_or_timed() -> str:
     kept = cache_dir() / "precision" / machine()
     with suppress(OSError):
         if (chosen := kept.read_text()) in DTYPES:

@@ -2,11 +2,14 @@
 
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from nanodlm import precision
+from nanodlm.cli.arguments import parse
+from nanodlm.cli.run import run
 from nanodlm.config import PRESETS
 from nanodlm.precision import fastest, machine, measured
 from nanodlm.stages.lookup import identify
@@ -47,6 +50,20 @@ def test_a_trained_models_identity_names_the_choice(kept: Path) -> None:
     identities = [identify(STAGES["train"], tiny(model={"dtype": dtype}), {}) for dtype in ("auto", "float32")]
     assert identities[0] == identities[1]
     assert identify(STAGES["train"], tiny(model={"dtype": "bfloat16"}), {}) != identities[0]
+
+
+def test_neither_the_words_of_run_nor_looking_up_data_ask_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "fastest", lambda: pytest.fail("it was asked"))
+    call = parse("run", run, [])
+    assert call.keywords["config"].model.dtype == "auto"
+    assert identify(STAGES["download"], call.keywords["config"], {}).fingerprint
+
+
+def test_threads_that_ask_at_once_time_products_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, time_products = [], precision.subprocess.run
+    monkeypatch.setattr(precision.subprocess, "run", lambda *a, **k: asked.append(1) or time_products(*a, **k))
+    with ThreadPoolExecutor(2) as pool:
+        assert len({*pool.map(lambda _: fastest(), range(2))}) == len(asked) == 1
 
 
 def test_config_shows_auto() -> None:

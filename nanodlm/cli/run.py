@@ -29,7 +29,7 @@ from nanodlm.stages.lookup import look_up, of_stage, ready, why
 from nanodlm.stages.process import end_with_parent
 from nanodlm.stages.progress import event_log
 from nanodlm.stages.run import record, run_stage
-from nanodlm.stages.table import STAGES, StageName
+from nanodlm.stages.table import StageName
 from nanodlm.store import Artifact, Store
 
 Until = Annotated[StageName, Doc("Last stage to go through.")]
@@ -66,10 +66,7 @@ def run(
         if own:
             out.line("[dim]starting the local Prefect server[/dim]")
         with ephemeral_server() if own else contextlib.nullcontext(str) as server, ThreadPoolExecutor(1) as beside:
-            if any(STAGES[name].own_process for name in lacking):
-                beside.submit(
-                    measured, config
-                )  # which takes seconds once a machine: the flow finds it, or fails likewise
+            beside.submit(measured, config)  # it takes seconds once a machine; the flow finds it, or fails likewise
             from nanodlm.flows.pipeline import run_pipeline
 
             run_pipeline(config, store.uri(), until, rebuild, out, server)

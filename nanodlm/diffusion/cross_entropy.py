@@ -63,6 +63,7 @@ def linear_cross_entropy(
     Targets are below `mask_id` wherever the weight is not 0; where it is 0 so are the nats.
     """
     size = -(-target.shape[1] // chunks)
+    chunks = -(-target.shape[1] // size)  # short groups would be filled up by more than a chunk
     fill = size * chunks - target.shape[1]
 
     def cut(value: Array) -> Array:

@@ -19,7 +19,8 @@ NORMAL = nnx.initializers.normal
 def rope(x: Float[Array, "B L H D"], positions: Int[Array | np.ndarray, "L"]) -> Float[Array, "B L H D"]:
     """Rotate pairs of channels by angles proportional to the position. Source: RoFormer, arXiv:2104.09864, eq. 34."""
     half = x.shape[-1] // 2
-    angles = positions[:, None] / 10_000 ** (np.arange(half) / half)  # (L, D/2)
+    frequencies = 10_000 ** -(np.arange(half) / half)
+    angles = positions[:, None].astype(np.float32) * frequencies.astype(np.float32)  # (L, D/2)
     cos, sin = jnp.cos(angles)[:, None], jnp.sin(angles)[:, None]
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1).astype(x.dtype)

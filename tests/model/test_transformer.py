@@ -61,6 +61,12 @@ def test_sines_of_the_positions_of_a_row_are_taken_when_it_is_compiled() -> None
     assert "sine(" not in program
 
 
+def test_rotations_are_the_same_where_positions_are_known_only_when_it_runs() -> None:
+    x = jax.random.normal(jax.random.key(0), (1, 8192, 1, 64))
+    known, told = jax.jit(lambda: rope(x, np.arange(8192)))(), jax.jit(lambda at: rope(x, at))(jnp.arange(8192))
+    np.testing.assert_allclose(told, known, atol=1e-6)
+
+
 def test_what_is_no_number_in_a_layer_reaches_the_logits() -> None:
     for layer in ("qkv", "attention_out", "mlp_in", "mlp_out"):
         model = randomised()
