@@ -8,6 +8,7 @@ from typing import Annotated
 from typing_extensions import Doc
 from tyro.conf import arg
 
+from nanodlm.checkpoints.finding import is_exported
 from nanodlm.cli.arguments import Output
 from nanodlm.cli.files import check_file, writing
 from nanodlm.cli.models import Model, choose
@@ -53,6 +54,10 @@ def frontier(
         raise UsageError("samplers are judged by an autoregressive model of a store, or twin: not by one of the hub")
     check_file(out, is_folder=True)
     address = choose(model, store)
+    if is_exported(address):
+        raise UsageError(
+            f"{address} is exported, without the text that samplers are held beside: name a run of a store"
+        )
     store = Store(parse_address(address).store)
     trained = store.open(address)
     config = Config(**trained.manifest["config"]).replace(sample={"judge": judge})

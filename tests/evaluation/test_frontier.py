@@ -180,6 +180,9 @@ def test_the_command_judges_by_a_twin_beside_it_and_real_text(
     for wrong in (["--num", "1"], ["--temperatures", "nan"], ["--temperatures", "inf"]):
         assert "--num must be 2 or more" in run(*wrong)
     assert "is no folder" in run("--out", f"{tmp_path}/f/frontier.json")
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).touch()
+    assert "name a run of a store" in command(capsys, "bench", "frontier", str(tmp_path), "--store", measured.uri())
 
 
 def test_points_are_told_in_columns_and_those_on_a_front_marked() -> None:
