@@ -56,7 +56,7 @@ def frontier(
     address = choose(model, store)
     if is_exported(address):
         raise UsageError(
-            f"{address} is exported, without the text that samplers are held beside: name a run of a store"
+            f"{address} is exported, without the text that samplers are held to: name a run of a store"
         )
     store = Store(parse_address(address).store)
     trained = store.open(address)
