@@ -55,9 +55,7 @@ def frontier(
     check_file(out, is_folder=True)
     address = choose(model, store)
     if is_exported(address):
-        raise UsageError(
-            f"{address} is exported, without the text that samplers are held to: name a run of a store"
-        )
+        raise UsageError(f"{address} is exported, without the text that samplers are held to: name a run of a store")
     store = Store(parse_address(address).store)
     trained = store.open(address)
     config = Config(**trained.manifest["config"]).replace(sample={"judge": judge})

@@ -5,6 +5,7 @@
 Each command is a function of that name in a file beside this one, imported when it runs, so that `--help` is quick.
 """
 
+import atexit
 import contextlib
 import difflib
 import gc
@@ -63,7 +64,10 @@ the traceback to an error.
 
 def main(argv: list[str] | None = None) -> NoReturn:
     """Run one command and exit: 0 done, 1 failed, 2 bad usage, 75 stopped by a signal after saving."""
-    argv = sys.argv[1:] if argv is None else argv
+    exits: list[int] = []
+    if argv is None:
+        argv = sys.argv[1:]
+        atexit.register(_end, exits)  # what is registered first runs last
     debug, code = "--debug" in argv, 0
     gc.set_threshold(20_000)  # nothing that libraries make while they load is garbage: looking for it took a sixth
     warnings.formatwarning = lambda message, *_, **__: f"nanodlm: {message}\n"
@@ -102,7 +106,17 @@ def main(argv: list[str] | None = None) -> NoReturn:
     if code not in (0, Stopped.exit_code) and jax and jax.distributed.is_initialized():
         sys.stderr.flush()
         os._exit(code)  # not waiting for the others, which then end as well
+    exits.append(code)
     sys.exit(code)
+
+
+def _end(exits: list[int]) -> None:
+    """End when all else has: Python would spend half a second on taking apart what JAX has loaded."""
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    if exits:
+        os._exit(exits[0])
 
 
 def _have_home() -> None:
