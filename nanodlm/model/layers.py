@@ -129,6 +129,6 @@ class Block(nnx.Module):
         h = attention(q, k, v, mask)
         x = x + self.attention_out(h.reshape(*q.shape[:2], -1)) * (1 + gate_a)
         h = self.mlp_norm(x) * (1 + scale_m) + shift_m
-        h = self.mlp_in(h)
+        h = self.mlp_in(h)  # to be ReLU's square, for which XLA would make an array of zeros on a CPU
         x = x + self.mlp_out(jnp.where(h <= 0, 0, jnp.square(h))) * (1 + gate_m)
         return x, kept
