@@ -168,7 +168,8 @@ def check_rebuild(config: Config, rebuild: str | None, last: str) -> None:
     """Raise a `UsageError` when a run lacks such a stage, or the one to rebuild, `changed` being any, is too late."""
     for flag, name in (("until", last), ("rebuild", rebuild)):
         if name in ("twin", "judge") and not STAGES[name].is_wanted(config):
-            raise UsageError(f"--{flag} {name}: this run has none: set --sample.judge twin")
+            why = f"its judge is {config.sample.judge}" if config.sample.judge else "set --sample.judge twin"
+            raise UsageError(f"--{flag} {name}: this run has none: {why}")
     if rebuild not in (None, "changed", *until(last, config)):
         raise UsageError(f"--rebuild {rebuild} comes after --until {last}: nothing would be rebuilt")
 

@@ -91,7 +91,7 @@ BAD: list[tuple[list[str], tuple[str, ...]]] = [
         for command in ("run", "plan")
         for words in (["--until", "judge"], ["--until", "twin"], ["--rebuild", "judge"], ["--rebuild", "twin"])
     ),
-    (["run", "--rebuild", "twin", "--sample.judge", "mine"], ("--rebuild twin: this run has none",)),
+    (["run", "--rebuild", "twin", "--sample.judge", "mine"], ("--rebuild twin: this run has none: its judge is mine",)),
     (
         ["run", "--until", "judge", "--rebuild", "report", "--sample.judge", "twin"],
         ("report comes after --until judge",),
