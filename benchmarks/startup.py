@@ -1,6 +1,6 @@
 """Measure what passes before the first update, and what a run takes that has nothing to do.
 
-    python -m benchmarks.startup                          # two CPU cores: four minutes
+    python -m benchmarks.startup                          # two CPU cores: two minutes
 
 Every run is a command in a process of its own, as a user would start it. Stores, caches and Prefect's home are new.
 """

@@ -131,7 +131,7 @@ def test_the_house_stays_small() -> None:
     lines = {name: path.read_text().count("\n") for name, path in MODULES.items()}
     science = sum(count for name, count in lines.items() if _room(name) in ("diffusion", "model"))
     tests = sum(path.read_text().count("\n") for path in (ROOT / "tests").rglob("*.py"))
-    assert (sum(lines.values()) <= 17_745, science <= 2500, tests <= 21_590) == (True,) * 3
+    assert (sum(lines.values()) <= 17_745, science <= 2500, tests <= 21_620) == (True,) * 3
     assert {name for name, count in lines.items() if count > 300} <= {"nanodlm.config.settings"}
     nodes = [node for path in MODULES.values() for node in ast.walk(ast.parse(path.read_text()))]
     lengths = [(node.end_lineno or 0) - node.lineno for node in nodes if isinstance(node, ast.FunctionDef)]

@@ -401,3 +401,23 @@ def test_what_a_training_writes_has_the_modes_that_the_umask_leaves(
         for path in (folder, *folder.rglob("*")):
             whole = 0o777 if path.is_dir() else 0o666
             assert path.stat().st_mode & 0o777 == whole & ~mask, path
+
+
+def test_a_command_does_what_is_left_to_its_end_and_is_not_taken_apart() -> None:
+    program = """
+import atexit, os
+from nanodlm.cli import main
+
+class Loaded:
+    def __del__(self, say=os.write):
+        say(1, b"taken apart")
+
+def fail(words):
+    atexit.register(print, "done at the end")
+    raise main.UsageError("no")
+
+loaded, main._run = Loaded(), fail
+main.main()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "done at the end\n", "nanodlm: no\n")

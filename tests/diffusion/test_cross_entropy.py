@@ -121,3 +121,10 @@ def test_large_logits_neither_overflow_nor_lose_the_rare_token() -> None:
     )(features)
     np.testing.assert_allclose(nats, [[0.0, 600.0]])
     assert np.isfinite(gradient).all()
+
+
+def test_chunks_that_would_hold_nothing_but_filling_are_not_made() -> None:
+    shapes = jnp.ones((3, 16, 4)), jnp.ones((8, 4)), jnp.ones((3, 16), int), jnp.ones((3, 16))
+    made = jax.make_jaxpr(partial(linear_cross_entropy, mask_id=7, chunks=12))(*shapes)  # 16 positions, two at a time
+    assert "length=8" in str(made)
+    assert "length=12" not in str(made)
